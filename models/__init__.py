@@ -1,0 +1,1 @@
+"""The embedded model family: weights, tokenizer and model cards."""

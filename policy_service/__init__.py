@@ -1,0 +1,1 @@
+"""The policy service: predictor, calibration and optimal stopping."""

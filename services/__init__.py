@@ -1,0 +1,1 @@
+"""The services of asd: router, stage, client and what they share."""

@@ -1,0 +1,1 @@
+"""Graded task suites: generators and checkers. Pure Python: no model, no service."""
