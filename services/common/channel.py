@@ -1,0 +1,106 @@
+"""gRPC channels to other services, and calls on them that cannot be made without a deadline."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, TypeVar
+
+import grpc
+
+from services.common import telemetry
+from services.common.errors import BudgetSpent
+from services.common.server import MAX_MESSAGE_BYTES
+from services.common.status import from_rpc_error
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+
+# gRPC retries only what the server has not begun to answer, so nothing is ever computed into one answer
+# twice.
+_RETRY = {
+    "maxAttempts": 3,
+    "initialBackoff": "0.05s",
+    "maxBackoff": "0.5s",
+    "backoffMultiplier": 2,
+    "retryableStatusCodes": ["UNAVAILABLE"],
+}
+
+
+def open_channel(
+    target: str, *, retry: bool = True, max_message_bytes: int = MAX_MESSAGE_BYTES
+) -> grpc.aio.Channel:
+    """Return a channel to a target such as "127.0.0.1:50061" or "dns:///stage-small:50061". Connects when
+    used.
+
+    retry: call again, twice at most, where the peer is UNAVAILABLE and has sent nothing. Replicas behind one
+    name are called in turn. Close the channel when done.
+    """
+    method: dict[str, object] = {"name": [{}]}
+    if retry:
+        method["retryPolicy"] = _RETRY
+    service_config = {"loadBalancingConfig": [{"round_robin": {}}], "methodConfig": [method]}
+    return grpc.aio.insecure_channel(
+        target,
+        options=(
+            ("grpc.service_config", json.dumps(service_config)),
+            ("grpc.enable_retries", int(retry)),
+            ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.max_send_message_length", max_message_bytes),
+            ("grpc.keepalive_time_ms", 30_000),
+            ("grpc.keepalive_timeout_ms", 10_000),
+            # gRPC's default lets a peer that was away for long stay unknown for two minutes after its return.
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.min_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 1_000),
+            # Channels in one process would otherwise share a connection, and its backoff, with earlier ones.
+            ("grpc.use_local_subchannel_pool", 1),
+        ),
+        interceptors=telemetry.client_interceptors(),
+    )
+
+
+async def call_unary(
+    method: grpc.aio.UnaryUnaryMultiCallable[Request, Response],
+    request: Request,
+    *,
+    timeout_ms: float,
+    peer: str = "",
+) -> Response:
+    """Return the answer of a unary call.
+
+    timeout_ms: deadline of the call. peer: what is called, for messages ("stage small at 127.0.0.1:50061").
+    Raises the AsdError that the peer's status stands for; BudgetSpent if timeout_ms is not above 0.
+    """
+    _check_time(timeout_ms, peer)
+    try:
+        return await method(request, timeout=timeout_ms / 1000.0)
+    except grpc.RpcError as error:
+        raise from_rpc_error(error, peer=peer) from error
+
+
+async def call_stream(
+    method: grpc.aio.UnaryStreamMultiCallable[Request, Response],
+    request: Request,
+    *,
+    timeout_ms: float,
+    peer: str = "",
+) -> AsyncIterator[Response]:
+    """Yield the answers of a streaming call; cancel it when the caller stops. Arguments and errors:
+    call_unary."""
+    _check_time(timeout_ms, peer)
+    call = method(request, timeout=timeout_ms / 1000.0)
+    try:
+        async for response in call:
+            yield response
+    except grpc.RpcError as error:
+        raise from_rpc_error(error, peer=peer) from error
+    finally:
+        call.cancel()
+
+
+def _check_time(timeout_ms: float, peer: str) -> None:
+    if not timeout_ms > 0:
+        raise BudgetSpent(f"no time left to call {peer or 'the service'}")

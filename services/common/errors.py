@@ -1,0 +1,48 @@
+"""Errors that asd raises on purpose, with text that a caller may read.
+
+AsdError                    anything else: INTERNAL
+├── InvalidRequest          malformed request, unspecified enum; names the field
+├── NotFound                unknown stage, model or policy version
+├── PreconditionFailed      artifact absent, or not made for this cascade
+├── ResourceExhausted       queue or KV cache full
+├── Unavailable             stage or policy unreachable, or draining
+└── BudgetSpent             the deadline or a time budget passed
+
+services.common.status holds the table from these to gRPC status codes.
+"""
+
+# ruff: noqa: N818 - an error is named by its cause, as in the table of services.common.status
+from __future__ import annotations
+
+
+class AsdError(Exception):
+    """An error with a public message and, where one request field is at fault, its path."""
+
+    def __init__(self, message: str, *, field: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+
+
+class InvalidRequest(AsdError):
+    """The request breaks the contract; `field` names where, as in `sampling.temperature`."""
+
+
+class NotFound(AsdError):
+    """The request names something that does not exist."""
+
+
+class PreconditionFailed(AsdError):
+    """The service is not in a state in which the request could succeed."""
+
+
+class ResourceExhausted(AsdError):
+    """A queue or cache is full; the same request may succeed later."""
+
+
+class Unavailable(AsdError):
+    """A service is unreachable or draining; the same request may succeed elsewhere or later."""
+
+
+class BudgetSpent(AsdError):
+    """The time for the request has passed."""

@@ -1,0 +1,242 @@
+"""The gRPC server that every asd service runs: limits, status mapping, health, reflection, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from services.common import telemetry
+from services.common.errors import AsdError, InvalidRequest, Unavailable
+from services.common.status import DETAILS_KEY, public_message, status_of, to_rpc_status
+from services.common.wire import find_invalid_text
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+    from google.protobuf.descriptor import Descriptor
+
+logger = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceRegistration:
+    """A gRPC service: its full name ("asd.v1.StageService") and what adds its servicer to a server."""
+
+    full_name: str
+    add: Callable[[grpc.aio.Server], None]
+
+
+class RunningServer(NamedTuple):
+    """A server that listens, and the port that it got."""
+
+    server: grpc.aio.Server
+    port: int
+
+
+class StatusInterceptor(grpc.aio.ServerInterceptor):
+    """Decodes requests and maps exceptions to status, for unary and streaming answers.
+
+    It decodes in place of gRPC, which reports bytes that are no message as INTERNAL. Cancellation and an
+    abort that is under way pass. Put it inside the tracing interceptor, so that the span carries the mapped
+    status.
+    """
+
+    def __init__(self) -> None:
+        self._wrapped: dict[str, tuple[Any, Any]] = {}
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Return the method's handler with decoding and mapping around it."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming:
+            return handler
+        method = handler_call_details.method
+        # Handlers of a registered service are the same objects for the server's life.
+        cached = self._wrapped.get(method)
+        if cached is None or cached[0] is not handler:
+            cached = self._wrapped[method] = (handler, _wrap(handler))
+        return cached[1]
+
+
+class ClosingInterceptor(grpc.aio.ServerInterceptor):
+    """Closes a streaming handler's generator in its own task when the call ends, whichever way.
+
+    gRPC leaves a generator that the caller cancelled to the garbage collector, which closes it later and in
+    another task: downstream calls would linger and spans could not be detached. Put it outermost.
+    """
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Return the method's handler; a generator becomes a coroutine that writes."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming or not handler.response_streaming:
+            return handler
+        behavior = handler.unary_stream
+
+        async def write_stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+            answer = behavior(request, context)
+            if asyncio.iscoroutine(answer):
+                await answer
+                return
+            async with aclosing(answer) as responses:
+                async for response in responses:
+                    await context.write(response)
+
+        return grpc.unary_stream_rpc_method_handler(
+            write_stream, handler.request_deserializer, handler.response_serializer
+        )
+
+
+async def serve(
+    name: str,
+    listen: str,
+    services: Sequence[ServiceRegistration],
+    *,
+    drain_seconds: float,
+    on_ready: Callable[[int], None] | None = None,
+    on_drain: Callable[[], Awaitable[None]] | None = None,
+) -> None:
+    """Serve until SIGTERM or SIGINT, then drain.
+
+    Prints `READY <name> <host>:<port>` on standard output once it serves; on_ready gets the port then.
+    Draining: health says NOT_SERVING, on_drain is awaited (refuse new work there), no new connection is
+    taken, and calls under way have drain_seconds to finish. Raises Unavailable if the address cannot be
+    listened on.
+    """
+    health_servicer = health.aio.HealthServicer()
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    server, port = await start_server(listen, services, health_servicer=health_servicer)
+    try:
+        host = listen.rpartition(":")[0]
+        sys.stdout.write(f"READY {name} {host}:{port}\n")
+        sys.stdout.flush()
+        if on_ready is not None:
+            on_ready(port)
+        await stop.wait()
+        logger.info("draining for at most %g s", drain_seconds)
+        await health_servicer.enter_graceful_shutdown()
+        if on_drain is not None:
+            await on_drain()
+    finally:
+        await server.stop(drain_seconds)
+        await asyncio.to_thread(telemetry.shutdown_telemetry)
+
+
+async def start_server(
+    listen: str,
+    services: Sequence[ServiceRegistration],
+    *,
+    health_servicer: health.aio.HealthServicer | None = None,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+) -> RunningServer:
+    """Start a server with the services, health and reflection on an address such as "127.0.0.1:0".
+
+    Raises Unavailable if the address cannot be listened on.
+    """
+    server = grpc.aio.server(
+        interceptors=[ClosingInterceptor(), *telemetry.server_interceptors(), StatusInterceptor()],
+        options=(
+            ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.max_send_message_length", max_message_bytes),
+            # A second process on the same port must fail, not take half of the calls.
+            ("grpc.so_reuseport", 0),
+            # Clients ping every 30 s (services.common.channel); gRPC's default takes that for abuse.
+            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+        ),
+    )
+    names = [service.full_name for service in services]
+    for service in services:
+        service.add(server)
+    health_servicer = health_servicer or health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    for name in names:
+        await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+    _add_reflection([*names, health.SERVICE_NAME], server)
+    try:
+        port = server.add_insecure_port(listen)
+    except RuntimeError as error:
+        raise Unavailable(f"cannot listen on {listen}: is the port taken?") from error
+    await server.start()
+    return RunningServer(server, port)
+
+
+def _add_reflection(names: Sequence[str], server: grpc.aio.Server) -> None:
+    from grpc_reflection.v1alpha import reflection
+
+    reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
+
+
+def _wrap(handler: Any) -> Any:
+    decode = handler.request_deserializer
+    if handler.response_streaming:
+        stream_behavior = handler.unary_stream
+
+        async def stream(raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            try:
+                answer = stream_behavior(_decode(decode, raw), context)
+                if asyncio.iscoroutine(answer):
+                    await answer
+                    return
+                async with aclosing(answer) as responses:
+                    async for response in responses:
+                        yield response
+            except Exception as error:
+                await _abort(error, context)
+
+        return grpc.unary_stream_rpc_method_handler(stream, None, handler.response_serializer)
+    unary_behavior = handler.unary_unary
+
+    async def unary(raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        try:
+            return await unary_behavior(_decode(decode, raw), context)
+        except Exception as error:
+            await _abort(error, context)
+
+    return grpc.unary_unary_rpc_method_handler(unary, None, handler.response_serializer)
+
+
+def _decode(decode: Callable[[bytes], Any], raw: bytes) -> Any:
+    try:
+        return decode(raw)
+    except DecodeError as error:
+        message_type = getattr(decode, "__self__", None)
+        field = ""
+        if isinstance(message_type, type) and issubclass(message_type, Message):
+            field = find_invalid_text(raw, cast("Descriptor", message_type.DESCRIPTOR))
+        if field:
+            raise InvalidRequest(f"{field} is not valid UTF-8", field=field) from error
+        raise InvalidRequest("the request's bytes are not a message of the method's request type") from error
+
+
+async def _abort(error: Exception, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    """End the call with the error's status; an abort under way passes."""
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if not isinstance(error, AsdError) or type(error) is AsdError:
+        logger.error("call failed", exc_info=error)
+    await context.abort(
+        status_of(error),
+        public_message(error),
+        ((DETAILS_KEY, to_rpc_status(error).SerializeToString()),),
+    )

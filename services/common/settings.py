@@ -1,0 +1,146 @@
+"""Settings of a service: a YAML file, and `ASD_*` variables that win over it."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+from contextvars import ContextVar
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+# Kubernetes adds such variables for every Service of a namespace, so a Service named asd-router yields
+# ASD_ROUTER_PORT and its like. They are not ours.
+_SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT|PORT_\d+_(TCP|UDP|SCTP)(_.*)?)$")
+
+# Content of the file that a load is reading: pydantic builds its sources by class and takes no argument for
+# them.
+_loaded_file: ContextVar[Mapping[str, Any]] = ContextVar("loaded_file", default=MappingProxyType({}))
+
+
+class SettingsError(Exception):
+    """The configuration cannot be used; the message says which entry and why."""
+
+
+class Section(BaseModel):
+    """Part of a service's settings: frozen, with no unknown keys. Hold sequences in tuples."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ServiceSettings(BaseSettings):
+    """Base of a service's settings.
+
+    A subclass sets `model_config = service_config("ASD_ROUTER_")`. Its field `max_concurrent` is then read
+    from the YAML file and from ASD_ROUTER_MAX_CONCURRENT; `policy.target` from ASD_ROUTER_POLICY__TARGET.
+    Lists in variables are JSON.
+    """
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Let variables win over the file."""
+        return (
+            init_settings,
+            env_settings,
+            InitSettingsSource(settings_cls, init_kwargs=dict(_loaded_file.get())),
+        )
+
+    @classmethod
+    def load(cls, file: Path | None) -> Self:
+        """Return the settings from a YAML file and the environment.
+
+        Raises SettingsError if the file cannot be read, or an entry is unknown or wrong.
+        """
+        cls._refuse_unknown_variables(os.environ)
+        token = _loaded_file.set(_read_yaml(file))
+        try:
+            return cls()
+        except ValidationError as error:
+            where = str(file) if file else "the environment"
+            raise SettingsError(f"{where}: {_explain(error)}") from error
+        except Exception as error:
+            # pydantic-settings raises its own error where a variable's JSON does not parse.
+            if type(error).__name__ == "SettingsError":
+                raise SettingsError(str(error)) from error
+            raise
+        finally:
+            _loaded_file.reset(token)
+
+    @classmethod
+    def from_arguments(cls, arguments: Sequence[str] | None = None) -> Self:
+        """Return the settings for a command line with `--config FILE`; exit with a message if they are
+        wrong."""
+        parser = argparse.ArgumentParser(description=(cls.__doc__ or "").split("\n", maxsplit=1)[0])
+        parser.add_argument("--config", type=Path, metavar="FILE", help="settings, as YAML")
+        options = parser.parse_args(arguments)
+        try:
+            return cls.load(options.config)
+        except SettingsError as error:
+            parser.exit(2, f"{parser.prog}: {error}\n")
+
+    @classmethod
+    def _refuse_unknown_variables(cls, environment: Iterable[str]) -> None:
+        prefix = str(cls.model_config.get("env_prefix") or "")
+        if not prefix:
+            return
+        known = {f"{prefix}{name}".upper() for name in cls.model_fields}
+        for variable in environment:
+            name = variable.upper()
+            if not name.startswith(prefix) or _SERVICE_LINK.search(name):
+                continue
+            if name.split("__", maxsplit=1)[0] not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
+                raise SettingsError(f"unknown variable {variable}: {hint}")
+
+
+def service_config(env_prefix: str) -> SettingsConfigDict:
+    """Return the pydantic configuration of a service whose variables start with a prefix ("ASD_ROUTER_")."""
+    return SettingsConfigDict(
+        env_prefix=env_prefix,
+        env_nested_delimiter="__",
+        frozen=True,
+        extra="forbid",
+        protected_namespaces=(),
+    )
+
+
+def _read_yaml(file: Path | None) -> Mapping[str, Any]:
+    if file is None:
+        return {}
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"{file}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{file}: not YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise SettingsError(f"{file}: must hold a mapping of settings")
+    return content
+
+
+def _explain(error: ValidationError) -> str:
+    return "; ".join(
+        f"{'.'.join(str(part) for part in problem['loc']) or 'settings'}: {problem['msg']}"
+        for problem in error.errors(include_url=False)
+    )

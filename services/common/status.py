@@ -1,0 +1,98 @@
+"""The one table from asd's errors to gRPC status, and back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
+
+from services.common.errors import (
+    AsdError,
+    BudgetSpent,
+    InvalidRequest,
+    NotFound,
+    PreconditionFailed,
+    ResourceExhausted,
+    Unavailable,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+# Most specific first. A test fails when an AsdError has no row of its own.
+STATUS_TABLE: tuple[tuple[type[AsdError], grpc.StatusCode], ...] = (
+    (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
+    (NotFound, grpc.StatusCode.NOT_FOUND),
+    (PreconditionFailed, grpc.StatusCode.FAILED_PRECONDITION),
+    (ResourceExhausted, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (Unavailable, grpc.StatusCode.UNAVAILABLE),
+    (BudgetSpent, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (AsdError, grpc.StatusCode.INTERNAL),
+)
+
+DETAILS_KEY = "grpc-status-details-bin"
+INTERNAL_TEXT = "internal error; the service's log has the details"
+# gRPC refuses more than 8 KiB of trailing metadata by default, and the message travels twice in it.
+MAX_MESSAGE_CHARS = 1000
+
+_ERROR_OF_CODE: dict[grpc.StatusCode, type[AsdError]] = {
+    **{code: error for error, code in STATUS_TABLE},
+    # A peer that goes away cancels what it cannot finish. Our own cancellation never arrives as an RpcError.
+    grpc.StatusCode.CANCELLED: Unavailable,
+}
+
+
+def status_of(error: BaseException) -> grpc.StatusCode:
+    """Return the status code that an exception is reported with."""
+    for kind, code in STATUS_TABLE:
+        if isinstance(error, kind):
+            return code
+    return grpc.StatusCode.INTERNAL
+
+
+def public_message(error: BaseException) -> str:
+    """Return the text that a caller may read; a fixed one for anything but an AsdError."""
+    text = error.message if isinstance(error, AsdError) else INTERNAL_TEXT
+    return text if len(text) <= MAX_MESSAGE_CHARS else text[: MAX_MESSAGE_CHARS - 1] + "…"
+
+
+def to_rpc_status(error: BaseException) -> status_pb2.Status:
+    """Return the google.rpc.Status of an exception, with a BadRequest detail where a field is at fault."""
+    message = public_message(error)
+    status = status_pb2.Status(code=status_of(error).value[0], message=message)
+    field = error.field if isinstance(error, AsdError) else ""
+    if field:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=message)
+        status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    return status
+
+
+def from_rpc_error(error: grpc.RpcError, *, peer: str = "") -> AsdError:
+    """Return the AsdError that a failed call stands for: the inverse of to_rpc_status, for clients.
+
+    peer: what was called, put before the message ("stage small at 127.0.0.1:50061"). Empty: nothing is put.
+    """
+    code = error.code()
+    message = error.details() or code.name
+    return _ERROR_OF_CODE.get(code, AsdError)(
+        f"{peer}: {message}" if peer else message,
+        field=_field_of(cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ())),
+    )
+
+
+def _field_of(metadata: Iterable[tuple[str, str | bytes]]) -> str:
+    """Return the field that a failed call's trailing metadata names, or ""."""
+    for key, value in metadata:
+        if key != DETAILS_KEY or not isinstance(value, bytes):
+            continue
+        try:
+            status = status_pb2.Status.FromString(value)
+            for detail in status.details:
+                bad_request = error_details_pb2.BadRequest()
+                if detail.Unpack(bad_request) and bad_request.field_violations:
+                    return str(bad_request.field_violations[0].field)
+        except DecodeError:
+            return ""
+    return ""

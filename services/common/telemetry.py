@@ -1,0 +1,367 @@
+"""Every span, attribute and metric name of asd, and the set-up of OpenTelemetry.
+
+Names follow OpenTelemetry's `gen_ai.*` and `rpc.*` conventions where one fits (semantic conventions 1.37,
+still in development), and `asd.*` only where none does. Prompts and answers never go onto a span. Standard
+latency histograms are in seconds and our fields in milliseconds: the conversion happens here and nowhere
+else.
+
+Nothing is exported, and a span costs next to nothing, unless OTEL_EXPORTER_OTLP_ENDPOINT (or its traces and
+metrics variants), OTEL_TRACES_EXPORTER or OTEL_METRICS_EXPORTER is set.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from opentelemetry import metrics, trace
+from opentelemetry.trace import Status, StatusCode
+
+from services.common.errors import AsdError
+from services.common.version import VERSION
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from types import TracebackType
+
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.util.types import AttributeValue
+
+INSTRUMENTATION: Final = "asd"
+
+
+class Spans:
+    """Span names."""
+
+    CASCADE: Final = "asd.cascade"
+    PLAN: Final = "asd.plan"
+    STAGE: Final = "asd.stage"
+    DECIDE: Final = "asd.decide"
+    # In a stage process.
+    QUEUE: Final = "asd.stage.queue"
+    PREFILL: Final = "asd.stage.prefill"
+    DECODE: Final = "asd.stage.decode"
+    VERIFY: Final = "asd.stage.verify"
+    LOAD: Final = "asd.stage.load"
+    # In the policy process.
+    PREDICT: Final = "asd.policy.predict"
+
+
+class Attributes:
+    """Attribute names."""
+
+    OPERATION: Final = "gen_ai.operation.name"
+    PROVIDER: Final = "gen_ai.provider.name"
+    CONVERSATION_ID: Final = "gen_ai.conversation.id"
+    REQUEST_MODEL: Final = "gen_ai.request.model"
+    REQUEST_MAX_TOKENS: Final = "gen_ai.request.max_tokens"
+    REQUEST_TEMPERATURE: Final = "gen_ai.request.temperature"
+    REQUEST_TOP_P: Final = "gen_ai.request.top_p"
+    RESPONSE_MODEL: Final = "gen_ai.response.model"
+    RESPONSE_ID: Final = "gen_ai.response.id"
+    FINISH_REASONS: Final = "gen_ai.response.finish_reasons"
+    INPUT_TOKENS: Final = "gen_ai.usage.input_tokens"
+    OUTPUT_TOKENS: Final = "gen_ai.usage.output_tokens"
+    TOKEN_TYPE: Final = "gen_ai.token.type"  # noqa: S105 - a name, not a secret
+    ERROR_TYPE: Final = "error.type"
+    SERVER_ADDRESS: Final = "server.address"
+
+    STAGE_NAME: Final = "asd.stage.name"
+    STAGE_INDEX: Final = "asd.stage.index"
+    STAGE_ACTION: Final = "asd.stage.action"
+    STAGE_COUNT: Final = "asd.stage.count"
+    STAGE_LATENCY_MS: Final = "asd.stage.latency_ms"
+    STAGE_QUEUE_MS: Final = "asd.stage.queue_ms"
+    STAGE_PREFILL_MS: Final = "asd.stage.prefill_ms"
+    STAGE_DECODE_MS: Final = "asd.stage.decode_ms"
+    CACHED_TOKENS: Final = "asd.stage.cached_prompt_tokens"
+    PROPOSED_TOKENS: Final = "asd.verify.proposed_tokens"
+    ACCEPTED_TOKENS: Final = "asd.verify.accepted_tokens"
+    PLAN_SOURCE: Final = "asd.plan.source"
+    PLAN_FIRST_STAGE: Final = "asd.plan.first_stage"
+    DECISION_OUTCOME: Final = "asd.decision.outcome"
+    DECISION_REASON: Final = "asd.decision.reason"
+    DECISION_NEXT_STAGE: Final = "asd.decision.next_stage"
+    P_CORRECT: Final = "asd.decision.p_correct"
+    PREDICT_US: Final = "asd.policy.predict_us"
+    POLICY_VERSION: Final = "asd.policy.version"
+    REQUEST_ID: Final = "asd.request.id"
+    COST: Final = "asd.cost"
+    LATENCY_MS: Final = "asd.latency_ms"
+    POLICY_MS: Final = "asd.policy.latency_ms"
+    ENGINE: Final = "asd.engine.name"
+    BATCH_SIZE: Final = "asd.engine.batch_size"
+
+
+class Metrics:
+    """Metric names."""
+
+    REQUEST_DURATION: Final = "gen_ai.server.request.duration"
+    TIME_TO_FIRST_TOKEN: Final = "gen_ai.server.time_to_first_token"  # noqa: S105 - a name, not a secret
+    TOKEN_USAGE: Final = "gen_ai.client.token.usage"  # noqa: S105 - a name, not a secret
+    REQUESTS: Final = "asd.requests"
+    ACTIVE_REQUESTS: Final = "asd.requests.active"
+    STAGE_REQUESTS: Final = "asd.stage.requests"
+    STAGE_DURATION: Final = "asd.stage.duration"
+    STAGE_FAILURES: Final = "asd.stage.failures"
+    EARLY_STOPS: Final = "asd.early_stops"
+    STATIC_PLANS: Final = "asd.static_plans"
+    POLICY_DURATION: Final = "asd.policy.duration"
+    REQUEST_COST: Final = "asd.request.cost"
+    PROPOSED_TOKENS: Final = "asd.verify.proposed_tokens"
+    ACCEPTED_TOKENS: Final = "asd.verify.accepted_tokens"
+    QUEUE_DEPTH: Final = "asd.stage.queue_depth"
+    RUNNING_REQUESTS: Final = "asd.stage.running_requests"
+    MODEL_LOADS: Final = "asd.stage.model_loads"
+
+
+PROVIDER_NAME: Final = "asd"
+OPERATION_CHAT: Final = "chat"
+
+# OTel's advice for gen_ai.server.request.duration, extended downwards for the embedded family.
+_DURATION_BUCKETS_S = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+    60.0,
+)
+
+
+@dataclass(slots=True)
+class _State:
+    """What this process exports; set once at start-up by setup_telemetry."""
+
+    provider: trace.TracerProvider | None = None
+    tracer: trace.Tracer | None = None
+    metered: bool = False
+
+
+_state = _State()
+
+
+class Traced:
+    """A span as a context manager; nothing at all where tracing is off.
+
+    An exception marks the span as failed; cancellation does not.
+    """
+
+    __slots__ = ("_attributes", "_manager", "_name", "span")
+
+    def __init__(self, name: str, attributes: Mapping[str, AttributeValue] | None = None) -> None:
+        self._name = name
+        self._attributes = attributes
+        self.span: trace.Span = trace.INVALID_SPAN
+
+    def __enter__(self) -> Self:
+        if _state.tracer is None:
+            return self
+        self._manager = _state.tracer.start_as_current_span(
+            self._name, attributes=self._attributes, record_exception=False, set_status_on_exception=False
+        )
+        self.span = self._manager.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace_back: TracebackType | None
+    ) -> None:
+        if self.span is trace.INVALID_SPAN:
+            return
+        if isinstance(error, Exception):
+            self.span.set_attribute(Attributes.ERROR_TYPE, type(error).__name__)
+            text = error.message if isinstance(error, AsdError) else type(error).__name__
+            self.span.set_status(Status(StatusCode.ERROR, text))
+        self._manager.__exit__(None, None, None)
+
+    @property
+    def recording(self) -> bool:
+        """True if attributes are kept; ask before computing costly ones."""
+        return self.span is not trace.INVALID_SPAN
+
+    def set(self, name: str, value: AttributeValue) -> None:
+        """Set an attribute."""
+        self.span.set_attribute(name, value)
+
+
+def current_trace_id() -> str:
+    """Return the trace id of the current span as 32 lower-case hex digits; "" where tracing is off."""
+    if _state.tracer is None:
+        return ""
+    context = trace.get_current_span().get_span_context()
+    return f"{context.trace_id:032x}" if context.is_valid else ""
+
+
+def tracing_enabled() -> bool:
+    """Return whether spans are recorded."""
+    return _state.tracer is not None
+
+
+def metrics_enabled() -> bool:
+    """Return whether metrics are recorded."""
+    return _state.metered
+
+
+def use_tracer_provider(provider: trace.TracerProvider | None) -> None:
+    """Record spans with a provider; with None, stop recording. For set-up and for tests."""
+    _state.provider = provider
+    _state.tracer = provider.get_tracer(INSTRUMENTATION, VERSION) if provider else None
+
+
+def server_interceptors() -> list[Any]:
+    """Return the interceptors that trace a grpc.aio server: none where tracing is off."""
+    if _state.provider is None:
+        return []
+    from opentelemetry.instrumentation.grpc import aio_server_interceptor, filters
+
+    # Probes would drown the requests.
+    served = filters.negate(filters.health_check())
+    return [aio_server_interceptor(tracer_provider=_state.provider, filter_=served)]  # type: ignore[no-untyped-call]
+
+
+def client_interceptors() -> list[Any] | None:
+    """Return the interceptors that trace a grpc.aio channel: None where tracing is off."""
+    if _state.provider is None:
+        return None
+    from opentelemetry.instrumentation.grpc import aio_client_interceptors
+
+    return list(aio_client_interceptors(tracer_provider=_state.provider))  # type: ignore[no-untyped-call]
+
+
+def setup_telemetry(service_name: str) -> None:
+    """Set up traces and metrics as the standard OTEL_* variables say. Call once, first thing in a process."""
+    setup_tracing(service_name)
+    setup_metrics(service_name)
+
+
+def setup_tracing(service_name: str) -> bool:
+    """Export spans if the environment asks for it, and return whether it does.
+
+    Raises ValueError where a variable asks for an exporter or protocol that asd does not have.
+    """
+    kind = _exporter("TRACES")
+    if kind == "none":
+        return False
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
+
+    exporter: SpanExporter
+    if kind == "otlp":
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+
+        exporter = OTLPSpanExporter()
+    else:
+        import sys
+
+        # Standard output is for the READY line.
+        exporter = ConsoleSpanExporter(out=sys.stderr)
+    provider = TracerProvider(resource=_resource(service_name))
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+    trace.set_tracer_provider(provider)
+    use_tracer_provider(provider)
+    return True
+
+
+def setup_metrics(service_name: str) -> bool:
+    """Export metrics if the environment asks for it, and return whether it does.
+
+    Raises ValueError where a variable asks for an exporter or protocol that asd does not have.
+    """
+    kind = _exporter("METRICS")
+    if kind == "none":
+        return False
+    from opentelemetry.sdk.metrics import MeterProvider
+    from opentelemetry.sdk.metrics.export import (
+        ConsoleMetricExporter,
+        MetricExporter,
+        PeriodicExportingMetricReader,
+    )
+
+    exporter: MetricExporter
+    if kind == "otlp":
+        from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
+
+        exporter = OTLPMetricExporter()
+    else:
+        import sys
+
+        exporter = ConsoleMetricExporter(out=sys.stderr)
+    metrics.set_meter_provider(
+        MeterProvider(
+            metric_readers=[PeriodicExportingMetricReader(exporter)], resource=_resource(service_name)
+        )
+    )
+    _state.metered = True
+    return True
+
+
+def shutdown_telemetry() -> None:
+    """Send what is still buffered. Blocks for at most a few seconds."""
+    for provider in (trace.get_tracer_provider(), metrics.get_meter_provider()):
+        shutdown = getattr(provider, "shutdown", None)
+        if shutdown is not None:
+            shutdown()
+
+
+def meter() -> metrics.Meter:
+    """Return the meter that asd's instruments belong to; theirs cost nothing where metrics are off."""
+    return metrics.get_meter(INSTRUMENTATION, VERSION)
+
+
+def duration_histogram(name: str, description: str) -> DurationHistogram:
+    """Return a histogram of durations that takes milliseconds."""
+    return DurationHistogram(
+        meter().create_histogram(
+            name, unit="s", description=description, explicit_bucket_boundaries_advisory=_DURATION_BUCKETS_S
+        )
+    )
+
+
+class DurationHistogram:
+    """A histogram in seconds that takes milliseconds."""
+
+    __slots__ = ("_histogram",)
+
+    def __init__(self, histogram: metrics.Histogram) -> None:
+        self._histogram = histogram
+
+    def record_ms(self, duration_ms: float, attributes: Mapping[str, AttributeValue] | None = None) -> None:
+        """Record a duration, given in milliseconds."""
+        self._histogram.record(duration_ms / 1000.0, attributes)
+
+
+def _exporter(signal: str) -> str:
+    """Return "otlp", "console" or "none" for TRACES or METRICS."""
+    if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return "none"
+    endpoints = ("OTEL_EXPORTER_OTLP_ENDPOINT", f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT")
+    default = "otlp" if any(os.environ.get(name) for name in endpoints) else "none"
+    kind = os.environ.get(f"OTEL_{signal}_EXPORTER", "").strip().lower() or default
+    if kind not in {"otlp", "console", "none"}:
+        raise ValueError(f"OTEL_{signal}_EXPORTER={kind} is not supported: use otlp, console or none")
+    if kind == "otlp":
+        protocol_names = (f"OTEL_EXPORTER_OTLP_{signal}_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+        protocol = next((os.environ[name] for name in protocol_names if os.environ.get(name)), "grpc")
+        if protocol != "grpc":
+            raise ValueError(f"{protocol_names[1]}={protocol} is not supported: use grpc")
+    return kind
+
+
+def _resource(service_name: str) -> Resource:
+    from opentelemetry.sdk.resources import Resource
+
+    attributes = {"service.version": VERSION, "service.namespace": "asd"}
+    # Given attributes would win over the environment, against the convention.
+    if not os.environ.get("OTEL_SERVICE_NAME"):
+        attributes["service.name"] = service_name
+    return Resource.create(attributes)
