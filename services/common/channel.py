@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, TypeVar
 import grpc
 
 from services.common import telemetry
-from services.common.errors import BudgetSpent
+from services.common.errors import AsdError, BudgetSpent
 from services.common.server import MAX_MESSAGE_BYTES
 from services.common.status import from_rpc_error
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -78,7 +78,7 @@ async def call_unary(
     try:
         return await method(request, timeout=timeout_ms / 1000.0)
     except grpc.RpcError as error:
-        raise from_rpc_error(error, peer=peer) from error
+        raise _explained(error, timeout_ms, peer) from error
 
 
 async def call_stream(
@@ -87,7 +87,7 @@ async def call_stream(
     *,
     timeout_ms: float,
     peer: str = "",
-) -> AsyncIterator[Response]:
+) -> AsyncGenerator[Response, None]:
     """Yield the answers of a streaming call; cancel it when the caller stops. Arguments and errors:
     call_unary."""
     _check_time(timeout_ms, peer)
@@ -96,9 +96,16 @@ async def call_stream(
         async for response in call:
             yield response
     except grpc.RpcError as error:
-        raise from_rpc_error(error, peer=peer) from error
+        raise _explained(error, timeout_ms, peer) from error
     finally:
         call.cancel()
+
+
+def _explained(error: grpc.RpcError, timeout_ms: float, peer: str) -> AsdError:
+    failure = from_rpc_error(error, peer=peer)
+    if isinstance(failure, BudgetSpent):
+        return BudgetSpent(f"{peer or 'the service'} did not finish within {timeout_ms:.0f} ms")
+    return failure
 
 
 def _check_time(timeout_ms: float, peer: str) -> None:

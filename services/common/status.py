@@ -72,14 +72,15 @@ def to_rpc_status(error: BaseException) -> status_pb2.Status:
 def from_rpc_error(error: grpc.RpcError, *, peer: str = "") -> AsdError:
     """Return the AsdError that a failed call stands for: the inverse of to_rpc_status, for clients.
 
-    peer: what was called, put before the message ("stage small at 127.0.0.1:50061"). Empty: nothing is put.
+    peer: what was called ("stage small at 127.0.0.1:50061"), put before the message unless that is about the
+    caller's own input.
     """
-    code = error.code()
-    message = error.details() or code.name
-    return _ERROR_OF_CODE.get(code, AsdError)(
-        f"{peer}: {message}" if peer else message,
-        field=_field_of(cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ())),
-    )
+    kind = _ERROR_OF_CODE.get(error.code(), AsdError)
+    message = error.details() or error.code().name
+    if peer and kind is not InvalidRequest:
+        message = f"{peer}: {message}"
+    metadata = cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ())
+    return kind(message, field=_field_of(metadata))
 
 
 def _field_of(metadata: Iterable[tuple[str, str | bytes]]) -> str:

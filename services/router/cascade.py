@@ -1,0 +1,116 @@
+"""The cascade: ask for a plan, run a stage, decide on its evidence, stop or escalate. Pure."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from typing import TYPE_CHECKING
+
+from services.common.errors import AsdError, BudgetSpent, ResourceExhausted, Unavailable
+from services.common.telemetry import Spans, Traced
+from services.router import spans
+from services.router.domain import (
+    Event,
+    PlanSource,
+    Request,
+    StageAction,
+    StageStarted,
+    Tokens,
+    Verification,
+    View,
+)
+from services.router.planner import MARGIN_MS, Planner
+from services.router.progress import Progress
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Sequence
+
+    from services.router.ports import Observer, StageClient
+
+
+class Cascade:
+    """Answers requests with the stages that the planner chooses. clock: monotonic seconds."""
+
+    def __init__(
+        self,
+        stages: Sequence[StageClient],
+        planner: Planner,
+        observer: Observer,
+        clock: Callable[[], float],
+    ) -> None:
+        self._stages = tuple(stages)
+        self._planner = planner
+        self._observer = observer
+        self._clock = clock
+
+    async def answer(self, request: Request, deadline: float, view: View) -> AsyncGenerator[Event, None]:
+        """Yield what the view shows while the answer is made, and last its outcome. deadline: by the clock.
+
+        Raises NotFound for an unknown fixed stage, Unavailable where no stage can be reached, BudgetSpent at
+        the deadline, and whatever the first stage or the policy refuses the request with.
+        """
+        progress = Progress(request, deadline, view, self._clock)
+        with Traced(Spans.CASCADE) as span:
+            stage = await self._planner.plan(progress)
+            while True:
+                try:
+                    async with aclosing(self._run(progress, self._stages[stage])) as events:
+                        async for event in events:
+                            yield event
+                except (Unavailable, ResourceExhausted, BudgetSpent) as error:
+                    self._note_failure(stage, error)
+                    if progress.keep_earlier_answer(error):
+                        break
+                    stage = await self._replace(progress, stage, error)
+                    continue
+                decision = await self._planner.decide(progress)
+                if decision.next_stage is None:
+                    break
+                stage = decision.next_stage
+            for event in progress.settle():
+                yield event
+            outcome = progress.outcome()
+            spans.describe_outcome(span, outcome)
+            self._observer.request_answered(outcome, len(self._stages))
+            yield outcome
+
+    async def _run(self, progress: Progress, client: StageClient) -> AsyncGenerator[Event, None]:
+        """Have a stage answer, by verifying the earlier stage's answer where there is one."""
+        stage, draft = client.stage, progress.draft()
+        action = StageAction.VERIFY if draft else StageAction.GENERATE
+        if progress.view is not View.OUTCOME:
+            yield StageStarted(stage, action)
+        timeout_ms = min(progress.left_ms(MARGIN_MS), stage.timeout_ms)
+        progress.start(stage, action, is_final=self._planner.is_final(progress, stage))
+        with Traced(Spans.STAGE) as span:
+            spans.describe_call(span, progress.request, stage, action)
+            if draft:
+                call = client.verify(progress.request, draft, timeout_ms)
+            else:
+                call = client.generate(progress.request, timeout_ms)
+            async with aclosing(call) as events:
+                async for event in events:
+                    if isinstance(event, Tokens):
+                        for shown in progress.written(event):
+                            yield shown
+                    elif isinstance(event, Verification):
+                        for shown in progress.verified(event):
+                            yield shown
+                    else:
+                        progress.finished(event)
+            answer = progress.take_answer()
+            spans.describe_answer(span, answer)
+        self._observer.stage_answered(answer)
+
+    def _note_failure(self, stage: int, error: AsdError) -> None:
+        failed = self._stages[stage].stage
+        self._observer.stage_failed(failed, error)
+        if isinstance(error, Unavailable):
+            self._planner.stage_is_away(failed)
+
+    async def _replace(self, progress: Progress, stage: int, error: AsdError) -> int:
+        """Return a stage to ask instead of one that is away. Raises the error where none may be."""
+        is_fixed = progress.plan_source is PlanSource.FIXED
+        if not isinstance(error, Unavailable) or is_fixed or progress.has_committed:
+            raise error
+        progress.failed[stage] = error
+        return await self._planner.plan(progress)

@@ -1,0 +1,295 @@
+"""gRPC behind the cascade's protocols. Every call's deadline is set here."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from contextlib import aclosing, contextmanager
+from typing import TYPE_CHECKING
+
+from asd.v1 import cascade_pb2, policy_pb2, policy_pb2_grpc, stage_pb2, stage_pb2_grpc
+from services.common.channel import call_stream, call_unary
+from services.common.errors import (
+    AsdError,
+    BudgetSpent,
+    InvalidRequest,
+    NotFound,
+    PreconditionFailed,
+    Unavailable,
+)
+from services.common.version import VERSION
+from services.router import convert
+from services.router.domain import (
+    Answer,
+    Condition,
+    Decision,
+    DecisionAction,
+    DecisionReason,
+    Plan,
+    Request,
+    Stage,
+    StageEvent,
+    StageResult,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Iterator, Sequence
+
+    import grpc
+
+    from services.router.breaker import Breaker
+
+# For Describe, which asks every service whether it is there. Chosen.
+DESCRIBE_TIMEOUT_MS = 1000.0
+
+# Fields of a stage's request that the caller wrote. A stage that refuses another one refuses the router's
+# work.
+_CALLER_FIELDS = ("prompt", "conversation", "sampling", "acceptance", "session_id")
+
+
+class GrpcStage:
+    """Calls a stage service. Raises the AsdError that the stage's status stands for, naming stage and
+    target."""
+
+    def __init__(self, stage: Stage, channel: grpc.aio.Channel) -> None:
+        self._stage = stage
+        self._peer = str(stage)
+        stub = stage_pb2_grpc.StageServiceStub(channel)
+        self._generate = stub.Generate
+        self._verify = stub.Verify
+        self._status = stub.Status
+
+    @property
+    def stage(self) -> Stage:
+        """The stage that is called."""
+        return self._stage
+
+    async def generate(self, request: Request, timeout_ms: float) -> AsyncGenerator[StageEvent, None]:
+        """Yield tokens as the stage writes them, and last its result."""
+        message = stage_pb2.StageServiceGenerateRequest(
+            model=self._stage.model,
+            sampling=convert.sampling_to(request.sampling),
+            session_id=request.session_id,
+        )
+        convert.set_input(message, request.input)
+        try:
+            async with aclosing(
+                call_stream(self._generate, message, timeout_ms=timeout_ms, peer=self._peer)
+            ) as responses:
+                async for response in responses:
+                    kind = response.WhichOneof("event")
+                    if kind == "tokens":
+                        yield convert.tokens_from(response.tokens)
+                    elif kind == "result":
+                        yield convert.result_from(response.result, self._peer)
+        except (InvalidRequest, NotFound) as error:
+            raise self._blame(error) from error
+
+    async def verify(
+        self, request: Request, draft: StageResult, timeout_ms: float
+    ) -> AsyncGenerator[StageEvent, None]:
+        """Yield the verification of the draft, then tokens, and last the result."""
+        message = stage_pb2.VerifyRequest(
+            model=self._stage.model,
+            draft=convert.draft_to(draft),
+            sampling=convert.sampling_to(request.sampling),
+            acceptance=convert.acceptance_to(request.acceptance),
+            session_id=request.session_id,
+        )
+        convert.set_input(message, request.input)
+        try:
+            async with aclosing(
+                call_stream(self._verify, message, timeout_ms=timeout_ms, peer=self._peer)
+            ) as responses:
+                async for response in responses:
+                    kind = response.WhichOneof("event")
+                    if kind == "tokens":
+                        yield convert.tokens_from(response.tokens)
+                    elif kind == "verification":
+                        yield convert.verification_from(response.verification)
+                    elif kind == "result":
+                        yield convert.result_from(response.result, self._peer)
+        except (InvalidRequest, NotFound) as error:
+            raise self._blame(error) from error
+
+    async def describe(self) -> cascade_pb2.StageDescription:
+        """Return what the stage says of itself; what is configured where it does not answer."""
+        description = cascade_pb2.StageDescription(
+            stage=self._stage.name, stage_index=self._stage.index, cost=self._stage.cost
+        )
+        try:
+            status = await call_unary(
+                self._status, stage_pb2.StatusRequest(), timeout_ms=DESCRIBE_TIMEOUT_MS, peer=self._peer
+            )
+        except AsdError:
+            return description
+        models = [model for model in status.models if model.name == self._stage.model] or status.models[:1]
+        for model in models:
+            description.model = model.name
+            description.engine = model.engine
+            description.parameters = model.parameters
+            description.context_length = model.context_length
+            description.queue_depth = model.queued_requests + model.running_requests
+        description.available = not status.draining
+        return description
+
+    def _blame(self, error: InvalidRequest | NotFound) -> AsdError:
+        """Return the error as the router's caller should see it."""
+        if isinstance(error, NotFound):
+            return PreconditionFailed(error.message)
+        if error.field and not error.field.startswith(_CALLER_FIELDS):
+            return AsdError(f"{self._peer} refused {error.field}: {error.message}")
+        return error
+
+
+class GrpcPolicy:
+    """Calls the policy service. stages: names in order. timeout_ms: the most that one call may take.
+
+    Raises Unavailable or BudgetSpent where the service is away or late; at once while the breaker is open.
+    Raises AsdError where its answer makes no sense.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        channel: grpc.aio.Channel,
+        stages: Sequence[str],
+        timeout_ms: float,
+        breaker: Breaker,
+    ) -> None:
+        self._peer = f"the policy service at {target}"
+        self._stages = tuple(stages)
+        self._places = {name: index for index, name in enumerate(stages)}
+        self._timeout_ms = timeout_ms
+        self._breaker = breaker
+        stub = policy_pb2_grpc.PolicyServiceStub(channel)
+        self._plan = stub.Plan
+        self._decide = stub.Decide
+        self._describe = stub.Describe
+
+    async def plan(self, request: Request, conditions: Sequence[Condition], timeout_ms: float) -> Plan:
+        """Return the first stage."""
+        message = policy_pb2.PlanRequest(
+            objective=convert.objective_to(request.objective),
+            cascade=self._stages,
+            conditions=convert.conditions_to(conditions),
+        )
+        convert.set_input(message, request.input)
+        with self._guarded(timeout_ms):
+            response = await call_unary(
+                self._plan, message, timeout_ms=min(timeout_ms, self._timeout_ms), peer=self._peer
+            )
+        return Plan(self._place(response.first_stage), response.policy_version)
+
+    async def decide(
+        self,
+        request: Request,
+        answer: Answer,
+        spent_cost: float,
+        spent_ms: float,
+        conditions: Sequence[Condition],
+        timeout_ms: float,
+    ) -> Decision:
+        """Return what to do with an answer."""
+        message = policy_pb2.DecideRequest(
+            objective=convert.objective_to(request.objective),
+            cascade=self._stages,
+            stage=answer.stage.name,
+            draft=convert.evidence_to(answer),
+            verification=convert.verification_to(answer.verification),
+            spent_cost=spent_cost,
+            spent_ms=spent_ms,
+            conditions=convert.conditions_to(conditions),
+        )
+        convert.set_input(message, request.input)
+        with self._guarded(timeout_ms):
+            response = await call_unary(
+                self._decide, message, timeout_ms=min(timeout_ms, self._timeout_ms), peer=self._peer
+            )
+        return self._decision(response, answer.stage.index)
+
+    async def describe(self) -> policy_pb2.PolicyServiceDescribeResponse | None:
+        """Return which policy is in force; None where the service does not answer."""
+        try:
+            return await call_unary(
+                self._describe,
+                policy_pb2.PolicyServiceDescribeRequest(),
+                timeout_ms=DESCRIBE_TIMEOUT_MS,
+                peer=self._peer,
+            )
+        except AsdError:
+            return None
+
+    @contextmanager
+    def _guarded(self, timeout_ms: float) -> Iterator[None]:
+        if not self._breaker.allows():
+            raise Unavailable(f"{self._peer} failed repeatedly; it is tried again soon")
+        try:
+            yield
+        except BudgetSpent:
+            # A caller in a hurry says nothing of the service.
+            if timeout_ms >= self._timeout_ms:
+                self._breaker.failed()
+            raise
+        except Unavailable:
+            self._breaker.failed()
+            raise
+        self._breaker.succeeded()
+
+    def _decision(self, response: policy_pb2.DecideResponse, judged: int) -> Decision:
+        action = convert.member(DecisionAction, response.action, self._peer)
+        next_stage: int | None = None
+        expected_ms: float | None = None
+        if action is DecisionAction.ESCALATE:
+            next_stage = self._place(response.next_stage)
+            if next_stage <= judged:
+                raise AsdError(
+                    f"{self._peer} escalates from {self._stages[judged]} to {response.next_stage}, "
+                    "which is not a later stage"
+                )
+            expected_ms = next(
+                (each.latency_ms for each in response.estimates if each.stage == response.next_stage), None
+            )
+        if not (0.0 <= response.p_correct <= 1.0):
+            raise AsdError(f"{self._peer} sent p_correct {response.p_correct:g}, which is no probability")
+        return Decision(
+            action,
+            convert.member(DecisionReason, response.reason, self._peer),
+            next_stage,
+            response.p_correct,
+            response.p_correct_stderr if math.isfinite(response.p_correct_stderr) else None,
+            response.policy_version,
+            expected_ms,
+            response.predict_us,
+        )
+
+    def _place(self, stage: str) -> int:
+        place = self._places.get(stage)
+        if place is None:
+            raise AsdError(f"{self._peer} chose stage {stage!r}, which the cascade does not have")
+        return place
+
+
+class Directory:
+    """Describes the cascade by asking every service of it."""
+
+    def __init__(
+        self, stages: Sequence[GrpcStage], policy: GrpcPolicy | None, static_plan: Sequence[str]
+    ) -> None:
+        self._stages = tuple(stages)
+        self._policy = policy
+        self._static_plan = tuple(static_plan)
+
+    async def describe(self) -> cascade_pb2.DescribeResponse:
+        """Return the cascade's description."""
+        stages, policy = await asyncio.gather(
+            asyncio.gather(*(stage.describe() for stage in self._stages)),
+            self._policy.describe() if self._policy else _nothing(),
+        )
+        return cascade_pb2.DescribeResponse(
+            stages=stages, policy=policy, static_plan=self._static_plan, version=VERSION
+        )
+
+
+async def _nothing() -> None:
+    return None

@@ -1,0 +1,155 @@
+"""What a caller is shown of an answer while stages write, verify and replace it. Pure."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from typing import TYPE_CHECKING
+
+from services.common.errors import AsdError
+from services.router.domain import (
+    Committed,
+    Drafted,
+    Event,
+    Revised,
+    Tokens,
+    View,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class Delivery:
+    """Keeps what the caller holds, and says which events bring it to what stands.
+
+    The caller holds the first `n` tokens of an answer. Positions in bytes are known at chunk boundaries only
+    (a token may end inside a character), so revisions go back to such a boundary.
+    """
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+        # Tokens and bytes after each chunk that the caller holds, ascending, from (0, 0).
+        self._token_bounds = [0]
+        self._byte_bounds = [0]
+        # Boundary (index into the two lists) up to which all is final.
+        self._committed = 0
+        self._is_final = False
+        # Whether the running stage has yet to say what of the earlier answer stands.
+        self._is_undecided = False
+        # Leading tokens of the earlier answer that are the running stage's as well; None: all that is held.
+        self._stands: int | None = None
+        # Tokens and bytes of the running stage's stream that the caller holds already.
+        self._skip_tokens = 0
+        self._skip_bytes = 0
+
+    @property
+    def has_committed(self) -> bool:
+        """Whether the caller was given final tokens."""
+        return self._committed > 0
+
+    def start(self, *, is_final: bool) -> None:
+        """A stage starts. is_final: its tokens will not be replaced."""
+        self._is_final = is_final
+        self._is_undecided = True
+        self._stands = None
+
+    def verified(self, accepted_tokens: int) -> Iterator[Event]:
+        """The running stage accepted these many tokens of the earlier answer, counted as that answer has
+        them."""
+        self._is_undecided = False
+        self._stands = accepted_tokens
+        kept = self._boundary(accepted_tokens)
+        if self._is_final and kept > self._committed:
+            self._committed = kept
+            yield Committed(self._token_bounds[kept])
+        yield from self._drop_after(kept)
+        self._skip_tokens, self._skip_bytes = self._token_bounds[-1], self._byte_bounds[-1]
+
+    def written(self, tokens: Tokens) -> Iterator[Event]:
+        """The running stage wrote tokens; its stream starts at the answer's first token."""
+        if self._view is View.OUTCOME or (self._view is View.COMMITTED and not self._is_final):
+            return
+        if self._is_undecided:
+            # It writes an answer of its own: nothing stands.
+            yield from self.verified(0)
+        unseen = self._unseen(tokens)
+        if unseen is None:
+            return
+        self._hold(unseen)
+        if self._is_final:
+            yield self._commit_all(unseen)
+        else:
+            yield Drafted(unseen)
+
+    def can_settle_earlier(self) -> bool:
+        """Return whether the answer before the running stage can still be given: nothing else was
+        committed."""
+        return self._committed <= self._agreed_with_earlier()
+
+    def settle(self, tokens: Tokens, *, is_earlier: bool = False) -> Iterator[Event]:
+        """An answer stands: commit all of it.
+
+        tokens: the whole answer. is_earlier: it is the one from before the running stage, which failed; only
+        where can_settle_earlier.
+        """
+        if self._view is View.OUTCOME:
+            return
+        if is_earlier:
+            yield from self._drop_after(self._agreed_with_earlier())
+        self._skip_tokens, self._skip_bytes = self._token_bounds[-1], self._byte_bounds[-1]
+        rest = self._unseen(tokens)
+        if rest is not None:
+            self._hold(rest)
+        if self._committed < len(self._token_bounds) - 1:
+            yield self._commit_all(rest)
+
+    def _commit_all(self, shown_now: Tokens | None) -> Committed:
+        self._committed = len(self._token_bounds) - 1
+        return Committed(self._token_bounds[-1], shown_now)
+
+    def _agreed_with_earlier(self) -> int:
+        return len(self._token_bounds) - 1 if self._stands is None else self._boundary(self._stands)
+
+    def _boundary(self, tokens: int) -> int:
+        """Return the last known boundary at or before a number of tokens.
+
+        Of several with as many tokens the first: what is flushed at an answer's end without a token of its
+        own need not stand when the answer goes on.
+        """
+        known = self._token_bounds[bisect_right(self._token_bounds, tokens) - 1]
+        return bisect_left(self._token_bounds, known)
+
+    def _drop_after(self, boundary: int) -> Iterator[Event]:
+        if boundary < len(self._token_bounds) - 1:
+            del self._token_bounds[boundary + 1 :]
+            del self._byte_bounds[boundary + 1 :]
+            yield Revised(self._token_bounds[-1], self._byte_bounds[-1])
+
+    def _hold(self, tokens: Tokens) -> None:
+        self._token_bounds.append(self._token_bounds[-1] + len(tokens.ids))
+        self._byte_bounds.append(self._byte_bounds[-1] + len(tokens.text.encode()))
+
+    def _unseen(self, tokens: Tokens) -> Tokens | None:
+        """Return the part of a chunk that the caller does not hold; None if it holds all."""
+        skip = min(self._skip_tokens, len(tokens.ids))
+        text = tokens.text
+        if self._skip_bytes:
+            encoded = text.encode()
+            skipped_bytes = min(self._skip_bytes, len(encoded))
+            self._skip_bytes -= skipped_bytes
+            try:
+                text = encoded[skipped_bytes:].decode()
+            except UnicodeDecodeError:
+                raise AsdError("a stage's text does not start with the text that it accepted") from None
+        if skip:
+            self._skip_tokens -= skip
+            tokens = Tokens(
+                tokens.ids[skip:],
+                text,
+                tokens.logprobs[skip:],
+                tokens.entropies[skip:],
+                tokens.top2_margins[skip:],
+            )
+        elif text is not tokens.text:
+            tokens = Tokens(tokens.ids, text, tokens.logprobs, tokens.entropies, tokens.top2_margins)
+        return tokens if tokens.ids or tokens.text else None

@@ -1,0 +1,331 @@
+"""Values of the router. Pure. Enumerations have the numbers of the proto's; a test compares the two."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from enum import Enum, IntEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class Role(IntEnum):
+    """Who wrote a turn."""
+
+    SYSTEM = 1
+    USER = 2
+    ASSISTANT = 3
+
+
+class Preference(IntEnum):
+    """A wish for speed or for quality."""
+
+    FASTEST = 1
+    BALANCED = 2
+    BEST = 3
+
+
+class AcceptanceMode(IntEnum):
+    """Rule by which a target accepts draft tokens."""
+
+    EXACT = 1
+    TOLERANT = 2
+
+
+class FinishReason(IntEnum):
+    """Why generation ended."""
+
+    EOS = 1
+    LENGTH = 2
+    STOP = 3
+
+
+class StageAction(IntEnum):
+    """What a stage did."""
+
+    GENERATE = 1
+    VERIFY = 2
+
+
+class DecisionAction(IntEnum):
+    """What to do with an answer."""
+
+    STOP = 1
+    ESCALATE = 2
+
+
+class DecisionReason(IntEnum):
+    """What tipped a decision."""
+
+    VALUE = 1
+    LAST_STAGE = 2
+    MAX_COST = 3
+    MAX_LATENCY = 4
+    MIN_QUALITY = 5
+    FIXED_STAGE = 6
+    STATIC_PLAN = 7
+    DEADLINE = 8
+    STAGE_UNAVAILABLE = 9
+
+
+class PlanSource(IntEnum):
+    """Where the first stage and the decisions came from."""
+
+    POLICY = 1
+    STATIC = 2
+    FIXED = 3
+
+
+class View(Enum):
+    """What a caller sees while an answer is made."""
+
+    OUTCOME = "outcome"  # The outcome alone.
+    COMMITTED = "committed"  # Final tokens.
+    DRAFTS = "drafts"  # Drafts as well, though they may be revised.
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen. None: the stage's default."""
+
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What the caller wants optimised. Costs and `lambda_` in cost units. None: not set."""
+
+    lambda_: float | None = None
+    max_cost: float | None = None
+    max_latency_ms: float | None = None
+    min_quality: float | None = None
+    preference: Preference | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """Acceptance of draft tokens; threshold for TOLERANT only."""
+
+    mode: AcceptanceMode
+    threshold: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a caller asks. `input`: a prompt or the turns of a conversation. `stage`: the fixed stage, or
+    ""."""
+
+    id: str
+    input: str | tuple[Turn, ...]
+    sampling: Sampling = field(default_factory=Sampling)
+    objective: Objective = field(default_factory=Objective)
+    acceptance: Acceptance | None = None
+    session_id: str = ""
+    stage: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One model of the cascade. cost: cost units of a whole answer. timeout_ms: budget of one call."""
+
+    name: str
+    index: int
+    cost: float
+    timeout_ms: float
+    target: str = ""
+    model: str = ""
+
+    def __str__(self) -> str:
+        return f"stage {self.name} at {self.target}" if self.target else f"stage {self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Tokens in order. logprobs (nats), entropies (nats) and top2_margins have one entry per id."""
+
+    ids: Sequence[int]
+    text: str
+    logprobs: Sequence[float] = ()
+    entropies: Sequence[float] = ()
+    top2_margins: Sequence[float] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """How a draft fared. proposed counts the end-of-sequence token where the draft ended with it."""
+
+    proposed_tokens: int
+    accepted_tokens: int
+    ranks: Sequence[int] = ()
+    ids_used: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a stage call consumed."""
+
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    completion_tokens: int = 0
+    proposed_tokens: int = 0
+    accepted_tokens: int = 0
+    forward_passes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Times of a stage call by the stage's clock, in milliseconds."""
+
+    queue_ms: float = 0.0
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
+    total_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StageResult:
+    """Outcome of a stage call. token_ids: without the end-of-sequence token."""
+
+    text: str
+    token_ids: Sequence[int]
+    tokenizer_fingerprint: str
+    finish_reason: FinishReason
+    usage: Usage
+    timing: Timing
+    model: str = ""
+
+
+StageEvent = Tokens | Verification | StageResult
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A stage's whole answer with what it shows. latency_ms: from the call to the stage's last message."""
+
+    stage: Stage
+    action: StageAction
+    result: StageResult
+    tokens: Tokens
+    verification: Verification | None
+    latency_ms: float
+    cost: float
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """What the router knows of a stage."""
+
+    stage: str
+    available: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The policy's choice of a first stage, by its place in the cascade."""
+
+    first_stage: int
+    policy_version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What to do with an answer.
+
+    next_stage: place of the stage to ask, for ESCALATE. p_correct: calibrated probability that the judged
+    answer is correct; None where the policy was not asked. expected_ms: latency to be expected of next_stage;
+    None: unknown.
+    """
+
+    action: DecisionAction
+    reason: DecisionReason
+    next_stage: int | None = None
+    p_correct: float | None = None
+    p_correct_stderr: float | None = None
+    policy_version: str = ""
+    expected_ms: float | None = None
+    predict_us: float | None = None
+
+    def stopped(self, reason: DecisionReason) -> Decision:
+        """Return the decision turned into a stop, for a reason of the router's."""
+        return replace(self, action=DecisionAction.STOP, reason=reason, next_stage=None, expected_ms=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A stage's answer and what was decided on it."""
+
+    answer: Answer
+    decision: Decision
+
+    def stopped(self, reason: DecisionReason) -> Record:
+        """Return the record with the answer standing, for a reason of the router's."""
+        return Record(self.answer, self.decision.stopped(reason))
+
+
+@dataclass(frozen=True, slots=True)
+class StageStarted:
+    """A stage starts on the request."""
+
+    stage: Stage
+    action: StageAction
+
+
+@dataclass(frozen=True, slots=True)
+class Drafted:
+    """Tokens that may still be revised."""
+
+    tokens: Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """Tokens that are final, counted from the answer's start. tokens: those not shown before, or None."""
+
+    count: int
+    tokens: Tokens | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Revised:
+    """Everything after these many tokens, and bytes of UTF-8, is dropped."""
+
+    kept_tokens: int
+    kept_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The answer to a request: the last record's, with what led to it."""
+
+    request_id: str
+    records: tuple[Record, ...]
+    plan_source: PlanSource
+    policy_version: str
+    latency_ms: float
+    policy_ms: float
+
+    @property
+    def answer(self) -> Answer:
+        """The answer that stands."""
+        return self.records[-1].answer
+
+    @property
+    def cost(self) -> float:
+        """Sum over the stages, in cost units."""
+        return sum(record.answer.cost for record in self.records)
+
+
+Event = StageStarted | Drafted | Committed | Revised | Outcome

@@ -1,0 +1,149 @@
+"""Where a request starts and when it stops: the caller's stage, the policy's choice, or the static plan.
+Pure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from services.common.errors import BudgetSpent, NotFound, Unavailable
+from services.common.telemetry import Spans, Traced
+from services.router import spans
+from services.router.domain import (
+    Condition,
+    Decision,
+    DecisionAction,
+    DecisionReason,
+    PlanSource,
+    Stage,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from services.router.ports import Observer, PolicyClient
+    from services.router.progress import Progress
+    from services.router.static_plan import StaticPlan
+
+# Kept from every deadline, for the router's own work and the way back. Chosen: above its own p95.
+MARGIN_MS = 10.0
+# For how long plans avoid a stage that was away. Chosen: one attempt per second costs nothing.
+AWAY_SECONDS = 1.0
+
+
+class Planner:
+    """Chooses stages. Only where the policy service is away or late does the static plan stand in for it.
+
+    policy: None where there is no policy service. clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        policy: PolicyClient | None,
+        static_plan: StaticPlan,
+        observer: Observer,
+        clock: Callable[[], float],
+    ) -> None:
+        self._stages = tuple(stages)
+        self._policy = policy
+        self._static_plan = static_plan
+        self._observer = observer
+        self._clock = clock
+        self._by_name = {stage.name: stage.index for stage in stages}
+        self._away_until: dict[int, float] = {}
+
+    def stage_is_away(self, stage: Stage) -> None:
+        """Avoid a stage for a while."""
+        self._away_until[stage.index] = self._clock() + AWAY_SECONDS
+
+    async def plan(self, progress: Progress) -> int:
+        """Return the stage to ask first. Raises NotFound for an unknown fixed one, Unavailable if all
+        failed."""
+        with Traced(Spans.PLAN) as span:
+            first = await self._first_stage(progress)
+            spans.describe_plan(span, progress, self._stages[first])
+            return first
+
+    async def decide(self, progress: Progress) -> Decision:
+        """Judge the latest answer. An escalation that does not fit the deadline is not started."""
+        with Traced(Spans.DECIDE) as span:
+            decision = await self._judge(progress)
+            if decision.next_stage is not None:
+                left_ms = progress.left_ms(MARGIN_MS)
+                if left_ms <= 0 or (decision.expected_ms or 0.0) > left_ms:
+                    decision = decision.stopped(DecisionReason.DEADLINE)
+            progress.judged(decision)
+            spans.describe_decision(span, progress, decision)
+            return decision
+
+    def is_final(self, progress: Progress, stage: Stage) -> bool:
+        """Return whether a stage's answer will stand, whatever it shows."""
+        if progress.plan_source is PlanSource.FIXED or stage.index == len(self._stages) - 1:
+            return True
+        return (
+            not progress.follows_policy and self._static_plan.next_after(stage.index, progress.failed) is None
+        )
+
+    async def _first_stage(self, progress: Progress) -> int:
+        request = progress.request
+        if request.stage:
+            progress.plan_source = PlanSource.FIXED
+            if request.stage not in self._by_name:
+                known = ", ".join(self._by_name)
+                raise NotFound(f"no stage {request.stage!r}; the cascade has {known}", field="stage")
+            return self._by_name[request.stage]
+        now = self._clock()
+        away = {index for index, until in self._away_until.items() if until > now}
+        if self._policy is not None and progress.follows_policy:
+            conditions = self._conditions(away.union(progress.failed))
+            try:
+                with progress.waiting_for_policy():
+                    plan = await self._policy.plan(request, conditions, progress.left_ms(MARGIN_MS))
+            except (Unavailable, BudgetSpent) as error:
+                if progress.left_ms() <= 0:
+                    raise BudgetSpent("the deadline passed before a stage was asked") from error
+            else:
+                if plan.first_stage not in progress.failed:
+                    progress.plan_source = PlanSource.POLICY
+                    progress.policy_version = plan.policy_version
+                    return plan.first_stage
+        progress.follows_policy = False
+        progress.plan_source = PlanSource.STATIC
+        self._observer.static_plan_used("plan")
+        first = self._static_plan.first(away, progress.failed)
+        if first is None:
+            raise Unavailable("; ".join(error.message for error in progress.failed.values()))
+        return first
+
+    async def _judge(self, progress: Progress) -> Decision:
+        if progress.plan_source is PlanSource.FIXED:
+            return Decision(DecisionAction.STOP, DecisionReason.FIXED_STAGE)
+        answer = progress.answer
+        if self._policy is not None and progress.follows_policy:
+            conditions = self._conditions(progress.failed)
+            spent_ms = progress.spent_ms()
+            try:
+                with progress.waiting_for_policy():
+                    return await self._policy.decide(
+                        progress.request,
+                        answer,
+                        progress.spent_cost,
+                        spent_ms,
+                        conditions,
+                        progress.left_ms(MARGIN_MS),
+                    )
+            except (Unavailable, BudgetSpent):
+                self._observer.static_plan_used("decide")
+                progress.follows_policy = False
+        following = self._static_plan.next_after(answer.stage.index, progress.failed)
+        if following is None:
+            return Decision(DecisionAction.STOP, DecisionReason.STATIC_PLAN)
+        decision = Decision(DecisionAction.ESCALATE, DecisionReason.STATIC_PLAN, following)
+        max_cost = progress.request.objective.max_cost
+        # A verified answer never costs more than one written anew.
+        if max_cost is not None and progress.spent_cost + self._stages[following].cost > max_cost:
+            return decision.stopped(DecisionReason.MAX_COST)
+        return decision
+
+    def _conditions(self, away: Iterable[int]) -> list[Condition]:
+        return [Condition(self._stages[index].name, available=False) for index in sorted(away)]

@@ -1,0 +1,71 @@
+"""What the cascade needs of the outside: protocols that clients.py meets with gRPC, and tests with fakes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Sequence
+
+    from services.common.errors import AsdError
+    from services.router.domain import (
+        Answer,
+        Condition,
+        Decision,
+        Outcome,
+        Plan,
+        Request,
+        Stage,
+        StageEvent,
+        StageResult,
+    )
+
+
+class StageClient(Protocol):
+    """Calls one stage. Both calls raise the AsdError that the stage's status stands for."""
+
+    @property
+    def stage(self) -> Stage:
+        """The stage that is called."""
+
+    def generate(self, request: Request, timeout_ms: float) -> AsyncGenerator[StageEvent, None]:
+        """Yield tokens as the stage writes them, and last its result."""
+
+    def verify(
+        self, request: Request, draft: StageResult, timeout_ms: float
+    ) -> AsyncGenerator[StageEvent, None]:
+        """Yield the verification of the draft, then tokens, and last the result."""
+
+
+class PolicyClient(Protocol):
+    """Calls the policy service. Unavailable and BudgetSpent mean that it is away or late."""
+
+    async def plan(self, request: Request, conditions: Sequence[Condition], timeout_ms: float) -> Plan:
+        """Return the first stage."""
+
+    async def decide(
+        self,
+        request: Request,
+        answer: Answer,
+        spent_cost: float,
+        spent_ms: float,
+        conditions: Sequence[Condition],
+        timeout_ms: float,
+    ) -> Decision:
+        """Return what to do with an answer. A stage to escalate to is later than the answer's."""
+
+
+class Observer(Protocol):
+    """Counts what happens."""
+
+    def static_plan_used(self, step: str) -> None:
+        """The static plan stood in for the policy at a step, "plan" or "decide"."""
+
+    def stage_answered(self, answer: Answer) -> None:
+        """A stage gave a whole answer."""
+
+    def stage_failed(self, stage: Stage, error: AsdError) -> None:
+        """A stage call failed."""
+
+    def request_answered(self, outcome: Outcome, stage_count: int) -> None:
+        """A request was answered, in a cascade of so many stages."""

@@ -1,0 +1,179 @@
+"""The cascade's public API over gRPC: checks what comes, converts, and answers."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from contextlib import aclosing, contextmanager
+from typing import TYPE_CHECKING
+
+from asd.v1 import cascade_pb2, cascade_pb2_grpc
+from services.common import validation
+from services.common.errors import AsdError, InvalidRequest, ResourceExhausted, Unavailable
+from services.common.server import ServiceRegistration
+from services.common.status import public_message, status_of
+from services.common.telemetry import current_trace_id
+from services.router import convert
+from services.router.domain import Outcome, Request, View
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Iterator
+
+    import grpc
+
+    from services.router.cascade import Cascade
+    from services.router.clients import Directory
+
+    Context = grpc.aio.ServicerContext[object, object]
+
+MAX_BATCH = 1024
+
+
+class CascadeServicer(cascade_pb2_grpc.CascadeServiceServicer):
+    """Serves asd.v1.CascadeService. clock: monotonic seconds, the cascade's own."""
+
+    def __init__(
+        self,
+        cascade: Cascade,
+        directory: Directory,
+        clock: Callable[[], float],
+        *,
+        max_concurrent: int,
+        batch_concurrency: int,
+        default_deadline_ms: float,
+    ) -> None:
+        self._cascade = cascade
+        self._directory = directory
+        self._clock = clock
+        self._max_concurrent = max_concurrent
+        self._batch_concurrency = batch_concurrency
+        self._default_deadline_s = default_deadline_ms / 1000.0
+        self._active = 0
+        self._draining = False
+
+    def registration(self) -> ServiceRegistration:
+        """Return what adds this servicer to a server."""
+        return ServiceRegistration(
+            "asd.v1.CascadeService",
+            lambda server: cascade_pb2_grpc.add_CascadeServiceServicer_to_server(self, server),
+        )
+
+    async def drain(self) -> None:
+        """Refuse new requests from now on."""
+        self._draining = True
+
+    async def Generate(  # noqa: N802 - the proto's name
+        self, request: cascade_pb2.GenerateRequest, context: Context
+    ) -> cascade_pb2.GenerateResponse:
+        """Answer a prompt."""
+        check_request(request)
+        with self._admitted():
+            outcome = await self._outcome(request, self._deadline(context))
+            return convert.response_to(outcome, current_trace_id())
+
+    async def GenerateStream(  # noqa: N802 - the proto's name
+        self, request: cascade_pb2.GenerateStreamRequest, context: Context
+    ) -> AsyncGenerator[cascade_pb2.GenerateStreamResponse, None]:
+        """Answer a prompt and stream its tokens."""
+        if not request.HasField("request"):
+            raise InvalidRequest("request is required", field="request")
+        check_request(request.request, "request.")
+        view = View.DRAFTS if request.include_drafts else View.COMMITTED
+        with self._admitted():
+            trace_id = current_trace_id()
+            answer = self._cascade.answer(
+                convert.request_from(request.request, _new_id()), self._deadline(context), view
+            )
+            async with aclosing(answer) as events:
+                async for event in events:
+                    yield convert.event_to(event, trace_id)
+
+    async def GenerateBatch(  # noqa: N802 - the proto's name
+        self, request: cascade_pb2.GenerateBatchRequest, context: Context
+    ) -> AsyncGenerator[cascade_pb2.GenerateBatchResponse, None]:
+        """Answer several prompts, each as it is ready."""
+        count = len(request.requests)
+        if not 1 <= count <= MAX_BATCH:
+            raise InvalidRequest(f"send 1 to {MAX_BATCH} requests, not {count}", field="requests")
+        deadline = self._deadline(context)
+        with self._admitted():
+            ready: asyncio.Queue[cascade_pb2.GenerateBatchResponse] = asyncio.Queue()
+            waiting = iter(enumerate(request.requests))
+
+            async def work() -> None:
+                for index, each in waiting:
+                    ready.put_nowait(await self._batch_response(index, each, deadline))
+
+            workers = [asyncio.create_task(work()) for _ in range(min(count, self._batch_concurrency))]
+            try:
+                for _ in range(count):
+                    yield await ready.get()
+            finally:
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
+
+    async def Describe(  # noqa: N802 - the proto's name
+        self, request: cascade_pb2.DescribeRequest, context: Context
+    ) -> cascade_pb2.DescribeResponse:
+        """Say which stages exist, what they cost and which policy is in force."""
+        return await self._directory.describe()
+
+    async def _outcome(self, message: cascade_pb2.GenerateRequest, deadline: float) -> Outcome:
+        request: Request = convert.request_from(message, _new_id())
+        async with aclosing(self._cascade.answer(request, deadline, View.OUTCOME)) as events:
+            async for event in events:
+                if isinstance(event, Outcome):
+                    return event
+        raise AsdError("the cascade ended without an outcome")
+
+    async def _batch_response(
+        self, index: int, message: cascade_pb2.GenerateRequest, deadline: float
+    ) -> cascade_pb2.GenerateBatchResponse:
+        try:
+            check_request(message, f"requests[{index}].")
+            outcome = await self._outcome(message, deadline)
+        except Exception as error:
+            failure = cascade_pb2.BatchError(
+                code=status_of(error).value[0],
+                message=public_message(error),
+                field=error.field if isinstance(error, AsdError) else "",
+            )
+            return cascade_pb2.GenerateBatchResponse(index=index, error=failure)
+        response = convert.response_to(outcome, current_trace_id())
+        return cascade_pb2.GenerateBatchResponse(index=index, response=response)
+
+    def _deadline(self, context: Context) -> float:
+        left_s = context.time_remaining()
+        return self._clock() + (self._default_deadline_s if left_s is None else left_s)
+
+    @contextmanager
+    def _admitted(self) -> Iterator[None]:
+        if self._draining:
+            raise Unavailable("the router is shutting down: call another replica, or again")
+        if self._active >= self._max_concurrent:
+            raise ResourceExhausted(
+                f"the router runs {self._active} requests already (max_concurrent): call again later"
+            )
+        self._active += 1
+        try:
+            yield
+        finally:
+            self._active -= 1
+
+
+def check_request(request: cascade_pb2.GenerateRequest, path: str = "") -> None:
+    """Check a request, whether its stage exists excepted. Raises InvalidRequest naming the field."""
+    validation.check_input(request, path)
+    if request.HasField("sampling"):
+        validation.check_sampling(request.sampling, f"{path}sampling")
+    if request.HasField("objective"):
+        validation.check_objective(request.objective, f"{path}objective")
+    if request.HasField("acceptance"):
+        validation.check_acceptance(request.acceptance, f"{path}acceptance")
+    if request.session_id:
+        validation.check_session_id(request.session_id, f"{path}session_id")
+
+
+def _new_id() -> str:
+    return uuid.uuid4().hex

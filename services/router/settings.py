@@ -1,0 +1,62 @@
+"""Settings of the router."""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from services.common.settings import Section, ServiceSettings, service_config
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class PolicySettings(Section):
+    """Where the policy service is, and for how long one of its calls is waited for."""
+
+    target: str = Field(min_length=1)
+    timeout_ms: Milliseconds = 100.0
+
+
+class StageSettings(Section):
+    """One stage. cost: cost units of a whole answer. model: empty for the stage's default model."""
+
+    name: Name
+    target: str = Field(min_length=1)
+    model: str = ""
+    cost: float = Field(gt=0, allow_inf_nan=False)
+    timeout_ms: Milliseconds = 30_000.0
+
+
+class RouterSettings(ServiceSettings):
+    """Settings of the asd router."""
+
+    model_config = service_config("ASD_ROUTER_")
+
+    listen: str = "127.0.0.1:50050"
+    # Absent: there is no policy service, and the static plan always holds.
+    policy: PolicySettings | None = None
+    stages: tuple[StageSettings, ...] = Field(min_length=1)
+    # Stages asked in order while the policy service is away; the last one answers.
+    static_plan: tuple[str, ...] = Field(min_length=1)
+    # Requests under way at once; a batch counts as one.
+    max_concurrent: int = Field(default=256, ge=1)
+    # Requests of one batch under way at once.
+    batch_concurrency: int = Field(default=16, ge=1)
+    # For callers that set no deadline.
+    default_deadline_ms: Milliseconds = 60_000.0
+    drain_seconds: float = Field(default=10.0, ge=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stages: names must differ, not {', '.join(names)}")
+        unknown = [name for name in self.static_plan if name not in names]
+        if unknown:
+            raise ValueError(f"static_plan: {', '.join(unknown)} is not among stages ({', '.join(names)})")
+        places = [names.index(name) for name in self.static_plan]
+        if places != sorted(set(places)):
+            raise ValueError("static_plan: name stages once each, in the order of stages")
+        return self

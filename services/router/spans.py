@@ -1,0 +1,91 @@
+"""What the router writes onto its spans. Prompts and answers stay off them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from services.common.telemetry import OPERATION_CHAT, PROVIDER_NAME, Attributes, Traced
+
+if TYPE_CHECKING:
+    from services.router.domain import Answer, Decision, Outcome, Request, Stage, StageAction
+    from services.router.progress import Progress
+
+
+def describe_plan(span: Traced, progress: Progress, first: Stage) -> None:
+    """Say where the plan came from and what it is."""
+    if span.recording:
+        span.set(Attributes.PLAN_SOURCE, progress.plan_source.name.lower())
+        span.set(Attributes.PLAN_FIRST_STAGE, first.name)
+        span.set(Attributes.POLICY_VERSION, progress.policy_version)
+
+
+def describe_call(span: Traced, request: Request, stage: Stage, action: StageAction) -> None:
+    """Say which stage is asked for what."""
+    if not span.recording:
+        return
+    span.set(Attributes.OPERATION, OPERATION_CHAT)
+    span.set(Attributes.PROVIDER, PROVIDER_NAME)
+    span.set(Attributes.REQUEST_MODEL, stage.model or stage.name)
+    span.set(Attributes.REQUEST_TEMPERATURE, request.sampling.temperature)
+    if request.sampling.max_new_tokens is not None:
+        span.set(Attributes.REQUEST_MAX_TOKENS, request.sampling.max_new_tokens)
+    span.set(Attributes.SERVER_ADDRESS, stage.target)
+    span.set(Attributes.STAGE_NAME, stage.name)
+    span.set(Attributes.STAGE_INDEX, stage.index)
+    span.set(Attributes.STAGE_ACTION, action.name.lower())
+
+
+def describe_answer(span: Traced, answer: Answer) -> None:
+    """Say what a stage call took."""
+    if not span.recording:
+        return
+    result = answer.result
+    span.set(Attributes.RESPONSE_MODEL, result.model or answer.stage.name)
+    span.set(Attributes.FINISH_REASONS, (result.finish_reason.name.lower(),))
+    span.set(Attributes.INPUT_TOKENS, result.usage.prompt_tokens)
+    span.set(Attributes.OUTPUT_TOKENS, result.usage.completion_tokens)
+    span.set(Attributes.CACHED_TOKENS, result.usage.cached_prompt_tokens)
+    span.set(Attributes.STAGE_LATENCY_MS, answer.latency_ms)
+    span.set(Attributes.STAGE_QUEUE_MS, result.timing.queue_ms)
+    span.set(Attributes.STAGE_PREFILL_MS, result.timing.prefill_ms)
+    span.set(Attributes.STAGE_DECODE_MS, result.timing.decode_ms)
+    span.set(Attributes.COST, answer.cost)
+    if answer.verification is not None:
+        span.set(Attributes.PROPOSED_TOKENS, answer.verification.proposed_tokens)
+        span.set(Attributes.ACCEPTED_TOKENS, answer.verification.accepted_tokens)
+
+
+def describe_decision(span: Traced, progress: Progress, decision: Decision) -> None:
+    """Say what was decided, by whom and why."""
+    if not span.recording:
+        return
+    source = "policy" if decision.p_correct is not None else progress.plan_source.name.lower()
+    if not progress.follows_policy:
+        source = "static"
+    span.set(Attributes.PLAN_SOURCE, source)
+    span.set(Attributes.DECISION_OUTCOME, decision.action.name.lower())
+    span.set(Attributes.DECISION_REASON, decision.reason.name.lower())
+    span.set(Attributes.STAGE_NAME, progress.answer.stage.name)
+    span.set(Attributes.POLICY_VERSION, progress.policy_version)
+    if decision.p_correct is not None:
+        span.set(Attributes.P_CORRECT, decision.p_correct)
+    if decision.predict_us is not None:
+        span.set(Attributes.PREDICT_US, decision.predict_us)
+
+
+def describe_outcome(span: Traced, outcome: Outcome) -> None:
+    """Say how the request went."""
+    if not span.recording:
+        return
+    answer = outcome.answer
+    span.set(Attributes.REQUEST_ID, outcome.request_id)
+    span.set(Attributes.RESPONSE_ID, outcome.request_id)
+    span.set(Attributes.PLAN_SOURCE, outcome.plan_source.name.lower())
+    span.set(Attributes.POLICY_VERSION, outcome.policy_version)
+    span.set(Attributes.STAGE_NAME, answer.stage.name)
+    span.set(Attributes.STAGE_INDEX, answer.stage.index)
+    span.set(Attributes.STAGE_COUNT, len(outcome.records))
+    span.set(Attributes.DECISION_REASON, outcome.records[-1].decision.reason.name.lower())
+    span.set(Attributes.COST, outcome.cost)
+    span.set(Attributes.LATENCY_MS, outcome.latency_ms)
+    span.set(Attributes.POLICY_MS, outcome.policy_ms)

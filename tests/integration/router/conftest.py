@@ -1,0 +1,306 @@
+"""Small working gRPC servers around a real router: stages that write words, a policy that follows a script."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import zlib
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+
+import grpc
+import pytest
+
+from asd.v1 import (
+    cascade_pb2_grpc,
+    common_pb2,
+    policy_pb2,
+    policy_pb2_grpc,
+    stage_pb2,
+    stage_pb2_grpc,
+)
+from services.common.channel import open_channel
+from services.common.errors import AsdError, Unavailable
+from services.common.server import ServiceRegistration, start_server
+from services.router.__main__ import build
+from services.router.settings import RouterSettings
+
+COSTS = (1.6, 4.2, 8.8)
+NAMES = ("small", "medium", "large")
+
+
+def token_id(piece: bytes) -> int:
+    return zlib.crc32(piece) % 50_000
+
+
+@dataclass
+class FakeStage(stage_pb2_grpc.StageServiceServicer):
+    """Writes fixed tokens and verifies by the EXACT rule. A token is a piece of UTF-8, perhaps not a whole character."""
+
+    name: str
+    pieces: tuple[bytes, ...] = (b"one", b" two", b" three")
+    fingerprint: str = "f" * 64
+    # Tokens that one message of the stream carries.
+    chunk: int = 1
+    # After this many tokens: wait for the gate, or fail with the error.
+    pause_after: int | None = None
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+    fail_after: int | None = None
+    failure: AsdError = field(default_factory=lambda: Unavailable("the stage is going away"))
+    sends_result: bool = True
+    calls: list[str] = field(default_factory=list)
+    requests: list = field(default_factory=list)
+    started: asyncio.Event = field(default_factory=asyncio.Event)
+    cancelled: asyncio.Event = field(default_factory=asyncio.Event)
+    running: int = 0
+    most_running: int = 0
+
+    async def Generate(self, request, context):
+        self._begin("generate", request)
+        try:
+            async for tokens in self._write():
+                yield stage_pb2.StageServiceGenerateResponse(tokens=tokens)
+            if self.sends_result:
+                yield stage_pb2.StageServiceGenerateResponse(result=self._result(0, 0, len(self.pieces) + 1))
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+        finally:
+            self.running -= 1
+
+    async def Verify(self, request, context):
+        self._begin("verify", request)
+        try:
+            own = [token_id(piece) for piece in self.pieces]
+            ids_used = request.draft.tokenizer_fingerprint == self.fingerprint
+            draft = list(request.draft.token_ids)
+            proposed = len(draft) + (request.draft.finish_reason == common_pb2.FINISH_REASON_EOS)
+            accepted = 0
+            while accepted < min(len(own), len(draft)) and own[accepted] == draft[accepted]:
+                accepted += 1
+            if accepted == len(draft) == len(own) and proposed > len(draft):
+                accepted += 1
+            if self.fail_after == 0:
+                raise self.failure
+            yield stage_pb2.VerifyResponse(
+                verification=stage_pb2.Verification(
+                    proposed_tokens=proposed,
+                    accepted_tokens=accepted,
+                    ranks=[0] * accepted + [3] * (proposed - accepted),
+                    ids_used=ids_used,
+                )
+            )
+            async for tokens in self._write():
+                yield stage_pb2.VerifyResponse(tokens=tokens)
+            passes = 1 + max(len(own) + 1 - accepted, 0)
+            yield stage_pb2.VerifyResponse(result=self._result(proposed, accepted, passes))
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+        finally:
+            self.running -= 1
+
+    async def Status(self, request, context):
+        return stage_pb2.StatusResponse(
+            models=[
+                stage_pb2.ModelStatus(
+                    name=self.name, engine="fake", parameters=7, context_length=512, queued_requests=1
+                )
+            ]
+        )
+
+    async def Prefill(self, request, context):
+        raise NotImplementedError
+
+    async def Load(self, request, context):
+        raise NotImplementedError
+
+    async def Unload(self, request, context):
+        raise NotImplementedError
+
+    def add(self, server):
+        stage_pb2_grpc.add_StageServiceServicer_to_server(self, server)
+
+    full_name = "asd.v1.StageService"
+
+    @property
+    def text(self) -> str:
+        return b"".join(self.pieces).decode()
+
+    def _begin(self, call, request):
+        self.calls.append(call)
+        self.requests.append(request)
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        self.started.set()
+
+    async def _write(self):
+        pending = b""
+        for start in range(0, len(self.pieces), self.chunk):
+            if self.pause_after is not None and start >= self.pause_after:
+                await self.gate.wait()
+            if self.fail_after is not None and start >= self.fail_after:
+                raise self.failure
+            part = self.pieces[start : start + self.chunk]
+            pending += b"".join(part)
+            text = pending.decode(errors="ignore")
+            pending = pending[len(text.encode()) :]
+            yield common_pb2.TokenChunk(
+                token_ids=[token_id(piece) for piece in part],
+                text=text,
+                logprobs=[-0.25] * len(part),
+                entropies=[0.5] * len(part),
+                top2_margins=[0.75] * len(part),
+            )
+        if self.pause_after is not None and self.pause_after >= len(self.pieces):
+            await self.gate.wait()
+        if self.fail_after is not None and self.fail_after >= len(self.pieces):
+            raise self.failure
+
+    def _result(self, proposed, accepted, passes):
+        return stage_pb2.StageResult(
+            text=self.text,
+            token_ids=[token_id(piece) for piece in self.pieces],
+            tokenizer_fingerprint=self.fingerprint,
+            finish_reason=common_pb2.FINISH_REASON_EOS,
+            usage=common_pb2.Usage(
+                prompt_tokens=4,
+                completion_tokens=len(self.pieces),
+                proposed_tokens=proposed,
+                accepted_tokens=accepted,
+                forward_passes=passes,
+            ),
+            timing=common_pb2.StageTiming(queue_ms=0.25, prefill_ms=1, decode_ms=2, total_ms=3.25),
+            model=self.name,
+        )
+
+
+@dataclass
+class FakePolicy(policy_pb2_grpc.PolicyServiceServicer):
+    """Plans a stage and decides by a script: stage name to the next stage's name, or to None for a stop."""
+
+    first: str = "small"
+    script: dict = field(default_factory=dict)
+    plan_failure: AsdError | None = None
+    decide_failure: AsdError | None = None
+    # Set: calls wait for it.
+    gate: asyncio.Event | None = None
+    plan_response: policy_pb2.PlanResponse | None = None
+    decide_response: policy_pb2.DecideResponse | None = None
+    expected_ms: float = 0.0
+    plans: list = field(default_factory=list)
+    decisions: list = field(default_factory=list)
+
+    async def Plan(self, request, context):
+        self.plans.append(request)
+        if self.gate is not None:
+            await self.gate.wait()
+        if self.plan_failure is not None:
+            raise self.plan_failure
+        away = {each.stage for each in request.conditions if not each.available}
+        first = next((name for name in (self.first, *request.cascade) if name not in away), self.first)
+        return self.plan_response or policy_pb2.PlanResponse(first_stage=first, policy_version="v7")
+
+    async def Decide(self, request, context):
+        self.decisions.append(request)
+        if self.decide_failure is not None:
+            raise self.decide_failure
+        if self.decide_response is not None:
+            return self.decide_response
+        next_stage = self.script.get(request.stage)
+        return policy_pb2.DecideResponse(
+            action=policy_pb2.DECISION_ACTION_ESCALATE if next_stage else policy_pb2.DECISION_ACTION_STOP,
+            next_stage=next_stage or "",
+            reason=policy_pb2.DECISION_REASON_VALUE,
+            p_correct=0.5 if next_stage else 0.9,
+            p_correct_stderr=0.01,
+            policy_version="v7",
+            estimates=[
+                policy_pb2.StageEstimate(stage=name, latency_ms=self.expected_ms) for name in request.cascade
+            ],
+        )
+
+    async def Report(self, request, context):
+        raise NotImplementedError
+
+    async def Describe(self, request, context):
+        return policy_pb2.PolicyServiceDescribeResponse(policy_version="v7")
+
+    def add(self, server):
+        policy_pb2_grpc.add_PolicyServiceServicer_to_server(self, server)
+
+    full_name = "asd.v1.PolicyService"
+
+
+@dataclass
+class World:
+    """A router with what is around it."""
+
+    stub: cascade_pb2_grpc.CascadeServiceStub
+    channel: grpc.aio.Channel
+    stages: dict[str, FakeStage]
+    policy: FakePolicy | None
+    targets: dict[str, str]
+    servers: dict[str, grpc.aio.Server]
+    port: int
+
+    async def stop(self, name: str) -> None:
+        await self.servers[name].stop(0)
+
+    async def start(self, name: str) -> None:
+        fake = self.policy if name == "policy" else self.stages[name]
+        self.servers[name], _ = await start_server(
+            self.targets[name], [ServiceRegistration(fake.full_name, fake.add)]
+        )
+
+
+@pytest.fixture
+async def world():
+    """Return a function that starts stages, policy and router, all on free ports, and returns a World."""
+    async with AsyncExitStack() as stack:
+
+        async def start(
+            *stages: FakeStage, policy: FakePolicy | None = None, dead: tuple[str, ...] = (), **settings
+        ) -> World:
+            stages = stages or tuple(FakeStage(name) for name in NAMES)
+            fakes = {stage.name: stage for stage in stages}
+            everyone = {**fakes, "policy": policy} if policy else dict(fakes)
+            targets, servers = {}, {}
+            for name, fake in everyone.items():
+                if name in dead:
+                    targets[name] = f"127.0.0.1:{free_port()}"
+                    continue
+                server, port = await start_server(
+                    "127.0.0.1:0", [ServiceRegistration(fake.full_name, fake.add)]
+                )
+                targets[name], servers[name] = f"127.0.0.1:{port}", server
+            entries = [
+                {"name": name, "target": targets[name], "cost": COSTS[index], "timeout_ms": 5000}
+                for index, name in enumerate(fakes)
+            ]
+            options = {"static_plan": ("medium",), "stages": entries, **settings}
+            if policy:
+                options.setdefault("policy", {"target": targets["policy"], "timeout_ms": 2000})
+            servicer = await build(RouterSettings(**options), stack)
+            server, port = await start_server("127.0.0.1:0", [servicer.registration()])
+            channel = await stack.enter_async_context(open_channel(f"127.0.0.1:{port}", retry=False))
+            servers["router"] = server
+            world = World(
+                cascade_pb2_grpc.CascadeServiceStub(channel), channel, fakes, policy, targets, servers, port
+            )
+
+            async def stop_all() -> None:
+                await asyncio.gather(*(each.stop(0) for each in world.servers.values()))
+
+            stack.push_async_callback(stop_all)
+            return world
+
+        start.stage = FakeStage
+        start.policy = FakePolicy
+        yield start
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
