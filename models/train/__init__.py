@@ -1,0 +1,1 @@
+"""How the embedded family was made. Needs torch and a GPU: see `make models`."""

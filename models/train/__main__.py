@@ -1,0 +1,143 @@
+"""Train the family and measure it: `python -m models.train --out DIR`. Wants one GPU and all cores."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from itertools import combinations
+from pathlib import Path
+
+from models.train.family import FAMILY
+
+# torch is imported inside the steps that need it: the processes that build the corpus import this module too.
+
+
+def main() -> None:
+    """Run one step, or all of them."""
+    parser = argparse.ArgumentParser(prog="python -m models.train", description=__doc__)
+    parser.add_argument("step", choices=("all", "corpus", "fit", "measure"), nargs="?", default="all")
+    parser.add_argument("--out", type=Path, required=True, help="directory of the models")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/asd-family"), help="directory of the corpus")  # noqa: S108
+    parser.add_argument("--samples", type=int, default=4_000_000)
+    parser.add_argument("--model", choices=[recipe.name for recipe in FAMILY], help="for fit: this one alone")
+    parser.add_argument("--tokenizer", type=Path, help="use this tokenizer.json instead of training one")
+    parser.add_argument("--start", type=Path, help="go on from the models in this directory")
+    parser.add_argument("--rate-scale", type=float, default=1.0, help="factor on the learning rates")
+    parser.add_argument("--max-seconds", type=float, default=1e9, help="end each training after this time")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--eager", action="store_true", help="do not compile the training step")
+    parser.add_argument("--evaluation", type=int, default=27_384, help="prompts for the model cards")
+    parser.add_argument(
+        "--outcomes", type=Path, help="also write outcome files for the policy to this directory"
+    )
+    parser.add_argument(
+        "--reference", type=Path, help="also write transformers' outputs for the tests to this file"
+    )
+    parser.add_argument("--outcome-rows", type=int, nargs=3, default=(16_000, 8_000, 8_000))
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.step in ("all", "corpus"):
+        _corpus(options)
+    if options.step == "all":
+        _fit_all(options)
+    if options.step == "fit":
+        _fit(options)
+    if options.step in ("all", "measure"):
+        _measure(options)
+
+
+def _corpus(options: argparse.Namespace) -> None:
+    from tokenizers import Tokenizer
+
+    from models.train.corpus import build_corpus, save_corpus
+    from models.train.vocabulary import train_tokenizer
+
+    started = time.monotonic()
+    tokenizer = Tokenizer.from_file(str(options.tokenizer)) if options.tokenizer else train_tokenizer()
+    tokenizer.save(str(options.work / "tokenizer.json"))
+    corpus = build_corpus(tokenizer, options.samples)
+    save_corpus(corpus, options.work / "corpus.npz")
+    print(
+        f"corpus: {len(corpus.answers)} samples, {len(corpus.tokens)} tokens, {time.monotonic() - started:.0f} s"
+    )
+
+
+def _fit_all(options: argparse.Namespace) -> None:
+    """Train the models side by side: none of them fills a GPU alone."""
+    same = ["--out", options.out, "--work", options.work, "--device", options.device]
+    same += ["--max-seconds", options.max_seconds, *(["--eager"] if options.eager else [])]
+    running = [
+        subprocess.Popen(  # noqa: S603
+            [sys.executable, "-m", "models.train", "fit", "--model", recipe.name, *map(str, same)]
+        )
+        for recipe in FAMILY
+    ]
+    failed = [process.wait() != 0 for process in running]
+    if any(failed):
+        raise SystemExit("a training failed: see its message above")
+
+
+def _fit(options: argparse.Namespace) -> None:
+    from tokenizers import Tokenizer
+
+    from models.train.corpus import load_corpus
+    from models.train.fit import save_model, train_model
+
+    recipe = next(recipe for recipe in FAMILY if recipe.name == options.model)
+    model = train_model(
+        recipe,
+        load_corpus(options.work / "corpus.npz"),
+        device=options.device,
+        start=options.start and options.start / recipe.name,
+        rate_scale=options.rate_scale,
+        max_seconds=options.max_seconds,
+        compiled=not options.eager,
+    )
+    save_model(
+        model, recipe, Tokenizer.from_file(str(options.work / "tokenizer.json")), options.out / recipe.name
+    )
+
+
+def _measure(options: argparse.Namespace) -> None:
+    """Write report.json beside each model, and outcome files where they are wanted."""
+    from tokenizers import Tokenizer
+
+    from models.train.fit import load_model
+    from models.train.outcomes import answer_tasks, check_drafts, write_outcomes
+    from models.train.report import summarise
+    from suites import split
+
+    tokenizer = Tokenizer.from_file(str(options.out / FAMILY[0].name / "tokenizer.json"))
+    models = {}
+    for recipe in FAMILY:
+        models[recipe.name] = load_model(options.out / recipe.name, recipe).to(options.device)
+    tasks = list(split("evaluation", options.evaluation))
+    for name, model in models.items():
+        started = time.monotonic()
+        summary = summarise(tasks, answer_tasks(model, tokenizer, tasks, options.device))
+        (options.out / name / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
+        print(name, json.dumps(summary), f"{time.monotonic() - started:.0f} s", flush=True)
+    if options.reference:
+        from models.train.reference import write_reference
+
+        write_reference(options.reference, [options.out / name for name in models], 500, options.device)
+    if options.outcomes:
+        options.outcomes.mkdir(parents=True, exist_ok=True)
+        for part, rows in zip(("train", "calibration", "evaluation"), options.outcome_rows, strict=True):
+            tasks = list(split(part, rows))  # type: ignore[arg-type]
+            answers = {name: answer_tasks(m, tokenizer, tasks, options.device) for name, m in models.items()}
+            checks = {
+                (draft, target): check_drafts(
+                    models[target], tokenizer, tasks, answers[draft], options.device
+                )
+                for draft, target in combinations(models, 2)
+            }
+            write_outcomes(options.outcomes / f"{part}.jsonl.gz", tasks, part, answers, checks)
+
+
+if __name__ == "__main__":
+    main()
