@@ -1,0 +1,66 @@
+"""`python -m services.stage --config FILE`: build a stage's models and serve them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+
+from asd.v1 import stage_pb2_grpc
+from services.common import telemetry
+from services.common.errors import AsdError
+from services.common.server import ServiceRegistration, serve
+from services.stage.onnx_engine import OnnxEngine, OnnxOptions
+from services.stage.residency import Residency
+from services.stage.servicer import StageServicer
+from services.stage.settings import ModelSettings, StageSettings
+
+
+def main() -> None:
+    """Serve until SIGTERM."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    settings = StageSettings.from_arguments()
+    telemetry.setup_telemetry("asd-stage")
+    try:
+        asyncio.run(_serve(settings))
+    except AsdError as error:
+        raise SystemExit(f"asd-stage: {error.message}") from error
+
+
+async def _serve(settings: StageSettings) -> None:
+    residency = Residency(
+        {model.name: _engine(model, settings.max_queue) for model in settings.models},
+        settings.default_name,
+        settings.memory_budget_mb << 20,
+    )
+    for model in settings.models:
+        if model.preload:
+            await residency.load(model.name)
+    servicer = StageServicer(residency)
+    registration = ServiceRegistration(
+        "asd.v1.StageService",
+        lambda server: stage_pb2_grpc.add_StageServiceServicer_to_server(servicer, server),
+    )
+    await serve(
+        f"stage:{settings.default_name}",
+        settings.listen,
+        [registration],
+        drain_seconds=settings.drain_seconds,
+        on_drain=servicer.drain,
+    )
+
+
+def _engine(model: ModelSettings, max_queue: int) -> OnnxEngine:
+    options = OnnxOptions(
+        threads=model.threads,
+        max_batch=model.max_batch,
+        max_lanes=model.max_lanes,
+        cached_sequences=model.cached_sequences,
+        max_queue=max_queue,
+        default_max_new_tokens=model.default_max_new_tokens,
+    )
+    return OnnxEngine(model.name, model.path, options)
+
+
+if __name__ == "__main__":
+    main()

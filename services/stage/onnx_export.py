@@ -1,0 +1,399 @@
+"""From a Hugging Face Llama directory to the ONNX form that onnxruntime-genai runs, without torch.
+
+The graph follows onnxruntime-genai's own model builder (GroupQueryAttention with rotary embedding inside,
+skip layer norms), with query, key and value in one product and gate and up in another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import struct
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from services.common.errors import PreconditionFailed
+
+if TYPE_CHECKING:
+    import onnx
+
+# Part of the cache key: raise it when the graph changes.
+_FORMAT = 1
+_DTYPES: dict[str, np.dtype[np.generic]] = {
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+}
+# protobuf's limit is 2 GiB; larger weights go to a file beside the graph.
+_LARGEST_INLINE_BYTES = 1_500_000_000
+
+Weights = dict[str, npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaShape:
+    """The shape of a Llama model, from its config.json."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    context: int
+    norm_epsilon: float
+    rope_theta: float
+    is_tied: bool
+    eos_ids: tuple[int, ...]
+    pad_id: int
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        block = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
+        embeddings = self.vocabulary * self.hidden * (1 if self.is_tied else 2)
+        return self.layers * block + embeddings + self.hidden
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values of one token, in float32."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * 4
+
+
+def read_shape(directory: Path) -> LlamaShape:
+    """Read config.json.
+
+    Raises PreconditionFailed if it is missing, is not JSON, or describes a model that this export cannot run.
+    """
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise PreconditionFailed(f"{path} is missing: name a Hugging Face model directory") from error
+    except ValueError as error:
+        raise PreconditionFailed(f"{path} is not JSON: {error}") from error
+    for key, wanted in (("model_type", "llama"), ("hidden_act", "silu")):
+        if config.get(key) != wanted:
+            raise PreconditionFailed(
+                f"{path}: {key} is {config.get(key)!r}; the onnx engine runs {wanted!r} only"
+            )
+    for key in ("rope_scaling", "attention_bias", "mlp_bias"):
+        if config.get(key):
+            raise PreconditionFailed(f"{path}: {key} is set; the onnx engine does not support it")
+    try:
+        eos = config["eos_token_id"]
+        eos_ids = tuple(eos) if isinstance(eos, list) else (int(eos),)
+        rope = config.get("rope_parameters") or config
+        pad_id = config.get("pad_token_id")
+        return LlamaShape(
+            hidden=config["hidden_size"],
+            layers=config["num_hidden_layers"],
+            heads=config["num_attention_heads"],
+            kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
+            head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+            intermediate=config["intermediate_size"],
+            vocabulary=config["vocab_size"],
+            context=config["max_position_embeddings"],
+            norm_epsilon=config["rms_norm_eps"],
+            rope_theta=rope.get("rope_theta", 10000.0),
+            is_tied=bool(config.get("tie_word_embeddings", False)),
+            eos_ids=eos_ids,
+            pad_id=eos_ids[0] if pad_id is None else pad_id,
+        )
+    except (KeyError, TypeError) as error:
+        raise PreconditionFailed(f"{path}: {error} is missing or of the wrong type") from error
+
+
+def prepare(directory: Path, cache: Path | None = None) -> Path:
+    """Return the directory of a model's ONNX form, deriving it first where it is not there yet.
+
+    It is kept under `cache` (default_cache() if None), by a hash of what it was made from; two processes may
+    prepare the same model at once. Raises PreconditionFailed if the model is missing, damaged or unsupported.
+    """
+    directory = directory.resolve()
+    shape = read_shape(directory)
+    files = _weight_files(directory)
+    digest = hashlib.sha256(f"{_FORMAT}".encode())
+    for path in (directory / "config.json", *files):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    target = (cache or default_cache()) / "onnx" / digest.hexdigest()[:32]
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+    try:
+        _save(build_graph(shape, _read_weights(files)), partial)
+        (partial / "genai_config.json").write_text(json.dumps(_genai_config(shape), indent=2))
+        try:
+            partial.rename(target)
+        except OSError:
+            # Another process was first; its copy is the same.
+            if not target.exists():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def default_cache() -> Path:
+    """Return ASD_CACHE_DIR, or `asd` in the user's cache directory."""
+    own = os.environ.get("ASD_CACHE_DIR")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "asd"
+
+
+def build_graph(shape: LlamaShape, weights: Weights) -> onnx.ModelProto:
+    """Return the decoder as an ONNX model in float32.
+
+    Inputs: input_ids int64 [b, s], attention_mask int64 [b, past + s], past_key_values.N.key/value float32
+    [b, kv_heads, past, head_dim]. Outputs: logits float32 [b, s, vocabulary], present.N.key/value.
+    Raises PreconditionFailed if a weight is missing or of another shape.
+    """
+    import onnx
+
+    graph = _GraphBuilder(shape, weights)
+    graph.build()
+    return onnx.helper.make_model(
+        onnx.helper.make_graph(graph.nodes, "llama", graph.inputs, graph.outputs, graph.constants),
+        opset_imports=[onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)],
+        ir_version=10,
+    )
+
+
+class _GraphBuilder:
+    def __init__(self, shape: LlamaShape, weights: Weights) -> None:
+        import onnx
+
+        self._onnx = onnx
+        self._shape = shape
+        self._weights = weights
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+        self.inputs: list[onnx.ValueInfoProto] = []
+        self.outputs: list[onnx.ValueInfoProto] = []
+
+    def build(self) -> None:
+        s, types = self._shape, self._onnx.TensorProto
+        self._declare(self.inputs, "input_ids", types.INT64, ["b", "s"])
+        self._declare(self.inputs, "attention_mask", types.INT64, ["b", "t"])
+        self._declare(self.outputs, "logits", types.FLOAT, ["b", "s", s.vocabulary])
+        self._sequence_lengths()
+        frequencies = s.rope_theta ** (-np.arange(0, s.head_dim, 2) / s.head_dim)
+        angles = np.outer(np.arange(s.context), frequencies)
+        self._constant("cos", np.cos(angles).astype(np.float32))
+        self._constant("sin", np.sin(angles).astype(np.float32))
+        embeddings = self._weight("model.embed_tokens.weight", s.vocabulary, s.hidden)
+        self._constant("embeddings", embeddings)
+        self._node("Gather", ["embeddings", "input_ids"], ["x0"])
+        first = self._norm_weight("model.layers.0.input_layernorm.weight")
+        self._node("SimplifiedLayerNormalization", ["x0", first], ["h0"], axis=-1, epsilon=s.norm_epsilon)
+        for layer in range(s.layers):
+            self._block(layer)
+        head = embeddings if s.is_tied else self._weight("lm_head.weight", s.vocabulary, s.hidden)
+        self._constant("head", head.T)
+        self._node("MatMul", [f"h{s.layers}", "head"], ["logits"])
+
+    def _sequence_lengths(self) -> None:
+        """Derive what GroupQueryAttention wants: each row's last place, and the longest row's length."""
+        types = self._onnx.TensorProto
+        self._constant("axis", np.array([1], np.int64))
+        self._constant("one", np.array(1, np.int64))
+        self._node("ReduceSum", ["attention_mask", "axis"], ["lengths"], keepdims=0)
+        self._node("Sub", ["lengths", "one"], ["last_places"])
+        self._node("Cast", ["last_places"], ["seqlens_k"], to=types.INT32)
+        self._node("Shape", ["attention_mask"], ["mask_shape"])
+        self._node("Gather", ["mask_shape", "one"], ["total"], axis=0)
+        self._node("Cast", ["total"], ["total_length"], to=types.INT32)
+
+    def _block(self, n: int) -> None:
+        s, prefix = self._shape, f"model.layers.{n}."
+        queries, keys = s.heads * s.head_dim, s.kv_heads * s.head_dim
+        qkv = np.concatenate(
+            [
+                self._weight(f"{prefix}self_attn.q_proj.weight", queries, s.hidden),
+                self._weight(f"{prefix}self_attn.k_proj.weight", keys, s.hidden),
+                self._weight(f"{prefix}self_attn.v_proj.weight", keys, s.hidden),
+            ]
+        )
+        self._constant(f"w_qkv{n}", qkv.T)
+        self._node("MatMul", [f"h{n}", f"w_qkv{n}"], [f"qkv{n}"])
+        past = [f"past_key_values.{n}.{part}" for part in ("key", "value")]
+        present = [f"present.{n}.{part}" for part in ("key", "value")]
+        for places, names, length in ((self.inputs, past, "p"), (self.outputs, present, "t")):
+            for name in names:
+                self._declare(
+                    places, name, self._onnx.TensorProto.FLOAT, ["b", s.kv_heads, length, s.head_dim]
+                )
+        self._node(
+            "GroupQueryAttention",
+            [f"qkv{n}", "", "", *past, "seqlens_k", "total_length", "cos", "sin"],
+            [f"attended{n}", *present],
+            domain="com.microsoft",
+            num_heads=s.heads,
+            kv_num_heads=s.kv_heads,
+            do_rotary=1,
+            rotary_interleaved=0,
+            scale=float(s.head_dim**-0.5),
+        )
+        self._constant(f"w_o{n}", self._weight(f"{prefix}self_attn.o_proj.weight", s.hidden, queries).T)
+        self._node("MatMul", [f"attended{n}", f"w_o{n}"], [f"merged{n}"])
+        norm = self._norm_weight(f"{prefix}post_attention_layernorm.weight")
+        self._skip_norm([f"x{n}", f"merged{n}", norm], f"m{n}", f"y{n}")
+        gate_up = np.concatenate(
+            [
+                self._weight(f"{prefix}mlp.gate_proj.weight", s.intermediate, s.hidden),
+                self._weight(f"{prefix}mlp.up_proj.weight", s.intermediate, s.hidden),
+            ]
+        )
+        self._constant(f"w_gate_up{n}", gate_up.T)
+        self._node("MatMul", [f"m{n}", f"w_gate_up{n}"], [f"gate_up{n}"])
+        self._node("Split", [f"gate_up{n}"], [f"gate{n}", f"up{n}"], axis=-1, num_outputs=2)
+        self._node("Sigmoid", [f"gate{n}"], [f"sigmoid{n}"])
+        self._node("Mul", [f"gate{n}", f"sigmoid{n}"], [f"silu{n}"])
+        self._node("Mul", [f"silu{n}", f"up{n}"], [f"product{n}"])
+        self._constant(
+            f"w_down{n}", self._weight(f"{prefix}mlp.down_proj.weight", s.hidden, s.intermediate).T
+        )
+        self._node("MatMul", [f"product{n}", f"w_down{n}"], [f"down{n}"])
+        is_last = n + 1 == s.layers
+        following = "model.norm.weight" if is_last else f"model.layers.{n + 1}.input_layernorm.weight"
+        self._skip_norm(
+            [f"y{n}", f"down{n}", self._norm_weight(following)], f"h{n + 1}", "" if is_last else f"x{n + 1}"
+        )
+
+    def _skip_norm(self, inputs: list[str], normed: str, total: str) -> None:
+        outputs = [normed, "", "", total] if total else [normed]
+        self._node(
+            "SkipSimplifiedLayerNormalization",
+            inputs,
+            outputs,
+            domain="com.microsoft",
+            epsilon=self._shape.norm_epsilon,
+        )
+
+    def _node(
+        self, kind: str, inputs: list[str], outputs: list[str], domain: str = "", **attributes: Any
+    ) -> None:
+        self.nodes.append(
+            self._onnx.helper.make_node(
+                kind, inputs, outputs, name=f"{kind}/{outputs[0]}", domain=domain, **attributes
+            )
+        )
+
+    def _declare(
+        self, places: list[onnx.ValueInfoProto], name: str, kind: int, shape: list[str | int]
+    ) -> None:
+        places.append(self._onnx.helper.make_tensor_value_info(name, kind, shape))
+
+    def _constant(self, name: str, values: npt.NDArray[np.float32] | npt.NDArray[np.int64]) -> None:
+        self.constants.append(self._onnx.numpy_helper.from_array(np.ascontiguousarray(values), name))
+
+    def _norm_weight(self, name: str) -> str:
+        self._constant(name, self._weight(name, self._shape.hidden))
+        return name
+
+    def _weight(self, name: str, *shape: int) -> npt.NDArray[np.float32]:
+        if name not in self._weights:
+            raise PreconditionFailed(f"the weights lack {name}: is this a Llama model?")
+        if self._weights[name].shape != shape:
+            raise PreconditionFailed(
+                f"{name} has shape {self._weights[name].shape}; config.json says {shape}"
+            )
+        return self._weights[name]
+
+
+def _save(model: onnx.ModelProto, directory: Path) -> None:
+    import onnx
+
+    onnx.save_model(
+        model,
+        str(directory / "model.onnx"),
+        save_as_external_data=model.ByteSize() > _LARGEST_INLINE_BYTES,
+        location="model.onnx.data",
+    )
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    files = [directory / name for name in names]
+    for path in files:
+        if not path.exists():
+            raise PreconditionFailed(f"{path} is missing: a model directory needs its safetensors weights")
+    return files
+
+
+def _read_weights(files: list[Path]) -> Weights:
+    """Read safetensors files as float32: 8 bytes of header length, a JSON header, raw tensors."""
+    weights: Weights = {}
+    for path in files:
+        with path.open("rb") as file:
+            raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            try:
+                (length,) = struct.unpack("<Q", raw[:8])
+                header = json.loads(raw[8 : 8 + length])
+                header.pop("__metadata__", None)
+                for name, entry in header.items():
+                    start, end = (8 + length + offset for offset in entry["data_offsets"])
+                    data = np.frombuffer(raw[start:end], _DTYPES[entry["dtype"]])
+                    weights[name] = data.reshape(entry["shape"]).astype(np.float32)
+            except (ValueError, KeyError, struct.error) as error:
+                raise PreconditionFailed(f"{path} is damaged or of an unsupported type: {error}") from error
+    return weights
+
+
+def _genai_config(s: LlamaShape) -> dict[str, object]:
+    return {
+        "model": {
+            "type": "llama",
+            "bos_token_id": s.eos_ids[0],
+            "eos_token_id": list(s.eos_ids),
+            "pad_token_id": s.pad_id,
+            "context_length": s.context,
+            "vocab_size": s.vocabulary,
+            "decoder": {
+                # Threads that spin would take the two cores of a small machine from the other services.
+                "session_options": {
+                    "log_id": "asd",
+                    "intra_op_num_threads": 1,
+                    "inter_op_num_threads": 1,
+                    "session.intra_op.allow_spinning": "0",
+                    "provider_options": [],
+                },
+                "filename": "model.onnx",
+                "head_size": s.head_dim,
+                "hidden_size": s.hidden,
+                "num_attention_heads": s.heads,
+                "num_hidden_layers": s.layers,
+                "num_key_value_heads": s.kv_heads,
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {"do_sample": False, "max_length": s.context, "past_present_share_buffer": True},
+    }

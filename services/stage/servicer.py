@@ -1,0 +1,262 @@
+"""StageService: proto to domain types and back."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from typing import TYPE_CHECKING, TypeVar
+
+from asd.v1 import common_pb2, stage_pb2, stage_pb2_grpc
+from services.common.errors import Unavailable
+from services.common.validation import (
+    check_acceptance,
+    check_draft,
+    check_input,
+    check_sampling,
+    check_session_id,
+)
+from services.common.version import VERSION
+from services.stage.engine import (
+    DraftText,
+    FinishReason,
+    ModelState,
+    Result,
+    SamplingOptions,
+    TokenChunk,
+    Turn,
+    VerificationResult,
+)
+from services.stage.memory import resident_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    import grpc
+
+    from services.stage.engine import EngineStatus
+    from services.stage.residency import Residency
+
+_ROLES = {
+    common_pb2.ROLE_SYSTEM: "system",
+    common_pb2.ROLE_USER: "user",
+    common_pb2.ROLE_ASSISTANT: "assistant",
+}
+_FINISH = {
+    FinishReason.EOS: common_pb2.FINISH_REASON_EOS,
+    FinishReason.LENGTH: common_pb2.FINISH_REASON_LENGTH,
+    FinishReason.STOP: common_pb2.FINISH_REASON_STOP,
+}
+_FINISH_BACK = {proto: finish for finish, proto in _FINISH.items()}
+_STATES = {
+    ModelState.UNLOADED: stage_pb2.MODEL_STATE_UNLOADED,
+    ModelState.LOADING: stage_pb2.MODEL_STATE_LOADING,
+    ModelState.READY: stage_pb2.MODEL_STATE_READY,
+    ModelState.FAILED: stage_pb2.MODEL_STATE_FAILED,
+}
+_WithInput = TypeVar(
+    "_WithInput", stage_pb2.StageServiceGenerateRequest, stage_pb2.VerifyRequest, stage_pb2.PrefillRequest
+)
+
+
+class StageServicer(stage_pb2_grpc.StageServiceServicer):
+    """Serves the models of one process."""
+
+    def __init__(self, residency: Residency) -> None:
+        self._residency = residency
+        self._draining = False
+
+    async def drain(self) -> None:
+        """Refuse new calls from now on."""
+        self._draining = True
+
+    async def Generate(  # noqa: N802
+        self,
+        request: stage_pb2.StageServiceGenerateRequest,
+        context: grpc.aio.ServicerContext[
+            stage_pb2.StageServiceGenerateRequest, stage_pb2.StageServiceGenerateResponse
+        ],
+    ) -> AsyncIterator[stage_pb2.StageServiceGenerateResponse]:
+        """Write an answer and stream its tokens."""
+        turns = self._admit(request)
+        sampling = _sampling(request.sampling)
+        async with self._residency.use(request.model) as (name, engine):
+            fingerprint = engine.status().fingerprint
+            async with aclosing(engine.generate(turns, sampling)) as events:
+                async for event in events:
+                    if isinstance(event, TokenChunk):
+                        yield stage_pb2.StageServiceGenerateResponse(tokens=_chunk(event))
+                    elif isinstance(event, Result):
+                        yield stage_pb2.StageServiceGenerateResponse(result=_result(event, name, fingerprint))
+
+    async def Verify(  # noqa: N802
+        self,
+        request: stage_pb2.VerifyRequest,
+        context: grpc.aio.ServicerContext[stage_pb2.VerifyRequest, stage_pb2.VerifyResponse],
+    ) -> AsyncIterator[stage_pb2.VerifyResponse]:
+        """Score a draft in one pass, accept a prefix of it, and go on from there."""
+        turns = self._admit(request)
+        sampling = _sampling(request.sampling)
+        check_draft(request.draft)
+        threshold = None
+        if request.HasField("acceptance"):
+            check_acceptance(request.acceptance)
+            if request.acceptance.mode == common_pb2.ACCEPTANCE_MODE_TOLERANT:
+                threshold = request.acceptance.threshold
+        draft = DraftText(
+            text=request.draft.text,
+            ids=tuple(request.draft.token_ids),
+            fingerprint=request.draft.tokenizer_fingerprint,
+            finish=_FINISH_BACK[request.draft.finish_reason],
+        )
+        async with self._residency.use(request.model) as (name, engine):
+            fingerprint = engine.status().fingerprint
+            async with aclosing(engine.verify(turns, sampling, draft, threshold)) as events:
+                async for event in events:
+                    if isinstance(event, VerificationResult):
+                        yield stage_pb2.VerifyResponse(verification=_verification(event))
+                    elif isinstance(event, TokenChunk):
+                        yield stage_pb2.VerifyResponse(tokens=_chunk(event))
+                    else:
+                        yield stage_pb2.VerifyResponse(result=_result(event, name, fingerprint))
+
+    async def Prefill(  # noqa: N802
+        self,
+        request: stage_pb2.PrefillRequest,
+        context: grpc.aio.ServicerContext[stage_pb2.PrefillRequest, stage_pb2.PrefillResponse],
+    ) -> stage_pb2.PrefillResponse:
+        """Put a prompt into the prefix cache."""
+        turns = self._admit(request)
+        async with self._residency.use(request.model) as (_, engine):
+            result = await engine.prefill(turns)
+        return stage_pb2.PrefillResponse(
+            prompt_tokens=result.prompt_tokens,
+            cached_prompt_tokens=result.cached_prompt_tokens,
+            total_ms=result.total_ms,
+        )
+
+    async def Load(  # noqa: N802
+        self,
+        request: stage_pb2.LoadRequest,
+        context: grpc.aio.ServicerContext[stage_pb2.LoadRequest, stage_pb2.LoadResponse],
+    ) -> stage_pb2.LoadResponse:
+        """Load a model."""
+        self._refuse_while_draining()
+        loaded = await self._residency.load(request.model)
+        return stage_pb2.LoadResponse(
+            model=loaded.model,
+            memory_bytes=loaded.memory_bytes,
+            unloaded_models=loaded.unloaded,
+            load_ms=loaded.load_ms,
+        )
+
+    async def Unload(  # noqa: N802
+        self,
+        request: stage_pb2.UnloadRequest,
+        context: grpc.aio.ServicerContext[stage_pb2.UnloadRequest, stage_pb2.UnloadResponse],
+    ) -> stage_pb2.UnloadResponse:
+        """Unload a model."""
+        model, freed = await self._residency.unload(request.model)
+        return stage_pb2.UnloadResponse(model=model, freed_bytes=freed)
+
+    async def Status(  # noqa: N802
+        self,
+        request: stage_pb2.StatusRequest,
+        context: grpc.aio.ServicerContext[stage_pb2.StatusRequest, stage_pb2.StatusResponse],
+    ) -> stage_pb2.StatusResponse:
+        """Say what is loaded, queued and running."""
+        return stage_pb2.StatusResponse(
+            models=[
+                _status(name, engine.kind, engine.status())
+                for name, engine in self._residency.engines.items()
+            ],
+            memory_budget_bytes=self._residency.budget_bytes,
+            memory_used_bytes=self._residency.used_bytes(),
+            draining=self._draining,
+            version=VERSION,
+            resident_bytes=resident_bytes(),
+        )
+
+    def _admit(self, request: _WithInput) -> tuple[Turn, ...]:
+        self._refuse_while_draining()
+        check_input(request)
+        check_session_id(request.session_id)
+        if request.WhichOneof("input") == "prompt":
+            return (Turn("user", request.prompt),)
+        return tuple(Turn(_ROLES[turn.role], turn.content) for turn in request.conversation.messages)
+
+    def _refuse_while_draining(self) -> None:
+        if self._draining:
+            raise Unavailable("this stage is shutting down: ask another replica")
+
+
+def _sampling(sampling: common_pb2.Sampling) -> SamplingOptions:
+    check_sampling(sampling)
+    return SamplingOptions(
+        max_new_tokens=sampling.max_new_tokens if sampling.HasField("max_new_tokens") else None,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
+        seed=sampling.seed if sampling.HasField("seed") else None,
+        stop=tuple(sampling.stop),
+    )
+
+
+def _chunk(chunk: TokenChunk) -> common_pb2.TokenChunk:
+    return common_pb2.TokenChunk(
+        token_ids=chunk.ids,
+        text=chunk.text,
+        logprobs=chunk.logprobs.tolist(),
+        entropies=chunk.entropies.tolist(),
+        top2_margins=chunk.margins.tolist(),
+    )
+
+
+def _verification(result: VerificationResult) -> stage_pb2.Verification:
+    return stage_pb2.Verification(
+        proposed_tokens=result.proposed,
+        accepted_tokens=result.accepted,
+        ranks=result.ranks.tolist(),
+        target_logprobs=result.target_logprobs.tolist(),
+        ids_used=result.ids_used,
+    )
+
+
+def _result(result: Result, model: str, fingerprint: str) -> stage_pb2.StageResult:
+    return stage_pb2.StageResult(
+        text=result.text,
+        token_ids=result.ids,
+        tokenizer_fingerprint=fingerprint,
+        finish_reason=_FINISH[result.finish],
+        usage=common_pb2.Usage(
+            prompt_tokens=result.prompt_tokens,
+            cached_prompt_tokens=result.cached_prompt_tokens,
+            completion_tokens=len(result.ids),
+            proposed_tokens=result.proposed_tokens,
+            accepted_tokens=result.accepted_tokens,
+            forward_passes=result.forward_passes,
+        ),
+        timing=common_pb2.StageTiming(
+            queue_ms=result.queue_ms,
+            prefill_ms=result.prefill_ms,
+            decode_ms=result.decode_ms,
+            total_ms=result.total_ms,
+        ),
+        model=model,
+    )
+
+
+def _status(name: str, kind: str, status: EngineStatus) -> stage_pb2.ModelStatus:
+    return stage_pb2.ModelStatus(
+        name=name,
+        state=_STATES[status.state],
+        engine=kind,
+        parameters=status.parameters,
+        context_length=status.context_length,
+        tokenizer_fingerprint=status.fingerprint,
+        memory_bytes=status.memory_bytes,
+        kv_cache_bytes=status.kv_cache_bytes,
+        queued_requests=status.queued,
+        running_requests=status.running,
+        cached_sequences=status.cached_sequences,
+        completed_requests=status.completed,
+        cancelled_requests=status.cancelled,
+        error=status.error,
+    )
