@@ -474,7 +474,8 @@ class _SoloLane:
 
     @property
     def held_tokens(self) -> int:
-        return len(self.sequence.tokens)
+        # Once the request has left, the sequence is the prefix cache's.
+        return len(self.sequence.tokens) if self.works else 0
 
     def step(self) -> list[_Work]:
         work = self._work

@@ -1,0 +1,262 @@
+"""The onnx engine against transformers' recorded output: alone, batched, verified, cached and cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from services.common.errors import InvalidRequest, ResourceExhausted
+from services.stage.engine import (
+    DraftText,
+    FinishReason,
+    Result,
+    SamplingOptions,
+    TokenChunk,
+    Turn,
+    VerificationResult,
+)
+from tests.integration.stage.conftest import Reference, engine
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from services.stage.onnx_engine import OnnxEngine
+
+_GREEDY = SamplingOptions()
+
+
+@pytest.fixture
+async def small() -> AsyncIterator[OnnxEngine]:
+    model = engine("small")
+    await model.load()
+    yield model
+    await model.unload()
+
+
+async def _generate(
+    model: OnnxEngine, prompt: str | tuple[Turn, ...], sampling: SamplingOptions = _GREEDY
+) -> tuple[Result, list[TokenChunk]]:
+    turns = (Turn("user", prompt),) if isinstance(prompt, str) else prompt
+    events = [event async for event in model.generate(turns, sampling)]
+    chunks = [event for event in events if isinstance(event, TokenChunk)]
+    result = events[-1]
+    assert isinstance(result, Result)
+    assert tuple(i for chunk in chunks for i in chunk.ids) == result.ids
+    assert "".join(chunk.text for chunk in chunks) == result.text
+    return result, chunks
+
+
+async def _verify(
+    model: OnnxEngine, prompt: str, draft: DraftText, threshold: float | None = None, most: int | None = None
+) -> tuple[Result, VerificationResult]:
+    sampling = SamplingOptions(max_new_tokens=most)
+    events = [event async for event in model.verify((Turn("user", prompt),), sampling, draft, threshold)]
+    first, result = events[0], events[-1]
+    assert isinstance(first, VerificationResult)
+    assert isinstance(result, Result)
+    return result, first
+
+
+def _draft(model: OnnxEngine, ids: list[int], finish: FinishReason = FinishReason.EOS) -> DraftText:
+    return DraftText("", tuple(ids), model.status().fingerprint, finish)
+
+
+async def _all(tasks: list[object], at_a_time: int = 16) -> list[object]:
+    gate = asyncio.Semaphore(at_a_time)
+
+    async def run(task: object) -> object:
+        async with gate:
+            return await task  # type: ignore[misc]
+
+    return await asyncio.gather(*map(run, tasks))
+
+
+@pytest.mark.parametrize("name", ["small", "medium", "large"])
+async def test_greedy_output_equals_transformers_on_500_prompts(name: str, reference: Reference) -> None:
+    model = engine(name, threads=2)
+    await model.load()
+    results = await _all([_generate(model, prompt) for prompt in reference.prompts])
+    outputs = [list(result.ids) for result, _ in results]  # type: ignore[misc]
+    await model.unload()
+    assert len(outputs) == 500
+    assert outputs == reference.outputs[name]
+
+
+async def test_batched_tokens_carry_the_signals_that_they_have_alone(
+    small: OnnxEngine, reference: Reference
+) -> None:
+    prompts = reference.prompts[:24]
+    together = await asyncio.gather(*(_generate(small, prompt) for prompt in prompts))
+    for prompt, (_, chunks) in zip(prompts, together, strict=True):
+        _, alone = await _generate(small, prompt)
+        for column in ("logprobs", "entropies", "margins"):
+            batched, single = (np.concatenate([getattr(c, column) for c in cs]) for cs in (chunks, alone))
+            # float32 sums in another order differ by about 1e-6.
+            np.testing.assert_allclose(batched, single, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("draft_model", "target"), [("small", "medium"), ("small", "large"), ("medium", "large")]
+)
+async def test_verified_drafts_give_what_the_target_writes_alone(
+    draft_model: str, target: str, reference: Reference
+) -> None:
+    model = engine(target, threads=2)
+    await model.load()
+    prompts = reference.prompts[:60]
+    for prompt, ids, wanted in zip(
+        prompts, reference.outputs[draft_model], reference.outputs[target], strict=False
+    ):
+        result, first = await _verify(model, prompt, _draft(model, ids))
+        assert list(result.ids) == wanted
+        common = next((i for i, (a, b) in enumerate(zip(ids, wanted, strict=False)) if a != b), None)
+        if common is None:
+            common = min(len(ids), len(wanted)) + (ids == wanted)
+        assert first.accepted == common
+        # One pass for the draft, then one for each token after the correction, the end mark included.
+        is_whole = common == len(ids) + 1
+        assert result.forward_passes == 1 + (0 if is_whole else len(wanted) + 1 - common - 1)
+    await model.unload()
+
+
+async def test_random_drafts_change_no_token(small: OnnxEngine, reference: Reference) -> None:
+    rng = random.Random(7)
+    for prompt, wanted in list(zip(reference.prompts, reference.outputs["small"], strict=True))[:40]:
+        ids = [rng.randrange(5, 512) if rng.random() < 0.1 else token for token in wanted]
+        ids = ids[: rng.randint(0, len(ids))] + [rng.randrange(5, 512) for _ in range(rng.randint(0, 5))]
+        finish = rng.choice(list(FinishReason))
+        result, first = await _verify(small, prompt, _draft(small, ids, finish))
+        assert list(result.ids) == wanted
+        assert 0 <= first.accepted <= first.proposed == len(first.ranks)
+
+
+async def test_a_verified_answer_is_as_long_as_a_generated_one(
+    small: OnnxEngine, reference: Reference
+) -> None:
+    prompt, wanted = reference.prompts[4], reference.outputs["small"][4]
+    for most in (1, 3, len(wanted), len(wanted) + 1):
+        alone, _ = await _generate(small, prompt, SamplingOptions(max_new_tokens=most))
+        checked, _ = await _verify(small, prompt, _draft(small, wanted), most=most)
+        assert (checked.ids, checked.finish) == (alone.ids, alone.finish)
+
+
+async def test_tolerant_verification_keeps_tokens_that_exact_refuses(
+    small: OnnxEngine, reference: Reference
+) -> None:
+    accepted = {None: 0, 0.05: 0}
+    for prompt, ids in list(zip(reference.prompts, reference.outputs["medium"], strict=True))[:60]:
+        for threshold in accepted:
+            _, first = await _verify(small, prompt, _draft(small, ids), threshold)
+            accepted[threshold] += first.accepted
+    assert accepted[0.05] > accepted[None]
+
+
+async def test_text_of_another_tokenizer_is_encoded_anew(small: OnnxEngine, reference: Reference) -> None:
+    result, _ = await _generate(small, reference.prompts[2])
+    draft = DraftText(result.text, (9, 9, 9), "0" * 64, FinishReason.EOS)
+    checked, first = await _verify(small, reference.prompts[2], draft)
+    assert not first.ids_used
+    assert checked.ids == result.ids
+    assert first.accepted == first.proposed
+
+
+async def test_a_longer_conversation_reuses_its_prefix_and_changes_no_token(
+    small: OnnxEngine, reference: Reference
+) -> None:
+    for index in (0, 5, 20):
+        question = Turn("user", reference.prompts[index])
+        first, _ = await _generate(small, (question,))
+        turns = (question, Turn("assistant", first.text), Turn("user", reference.prompts[index + 1]))
+        again, _ = await _generate(small, turns)
+        assert again.cached_prompt_tokens >= first.prompt_tokens
+        fresh = engine("small", cached_sequences=0)
+        await fresh.load()
+        alone, _ = await _generate(fresh, turns)
+        await fresh.unload()
+        assert alone.cached_prompt_tokens == 0
+        assert again.ids == alone.ids
+
+
+async def test_prefill_warms_the_prompt(small: OnnxEngine, reference: Reference) -> None:
+    prompt = reference.prompts[33]
+    warmed = await small.prefill((Turn("user", prompt),))
+    result, _ = await _generate(small, prompt)
+    assert warmed.cached_prompt_tokens == 0
+    assert result.cached_prompt_tokens == warmed.prompt_tokens - 1
+    assert list(result.ids) == reference.outputs["small"][33]
+
+
+async def test_sampling_repeats_with_its_seed(small: OnnxEngine) -> None:
+    options = [SamplingOptions(temperature=1.0, seed=seed, max_new_tokens=30) for seed in (1, 1, 2)]
+    texts = [(await _generate(small, "Tell me of Ardia.", option))[0].text for option in options]
+    assert texts[0] == texts[1] != texts[2]
+
+
+async def test_a_stop_sequence_ends_the_answer_before_itself(small: OnnxEngine, reference: Reference) -> None:
+    whole, _ = await _generate(small, reference.prompts[0])
+    cut, _ = await _generate(small, reference.prompts[0], SamplingOptions(stop=("Answer",)))
+    assert cut.finish is FinishReason.STOP
+    assert cut.text == whole.text[: whole.text.index("Answer")]
+
+
+async def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(small: OnnxEngine) -> None:
+    with pytest.raises(InvalidRequest, match=r"prompt has \d+ tokens; small takes at most 511") as caught:
+        await _generate(small, "word " * 800)
+    assert caught.value.field == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("draft", "field"),
+    [
+        (DraftText("", (9999,), "own", FinishReason.EOS), "draft.token_ids"),
+        (DraftText("", (1,), "own", FinishReason.EOS), "draft.token_ids"),
+        (DraftText("", (9,), "f" * 64, FinishReason.EOS), "draft.tokenizer_fingerprint"),
+    ],
+)
+async def test_drafts_that_cannot_be_used_are_refused(
+    small: OnnxEngine, draft: DraftText, field: str
+) -> None:
+    fingerprint = small.status().fingerprint if draft.fingerprint == "own" else draft.fingerprint
+    with pytest.raises(InvalidRequest) as caught:
+        await _verify(small, "x", DraftText(draft.text, draft.ids, fingerprint, draft.finish))
+    assert caught.value.field == field
+
+
+async def test_cancelled_calls_leave_no_computation_and_no_cache(reference: Reference) -> None:
+    model = engine("small", max_queue=64)
+    await model.load()
+    rng = random.Random(3)
+
+    async def start_and_leave(prompt: str) -> None:
+        events = model.generate((Turn("user", prompt),), _GREEDY)
+        for _ in range(rng.randint(0, 2)):
+            await anext(events, None)
+        await events.aclose()
+
+    for _ in range(20):
+        await asyncio.gather(*(start_and_leave(rng.choice(reference.prompts)) for _ in range(10)))
+    # A last call is served after all others have left.
+    await _generate(model, reference.prompts[0])
+    status = model.status()
+    assert (status.running, status.queued, status.kv_cache_bytes) == (0, 0, 0)
+    assert status.cancelled > 0
+    assert status.cached_sequences <= 4
+    await model.unload()
+
+
+async def test_a_full_queue_refuses_at_once_and_serves_again_later(reference: Reference) -> None:
+    model = engine("small", max_queue=2, max_batch=1, max_lanes=1)
+    await model.load()
+    outcomes = await asyncio.gather(
+        *(_generate(model, prompt) for prompt in reference.prompts[:40]), return_exceptions=True
+    )
+    refused = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+    assert refused
+    assert all(isinstance(error, ResourceExhausted) for error in refused)
+    result, _ = await _generate(model, reference.prompts[0])
+    assert list(result.ids) == reference.outputs["small"][0]
+    await model.unload()
