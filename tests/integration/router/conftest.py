@@ -1,4 +1,6 @@
-"""Small working gRPC servers around a real router: stages that write words, a policy that follows a script."""
+"""Small working gRPC servers around a real router: stages that write words, a policy with a script."""
+
+# ruff: noqa: N802 - methods have the protos' names
 
 from __future__ import annotations
 
@@ -7,8 +9,8 @@ import socket
 import zlib
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import grpc
 import pytest
 
 from asd.v1 import (
@@ -25,6 +27,11 @@ from services.common.server import ServiceRegistration, start_server
 from services.router.__main__ import build
 from services.router.settings import RouterSettings
 
+if TYPE_CHECKING:
+    import grpc
+
+    from services.router.servicer import CascadeServicer
+
 COSTS = (1.6, 4.2, 8.8)
 NAMES = ("small", "medium", "large")
 
@@ -35,7 +42,7 @@ def token_id(piece: bytes) -> int:
 
 @dataclass
 class FakeStage(stage_pb2_grpc.StageServiceServicer):
-    """Writes fixed tokens and verifies by the EXACT rule. A token is a piece of UTF-8, perhaps not a whole character."""
+    """Writes fixed tokens and verifies by the EXACT rule. A token is UTF-8, perhaps part of a character."""
 
     name: str
     pieces: tuple[bytes, ...] = (b"one", b" two", b" three")
@@ -242,6 +249,7 @@ class World:
     policy: FakePolicy | None
     targets: dict[str, str]
     servers: dict[str, grpc.aio.Server]
+    servicer: CascadeServicer
     port: int
 
     async def stop(self, name: str) -> None:
@@ -260,12 +268,22 @@ async def world():
     async with AsyncExitStack() as stack:
 
         async def start(
-            *stages: FakeStage, policy: FakePolicy | None = None, dead: tuple[str, ...] = (), **settings
+            *stages: FakeStage,
+            policy: FakePolicy | None = None,
+            dead: tuple[str, ...] = (),
+            stage_timeout_ms: float = 5000,
+            policy_timeout_ms: float = 2000,
+            **settings,
         ) -> World:
             stages = stages or tuple(FakeStage(name) for name in NAMES)
             fakes = {stage.name: stage for stage in stages}
             everyone = {**fakes, "policy": policy} if policy else dict(fakes)
             targets, servers = {}, {}
+
+            async def stop_all() -> None:
+                await asyncio.gather(*(each.stop(0) for each in servers.values()))
+
+            stack.push_async_callback(stop_all)
             for name, fake in everyone.items():
                 if name in dead:
                     targets[name] = f"127.0.0.1:{free_port()}"
@@ -275,25 +293,26 @@ async def world():
                 )
                 targets[name], servers[name] = f"127.0.0.1:{port}", server
             entries = [
-                {"name": name, "target": targets[name], "cost": COSTS[index], "timeout_ms": 5000}
+                {"name": name, "target": targets[name], "cost": COSTS[index], "timeout_ms": stage_timeout_ms}
                 for index, name in enumerate(fakes)
             ]
             options = {"static_plan": ("medium",), "stages": entries, **settings}
             if policy:
-                options.setdefault("policy", {"target": targets["policy"], "timeout_ms": 2000})
+                options.setdefault("policy", {"target": targets["policy"], "timeout_ms": policy_timeout_ms})
             servicer = await build(RouterSettings(**options), stack)
             server, port = await start_server("127.0.0.1:0", [servicer.registration()])
             channel = await stack.enter_async_context(open_channel(f"127.0.0.1:{port}", retry=False))
             servers["router"] = server
-            world = World(
-                cascade_pb2_grpc.CascadeServiceStub(channel), channel, fakes, policy, targets, servers, port
+            return World(
+                cascade_pb2_grpc.CascadeServiceStub(channel),
+                channel,
+                fakes,
+                policy,
+                targets,
+                servers,
+                servicer,
+                port,
             )
-
-            async def stop_all() -> None:
-                await asyncio.gather(*(each.stop(0) for each in world.servers.values()))
-
-            stack.push_async_callback(stop_all)
-            return world
 
         start.stage = FakeStage
         start.policy = FakePolicy

@@ -1,0 +1,368 @@
+# ruff: noqa: ASYNC110, PT017 - recovery is awaited by asking again, and until then each failure is checked
+"""What goes wrong around the router, and what callers see of it."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import pytest
+
+from asd.v1 import cascade_pb2, common_pb2, policy_pb2
+from services.common.errors import (
+    InvalidRequest,
+    NotFound,
+    PreconditionFailed,
+    ResourceExhausted,
+    Unavailable,
+)
+
+ASK = cascade_pb2.GenerateRequest(prompt="hi")
+STATIC = cascade_pb2.PLAN_SOURCE_STATIC
+POLICY = cascade_pb2.PLAN_SOURCE_POLICY
+
+
+async def failure(call) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return caught.value
+
+
+async def test_policy_down_uses_static_plan(world):
+    w = await world(policy=world.policy(), dead=("policy",))
+    response = await w.stub.Generate(ASK, timeout=5)
+    assert (response.stage, response.plan_source, response.policy_version) == ("medium", STATIC, "")
+    assert response.stages[0].reason == policy_pb2.DECISION_REASON_STATIC_PLAN
+    assert not response.HasField("p_correct")
+
+
+async def test_static_plan_escalates_by_verification_until_its_last_stage(world):
+    w = await world(static_plan=("small", "medium"))
+    response = await w.stub.Generate(ASK, timeout=5)
+    assert [record.stage for record in response.stages] == ["small", "medium"]
+    assert w.stages["medium"].calls == ["verify"]
+    assert [record.reason for record in response.stages] == [policy_pb2.DECISION_REASON_STATIC_PLAN] * 2
+
+
+async def test_static_plan_keeps_to_max_cost(world):
+    w = await world(static_plan=("small", "medium"))
+    ask = cascade_pb2.GenerateRequest(prompt="hi", objective=common_pb2.Objective(max_cost=5.0))
+    response = await w.stub.Generate(ask, timeout=5)
+    assert response.stage == "small"
+    assert response.stages[0].reason == policy_pb2.DECISION_REASON_MAX_COST
+
+
+async def test_slow_policy_uses_static_plan_and_is_spared_after_repeated_failures(world):
+    w = await world(policy=world.policy(gate=asyncio.Event()), policy_timeout_ms=20)
+    sources = [(await w.stub.Generate(ASK, timeout=5)).plan_source for _ in range(5)]
+    assert sources == [STATIC] * 5
+    # Three failures open the breaker: the other two requests did not wait.
+    assert len(w.policy.plans) == 3
+
+
+async def test_policy_that_comes_back_is_asked_again(world):
+    w = await world(policy=world.policy(), dead=("policy",))
+    assert (await w.stub.Generate(ASK, timeout=5)).plan_source == STATIC
+    await w.start("policy")
+    async with asyncio.timeout(10):
+        while (await w.stub.Generate(ASK, timeout=5)).plan_source != POLICY:
+            await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        policy_pb2.PlanResponse(first_stage="huge", policy_version="v7"),
+        policy_pb2.PlanResponse(policy_version="v7"),
+    ],
+)
+async def test_malformed_plan_surfaces(world, plan):
+    w = await world(policy=world.policy(plan_response=plan))
+    error = await failure(w.stub.Generate(ASK, timeout=5))
+    assert error.code() == grpc.StatusCode.INTERNAL
+    assert "the policy service at" in error.details()
+    assert not any(stage.calls for stage in w.stages.values())
+
+
+def decision(**fields) -> policy_pb2.DecideResponse:
+    return policy_pb2.DecideResponse(
+        **{
+            "action": policy_pb2.DECISION_ACTION_STOP,
+            "reason": policy_pb2.DECISION_REASON_VALUE,
+            "p_correct": 0.5,
+            **fields,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        decision(action=0),
+        decision(action=9),
+        decision(reason=0),
+        decision(p_correct=float("nan")),
+        decision(p_correct=1.5),
+        decision(action=policy_pb2.DECISION_ACTION_ESCALATE, next_stage="small"),
+        decision(action=policy_pb2.DECISION_ACTION_ESCALATE, next_stage="huge"),
+        decision(action=policy_pb2.DECISION_ACTION_ESCALATE),
+    ],
+)
+async def test_malformed_decision_surfaces(world, response):
+    w = await world(policy=world.policy(decide_response=response))
+    error = await failure(w.stub.Generate(ASK, timeout=5))
+    assert error.code() == grpc.StatusCode.INTERNAL
+    assert "the policy service at" in error.details()
+
+
+async def test_policy_that_refuses_the_cascade_surfaces(world):
+    refusal = PreconditionFailed("made for other stages")
+    w = await world(policy=world.policy(plan_failure=refusal))
+    error = await failure(w.stub.Generate(ASK, timeout=5))
+    assert error.code() == grpc.StatusCode.FAILED_PRECONDITION
+    assert "made for other stages" in error.details()
+
+
+@pytest.mark.parametrize(
+    ("first", "static_plan", "stages"),
+    [
+        ("medium", ("medium",), ["medium"]),
+        ("large", ("medium",), ["large"]),
+        ("small", ("medium",), ["small", "medium"]),
+        ("small", ("small", "large"), ["small", "large"]),
+    ],
+)
+async def test_policy_lost_between_plan_and_decide(world, first, static_plan, stages):
+    policy = world.policy(first=first, decide_failure=Unavailable("going away"))
+    w = await world(policy=policy, static_plan=static_plan)
+    response = await w.stub.Generate(ASK, timeout=5)
+    assert [record.stage for record in response.stages] == stages
+    assert {record.reason for record in response.stages} == {policy_pb2.DECISION_REASON_STATIC_PLAN}
+    assert response.plan_source == POLICY
+    assert len(policy.decisions) == 1
+
+
+async def test_stage_away_names_stage_and_target_and_recovers(world):
+    w = await world(world.stage("small"), static_plan=("small",), dead=("small",))
+    error = await failure(w.stub.Generate(ASK, timeout=5))
+    assert error.code() == grpc.StatusCode.UNAVAILABLE
+    assert f"stage small at {w.targets['small']}" in error.details()
+    await w.start("small")
+    async with asyncio.timeout(10):
+        while True:
+            try:
+                response = await w.stub.Generate(ASK, timeout=5)
+                break
+            except grpc.aio.AioRpcError as again:
+                assert again.code() == grpc.StatusCode.UNAVAILABLE
+                await asyncio.sleep(0.02)
+    assert response.text == "one two three"
+
+
+async def test_first_stage_away_asks_the_policy_for_another(world):
+    w = await world(policy=world.policy(), dead=("small",))
+    response = await w.stub.Generate(ASK, timeout=5)
+    assert (response.stage, response.plan_source) == ("medium", POLICY)
+    assert [record.stage for record in response.stages] == ["medium"]
+    conditions = w.policy.plans[1].conditions
+    assert [(each.stage, each.available) for each in conditions] == [("small", False)]
+    # The next request knows it from the start.
+    await w.stub.Generate(ASK, timeout=5)
+    assert [each.stage for each in w.policy.plans[2].conditions] == ["small"]
+    assert len(w.policy.plans) == 3
+
+
+async def test_first_stage_away_without_policy_takes_the_next(world):
+    w = await world(dead=("medium",))
+    assert (await w.stub.Generate(ASK, timeout=5)).stage == "large"
+
+
+async def test_fixed_stage_away_is_not_replaced(world):
+    w = await world(dead=("large",))
+    error = await failure(w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi", stage="large"), timeout=5))
+    assert error.code() == grpc.StatusCode.UNAVAILABLE
+    assert "stage large at" in error.details()
+
+
+async def test_all_stages_away_names_each(world):
+    w = await world(dead=("small", "medium", "large"))
+    error = await failure(w.stub.Generate(ASK, timeout=5))
+    assert error.code() == grpc.StatusCode.UNAVAILABLE
+    for name, target in w.targets.items():
+        assert f"stage {name} at {target}" in error.details()
+
+
+async def stream(w, drafts):
+    request = cascade_pb2.GenerateStreamRequest(request=ASK, include_drafts=drafts)
+    return [event async for event in w.stub.GenerateStream(request, timeout=5)]
+
+
+@pytest.mark.parametrize("dead", [True, False])
+async def test_escalation_to_a_stage_that_is_away_keeps_the_answer(world, dead):
+    medium = world.stage("medium", fail_after=0)
+    w = await world(
+        *(world.stage("small"), medium, world.stage("large")),
+        policy=world.policy(script={"small": "medium"}),
+        dead=("medium",) if dead else (),
+    )
+    response = await w.stub.Generate(ASK, timeout=5)
+    assert (response.stage, response.text, response.p_correct) == ("small", "one two three", 0.5)
+    assert [(r.stage, r.decision, r.reason) for r in response.stages] == [
+        ("small", policy_pb2.DECISION_ACTION_STOP, policy_pb2.DECISION_REASON_STAGE_UNAVAILABLE)
+    ]
+    for drafts in (False, True):
+        events = await stream(w, drafts)
+        assert events[-1].response.text == "one two three"
+        assert events[-2].commit.committed_tokens == 3
+        assert events[-2].commit.HasField("tokens") is not drafts
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+@pytest.mark.parametrize("target", ["medium", "large"])
+async def test_stage_dying_within_what_it_accepted_keeps_the_answer(world, drafts, target):
+    dying = world.stage(target, pieces=(b"one", b" two", b" other"), fail_after=2)
+    others = {name: world.stage(name) for name in ("small", "medium", "large")} | {target: dying}
+    w = await world(*others.values(), policy=world.policy(script={"small": target}))
+    events = await stream(w, drafts)
+    assert events[-1].response.stage == "small"
+    assert events[-1].response.text == "one two three"
+    held = [chunk.text for chunk in map(chunk_of, events) if chunk is not None]
+    kinds = [event.WhichOneof("event") for event in events]
+    if not drafts:
+        assert "".join(held) == "one two three"
+        assert "revise" not in kinds
+    assert events[-2].commit.committed_tokens == 3
+
+
+def chunk_of(event):
+    if event.WhichOneof("event") == "commit" and event.commit.HasField("tokens"):
+        return event.commit.tokens
+    return event.draft if event.WhichOneof("event") == "draft" else None
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+async def test_stage_dying_after_it_changed_committed_text_fails_the_stream(world, drafts):
+    large = world.stage("large", pieces=(b"one", b" other", b" x"), fail_after=2)
+    w = await world(
+        world.stage("small"), world.stage("medium"), large, policy=world.policy(script={"small": "large"})
+    )
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stream(w, drafts)
+    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+    # The caller of the unary method holds nothing yet, so the earlier answer is given.
+    assert (await w.stub.Generate(ASK, timeout=5)).stage == "small"
+
+
+async def test_only_stage_dying_mid_stream_is_unavailable(world):
+    w = await world(world.stage("small", fail_after=2), static_plan=("small",))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stream(w, drafts=False)
+    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert "stage small at" in caught.value.details()
+
+
+async def test_drafting_stage_dying_mid_stream_is_replaced(world):
+    w = await world(
+        *(world.stage("small", fail_after=2), world.stage("medium", pieces=(b"new",)), world.stage("large")),
+        policy=world.policy(),
+    )
+    events = await stream(w, drafts=True)
+    assert [event.WhichOneof("event") for event in events] == [
+        *["stage_started", "draft", "draft"],
+        *["stage_started", "revise", "draft", "commit", "response"],
+    ]
+    assert events[4].revise.kept_tokens == 0
+    assert events[-1].response.text == "new"
+
+
+@pytest.mark.parametrize(
+    ("refusal", "code", "text"),
+    [
+        (
+            InvalidRequest("the prompt has 600 tokens; 512 fit", field="prompt"),
+            "INVALID_ARGUMENT",
+            "600 tokens",
+        ),
+        (ResourceExhausted("the queue is full (256)"), "RESOURCE_EXHAUSTED", "queue is full"),
+        (PreconditionFailed("the model is not loaded"), "FAILED_PRECONDITION", "not loaded"),
+        # These are the router's configuration, not the caller's input.
+        (NotFound("no model x", field="model"), "FAILED_PRECONDITION", "no model x"),
+        (InvalidRequest("model is bad", field="model"), "INTERNAL", "model is bad"),
+    ],
+)
+async def test_first_stage_refusing_passes_through(world, refusal, code, text):
+    stages = [world.stage(name, fail_after=0, failure=refusal) for name in ("small", "medium", "large")]
+    w = await world(*stages, policy=world.policy())
+    error = await failure(w.stub.Generate(ASK, timeout=5))
+    assert error.code().name == code
+    assert text in error.details()
+
+
+async def test_full_queue_at_escalation_keeps_the_answer(world):
+    medium = world.stage("medium", fail_after=0, failure=ResourceExhausted("the queue is full"))
+    w = await world(
+        world.stage("small"), medium, world.stage("large"), policy=world.policy(script={"small": "medium"})
+    )
+    response = await w.stub.Generate(ASK, timeout=5)
+    assert response.stages[0].reason == policy_pb2.DECISION_REASON_STAGE_UNAVAILABLE
+
+
+async def test_stage_without_a_result_is_an_internal_error(world):
+    w = await world(world.stage("small", sends_result=False), static_plan=("small",))
+    error = await failure(w.stub.Generate(ASK, timeout=5))
+    assert error.code() == grpc.StatusCode.INTERNAL
+    assert "stage small at" in error.details()
+
+
+async def test_escalation_that_cannot_fit_is_not_started(world):
+    w = await world(policy=world.policy(script={"small": "large"}, expected_ms=60_000))
+    response = await w.stub.Generate(ASK, timeout=20)
+    assert response.stage == "small"
+    assert response.stages[0].reason == policy_pb2.DECISION_REASON_DEADLINE
+    assert not w.stages["large"].calls
+
+
+async def test_caller_without_deadline_gets_the_default_one(world):
+    w = await world(
+        policy=world.policy(script={"small": "large"}, expected_ms=60_000), default_deadline_ms=20_000
+    )
+    response = await w.stub.Generate(ASK)
+    assert response.stages[0].reason == policy_pb2.DECISION_REASON_DEADLINE
+
+
+async def test_stage_budget_bounds_a_stage_call(world):
+    stage = world.stage("small", pause_after=0)
+    w = await world(stage, static_plan=("small",), stage_timeout_ms=50)
+    error = await failure(w.stub.Generate(ASK, timeout=20))
+    assert error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    assert "stage small at" in error.details()
+    assert "50 ms" in error.details()
+    await asyncio.wait_for(stage.cancelled.wait(), 5)
+
+
+async def test_escalated_stage_out_of_time_keeps_the_answer(world):
+    large = world.stage("large", pause_after=0)
+    w = await world(
+        *(world.stage("small"), world.stage("medium"), large),
+        policy=world.policy(script={"small": "large"}),
+        stage_timeout_ms=200,
+    )
+    response = await w.stub.Generate(ASK, timeout=20)
+    assert response.stage == "small"
+    assert response.stages[0].reason == policy_pb2.DECISION_REASON_DEADLINE
+    await asyncio.wait_for(large.cancelled.wait(), 5)
+
+
+async def test_callers_deadline_reaches_the_stage(world):
+    stage = world.stage("small", pause_after=0)
+    w = await world(stage, static_plan=("small",))
+    error = await failure(w.stub.Generate(ASK, timeout=0.2))
+    assert error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    await asyncio.wait_for(stage.cancelled.wait(), 5)
+
+
+async def test_draining_router_refuses_new_requests(world):
+    w = await world()
+    await w.servicer.drain()
+    error = await failure(w.stub.Generate(ASK, timeout=5))
+    assert error.code() == grpc.StatusCode.UNAVAILABLE
