@@ -14,11 +14,13 @@ COPY models models
 RUN pip install .
 
 FROM build AS build-policy
-# hadolint ignore=DL3013 -- the source tree itself, which has no version to pin.
+# The source tree itself, which has no version to pin.
+# hadolint ignore=DL3013
 RUN pip install ".[policy]"
 
 FROM build AS build-stage-onnx
-# hadolint ignore=DL3013 -- the source tree itself, which has no version to pin.
+# The source tree itself, which has no version to pin.
+# hadolint ignore=DL3013
 RUN pip install ".[stage]"
 
 FROM python:3.11-slim-bookworm AS base
