@@ -27,7 +27,7 @@ FROM python:3.11-slim-bookworm AS base
 # Kubernetes proves runAsNonRoot from a number only.
 USER 10001:10001
 ENV PATH=/opt/asd/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp
-WORKDIR /tmp
+WORKDIR /opt/asd
 
 FROM base AS router
 COPY --from=build /opt/asd /opt/asd
