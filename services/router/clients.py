@@ -196,7 +196,7 @@ class GrpcPolicy:
             cascade=self._stages,
             stage=answer.stage.name,
             draft=convert.evidence_to(answer),
-            verification=convert.verification_to(answer.verification),
+            verification=convert.verification_to(answer),
             spent_cost=spent_cost,
             spent_ms=spent_ms,
             conditions=convert.conditions_to(conditions),

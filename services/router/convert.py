@@ -162,14 +162,16 @@ def evidence_to(answer: Answer) -> policy_pb2.DraftEvidence:
     )
 
 
-def verification_to(verification: Verification | None) -> policy_pb2.VerificationEvidence | None:
-    """Return what a verification showed, for the policy."""
+def verification_to(answer: Answer) -> policy_pb2.VerificationEvidence | None:
+    """Return what the verification behind an answer showed, for the policy."""
+    verification = answer.verification
     if verification is None:
         return None
     return policy_pb2.VerificationEvidence(
         proposed_tokens=verification.proposed_tokens,
         accepted_tokens=verification.accepted_tokens,
         ranks=verification.ranks,
+        draft_stage=answer.draft_stage,
     )
 
 

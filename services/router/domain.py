@@ -213,7 +213,10 @@ StageEvent = Tokens | Verification | StageResult
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A stage's whole answer with what it shows. latency_ms: from the call to the stage's last message."""
+    """A stage's whole answer with what it shows. latency_ms: from the call to the stage's last message.
+
+    draft_stage: name of the stage whose draft it verified, or "".
+    """
 
     stage: Stage
     action: StageAction
@@ -222,6 +225,7 @@ class Answer:
     verification: Verification | None
     latency_ms: float
     cost: float
+    draft_stage: str = ""
 
 
 @dataclass(frozen=True, slots=True)

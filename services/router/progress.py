@@ -130,7 +130,10 @@ class Progress:
             cost = generate_cost(stage.cost)
         tokens = Tokens(self._ids, "".join(self._texts), self._logprobs, self._entropies, self._top2_margins)
         latency_ms = (self._clock() - self._started) * 1000.0
-        self._answer = Answer(stage, self._action, result, tokens, self._verification, latency_ms, cost)
+        draft_stage = self._answer.stage.name if self._answer and self._verification else ""
+        self._answer = Answer(
+            stage, self._action, result, tokens, self._verification, latency_ms, cost, draft_stage
+        )
         self.spent_cost += cost
         return self._answer
 
