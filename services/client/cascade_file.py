@@ -1,0 +1,206 @@
+"""The file that describes a cascade on one machine, and the configuration of each process that it leads to.
+
+Pure but for reading the file: nothing is started here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from services.common.settings import Section, ServiceSettings, SettingsError, service_config
+from services.router.settings import Milliseconds, Name, RouterSettings
+
+EMBEDDED = Path(__file__).with_name("embedded.yaml")
+HOST = "127.0.0.1"
+ROUTER, POLICY = "router", "policy"
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class PolicyEntry(Section):
+    """The policy service: its artifact, how long it is waited for, and where reports are kept."""
+
+    artifact: Path
+    timeout_ms: Milliseconds = 100.0
+    reports_path: Path | None = None
+
+
+class StageEntry(Section):
+    """One stage and its model. cost: cost units of a whole answer."""
+
+    name: Name
+    path: Path
+    cost: float = Field(gt=0, allow_inf_nan=False)
+    engine: Literal["onnx"] = "onnx"
+    threads: Count = 1
+    max_batch: Count = 8
+    default_max_new_tokens: Count = 160
+    timeout_ms: Milliseconds = 30_000.0
+
+
+class CascadeFile(ServiceSettings):
+    """A cascade on one machine. See embedded.yaml for what each entry means."""
+
+    model_config = service_config("ASD_CASCADE_")
+
+    policy: PolicyEntry | None = None
+    stages: tuple[StageEntry, ...] = Field(min_length=1)
+    # Empty: the last stage alone.
+    static_plan: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        reserved = {ROUTER, POLICY} & {stage.name for stage in self.stages}
+        if reserved:
+            raise ValueError(f"stages: no stage can be called {reserved.pop()}: that is another process")
+        return self
+
+
+@dataclass(frozen=True)
+class Ports:
+    """The port of each process; `stages` in the order of the cascade."""
+
+    router: int
+    policy: int
+    stages: tuple[int, ...]
+
+    @classmethod
+    def from_base(cls, base: int, stages: int) -> Ports:
+        """Return the ports that follow from --port-base: base, base + 1, and base + 11 on for the stages."""
+        return cls(base, base + 1, tuple(base + 11 + index for index in range(stages)))
+
+    @property
+    def highest(self) -> int:
+        """The largest number in use."""
+        return max(self.router, self.policy, *self.stages)
+
+
+@dataclass(frozen=True)
+class Service:
+    """A process to run: `name` for people, `module` for `python -m`, its configuration and its address."""
+
+    name: str
+    module: str
+    config: dict[str, Any]
+    port: int
+
+    @property
+    def address(self) -> str:
+        """What clients connect to."""
+        return f"{HOST}:{self.port}"
+
+
+def read_cascade(file: Path) -> CascadeFile:
+    """Return what a cascade file says, with absolute paths.
+
+    Raises SettingsError, naming file and entry, if an entry is missing, unknown or wrong, or a path is not
+    there.
+    """
+    cascade = CascadeFile.load(file)
+    try:
+        # The rules about names of stages are the router's.
+        RouterSettings(**router_config(cascade, Ports.from_base(1, len(cascade.stages)), drain_seconds=0))
+    except ValidationError as error:
+        raise SettingsError(f"{file}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
+    base = file.resolve().parent
+    stages = []
+    for index, stage in enumerate(cascade.stages):
+        path = (base / stage.path).resolve()
+        if not (path / "config.json").is_file():
+            raise SettingsError(
+                f"{file}: stages.{index}.path: {path} is not a Hugging Face model directory (it has no "
+                "config.json)"
+            )
+        stages.append(stage.model_copy(update={"path": path}))
+    policy = cascade.policy
+    if policy is not None:
+        artifact = (base / policy.artifact).resolve()
+        if not artifact.is_dir():
+            raise SettingsError(
+                f"{file}: policy.artifact: {artifact} is not a directory; make one with asd-policy, or leave "
+                "`policy` out to follow static_plan"
+            )
+        reports = policy.reports_path and (base / policy.reports_path).resolve()
+        policy = policy.model_copy(update={"artifact": artifact, "reports_path": reports})
+    return cascade.model_copy(update={"policy": policy, "stages": tuple(stages)})
+
+
+def services_of(
+    cascade: CascadeFile, ports: Ports, directory: Path, *, drain_seconds: float = 10.0
+) -> tuple[Service, ...]:
+    """Return every process of a cascade: the router, the policy service if there is one, and each stage.
+
+    directory: where reports are kept if the file does not say.
+    """
+    services = [
+        Service(
+            ROUTER,
+            "services.router",
+            router_config(cascade, ports, drain_seconds=drain_seconds),
+            ports.router,
+        )
+    ]
+    if cascade.policy is not None:
+        config = policy_config(cascade.policy, ports.policy, directory, drain_seconds=drain_seconds)
+        services.append(Service(POLICY, "policy_service", config, ports.policy))
+    for stage, port in zip(cascade.stages, ports.stages, strict=True):
+        config = stage_config(stage, port, drain_seconds=drain_seconds)
+        services.append(Service(stage.name, "services.stage", config, port))
+    return tuple(services)
+
+
+def router_config(cascade: CascadeFile, ports: Ports, *, drain_seconds: float) -> dict[str, Any]:
+    """Return the settings of the router (services.router.settings)."""
+    config: dict[str, Any] = {
+        "listen": f"{HOST}:{ports.router}",
+        "stages": [
+            {
+                "name": stage.name,
+                "target": f"{HOST}:{port}",
+                "cost": stage.cost,
+                "timeout_ms": stage.timeout_ms,
+            }
+            for stage, port in zip(cascade.stages, ports.stages, strict=True)
+        ],
+        "static_plan": list(cascade.static_plan or (cascade.stages[-1].name,)),
+        "drain_seconds": drain_seconds,
+    }
+    if cascade.policy is not None:
+        config["policy"] = {
+            "target": f"{HOST}:{ports.policy}",
+            "timeout_ms": cascade.policy.timeout_ms,
+        }
+    return config
+
+
+def policy_config(policy: PolicyEntry, port: int, directory: Path, *, drain_seconds: float) -> dict[str, Any]:
+    """Return the settings of the policy service (policy_service.settings)."""
+    return {
+        "listen": f"{HOST}:{port}",
+        "artifact": str(policy.artifact),
+        "reports_path": str(policy.reports_path or directory / "reports.jsonl"),
+        "drain_seconds": drain_seconds,
+    }
+
+
+def stage_config(stage: StageEntry, port: int, *, drain_seconds: float) -> dict[str, Any]:
+    """Return the settings of a stage process (services.stage.settings)."""
+    return {
+        "listen": f"{HOST}:{port}",
+        "default_model": stage.name,
+        "models": [
+            {
+                "name": stage.name,
+                "path": str(stage.path),
+                "engine": stage.engine,
+                "threads": stage.threads,
+                "max_batch": stage.max_batch,
+                "default_max_new_tokens": stage.default_max_new_tokens,
+            }
+        ],
+        "drain_seconds": drain_seconds,
+    }

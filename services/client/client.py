@@ -1,0 +1,133 @@
+"""A typed client of a cascade.
+
+>>> async with CascadeClient("127.0.0.1:50050") as cascade:  # doctest: +SKIP
+...     answer = await cascade.answer(Request("What is 12 plus 30?"))
+"""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Self, TypeVar
+
+import grpc
+
+from asd.v1 import cascade_pb2, cascade_pb2_grpc, policy_pb2_grpc
+from services.client import convert
+from services.common.channel import call_stream, call_unary, open_channel
+from services.common.errors import Unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Sequence
+    from types import TracebackType
+
+    from services.client.values import Answer, BatchItem, Description, Event, Request
+
+DEFAULT_TARGET = "127.0.0.1:50050"
+DEFAULT_POLICY_TARGET = "127.0.0.1:50051"
+# As the router's own default for callers that set no deadline.
+DEFAULT_TIMEOUT_MS = 60_000.0
+
+Sent = TypeVar("Sent")
+Received = TypeVar("Received")
+
+
+class CascadeClient:
+    """Asks a cascade's router. An asynchronous context manager; one instance serves many concurrent calls.
+
+    target: "host:port" or a gRPC name such as "dns:///asd-router:50050". timeout_ms: deadline of each call.
+    Every method raises the AsdError that the router's status stands for (services.common.errors):
+    InvalidRequest and NotFound for a request at fault, Unavailable where nothing answers, BudgetSpent after
+    the deadline.
+    """
+
+    def __init__(self, target: str = DEFAULT_TARGET, *, timeout_ms: float = DEFAULT_TIMEOUT_MS) -> None:
+        self._target = target
+        self._timeout_ms = timeout_ms
+        self._peer = f"cascade at {target}"
+
+    async def __aenter__(self) -> Self:
+        self._channel = open_channel(self._target)
+        self._stub = cascade_pb2_grpc.CascadeServiceStub(self._channel)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._channel.close()
+
+    async def answer(self, request: Request) -> Answer:
+        """Return the answer to a request."""
+        message = convert.request_to(request)
+        return convert.answer_from(await self._call(self._stub.Generate, message))
+
+    async def stream(self, request: Request, *, drafts: bool = False) -> AsyncGenerator[Event, None]:
+        """Yield what happens to a request; the Answer comes last.
+
+        drafts: yield tokens that a later stage may still revise as well (see values.StreamedText).
+        """
+        message = cascade_pb2.GenerateStreamRequest(
+            request=convert.request_to(request), include_drafts=drafts
+        )
+        async with aclosing(self._call_stream(self._stub.GenerateStream, message)) as responses:
+            async for response in responses:
+                event = convert.event_from(response)
+                if event is not None:
+                    yield event
+
+    async def answer_batch(self, requests: Sequence[Request]) -> AsyncGenerator[BatchItem, None]:
+        """Yield the outcome of each request as it is ready; one's failure leaves the others alone."""
+        message = cascade_pb2.GenerateBatchRequest(requests=[convert.request_to(each) for each in requests])
+        async with aclosing(self._call_stream(self._stub.GenerateBatch, message)) as responses:
+            async for response in responses:
+                yield convert.batch_item_from(response)
+
+    async def describe(self) -> Description:
+        """Return which stages there are, what they cost and which policy is in force."""
+        message = cascade_pb2.DescribeRequest()
+        return convert.description_from(await self._call(self._stub.Describe, message))
+
+    async def _call(
+        self, method: grpc.aio.UnaryUnaryMultiCallable[Sent, Received], message: Sent
+    ) -> Received:
+        try:
+            return await call_unary(method, message, timeout_ms=self._timeout_ms, peer=self._peer)
+        except Unavailable as error:
+            raise self._located(error) from error
+
+    async def _call_stream(
+        self, method: grpc.aio.UnaryStreamMultiCallable[Sent, Received], message: Sent
+    ) -> AsyncGenerator[Received, None]:
+        responses = call_stream(method, message, timeout_ms=self._timeout_ms, peer=self._peer)
+        async with aclosing(responses):
+            try:
+                async for response in responses:
+                    yield response
+            except Unavailable as error:
+                raise self._located(error) from error
+
+    def _located(self, error: Unavailable) -> Unavailable:
+        """Return the error with advice where it is the router that is away, not a stage behind it."""
+        if self._channel.get_state() is grpc.ChannelConnectivity.READY:
+            return error
+        return Unavailable(
+            f"no cascade answers at {self._target}: start one with `asd up`, or name another with --target"
+        )
+
+
+async def report(
+    answer: Answer, *, correct: bool, policy_target: str = DEFAULT_POLICY_TARGET, timeout_ms: float = 5_000.0
+) -> int:
+    """Tell the policy service how an answer turned out; return how many reports it holds for its policy.
+
+    The cascade's router takes no reports, so this calls the policy service itself. Raises InvalidRequest if
+    the policy did not judge the answer, and the AsdError that the service's status stands for.
+    """
+    message = convert.report_to(answer, correct=correct)
+    async with open_channel(policy_target) as channel:
+        stub = policy_pb2_grpc.PolicyServiceStub(channel)
+        peer = f"policy service at {policy_target}"
+        response = await call_unary(stub.Report, message, timeout_ms=timeout_ms, peer=peer)
+    return response.reports

@@ -1,0 +1,189 @@
+"""How values look on a terminal. Nothing here calls a service."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from suites import extract_answer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import RenderableType
+
+    from services.client.demo import Row, Summary
+    from services.client.launcher import Child
+    from services.client.values import Answer, Description, StageStarted, StreamedText
+
+_DOING = {"generate": "writes", "verify": "verifies"}
+_ANSWER_COLUMNS = 14
+# Of a demo's table, for all but the prompt.
+_DEMO_COLUMNS = 80
+
+
+def output() -> Console:
+    """Return the console for results. Tables in files and pipes are 120 columns wide."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=120)
+
+
+def notes() -> Console:
+    """Return the console for everything that is not a result."""
+    return Console(stderr=True, highlight=False)
+
+
+def progress(console: Console) -> Progress:
+    """Return a progress bar that counts prompts."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+def streamed(text: StreamedText, started: StageStarted | None) -> RenderableType:
+    """Return an answer that is being written: final text, draft after it, and who works on it."""
+    shown = Text(text.final)
+    shown.append(text.draft, style="dim")
+    if started is None:
+        return shown
+    doing = _DOING.get(started.action, started.action)
+    return Group(shown, Text(f"{started.stage} {doing} …", style="cyan"))
+
+
+def answer_line(answer: Answer) -> Text:
+    """Return one line: who answered, how good it is thought to be, what it took, and why each stage ended."""
+    line = Text()
+    line.append(answer.stage, style="bold green")
+    line.append(
+        f" · predicted quality {quality(answer.p_correct)} · {answer.latency_ms:.1f} ms"
+        f" · cost {answer.cost:.2f}",
+    )
+    if answer.finish_reason != "eos":
+        line.append(f" · ended by {answer.finish_reason}", style="yellow")
+    steps = []
+    for record in answer.stages:
+        step = f"{record.stage} {_DOING.get(record.action, record.action)}"
+        if record.action == "verify":
+            step += f" ({record.accepted_tokens} of {record.proposed_tokens} draft tokens accepted)"
+        step += f", {record.decision}: {record.reason.replace('_', ' ')}"
+        steps.append(step)
+    line.append(f" · {' → '.join(steps)}", style="dim")
+    return line
+
+
+def description(value: Description) -> RenderableType:
+    """Return the stages of a cascade, and the policy in force."""
+    table = Table("stage", "model", "engine", "parameters", "context", "cost", "queue", "state")
+    for stage in value.stages:
+        table.add_row(
+            stage.stage,
+            stage.model or "–",
+            stage.engine or "–",
+            f"{stage.parameters:,}" if stage.parameters else "–",
+            str(stage.context_length or "–"),
+            f"{stage.cost:g}",
+            str(stage.queue_depth),
+            Text("available", style="green") if stage.available else Text("away", style="red"),
+        )
+    plan = f"Static plan, while the policy is away: {' → '.join(value.static_plan)}"
+    policy = value.policy
+    if policy is None:
+        return Group(table, Text("Policy: none answers, so the static plan holds", style="yellow"), plan)
+    judged = Table("stage", "cost", "latency ms", "accuracy", "calibration error")
+    for each in policy.stages:
+        judged.add_row(
+            each.stage,
+            f"{each.cost:g}",
+            f"{each.latency_ms:.1f}",
+            f"{each.accuracy:.1%}",
+            f"{each.calibration_error:.3f}",
+        )
+    return Group(
+        table,
+        f"Policy {policy.policy_version}: fitted on {policy.train_prompts:,} prompts, calibrated on "
+        f"{policy.calibration_prompts:,} others",
+        judged,
+        f"Value of a right answer (lambda): fastest {policy.lambda_fastest:g}, "
+        f"balanced {policy.lambda_balanced:g}, best {policy.lambda_best:g}",
+        plan,
+    )
+
+
+def processes(children: Sequence[Child], seconds: float) -> RenderableType:
+    """Return what `asd up` started."""
+    table = Table("process", "address", "id")
+    for child in children:
+        table.add_row(child.service.name, child.service.address, str(child.pid))
+    return Group(table, f"Ready after {seconds:.1f} s. Logs: {children[0].log.parent}")
+
+
+def demo_rows(rows: Sequence[Row], width: int) -> Table:
+    """Return one line per question, for a terminal of `width` columns."""
+    table = Table("suite", "level", "prompt", "answer", "", "stage", "quality", "ms", "cost", pad_edge=False)
+    for column in table.columns:
+        column.no_wrap = True
+    for name in (1, 6, 7, 8):
+        table.columns[name].justify = "right"
+    prompt_width = max(width - _DEMO_COLUMNS, 20)
+    for row in rows:
+        outcome = row.cascade
+        table.add_row(
+            row.suite,
+            str(row.level),
+            Text(_shorten(row.prompt, prompt_width)),
+            Text(_shorten(extract_answer(outcome.text) or f"? {outcome.text}", _ANSWER_COLUMNS)),
+            Text("right", style="green") if outcome.is_right else Text("wrong", style="red"),
+            outcome.stage,
+            quality(outcome.p_correct),
+            f"{outcome.latency_ms:.1f}",
+            f"{outcome.cost:.2f}",
+        )
+    return table
+
+
+def demo_summary(summary: Summary) -> RenderableType:
+    """Return the cascade beside its largest stage."""
+    table = Table("", "cascade", f"always {summary.largest_stage}")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    table.add_row("right answers", f"{summary.accuracy:.1%}", f"{summary.accuracy_largest:.1%}")
+    table.add_row("mean latency, ms", f"{summary.latency_ms:.1f}", f"{summary.latency_largest_ms:.1f}")
+    table.add_row(
+        "95th percentile, ms", f"{summary.latency_p95_ms:.1f}", f"{summary.latency_largest_p95_ms:.1f}"
+    )
+    table.add_row("mean cost, units", f"{summary.cost:.2f}", f"{summary.cost_largest:.2f}")
+    shares = ", ".join(f"{stage} {share:.0%}" for stage, share in summary.stage_shares.items())
+    policy = f"policy {summary.policy_version}" if summary.policy_version else "the static plan, no policy"
+    lines = [
+        Text(
+            f"{summary.speedup:.2f} × as fast as always asking {summary.largest_stage}, at "
+            f"{summary.cost / summary.cost_largest:.0%} of its cost",
+            style="bold",
+        ),
+        Text(f"{summary.early_stop_share:.0%} of the answers came before the last stage ({shares})"),
+        Text(f"{summary.prompts} prompts, each asked both ways in turn, one at a time; decided by {policy}"),
+    ]
+    if "static" in summary.plan_sources and summary.policy_version:
+        lines.append(
+            Text("The policy was away for some of them: those followed the static plan", style="yellow")
+        )
+    return Group(table, *lines)
+
+
+def quality(p_correct: float | None) -> str:
+    """Return a predicted quality, or a dash where the policy was not asked."""
+    return "–" if p_correct is None else f"{p_correct:.2f}"
+
+
+def _shorten(text: str, width: int) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= width else f"{line[: width - 1]}…"

@@ -1,0 +1,272 @@
+"""Runs the services of a cascade as child processes: starts them together, restarts and drains them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import socket
+import sys
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Self
+
+import yaml
+
+from services.client.cascade_file import HOST, ROUTER, Ports
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+    from types import TracebackType
+
+    from services.client.cascade_file import Service
+
+# A model that was never prepared is prepared now: seconds for the embedded family, minutes for a large one.
+_READY_SECONDS = 300.0
+_FIRST_DELAY_S = 0.25
+_LONGEST_DELAY_S = 10.0
+# A service that served for this long starts with the first delay again.
+_STABLE_S = 30.0
+_LOG_LINES = 12
+# Below the range that systems take outgoing ports from, so that no connection of ours takes one that we
+# chose.
+_FREE_PORTS = range(20_000, 32_000)
+
+
+class LaunchError(Exception):
+    """A service cannot be started; the message says which, why, and what to change."""
+
+
+class Supervisor:
+    """Services as child processes, from `async with` to its end.
+
+    Entering starts all at once and returns when each of them serves. A service that ends by itself is
+    started again, later each time. Leaving drains the router first, so that answers under way can finish,
+    then the others; what does not end within `grace_seconds` is killed. If this process is killed, the
+    children see it and drain by themselves.
+
+    directory: for logs and configuration. say: takes a line about what happened, for people.
+    Entering raises LaunchError if a port is taken or a service does not start; no child is left then.
+    """
+
+    def __init__(
+        self,
+        services: Sequence[Service],
+        directory: Path,
+        *,
+        say: Callable[[str], None],
+        grace_seconds: float = 12.0,
+    ) -> None:
+        self.children = tuple(Child(service, directory, say) for service in services)
+        self._grace_seconds = grace_seconds
+        self._keepers: list[asyncio.Task[None]] = []
+
+    @property
+    def has_crashed(self) -> bool:
+        """Whether a child ever ended by itself."""
+        return any(child.crashes for child in self.children)
+
+    async def __aenter__(self) -> Self:
+        for child in self.children:
+            _check_port(child.service)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for child in self.children:
+                    group.create_task(child.start())
+        except BaseExceptionGroup as errors:
+            await self._stop()
+            raise errors.exceptions[0] from None
+        except BaseException:
+            await self._stop()
+            raise
+        self._keepers = [asyncio.create_task(child.keep()) for child in self.children]
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+        await self._stop()
+
+    def kill(self) -> None:
+        """End all children at once, without draining."""
+        for child in self.children:
+            child.kill()
+
+    async def _stop(self) -> None:
+        for is_router in (True, False):
+            turn = [child for child in self.children if (child.service.name == ROUTER) is is_router]
+            await asyncio.gather(*(child.stop(self._grace_seconds) for child in turn))
+
+
+class Child:
+    """One service's process, and the file that its output goes to."""
+
+    def __init__(self, service: Service, directory: Path, say: Callable[[str], None]) -> None:
+        self.service = service
+        self.log = directory / f"{service.name}.log"
+        self.crashes = 0
+        self._config = directory / f"{service.name}.yaml"
+        self._say = say
+        self._process: asyncio.subprocess.Process | None = None
+
+    @property
+    def pid(self) -> int:
+        """Id of the process that runs now, or ran last; 0 before the first start."""
+        return self._process.pid if self._process else 0
+
+    async def start(self) -> None:
+        """Start the process and return when it serves.
+
+        Raises LaunchError if it ends before that, takes too long, or serves at another address.
+        """
+        self._config.write_text(yaml.safe_dump(self.service.config, sort_keys=False), encoding="utf-8")
+        with self.log.open("ab") as log:
+            self._process = process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                # Python would look for modules in the current directory first.
+                "-P",
+                "-m",
+                "services.client.child",
+                self.service.module,
+                "--config",
+                str(self._config),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
+                # Ctrl-C is for the parent alone, which drains the children in order.
+                start_new_session=True,
+            )
+        try:
+            async with asyncio.timeout(_READY_SECONDS):
+                address = await self._read_ready(process)
+        except TimeoutError:
+            self.kill()
+            await process.communicate()
+            raise LaunchError(self._explain(f"does not serve after {_READY_SECONDS:g} s")) from None
+        if address is None:
+            await process.communicate()
+            raise LaunchError(self._explain(_ending(process)))
+        if address != self.service.address:
+            raise LaunchError(
+                f"{self.service.name} listens on {address} instead of {self.service.address}: unset the "
+                "ASD_*_LISTEN variable"
+            )
+
+    async def keep(self) -> None:
+        """Start the process again whenever it ends, until cancelled."""
+        delay_s = _FIRST_DELAY_S
+        while True:
+            started = time.monotonic()
+            process = self._running()
+            await self._forward_output(process)
+            await process.wait()
+            self.crashes += 1
+            if time.monotonic() - started > _STABLE_S:
+                delay_s = _FIRST_DELAY_S
+            self._say(
+                f"{self.service.name} (process {process.pid}) {_ending(process)}; starting it again in "
+                f"{delay_s:g} s (log: {self.log})"
+            )
+            await asyncio.sleep(delay_s)
+            delay_s = min(2 * delay_s, _LONGEST_DELAY_S)
+            # A failed start is an ended process, which the next turn reports.
+            with contextlib.suppress(LaunchError):
+                await self.start()
+                self._say(f"{self.service.name} (process {self.pid}) serves again at {self.service.address}")
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Let the process drain and end; kill it if that takes too long."""
+        process = self._process
+        if process is None:
+            return
+        if process.returncode is None:
+            process.terminate()
+        try:
+            async with asyncio.timeout(grace_seconds):
+                await process.communicate()
+        except TimeoutError:
+            self._say(
+                f"{self.service.name} (process {process.pid}) did not end in {grace_seconds:g} s: killed"
+            )
+            self.kill()
+            await process.communicate()
+
+    def kill(self) -> None:
+        """End the process at once, if it runs."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+
+    def _running(self) -> asyncio.subprocess.Process:
+        if self._process is None:
+            raise RuntimeError("start the process first")
+        return self._process
+
+    async def _read_ready(self, process: asyncio.subprocess.Process) -> str | None:
+        """Return the address of the READY line; None if the output ends without one."""
+        output = _output(process)
+        while line := await output.readline():
+            words = line.decode(errors="replace").split()
+            if words[:1] == ["READY"] and len(words) == 3:
+                return words[2]
+        return None
+
+    async def _forward_output(self, process: asyncio.subprocess.Process) -> None:
+        """Append what the process prints to its log until it closes its output."""
+        output = _output(process)
+        while chunk := await output.read(65_536):
+            with self.log.open("ab") as log:
+                log.write(chunk)
+
+    def _explain(self, what: str) -> str:
+        with self.log.open(encoding="utf-8", errors="replace") as file:
+            tail = "".join(deque(file, maxlen=_LOG_LINES)).rstrip() or "(its log is empty)"
+        return f"{self.service.name} {what}. The end of {self.log}:\n{tail}"
+
+
+def free_ports(stages: int) -> Ports:
+    """Return ports that nobody listens on now, for a cascade with these many stages.
+
+    Raises LaunchError if none are found.
+    """
+    for _ in range(100):
+        ports = Ports.from_base(_FREE_PORTS.start + secrets.randbelow(len(_FREE_PORTS) - 200), stages)
+        if all(_bind_error(port) is None for port in (ports.router, ports.policy, *ports.stages)):
+            return ports
+    raise LaunchError("no free ports: name some with `asd up --port-base`, and use `--target`")
+
+
+def _check_port(service: Service) -> None:
+    error = _bind_error(service.port)
+    if error is not None:
+        raise LaunchError(
+            f"port {service.port}, for {service.name}, cannot be used ({error}): stop what listens there, or "
+            "move all ports with --port-base"
+        )
+
+
+def _bind_error(port: int) -> str | None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            return (error.strerror or str(error)).lower()
+    return None
+
+
+def _output(process: asyncio.subprocess.Process) -> asyncio.StreamReader:
+    if process.stdout is None:
+        raise RuntimeError("the process was started without a pipe")
+    return process.stdout
+
+
+def _ending(process: asyncio.subprocess.Process) -> str:
+    code = process.returncode or 0
+    return f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"

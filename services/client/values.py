@@ -1,0 +1,276 @@
+"""What goes to a cascade and what comes back, as frozen values. Pure: no gRPC, no protobuf.
+
+Fields, units and ranges are those of protos/asd/v1; costs are in cost units, times in milliseconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Role = Literal["system", "user", "assistant"]
+PreferenceName = Literal["fastest", "balanced", "best"]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. None: the stage's default."""
+
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What to optimise. `quality_value` is the contract's `lambda`: what a certainly right answer is worth.
+
+    All fields None: the policy's BALANCED. `quality_value` and `preference` exclude each other.
+    """
+
+    quality_value: float | None = None
+    max_cost: float | None = None
+    max_latency_ms: float | None = None
+    min_quality: float | None = None
+    preference: PreferenceName | None = None
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """Rule by which a target stage accepts draft tokens; `threshold` belongs to "tolerant"."""
+
+    mode: Literal["exact", "tolerant"] = "exact"
+    threshold: float | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question to a cascade: a single user message, or a conversation that ends with one."""
+
+    input: str | tuple[Message, ...]
+    sampling: Sampling = Sampling()
+    objective: Objective = Objective()
+    acceptance: Acceptance | None = None
+    session_id: str = ""
+    stage: str = ""
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What one stage did for a request.
+
+    `action` is "generate" or "verify", `decision` "stop" or "escalate", `reason` a DecisionReason such as
+    "value" or "static_plan". Counts and times of the stage's own are 0 where the stage failed. `p_correct`
+    is None where the policy was not asked.
+    """
+
+    stage: str
+    stage_index: int
+    action: str
+    latency_ms: float
+    cost: float
+    decision: str
+    reason: str
+    p_correct: float | None
+    p_correct_stderr: float | None
+    prompt_tokens: int
+    completion_tokens: int
+    proposed_tokens: int
+    accepted_tokens: int
+    forward_passes: int
+    queue_ms: float
+    prefill_ms: float
+    decode_ms: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to one request, with one record per stage that was asked, in order.
+
+    `finish_reason` is "eos", "length" or "stop"; `plan_source` is "policy", "static" or "fixed".
+    """
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    tokenizer_fingerprint: str
+    finish_reason: str
+    stage: str
+    stage_index: int
+    p_correct: float | None
+    cost: float
+    latency_ms: float
+    policy_ms: float
+    plan_source: str
+    policy_version: str
+    trace_id: str
+    stages: tuple[StageRecord, ...]
+
+
+@dataclass(frozen=True)
+class StageStarted:
+    """A stage starts on the request: it writes ("generate") or checks a draft and goes on ("verify")."""
+
+    stage: str
+    stage_index: int
+    action: str
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens in order; the text that they add, which may be empty while a character is incomplete."""
+
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """Tokens that a later stage may still revise."""
+
+    tokens: Tokens
+
+
+@dataclass(frozen=True)
+class Committed:
+    """The first `committed_tokens` tokens are final; `tokens` holds those that were not drafts before."""
+
+    committed_tokens: int
+    tokens: Tokens = Tokens()
+
+
+@dataclass(frozen=True)
+class Revised:
+    """Everything after `kept_tokens` tokens, that is after `kept_bytes` bytes of UTF-8 text, is dropped."""
+
+    kept_tokens: int
+    kept_bytes: int
+
+
+Event = StageStarted | Drafted | Committed | Revised | Answer
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a request of a batch has no answer. code: a google.rpc.Code. field: the one at fault, or ""."""
+
+    code: int
+    message: str
+    field: str
+
+
+@dataclass(frozen=True)
+class BatchItem:
+    """The outcome of `requests[index]` of a batch."""
+
+    index: int
+    outcome: Answer | Failure
+
+
+@dataclass(frozen=True)
+class StageDescription:
+    """A stage of the cascade; what it says of its model is empty while it is away."""
+
+    stage: str
+    stage_index: int
+    model: str
+    engine: str
+    parameters: int
+    context_length: int
+    cost: float
+    available: bool
+    queue_depth: int
+
+
+@dataclass(frozen=True)
+class PolicyStage:
+    """A stage as the policy knows it, from its calibration prompts."""
+
+    stage: str
+    cost: float
+    latency_ms: float
+    accuracy: float
+    calibration_error: float
+
+
+@dataclass(frozen=True)
+class PolicyDescription:
+    """The policy in force."""
+
+    policy_version: str
+    stages: tuple[PolicyStage, ...]
+    lambda_fastest: float
+    lambda_balanced: float
+    lambda_best: float
+    train_prompts: int
+    calibration_prompts: int
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a cascade is made of. `policy` is None while the policy service is away."""
+
+    stages: tuple[StageDescription, ...]
+    policy: PolicyDescription | None
+    static_plan: tuple[str, ...]
+    version: str
+
+
+@dataclass(frozen=True)
+class StreamedText:
+    """The text of a stream so far: what is final, and the draft after it.
+
+    `ends` holds the (tokens, bytes) counted from the answer's start at the end of each chunk. A commit is
+    counted in tokens while text comes in chunks, so it takes effect up to the last chunk that it covers.
+    """
+
+    text: str = ""
+    final_bytes: int = 0
+    ends: tuple[tuple[int, int], ...] = field(default=(), repr=False)
+
+    @property
+    def final(self) -> str:
+        """The part that will not change."""
+        return self.text.encode()[: self.final_bytes].decode(errors="ignore")
+
+    @property
+    def draft(self) -> str:
+        """The part that a later stage may revise."""
+        return self.text[len(self.final) :]
+
+    def after(self, event: Event) -> StreamedText:
+        """Return the text once an event has happened."""
+        match event:
+            case Drafted(tokens):
+                return self._add(tokens)
+            case Committed(committed_tokens, tokens):
+                grown = self._add(tokens) if tokens.token_ids or tokens.text else self
+                covered = [end for count, end in grown.ends if count <= committed_tokens]
+                return StreamedText(grown.text, max([self.final_bytes, *covered]), grown.ends)
+            case Revised(kept_tokens, kept_bytes):
+                kept = self.text.encode()[:kept_bytes].decode(errors="ignore")
+                ends = tuple(end for end in self.ends if end[0] < kept_tokens)
+                return StreamedText(
+                    kept, min(self.final_bytes, kept_bytes), (*ends, (kept_tokens, kept_bytes))
+                )
+            case Answer(text=text):
+                return StreamedText(text, len(text.encode()), ((len(event.token_ids), len(text.encode())),))
+            case StageStarted():
+                return self
+
+    def _add(self, tokens: Tokens) -> StreamedText:
+        count, size = self.ends[-1] if self.ends else (0, 0)
+        end = (count + len(tokens.token_ids), size + len(tokens.text.encode()))
+        return StreamedText(self.text + tokens.text, self.final_bytes, (*self.ends, end))
