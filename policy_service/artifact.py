@@ -1,0 +1,240 @@
+"""The artifact of a policy: a directory with `policy.json` and one ONNX model per view.
+
+`policy.json` names the models with their SHA-256, so a mixed-up directory is refused at start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Annotated, Literal, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from policy_service.features import FEATURES_VERSION, FeatureSpace
+from policy_service.policy import CalibratedView, Calibration, Policy, Predictor, Preference, StageFacts
+from policy_service.predictor import OnnxPredictor
+from policy_service.solver import Move, View
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+DOCUMENT = "policy.json"
+# A row of probabilities is kept to six decimals and may miss 1 by their rounding.
+_ROW_TOLERANCE = 1e-3
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class UnfitArtifact(Exception):  # noqa: N818 - an error is named by its cause
+    """The directory holds no policy that can be used; the message says why and what to do."""
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class MoveEntry(_Entry):
+    """A `solver.Move`. `to`: stage asked. transition: [bins, bins of the view that it leads to]."""
+
+    to: str
+    transition: tuple[tuple[Probability, ...], ...]
+    cost: tuple[Amount, ...]
+    latency_ms: tuple[Amount, ...]
+
+
+class HeadEntry(_Entry):
+    """A `policy.Calibration`: of `stage`'s head in its view."""
+
+    stage: str
+    slope: Annotated[float, Field(gt=0)]
+    offset: float
+    edges: tuple[Probability, ...]
+    counts: tuple[int, ...]
+
+
+class ViewEntry(_Entry):
+    """A `policy.CalibratedView`. stage, origin: names, None as there. model: file; sha256: of its content."""
+
+    stage: str | None
+    origin: str | None
+    model: str
+    sha256: str
+    p_correct: Annotated[tuple[Probability, ...], Field(min_length=1)]
+    heads: tuple[HeadEntry, ...]
+    moves: tuple[MoveEntry, ...]
+
+
+class StageEntry(_Entry):
+    """A `policy.StageFacts`."""
+
+    name: Annotated[str, Field(min_length=1)]
+    cost: Annotated[float, Field(gt=0)]
+    latency_ms: Amount
+    accuracy: Probability
+    calibration_error: Probability
+
+
+class QualityValues(_Entry):
+    """Value of a certainly right answer for each preference, in cost units."""
+
+    fastest: Amount
+    balanced: Amount
+    best: Amount
+
+
+class Source(_Entry):
+    """A file of outcomes that the policy was made from."""
+
+    file: str
+    sha256: str
+    prompts: int
+
+
+class PolicyDocument(_Entry):
+    """Content of `policy.json`."""
+
+    schema_name: Literal["asd.policy"] = Field("asd.policy", alias="schema")
+    schema_version: Literal[1] = 1
+    policy_version: Annotated[str, Field(min_length=1)]
+    features_version: int
+    features: int
+    seed: int
+    stages: Annotated[tuple[StageEntry, ...], Field(min_length=1)]
+    quality_values: QualityValues
+    train: Source
+    calibration: Source
+    views: Annotated[tuple[ViewEntry, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _check_shapes(self) -> Self:
+        names = [stage.name for stage in self.stages]
+        places = {(view.stage, view.origin): place for place, view in enumerate(self.views)}
+        if self.views[0].stage is not None:
+            raise ValueError("views[0] must be the prompt's")
+        for place, view in enumerate(self.views):
+            where = f"views[{place}]"
+            first = names.index(view.stage) if view.stage is not None else 0
+            if [head.stage for head in view.heads] != names[first:]:
+                raise ValueError(f"{where}: needs one head per stage from its own on")
+            for head in view.heads:
+                if len(head.counts) != len(head.edges) + 1:
+                    raise ValueError(f"{where}: head {head.stage}: counts and edges do not fit")
+            if any(a >= b for a, b in zip(view.p_correct, view.p_correct[1:], strict=False)):
+                raise ValueError(f"{where}: p_correct must increase")
+            for move in view.moves:
+                target = places.get((move.to, view.stage))
+                if target is None:
+                    raise ValueError(f"{where}: no view of {move.to} verifying {view.stage}")
+                bins, onward = len(view.p_correct), len(self.views[target].p_correct)
+                rows = [len(row) for row in move.transition]
+                if rows != [onward] * bins or len(move.cost) != bins or len(move.latency_ms) != bins:
+                    raise ValueError(f"{where}: move to {move.to}: shapes do not fit the views")
+                if any(abs(sum(row) - 1) > _ROW_TOLERANCE for row in move.transition):
+                    raise ValueError(f"{where}: move to {move.to}: a row of transition does not sum to 1")
+        return self
+
+
+def read_document(directory: Path) -> PolicyDocument:
+    """Return the content of an artifact's `policy.json`. Raises UnfitArtifact."""
+    path = directory / DOCUMENT
+    try:
+        document = PolicyDocument.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise UnfitArtifact(
+            f"no policy in {directory}: {path.name}: {error.strerror}. Make one with `asd-policy fit`, or "
+            "set `artifact` to a directory that holds one"
+        ) from error
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in problem["loc"])
+        raise UnfitArtifact(
+            f"{path}: {place}: {problem['msg']}" if place else f"{path}: {problem['msg']}"
+        ) from error
+    if document.features_version != FEATURES_VERSION:
+        raise UnfitArtifact(
+            f"{path}: made with features {document.features_version}, this version computes "
+            f"{FEATURES_VERSION}: make the policy anew with `asd-policy fit`"
+        )
+    expected = FeatureSpace(len(document.stages)).size
+    if document.features != expected:
+        raise UnfitArtifact(f"{path}: features must be {expected} for {len(document.stages)} stages")
+    return document
+
+
+def load_policy(directory: Path) -> tuple[Policy, PolicyDocument]:
+    """Return the policy that a directory holds, and its document. Raises UnfitArtifact."""
+    document = read_document(directory)
+    return build_policy(document, load_predictor(directory, document)), document
+
+
+def load_predictor(directory: Path, document: PolicyDocument) -> OnnxPredictor:
+    """Return the predictor of a document from the models beside it. Raises UnfitArtifact."""
+    models = []
+    for view in document.views:
+        path = directory / view.model
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise UnfitArtifact(f"{path}: {error.strerror}") from error
+        if hashlib.sha256(content).hexdigest() != view.sha256:
+            raise UnfitArtifact(f"{path} is not the model that {DOCUMENT} was made with: copy both again")
+        models.append(content)
+    try:
+        return OnnxPredictor(models)
+    except Exception as error:
+        raise UnfitArtifact(f"{directory}: a model does not load: {error}") from error
+
+
+def build_policy(document: PolicyDocument, predictor: Predictor) -> Policy:
+    """Return the policy that a document describes, with a predictor for its views."""
+    names = [stage.name for stage in document.stages]
+    places = {(view.stage, view.origin): place for place, view in enumerate(document.views)}
+    views = []
+    for entry in document.views:
+        moves = tuple(
+            Move(
+                names.index(move.to),
+                places[move.to, entry.stage],
+                np.array(move.transition),
+                np.array(move.cost),
+                np.array(move.latency_ms),
+            )
+            for move in entry.moves
+        )
+        view = View(
+            None if entry.stage is None else names.index(entry.stage),
+            None if entry.origin is None else names.index(entry.origin),
+            np.array(entry.p_correct),
+            moves,
+        )
+        heads = {
+            names.index(head.stage): Calibration(head.slope, head.offset, head.edges, head.counts)
+            for head in entry.heads
+        }
+        views.append(CalibratedView(view, heads))
+    values: Mapping[Preference, float] = {
+        Preference.FASTEST: document.quality_values.fastest,
+        Preference.BALANCED: document.quality_values.balanced,
+        Preference.BEST: document.quality_values.best,
+    }
+    return Policy(
+        document.policy_version,
+        [StageFacts(s.name, s.cost, s.latency_ms, s.accuracy, s.calibration_error) for s in document.stages],
+        views,
+        values,
+        FeatureSpace(len(names)),
+        predictor,
+    )
+
+
+def write_document(document: PolicyDocument, directory: Path) -> None:
+    """Write `policy.json`, last of an artifact's files and in one step: a cut-off run leaves no policy."""
+    path = directory / DOCUMENT
+    partial = path.with_suffix(".partial")
+    content = document.model_dump(mode="json", by_alias=True)
+    partial.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
+    partial.replace(path)

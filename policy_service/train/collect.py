@@ -1,0 +1,247 @@
+"""Collects outcomes from running stages: every stage's own answer to every prompt, graded, and every
+verification of an earlier stage's draft."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast, get_args
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from asd.v1 import common_pb2, stage_pb2, stage_pb2_grpc
+from policy_service.train.outcomes import Header, UnfitOutcomes, pair_name, pairs
+from services.common.channel import call_stream, open_channel
+from services.common.errors import AsdError, InvalidRequest
+from suites import Task, grade
+from suites.splits import Split
+from suites.splits import split as split_tasks
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from rich.console import Console
+
+_FINISH_NAMES = {
+    common_pb2.FINISH_REASON_EOS: "eos",
+    common_pb2.FINISH_REASON_LENGTH: "length",
+    common_pb2.FINISH_REASON_STOP: "stop",
+}
+_DECIMALS = 3
+
+
+@dataclass(frozen=True)
+class CollectOptions:
+    """What to collect. targets: host:port by stage, in cascade order. timeout_ms: of one stage call."""
+
+    output: Path
+    targets: dict[str, str]
+    split: str
+    prompts: int
+    seed: int
+    concurrency: int
+    timeout_ms: float
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A stage's answer, as a draft for others and as a record of the file."""
+
+    draft: common_pb2.Draft
+    record: dict[str, object]
+
+
+def parse_targets(stages: Sequence[str]) -> dict[str, str]:
+    """Return host:port by stage of NAME=TARGET arguments. Raises InvalidRequest."""
+    targets: dict[str, str] = {}
+    for stage in stages:
+        name, sign, target = stage.partition("=")
+        if not (name and sign and target) or name in targets:
+            raise InvalidRequest(f"--stage {stage}: write NAME=HOST:PORT, each name once", field="stage")
+        targets[name] = target
+    return targets
+
+
+async def collect_outcomes(options: CollectOptions, console: Console) -> None:
+    """Write the outcomes to the output. Goes on from `<output>.partial` where an earlier run stopped."""
+    if options.split not in get_args(Split):
+        raise InvalidRequest(f"unknown split {options.split!r}: choose one of {', '.join(get_args(Split))}")
+    cascade = list(options.targets)
+    with console.status("generating prompts"):
+        tasks = list(split_tasks(cast("Split", options.split), options.prompts, options.seed))
+    if _is_complete(options.output, cascade, tasks):
+        console.print(f"{options.output} is complete")
+        return
+    partial = options.output.with_name(options.output.name + ".partial")
+    done = _read_partial(partial, cascade)
+    todo = [task for task in tasks if task.prompt not in done]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("collecting", total=len(tasks), completed=len(tasks) - len(todo))
+        async with AsyncExitStack() as stack:
+            stages = [
+                _StageCalls(
+                    name,
+                    stage_pb2_grpc.StageServiceStub(await stack.enter_async_context(open_channel(target))),
+                    options.timeout_ms,
+                )
+                for name, target in options.targets.items()
+            ]
+            file = stack.enter_context(partial.open("a", encoding="utf-8"))
+            if not done:
+                file.truncate(0)
+                file.write(_header(cascade, None) + "\n")
+            waiting = iter(todo)
+
+            async def work() -> None:
+                for task in waiting:
+                    record = await _collect_one(stages, task, options.split)
+                    file.write(json.dumps(record, separators=(",", ":")) + "\n")
+                    file.flush()
+                    progress.advance(bar)
+
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(options.concurrency):
+                        group.create_task(work())
+            except BaseExceptionGroup as errors:
+                raise errors.exceptions[0] from None
+    _finish(partial, options.output, cascade, tasks)
+    console.print(f"{options.output}: {len(tasks)} prompts")
+
+
+class _StageCalls:
+    """Calls one stage."""
+
+    def __init__(self, name: str, stub: stage_pb2_grpc.StageServiceAsyncStub, timeout_ms: float) -> None:
+        self.name = name
+        self._stub = stub
+        self._timeout_ms = timeout_ms
+
+    async def generate(self, prompt: str) -> _Written:
+        """Return the stage's own answer."""
+        request = stage_pb2.StageServiceGenerateRequest(prompt=prompt)
+        signals: dict[str, list[float]] = {"logprobs": [], "entropies": [], "top2_margins": []}
+        result = None
+        call = call_stream(
+            self._stub.Generate, request, timeout_ms=self._timeout_ms, peer=f"stage {self.name}"
+        )
+        async with aclosing(call) as responses:
+            async for response in responses:
+                if response.HasField("tokens"):
+                    for name, values in signals.items():
+                        values.extend(getattr(response.tokens, name))
+                elif response.HasField("result"):
+                    result = response.result
+        if result is None:
+            raise AsdError(f"stage {self.name}: the call ended without a result")
+        draft = common_pb2.Draft(
+            text=result.text,
+            token_ids=result.token_ids,
+            tokenizer_fingerprint=result.tokenizer_fingerprint,
+            finish_reason=result.finish_reason,
+        )
+        record: dict[str, object] = {
+            "text": result.text,
+            "finish_reason": _FINISH_NAMES[result.finish_reason],
+            **{name: [round(value, _DECIMALS) for value in values] for name, values in signals.items()},
+            "latency_ms": round(result.timing.total_ms, _DECIMALS),
+        }
+        return _Written(draft, record)
+
+    async def verify(self, prompt: str, draft: common_pb2.Draft) -> dict[str, object]:
+        """Return how a draft fares."""
+        request = stage_pb2.VerifyRequest(prompt=prompt, draft=draft)
+        verification = result = None
+        call = call_stream(self._stub.Verify, request, timeout_ms=self._timeout_ms, peer=f"stage {self.name}")
+        async with aclosing(call) as responses:
+            async for response in responses:
+                if response.HasField("verification"):
+                    verification = response.verification
+                elif response.HasField("result"):
+                    result = response.result
+        if verification is None or result is None:
+            raise AsdError(f"stage {self.name}: the call ended without a result")
+        return {
+            "proposed": verification.proposed_tokens,
+            "accepted": verification.accepted_tokens,
+            "ranks": list(verification.ranks),
+            "forward_passes": result.usage.forward_passes,
+            "latency_ms": round(result.timing.total_ms, _DECIMALS),
+        }
+
+
+async def _collect_one(stages: Sequence[_StageCalls], task: Task, split: str) -> dict[str, object]:
+    written = [await stage.generate(task.prompt) for stage in stages]
+    names = [stage.name for stage in stages]
+    verifications = {}
+    for origin, target in pairs(names):
+        # An empty draft holds nothing to verify: the target would write anew.
+        draft = written[origin].draft
+        if draft.text or draft.token_ids:
+            check = await stages[target].verify(task.prompt, draft)
+        else:
+            tokens = len(written[target].draft.token_ids)
+            check = {"proposed": 0, "accepted": 0, "ranks": [], "forward_passes": tokens + 1}
+        verifications[pair_name(names, origin, target)] = check
+    return {
+        "prompt": task.prompt,
+        "suite": task.suite,
+        "level": task.level,
+        "kind": task.kind,
+        "split": split,
+        "stages": {
+            name: {**each.record, "correct": grade(task, each.draft.text)}
+            for name, each in zip(names, written, strict=True)
+        },
+        "verifications": verifications,
+    }
+
+
+def _header(cascade: Sequence[str], rows: int | None) -> str:
+    header = Header(schema="asd.outcomes", cascade=tuple(cascade), rows=rows)
+    return header.model_dump_json(by_alias=True)
+
+
+def _is_complete(output: Path, cascade: Sequence[str], tasks: Sequence[Task]) -> bool:
+    if not output.exists():
+        return False
+    with gzip.open(output, "rt", encoding="utf-8") as file:
+        header = Header.model_validate_json(file.readline())
+        prompts = {json.loads(line)["prompt"] for line in file}
+    if list(header.cascade) == list(cascade) and prompts == {task.prompt for task in tasks}:
+        return True
+    raise UnfitOutcomes(f"{output} holds other prompts or another cascade: choose another file")
+
+
+def _read_partial(partial: Path, cascade: Sequence[str]) -> set[str]:
+    """Return the prompts of an earlier run; drop a last line that was cut off."""
+    if not partial.exists():
+        return set()
+    lines = partial.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+        partial.write_text("".join(lines), encoding="utf-8")
+    if not lines:
+        return set()
+    if list(Header.model_validate_json(lines[0]).cascade) != list(cascade):
+        raise UnfitOutcomes(f"{partial} holds another cascade: choose another file, or delete it")
+    return {json.loads(line)["prompt"] for line in lines[1:]}
+
+
+def _finish(partial: Path, output: Path, cascade: Sequence[str], tasks: Sequence[Task]) -> None:
+    """Write the output in the order of the prompts, in one step, and remove the partial file."""
+    with partial.open(encoding="utf-8") as file:
+        next(file)
+        by_prompt = {json.loads(line)["prompt"]: line for line in file}
+    lines = [by_prompt[task.prompt] for task in tasks]
+    compressed = output.with_name(output.name + ".writing")
+    with gzip.open(compressed, "wt", encoding="utf-8", compresslevel=9) as file:
+        file.write(_header(cascade, len(lines)) + "\n")
+        file.writelines(lines)
+    compressed.replace(output)
+    partial.unlink()

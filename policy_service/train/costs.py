@@ -1,0 +1,71 @@
+"""What the stages of a cascade cost and how long they take: read from YAML for fitting and evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+if TYPE_CHECKING:
+    from policy_service.train.outcomes import StageOutcome, VerificationOutcome
+
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+EMBEDDED = Path(__file__).with_name("embedded.yaml")
+
+
+class UnfitCosts(Exception):  # noqa: N818 - an error is named by its cause
+    """The file of costs cannot be used; the message says why."""
+
+
+class StageCosts(BaseModel):
+    """One stage. cost: of a whole answer, cost units. Times stand in where outcomes hold no latency_ms.
+
+    prefill_ms: a prompt. score_token_ms: each further token of a draft in the same pass. token_ms: each token
+    written.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    cost: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    prefill_ms: Amount = 0.0
+    score_token_ms: Amount = 0.0
+    token_ms: Amount = 0.0
+
+    def generate_ms(self, outcome: StageOutcome) -> float:
+        """Return the latency of writing an answer."""
+        if outcome.latency_ms is not None:
+            return outcome.latency_ms
+        return self.prefill_ms + self.token_ms * len(outcome.logprobs)
+
+    def verify_ms(self, outcome: VerificationOutcome) -> float:
+        """Return the latency of verifying a draft and going on from it."""
+        if outcome.latency_ms is not None:
+            return outcome.latency_ms
+        further = max(outcome.forward_passes - 1, 0)
+        return self.prefill_ms + self.score_token_ms * outcome.proposed + self.token_ms * further
+
+
+class CascadeCosts(BaseModel):
+    """The stages of a cascade, in order."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stages: Annotated[tuple[StageCosts, ...], Field(min_length=1)]
+
+
+def read_costs(path: Path) -> tuple[StageCosts, ...]:
+    """Return the stages that a file describes, in order. Raises UnfitCosts."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return CascadeCosts.model_validate(content).stages
+    except OSError as error:
+        raise UnfitCosts(f"{path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UnfitCosts(f"{path}: not YAML: {error}") from error
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        raise UnfitCosts(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error

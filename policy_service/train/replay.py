@@ -1,0 +1,107 @@
+"""Replays policies over outcomes: what they would have answered, spent and taken. Vectorised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy.typing as npt
+
+    from policy_service.solver import Solution, View
+    from policy_service.train.dataset import Dataset, ViewKey
+
+    Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What became of n prompts. stage: int [n], that answered. cost, latency_ms: [n], of all stages asked."""
+
+    stage: npt.NDArray[np.int64]
+    correct: npt.NDArray[np.bool_]
+    cost: Floats
+    latency_ms: Floats
+
+    def early_stop_share(self, stages: int) -> float:
+        """Return the share of answers that came from a stage before the last."""
+        return float(np.mean(self.stage < stages - 1))
+
+
+def replay(
+    data: Dataset,
+    views: Sequence[View],
+    p_correct: Mapping[ViewKey, Floats],
+    solution: Solution,
+    quality_value: float,
+) -> Run:
+    """Return what the policy of a solution does on every prompt, as policy.Policy decides without budgets.
+
+    p_correct: per view, [n]: the score that its bins are cut by.
+    """
+    count = len(data)
+    place = np.zeros(count, np.int64)
+    cost, latency_ms = np.zeros(count), np.zeros(count)
+    answered = np.zeros(count, np.int64)
+    places: dict[ViewKey, int] = {(view.stage, view.origin): index for index, view in enumerate(views)}
+    for index, view in enumerate(views):
+        rows = np.flatnonzero(place == index)
+        key: ViewKey = (view.stage, view.origin)
+        if view.stage is not None:
+            answered[rows] = view.stage
+        continuations = solution.continuations[index]
+        if not len(rows) or not continuations:
+            continue
+        score = p_correct[key][rows]
+        stages = np.array(list(continuations))
+        onward = np.stack([np.interp(score, view.p_correct, v) for v in continuations.values()])
+        best = np.argmax(onward, axis=0)
+        goes_on = np.ones(len(rows), np.bool_)
+        if view.stage is not None:
+            goes_on = onward[best, np.arange(len(rows))] > quality_value * score
+        for stage in stages:
+            target: ViewKey = (int(stage), view.stage)
+            moving = rows[goes_on & (stages[best] == stage)]
+            place[moving] = places[target]
+            cost[moving] += data.costs[target][moving]
+            latency_ms[moving] += data.latencies_ms[target][moving]
+    return Run(answered, data.correct[np.arange(count), answered], cost, latency_ms)
+
+
+def always(data: Dataset, stage: int) -> Run:
+    """Return what asking one stage alone does on every prompt."""
+    count = len(data)
+    return Run(
+        np.full(count, stage),
+        data.correct[:, stage],
+        data.costs[stage, None],
+        data.latencies_ms[stage, None],
+    )
+
+
+def threshold(data: Dataset, p_correct: Mapping[ViewKey, Floats], least: float) -> Run:
+    """Return what one fixed threshold does: start at the first stage, go to the next while below it."""
+    count, stages = data.correct.shape
+    cost, latency_ms = np.zeros(count), np.zeros(count)
+    answered = np.zeros(count, np.int64)
+    rows = np.arange(count)
+    for stage in range(stages):
+        key: ViewKey = (stage, stage - 1 if stage else None)
+        cost[rows] += data.costs[key][rows]
+        latency_ms[rows] += data.latencies_ms[key][rows]
+        answered[rows] = stage
+        rows = rows[p_correct[key][rows] < least]
+    return Run(answered, data.correct[np.arange(count), answered], cost, latency_ms)
+
+
+def oracle(data: Dataset) -> Run:
+    """Return what a policy that knows the outcomes does: the cheapest stage that is right, or the first."""
+    first = np.where(data.correct.any(axis=1), np.argmax(data.correct, axis=1), 0)
+    rows = np.arange(len(data))
+    costs = np.stack([data.costs[s, None] for s in range(data.correct.shape[1])], axis=1)
+    times = np.stack([data.latencies_ms[s, None] for s in range(data.correct.shape[1])], axis=1)
+    return Run(first, data.correct[rows, first], costs[rows, first], times[rows, first])
