@@ -36,7 +36,7 @@ _MOST_CHARACTERS = 8192
 _DECIMALS = 3
 
 _TOKEN = re.compile(r"[a-z]+|\d+|[^\sa-z\d]")
-_EQUATION = re.compile(r"(?<![\d.])(-?\d{1,9})\s*([-+*/x×])\s*(-?\d{1,9})\s*=\s*(-?\d{1,12})(?![\d.])")
+_EQUATION = re.compile(r"(?<![\d.])(-?\d{1,9})\s*([-+*/x×])\s*(-?\d{1,9})\s*=\s*(-?\d{1,12})(?!\d|\.\d)")
 _NUMBER = re.compile(r"\d+")
 _WORD = re.compile(r"[A-Za-z]+")
 

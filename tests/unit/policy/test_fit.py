@@ -1,0 +1,291 @@
+"""From outcome files to an artifact: refusals, equality of training and serving, of replay and decisions."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from policy_service.artifact import UnfitArtifact, load_policy, load_predictor, read_document
+from policy_service.features import Draft, PromptText, Verification
+from policy_service.policy import Objective, Policy, Spent
+from policy_service.solver import solve_policy
+from policy_service.train.costs import StageCosts
+from policy_service.train.dataset import Dataset, read_dataset, view_keys
+from policy_service.train.evaluate import area_under_roc, r_squared, served_scores
+from policy_service.train.fit import InputFile, expected_calibration_error, fit_policy
+from policy_service.train.outcomes import OutcomeRow, UnfitOutcomes, check_disjoint, read_rows
+from policy_service.train.predictor import export_heads, fit_head
+from policy_service.train.replay import always, oracle, replay, threshold
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+COSTS = (
+    StageCosts(name="small", cost=1.0, prefill_ms=1.0, token_ms=0.1),
+    StageCosts(name="large", cost=5.0, prefill_ms=5.0, score_token_ms=0.2, token_ms=1.0),
+)
+
+
+def record(rng: random.Random) -> dict[str, object]:
+    """A prompt whose difficulty shows in its length, in the draft's certainty and in the verification."""
+    difficulty = rng.random()
+    count = rng.randint(3, 8)
+    words = " ".join(rng.choice("red blue green big small".split()) for _ in range(1 + int(difficulty * 20)))
+    stages: dict[str, object] = {}
+    for name, skill in (("small", 0.8), ("large", 2.0)):
+        right = rng.random() < 1 - difficulty / (skill * 1.1)
+        sure = 0.01 if right and rng.random() < 0.9 else 1.0
+        logprobs = [round(-rng.expovariate(1 / sure), 3) for _ in range(count)]
+        stages[name] = {
+            "text": f"It is {rng.randint(0, 99)}.",
+            "finish_reason": "eos",
+            "logprobs": logprobs,
+            "entropies": [-x for x in logprobs],
+            "top2_margins": [round(float(np.exp(x)), 3) for x in logprobs],
+            "correct": right,
+        }
+    whole = bool(stages["small"]["correct"])  # type: ignore[index]
+    accepted = count + 1 if whole else rng.randint(0, count)
+    return {
+        "prompt": f"{words} {rng.random()}?",
+        "stages": stages,
+        "verifications": {
+            "small>large": {
+                "proposed": count + 1,
+                "accepted": accepted,
+                "ranks": [0] * accepted + [2] * (count + 1 - accepted),
+                "forward_passes": 1 if whole else 2 + count - accepted,
+            }
+        },
+    }
+
+
+def write(path: Path, records: list[object], **header: object) -> Path:
+    first = {"schema": "asd.outcomes", "version": 1, "cascade": ["small", "large"], "rows": len(records)}
+    with gzip.open(path, "wt") as file:
+        for line in ({**first, **header}, *records):
+            file.write(json.dumps(line) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Dataset, list[OutcomeRow]]:
+    """An artifact fitted to 600 prompts and calibrated on 400, with the data of 300 others."""
+    folder = tmp_path_factory.mktemp("fit")
+    rng = random.Random(0)
+    paths = [
+        write(folder / f"{i}.gz", [record(rng) for _ in range(n)]) for i, n in enumerate((600, 400, 300))
+    ]
+    inputs = [InputFile(path, read_dataset(path, COSTS)) for path in paths]
+    fit_policy(inputs[0], inputs[1], COSTS, folder / "artifact", 0, lambda _: None)
+    return folder / "artifact", inputs[2].data, list(read_rows(paths[2]))
+
+
+@pytest.fixture(scope="module")
+def policy(made: tuple[Path, Dataset, list[OutcomeRow]]) -> Policy:
+    return load_policy(made[0])[0]
+
+
+def test_the_exported_trees_equal_scikit_learns() -> None:
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(2000, 6)).astype(np.float32)
+    # Repeated values put thresholds next to data, where rounding would tell.
+    features[:, 0] = np.round(features[:, 0] * 3) / 3
+    correct = features[:, 0] + features[:, 1] * features[:, 2] > rng.normal(size=2000)
+    heads = [fit_head(features, correct, 0), fit_head(features, ~correct, 0)]
+    from policy_service.predictor import OnnxPredictor
+
+    exported = OnnxPredictor([export_heads(heads, 6)]).score_rows(0, features)
+    for place, head in enumerate(heads):
+        # float32 sums of 150 leaves against float64.
+        np.testing.assert_allclose(exported[:, place], head.scores(features), atol=1e-4)
+
+
+def test_a_head_with_too_few_wrong_answers_is_a_constant() -> None:
+    from policy_service.predictor import OnnxPredictor
+
+    features = np.random.default_rng(0).normal(size=(98, 4)).astype(np.float32)
+    head = fit_head(features, np.ones(98, np.bool_), 0)
+    scores = OnnxPredictor([export_heads([head], 4)]).score_rows(0, features)
+    np.testing.assert_allclose(scores, np.log(99), rtol=1e-6)
+
+
+def test_served_decisions_equal_the_replay(
+    made: tuple[Path, Dataset, list[OutcomeRow]], policy: Policy
+) -> None:
+    artifact, data, rows = made
+    scores = served_scores(policy, load_predictor(artifact, read_document(artifact)), data)
+    views = tuple(each.view for each in policy.views)
+    for quality_value in (2.0, 6.0, 20.0):
+        run = replay(data, views, scores, solve_policy(views, quality_value), quality_value)
+        stages = [follow(policy, row, Objective(quality_value=quality_value)) for row in rows]
+        assert stages == run.stage.tolist()
+        assert len(set(stages)) > 1 or quality_value != 6.0
+
+
+def follow(policy: Policy, row: OutcomeRow, objective: Objective) -> int:
+    """Return the stage whose answer stands, deciding as the policy service does."""
+    prompt = PromptText(row.prompt)
+    stage, origin = policy.plan(prompt, objective, {}).first_stage, None
+    while True:
+        name = policy.stages[stage].name
+        outcome = row.stages[name]
+        signals = [
+            np.array(x, np.float32) for x in (outcome.logprobs, outcome.entropies, outcome.top2_margins)
+        ]
+        draft = Draft(outcome.text, signals[0], signals[1], signals[2], outcome.finish_reason)
+        check = None
+        if origin is not None:
+            found = row.verifications[f"{policy.stages[origin].name}>{name}"]
+            check = Verification(found.accepted, np.array(found.ranks))
+        decision = policy.decide(prompt, stage, draft, origin, check, objective, Spent(), {})
+        if decision.next_stage is None:
+            return stage
+        stage, origin = decision.next_stage, stage
+
+
+def test_transitions_are_probabilities_and_costs_are_means(
+    made: tuple[Path, Dataset, list[OutcomeRow]], policy: Policy
+) -> None:
+    for each in policy.views:
+        assert (np.diff(each.view.p_correct) > 0).all()
+        for move in each.view.moves:
+            np.testing.assert_allclose(move.transition.sum(axis=1), 1.0, atol=1e-4)
+            assert (move.cost > 0).all()
+            assert (move.cost <= COSTS[move.stage].cost).all()
+
+
+def test_the_same_inputs_make_the_same_policy(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    paths = [write(tmp_path / f"{i}.gz", [record(rng) for _ in range(200)]) for i in range(2)]
+    inputs = [InputFile(path, read_dataset(path, COSTS)) for path in paths]
+    documents = [
+        fit_policy(inputs[0], inputs[1], COSTS, tmp_path / name, 0, lambda _: None) for name in ("a", "b")
+    ]
+    assert documents[0] == documents[1]
+
+
+def test_bounds_of_a_policy_by_hand(tmp_path: Path) -> None:
+    rng = random.Random(2)
+    records = [record(rng) for _ in range(4)]
+    for each, (small, large) in zip(records, [(1, 1), (0, 1), (0, 0), (1, 0)], strict=True):
+        each["stages"]["small"]["correct"] = bool(small)  # type: ignore[index]
+        each["stages"]["large"]["correct"] = bool(large)  # type: ignore[index]
+    data = read_dataset(write(tmp_path / "o.gz", list(records)), COSTS)
+    assert always(data, 1).cost.tolist() == [5.0] * 4
+    best = oracle(data)
+    assert best.stage.tolist() == [0, 1, 0, 0]
+    assert best.correct.tolist() == [True, True, False, True]
+    assert best.cost.tolist() == [1.0, 5.0, 1.0, 1.0]
+    scores = {key: np.array([0.9, 0.1, 0.2, 0.8]) for key in view_keys(2)}
+    assert threshold(data, scores, 0.5).stage.tolist() == [0, 1, 1, 0]
+
+
+def test_measures_against_hand_calculation() -> None:
+    p_correct, correct = np.array([0.1, 0.4, 0.4, 0.9]), np.array([False, False, True, True])
+    # Pairs right against wrong: 0.4>0.1, 0.4=0.4 (half), 0.9>0.1, 0.9>0.4.
+    assert area_under_roc(p_correct, correct) == pytest.approx(3.5 / 4)
+    assert r_squared(p_correct, correct) == pytest.approx(1 - (0.01 + 0.16 + 0.36 + 0.01) / 1.0)
+    certain = np.repeat([0.2, 0.8], 15)
+    outcomes = np.concatenate([np.arange(15) < 3, np.arange(15) < 12])
+    assert expected_calibration_error(np.full(30, 0.5), np.arange(30) % 2 == 0) == pytest.approx(0.0)
+    assert expected_calibration_error(certain, np.ones(30, np.bool_)) == pytest.approx(0.5)
+    assert outcomes.sum() == 15
+
+
+BAD: dict[str, tuple[dict[str, object], object, str]] = {
+    "another version": ({"version": 2}, None, r"header: version"),
+    "another schema": ({"schema": "other"}, None, r"header: schema"),
+    "truncated": ({"rows": 9}, None, r"promises 9 rows, 3 are there: truncated"),
+    "an unknown stage": ({}, ("stages", "huge"), r"row 2: has stages small, large, huge"),
+    "NaN": ({}, ("logprob", float("nan")), r"row 2: stages\.small\.logprobs\.0"),
+    "signals of different lengths": ({}, ("entropies", []), r"row 2: stages\.small: token signals"),
+    "ranks that do not fit": ({}, ("ranks", [1]), r"row 2: verifications\.small>large: proposed"),
+    "no verification": ({}, ("verifications", {}), r"row 2: needs verifications small>large"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_unfit_outcomes_are_refused_with_their_row(tmp_path: Path, case: str) -> None:
+    header, change, message = BAD[case]
+    rng = random.Random(3)
+    records = [record(rng) for _ in range(3)]
+    stages, checks = records[1]["stages"], records[1]["verifications"]
+    assert isinstance(stages, dict)
+    assert isinstance(checks, dict)
+    match change:
+        case ("stages", str(name)):
+            stages[name] = stages["large"]
+        case ("logprob", value):
+            stages["small"]["logprobs"][0] = value
+        case ("entropies", value):
+            stages["small"]["entropies"] = value
+        case ("ranks", value):
+            checks["small>large"]["ranks"] = value
+        case ("verifications", value):
+            records[1]["verifications"] = value
+    path = write(tmp_path / "o.gz", list(records), **header)
+    with pytest.raises(UnfitOutcomes, match=message):
+        list(read_rows(path))
+
+
+def test_a_cut_file_is_refused(tmp_path: Path) -> None:
+    rng = random.Random(4)
+    path = write(tmp_path / "o.gz", [record(rng) for _ in range(50)])
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(UnfitOutcomes, match="broken after row"):
+        list(read_rows(path))
+
+
+def test_costs_of_another_cascade_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "o.gz", [record(random.Random(5))])
+    with pytest.raises(UnfitOutcomes, match="holds the cascade small, large; the costs are for large, small"):
+        read_dataset(path, COSTS[::-1])
+
+
+def test_shared_prompts_are_refused(tmp_path: Path) -> None:
+    rng = random.Random(6)
+    one, two, three = (record(rng) for _ in range(3))
+    first = write(tmp_path / "a.gz", [one, two])
+    second = write(tmp_path / "b.gz", [three, one])
+    with pytest.raises(UnfitOutcomes, match=r"b\.gz: row 2: the prompt is in .*a\.gz as well"):
+        check_disjoint(first, second)
+
+
+def test_an_artifact_with_a_foreign_model_is_refused(
+    made: tuple[Path, Dataset, list[OutcomeRow]], tmp_path: Path
+) -> None:
+    for path in made[0].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "stage-0.onnx").write_bytes((tmp_path / "stage-1.onnx").read_bytes())
+    with pytest.raises(UnfitArtifact, match=r"stage-0\.onnx is not the model"):
+        load_policy(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features_version": 0}, "made with features 0"),
+        ({"features": 3}, "features must be"),
+        ({"schema": "other"}, "schema"),
+        ({"views": []}, "views"),
+        ({"surprise": 1}, "surprise"),
+    ],
+)
+def test_an_unfit_document_is_refused(
+    made: tuple[Path, Dataset, list[OutcomeRow]], tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    document = json.loads((made[0] / "policy.json").read_text())
+    (tmp_path / "policy.json").write_text(json.dumps({**document, **change}))
+    with pytest.raises(UnfitArtifact, match=message):
+        read_document(tmp_path)
+
+
+def test_no_artifact_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(UnfitArtifact, match="asd-policy fit"):
+        load_policy(tmp_path)
