@@ -1,0 +1,311 @@
+"""The client and `asd` against a real cascade of two real models."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from asd.v1 import policy_pb2, policy_pb2_grpc
+from services.client.cli import app
+from services.client.client import CascadeClient, report
+from services.client.values import (
+    Answer,
+    Drafted,
+    Failure,
+    Message,
+    Objective,
+    Request,
+    Sampling,
+    StageStarted,
+    StreamedText,
+)
+from services.common.errors import BudgetSpent, InvalidRequest, NotFound, Unavailable
+from services.common.server import ServiceRegistration, start_server
+from tests.integration.client.conftest import PROMPT, asd
+
+# The small stage answers it wrongly, so that its draft is revised.
+REVISED = "What is 12 plus 30?"
+
+
+@pytest.fixture
+async def cascade(up):
+    async with CascadeClient(up.target) as client:
+        yield client
+
+
+async def test_an_answer_has_one_record_per_stage_of_the_static_plan(cascade):
+    answer = await cascade.answer(Request(PROMPT))
+    assert answer.text == "9+10=19. Answer: 19"
+    assert (answer.stage, answer.stage_index, answer.plan_source) == ("medium", 1, "static")
+    assert [(each.stage, each.action, each.decision) for each in answer.stages] == [
+        ("small", "generate", "escalate"),
+        ("medium", "verify", "stop"),
+    ]
+    assert answer.stages[-1].text == answer.text
+    assert answer.cost == pytest.approx(sum(each.cost for each in answer.stages))
+    assert answer.p_correct is None
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+@pytest.mark.parametrize("prompt", [PROMPT, REVISED])
+async def test_a_stream_ends_as_the_unary_answer(cascade, prompt, drafts):
+    unary = await cascade.answer(Request(prompt))
+    events = [event async for event in cascade.stream(Request(prompt), drafts=drafts)]
+    answer = events[-1]
+    assert isinstance(answer, Answer)
+    assert (answer.text, answer.token_ids, answer.stage) == (unary.text, unary.token_ids, unary.stage)
+    assert [each.stage for each in events if isinstance(each, StageStarted)] == ["small", "medium"]
+    assert any(isinstance(each, Drafted) for each in events) is drafts
+    text = StreamedText()
+    for event in events[:-1]:
+        text = text.after(event)
+        assert unary.text.startswith(text.final)
+        assert drafts or not text.draft
+    assert (text.final, text.draft) == (unary.text, "")
+
+
+async def test_a_batch_answers_what_it_can(cascade):
+    requests = [Request(PROMPT), Request("Hi", stage="huge"), Request(PROMPT, stage="small")]
+    items = {item.index: item.outcome async for item in cascade.answer_batch(requests)}
+    assert items[0].text == "9+10=19. Answer: 19"
+    assert isinstance(items[1], Failure)
+    # NOT_FOUND of google.rpc.Code.
+    assert (items[1].code, items[1].field) == (5, "stage")
+    assert (items[2].stage, items[2].plan_source) == ("small", "fixed")
+
+
+async def test_a_conversation_and_sampling_reach_the_stage(cascade):
+    turns = (Message("user", PROMPT), Message("assistant", "Answer: 19"), Message("user", PROMPT))
+    longer = await cascade.answer(Request(turns, stage="small"))
+    assert longer.stages[0].prompt_tokens > 2 * 30
+    short = await cascade.answer(Request(PROMPT, Sampling(max_new_tokens=2), stage="small"))
+    assert (len(short.token_ids), short.finish_reason) == (2, "length")
+    stopped = await cascade.answer(Request(PROMPT, Sampling(stop=("=",)), stage="small"))
+    assert (stopped.text, stopped.finish_reason) == ("9+10", "stop")
+
+
+@pytest.mark.parametrize(
+    ("request_", "error", "field"),
+    [
+        (Request(""), InvalidRequest, "prompt"),
+        (Request("Hi", stage="huge"), NotFound, "stage"),
+        (Request("Hi", Sampling(temperature=3)), InvalidRequest, "sampling.temperature"),
+        (Request("Hi", objective=Objective(quality_value=float("nan"))), InvalidRequest, "objective.lambda"),
+        (Request(()), InvalidRequest, "conversation.messages"),
+    ],
+)
+async def test_a_refused_request_raises_by_kind_and_field(cascade, request_, error, field):
+    for attempt in (cascade.answer(request_), anext(cascade.stream(request_))):
+        with pytest.raises(error) as refused:
+            await attempt
+        assert refused.value.field.removeprefix("request.") == field
+
+
+async def test_describe_tells_of_the_models_behind_the_stages(cascade):
+    description = await cascade.describe()
+    assert [(each.stage, each.cost, each.available) for each in description.stages] == [
+        ("small", 1.6, True),
+        ("medium", 4.2, True),
+    ]
+    # From config.json by hand: 2 blocks of 188,672 weights, 512 x 128 embeddings, a norm of 128.
+    assert description.stages[0].parameters == 443_008
+    assert (description.policy, description.static_plan) == (None, ("small", "medium"))
+
+
+@pytest.fixture
+def silent_socket():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener
+
+
+def _address(listener):
+    return f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+async def test_every_call_ends_at_its_deadline(silent_socket):
+    target = _address(silent_socket)
+    async with CascadeClient(target, timeout_ms=50) as client:
+        request = Request(PROMPT)
+        for attempt in (
+            client.answer(request),
+            client.describe(),
+            anext(client.stream(request)),
+            anext(client.answer_batch([request])),
+        ):
+            with pytest.raises(BudgetSpent, match=f"cascade at {target} did not finish within 50 ms"):
+                await attempt
+
+
+async def test_where_nothing_listens_the_advice_is_asd_up(silent_socket):
+    target = _address(silent_socket)
+    silent_socket.close()
+    async with CascadeClient(target) as client:
+        for attempt in (client.answer(Request("Hi")), client.describe(), anext(client.stream(Request("Hi")))):
+            with pytest.raises(Unavailable, match=f"no cascade answers at {target}.*asd up"):
+                await attempt
+
+
+async def test_a_report_reaches_the_policy_service(cascade):
+    class Policy(policy_pb2_grpc.PolicyServiceServicer):
+        async def Report(self, request, context):  # noqa: N802 - the proto's name
+            received.append(request)
+            return policy_pb2.ReportResponse(reports=7)
+
+    received = []
+    registration = ServiceRegistration(
+        "asd.v1.PolicyService",
+        lambda server: policy_pb2_grpc.add_PolicyServiceServicer_to_server(Policy(), server),
+    )
+    server, port = await start_server("127.0.0.1:0", [registration])
+    answer = await cascade.answer(Request(PROMPT))
+    judged = Answer(**{**vars(answer), "p_correct": 0.5, "policy_version": "v7"})
+    try:
+        target = f"127.0.0.1:{port}"
+        assert await report(judged, correct=True, policy_target=target) == 7
+    finally:
+        await server.stop(None)
+    assert received == [
+        policy_pb2.ReportRequest(
+            request_id=answer.request_id, stage="medium", p_correct=0.5, policy_version="v7", correct=True
+        )
+    ]
+    with pytest.raises(Unavailable, match=f"policy service at {target}"):
+        await report(judged, correct=True, policy_target=target)
+
+
+# The command.
+
+
+def test_ask_writes_the_answer_alone_to_a_pipe(up):
+    result = asd("ask", "--target", up.target, "-", text=f"{PROMPT}\n")
+    assert (result.returncode, result.stdout) == (0, "9+10=19. Answer: 19\n")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("medium · predicted quality – · ")
+    assert "small writes, escalate: static plan" in line
+
+
+def test_ask_on_a_terminal_ends_with_the_answer(up):
+    result = asd("ask", "--target", up.target, REVISED, FORCE_COLOR="1", COLUMNS="200")
+    assert result.returncode == 0
+    # What was drawn meanwhile is erased before the answer stays.
+    assert result.stdout.rpartition("\x1b[2K")[2] == "1+30=31. Answer: 31\n"
+
+
+def test_ask_as_json_has_the_fields_of_an_answer(up):
+    result = asd("ask", "--json", PROMPT, ASD_TARGET=up.target)
+    assert (result.returncode, result.stderr) == (0, "")
+    answer = json.loads(result.stdout)
+    assert set(answer) == set(Answer.__dataclass_fields__)
+    assert (answer["text"], answer["stages"][1]["action"]) == ("9+10=19. Answer: 19", "verify")
+
+    result = asd("report", "-", "--right", text=result.stdout)
+    assert result.returncode == 2
+    assert "the policy did not judge this answer (plan_source: static)" in result.stderr
+
+
+def test_ask_passes_every_option_on(up):
+    options = ["--stage", "small", "--system", "Be brief.", "--max-new-tokens", "3", "--session", "s"]
+    options += ["--temperature", "0.5", "--top-p", "0.9", "--seed", "7", "--stop", "zz", "--stop", "yy"]
+    first, second = (asd("ask", "--json", "--target", up.target, *options, PROMPT) for _ in range(2))
+    answer = json.loads(first.stdout)
+    assert (answer["stage"], answer["plan_source"], len(answer["token_ids"])) == ("small", "fixed", 3)
+    assert answer["text"] == json.loads(second.stdout)["text"]
+    for wrong, field in (
+        (["--top-p", "2"], "sampling.top_p"),
+        (["--lambda", "nan"], "objective.lambda"),
+        (["--max-cost", "0"], "objective.max_cost"),
+        (["--max-latency-ms", "-1"], "objective.max_latency_ms"),
+        (["--min-quality", "1.5"], "objective.min_quality"),
+        (["--preference", "best", "--lambda", "1"], "objective.preference"),
+        (["--session", "s" * 257], "session_id"),
+        (["--temperature", "2.5"], "sampling.temperature"),
+        (["--stage", "huge"], "stage"),
+    ):
+        refused = CliRunner().invoke(app, ["ask", "--json", "--target", up.target, *wrong, PROMPT])
+        assert refused.exit_code == 2
+        assert json.loads(refused.stderr)["error"]["field"] == field
+
+
+def test_describe_as_json_and_as_a_table(up):
+    result = asd("describe", "--target", up.target, "--json")
+    assert [each["stage"] for each in json.loads(result.stdout)["stages"]] == ["small", "medium"]
+    assert "443,008" in asd("describe", "--target", up.target).stdout
+
+
+def test_a_failure_is_one_sentence(silent_socket):
+    target = _address(silent_socket)
+    silent_socket.close()
+    result = asd("ask", "--target", target, "Hi")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == (
+        f"asd: no cascade answers at {target}: start one with `asd up`, or name another with --target\n"
+    )
+    result = asd("describe", "--target", target, "--json")
+    assert result.returncode == 1
+    assert json.loads(result.stderr)["error"]["code"] == "UNAVAILABLE"
+
+
+def test_an_interrupted_question_ends_clean(silent_socket):
+    with subprocess.Popen(
+        [sys.executable, "-m", "services.client.cli", "ask", "--target", _address(silent_socket), "Hi"],
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        # It is connected, and waits.
+        silent_socket.accept()[0].close()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+
+
+def test_demo_compares_both_ways_and_writes_the_figures(up, tmp_path):
+    file = tmp_path / "demo.json"
+    result = asd("demo", "--target", up.target, "--prompts", "8", "--json", str(file))
+    assert result.returncode == 0
+    assert "always medium" in result.stdout
+    figures = json.loads(file.read_text())
+    rows = figures["rows"]
+    assert figures["prompts"] == len(rows) == 8
+    assert len({row["prompt"] for row in rows}) == 8
+    assert {row["largest"]["plan_source"] for row in rows} == {"fixed"}
+    for key, side in (("", "cascade"), ("_largest", "largest")):
+        assert figures[f"accuracy{key}"] == pytest.approx(sum(row[side]["is_right"] for row in rows) / 8)
+        assert figures[f"latency{key}_ms"] == pytest.approx(sum(row[side]["latency_ms"] for row in rows) / 8)
+        assert figures[f"cost{key}"] == pytest.approx(sum(row[side]["cost"] for row in rows) / 8)
+    assert figures["cost_largest"] == pytest.approx(4.2)
+    # The static plan ends at the last stage, and EXACT acceptance gives that stage's own answer.
+    assert figures["early_stop_share"] == 0
+    for row in rows:
+        assert row["cascade"]["text"] == row["largest"]["text"]
+
+
+def test_demo_runs_a_cascade_of_its_own(cascade_file):
+    result = asd("demo", "--cascade", str(cascade_file), "--prompts", "1", "--json", "-")
+    assert result.returncode == 0
+    assert json.loads(result.stdout)["prompts"] == 1
+
+
+def test_models_are_listed_and_prepared(cascade_file, tmp_path):
+    listed = json.loads(asd("models", "--cascade", str(cascade_file), "--json").stdout)["models"]
+    assert [(each["name"], each["parameters"]) for each in listed] == [
+        ("small", 443_008),
+        ("medium", 1_869_504),
+    ]
+    result = asd(
+        "models", "--cascade", str(cascade_file), "prepare", "--json", ASD_CACHE_DIR=str(tmp_path / "cache")
+    )
+    prepared = json.loads(result.stdout)["prepared"]
+    assert set(prepared) == {"small", "medium"}
+    for place in prepared.values():
+        assert place.startswith(str(tmp_path / "cache"))
+        assert len(list(Path(place).glob("*.onnx"))) == 1

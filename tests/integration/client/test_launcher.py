@@ -1,0 +1,144 @@
+"""Processes that start, fail, end, come back and are stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+from pathlib import Path
+
+import psutil
+import pytest
+
+from services.client.client import CascadeClient
+from services.client.launcher import LaunchError, Supervisor
+from services.client.values import Request
+from services.common.errors import Unavailable
+from tests.integration.client.conftest import PROMPT, asd
+
+
+def _assert_gone(children: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)]
+)
+def test_no_child_outlives_asd_up(start_up, number, code):
+    up = start_up("--only", "small")
+    children = up.children()
+    assert [each["name"] for each in up.ready["processes"]] == ["small"]
+    assert all(child.is_running() for child in children)
+    up.process.send_signal(number)
+    _, errors = up.process.communicate(timeout=60)
+    assert up.process.returncode == code
+    assert "Traceback" not in errors
+    _assert_gone(children)
+    if number != signal.SIGKILL:
+        assert not Path(up.ready["processes"][0]["log"]).parent.exists()
+
+
+def test_a_second_interrupt_kills_what_drains(start_up):
+    up = start_up("--only", "small")
+    children = up.children()
+    # A stopped process cannot drain.
+    children[0].suspend()
+    up.process.send_signal(signal.SIGINT)
+    assert "stopping" in up.process.stderr.readline()
+    up.process.send_signal(signal.SIGINT)
+    up.process.communicate(timeout=60)
+    assert up.process.returncode == 130
+    _assert_gone(children)
+
+
+def test_a_port_in_use_is_named(cascade_file):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        result = asd("up", "--cascade", str(cascade_file), "--port-base", str(port - 11), "--json")
+    assert result.returncode == 1
+    error = json.loads(result.stderr)["error"]
+    assert f"port {port}, for small, cannot be used" in error["message"]
+    assert "--port-base" in error["message"]
+
+
+async def test_a_stage_that_was_killed_comes_back(services, tmp_path):
+    lines: list[str] = []
+    is_back = asyncio.Event()
+
+    def say(line: str) -> None:
+        lines.append(line)
+        if "serves again" in line:
+            is_back.set()
+
+    chosen = [services["router"], services["small"]]
+    async with (
+        Supervisor(chosen, tmp_path, say=say) as supervisor,
+        CascadeClient(chosen[0].address) as client,
+    ):
+        request = Request(PROMPT, stage="small")
+        before = await client.answer(request)
+        with pytest.raises(Unavailable, match="stage medium"):
+            await client.answer(Request(PROMPT, stage="medium"))
+        child = supervisor.children[1]
+        old = child.pid
+        os.kill(old, signal.SIGKILL)
+        async with asyncio.timeout(60):
+            await is_back.wait()
+        assert child.pid != old
+        assert lines[0] == (
+            f"small (process {old}) was ended by signal 9; starting it again in 0.25 s (log: {child.log})"
+        )
+        assert (await client.answer(request)).text == before.text
+        assert supervisor.has_crashed
+        processes = [psutil.Process(each.pid) for each in supervisor.children]
+    _assert_gone(processes)
+    assert len(lines) == 2
+
+
+async def test_a_service_that_cannot_start_shows_its_log_and_stops_the_others(services, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text('{"model_type": "gpt2"}')
+    services["small"].config["models"][0]["path"] = str(broken)
+    supervisor = Supervisor(list(services.values()), tmp_path, say=print)
+    with pytest.raises(LaunchError) as failed:
+        await supervisor.__aenter__()
+    message = str(failed.value)
+    assert message.startswith("small ended with code 1.")
+    assert str(tmp_path / "small.log") in message
+    assert "model_type is 'gpt2'" in message
+    assert not any(psutil.pid_exists(child.pid) for child in supervisor.children)
+
+
+async def test_a_variable_that_moves_a_service_is_told(services, tmp_path, monkeypatch):
+    monkeypatch.setenv("ASD_ROUTER_LISTEN", "127.0.0.1:0")
+    with pytest.raises(LaunchError, match=r"router listens on 127\.0\.0\.1:[0-9]+ instead .*ASD_\*_LISTEN"):
+        async with Supervisor([services["router"]], tmp_path, say=print):
+            pass
+
+
+async def test_a_cancelled_start_leaves_no_child(services, tmp_path):
+    supervisor = Supervisor([services["router"], services["small"]], tmp_path, say=print)
+    starting = asyncio.create_task(supervisor.__aenter__())
+    async with asyncio.timeout(60):
+        while not all(child.pid for child in supervisor.children):  # noqa: ASYNC110 - there is no event for it
+            await asyncio.sleep(0)
+    pids = [child.pid for child in supervisor.children]
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+async def test_a_stray_package_in_the_current_directory_is_not_run(services, tmp_path, monkeypatch):
+    stray = tmp_path / "services"
+    stray.mkdir()
+    (stray / "__init__.py").write_text("raise SystemExit('the wrong package')")
+    monkeypatch.chdir(tmp_path)
+    async with Supervisor([services["router"]], tmp_path, say=print) as supervisor:
+        assert supervisor.children[0].pid

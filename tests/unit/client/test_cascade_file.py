@@ -1,0 +1,141 @@
+"""Cascade files: what is refused and how, and whether each process can load what is rendered for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from policy_service.settings import PolicySettings
+from services.client.cascade_file import EMBEDDED, CascadeFile, Ports, read_cascade, services_of
+from services.common.settings import SettingsError
+from services.router.settings import RouterSettings
+from services.stage.settings import StageSettings
+
+_GOOD = """
+stages:
+  - {name: small, path: models/small, cost: 1.5}
+  - {name: large, path: models/large, cost: 8.0,
+     threads: 2, max_batch: 4, default_max_new_tokens: 9, timeout_ms: 500}
+"""
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    for name in ("small", "large"):
+        model = tmp_path / "models" / name
+        model.mkdir(parents=True)
+        (model / "config.json").write_text("{}")
+    (tmp_path / "artifact").mkdir()
+    return tmp_path
+
+
+def _read(directory: Path, content: str) -> CascadeFile:
+    file = directory / "cascade.yaml"
+    file.write_text(content)
+    return read_cascade(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("stages: []", ["stages", "at least 1 item"]),
+        ("", ["stages", "required"]),
+        ("- a\n- b", ["mapping"]),
+        ("stages: [", ["not YAML"]),
+        (_GOOD + "static_pan: [small]", ["static_pan", "Extra inputs"]),
+        (_GOOD + "static_plan: [medium]", ["static_plan", "medium", "small, large"]),
+        (_GOOD + "static_plan: [large, small]", ["static_plan", "order"]),
+        (_GOOD.replace("large,", "small,", 1), ["names must differ"]),
+        (_GOOD.replace("name: large", "name: router"), ["router", "another process"]),
+        (_GOOD.replace("name: large", "name: Large"), ["stages.1.name"]),
+        (_GOOD.replace("8.0", "-1"), ["stages.1.cost", "greater than 0"]),
+        (_GOOD.replace("8.0", ".nan"), ["stages.1.cost", "finite"]),
+        (_GOOD.replace("threads: 2", "threads: 0"), ["stages.1.threads"]),
+        (_GOOD.replace("threads: 2", "engine: vllm"), ["stages.1.engine", "onnx"]),
+        (_GOOD.replace("models/large", "models/none"), ["stages.1.path", "config.json"]),
+        (_GOOD + "policy: {artifact: nowhere}", ["policy.artifact", "nowhere"]),
+        (_GOOD + "policy: {timeout_ms: 5}", ["policy.artifact", "required"]),
+    ],
+)
+def test_a_wrong_file_is_refused_by_file_and_entry(directory, content, words):
+    with pytest.raises(SettingsError) as refused:
+        _read(directory, content)
+    for word in (str(directory / "cascade.yaml"), *words):
+        assert word in str(refused.value)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(SettingsError, match=r"none\.yaml: No such file"):
+        read_cascade(tmp_path / "none.yaml")
+
+
+def test_paths_are_relative_to_the_file(directory, monkeypatch):
+    monkeypatch.chdir("/")
+    cascade = _read(directory, _GOOD + "policy: {artifact: artifact, reports_path: reports.jsonl}")
+    assert cascade.stages[1].path == directory / "models" / "large"
+    assert cascade.policy.artifact == directory / "artifact"
+    assert cascade.policy.reports_path == directory / "reports.jsonl"
+
+
+def test_ports_follow_from_the_base():
+    ports = Ports.from_base(50050, 4)
+    assert (ports.router, ports.policy, ports.stages) == (50050, 50051, (50061, 50062, 50063, 50064))
+    assert ports.highest == 50064
+
+
+def _load(settings, config, tmp_path):
+    file = tmp_path / "rendered.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return settings.load(file)
+
+
+def test_every_process_loads_its_configuration(directory):
+    cascade = _read(directory, _GOOD + "policy: {artifact: artifact, timeout_ms: 70}")
+    router, policy, small, large = services_of(
+        cascade, Ports.from_base(7000, 2), Path("/run/asd"), drain_seconds=3.0
+    )
+    assert [each.name for each in (router, policy, small, large)] == ["router", "policy", "small", "large"]
+    assert [each.address.rpartition(":")[2] for each in (router, policy, small, large)] == [
+        "7000",
+        "7001",
+        "7011",
+        "7012",
+    ]
+
+    loaded = _load(RouterSettings, router.config, directory)
+    assert (loaded.listen, loaded.drain_seconds) == ("127.0.0.1:7000", 3.0)
+    assert (loaded.policy.target, loaded.policy.timeout_ms) == ("127.0.0.1:7001", 70.0)
+    assert [(stage.name, stage.target, stage.cost, stage.timeout_ms) for stage in loaded.stages] == [
+        ("small", "127.0.0.1:7011", 1.5, 30_000.0),
+        ("large", "127.0.0.1:7012", 8.0, 500.0),
+    ]
+    assert loaded.static_plan == ("large",)
+
+    loaded = _load(StageSettings, large.config, directory)
+    model = loaded.models[0]
+    assert (loaded.listen, loaded.default_name, loaded.drain_seconds) == ("127.0.0.1:7012", "large", 3.0)
+    assert (model.path, model.threads) == (directory / "models" / "large", 2)
+    assert (model.max_batch, model.default_max_new_tokens, model.preload) == (4, 9, True)
+
+    loaded = _load(PolicySettings, policy.config, directory)
+    assert (loaded.listen, loaded.artifact) == ("127.0.0.1:7001", directory / "artifact")
+    assert loaded.reports_path == Path("/run/asd/reports.jsonl")
+
+
+def test_without_a_policy_there_is_no_policy_process(directory):
+    services = services_of(_read(directory, _GOOD), Ports.from_base(7000, 2), Path("/run/asd"))
+    assert [each.name for each in services] == ["router", "small", "large"]
+    assert _load(RouterSettings, services[0].config, directory).policy is None
+
+
+def test_the_embedded_cascade_is_readable():
+    cascade = CascadeFile.load(EMBEDDED)
+    assert [(stage.name, stage.cost) for stage in cascade.stages] == [
+        ("small", 1.6),
+        ("medium", 4.2),
+        ("large", 8.8),
+    ]
+    for stage in cascade.stages:
+        assert (EMBEDDED.parent / stage.path / "config.json").is_file()

@@ -1,0 +1,103 @@
+"""The command line: what is refused before anything is called, and what help costs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from services.client.cli import app
+from services.common.version import VERSION
+
+_RUNNER = CliRunner()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["ask"], ["prompt"]),
+        (["ask", "hi", "--target", "nowhere"], ["HOST:PORT"]),
+        (["ask", "hi", "--preference", "cheap"], ["fastest"]),
+        (["ask", "hi", "--timeout-ms", "0"], ["--timeout-ms"]),
+        (["ask", "\udcff"], ["prompt", "UTF-8"]),
+        (["ask", "hi", "--max-new-tokens", "-4"], ["sampling.max_new_tokens"]),
+        (["demo", "--prompts", "0"], ["--prompts"]),
+        (["demo", "--target", "a:1", "--cascade", "b.yaml"], ["exclude"]),
+        (["demo", "--json", "/no/such/place/demo.json"], ["/no/such/place"]),
+        (["up", "--port-base", "0"], ["--port-base"]),
+        (["up", "--cascade", "/no/such.yaml"], ["/no/such.yaml", "No such file"]),
+        (["models", "--cascade", "/no/such.yaml"], ["/no/such.yaml"]),
+        (["models", "prepare", "--cascade", "/no/such.yaml"], ["/no/such.yaml"]),
+        (["models", "--cascade", "/no/such.yaml", "prepare"], ["/no/such.yaml"]),
+        (["report", "-", "--policy", "nowhere", "--right"], ["HOST:PORT"]),
+        (["report", "-"], ["--right"]),
+        (["nonsense"], ["nonsense"]),
+    ],
+)
+def test_wrong_usage_ends_with_2_and_names_what_is_wrong(arguments, words):
+    result = _RUNNER.invoke(app, arguments, env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+    for word in words:
+        assert word in result.output
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"request_id": 5}', "what?"])
+def test_a_report_on_what_is_no_answer_is_refused(text):
+    result = _RUNNER.invoke(app, ["report", "-", "--wrong"], input=text)
+    assert result.exit_code == 2
+    assert "not what `asd ask --json` writes" in result.output
+
+
+def test_with_json_a_failure_is_an_object_on_standard_error():
+    result = _RUNNER.invoke(app, ["ask", "hi", "--seed", "-1", "--json"])
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    error = json.loads(result.stderr)["error"]
+    assert (error["code"], error["field"]) == ("INVALID_ARGUMENT", "sampling.seed")
+    assert "seed cannot be -1" in error["message"]
+
+
+def test_an_unknown_process_is_refused_with_the_known_ones(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    file = tmp_path / "cascade.yaml"
+    file.write_text("stages: [{name: tiny, path: model, cost: 1}]")
+    result = _RUNNER.invoke(app, ["up", "--cascade", str(file), "--only", "policy"])
+    assert result.exit_code == 2
+    assert "--only policy: this cascade has router, tiny" in result.output
+    result = _RUNNER.invoke(app, ["up", "--cascade", str(file), "--port-base", "65530"])
+    assert result.exit_code == 2
+    assert "port 65541" in result.output
+
+
+def test_standard_input_that_is_not_text_is_refused():
+    result = _RUNNER.invoke(app, ["ask", "-"], input=b"\xff\xfe")
+    assert result.exit_code == 2
+    assert "standard input is not utf-8 text" in result.output
+
+
+def test_a_wrong_telemetry_variable_is_named(monkeypatch):
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "zipkin")
+    result = _RUNNER.invoke(app, ["ask", "hi"])
+    assert result.exit_code == 2
+    assert "OTEL_TRACES_EXPORTER=zipkin" in result.output
+
+
+def test_version_and_help():
+    assert _RUNNER.invoke(app, ["--version"]).output == f"asd {VERSION}\n"
+    text = _RUNNER.invoke(app, ["--help"]).output
+    for name in ("ask", "up", "demo", "describe", "models", "report", "--install-completion"):
+        assert name in text
+
+
+def test_help_loads_neither_grpc_nor_pydantic():
+    code = (
+        "import sys, services.client.cli; print({'grpc', 'pydantic', 'numpy', 'asd.v1'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "set()\n"
