@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("step", choices=("all", "corpus", "fit", "measure"), nargs="?", default="all")
     parser.add_argument("--out", type=Path, required=True, help="directory of the models")
     parser.add_argument("--work", type=Path, default=Path("/tmp/asd-family"), help="directory of the corpus")  # noqa: S108
-    parser.add_argument("--samples", type=int, default=4_000_000)
+    parser.add_argument("--samples", type=int, default=2_500_000)
     parser.add_argument("--model", choices=[recipe.name for recipe in FAMILY], help="for fit: this one alone")
     parser.add_argument("--tokenizer", type=Path, help="use this tokenizer.json instead of training one")
     parser.add_argument("--start", type=Path, help="go on from the models in this directory")
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument(
         "--reference", type=Path, help="also write transformers' outputs for the tests to this file"
     )
-    parser.add_argument("--outcome-rows", type=int, nargs=3, default=(16_000, 8_000, 8_000))
+    parser.add_argument("--outcome-rows", type=int, nargs=3, default=(20_000, 10_000, 5_000))
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     options.out.mkdir(parents=True, exist_ok=True)
