@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -26,6 +27,13 @@ stages:
   - {{name: medium, path: {MODELS / "medium"}, cost: 4.2}}
 static_plan: [small, medium]
 """
+
+
+def count_weights(name: str) -> int:
+    """Return the number of weights in a model's file, from the shapes in its header."""
+    with (MODELS / name / "model.safetensors").open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return sum(math.prod(entry["shape"]) for key, entry in header.items() if key != "__metadata__")
 
 
 def asd(*arguments: str, text: str = "", **variables: str) -> subprocess.CompletedProcess[str]:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
 
 import pytest
+from rich.console import Console
+from rich.live import Live
 from typer.testing import CliRunner
 
-from services.client.cli import app
+from services.client.cli import _stream_live, app
+from services.client.values import Answer, Committed, Drafted, Request, Revised, StageStarted, Tokens
+from services.common.errors import AsdError
 from services.common.version import VERSION
 
 _RUNNER = CliRunner()
+ANSWER = Answer("r", "right", (2,), "", "eos", "medium", 1, None, 1.0, 1.0, 0.0, "static", "", "", ())
 
 
 @pytest.mark.parametrize(
@@ -86,6 +92,45 @@ def test_a_wrong_telemetry_variable_is_named(monkeypatch):
     result = _RUNNER.invoke(app, ["ask", "hi"])
     assert result.exit_code == 2
     assert "OTEL_TRACES_EXPORTER=zipkin" in result.output
+
+
+class _Cascade:
+    """Streams a draft that is revised."""
+
+    async def stream(self, request, *, drafts):
+        assert drafts
+        yield StageStarted("small", 0, "generate")
+        yield Drafted(Tokens((1,), "wrong"))
+        yield StageStarted("medium", 1, "verify")
+        yield Revised(0, 0)
+        yield Committed(1, Tokens((2,), "right"))
+        if request.input != "cut":
+            yield ANSWER
+
+
+async def test_a_terminal_shows_the_draft_and_keeps_the_answer(monkeypatch):
+    shown = []
+    monkeypatch.setattr(Live, "update", lambda self, renderable: shown.append(_text(renderable)))
+    file = io.StringIO()
+    output = Console(file=file, force_terminal=True, width=80)
+    assert await _stream_live(_Cascade(), Request("Hi"), output) == ANSWER
+    assert shown == [
+        "\nsmall writes …\n",
+        "wrong\nsmall writes …\n",
+        "wrong\nmedium verifies …\n",
+        "\nmedium verifies …\n",
+        "right\nmedium verifies …\n",
+        "right\nmedium verifies …\n",
+    ]
+    assert file.getvalue().endswith("right\n")
+    with pytest.raises(AsdError, match="without an answer"):
+        await _stream_live(_Cascade(), Request("cut"), output)
+
+
+def _text(renderable) -> str:
+    file = io.StringIO()
+    Console(file=file, width=80).print(renderable)
+    return file.getvalue()
 
 
 def test_version_and_help():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from asd.v1 import cascade_pb2, common_pb2, policy_pb2
@@ -69,6 +69,7 @@ _CHUNK = st.tuples(st.text("aé🎈", max_size=3), st.integers(1, 3))
 
 
 @given(st.lists(st.one_of(_CHUNK, st.tuples(st.sampled_from(["commit", "revise"]), st.integers(0, 5)))))
+@example([("éé", 1), ("revise", 0), ("a", 1), ("b", 1), ("commit", 1)])
 def test_streamed_text_equals_the_chunks_that_stand(steps):
     text, chunks, committed = StreamedText(), [], 0
     for what, number in steps:
