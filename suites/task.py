@@ -8,7 +8,8 @@ from dataclasses import dataclass
 LEVELS = range(1, 16)
 """Complexity levels of every suite, easiest first."""
 
-_ANSWER = re.compile(r"Answer:[ \t]*([^\n]*)")
+# Up to the end of the line, or the next one of its kind.
+_ANSWER = re.compile(r"Answer:[ \t]*((?:(?!Answer:)[^\n])*)")
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,8 @@ def _corpus(options: argparse.Namespace) -> None:
     corpus = build_corpus(tokenizer, options.samples)
     save_corpus(corpus, options.work / "corpus.npz")
     print(
-        f"corpus: {len(corpus.answers)} samples, {len(corpus.tokens)} tokens, {time.monotonic() - started:.0f} s"
+        f"corpus: {len(corpus.answers)} samples, {len(corpus.tokens)} tokens, "
+        f"{time.monotonic() - started:.0f} s"
     )
 
 
@@ -103,9 +104,10 @@ def _fit(options: argparse.Namespace) -> None:
 
 
 def _measure(options: argparse.Namespace) -> None:
-    """Write report.json beside each model, and outcome files where they are wanted."""
+    """Write card and report.json beside each model, and outcome files where they are wanted."""
     from tokenizers import Tokenizer
 
+    from models.train.card import write_card
     from models.train.fit import load_model
     from models.train.outcomes import answer_tasks, check_drafts, write_outcomes
     from models.train.report import summarise
@@ -119,6 +121,8 @@ def _measure(options: argparse.Namespace) -> None:
     for name, model in models.items():
         started = time.monotonic()
         summary = summarise(tasks, answer_tasks(model, tokenizer, tasks, options.device))
+        recipe = next(recipe for recipe in FAMILY if recipe.name == name)
+        write_card(options.out / name, recipe, summary)
         (options.out / name / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
         print(name, json.dumps(summary), f"{time.monotonic() - started:.0f} s", flush=True)
     if options.reference:

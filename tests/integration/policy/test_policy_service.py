@@ -67,7 +67,11 @@ def evidence(*logprobs: float) -> policy_pb2.DraftEvidence:
 
 
 def decide(**fields: object) -> policy_pb2.DecideRequest:
-    given = {"prompt": "Ivo has 10 keys and finds 3. How many?", "cascade": CASCADE, "stage": "small"}
+    given = {
+        "prompt": "Ivo has 10 keys. Ivo finds 3 more. How many keys does Ivo have now?",
+        "cascade": CASCADE,
+        "stage": "small",
+    }
     return policy_pb2.DecideRequest(**{**given, "draft": evidence(), **fields})  # type: ignore[arg-type]
 
 
@@ -81,8 +85,11 @@ def verification(**fields: object) -> policy_pb2.VerificationEvidence:
 
 
 async def test_a_sure_draft_stops_and_a_lost_one_escalates(service: Service) -> None:
-    sure = await service.stub.Decide(decide(), timeout=10)
-    lost = await service.stub.Decide(decide(draft=evidence(-3.0, -2.5, -4.0, -1.9)), timeout=10)
+    tasks = [task for task in split("demo", 120) if task.suite == "arithmetic"]
+    easy, hard = tasks[0], max(tasks, key=lambda task: task.level)
+    sure = await service.stub.Decide(decide(prompt=easy.prompt), timeout=10)
+    unsure = evidence(*[-0.9, -0.4, -1.3] * 12)
+    lost = await service.stub.Decide(decide(prompt=hard.prompt, draft=unsure), timeout=10)
     assert sure.action == policy_pb2.DECISION_ACTION_STOP
     assert lost.action == policy_pb2.DECISION_ACTION_ESCALATE
     assert lost.next_stage in {"medium", "large"}

@@ -1,0 +1,73 @@
+# asd. `make demo` and `make test` need Python 3.11 or later and nothing else; `make models` needs a GPU.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN_EXTRAS := stage,policy
+DEV_EXTRAS := stage,policy,policy-train,bench,dev
+INSTALLED_BY := pyproject.toml hatch_build.py $(wildcard protos/asd/v1/*.proto)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo up test lint format bench models policy clean
+
+help: ## Say what there is to make
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+install: $(VENV)/.run ## Install what running a cascade needs, into .venv
+	@$(BIN)/asd models prepare
+
+demo: install ## Start a cascade, ask it 60 prompts, compare with always asking the largest stage
+	@$(BIN)/asd demo
+
+up: install ## Start the cascade and stay
+	@$(BIN)/asd up
+
+test: $(VENV)/.dev ## Run the tests
+	$(BIN)/pytest
+
+lint: $(VENV)/.dev ## Check style, types, imports, the contract and the Dockerfile
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+	$(BIN)/buf breaking --against tools/protocheck/released.txtpb
+	$(BIN)/hadolint Dockerfile
+
+format: $(VENV)/.dev ## Format the Python code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev ## Measure services and cascade; writes benchmarks/results/service.json
+	$(BIN)/asd models prepare
+	$(BIN)/python -m benchmarks.service
+
+models: ## Train the embedded family anew (a GPU; torch of the `train` extra)
+	$(PYTHON) -m models.train --out build/models
+
+policy: build/policy/policy.json ## Fit the policy anew from the embedded family's answers (hours without a GPU)
+
+build/policy/policy.json: build/outcomes/train.jsonl.gz build/outcomes/calibration.jsonl.gz
+	$(BIN)/asd-policy fit $^ --output build/policy
+
+build/outcomes/train.jsonl.gz: ROWS := 20000
+build/outcomes/calibration.jsonl.gz: ROWS := 10000
+build/outcomes/%.jsonl.gz: | $(VENV)/.dev
+	@mkdir -p $(@D)
+	$(BIN)/asd-policy collect $@ --cascade services/client/embedded.yaml --split $* --prompts $(ROWS)
+
+clean: ## Remove what was built and installed
+	rm -rf $(VENV) build dist asd .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "asd needs Python 3.11 or later; say which one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "Python cannot make environments: install python3-venv" >&2; exit 1; }
+
+$(VENV)/.run: $(BIN)/python $(INSTALLED_BY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(RUN_EXTRAS)]"
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/python $(INSTALLED_BY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(DEV_EXTRAS)]"
+	@touch $@ $(VENV)/.run
