@@ -221,12 +221,20 @@ def test_ask_as_json_has_the_fields_of_an_answer(up):
 
 
 def test_ask_passes_every_option_on(up):
-    options = ["--stage", "small", "--system", "Be brief.", "--max-new-tokens", "3", "--session", "s"]
-    options += ["--temperature", "0.5", "--top-p", "0.9", "--seed", "7", "--stop", "zz", "--stop", "yy"]
-    first, second = (asd("ask", "--json", "--target", up.target, *options, PROMPT) for _ in range(2))
-    answer = json.loads(first.stdout)
-    assert (answer["stage"], answer["plan_source"], len(answer["token_ids"])) == ("small", "fixed", 3)
-    assert answer["text"] == json.loads(second.stdout)["text"]
+    def ask(*options: str, prompt: str = PROMPT) -> dict:
+        result = CliRunner().invoke(app, ["ask", "--json", "--target", up.target, *options, prompt])
+        assert result.exit_code == 0
+        return json.loads(result.stdout)
+
+    plain = ask("--stage", "small")
+    assert (plain["stage"], plain["plan_source"]) == ("small", "fixed")
+    instructed = ask("--stage", "small", "--system", "Be brief.")
+    assert instructed["stages"][0]["prompt_tokens"] > plain["stages"][0]["prompt_tokens"]
+    wild = ("--stage", "small", "--temperature", "2", "--max-new-tokens", "40", "--seed")
+    story = "Tell me a story about foxes and rivers"
+    first, again, other = (ask(*wild, seed, prompt=story)["token_ids"] for seed in ("7", "7", "8"))
+    assert first == again != other
+    assert len(ask("--stage", "small", "--max-new-tokens", "3")["token_ids"]) == 3
     for wrong, field in (
         (["--top-p", "2"], "sampling.top_p"),
         (["--lambda", "nan"], "objective.lambda"),
@@ -236,6 +244,7 @@ def test_ask_passes_every_option_on(up):
         (["--preference", "best", "--lambda", "1"], "objective.preference"),
         (["--session", "s" * 257], "session_id"),
         (["--temperature", "2.5"], "sampling.temperature"),
+        (["--stop", "a", "--stop", ""], "sampling.stop[1]"),
         (["--stage", "huge"], "stage"),
     ):
         refused = CliRunner().invoke(app, ["ask", "--json", "--target", up.target, *wrong, PROMPT])

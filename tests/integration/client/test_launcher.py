@@ -12,8 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from services.client import launcher
+from services.client.cascade_file import Service
 from services.client.client import CascadeClient
-from services.client.launcher import LaunchError, Supervisor
+from services.client.launcher import Child, LaunchError, Supervisor
 from services.client.values import Request
 from services.common.errors import Unavailable
 from tests.integration.client.conftest import PROMPT, asd
@@ -144,3 +146,41 @@ async def test_a_stray_package_in_the_current_directory_is_not_run(services, tmp
     monkeypatch.chdir(tmp_path)
     async with Supervisor([services["router"]], tmp_path, say=print) as supervisor:
         assert supervisor.children[0].pid
+
+
+async def test_a_service_that_keeps_ending_is_started_later_each_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(launcher, "_FIRST_DELAY_S", 0.001)
+    monkeypatch.setattr(launcher, "_LONGEST_DELAY_S", 0.004)
+    lines: list[str] = []
+    four_lines = asyncio.Event()
+
+    def say(line: str) -> None:
+        lines.append(line)
+        if len(lines) == 4:
+            four_lines.set()
+
+    child = Child(Service("small", "no_such_module", {}, 1), tmp_path, say)
+    with pytest.raises(LaunchError, match=r"small ended with code 1\.(?s:.*)No module named no_such_module"):
+        await child.start()
+    keeper = asyncio.create_task(child.keep())
+    async with asyncio.timeout(60):
+        await four_lines.wait()
+    keeper.cancel()
+    await asyncio.gather(keeper, return_exceptions=True)
+    await child.stop(10.0)
+    delays = [line.partition("starting it again in ")[2].partition(" s ")[0] for line in lines[:4]]
+    assert delays == ["0.001", "0.002", "0.004", "0.004"]
+
+
+async def test_the_router_ends_before_the_stages_that_it_needs(services, tmp_path, monkeypatch):
+    happened = []
+
+    async def stop(child: Child, grace_seconds: float) -> None:
+        happened.append(f"stop {child.service.name}")
+        await asyncio.sleep(0)
+        happened.append(f"{child.service.name} ended")
+
+    monkeypatch.setattr(Child, "stop", stop)
+    await Supervisor(list(reversed(services.values())), tmp_path, say=print).__aexit__(None, None, None)
+    assert happened[:2] == ["stop router", "router ended"]
+    assert sorted(happened[2:]) == ["medium ended", "small ended", "stop medium", "stop small"]

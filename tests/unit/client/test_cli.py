@@ -13,7 +13,19 @@ from rich.live import Live
 from typer.testing import CliRunner
 
 from services.client.cli import _stream_live, app
-from services.client.values import Answer, Committed, Drafted, Request, Revised, StageStarted, Tokens
+from services.client.client import CascadeClient
+from services.client.values import (
+    Answer,
+    Committed,
+    Drafted,
+    Message,
+    Objective,
+    Request,
+    Revised,
+    Sampling,
+    StageStarted,
+    Tokens,
+)
 from services.common.errors import AsdError
 from services.common.version import VERSION
 
@@ -131,6 +143,32 @@ def _text(renderable) -> str:
     file = io.StringIO()
     Console(file=file, width=80).print(renderable)
     return file.getvalue()
+
+
+def test_every_option_of_ask_becomes_part_of_the_request(monkeypatch):
+    async def answer(self, request):
+        requests.append(request)
+        return ANSWER
+
+    requests: list[Request] = []
+    monkeypatch.setattr(CascadeClient, "answer", answer)
+    options = ["--preference", "best", "--max-cost", "1", "--max-latency-ms", "2", "--min-quality", "0.5"]
+    options += ["--stage", "small", "--max-new-tokens", "3", "--temperature", "0.5", "--top-p", "0.9"]
+    options += ["--seed", "7", "--stop", "zz", "--stop", "yy", "--session", "s", "--system", "Be brief."]
+    result = _RUNNER.invoke(app, ["ask", "--json", "Hi", *options])
+    assert (result.exit_code, json.loads(result.stdout)["text"]) == (0, "right")
+    assert _RUNNER.invoke(app, ["ask", "--json", "-", "--lambda", "2"], input="Ho\n\n").exit_code == 0
+    assert requests == [
+        Request(
+            (Message("system", "Be brief."), Message("user", "Hi")),
+            Sampling(3, 0.5, 0.9, 7, ("zz", "yy")),
+            Objective(None, 1.0, 2.0, 0.5, "best"),
+            None,
+            "s",
+            "small",
+        ),
+        Request("Ho\n", objective=Objective(quality_value=2.0)),
+    ]
 
 
 def test_version_and_help():
