@@ -24,7 +24,7 @@ def compile_protos(root: Path = ROOT) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     protos = sorted((root / "protos" / "asd" / "v1").glob("*.proto"))
     scripts = Path(sysconfig.get_path("scripts"))
-    # mypy-protobuf's plugins sit beside the interpreter or, in an isolated build, on the build overlay's path.
+    # mypy-protobuf's plugins sit beside the interpreter, or in an isolated build on the overlay's path.
     plugins = []
     for name in ("mypy", "mypy_grpc"):
         plugin = _find_plugin(f"protoc-gen-{name}", scripts)

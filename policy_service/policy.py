@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
     from policy_service.features import Draft, FeatureSpace, PromptText, Verification
 
+# Prompts whose features are kept from Plan to Decide, and the characters above which they are not.
+_PROMPTS = 512
+_LONGEST_KEPT_PROMPT = 4096
+
 # Solutions kept, one per distinct objective and set of available stages. A solution takes about 10 kB.
 _SOLUTIONS = 512
 
@@ -207,10 +211,11 @@ class Policy:
         self._space = space
         self._predictor = predictor
         self._solution = lru_cache(maxsize=_SOLUTIONS)(self._solve)
+        self._kept_features = lru_cache(maxsize=_PROMPTS)(space.prompt)
 
     def plan(self, prompt: PromptText, objective: Objective, conditions: Mapping[int, Condition]) -> Plan:
         """Return the stage to start with. Raises UnmeetableBudget where no stage fits max_cost."""
-        p_correct, stderr = self._predict(0, self._space.prompt(prompt))
+        p_correct, stderr = self._predict(0, self._prompt_features(prompt))
         lookup = self._solution(*self._key(objective, conditions))
         view = self.views[0]
         point = _locate(view.centres, p_correct[0])
@@ -248,7 +253,9 @@ class Policy:
         """Return whether a stage's answer is good enough, or which later stage to ask."""
         index = self._places[stage, origin if verification else None]
         view = self.views[index]
-        features = self._space.answer(self._space.prompt(prompt), prompt, stage, draft, origin, verification)
+        features = self._space.answer(
+            self._prompt_features(prompt), prompt, stage, draft, origin, verification
+        )
         p_correct, stderr = self._predict(index, features)
         quality_value, available, min_quality = self._key(objective, conditions)
         lookup = self._solution(quality_value, available, min_quality)
@@ -274,6 +281,10 @@ class Policy:
             max(values.values(), default=stop_value - quality_value - 1.0),
             estimates,
         )
+
+    def _prompt_features(self, prompt: PromptText) -> npt.NDArray[np.float32]:
+        size = len(prompt.question) + sum(map(len, prompt.history))
+        return self._kept_features(prompt) if size <= _LONGEST_KEPT_PROMPT else self._space.prompt(prompt)
 
     def _choose(
         self, values: Mapping[int, float], stop_value: float, score: float, min_quality: float

@@ -30,7 +30,11 @@ def write_card(directory: Path, recipe: Recipe, report: dict[str, Any]) -> None:
 def _parameters(recipe: Recipe) -> int:
     attention = 4 * recipe.hidden * recipe.heads * HEAD_DIM
     feed_forward = 3 * recipe.hidden * recipe.intermediate
-    return VOCABULARY * recipe.hidden + recipe.layers * (attention + feed_forward + 2 * recipe.hidden) + recipe.hidden
+    return (
+        VOCABULARY * recipe.hidden
+        + recipe.layers * (attention + feed_forward + 2 * recipe.hidden)
+        + recipe.hidden
+    )
 
 
 def _card(recipe: Recipe, report: dict[str, Any], parameters: int) -> str:
@@ -48,7 +52,9 @@ def _card(recipe: Recipe, report: dict[str, Any], parameters: int) -> str:
     kinds = sorted(report["accuracy_by_kind"].items(), key=lambda item: item[1])[:6]
     worst = ", ".join(f"{kind} {100 * share:.0f}%" for kind, share in kinds)
     auroc = report["draft_feature_auroc"]
-    features = ", ".join(f"{_FEATURES[name]} {auroc[name]:.3f}" for name in sorted(auroc, key=lambda n: -auroc[n]))
+    features = ", ".join(
+        f"{_FEATURES[name]} {auroc[name]:.3f}" for name in sorted(auroc, key=lambda n: -auroc[n])
+    )
     untaught = ", ".join(sorted(recipe.curriculum.without)) or "none"
     return f"""---
 license: apache-2.0

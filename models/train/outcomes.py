@@ -36,7 +36,7 @@ _BATCH = {"cuda": 4096, "cpu": 256}
 
 @dataclass(frozen=True)
 class Answer:
-    """One model's greedy answer to one task. signals: float32 [tokens, 3], as llama.token_signals has them."""
+    """One model's greedy answer to one task. signals: float32 [tokens, 3], as of llama.token_signals."""
 
     ids: tuple[int, ...]
     text: str
@@ -108,7 +108,7 @@ def write_outcomes(
     answers: dict[str, list[Answer]],
     checks: dict[tuple[str, str], list[Check]],
 ) -> None:
-    """Write an outcome file: a header line, then one JSON record per task. answers: by model, in cascade order."""
+    """Write an outcome file: a header line, then one JSON record per task. answers: by model, in order."""
     names = list(answers)
     header = {"schema": "asd.outcomes", "version": 1, "cascade": names, "rows": len(tasks)}
     with gzip.open(path, "wt", compresslevel=9) as file:

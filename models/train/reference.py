@@ -41,6 +41,7 @@ def _decode(directory: Path, questions: list[str], device: str) -> list[list[int
         batch = tokenizer(texts, return_tensors="pt", padding=True).to(device)
         batch.pop("token_type_ids", None)
         made = model.generate(**batch, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-        for row in made[:, batch["input_ids"].shape[1] :].tolist():
-            outputs.append(row[: row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row)
+        end_id = tokenizer.eos_token_id
+        rows = made[:, batch["input_ids"].shape[1] :].tolist()
+        outputs.extend(row[: row.index(end_id)] if end_id in row else row for row in rows)
     return outputs

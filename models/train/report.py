@@ -1,4 +1,4 @@
-"""What the family can do, in figures: accuracy by suite and level, and how far draft features tell right from wrong."""
+"""What the family can do: accuracy by suite and level, and how far draft features tell right from wrong."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def summarise(tasks: Sequence[Task], answers: Sequence[Answer]) -> dict[str, obj
 
 
 def draft_features(answers: Sequence[Answer]) -> dict[str, npt.NDArray[np.float64]]:
-    """Return single features of finished drafts, each signed so that higher should mean right; float64 [answers]."""
+    """Return single features of drafts, each signed so that higher should mean right; float64 [answers]."""
 
     def column(place: int, reduce: str) -> npt.NDArray[np.float64]:
         return np.array([float(getattr(np, reduce)(a.signals[:, place])) if a.ids else 0.0 for a in answers])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import sys
@@ -126,6 +127,7 @@ async def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     server, port = await start_server(listen, services, health_servicer=health_servicer)
+    _spare_the_collector()
     try:
         host = listen.rpartition(":")[0]
         sys.stdout.write(f"READY {name} {host}:{port}\n")
@@ -140,6 +142,17 @@ async def serve(
     finally:
         await server.stop(drain_seconds)
         await asyncio.to_thread(telemetry.shutdown_telemetry)
+
+
+def _spare_the_collector() -> None:
+    """Take what start-up made out of garbage collection, and collect less often.
+
+    A call makes some hundred objects that references alone free, so that the default of a collection per 700
+    took a tenth of a request's processor time (benchmarks.service throughput).
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 async def start_server(

@@ -111,7 +111,8 @@ def test_options_hold_one_fact_of_the_world_and_the_answer_names_it() -> None:
     for task in _sample("knowledge", "direct"):
         options = dict(re.findall(r"([A-E])\) (.+?)(?= [A-E]\)|$)", task.prompt))
         subject = re.match(
-            r"(?:In which country is|On which river does|What is|What was|Where was) (.+?)(?: lie| known for| born)?\?",
+            r"(?:In which country is|On which river does|What is|What was|Where was) "
+            r"(.+?)(?: lie| known for| born)?\?",
             task.prompt,
         )
         assert subject

@@ -1,0 +1,1 @@
+"""One script per table; results are kept in benchmarks/results."""
