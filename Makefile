@@ -44,7 +44,7 @@ bench: $(VENV)/.dev ## Measure services and cascade; writes benchmarks/results/s
 models: ## Train the embedded family anew (a GPU; torch of the `train` extra)
 	$(PYTHON) -m models.train --out build/models
 
-policy: build/policy/policy.json ## Fit the policy anew from the embedded family's answers (hours without a GPU)
+policy: build/policy/policy.json ## Fit the policy anew to what a cascade answers; it must be running (make up)
 
 build/policy/policy.json: build/outcomes/train.jsonl.gz build/outcomes/calibration.jsonl.gz
 	$(BIN)/asd-policy fit $^ --output build/policy
@@ -53,7 +53,7 @@ build/outcomes/train.jsonl.gz: ROWS := 20000
 build/outcomes/calibration.jsonl.gz: ROWS := 10000
 build/outcomes/%.jsonl.gz: | $(VENV)/.dev
 	@mkdir -p $(@D)
-	$(BIN)/asd-policy collect $@ --cascade services/client/embedded.yaml --split $* --prompts $(ROWS)
+	$(BIN)/asd-policy collect $@ --split $* --prompts $(ROWS)
 
 clean: ## Remove what was built and installed
 	rm -rf $(VENV) build dist asd .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

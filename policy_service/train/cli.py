@@ -23,6 +23,9 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True)
 
+# Where `asd up` serves the embedded family.
+EMBEDDED_STAGES = ["small=127.0.0.1:50061", "medium=127.0.0.1:50062", "large=127.0.0.1:50063"]
+
 Costs = Annotated[Path, typer.Option(help="Costs and times of the stages (YAML).")]
 Outcomes = Annotated[Path, typer.Argument(help="Outcomes (.jsonl.gz), as `collect` writes them.")]
 
@@ -110,8 +113,11 @@ def collect(
     output: Annotated[Path, typer.Argument(help="File to write, or to go on with (.jsonl.gz).")],
     stage: Annotated[
         list[str],
-        typer.Option(help="A stage as NAME=HOST:PORT; repeat it, smallest first.", metavar="NAME=TARGET"),
-    ],
+        typer.Option(
+            help="A stage as NAME=HOST:PORT; repeat it, smallest first. Default: those of `asd up`.",
+            metavar="NAME=TARGET",
+        ),
+    ] = EMBEDDED_STAGES,
     split: Annotated[
         str, typer.Option(help="Split of the suites: train, calibration, evaluation.")
     ] = "train",

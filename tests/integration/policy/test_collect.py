@@ -1,0 +1,118 @@
+"""Collecting outcomes from real stages: complete, graded, resumable, and fit to make a policy from."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from rich.console import Console
+
+from asd.v1 import stage_pb2_grpc
+from policy_service.train.collect import CollectOptions, collect_outcomes, parse_targets
+from policy_service.train.costs import StageCosts
+from policy_service.train.dataset import read_dataset
+from policy_service.train.outcomes import UnfitOutcomes, read_rows
+from services.common.errors import InvalidRequest, Unavailable
+from services.common.server import ServiceRegistration, start_server
+from services.stage.onnx_engine import OnnxEngine, OnnxOptions
+from services.stage.residency import Residency
+from services.stage.servicer import StageServicer
+from suites import grade, split
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+ROOT = Path(__file__).parents[3]
+QUIET = Console(file=io.StringIO())
+
+
+@pytest.fixture
+async def targets() -> AsyncIterator[dict[str, str]]:
+    """Addresses of real stage services of the two smaller models."""
+    async with AsyncExitStack() as stack:
+        found = {}
+        for name in ("small", "medium"):
+            engine = OnnxEngine(name, ROOT / "models" / name, OnnxOptions())
+            await engine.load()
+            stack.push_async_callback(engine.unload)
+            servicer = StageServicer(Residency({name: engine}, name))
+            registration = ServiceRegistration(
+                "asd.v1.StageService",
+                lambda server, each=servicer: stage_pb2_grpc.add_StageServiceServicer_to_server(each, server),
+            )
+            server, port = await start_server("127.0.0.1:0", [registration])
+            stack.push_async_callback(server.stop, None)
+            found[name] = f"127.0.0.1:{port}"
+        yield found
+
+
+def options(output: Path, targets: dict[str, str], prompts: int = 24) -> CollectOptions:
+    return CollectOptions(output, targets, "train", prompts, 0, 4, 30_000)
+
+
+async def test_outcomes_are_complete_and_graded(targets: dict[str, str], tmp_path: Path) -> None:
+    output = tmp_path / "train.jsonl.gz"
+    await collect_outcomes(options(output, targets), QUIET)
+    rows = list(read_rows(output))
+    tasks = list(split("train", 24))
+    assert [row.prompt for row in rows] == [task.prompt for task in tasks]
+    for row, task in zip(rows, tasks, strict=True):
+        for stage in row.stages.values():
+            assert stage.correct is grade(task, stage.text)
+            assert stage.latency_ms is not None
+        check = row.verifications["small>medium"]
+        small, medium = row.stages["small"], row.stages["medium"]
+        # EXACT verification ends in the target's own answer: accepted in full where both wrote the same.
+        assert (check.accepted == check.proposed) == (small.text == medium.text)
+    costs = [StageCosts(name=name, cost=cost) for name, cost in (("small", 1.0), ("medium", 3.0))]
+    assert len(read_dataset(output, costs)) == 24
+    assert not (tmp_path / "train.jsonl.gz.partial").exists()
+
+
+async def test_an_interrupted_run_goes_on_where_it_stopped(targets: dict[str, str], tmp_path: Path) -> None:
+    output = tmp_path / "train.jsonl.gz"
+    await collect_outcomes(options(output, targets), QUIET)
+    with gzip.open(output, "rt") as file:
+        header, *lines = file.read().splitlines()
+    # A marked record shows that the first rows are kept rather than collected again.
+    kept = {**json.loads(lines[0]), "kind": "kept"}
+    partial = tmp_path / "train.jsonl.gz.partial"
+    growing = json.dumps({**json.loads(header), "rows": None})
+    partial.write_text(f"{growing}\n{json.dumps(kept)}\n{lines[1]}\n{lines[2][:50]}")
+    output.unlink()
+    await collect_outcomes(options(output, targets), QUIET)
+    rows = list(read_rows(output))
+    assert [row.prompt for row in rows] == [task.prompt for task in split("train", 24)]
+    assert rows[0].kind == "kept"
+
+
+async def test_a_finished_file_is_left_alone(targets: dict[str, str], tmp_path: Path) -> None:
+    output = tmp_path / "train.jsonl.gz"
+    await collect_outcomes(options(output, targets), QUIET)
+    before = output.read_bytes()
+    await collect_outcomes(options(output, dict.fromkeys(targets, "127.0.0.1:1")), QUIET)
+    assert output.read_bytes() == before
+    with pytest.raises(UnfitOutcomes, match="other prompts or another cascade"):
+        await collect_outcomes(options(output, targets, prompts=30), QUIET)
+
+
+async def test_a_stage_that_is_away_is_named_and_nothing_is_lost(
+    targets: dict[str, str], tmp_path: Path
+) -> None:
+    output = tmp_path / "train.jsonl.gz"
+    with pytest.raises(Unavailable, match="stage medium"):
+        await collect_outcomes(options(output, {**targets, "medium": "127.0.0.1:1"}), QUIET)
+    assert not output.exists()
+    await collect_outcomes(options(output, targets), QUIET)
+    assert len(list(read_rows(output))) == 24
+
+
+@pytest.mark.parametrize("argument", ["small", "=host:1", "small=", ""])
+def test_a_stage_argument_is_name_and_target(argument: str) -> None:
+    with pytest.raises(InvalidRequest, match="NAME=HOST:PORT"):
+        parse_targets([argument])
