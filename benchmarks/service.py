@@ -31,7 +31,7 @@ from services.client.values import Objective
 from services.common.channel import open_channel
 from services.stage.engine import Result, SamplingOptions, TokenChunk, Turn
 from services.stage.onnx_engine import OnnxEngine, OnnxOptions
-from services.stage.onnx_export import prepare
+from services.stage.onnx_export import prepare, read_shape
 from services.stage.tokenizer import ChatTokenizer
 from suites import split
 
@@ -195,6 +195,7 @@ async def measure_engine(prompts: int) -> dict[str, object]:
         directory = ROOT / "models" / name
         form = prepare(directory)
         tokenizer = ChatTokenizer(directory)
+        end_ids = read_shape(directory).eos_ids
         engine = OnnxEngine(name, directory, OnnxOptions(cached_sequences=0))
         await engine.load()
         config = og.Config(str(form))
@@ -206,7 +207,7 @@ async def measure_engine(prompts: int) -> dict[str, object]:
             pair = {}
             for way in ("bare", "ours") if index % 2 else ("ours", "bare"):
                 if way == "bare":
-                    pair[way] = _bare_ms_per_token(model, list(ids), tokenizer.end_id)
+                    pair[way] = _bare_ms_per_token(model, ids, end_ids)
                 else:
                     pair[way] = await _engine_ms_per_token(engine, turns)
             if index >= 5:
@@ -227,7 +228,7 @@ async def measure_engine(prompts: int) -> dict[str, object]:
     }
 
 
-def _bare_ms_per_token(model: og.Model, ids: list[int], end_id: int) -> float:
+def _bare_ms_per_token(model: og.Model, ids: list[int], end_ids: tuple[int, ...]) -> float:
     """Return the time per token of the library's own loop, prefill included."""
     started = time.perf_counter()
     params = og.GeneratorParams(model)
@@ -238,7 +239,7 @@ def _bare_ms_per_token(model: og.Model, ids: list[int], end_id: int) -> float:
     while not generator.is_done() and count < 160:
         generator.generate_next_token()
         count += 1
-        if generator.get_next_tokens()[0] == end_id:
+        if generator.get_next_tokens()[0] in end_ids:
             break
     return (time.perf_counter() - started) * 1000.0 / count
 
