@@ -81,7 +81,7 @@ class Cascade:
             yield StageStarted(stage, action)
         timeout_ms = min(progress.left_ms(MARGIN_MS), stage.timeout_ms)
         progress.start(stage, action, is_final=self._planner.is_final(progress, stage))
-        with Traced(Spans.STAGE) as span:
+        with Traced(Spans.STAGE) as span, self._planner.calling(stage):
             spans.describe_call(span, progress.request, stage, action)
             if draft:
                 call = client.verify(progress.request, draft, timeout_ms)
@@ -99,6 +99,7 @@ class Cascade:
                         progress.finished(event)
             answer = progress.take_answer()
             spans.describe_answer(span, answer)
+        self._planner.stage_answered(answer)
         self._observer.stage_answered(answer)
 
     def _note_failure(self, stage: int, error: AsdError) -> None:

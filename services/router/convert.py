@@ -177,7 +177,15 @@ def verification_to(answer: Answer) -> policy_pb2.VerificationEvidence | None:
 
 def conditions_to(conditions: Sequence[Condition]) -> list[policy_pb2.StageCondition]:
     """Return conditions as messages."""
-    return [policy_pb2.StageCondition(stage=each.stage, available=each.available) for each in conditions]
+    return [
+        policy_pb2.StageCondition(
+            stage=each.stage,
+            available=each.available,
+            queue_depth=each.queue_depth,
+            expected_queue_ms=each.expected_queue_ms,
+        )
+        for each in conditions
+    ]
 
 
 # From stages and policy.

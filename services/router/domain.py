@@ -230,10 +230,12 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """What the router knows of a stage."""
+    """What the router knows of a stage. queue_depth: calls under way. expected_queue_ms: wait to be expected."""
 
     stage: str
     available: bool
+    queue_depth: int = 0
+    expected_queue_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

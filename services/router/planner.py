@@ -16,10 +16,13 @@ from services.router.domain import (
     PlanSource,
     Stage,
 )
+from services.router.load import Load
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Collection, Sequence
+    from contextlib import AbstractContextManager
 
+    from services.router.domain import Answer
     from services.router.ports import Observer, PolicyClient
     from services.router.progress import Progress
     from services.router.static_plan import StaticPlan
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
 MARGIN_MS = 10.0
 # For how long plans avoid a stage that was away. Chosen: one attempt per second costs nothing.
 AWAY_SECONDS = 1.0
+# Shorter waits than this are not told to the policy. Chosen: no plan turns on them.
+MIN_QUEUE_MS = 1.0
 
 
 class Planner:
@@ -51,10 +56,19 @@ class Planner:
         self._clock = clock
         self._by_name = {stage.name: stage.index for stage in stages}
         self._away_until: dict[int, float] = {}
+        self._load = Load(len(self._stages), clock)
 
     def stage_is_away(self, stage: Stage) -> None:
         """Avoid a stage for a while."""
         self._away_until[stage.index] = self._clock() + AWAY_SECONDS
+
+    def calling(self, stage: Stage) -> AbstractContextManager[None]:
+        """Return what counts its block as a call under way at a stage."""
+        return self._load.calling(stage.index)
+
+    def stage_answered(self, answer: Answer) -> None:
+        """Learn from an answer how long calls wait at its stage."""
+        self._load.waited(answer.stage.index, answer.result.timing.queue_ms)
 
     async def plan(self, progress: Progress) -> int:
         """Return the stage to ask first. Raises NotFound for an unknown fixed one, Unavailable if all
@@ -145,5 +159,11 @@ class Planner:
             return decision.stopped(DecisionReason.MAX_COST)
         return decision
 
-    def _conditions(self, away: Iterable[int]) -> list[Condition]:
-        return [Condition(self._stages[index].name, available=False) for index in sorted(away)]
+    def _conditions(self, away: Collection[int]) -> list[Condition]:
+        """Return the conditions of the stages that are away or busy: the policy takes others as idle."""
+        conditions = []
+        for index, stage in enumerate(self._stages):
+            depth, queue_ms = self._load.queue_depth(index), self._load.expected_queue_ms(index)
+            if index in away or depth or queue_ms >= MIN_QUEUE_MS:
+                conditions.append(Condition(stage.name, index not in away, depth, queue_ms))
+        return conditions
