@@ -151,7 +151,8 @@ def test_policy_config_loads(variant: str, tmp_path: Path) -> None:
     if config is None:
         pytest.skip("no policy service in this variant")
     settings = load(PolicySettings, config["data"]["config.yaml"], tmp_path)
-    assert settings.artifact == Path("/policy")
+    has_claim = bool(VARIANTS[variant][0].get("policy", {}).get("artifactClaim"))
+    assert settings.artifact == Path("/artifact" if has_claim else "/policy")
     assert settings.reports_path == Path("/reports/reports.jsonl")
 
 
