@@ -125,8 +125,10 @@ class Acceptance:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a caller asks. `input`: a prompt or the turns of a conversation. `stage`: the fixed stage, or
-    ""."""
+    """What a caller asks.
+
+    input: a prompt or the turns of a conversation. stage: name of the fixed stage, or "".
+    """
 
     id: str
     input: str | tuple[Turn, ...]
@@ -230,7 +232,10 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """What the router knows of a stage. queue_depth: calls under way. expected_queue_ms: wait to be expected."""
+    """What the router knows of a stage.
+
+    queue_depth: calls under way. expected_queue_ms: wait to be expected.
+    """
 
     stage: str
     available: bool

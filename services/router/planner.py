@@ -1,5 +1,4 @@
-"""Where a request starts and when it stops: the caller's stage, the policy's choice, or the static plan.
-Pure."""
+"""Where a request starts and stops: the caller's stage, the policy's choice, or the static plan. Pure."""
 
 from __future__ import annotations
 
