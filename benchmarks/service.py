@@ -196,7 +196,7 @@ async def measure_engine(prompts: int) -> dict[str, object]:
         form = prepare(directory)
         tokenizer = ChatTokenizer(directory)
         end_ids = read_shape(directory).eos_ids
-        engine = OnnxEngine(name, directory, OnnxOptions(cached_sequences=0))
+        engine = OnnxEngine(name, directory, OnnxOptions())
         await engine.load()
         config = og.Config(str(form))
         model = og.Model(config)

@@ -68,16 +68,17 @@ def token_signals(
 
     logits: float32 [k, V], the rows that the ids were chosen from, at temperature 1.
     """
-    shifted = logits - logits.max(axis=1, keepdims=True)
+    rows = np.arange(ids.size)
+    likeliest = logits.argmax(axis=1)
+    shifted = logits - logits[rows, likeliest][:, None]
     exponentials = np.exp(shifted)
-    totals = exponentials.sum(axis=1, keepdims=True)
-    probs = exponentials / totals
+    totals = exponentials.sum(axis=1)
     log_totals = np.log(totals)
-    entropies = log_totals[:, 0] - (probs * shifted).sum(axis=1)
-    # The largest probability is exp(0) / total.
-    second = np.partition(probs, -2, axis=1)[:, -2] if logits.shape[1] > 1 else np.zeros(len(logits))
-    margins = 1.0 / totals[:, 0] - second
-    logprobs = shifted[np.arange(ids.size), ids] - log_totals[:, 0]
+    entropies = log_totals - np.einsum("ij,ij->i", exponentials, shifted) / totals
+    logprobs = shifted[rows, ids] - log_totals
+    # Of the likeliest, exp(0) = 1 is left; without it, the second is the largest.
+    exponentials[rows, likeliest] = 0.0
+    margins = (1.0 - exponentials.max(axis=1)) / totals
     return logprobs.astype(np.float32), entropies.astype(np.float32), margins.astype(np.float32)
 
 

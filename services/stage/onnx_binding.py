@@ -1,0 +1,31 @@
+"""What onnxruntime-genai's Python binding needs before its first use, for speed."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import numpy as np
+
+
+def remember_array_formats() -> None:
+    """Have the binding parse the format of the arrays that it returns once, not once per array.
+
+    pybind11, of which the binding is made, has NumPy's Python code parse the format of every array, which
+    costs a tenth of a small model's decode step. It looks the parser up once in a process, at its first
+    array: what it finds in this call remembers what it parsed. Where NumPy has moved the parser, nothing
+    changes. Remove once the binding is made with nanobind, or pybind11 knows plain formats itself.
+    """
+    import onnxruntime_genai as og
+
+    try:
+        internal: Any = importlib.import_module("numpy._core._internal")
+        parse = internal._dtype_from_pep3118
+    except (ImportError, AttributeError):
+        return
+    internal._dtype_from_pep3118 = functools.cache(parse)
+    try:
+        og.Tensor(np.zeros(1, np.float32)).as_numpy()
+    finally:
+        internal._dtype_from_pep3118 = parse
