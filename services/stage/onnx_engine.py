@@ -52,16 +52,16 @@ logger = logging.getLogger(__name__)
 
 # The first chunk goes out once this much time has passed since the model started, later ones after this much
 # more: a small model's whole answer is one chunk. Every hand-over to the event loop's thread stalls the
-# model's, which waits for the interpreter meanwhile, for about half a millisecond; a chunk every 5 ms cost the
-# large model 10% of its speed. Chosen.
+# model's, which waits for the interpreter meanwhile, for about half a millisecond; a chunk every 5 ms cost
+# the large model 10% of its speed. Chosen.
 _FIRST_CHUNK_SECONDS = 0.005
 _CHUNK_SECONDS = 0.02
 # A request alone in its lane is decoded for this long before other lanes have their turn. Chosen: many tokens
 # of a small model, one of a large one.
 _SLICE_SECONDS = 0.001
 # onnxruntime-genai 0.18 holds the interpreter's lock while a model runs, so a thread that waits for it, such
-# as the event loop's, gets it no sooner than this. At Python's 5 ms every chunk was that late. Measured: 0.2 ms
-# makes the small model's answers 8% faster to have.
+# as the event loop's, gets it no sooner than this. At Python's 5 ms every chunk was that late. Measured:
+# 0.2 ms makes the small model's answers 8% faster to have.
 _SWITCH_SECONDS = 0.0002
 # A prefix of fewer shared tokens is not worth keeping a generator for: a chat template's own marks.
 _LEAST_SHARED = 8
