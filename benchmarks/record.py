@@ -24,6 +24,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 def write_result(name: str, command: str, figures: Mapping[str, object]) -> Path:
     """Write a result file with what it needs to be believed, and return its path."""
+    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     content = {
         **figures,
