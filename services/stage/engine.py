@@ -10,7 +10,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, AsyncIterator
 
     import numpy as np
     import numpy.typing as npt
@@ -63,6 +63,14 @@ class DraftText:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftPiece:
+    """Part of a draft that is still being written: ids of its tokenizer, and the text that they add."""
+
+    ids: tuple[int, ...]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class TokenChunk:
     """Tokens in order. logprobs, entropies (nats), margins: float32 [tokens], as in the contract."""
 
@@ -86,7 +94,11 @@ class VerificationResult:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Outcome of a call; times in milliseconds."""
+    """Outcome of a call; times in milliseconds.
+
+    proposed_tokens, accepted_tokens: of the draft and of what was proposed again after a correction.
+    accept_lengths: tokens emitted by each pass that scored a proposal, accepted + 1.
+    """
 
     text: str
     ids: tuple[int, ...]
@@ -96,6 +108,7 @@ class Result:
     proposed_tokens: int
     accepted_tokens: int
     forward_passes: int
+    accept_lengths: tuple[int, ...]
     queue_ms: float
     prefill_ms: float
     decode_ms: float
@@ -159,6 +172,20 @@ class Engine(Protocol):
         """Accept a prefix of a draft and go on from there: exactly, or with a threshold tolerantly.
 
         Yields a VerificationResult first.
+        """
+
+    def verify_stream(
+        self,
+        turns: tuple[Turn, ...],
+        sampling: SamplingOptions,
+        fingerprint: str,
+        pieces: AsyncIterator[DraftPiece | FinishReason],
+        threshold: float | None,
+    ) -> AsyncGenerator[Event, None]:
+        """Verify a draft while it is being written; a FinishReason ends it.
+
+        fingerprint: of the tokenizer that made its ids. Tokens that are certain are yielded before all of the
+        draft has come. Yields a VerificationResult once, before the Result.
         """
 
     async def prefill(self, turns: tuple[Turn, ...]) -> PrefillResult:

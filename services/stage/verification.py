@@ -1,4 +1,11 @@
-"""The acceptance rule: how much of a draft a target keeps. Pure: arrays in, arrays out."""
+"""The acceptance rules: how much of a draft a target keeps. Pure: arrays in, arrays out.
+
+Three rules. EXACT keeps the tokens that the target would have chosen itself, greedily or by its own draw.
+TOLERANT keeps tokens that are likely enough. Speculative sampling (`sample_draft`) keeps the target's
+distribution where the draft's probabilities are known. Between services they are not: a vocabulary's worth of
+numbers per token does not travel. There the stages share their noise instead (`choose_token`): the draws of
+draft and target then mostly agree, EXACT keeps the agreed prefix, and the answer is the target's own draw.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +16,7 @@ import numpy.typing as npt
 
 
 class ShapeMismatch(ValueError):  # noqa: N818 - named as in the house's style
-    """Logits and draft ids do not belong together."""
+    """Draft and target do not belong together: their shapes differ, or an id is not below V."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,22 +32,31 @@ class Verdict:
     logprobs: npt.NDArray[np.float32]
 
 
+@dataclass(frozen=True, slots=True)
+class SampledVerdict:
+    """Outcome of speculative sampling. accepted: 0 to k. next_id: the token that follows the prefix."""
+
+    accepted: int
+    next_id: int
+
+
 def verify_draft(
-    draft_ids: npt.NDArray[np.int64], target_logits: npt.NDArray[np.float32], threshold: float | None = None
+    draft_ids: npt.NDArray[np.int64],
+    target_logits: npt.NDArray[np.float32],
+    threshold: float | None = None,
+    choices: npt.NDArray[np.int64] | None = None,
 ) -> Verdict:
     """Accept the longest prefix of a draft that the target agrees with.
 
-    draft_ids: int64 [k]. target_logits: float32 [k, V]; row t conditions on draft_ids[:t]. Without a
-    threshold a token is accepted where it is the target's argmax (the first one, on a tie), so that greedy
-    output is kept exactly; with one, where its probability is at least threshold times the largest.
+    draft_ids: int64 [k]. target_logits: float32 [k, V]; row t conditions on draft_ids[:t]. choices:
+    int64 [k], the token that the target chose at each place; None: its argmax (the first one, on a tie).
+    Without a threshold a token is accepted where it is the target's choice, so that the target's own output
+    is kept exactly; with one, where its probability is at least threshold times the largest.
     Raises ShapeMismatch if k disagrees or an id is not below V.
     Source: greedy acceptance of Leviathan et al. 2023, section 3; typical-acceptance-style threshold relative
     to the mode as in Stern et al. 2018, section 5.3 (there a distance), our parametrisation.
     """
-    if target_logits.ndim != 2 or draft_ids.shape != (target_logits.shape[0],):
-        raise ShapeMismatch(f"draft_ids {draft_ids.shape} against target_logits {target_logits.shape}")
-    if draft_ids.size and (draft_ids.min() < 0 or draft_ids.max() >= target_logits.shape[1]):
-        raise ShapeMismatch(f"a draft id is not below the vocabulary of {target_logits.shape[1]}")
+    _check_ids(draft_ids, target_logits, target_logits.shape[:1])
     rows = np.arange(draft_ids.size)
     own = target_logits[rows, draft_ids]
     top = target_logits.max(axis=1, initial=-np.inf)
@@ -50,7 +66,10 @@ def verify_draft(
         (target_logits == own[:, None]) & (columns[None] < draft_ids[:, None])
     )
     ranks = is_before.sum(axis=1)
-    fits = ranks == 0 if threshold is None else own - top >= np.log(threshold)
+    if threshold is not None:
+        fits = own - top >= np.log(threshold)
+    else:
+        fits = ranks == 0 if choices is None else draft_ids == choices
     misses = np.flatnonzero(~fits)
     shifted = target_logits - top[:, None]
     logprobs = own - top - np.log(np.exp(shifted).sum(axis=1))
@@ -59,6 +78,57 @@ def verify_draft(
         ranks=ranks.astype(np.int64),
         logprobs=logprobs.astype(np.float32),
     )
+
+
+def sample_draft(
+    draft_ids: npt.NDArray[np.int64],
+    draft_probs: npt.NDArray[np.float32],
+    target_probs: npt.NDArray[np.float32],
+    rng: np.random.Generator,
+) -> SampledVerdict:
+    """Accept a prefix of a sampled draft and draw one more token; all follow the target's distribution.
+
+    draft_ids: int64 [k], drawn from draft_probs. draft_probs: float32 [k, V]. target_probs: float32
+    [k + 1, V]; row t conditions on draft_ids[:t]. A token is accepted with probability
+    min(1, target / draft); the first that is not is replaced by a draw from the normalised positive part of
+    target - draft.
+    Raises ShapeMismatch if k or V disagree or an id is not below V.
+    Source: Leviathan et al. 2023, Algorithm 1.
+    """
+    _check_ids(draft_ids, draft_probs, draft_probs.shape[:1])
+    if target_probs.shape != (draft_ids.size + 1, draft_probs.shape[1]):
+        raise ShapeMismatch(f"target_probs {target_probs.shape} against draft_probs {draft_probs.shape}")
+    rows = np.arange(draft_ids.size)
+    # Compared as a product: a draft token of probability 0 cannot have been drawn, and divides nothing.
+    is_refused = rng.random(draft_ids.size) * draft_probs[rows, draft_ids] >= target_probs[rows, draft_ids]
+    misses = np.flatnonzero(is_refused)
+    if not misses.size:
+        return SampledVerdict(int(draft_ids.size), _draw(target_probs[-1], rng))
+    place = int(misses[0])
+    rest = np.maximum(target_probs[place].astype(np.float64) - draft_probs[place], 0.0)
+    # Equal distributions refuse nothing but by rounding; what is left is then the target's own draw.
+    return SampledVerdict(place, _draw(rest if rest.any() else target_probs[place], rng))
+
+
+def choose_token(
+    logits: npt.NDArray[np.float32], temperature: float, top_p: float, seed: int, place: int
+) -> int:
+    """Draw a token from logits (float32 [V]) at a temperature above 0, from the nucleus of mass top_p.
+
+    The noise depends on the seed and the place in the answer alone, so that two models draw the same token
+    where they agree, and one model the same answer however its passes are cut.
+    Source: Gumbel-max draws with shared noise, Daliri et al. 2024, section 3; Holtzman et al. 2020 for the
+    nucleus: the fewest likeliest tokens whose mass reaches top_p.
+    """
+    scaled = logits.astype(np.float64) / temperature
+    scaled -= scaled.max()
+    noise = np.random.Generator(np.random.Philox(key=[seed, place])).gumbel(size=scaled.size)
+    if top_p < 1.0:
+        order = np.argsort(-scaled, kind="stable")
+        mass = np.cumsum(np.exp(scaled[order]))
+        kept = int(np.searchsorted(mass, top_p * mass[-1])) + 1
+        noise[order[kept:]] = -np.inf
+    return int(np.argmax(scaled + noise))
 
 
 def token_signals(
@@ -82,21 +152,14 @@ def token_signals(
     return logprobs.astype(np.float32), entropies.astype(np.float32), margins.astype(np.float32)
 
 
-def choose_token(
-    logits: npt.NDArray[np.float32], temperature: float, top_p: float, rng: np.random.Generator
-) -> int:
-    """Draw a token from logits (float32 [V]) at a temperature above 0, from the nucleus of mass top_p.
+def _draw(weights: npt.NDArray[np.floating], rng: np.random.Generator) -> int:
+    """Return an index drawn with probability proportional to its weight. weights: [V], 0 or more."""
+    mass = np.cumsum(weights, dtype=np.float64)
+    return int(np.searchsorted(mass, rng.random() * mass[-1], side="right"))
 
-    Source: Holtzman et al. 2020 (nucleus sampling): the fewest likeliest tokens whose mass reaches top_p.
-    """
-    scaled = logits.astype(np.float64) / temperature
-    probs = np.exp(scaled - scaled.max())
-    probs /= probs.sum()
-    if top_p < 1.0:
-        order = np.argsort(-probs, kind="stable")
-        mass = np.cumsum(probs[order])
-        kept = order[: int(np.searchsorted(mass, top_p)) + 1]
-        nucleus = np.zeros_like(probs)
-        nucleus[kept] = probs[kept]
-        probs = nucleus / nucleus.sum()
-    return int(rng.choice(probs.size, p=probs))
+
+def _check_ids(ids: npt.NDArray[np.int64], rows: npt.NDArray[np.floating], shape: tuple[int, ...]) -> None:
+    if rows.ndim != 2 or ids.shape != shape:
+        raise ShapeMismatch(f"draft_ids {ids.shape} against rows {rows.shape}")
+    if ids.size and (ids.min() < 0 or ids.max() >= rows.shape[1]):
+        raise ShapeMismatch(f"a draft id is not below the vocabulary of {rows.shape[1]}")

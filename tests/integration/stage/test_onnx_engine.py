@@ -11,6 +11,7 @@ import pytest
 
 from services.common.errors import InvalidRequest, ResourceExhausted
 from services.stage.engine import (
+    DraftPiece,
     DraftText,
     FinishReason,
     Result,
@@ -102,12 +103,14 @@ async def test_batched_tokens_carry_the_signals_that_they_have_alone(
 @pytest.mark.parametrize(
     ("draft_model", "target"), [("small", "medium"), ("small", "large"), ("medium", "large")]
 )
+@pytest.mark.parametrize("resync", [False, True])
 async def test_verified_drafts_give_what_the_target_writes_alone(
-    draft_model: str, target: str, reference: Reference
+    draft_model: str, target: str, resync: bool, reference: Reference
 ) -> None:
-    model = engine(target, threads=2)
+    model = engine(target, threads=2, resync=resync)
     await model.load()
     prompts = reference.prompts[:60]
+    saved = 0
     for prompt, ids, wanted in zip(
         prompts, reference.outputs[draft_model], reference.outputs[target], strict=False
     ):
@@ -119,8 +122,67 @@ async def test_verified_drafts_give_what_the_target_writes_alone(
         assert first.accepted == common
         # One pass for the draft, then one for each token after the correction, the end mark included.
         is_whole = common == len(ids) + 1
-        assert result.forward_passes == 1 + (0 if is_whole else len(wanted) + 1 - common - 1)
+        passes = 1 + (0 if is_whole else len(wanted) + 1 - common - 1)
+        assert result.forward_passes <= passes if resync else result.forward_passes == passes
+        saved += passes - result.forward_passes
+    assert (saved > 20) is resync
     await model.unload()
+
+
+async def test_a_draft_is_verified_while_it_is_written(reference: Reference) -> None:
+    target = engine("medium")
+    await target.load()
+    fingerprint = target.status().fingerprint
+    for index in range(40):
+        prompt, ids = reference.prompts[index], reference.outputs["small"][index]
+
+        async def pieces(ids: list[int] = ids) -> AsyncIterator[DraftPiece | FinishReason]:
+            for start in range(0, len(ids), 5):
+                yield DraftPiece(tuple(ids[start : start + 5]), "")
+                await asyncio.sleep(0)
+            yield FinishReason.EOS
+
+        call = target.verify_stream((Turn("user", prompt),), _GREEDY, fingerprint, pieces(), None)
+        events = [event async for event in call]
+        assert isinstance(events[-1], Result)
+        assert list(events[-1].ids) == reference.outputs["medium"][index]
+        assert sum(isinstance(event, VerificationResult) for event in events) == 1
+    assert target.status().running == 0
+    await target.unload()
+
+
+async def test_a_wrong_id_in_a_draft_that_comes_ends_the_call(small: OnnxEngine) -> None:
+    async def pieces() -> AsyncIterator[DraftPiece | FinishReason]:
+        yield DraftPiece((9999,), "")
+
+    fingerprint = small.status().fingerprint
+    with pytest.raises(InvalidRequest) as caught:
+        async for _ in small.verify_stream((Turn("user", "x"),), _GREEDY, fingerprint, pieces(), None):
+            pass
+    assert caught.value.field == "chunk.token_ids"
+    result, _ = await _generate(small, "True or false? 3 plus 22 is more than 24.")
+    assert result.ids
+
+
+async def test_a_sampled_draft_is_kept_where_the_target_draws_the_same(
+    small: OnnxEngine, reference: Reference
+) -> None:
+    sampling = SamplingOptions(temperature=0.7, seed=11)
+    target = engine("medium")
+    await target.load()
+    kept = 0
+    for prompt in reference.prompts[:20]:
+        draft, _ = await _generate(small, prompt, sampling)
+        alone, _ = await _generate(target, prompt, sampling)
+        call = target.verify((Turn("user", prompt),), sampling, _draft(target, list(draft.ids)), None)
+        events = [event async for event in call]
+        result = events[-1]
+        assert isinstance(result, Result)
+        assert result.ids == alone.ids
+        kept += result.accepted_tokens
+    # Shared noise: without it, 20 sampled answers would share their first tokens at most.
+    assert kept > 200
+    await target.unload()
 
 
 async def test_random_drafts_change_no_token(small: OnnxEngine, reference: Reference) -> None:

@@ -68,11 +68,6 @@ BAD = [
         _INVALID,
         "draft.tokenizer_fingerprint",
     ),
-    (
-        Verify(prompt="x", draft=_draft(), sampling=common_pb2.Sampling(temperature=0.5)),
-        _INVALID,
-        "sampling.temperature",
-    ),
     (Verify(prompt="x", draft=_draft(), acceptance=common_pb2.Acceptance()), _INVALID, "acceptance.mode"),
     (
         Verify(prompt="x", draft=_draft(), acceptance=common_pb2.Acceptance(mode=2, threshold=2)),
