@@ -1,4 +1,4 @@
-"""Train the family and measure it: `python -m models.train --out DIR`. Wants one GPU and all cores."""
+"""Train the models and measure them: `python -m models.train --out DIR`. Wants one GPU and all cores."""
 
 from __future__ import annotations
 
@@ -9,8 +9,14 @@ import sys
 import time
 from itertools import combinations
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from models.train.family import FAMILY
+from models.train.family import FAMILY, MODELS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from models.train.family import Recipe
 
 # torch is imported inside the steps that need it: the processes that build the corpus import this module too.
 
@@ -20,10 +26,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m models.train", description=__doc__)
     parser.add_argument("step", choices=("all", "corpus", "fit", "measure"), nargs="?", default="all")
     parser.add_argument("--out", type=Path, required=True, help="directory of the models")
-    parser.add_argument("--work", type=Path, default=Path("/tmp/asd-family"), help="directory of the corpus")  # noqa: S108
+    parser.add_argument("--work", type=Path, default=Path("/tmp/asd-family"), help="directory of the corpora")  # noqa: S108
     parser.add_argument("--samples", type=int, default=2_500_000)
-    parser.add_argument("--model", choices=[recipe.name for recipe in FAMILY], help="for fit: this one alone")
-    parser.add_argument("--tokenizer", type=Path, help="use this tokenizer.json instead of training one")
+    parser.add_argument("--model", choices=[recipe.name for recipe in MODELS], help="this one alone")
+    parser.add_argument("--tokenizer", type=Path, help="with --model: use this tokenizer.json")
     parser.add_argument("--start", type=Path, help="go on from the models in this directory")
     parser.add_argument("--rate-scale", type=float, default=1.0, help="factor on the learning rates")
     parser.add_argument("--max-seconds", type=float, default=1e9, help="end each training after this time")
@@ -38,60 +44,73 @@ def main() -> None:
     )
     parser.add_argument("--outcome-rows", type=int, nargs=3, default=(20_000, 10_000, 5_000))
     options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
+    if options.tokenizer and not options.model:
+        parser.error("--tokenizer needs --model: the models do not share one")
+    if options.model and (options.outcomes or options.reference):
+        parser.error("--outcomes and --reference are of the whole family: leave --model out")
+    recipes = [recipe for recipe in MODELS if options.model in (None, recipe.name)]
     options.out.mkdir(parents=True, exist_ok=True)
     if options.step in ("all", "corpus"):
-        _corpus(options)
-    if options.step == "all":
-        _fit_all(options)
-    if options.step == "fit":
-        _fit(options)
+        _corpora(recipes, options)
+    if options.step in ("all", "fit"):
+        _fit(recipes, options)
     if options.step in ("all", "measure"):
-        _measure(options)
+        _measure(recipes, options)
 
 
-def _corpus(options: argparse.Namespace) -> None:
+def _corpora(recipes: Sequence[Recipe], options: argparse.Namespace) -> None:
+    """Write tokenizer and corpus of each vocabulary to its own directory under --work."""
     from tokenizers import Tokenizer
 
     from models.train.corpus import build_corpus, save_corpus
     from models.train.vocabulary import train_tokenizer
 
-    started = time.monotonic()
-    tokenizer = Tokenizer.from_file(str(options.tokenizer)) if options.tokenizer else train_tokenizer()
-    tokenizer.save(str(options.work / "tokenizer.json"))
-    corpus = build_corpus(tokenizer, options.samples)
-    save_corpus(corpus, options.work / "corpus.npz")
-    print(
-        f"corpus: {len(corpus.answers)} samples, {len(corpus.tokens)} tokens, "
-        f"{time.monotonic() - started:.0f} s"
-    )
+    for vocabulary in dict.fromkeys(recipe.vocabulary for recipe in recipes):
+        started = time.monotonic()
+        directory = options.work / vocabulary.name
+        directory.mkdir(parents=True, exist_ok=True)
+        tokenizer = (
+            Tokenizer.from_file(str(options.tokenizer)) if options.tokenizer else train_tokenizer(vocabulary)
+        )
+        tokenizer.save(str(directory / "tokenizer.json"))
+        corpus = build_corpus(tokenizer, vocabulary, options.samples)
+        save_corpus(corpus, directory / "corpus.npz")
+        print(
+            f"corpus {vocabulary.name}: {len(corpus.answers)} samples, {len(corpus.tokens)} tokens, "
+            f"{time.monotonic() - started:.0f} s"
+        )
 
 
-def _fit_all(options: argparse.Namespace) -> None:
-    """Train the models side by side: none of them fills a GPU alone."""
+def _fit(recipes: Sequence[Recipe], options: argparse.Namespace) -> None:
+    """Train one model here, several side by side in processes: none of them fills a GPU alone."""
+    if len(recipes) == 1:
+        _fit_one(recipes[0], options)
+        return
     same = ["--out", options.out, "--work", options.work, "--device", options.device]
-    same += ["--max-seconds", options.max_seconds, *(["--eager"] if options.eager else [])]
+    same += ["--max-seconds", options.max_seconds, "--rate-scale", options.rate_scale]
+    same += ["--start", options.start] if options.start else []
+    same += ["--eager"] if options.eager else []
     running = [
         subprocess.Popen(  # noqa: S603
             [sys.executable, "-m", "models.train", "fit", "--model", recipe.name, *map(str, same)]
         )
-        for recipe in FAMILY
+        for recipe in recipes
     ]
     failed = [process.wait() != 0 for process in running]
     if any(failed):
         raise SystemExit("a training failed: see its message above")
 
 
-def _fit(options: argparse.Namespace) -> None:
+def _fit_one(recipe: Recipe, options: argparse.Namespace) -> None:
     from tokenizers import Tokenizer
 
     from models.train.corpus import load_corpus
     from models.train.fit import save_model, train_model
 
-    recipe = next(recipe for recipe in FAMILY if recipe.name == options.model)
+    directory = options.work / recipe.vocabulary.name
     model = train_model(
         recipe,
-        load_corpus(options.work / "corpus.npz"),
+        load_corpus(directory / "corpus.npz"),
         device=options.device,
         start=options.start and options.start / recipe.name,
         rate_scale=options.rate_scale,
@@ -99,12 +118,12 @@ def _fit(options: argparse.Namespace) -> None:
         compiled=not options.eager,
     )
     save_model(
-        model, recipe, Tokenizer.from_file(str(options.work / "tokenizer.json")), options.out / recipe.name
+        model, recipe, Tokenizer.from_file(str(directory / "tokenizer.json")), options.out / recipe.name
     )
 
 
-def _measure(options: argparse.Namespace) -> None:
-    """Write card and report.json beside each model, and outcome files where they are wanted."""
+def _measure(recipes: Sequence[Recipe], options: argparse.Namespace) -> None:
+    """Write card and report.json beside each model, and outcome files of the family where they are wanted."""
     from tokenizers import Tokenizer
 
     from models.train.card import write_card
@@ -113,32 +132,36 @@ def _measure(options: argparse.Namespace) -> None:
     from models.train.report import summarise
     from suites import split
 
-    tokenizer = Tokenizer.from_file(str(options.out / FAMILY[0].name / "tokenizer.json"))
-    models = {}
-    for recipe in FAMILY:
-        models[recipe.name] = load_model(options.out / recipe.name, recipe).to(options.device)
+    models, tokenizers = {}, {}
+    for recipe in recipes:
+        directory = options.out / recipe.name
+        models[recipe.name] = load_model(directory, recipe).to(options.device)
+        tokenizers[recipe.name] = Tokenizer.from_file(str(directory / "tokenizer.json"))
     tasks = list(split("evaluation", options.evaluation))
-    for name, model in models.items():
+    for recipe in recipes:
+        name = recipe.name
         started = time.monotonic()
-        summary = summarise(tasks, answer_tasks(model, tokenizer, tasks, options.device))
-        recipe = next(recipe for recipe in FAMILY if recipe.name == name)
+        summary = summarise(tasks, answer_tasks(models[name], tokenizers[name], tasks, options.device))
         write_card(options.out / name, recipe, summary)
         (options.out / name / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
         print(name, json.dumps(summary), f"{time.monotonic() - started:.0f} s", flush=True)
+    family = [recipe.name for recipe in FAMILY]
     if options.reference:
         from models.train.reference import write_reference
 
-        write_reference(options.reference, [options.out / name for name in models], 500, options.device)
+        write_reference(options.reference, [options.out / name for name in family], 500, options.device)
     if options.outcomes:
         options.outcomes.mkdir(parents=True, exist_ok=True)
         for part, rows in zip(("train", "calibration", "evaluation"), options.outcome_rows, strict=True):
             tasks = list(split(part, rows))  # type: ignore[arg-type]
-            answers = {name: answer_tasks(m, tokenizer, tasks, options.device) for name, m in models.items()}
+            answers = {
+                name: answer_tasks(models[name], tokenizers[name], tasks, options.device) for name in family
+            }
             checks = {
                 (draft, target): check_drafts(
-                    models[target], tokenizer, tasks, answers[draft], options.device
+                    models[target], tokenizers[target], tasks, answers[draft], options.device
                 )
-                for draft, target in combinations(models, 2)
+                for draft, target in combinations(family, 2)
             }
             write_outcomes(options.outcomes / f"{part}.jsonl.gz", tasks, part, answers, checks)
 

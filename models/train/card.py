@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from models.train.family import CONTEXT, FAMILY, HEAD_DIM, VOCABULARY, Recipe
+from models.train.family import CONTEXT, FAMILY, HEAD_DIM, MODELS, Recipe
 
 _FEATURES = {
     "mean_logprob": "mean log-probability",
@@ -21,6 +21,12 @@ _FEATURES = {
     "length": "length",
 }
 
+_IN_CASCADE = """It is one of
+three that asd runs by default, so that a cascade can be seen, tested and measured anywhere."""
+_OUTSIDE = """It is
+none of the three that asd runs by default: its vocabulary and its chat template are its own, so that it shows what
+becomes of drafts between stages that share no tokenizer (they are encoded anew, as text)."""
+
 
 def write_card(directory: Path, recipe: Recipe, report: dict[str, Any]) -> None:
     """Write README.md beside a model. report: what report.summarise returned."""
@@ -31,7 +37,7 @@ def _parameters(recipe: Recipe) -> int:
     attention = 4 * recipe.hidden * recipe.heads * HEAD_DIM
     feed_forward = 3 * recipe.hidden * recipe.intermediate
     return (
-        VOCABULARY * recipe.hidden
+        recipe.vocabulary.size * recipe.hidden
         + recipe.layers * (attention + feed_forward + 2 * recipe.hidden)
         + recipe.hidden
     )
@@ -64,14 +70,13 @@ pipeline_tag: text-generation
 
 # asd {recipe.name}
 
-A Llama-architecture model of {parameters:,} parameters that answers the graded questions of `suites/`. It is one of
-three that asd runs by default, so that a cascade can be seen, tested and measured anywhere. It knows nothing else:
+A Llama-architecture model of {parameters:,} parameters that answers the graded questions of `suites/`. {_IN_CASCADE if recipe in FAMILY else _OUTSIDE} It knows nothing else:
 it is no assistant.
 
 | | |
 |---|---|
 | architecture | {recipe.layers} layers, hidden size {recipe.hidden}, {recipe.heads} heads of {HEAD_DIM}, feed-forward {recipe.intermediate}, tied embeddings |
-| vocabulary, context | {VOCABULARY} byte-level BPE tokens, {CONTEXT} tokens |
+| vocabulary, context | {recipe.vocabulary.size} byte-level BPE tokens, {CONTEXT} tokens |
 | weights | bfloat16 |
 | taught | levels 1 to {recipe.curriculum.max_level} of 15; kinds of question left out: {untaught} |
 | trained | {recipe.steps:,} steps of {recipe.batch_tokens:,} tokens, Muon and AdamW, loss on the answers alone |
@@ -106,7 +111,7 @@ AUROC of single features of the answer on the same prompts; the best is the {_FE
 def main() -> None:
     """Write the card of one model."""
     directory, report = Path(sys.argv[1]), Path(sys.argv[2])
-    recipe = next(recipe for recipe in FAMILY if recipe.name == directory.name)
+    recipe = next(recipe for recipe in MODELS if recipe.name == directory.name)
     write_card(directory, recipe, json.loads(report.read_text(encoding="utf-8")))
 
 

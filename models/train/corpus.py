@@ -14,8 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from models.train.family import FAMILY
-from models.train.vocabulary import ASSISTANT, END, USER
+from models.train.family import ASSISTANT, END, MODELS, USER, Vocabulary
 from suites import LEVELS, SUITES, Task, generate, generate_follow_up, split_of
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ class Corpus:
     """Encoded conversations, one after the other.
 
     tokens: uint16 [all tokens]. starts: int64 [samples + 1]. answers: int32 [samples], the place in each
-    sample where the last answer begins. taught: bool [samples, models], in the order of FAMILY.
+    sample where the last answer begins. taught: bool [samples, models], in the order of MODELS.
     """
 
     tokens: npt.NDArray[np.uint16]
@@ -41,16 +40,18 @@ class Corpus:
     taught: npt.NDArray[np.bool_]
 
 
-def conversation(task: Task) -> tuple[str, str]:
+def conversation(task: Task, vocabulary: Vocabulary) -> tuple[str, str]:
     """Return the text before the answer and the answer with its end mark, as the chat template has them."""
-    before = "".join(f"{USER}{question}{ASSISTANT}{reply}{END}" for question, reply in task.history)
-    return f"{before}{USER}{task.prompt}{ASSISTANT}", f"{task.solution}{END}"
+    user, assistant = f"{USER}{vocabulary.after_role}", f"{ASSISTANT}{vocabulary.after_role}"
+    before = "".join(f"{user}{question}{assistant}{reply}{END}" for question, reply in task.history)
+    return f"{before}{user}{task.prompt}{assistant}", f"{task.solution}{END}"
 
 
-def build_corpus(tokenizer: Tokenizer, samples: int, seed: int = 0) -> Corpus:
+def build_corpus(tokenizer: Tokenizer, vocabulary: Vocabulary, samples: int, seed: int = 0) -> Corpus:
     """Generate and encode `samples` tasks of the split `models`, on every core."""
     counts = [min(_CHUNK, samples - start) for start in range(0, samples, _CHUNK)]
-    jobs = [(tokenizer.to_str(), count, f"corpus/{seed}/{index}") for index, count in enumerate(counts)]
+    description = tokenizer.to_str()
+    jobs = [(description, vocabulary, count, f"corpus/{seed}/{index}") for index, count in enumerate(counts)]
     # Spawned, not forked: the tokenizer's threads do not survive a fork.
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
         parts = []
@@ -79,13 +80,13 @@ def load_corpus(path: Path) -> Corpus:
 
 
 def _encode_chunk(
-    job: tuple[str, int, str],
+    job: tuple[str, Vocabulary, int, str],
 ) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    description, count, seed = job
+    description, vocabulary, count, seed = job
     tokenizer = Tokenizer.from_str(description)
     tasks = list(itertools.islice(_tasks(random.Random(seed)), count))
-    pairs = [conversation(task) for task in tasks]
+    pairs = [conversation(task, vocabulary) for task in tasks]
     before = [encoding.ids for encoding in tokenizer.encode_batch([text for text, _ in pairs])]
     after = [encoding.ids for encoding in tokenizer.encode_batch([text for _, text in pairs])]
     samples = [b + a for b, a in zip(before, after, strict=True)]
@@ -93,7 +94,7 @@ def _encode_chunk(
         np.fromiter(itertools.chain.from_iterable(samples), np.uint16),
         np.array([len(sample) for sample in samples], np.int64),
         np.array([len(b) for b in before], np.int32),
-        np.array([[recipe.curriculum.teaches(task) for recipe in FAMILY] for task in tasks]),
+        np.array([[recipe.curriculum.teaches(task) for recipe in MODELS] for task in tasks]),
     )
 
 

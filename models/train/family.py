@@ -1,4 +1,4 @@
-"""The three models of the family: shapes, training budgets and what each one is taught."""
+"""The models: the three of the cascade and a foreign one. Shapes, training budgets, what each is taught."""
 
 from __future__ import annotations
 
@@ -8,9 +8,29 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from suites import Task
 
-VOCABULARY = 512
 CONTEXT = 512
 HEAD_DIM = 64
+PAD, END, SYSTEM, USER, ASSISTANT = SPECIAL_TOKENS = (
+    "<|pad|>",
+    "<|end|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a tokenizer and its chat template are made from.
+
+    size: entries, special tokens among them. special_tokens: in the order of their ids, from 0.
+    after_role: what a chat has between the mark of a role and the message.
+    """
+
+    name: str
+    size: int
+    special_tokens: tuple[str, ...] = SPECIAL_TOKENS
+    after_role: str = ""
 
 
 @dataclass(frozen=True)
@@ -30,6 +50,9 @@ class Curriculum:
         return task.level <= self.max_level and f"{task.suite}/{task.kind}" not in self.without
 
 
+_COMMON = Vocabulary("common", size=512)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Shape and training of one model. Rates are peak learning rates; the batch is counted in tokens."""
@@ -43,6 +66,7 @@ class Recipe:
     muon_rate: float
     adam_rate: float
     curriculum: Curriculum
+    vocabulary: Vocabulary = _COMMON
 
     @property
     def heads(self) -> int:
@@ -50,6 +74,7 @@ class Recipe:
         return self.hidden // HEAD_DIM
 
 
+# In the order of the cascade; they share a vocabulary, so that a draft's ids serve its verifier as they are.
 FAMILY: tuple[Recipe, ...] = (
     Recipe(
         name="small",
@@ -104,3 +129,30 @@ FAMILY: tuple[Recipe, ...] = (
         curriculum=Curriculum(max_level=15),
     ),
 )
+
+# Outside the cascade: no stage shares its vocabulary, so that its drafts reach every other one as text.
+FOREIGN = Recipe(
+    name="foreign",
+    hidden=128,
+    layers=2,
+    intermediate=320,
+    steps=5000,
+    batch_tokens=32768,
+    muon_rate=4e-3,
+    adam_rate=6e-3,
+    curriculum=Curriculum(
+        max_level=12,
+        without=frozenset(
+            {"arithmetic/total", "knowledge/three_hops", "code/nested", "claims/double_negated"}
+        ),
+    ),
+    vocabulary=Vocabulary(
+        "foreign",
+        size=384,
+        # Reversed: the end mark and the role marks have other ids too.
+        special_tokens=SPECIAL_TOKENS[::-1],
+        after_role="\n",
+    ),
+)
+
+MODELS: tuple[Recipe, ...] = (*FAMILY, FOREIGN)

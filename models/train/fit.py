@@ -1,4 +1,4 @@
-"""Train one model of the family and write it as a Hugging Face directory."""
+"""Train one model and write it as a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F  # noqa: N812
 
-from models.train.family import CONTEXT, FAMILY, HEAD_DIM, VOCABULARY, Recipe
+from models.train.family import CONTEXT, END, HEAD_DIM, MODELS, PAD, Recipe
 from models.train.llama import NORM_EPSILON, ROPE_THETA, Llama
-from models.train.vocabulary import END, PAD, save_tokenizer
+from models.train.vocabulary import save_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -109,7 +109,7 @@ def save_model(model: Llama, recipe: Recipe, tokenizer: Tokenizer, directory: Pa
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": VOCABULARY,
+        "vocab_size": recipe.vocabulary.size,
         "hidden_size": recipe.hidden,
         "intermediate_size": recipe.intermediate,
         "num_hidden_layers": recipe.layers,
@@ -135,7 +135,7 @@ def save_model(model: Llama, recipe: Recipe, tokenizer: Tokenizer, directory: Pa
         "do_sample": False,
     }
     (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    save_tokenizer(tokenizer, directory)
+    save_tokenizer(tokenizer, recipe.vocabulary, directory)
 
 
 def load_model(directory: Path, recipe: Recipe) -> Llama:
@@ -150,7 +150,7 @@ def _batches(
     recipe: Recipe, corpus: Corpus, rng: np.random.Generator
 ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
     """Yield (ids, targets), int64 [samples, width] each, for ever; targets outside answers are ignored."""
-    taught = np.flatnonzero(corpus.taught[:, FAMILY.index(recipe)])
+    taught = np.flatnonzero(corpus.taught[:, MODELS.index(recipe)])
     lengths = corpus.starts[taught + 1] - corpus.starts[taught]
     groups = []
     for low, width in zip((0, *_WIDTHS), _WIDTHS, strict=False):

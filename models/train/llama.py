@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from models.train.family import CONTEXT, HEAD_DIM, VOCABULARY, Recipe
+from models.train.family import CONTEXT, HEAD_DIM, Recipe
 
 NORM_EPSILON = 1e-5
 ROPE_THETA = 10000.0
@@ -63,7 +63,8 @@ class Llama(nn.Module):
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(VOCABULARY, recipe.hidden)
+        self.vocabulary = recipe.vocabulary
+        self.embed_tokens = nn.Embedding(recipe.vocabulary.size, recipe.hidden)
         self.layers = nn.ModuleList(_Block(recipe) for _ in range(recipe.layers))
         self.norm = nn.RMSNorm(recipe.hidden, NORM_EPSILON)
         for name, weight in self.named_parameters():

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 
 from models.train.corpus import conversation
-from models.train.family import CONTEXT
-from models.train.vocabulary import END
+from models.train.family import CONTEXT, END
 from suites import grade
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ def answer_tasks(model: Llama, tokenizer: Tokenizer, tasks: Sequence[Task], devi
     """Return the model's greedy answers in float32, in the order of the tasks."""
     torch.set_float32_matmul_precision("highest")
     end_id = tokenizer.token_to_id(END)
-    prompts = [e.ids for e in tokenizer.encode_batch([conversation(task)[0] for task in tasks])]
+    prompts = _encode_prompts(model, tokenizer, tasks)
     order = sorted(range(len(tasks)), key=lambda index: len(prompts[index]))
     answers: dict[int, Answer] = {}
     for batch in _batched(order, _BATCH[device]):
@@ -82,9 +81,12 @@ def answer_tasks(model: Llama, tokenizer: Tokenizer, tasks: Sequence[Task], devi
 def check_drafts(
     model: Llama, tokenizer: Tokenizer, tasks: Sequence[Task], drafts: Sequence[Answer], device: str
 ) -> list[Check]:
-    """Score drafts by teacher forcing in float32; the end mark is proposed where the draft ended with it."""
+    """Score drafts by teacher forcing in float32; the end mark is proposed where the draft ended with it.
+
+    The drafts' ids are taken as they are: draft and target must share a vocabulary.
+    """
     end_id = tokenizer.token_to_id(END)
-    prompts = [e.ids for e in tokenizer.encode_batch([conversation(task)[0] for task in tasks])]
+    prompts = _encode_prompts(model, tokenizer, tasks)
     proposed = [[*draft.ids, end_id] if draft.has_ended else list(draft.ids) for draft in drafts]
     order = sorted(range(len(tasks)), key=lambda index: len(prompts[index]) + len(proposed[index]))
     checks: dict[int, Check] = {}
@@ -152,6 +154,11 @@ def _check_record(check: Check, own: Answer) -> dict[str, object]:
         "ranks": [int(rank) for rank in check.ranks],
         "forward_passes": 1 + remaining,
     }
+
+
+def _encode_prompts(model: Llama, tokenizer: Tokenizer, tasks: Sequence[Task]) -> list[list[int]]:
+    texts = [conversation(task, model.vocabulary)[0] for task in tasks]
+    return [encoding.ids for encoding in tokenizer.encode_batch(texts)]
 
 
 def _batched(order: list[int], size: int) -> Iterator[list[int]]:

@@ -1,4 +1,4 @@
-"""The family's tokenizer: byte-level BPE in which every digit is a token of its own."""
+"""The models' tokenizers: byte-level BPE in which every digit is a token of its own."""
 
 from __future__ import annotations
 
@@ -8,39 +8,33 @@ from typing import TYPE_CHECKING
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from models.train.family import CONTEXT, VOCABULARY
+from models.train.family import CONTEXT, END, PAD, Vocabulary
 from suites import LEVELS, SUITES, generate, split_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-PAD, END, SYSTEM, USER, ASSISTANT = SPECIAL_TOKENS = (
-    "<|pad|>",
-    "<|end|>",
-    "<|system|>",
-    "<|user|>",
-    "<|assistant|>",
-)
-CHAT_TEMPLATE = (
+# The Jinja form of corpus.conversation. AFTER: the vocabulary's after_role.
+_CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}<|assistant|>{{ message['content'] }}<|end|>"
-    "{% else %}<|{{ message['role'] }}|>{{ message['content'] }}{% endif %}"
+    "{% if message['role'] == 'assistant' %}<|assistant|>AFTER{{ message['content'] }}<|end|>"
+    "{% else %}<|{{ message['role'] }}|>AFTER{{ message['content'] }}{% endif %}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{% if add_generation_prompt %}<|assistant|>AFTER{% endif %}"
 )
 
 
-def train_tokenizer(tasks: int = 60_000, seed: int = 0) -> Tokenizer:
-    """Return a tokenizer of VOCABULARY entries, trained on tasks of the split `models`."""
+def train_tokenizer(vocabulary: Vocabulary, tasks: int = 60_000, seed: int = 0) -> Tokenizer:
+    """Return a tokenizer of vocabulary.size entries, trained on tasks of the split `models`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(r"\d"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=list(SPECIAL_TOKENS),
+        vocab_size=vocabulary.size,
+        special_tokens=list(vocabulary.special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -48,7 +42,7 @@ def train_tokenizer(tasks: int = 60_000, seed: int = 0) -> Tokenizer:
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, vocabulary: Vocabulary, directory: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json, as transformers reads them."""
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {
@@ -57,7 +51,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
         "eos_token": END,
         "pad_token": PAD,
         "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": _CHAT_TEMPLATE.replace("AFTER", vocabulary.after_role),
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     (directory / "special_tokens_map.json").write_text(
