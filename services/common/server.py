@@ -46,7 +46,7 @@ class RunningServer(NamedTuple):
 
 
 class StatusInterceptor(grpc.aio.ServerInterceptor):
-    """Decodes requests and maps exceptions to status, for unary and streaming answers.
+    """Decodes requests and maps exceptions to status, for unary and streaming requests and answers.
 
     It decodes in place of gRPC, which reports bytes that are no message as INTERNAL. Cancellation and an
     abort that is under way pass. Put it inside the tracing interceptor, so that the span carries the mapped
@@ -63,7 +63,7 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
     ) -> Any:
         """Return the method's handler with decoding and mapping around it."""
         handler = await continuation(handler_call_details)
-        if handler is None or handler.request_streaming:
+        if handler is None:
             return handler
         method = handler_call_details.method
         # Handlers of a registered service are the same objects for the server's life.
@@ -87,9 +87,10 @@ class ClosingInterceptor(grpc.aio.ServerInterceptor):
     ) -> Any:
         """Return the method's handler; a generator becomes a coroutine that writes."""
         handler = await continuation(handler_call_details)
-        if handler is None or handler.request_streaming or not handler.response_streaming:
+        if handler is None or not handler.response_streaming:
             return handler
-        behavior = handler.unary_stream
+        behavior = handler.stream_stream if handler.request_streaming else handler.unary_stream
+        method_handler = _method_handler(handler)
 
         async def write_stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
             answer = behavior(request, context)
@@ -100,9 +101,7 @@ class ClosingInterceptor(grpc.aio.ServerInterceptor):
                 async for response in responses:
                     await context.write(response)
 
-        return grpc.unary_stream_rpc_method_handler(
-            write_stream, handler.request_deserializer, handler.response_serializer
-        )
+        return method_handler(write_stream, handler.request_deserializer, handler.response_serializer)
 
 
 async def serve(
@@ -203,11 +202,13 @@ def _add_reflection(names: Sequence[str], server: grpc.aio.Server) -> None:
 def _wrap(handler: Any) -> Any:
     decode = handler.request_deserializer
     if handler.response_streaming:
-        stream_behavior = handler.unary_stream
+        is_stream = handler.request_streaming
+        stream_behavior = handler.stream_stream if is_stream else handler.unary_stream
 
-        async def stream(raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        async def stream(raw: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
             try:
-                answer = stream_behavior(_decode(decode, raw), context)
+                request = _decode_each(decode, raw) if is_stream else _decode(decode, raw)
+                answer = stream_behavior(request, context)
                 if asyncio.iscoroutine(answer):
                     await answer
                     return
@@ -217,7 +218,7 @@ def _wrap(handler: Any) -> Any:
             except Exception as error:
                 await _abort(error, context)
 
-        return grpc.unary_stream_rpc_method_handler(stream, None, handler.response_serializer)
+        return _method_handler(handler)(stream, None, handler.response_serializer)
     unary_behavior = handler.unary_unary
 
     async def unary(raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
@@ -227,6 +228,18 @@ def _wrap(handler: Any) -> Any:
             await _abort(error, context)
 
     return grpc.unary_unary_rpc_method_handler(unary, None, handler.response_serializer)
+
+
+def _method_handler(handler: Any) -> Any:
+    """Return what makes a handler like this one, which answers with a stream."""
+    if handler.request_streaming:
+        return grpc.stream_stream_rpc_method_handler
+    return grpc.unary_stream_rpc_method_handler
+
+
+async def _decode_each(decode: Callable[[bytes], Any], raws: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+    async for raw in raws:
+        yield _decode(decode, raw)
 
 
 def _decode(decode: Callable[[bytes], Any], raw: bytes) -> Any:

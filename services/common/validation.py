@@ -138,11 +138,16 @@ def check_session_id(session_id: str, path: str = "session_id") -> None:
 
 def check_draft(draft: common_pb2.Draft, path: str = "draft") -> None:
     """Check that a draft has text or ids, a fingerprint with its ids, and a finish reason."""
-    check_enum(common_pb2.FinishReason, _FINISH_REASONS, draft.finish_reason, f"{path}.finish_reason")
+    check_finish_reason(draft.finish_reason, f"{path}.finish_reason")
     if draft.token_ids and not draft.tokenizer_fingerprint:
         raise InvalidRequest(
             "tokenizer_fingerprint is required with token_ids", field=f"{path}.tokenizer_fingerprint"
         )
+
+
+def check_finish_reason(number: int, path: str) -> None:
+    """Check that a finish reason is one."""
+    check_enum(common_pb2.FinishReason, _FINISH_REASONS, number, path)
 
 
 def check_enum(enum: EnumTypeWrapper[Any], known: frozenset[int], number: int, field: str) -> None:

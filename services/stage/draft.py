@@ -15,9 +15,9 @@ class DraftFeed:
     hold them. ids_used: whether they came as ids, not as text that was encoded anew.
     """
 
-    def __init__(self, most_tokens: int, *, ids_used: bool) -> None:
+    def __init__(self, most_tokens: int) -> None:
         self.ids: list[int] = []
-        self.ids_used = ids_used
+        self.ids_used = False
         self.is_complete = False
         self._most_tokens = most_tokens
 

@@ -64,10 +64,14 @@ class DraftText:
 
 @dataclass(frozen=True, slots=True)
 class DraftPiece:
-    """Part of a draft that is still being written: ids of its tokenizer, and the text that they add."""
+    """Part of a draft that is still being written: ids of its tokenizer, and the text that they add.
+
+    fingerprint: of that tokenizer; the first piece's holds for all.
+    """
 
     ids: tuple[int, ...]
     text: str
+    fingerprint: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,14 +182,13 @@ class Engine(Protocol):
         self,
         turns: tuple[Turn, ...],
         sampling: SamplingOptions,
-        fingerprint: str,
         pieces: AsyncIterator[DraftPiece | FinishReason],
         threshold: float | None,
     ) -> AsyncGenerator[Event, None]:
         """Verify a draft while it is being written; a FinishReason ends it.
 
-        fingerprint: of the tokenizer that made its ids. Tokens that are certain are yielded before all of the
-        draft has come. Yields a VerificationResult once, before the Result.
+        Tokens that are certain are yielded before all of the draft has come. Yields a VerificationResult
+        once, before the Result.
         """
 
     async def prefill(self, turns: tuple[Turn, ...]) -> PrefillResult:

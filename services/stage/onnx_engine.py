@@ -147,13 +147,17 @@ class OnnxEngine:
         """Accept a prefix of a draft and go on from there."""
         work, deliveries = self._work(turns, sampling)
         work.threshold = threshold
-        # A draft without ids is text, whoever's tokenizer it names.
-        feed = self._feed(work, draft.fingerprint if draft.ids else "")
+        feed = work.draft = DraftFeed(work.most_tokens)
+        feed.ids_used = bool(draft.ids) and draft.fingerprint == self._tokenizer.fingerprint
         if feed.ids_used:
             self._check_ids(draft.ids, "draft.token_ids")
             feed.add(draft.ids)
         elif draft.ids and not draft.text:
-            raise self._refuse_bare_ids("draft.tokenizer_fingerprint")
+            raise InvalidRequest(
+                f"the draft's ids are of another tokenizer than {self._name}'s, "
+                f"{self._tokenizer.fingerprint}: send its text as well",
+                field="draft.tokenizer_fingerprint",
+            )
         else:
             feed.add(self._tokenizer.encode_text(draft.text))
         feed.finish(self._end_id(draft.finish))
@@ -163,14 +167,13 @@ class OnnxEngine:
         self,
         turns: tuple[Turn, ...],
         sampling: SamplingOptions,
-        fingerprint: str,
         pieces: AsyncIterator[DraftPiece | FinishReason],
         threshold: float | None,
     ) -> AsyncGenerator[Event, None]:
         """Verify a draft while it is being written."""
         work, deliveries = self._work(turns, sampling)
         work.threshold = threshold
-        feed = self._feed(work, fingerprint)
+        feed = work.draft = DraftFeed(work.most_tokens)
         reader = asyncio.create_task(self._read_draft(work, feed, pieces, deliveries))
         try:
             async with aclosing(self._events(work, deliveries)) as events:
@@ -253,23 +256,10 @@ class OnnxEngine:
         work.resync = self._options.resync
         return work, queue
 
-    def _feed(self, work: Work, fingerprint: str) -> DraftFeed:
-        """Give a request a draft that is still to come; return what takes it."""
-        ids_used = fingerprint == self._tokenizer.fingerprint
-        work.draft = DraftFeed(work.most_tokens, ids_used=ids_used)
-        return work.draft
-
     def _check_ids(self, ids: Sequence[int], field: str) -> None:
         wrong = next((i for i in ids if i >= self._shape.vocabulary or i in self._shape.eos_ids), None)
         if wrong is not None:
             raise InvalidRequest(f"id {wrong} is not a text token of {self._name}'s tokenizer", field=field)
-
-    def _refuse_bare_ids(self, field: str) -> InvalidRequest:
-        return InvalidRequest(
-            f"the draft's ids are of another tokenizer than {self._name}'s, "
-            f"{self._tokenizer.fingerprint}: send its text as well",
-            field=field,
-        )
 
     def _end_id(self, finish: FinishReason) -> int | None:
         return self._shape.eos_ids[0] if finish is FinishReason.EOS else None
@@ -282,24 +272,29 @@ class OnnxEngine:
         deliveries: _Deliveries,
     ) -> None:
         """Pass a draft on to the model's thread as it comes."""
-        text = ""
+        text: str | None = None
         try:
             async for piece in pieces:
                 if isinstance(piece, FinishReason):
                     if not feed.ids_used:
-                        feed.reach(self._tokenizer.encode_text(text))
+                        feed.reach(self._tokenizer.encode_text(text or ""))
                     feed.finish(self._end_id(piece))
-                elif feed.ids_used:
+                    break
+                own = piece.fingerprint == self._tokenizer.fingerprint
+                feed.ids_used |= text is None and own and bool(piece.ids)
+                if feed.ids_used:
                     self._check_ids(piece.ids, "chunk.token_ids")
                     feed.add(piece.ids)
                 else:
-                    if piece.ids and not piece.text and not text:
-                        raise self._refuse_bare_ids("start.tokenizer_fingerprint")
-                    text += piece.text
+                    text = (text or "") + piece.text
                     # The last token may yet become another one.
                     feed.reach(self._tokenizer.encode_text(text)[:-1])
                 with self._wake:
                     self._wake.notify()
+            else:
+                raise InvalidRequest("the draft's stream ended without its end", field="end")
+            with self._wake:
+                self._wake.notify()
         except AsdError as error:
             deliveries.put_nowait([error])
 

@@ -6,16 +6,18 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, TypeVar
 
 from asd.v1 import common_pb2, stage_pb2, stage_pb2_grpc
-from services.common.errors import Unavailable
+from services.common.errors import InvalidRequest, Unavailable
 from services.common.validation import (
     check_acceptance,
     check_draft,
+    check_finish_reason,
     check_input,
     check_sampling,
     check_session_id,
 )
 from services.common.version import VERSION
 from services.stage.engine import (
+    DraftPiece,
     DraftText,
     FinishReason,
     ModelState,
@@ -53,7 +55,11 @@ _STATES = {
     ModelState.FAILED: stage_pb2.MODEL_STATE_FAILED,
 }
 _WithInput = TypeVar(
-    "_WithInput", stage_pb2.StageServiceGenerateRequest, stage_pb2.VerifyRequest, stage_pb2.PrefillRequest
+    "_WithInput",
+    stage_pb2.StageServiceGenerateRequest,
+    stage_pb2.VerifyRequest,
+    stage_pb2.VerifyStreamStart,
+    stage_pb2.PrefillRequest,
 )
 
 
@@ -79,13 +85,16 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
         turns = self._admit(request)
         sampling = _sampling(request.sampling)
         async with self._residency.use(request.model) as (name, engine):
-            fingerprint = engine.status().fingerprint
+            fingerprint = first = engine.status().fingerprint
             async with aclosing(engine.generate(turns, sampling)) as events:
                 async for event in events:
+                    response = stage_pb2.StageServiceGenerateResponse(tokenizer_fingerprint=first)
                     if isinstance(event, TokenChunk):
-                        yield stage_pb2.StageServiceGenerateResponse(tokens=_chunk(event))
+                        response.tokens.CopyFrom(_chunk(event))
                     elif isinstance(event, Result):
-                        yield stage_pb2.StageServiceGenerateResponse(result=_result(event, name, fingerprint))
+                        response.result.CopyFrom(_result(event, name, fingerprint))
+                    yield response
+                    first = ""
 
     async def Verify(  # noqa: N802
         self,
@@ -96,11 +105,7 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
         turns = self._admit(request)
         sampling = _sampling(request.sampling)
         check_draft(request.draft)
-        threshold = None
-        if request.HasField("acceptance"):
-            check_acceptance(request.acceptance)
-            if request.acceptance.mode == common_pb2.ACCEPTANCE_MODE_TOLERANT:
-                threshold = request.acceptance.threshold
+        threshold = _threshold(request)
         draft = DraftText(
             text=request.draft.text,
             ids=tuple(request.draft.token_ids),
@@ -117,6 +122,31 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
                         yield stage_pb2.VerifyResponse(tokens=_chunk(event))
                     else:
                         yield stage_pb2.VerifyResponse(result=_result(event, name, fingerprint))
+
+    async def VerifyStream(  # noqa: N802
+        self,
+        request_iterator: AsyncIterator[stage_pb2.VerifyStreamRequest],
+        context: grpc.aio.ServicerContext[stage_pb2.VerifyStreamRequest, stage_pb2.VerifyStreamResponse],
+    ) -> AsyncIterator[stage_pb2.VerifyStreamResponse]:
+        """Verify a draft while it is being written."""
+        steps = aiter(request_iterator)
+        start = await _first_step(steps)
+        turns = self._admit(start, "start.")
+        sampling = _sampling(start.sampling, "start.sampling")
+        threshold = _threshold(start, "start.acceptance")
+        async with self._residency.use(start.model) as (name, engine):
+            fingerprint = first = engine.status().fingerprint
+            async with aclosing(engine.verify_stream(turns, sampling, _pieces(steps), threshold)) as events:
+                async for event in events:
+                    response = stage_pb2.VerifyStreamResponse(tokenizer_fingerprint=first)
+                    if isinstance(event, VerificationResult):
+                        response.verification.CopyFrom(_verification(event))
+                    elif isinstance(event, TokenChunk):
+                        response.tokens.CopyFrom(_chunk(event))
+                    else:
+                        response.result.CopyFrom(_result(event, name, fingerprint))
+                    yield response
+                    first = ""
 
     async def Prefill(  # noqa: N802
         self,
@@ -175,10 +205,10 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
             resident_bytes=resident_bytes(),
         )
 
-    def _admit(self, request: _WithInput) -> tuple[Turn, ...]:
+    def _admit(self, request: _WithInput, path: str = "") -> tuple[Turn, ...]:
         self._refuse_while_draining()
-        check_input(request)
-        check_session_id(request.session_id)
+        check_input(request, path)
+        check_session_id(request.session_id, f"{path}session_id")
         if request.WhichOneof("input") == "prompt":
             return (Turn("user", request.prompt),)
         return tuple(Turn(_ROLES[turn.role], turn.content) for turn in request.conversation.messages)
@@ -188,8 +218,41 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
             raise Unavailable("this stage is shutting down: ask another replica")
 
 
-def _sampling(sampling: common_pb2.Sampling) -> SamplingOptions:
-    check_sampling(sampling)
+async def _first_step(steps: AsyncIterator[stage_pb2.VerifyStreamRequest]) -> stage_pb2.VerifyStreamStart:
+    step = await anext(steps, None)
+    if step is None or step.WhichOneof("event") != "start":
+        raise InvalidRequest("send start first", field="start")
+    return step.start
+
+
+async def _pieces(
+    steps: AsyncIterator[stage_pb2.VerifyStreamRequest],
+) -> AsyncIterator[DraftPiece | FinishReason]:
+    """Yield a draft's pieces and its end. Raises InvalidRequest for a step out of place."""
+    async for step in steps:
+        kind = step.WhichOneof("event")
+        if kind == "chunk":
+            yield DraftPiece(tuple(step.chunk.token_ids), step.chunk.text, step.chunk.tokenizer_fingerprint)
+        elif kind == "end":
+            check_finish_reason(step.end.finish_reason, "end.finish_reason")
+            yield _FINISH_BACK[step.end.finish_reason]
+        else:
+            raise InvalidRequest("send chunk or end after start", field=kind or "event")
+
+
+def _threshold(
+    request: stage_pb2.VerifyRequest | stage_pb2.VerifyStreamStart, path: str = "acceptance"
+) -> float | None:
+    """Return the threshold of a tolerant acceptance; None for an exact one."""
+    if not request.HasField("acceptance"):
+        return None
+    check_acceptance(request.acceptance, path)
+    is_tolerant = request.acceptance.mode == common_pb2.ACCEPTANCE_MODE_TOLERANT
+    return request.acceptance.threshold if is_tolerant else None
+
+
+def _sampling(sampling: common_pb2.Sampling, path: str = "sampling") -> SamplingOptions:
+    check_sampling(sampling, path)
     return SamplingOptions(
         max_new_tokens=sampling.max_new_tokens if sampling.HasField("max_new_tokens") else None,
         temperature=sampling.temperature,
@@ -240,6 +303,7 @@ def _result(result: Result, model: str, fingerprint: str) -> stage_pb2.StageResu
             total_ms=result.total_ms,
         ),
         model=model,
+        accept_lengths=result.accept_lengths,
     )
 
 

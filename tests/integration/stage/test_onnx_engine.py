@@ -138,11 +138,11 @@ async def test_a_draft_is_verified_while_it_is_written(reference: Reference) -> 
 
         async def pieces(ids: list[int] = ids) -> AsyncIterator[DraftPiece | FinishReason]:
             for start in range(0, len(ids), 5):
-                yield DraftPiece(tuple(ids[start : start + 5]), "")
+                yield DraftPiece(tuple(ids[start : start + 5]), "", fingerprint)
                 await asyncio.sleep(0)
             yield FinishReason.EOS
 
-        call = target.verify_stream((Turn("user", prompt),), _GREEDY, fingerprint, pieces(), None)
+        call = target.verify_stream((Turn("user", prompt),), _GREEDY, pieces(), None)
         events = [event async for event in call]
         assert isinstance(events[-1], Result)
         assert list(events[-1].ids) == reference.outputs["medium"][index]
@@ -152,12 +152,13 @@ async def test_a_draft_is_verified_while_it_is_written(reference: Reference) -> 
 
 
 async def test_a_wrong_id_in_a_draft_that_comes_ends_the_call(small: OnnxEngine) -> None:
-    async def pieces() -> AsyncIterator[DraftPiece | FinishReason]:
-        yield DraftPiece((9999,), "")
-
     fingerprint = small.status().fingerprint
+
+    async def pieces() -> AsyncIterator[DraftPiece | FinishReason]:
+        yield DraftPiece((9999,), "", fingerprint)
+
     with pytest.raises(InvalidRequest) as caught:
-        async for _ in small.verify_stream((Turn("user", "x"),), _GREEDY, fingerprint, pieces(), None):
+        async for _ in small.verify_stream((Turn("user", "x"),), _GREEDY, pieces(), None):
             pass
     assert caught.value.field == "chunk.token_ids"
     result, _ = await _generate(small, "True or false? 3 plus 22 is more than 24.")

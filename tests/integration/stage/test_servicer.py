@@ -151,3 +151,61 @@ async def test_a_draining_stage_refuses_new_calls(stage: Stage) -> None:
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     status = await stage.stub.Status(stage_pb2.StatusRequest(), timeout=_TIMEOUT_S)
     assert status.draining
+
+
+Step = stage_pb2.VerifyStreamRequest
+_START = Step(start=stage_pb2.VerifyStreamStart(prompt=Prompt))
+_END = Step(end=stage_pb2.DraftEnd(finish_reason=EOS))
+BAD_STREAMS = [
+    ([], "start"),
+    ([_END], "start"),
+    ([Step(start=stage_pb2.VerifyStreamStart())], "start.prompt"),
+    (
+        [
+            Step(
+                start=stage_pb2.VerifyStreamStart(
+                    prompt="x", sampling=common_pb2.Sampling(temperature=float("inf"))
+                )
+            )
+        ],
+        "start.sampling.temperature",
+    ),
+    (
+        [Step(start=stage_pb2.VerifyStreamStart(prompt="x", acceptance=common_pb2.Acceptance()))],
+        "start.acceptance.mode",
+    ),
+    ([_START, _START], "start"),
+    ([_START, Step()], "event"),
+    ([_START, Step(end=stage_pb2.DraftEnd())], "end.finish_reason"),
+    ([_START], "end"),
+]
+
+
+@pytest.mark.parametrize(
+    ("steps", "field"), BAD_STREAMS, ids=[f"{i}-{b[1]}" for i, b in enumerate(BAD_STREAMS)]
+)
+async def test_bad_streams_name_their_field(stage: Stage, steps: list[Step], field: str) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await _drain(stage.stub.VerifyStream(iter(steps), timeout=_TIMEOUT_S))
+    assert caught.value.code() == _INVALID
+    assert _field_of(caught.value) == field
+    assert await _drain(stage.stub.Generate(Generate(prompt=Prompt), timeout=_TIMEOUT_S))
+
+
+async def test_a_streamed_draft_gives_what_a_whole_one_gives(stage: Stage) -> None:
+    alone = await _drain(stage.stub.Generate(Generate(prompt=Prompt), timeout=_TIMEOUT_S))
+    result = alone[-1].result  # type: ignore[attr-defined]
+    fingerprint = alone[0].tokenizer_fingerprint  # type: ignore[attr-defined]
+    assert fingerprint == result.tokenizer_fingerprint
+    chunk = stage_pb2.DraftChunk(
+        token_ids=result.token_ids, text=result.text, tokenizer_fingerprint=fingerprint
+    )
+    responses = await _drain(
+        stage.stub.VerifyStream(iter([_START, Step(chunk=chunk), _END]), timeout=_TIMEOUT_S)
+    )
+    kinds = [response.WhichOneof("event") for response in responses]  # type: ignore[attr-defined]
+    assert kinds.count("verification") == kinds.count("result") == 1
+    final = responses[-1].result  # type: ignore[attr-defined]
+    assert list(final.token_ids) == list(result.token_ids)
+    assert sum(final.accept_lengths) <= len(result.token_ids) + 2
+    assert responses[0].tokenizer_fingerprint == fingerprint  # type: ignore[attr-defined]

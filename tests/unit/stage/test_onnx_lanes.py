@@ -123,7 +123,7 @@ def alone(**options: object) -> Result:
 
 
 def whole(ids: Sequence[int], *, has_ended: bool, most: int = MOST) -> DraftFeed:
-    feed = DraftFeed(most, ids_used=True)
+    feed = DraftFeed(most)
     feed.add(ids)
     feed.finish(END if has_ended else None)
     return feed
@@ -183,7 +183,7 @@ def test_however_a_draft_comes_the_answer_is_the_same(data: st.DataObject, has_e
     cuts = sorted(data.draw(st.lists(st.integers(0, len(draft)), max_size=5)))
     places = [0, *cuts, len(draft)]
     pieces = [draft[a:b] for a, b in itertools.pairwise(places)]
-    feed = DraftFeed(MOST, ids_used=True)
+    feed = DraftFeed(MOST)
     lane, events, work = lane_for(feed)
     result = run(lane, work, feed, [*pieces, END if has_ended else None])
     assert (result.ids, result.finish) == (wanted.ids, wanted.finish)
@@ -194,7 +194,7 @@ def test_however_a_draft_comes_the_answer_is_the_same(data: st.DataObject, has_e
 
 
 def test_the_first_token_goes_out_before_any_draft_comes() -> None:
-    feed = DraftFeed(MOST, ids_used=True)
+    feed = DraftFeed(MOST)
     lane, events, _ = lane_for(feed)
     assert lane.step() == []
     assert not lane.is_ready
@@ -202,7 +202,7 @@ def test_the_first_token_goes_out_before_any_draft_comes() -> None:
 
 
 def test_a_tolerant_target_waits_for_the_draft_and_keeps_what_is_likely_enough() -> None:
-    feed = DraftFeed(MOST, ids_used=True)
+    feed = DraftFeed(MOST)
     lane, _, work = lane_for(feed, threshold=1e-6)
     assert not lane.is_ready
     second = [int(np.argsort(table_logits(PROMPT))[-2])]
