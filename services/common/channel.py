@@ -13,7 +13,7 @@ from services.common.server import MAX_MESSAGE_BYTES
 from services.common.status import from_rpc_error
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, AsyncIterator
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -92,6 +92,28 @@ async def call_stream(
     call_unary."""
     _check_time(timeout_ms, peer)
     call = method(request, timeout=timeout_ms / 1000.0)
+    try:
+        async for response in call:
+            yield response
+    except grpc.RpcError as error:
+        raise _explained(error, timeout_ms, peer) from error
+    finally:
+        call.cancel()
+
+
+async def call_exchange(
+    method: grpc.aio.StreamStreamMultiCallable[Request, Response],
+    requests: AsyncIterator[Request],
+    *,
+    timeout_ms: float,
+    peer: str = "",
+) -> AsyncGenerator[Response, None]:
+    """Yield the answers of a call that streams both ways; cancel it when the caller stops.
+
+    Arguments and errors: call_unary.
+    """
+    _check_time(timeout_ms, peer)
+    call = method(requests, timeout=timeout_ms / 1000.0)
     try:
         async for response in call:
             yield response

@@ -21,3 +21,8 @@ def verify_cost(cost: float, proposed_tokens: int, forward_passes: int, answer_t
     further_passes = max(forward_passes - 1, 0)
     passes = 1 + SCORED_TOKEN_PASSES * proposed_tokens + further_passes
     return cost * min(1.0, passes / max(answer_tokens + 1, 1))
+
+
+def prefill_cost(cost: float, answer_tokens: int) -> float:
+    """Return the cost of one pass over a prompt: its share of an answer of so many tokens."""
+    return cost / (answer_tokens + 1)

@@ -18,6 +18,7 @@ from services.router.instruments import Instruments
 from services.router.planner import Planner
 from services.router.servicer import CascadeServicer
 from services.router.settings import RouterSettings
+from services.router.speculation import SpeculationOptions
 from services.router.static_plan import StaticPlan
 
 
@@ -38,7 +39,8 @@ async def build(settings: RouterSettings, channels: AsyncExitStack) -> CascadeSe
         policy = GrpcPolicy(target, channel, names, settings.policy.timeout_ms, Breaker(clock))
     static_plan = StaticPlan(tuple(names.index(name) for name in settings.static_plan), len(names))
     instruments = Instruments()
-    planner = Planner([each.stage for each in stages], policy, static_plan, instruments, clock)
+    options = SpeculationOptions(**settings.speculation.model_dump())
+    planner = Planner([each.stage for each in stages], policy, static_plan, instruments, clock, options)
     return CascadeServicer(
         Cascade(stages, planner, instruments, clock),
         Directory(stages, policy, settings.static_plan),

@@ -8,16 +8,9 @@ from typing import TYPE_CHECKING
 from services.common.errors import AsdError, BudgetSpent, ResourceExhausted, Unavailable
 from services.common.telemetry import Spans, Traced
 from services.router import spans
-from services.router.domain import (
-    Event,
-    PlanSource,
-    Request,
-    StageAction,
-    StageStarted,
-    Tokens,
-    Verification,
-    View,
-)
+from services.router.ahead import PrefillAhead
+from services.router.domain import Event, PlanSource, Request, StageAction, StageStarted, View
+from services.router.pipeline import call_stage
 from services.router.planner import MARGIN_MS, Planner
 from services.router.progress import Progress
 
@@ -51,21 +44,27 @@ class Cascade:
         progress = Progress(request, deadline, view, self._clock)
         with Traced(Spans.CASCADE) as span:
             stage = await self._planner.plan(progress)
-            while True:
-                try:
-                    async with aclosing(self._run(progress, self._stages[stage])) as events:
-                        async for event in events:
-                            yield event
-                except (Unavailable, ResourceExhausted, BudgetSpent) as error:
-                    self._note_failure(stage, error)
-                    if progress.keep_earlier_answer(error):
+            async with PrefillAhead(self._clock) as ahead:
+                warm = self._planner.stage_to_warm(progress)
+                if warm is not None:
+                    ahead.start(request, self._stages[warm], progress.left_ms(MARGIN_MS))
+                while True:
+                    try:
+                        async with aclosing(self._run(progress, self._stages[stage])) as events:
+                            async for event in events:
+                                yield event
+                    except (Unavailable, ResourceExhausted, BudgetSpent) as error:
+                        self._note_failure(stage, error)
+                        if progress.keep_earlier_answer(error):
+                            break
+                        stage = await self._replace(progress, stage, error)
+                        continue
+                    decision = await self._planner.decide(progress)
+                    if decision.next_stage is None:
                         break
-                    stage = await self._replace(progress, stage, error)
-                    continue
-                decision = await self._planner.decide(progress)
-                if decision.next_stage is None:
-                    break
-                stage = decision.next_stage
+                    stage = decision.next_stage
+                    await ahead.settle(stage)
+                progress.warmed(await ahead.close())
             for event in progress.settle():
                 yield event
             outcome = progress.outcome()
@@ -74,29 +73,23 @@ class Cascade:
             yield outcome
 
     async def _run(self, progress: Progress, client: StageClient) -> AsyncGenerator[Event, None]:
-        """Have a stage answer, by verifying the earlier stage's answer where there is one."""
-        stage, draft = client.stage, progress.draft()
-        action = StageAction.VERIFY if draft else StageAction.GENERATE
+        """Have a stage answer, by verifying an earlier stage's answer where there is one."""
+        stage, draft = client.stage, self._planner.draft_for(progress, client.stage)
+        upstream = [self._stages[place] for place in progress.upstream]
+        action = StageAction.VERIFY if draft or upstream else StageAction.GENERATE
         if progress.view is not View.OUTCOME:
             yield StageStarted(stage, action)
         timeout_ms = min(progress.left_ms(MARGIN_MS), stage.timeout_ms)
         progress.start(stage, action, is_final=self._planner.is_final(progress, stage))
         with Traced(Spans.STAGE) as span, self._planner.calling(stage):
             spans.describe_call(span, progress.request, stage, action)
-            if draft:
-                call = client.verify(progress.request, draft, timeout_ms)
-            else:
-                call = client.generate(progress.request, timeout_ms)
-            async with aclosing(call) as events:
+            call = call_stage(progress, client, draft, upstream, timeout_ms, self._clock)
+            async with call as events:
                 async for event in events:
-                    if isinstance(event, Tokens):
-                        for shown in progress.written(event):
-                            yield shown
-                    elif isinstance(event, Verification):
-                        for shown in progress.verified(event):
-                            yield shown
-                    else:
-                        progress.finished(event)
+                    for shown in progress.take(event):
+                        yield shown
+                    if progress.is_hopeless():
+                        break
             answer = progress.take_answer()
             spans.describe_answer(span, answer)
         self._planner.stage_answered(answer)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import math
 from contextlib import aclosing, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from asd.v1 import cascade_pb2, policy_pb2, policy_pb2_grpc, stage_pb2, stage_pb2_grpc
-from services.common.channel import call_stream, call_unary
+from services.common.channel import call_exchange, call_stream, call_unary
 from services.common.errors import (
     AsdError,
     BudgetSpent,
@@ -25,18 +25,21 @@ from services.router.domain import (
     Decision,
     DecisionAction,
     DecisionReason,
+    FinishReason,
     Plan,
     Request,
     Stage,
     StageEvent,
     StageResult,
+    Tokens,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterator, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 
     import grpc
 
+    from asd.v1 import common_pb2
     from services.router.breaker import Breaker
 
 # For Describe, which asks every service whether it is there. Chosen.
@@ -57,6 +60,8 @@ class GrpcStage:
         stub = stage_pb2_grpc.StageServiceStub(channel)
         self._generate = stub.Generate
         self._verify = stub.Verify
+        self._verify_stream = stub.VerifyStream
+        self._prefill = stub.Prefill
         self._status = stub.Status
 
     @property
@@ -79,7 +84,7 @@ class GrpcStage:
                 async for response in responses:
                     kind = response.WhichOneof("event")
                     if kind == "tokens":
-                        yield convert.tokens_from(response.tokens)
+                        yield convert.tokens_from(response.tokens, response.tokenizer_fingerprint)
                     elif kind == "result":
                         yield convert.result_from(response.result, self._peer)
         except (InvalidRequest, NotFound) as error:
@@ -112,6 +117,40 @@ class GrpcStage:
         except (InvalidRequest, NotFound) as error:
             raise self._blame(error) from error
 
+    async def verify_stream(
+        self, request: Request, drafts: AsyncIterator[Tokens | FinishReason], timeout_ms: float
+    ) -> AsyncGenerator[StageEvent, None]:
+        """Verify a draft that is still being written; yield tokens, its verification, and last the result."""
+        start = stage_pb2.VerifyStreamStart(
+            model=self._stage.model,
+            sampling=convert.sampling_to(request.sampling),
+            acceptance=convert.acceptance_to(request.acceptance),
+            session_id=request.session_id,
+        )
+        convert.set_input(start, request.input)
+        call = call_exchange(
+            self._verify_stream, _steps(start, drafts), timeout_ms=timeout_ms, peer=self._peer
+        )
+        try:
+            async with aclosing(call) as responses:
+                async for response in responses:
+                    kind = response.WhichOneof("event")
+                    if kind == "tokens":
+                        yield convert.tokens_from(response.tokens, response.tokenizer_fingerprint)
+                    elif kind == "verification":
+                        yield convert.verification_from(response.verification)
+                    elif kind == "result":
+                        yield convert.result_from(response.result, self._peer)
+        except (InvalidRequest, NotFound) as error:
+            raise self._blame(error) from error
+
+    async def prefill(self, request: Request, timeout_ms: float) -> int:
+        """Put the prompt into the prefix cache; return its number of tokens."""
+        message = stage_pb2.PrefillRequest(model=self._stage.model, session_id=request.session_id)
+        convert.set_input(message, request.input)
+        response = await call_unary(self._prefill, message, timeout_ms=timeout_ms, peer=self._peer)
+        return response.prompt_tokens
+
     async def describe(self) -> cascade_pb2.StageDescription:
         """Return what the stage says of itself; what is configured where it does not answer."""
         description = cascade_pb2.StageDescription(
@@ -137,9 +176,11 @@ class GrpcStage:
         """Return the error as the router's caller should see it."""
         if isinstance(error, NotFound):
             return PreconditionFailed(error.message)
-        if error.field and not error.field.startswith(_CALLER_FIELDS):
+        # A streamed verification names the caller's fields below its first message.
+        field = error.field.removeprefix("start.")
+        if field and not field.startswith(_CALLER_FIELDS):
             return AsdError(f"{self._peer} refused {error.field}: {error.message}")
-        return error
+        return InvalidRequest(error.message, field=field)
 
 
 class GrpcPolicy:
@@ -179,7 +220,13 @@ class GrpcPolicy:
             response = await call_unary(
                 self._plan, message, timeout_ms=min(timeout_ms, self._timeout_ms), peer=self._peer
             )
-        return Plan(self._place(response.first_stage), response.policy_version)
+        first = self._place(response.first_stage)
+        likely = self._place(response.likely_next_stage) if response.likely_next_stage else None
+        if likely is not None and likely <= first:
+            raise AsdError(
+                f"{self._peer} expects to escalate to {response.likely_next_stage}, not a later stage"
+            )
+        return convert.plan_from(response, first, likely)
 
     async def decide(
         self,
@@ -289,6 +336,22 @@ class Directory:
         return cascade_pb2.DescribeResponse(
             stages=stages, policy=policy, static_plan=self._static_plan, version=VERSION
         )
+
+
+async def _steps(
+    start: stage_pb2.VerifyStreamStart, drafts: AsyncIterator[Tokens | FinishReason]
+) -> AsyncIterator[stage_pb2.VerifyStreamRequest]:
+    """Yield a draft as the steps of a VerifyStream call."""
+    yield stage_pb2.VerifyStreamRequest(start=start)
+    async for piece in drafts:
+        if isinstance(piece, FinishReason):
+            reason = cast("common_pb2.FinishReason.ValueType", piece)
+            yield stage_pb2.VerifyStreamRequest(end=stage_pb2.DraftEnd(finish_reason=reason))
+        else:
+            chunk = stage_pb2.DraftChunk(
+                token_ids=piece.ids, text=piece.text, tokenizer_fingerprint=piece.fingerprint
+            )
+            yield stage_pb2.VerifyStreamRequest(chunk=chunk)
 
 
 async def _nothing() -> None:

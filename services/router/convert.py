@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 from asd.v1 import cascade_pb2, common_pb2, policy_pb2, stage_pb2
 from services.common.errors import AsdError
 from services.router.domain import (
+    AbandonRule,
     Acceptance,
     AcceptanceMode,
     Answer,
@@ -17,12 +18,15 @@ from services.router.domain import (
     FinishReason,
     Objective,
     Outcome,
+    Plan,
     Preference,
+    Prefilled,
     Record,
     Request,
     Revised,
     Role,
     Sampling,
+    StageAction,
     StageResult,
     StageStarted,
     Timing,
@@ -42,6 +46,8 @@ WithInput = TypeVar(
     "WithInput",
     stage_pb2.StageServiceGenerateRequest,
     stage_pb2.VerifyRequest,
+    stage_pb2.VerifyStreamStart,
+    stage_pb2.PrefillRequest,
     policy_pb2.PlanRequest,
     policy_pb2.DecideRequest,
 )
@@ -68,6 +74,7 @@ def request_from(message: cascade_pb2.GenerateRequest, request_id: str) -> Reque
         else None,
         session_id=message.session_id,
         stage=message.stage,
+        chain=tuple(message.chain),
     )
 
 
@@ -191,9 +198,16 @@ def conditions_to(conditions: Sequence[Condition]) -> list[policy_pb2.StageCondi
 # From stages and policy.
 
 
-def tokens_from(message: common_pb2.TokenChunk) -> Tokens:
-    """Return tokens as a domain value."""
-    return Tokens(message.token_ids, message.text, message.logprobs, message.entropies, message.top2_margins)
+def tokens_from(message: common_pb2.TokenChunk, fingerprint: str = "") -> Tokens:
+    """Return tokens as a domain value. fingerprint: of the tokenizer, where the message came with one."""
+    return Tokens(
+        message.token_ids,
+        message.text,
+        message.logprobs,
+        message.entropies,
+        message.top2_margins,
+        fingerprint,
+    )
 
 
 def verification_from(message: stage_pb2.Verification) -> Verification:
@@ -219,7 +233,14 @@ def result_from(message: stage_pb2.StageResult, peer: str) -> StageResult:
         ),
         timing=Timing(timing.queue_ms, timing.prefill_ms, timing.decode_ms, timing.total_ms),
         model=message.model,
+        accept_lengths=message.accept_lengths,
     )
+
+
+def plan_from(message: policy_pb2.PlanResponse, first: int, likely_next: int | None) -> Plan:
+    """Return a plan as a domain value. first, likely_next: places of its stages."""
+    rules = tuple(AbandonRule(rule.tokens, rule.mean_logprob) for rule in message.abandon)
+    return Plan(first, message.policy_version, message.p_escalate, likely_next, rules)
 
 
 def member(kind: type[Member], number: int, peer: str) -> Member:
@@ -252,7 +273,10 @@ def response_to(outcome: Outcome, trace_id: str) -> cascade_pb2.GenerateResponse
         policy_ms=outcome.policy_ms,
         plan_source=cast("cascade_pb2.PlanSource.ValueType", outcome.plan_source),
         policy_version=outcome.policy_version,
-        stages=[record_to(record) for record in outcome.records],
+        stages=[
+            *([prefilled_to(outcome.prefilled)] if outcome.prefilled else []),
+            *(record_to(record) for record in outcome.records),
+        ],
         trace_id=trace_id,
     )
 
@@ -286,6 +310,19 @@ def record_to(record: Record) -> cascade_pb2.StageRecord:
         decision=cast("policy_pb2.DecisionAction.ValueType", decision.action),
         reason=cast("policy_pb2.DecisionReason.ValueType", decision.reason),
         text=answer.result.text,
+        accept_lengths=answer.result.accept_lengths,
+    )
+
+
+def prefilled_to(prefilled: Prefilled) -> cascade_pb2.StageRecord:
+    """Return the record of a stage that was warmed."""
+    return cascade_pb2.StageRecord(
+        stage=prefilled.stage.name,
+        stage_index=prefilled.stage.index,
+        action=cast("common_pb2.StageAction.ValueType", StageAction.PREFILL),
+        usage=common_pb2.Usage(prompt_tokens=prefilled.prompt_tokens, forward_passes=1),
+        latency_ms=prefilled.latency_ms,
+        cost=prefilled.cost,
     )
 
 

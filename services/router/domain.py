@@ -46,6 +46,7 @@ class StageAction(IntEnum):
 
     GENERATE = 1
     VERIFY = 2
+    PREFILL = 3
 
 
 class DecisionAction(IntEnum):
@@ -67,6 +68,7 @@ class DecisionReason(IntEnum):
     STATIC_PLAN = 7
     DEADLINE = 8
     STAGE_UNAVAILABLE = 9
+    ABANDONED = 10
 
 
 class PlanSource(IntEnum):
@@ -127,7 +129,8 @@ class Acceptance:
 class Request:
     """What a caller asks.
 
-    input: a prompt or the turns of a conversation. stage: name of the fixed stage, or "".
+    input: a prompt or the turns of a conversation. stage: name of the fixed stage, or "". chain: names of the
+    stages that work on it in order, or none.
     """
 
     id: str
@@ -137,6 +140,7 @@ class Request:
     acceptance: Acceptance | None = None
     session_id: str = ""
     stage: str = ""
+    chain: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,13 +160,17 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Tokens in order. logprobs (nats), entropies (nats) and top2_margins have one entry per id."""
+    """Tokens in order. logprobs (nats), entropies (nats) and top2_margins have one entry per id.
+
+    fingerprint: of the tokenizer; "" where the stage did not say.
+    """
 
     ids: Sequence[int]
     text: str
     logprobs: Sequence[float] = ()
     entropies: Sequence[float] = ()
     top2_margins: Sequence[float] = ()
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +207,10 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class StageResult:
-    """Outcome of a stage call. token_ids: without the end-of-sequence token."""
+    """Outcome of a stage call. token_ids: without the end-of-sequence token.
+
+    accept_lengths: tokens emitted by each pass that scored a proposal.
+    """
 
     text: str
     token_ids: Sequence[int]
@@ -208,6 +219,7 @@ class StageResult:
     usage: Usage
     timing: Timing
     model: str = ""
+    accept_lengths: Sequence[int] = ()
 
 
 StageEvent = Tokens | Verification | StageResult
@@ -244,11 +256,36 @@ class Condition:
 
 
 @dataclass(frozen=True, slots=True)
+class AbandonRule:
+    """A draft whose first tokens have a lower mean log-probability (nats) is not worth finishing."""
+
+    tokens: int
+    mean_logprob: float
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """The policy's choice of a first stage, by its place in the cascade."""
+    """The policy's choice of a first stage, by its place in the cascade.
+
+    p_escalate: probability that a later stage will be asked. likely_next: that stage; None: there is none.
+    abandon: by ascending number of tokens.
+    """
 
     first_stage: int
     policy_version: str = ""
+    p_escalate: float = 0.0
+    likely_next: int | None = None
+    abandon: tuple[AbandonRule, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """A prompt that was put into a stage's cache ahead of an escalation. prompt_tokens: of the prompt."""
+
+    stage: Stage
+    prompt_tokens: int
+    latency_ms: float
+    cost: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,6 +364,7 @@ class Outcome:
     policy_version: str
     latency_ms: float
     policy_ms: float
+    prefilled: Prefilled | None = None
 
     @property
     def answer(self) -> Answer:
@@ -336,7 +374,8 @@ class Outcome:
     @property
     def cost(self) -> float:
         """Sum over the stages, in cost units."""
-        return sum(record.answer.cost for record in self.records)
+        ahead = self.prefilled.cost if self.prefilled else 0.0
+        return ahead + sum(record.answer.cost for record in self.records)
 
 
 Event = StageStarted | Drafted | Committed | Revised | Outcome

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from services.common.errors import BudgetSpent, NotFound, Unavailable
+from services.common.errors import BudgetSpent, InvalidRequest, NotFound, Unavailable
 from services.common.telemetry import Spans, Traced
 from services.router import spans
 from services.router.domain import (
@@ -16,20 +16,24 @@ from services.router.domain import (
     Stage,
 )
 from services.router.load import Load
+from services.router.speculation import Speculation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
     from contextlib import AbstractContextManager
 
-    from services.router.domain import Answer
+    from services.router.domain import Answer, StageResult
     from services.router.ports import Observer, PolicyClient
     from services.router.progress import Progress
+    from services.router.speculation import SpeculationOptions
     from services.router.static_plan import StaticPlan
 
 # Kept from every deadline, for the router's own work and the way back. Chosen: above its own p95.
 MARGIN_MS = 10.0
 # For how long plans avoid a stage that was away. Chosen: one attempt per second costs nothing.
 AWAY_SECONDS = 1.0
+# Probability of an escalation from which on its target is warmed. Chosen: more often right than wrong.
+_LIKELY = 0.5
 # Shorter waits than this are not told to the policy. Chosen: no plan turns on them.
 MIN_QUEUE_MS = 1.0
 
@@ -47,7 +51,10 @@ class Planner:
         static_plan: StaticPlan,
         observer: Observer,
         clock: Callable[[], float],
+        options: SpeculationOptions,
     ) -> None:
+        self._options = options
+        self._speculation = Speculation(enabled=options.adaptive)
         self._stages = tuple(stages)
         self._policy = policy
         self._static_plan = static_plan
@@ -66,8 +73,24 @@ class Planner:
         return self._load.calling(stage.index)
 
     def stage_answered(self, answer: Answer) -> None:
-        """Learn from an answer how long calls wait at its stage."""
+        """Learn from an answer how long calls wait at its stage, and what its draft was worth."""
         self._load.waited(answer.stage.index, answer.result.timing.queue_ms)
+        self._speculation.verified(answer)
+
+    def draft_for(self, progress: Progress, stage: Stage) -> StageResult | None:
+        """Return the draft that a stage is to verify; None where it had better write anew."""
+        draft = progress.draft()
+        if draft is None or self._speculation.is_worthwhile(progress.answer.stage.name, stage.name):
+            return draft
+        return None
+
+    def stage_to_warm(self, progress: Progress) -> int | None:
+        """Return the stage to warm while the first one drafts; None: none is likely, or it is busy."""
+        stage = progress.likely_next
+        if stage is None or not self._options.prefill_ahead or progress.p_escalate < _LIKELY:
+            return None
+        is_busy = self._load.queue_depth(stage) or self._load.expected_queue_ms(stage) >= MIN_QUEUE_MS
+        return None if is_busy else stage
 
     async def plan(self, progress: Progress) -> int:
         """Return the stage to ask first. Raises NotFound for an unknown fixed one, Unavailable if all
@@ -91,7 +114,9 @@ class Planner:
 
     def is_final(self, progress: Progress, stage: Stage) -> bool:
         """Return whether a stage's answer will stand, whatever it shows."""
-        if progress.plan_source is PlanSource.FIXED or stage.index == len(self._stages) - 1:
+        if progress.plan_source is PlanSource.FIXED:
+            return not progress.chain
+        if stage.index == len(self._stages) - 1:
             return True
         return (
             not progress.follows_policy and self._static_plan.next_after(stage.index, progress.failed) is None
@@ -101,10 +126,10 @@ class Planner:
         request = progress.request
         if request.stage:
             progress.plan_source = PlanSource.FIXED
-            if request.stage not in self._by_name:
-                known = ", ".join(self._by_name)
-                raise NotFound(f"no stage {request.stage!r}; the cascade has {known}", field="stage")
-            return self._by_name[request.stage]
+            return self._place(request.stage, "stage")
+        if request.chain:
+            progress.plan_source = PlanSource.FIXED
+            return self._start_chain(progress)
         now = self._clock()
         away = {index for index, until in self._away_until.items() if until > now}
         if self._policy is not None and progress.follows_policy:
@@ -119,6 +144,8 @@ class Planner:
                 if plan.first_stage not in progress.failed:
                     progress.plan_source = PlanSource.POLICY
                     progress.policy_version = plan.policy_version
+                    progress.p_escalate, progress.likely_next = plan.p_escalate, plan.likely_next
+                    progress.abandon = plan.abandon if self._options.early_abandon else ()
                     return plan.first_stage
         progress.follows_policy = False
         progress.plan_source = PlanSource.STATIC
@@ -128,10 +155,47 @@ class Planner:
             raise Unavailable("; ".join(error.message for error in progress.failed.values()))
         return first
 
+    def _place(self, name: str, field: str) -> int:
+        if name not in self._by_name:
+            raise NotFound(f"no stage {name!r}; the cascade has {', '.join(self._by_name)}", field=field)
+        return self._by_name[name]
+
+    def _start_chain(self, progress: Progress) -> int:
+        """Return the stage that a chain starts with, or that verifies while the others draft."""
+        names = progress.request.chain
+        chain = [self._place(name, f"chain[{index}]") for index, name in enumerate(names)]
+        if chain != sorted(set(chain)) or len(chain) < 2:
+            known = ", ".join(self._by_name)
+            raise InvalidRequest(
+                f"chain must name two or more stages in the order of the cascade ({known})", field="chain"
+            )
+        # Where drafts are worthless of late, the last stage writes alone: an exact answer is the same.
+        kept = [chain.pop()]
+        while chain and self._speculation.is_worthwhile(
+            self._stages[chain[-1]].name, self._stages[kept[0]].name
+        ):
+            kept.insert(0, chain.pop())
+        if self._options.pipelined:
+            progress.upstream = tuple(kept[:-1])
+            return kept[-1]
+        progress.chain = tuple(kept[1:])
+        return kept[0]
+
+    def _judge_fixed(self, progress: Progress) -> Decision:
+        if not progress.chain:
+            return Decision(DecisionAction.STOP, DecisionReason.FIXED_STAGE)
+        following, *rest = progress.chain
+        progress.chain = tuple(rest)
+        return Decision(DecisionAction.ESCALATE, DecisionReason.FIXED_STAGE, following)
+
     async def _judge(self, progress: Progress) -> Decision:
         if progress.plan_source is PlanSource.FIXED:
-            return Decision(DecisionAction.STOP, DecisionReason.FIXED_STAGE)
+            return self._judge_fixed(progress)
         answer = progress.answer
+        if progress.is_abandoned:
+            progress.is_abandoned = False
+            if progress.likely_next is not None and progress.likely_next not in progress.failed:
+                return Decision(DecisionAction.ESCALATE, DecisionReason.ABANDONED, progress.likely_next)
         if self._policy is not None and progress.follows_policy:
             conditions = self._conditions(progress.failed)
             spent_ms = progress.spent_ms()
@@ -148,7 +212,10 @@ class Planner:
             except (Unavailable, BudgetSpent):
                 self._observer.static_plan_used("decide")
                 progress.follows_policy = False
-        following = self._static_plan.next_after(answer.stage.index, progress.failed)
+        return self._judge_by_static_plan(progress)
+
+    def _judge_by_static_plan(self, progress: Progress) -> Decision:
+        following = self._static_plan.next_after(progress.answer.stage.index, progress.failed)
         if following is None:
             return Decision(DecisionAction.STOP, DecisionReason.STATIC_PLAN)
         decision = Decision(DecisionAction.ESCALATE, DecisionReason.STATIC_PLAN, following)

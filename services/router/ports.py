@@ -5,24 +5,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
     from services.common.errors import AsdError
     from services.router.domain import (
         Answer,
         Condition,
         Decision,
+        FinishReason,
         Outcome,
         Plan,
         Request,
         Stage,
         StageEvent,
         StageResult,
+        Tokens,
     )
 
 
 class StageClient(Protocol):
-    """Calls one stage. Both calls raise the AsdError that the stage's status stands for."""
+    """Calls one stage. Every call raises the AsdError that the stage's status stands for."""
 
     @property
     def stage(self) -> Stage:
@@ -35,6 +37,14 @@ class StageClient(Protocol):
         self, request: Request, draft: StageResult, timeout_ms: float
     ) -> AsyncGenerator[StageEvent, None]:
         """Yield the verification of the draft, then tokens, and last the result."""
+
+    def verify_stream(
+        self, request: Request, drafts: AsyncIterator[Tokens | FinishReason], timeout_ms: float
+    ) -> AsyncGenerator[StageEvent, None]:
+        """Verify a draft that is still being written; a FinishReason ends it. Tokens may come first."""
+
+    async def prefill(self, request: Request, timeout_ms: float) -> int:
+        """Put the prompt into the prefix cache; return its number of tokens."""
 
 
 class PolicyClient(Protocol):

@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from services.common.cost import generate_cost, verify_cost
+from services.common.cost import prefill_cost
 from services.common.errors import AsdError, BudgetSpent
 from services.router.delivery import Delivery
 from services.router.domain import (
+    AbandonRule,
     Answer,
     Decision,
+    DecisionAction,
     DecisionReason,
     Event,
     Outcome,
     PlanSource,
+    Prefilled,
     Record,
     Request,
     Stage,
     StageAction,
+    StageEvent,
     StageResult,
     Tokens,
     Verification,
     View,
 )
+from services.router.stage_run import StageRun
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 
 class Progress:
@@ -51,6 +57,16 @@ class Progress:
         self._answer: Answer | None = None
         # True once the answer that stands is not the last started stage's.
         self._is_earlier = False
+        self._prefilled: Prefilled | None = None
+        # The stages of a chain, by place, that are still to work on it; empty without a chain.
+        self.chain: tuple[int, ...] = ()
+        # Of a chain, those that draft while the running stage verifies.
+        self.upstream: tuple[int, ...] = ()
+        # Stage that an escalation likely goes to, and the rules for escalating before a draft is finished.
+        self.likely_next: int | None = None
+        self.p_escalate = 0.0
+        self.abandon: tuple[AbandonRule, ...] = ()
+        self.is_abandoned = False
 
     # Time.
 
@@ -74,68 +90,62 @@ class Progress:
     # A stage's run.
 
     def draft(self) -> StageResult | None:
-        """Return the answer for the next stage to verify; None if it must write its own.
-
-        This version's rule of acceptance needs temperature 0: above it, a later stage writes anew.
-        """
-        if self._answer is None or self.request.sampling.temperature > 0:
+        """Return the answer for the next stage to verify; None if there is nothing to verify."""
+        if self._answer is None:
             return None
         result = self._answer.result
         return result if result.text or result.token_ids else None
 
     def start(self, stage: Stage, action: StageAction, *, is_final: bool) -> None:
         """A stage starts on the request."""
-        self._stage, self._action = stage, action
-        self._started = self._clock()
-        self._result: StageResult | None = None
-        self._verification: Verification | None = None
-        self._ids: list[int] = []
-        self._texts: list[str] = []
-        self._logprobs: list[float] = []
-        self._entropies: list[float] = []
-        self._top2_margins: list[float] = []
+        drafter = self._answer.stage.name if self._answer else ""
+        self._run = StageRun(stage, action, drafter, self._clock)
         self._delivery.start(is_final=is_final)
 
-    def written(self, tokens: Tokens) -> Iterator[Event]:
-        """Take tokens from the running stage; return what the caller is shown of them."""
-        self._ids.extend(tokens.ids)
-        self._texts.append(tokens.text)
-        self._logprobs.extend(tokens.logprobs)
-        self._entropies.extend(tokens.entropies)
-        self._top2_margins.extend(tokens.top2_margins)
-        return self._delivery.written(tokens)
+    def take(self, event: StageEvent) -> Iterator[Event]:
+        """Take an event of the running stage; return what it changes for the caller."""
+        self._run.take(event)
+        if isinstance(event, Tokens):
+            yield from self._delivery.written(event)
+        elif isinstance(event, Verification) and not self.upstream:
+            # Re-encoded tokens are not those that the caller was shown.
+            yield from self._delivery.verified(event.accepted_tokens if event.ids_used else 0)
 
-    def verified(self, verification: Verification) -> Iterator[Event]:
-        """Take the running stage's verification; return what it changes for the caller."""
-        self._verification = verification
-        # Re-encoded tokens are not those that the caller was shown.
-        return self._delivery.verified(verification.accepted_tokens if verification.ids_used else 0)
-
-    def finished(self, result: StageResult) -> None:
-        """Take the running stage's result."""
-        self._result = result
+    def is_hopeless(self) -> bool:
+        """Return whether the running stage's draft is not worth finishing; then it counts as answered."""
+        if not self.abandon or self._answer is not None or self._run.has_ended:
+            return False
+        rule = self.abandon[0]
+        logprobs = self._run.logprobs
+        if len(logprobs) < rule.tokens:
+            return False
+        self.abandon = self.abandon[1:]
+        self.is_abandoned = sum(logprobs[: rule.tokens]) / rule.tokens < rule.mean_logprob
+        return self.is_abandoned or self.is_hopeless()
 
     def take_answer(self) -> Answer:
-        """Return the running stage's whole answer, and keep it. Raises AsdError if the stage sent no
-        result."""
-        result, stage = self._result, self._stage
-        if result is None:
-            raise AsdError(f"{stage}: the call ended without a result")
-        if self._action is StageAction.VERIFY:
-            usage = result.usage
-            cost = verify_cost(
-                stage.cost, usage.proposed_tokens, usage.forward_passes, usage.completion_tokens
-            )
-        else:
-            cost = generate_cost(stage.cost)
-        tokens = Tokens(self._ids, "".join(self._texts), self._logprobs, self._entropies, self._top2_margins)
-        latency_ms = (self._clock() - self._started) * 1000.0
-        draft_stage = self._answer.stage.name if self._answer and self._verification else ""
-        self._answer = Answer(
-            stage, self._action, result, tokens, self._verification, latency_ms, cost, draft_stage
-        )
-        self.spent_cost += cost
-        return self._answer
+        """Return the running stage's answer, and keep it. Raises AsdError if the stage sent no result."""
+        answer = self._run.unfinished_answer() if self.is_abandoned else self._run.answer()
+        if self.upstream and answer.verification is not None:
+            answer = replace(answer, draft_stage=self._records[-1].answer.stage.name)
+        self._answer = answer
+        self.spent_cost += answer.cost
+        return answer
+
+    def drafted_upstream(self, answers: Sequence[Answer]) -> None:
+        """Record what the earlier stages of a chain wrote while the running one verified it."""
+        for answer in answers:
+            if answer.tokens.ids or answer.result.text:
+                decision = Decision(DecisionAction.ESCALATE, DecisionReason.FIXED_STAGE)
+                self._records.append(Record(answer, decision))
+                self.spent_cost += answer.cost
+
+    def warmed(self, prefilled: Prefilled | None) -> None:
+        """Record a prompt that was put into a later stage's cache."""
+        if prefilled is not None:
+            tokens = self.answer.result.usage.completion_tokens
+            cost = prefill_cost(prefilled.stage.cost, tokens)
+            self._prefilled = replace(prefilled, cost=cost)
 
     @property
     def answer(self) -> Answer:
@@ -159,7 +169,9 @@ class Progress:
 
     def keep_earlier_answer(self, error: AsdError) -> bool:
         """Let the earlier answer stand after the running stage failed; return whether that can be done."""
-        if not self._records or not self._delivery.can_settle_earlier():
+        # Who names the stages wants the last one's answer.
+        is_fixed = self.plan_source is PlanSource.FIXED
+        if is_fixed or not self._records or not self._delivery.can_settle_earlier():
             return False
         reason = (
             DecisionReason.DEADLINE if isinstance(error, BudgetSpent) else DecisionReason.STAGE_UNAVAILABLE
@@ -183,4 +195,5 @@ class Progress:
             self.policy_version,
             self.spent_ms(),
             self.policy_ms,
+            self._prefilled,
         )

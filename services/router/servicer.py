@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import uuid
 from contextlib import aclosing, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from asd.v1 import cascade_pb2, cascade_pb2_grpc
@@ -81,9 +83,7 @@ class CascadeServicer(cascade_pb2_grpc.CascadeServiceServicer):
         view = View.DRAFTS if request.include_drafts else View.COMMITTED
         with self._admitted():
             trace_id = current_trace_id()
-            answer = self._cascade.answer(
-                convert.request_from(request.request, _new_id()), self._deadline(context), view
-            )
+            answer = self._cascade.answer(_domain_request(request.request), self._deadline(context), view)
             async with aclosing(answer) as events:
                 async for event in events:
                     yield convert.event_to(event, trace_id)
@@ -120,7 +120,7 @@ class CascadeServicer(cascade_pb2_grpc.CascadeServiceServicer):
         return await self._directory.describe()
 
     async def _outcome(self, message: cascade_pb2.GenerateRequest, deadline: float) -> Outcome:
-        request: Request = convert.request_from(message, _new_id())
+        request = _domain_request(message)
         async with aclosing(self._cascade.answer(request, deadline, View.OUTCOME)) as events:
             async for event in events:
                 if isinstance(event, Outcome):
@@ -171,9 +171,16 @@ def check_request(request: cascade_pb2.GenerateRequest, path: str = "") -> None:
         validation.check_objective(request.objective, f"{path}objective")
     if request.HasField("acceptance"):
         validation.check_acceptance(request.acceptance, f"{path}acceptance")
+    if request.stage and request.chain:
+        raise InvalidRequest("stage and chain exclude each other: set one of them", field=f"{path}chain")
     if request.session_id:
         validation.check_session_id(request.session_id, f"{path}session_id")
 
 
-def _new_id() -> str:
-    return uuid.uuid4().hex
+def _domain_request(message: cascade_pb2.GenerateRequest) -> Request:
+    """Return a request with an id, and with a seed where it draws: all its stages must draw alike."""
+    request = convert.request_from(message, uuid.uuid4().hex)
+    sampling = request.sampling
+    if sampling.temperature > 0 and sampling.seed is None:
+        return replace(request, sampling=replace(sampling, seed=secrets.randbits(64)))
+    return request

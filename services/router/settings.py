@@ -29,6 +29,15 @@ class StageSettings(Section):
     timeout_ms: Milliseconds = 30_000.0
 
 
+class SpeculationSettings(Section):
+    """Ways of working ahead, as in services.router.speculation.SpeculationOptions."""
+
+    pipelined: bool = True
+    prefill_ahead: bool = True
+    early_abandon: bool = True
+    adaptive: bool = True
+
+
 class RouterSettings(ServiceSettings):
     """Settings of the asd router."""
 
@@ -40,6 +49,7 @@ class RouterSettings(ServiceSettings):
     stages: tuple[StageSettings, ...] = Field(min_length=1)
     # Stages asked in order while the policy service is away; the last one answers.
     static_plan: tuple[str, ...] = Field(min_length=1)
+    speculation: SpeculationSettings = SpeculationSettings()
     # Requests under way at once; a batch counts as one.
     max_concurrent: int = Field(default=256, ge=1)
     # Requests of one batch under way at once.

@@ -55,6 +55,8 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
     fail_after: int | None = None
     failure: AsdError = field(default_factory=lambda: Unavailable("the stage is going away"))
     sends_result: bool = True
+    prefill_gate: asyncio.Event | None = None
+    streamed_drafts: list = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
     requests: list = field(default_factory=list)
     started: asyncio.Event = field(default_factory=asyncio.Event)
@@ -66,7 +68,9 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
         self._begin("generate", request)
         try:
             async for tokens in self._write():
-                yield stage_pb2.StageServiceGenerateResponse(tokens=tokens)
+                yield stage_pb2.StageServiceGenerateResponse(
+                    tokens=tokens, tokenizer_fingerprint=self.fingerprint
+                )
             if self.sends_result:
                 yield stage_pb2.StageServiceGenerateResponse(result=self._result(0, 0, len(self.pieces) + 1))
         except asyncio.CancelledError:
@@ -116,8 +120,50 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
             ]
         )
 
+    async def VerifyStream(self, request_iterator, context):
+        """Emit the first token at once, and the rest when the draft has ended."""
+        steps = aiter(request_iterator)
+        self._begin("verify_stream", (await anext(steps)).start)
+        draft, chunks = [], []
+        try:
+            first = await anext(self._write())
+            yield stage_pb2.VerifyStreamResponse(tokens=first, tokenizer_fingerprint=self.fingerprint)
+            async for step in steps:
+                if step.HasField("end"):
+                    break
+                chunks.append(step.chunk)
+                draft += step.chunk.token_ids
+            self.streamed_drafts.append(chunks)
+            own = [token_id(piece) for piece in self.pieces]
+            accepted = 0
+            while accepted < min(len(own), len(draft)) and own[accepted] == draft[accepted]:
+                accepted += 1
+            yield stage_pb2.VerifyStreamResponse(
+                verification=stage_pb2.Verification(
+                    proposed_tokens=len(draft),
+                    accepted_tokens=accepted,
+                    ranks=[0] * len(draft),
+                    ids_used=True,
+                )
+            )
+            is_first = True
+            async for tokens in self._write():
+                if not is_first:
+                    yield stage_pb2.VerifyStreamResponse(tokens=tokens)
+                is_first = False
+            yield stage_pb2.VerifyStreamResponse(result=self._result(len(draft), accepted, 1))
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+        finally:
+            self.running -= 1
+
     async def Prefill(self, request, context):
-        raise NotImplementedError
+        self.calls.append("prefill")
+        self.requests.append(request)
+        if self.prefill_gate is not None:
+            await self.prefill_gate.wait()
+        return stage_pb2.PrefillResponse(prompt_tokens=4, total_ms=1)
 
     async def Load(self, request, context):
         raise NotImplementedError
@@ -188,6 +234,9 @@ class FakePolicy(policy_pb2_grpc.PolicyServiceServicer):
 
     first: str = "small"
     script: dict = field(default_factory=dict)
+    p_escalate: float = 0.0
+    likely_next: str = ""
+    abandon: tuple = ()
     plan_failure: AsdError | None = None
     decide_failure: AsdError | None = None
     # Set: calls wait for it.
@@ -206,7 +255,13 @@ class FakePolicy(policy_pb2_grpc.PolicyServiceServicer):
             raise self.plan_failure
         away = {each.stage for each in request.conditions if not each.available}
         first = next((name for name in (self.first, *request.cascade) if name not in away), self.first)
-        return self.plan_response or policy_pb2.PlanResponse(first_stage=first, policy_version="v7")
+        return self.plan_response or policy_pb2.PlanResponse(
+            first_stage=first,
+            policy_version="v7",
+            p_escalate=self.p_escalate,
+            likely_next_stage=self.likely_next,
+            abandon=self.abandon,
+        )
 
     async def Decide(self, request, context):
         self.decisions.append(request)

@@ -69,14 +69,16 @@ async def test_escalation_verifies_the_draft(world):
     assert list(judged.cascade) == ["small", "medium", "large"]
 
 
-async def test_sampled_answers_are_written_anew_on_escalation(world):
+async def test_sampled_answers_are_verified_under_one_seed(world):
     w = await world(policy=world.policy(script={"small": "medium"}))
-    request = cascade_pb2.GenerateRequest(prompt="x", sampling=common_pb2.Sampling(temperature=0.7, seed=3))
-    response = await w.stub.Generate(request, timeout=5)
-    assert response.stages[1].action == common_pb2.STAGE_ACTION_GENERATE
-    assert response.stages[1].cost == pytest.approx(4.2)
-    assert w.stages["medium"].calls == ["generate"]
-    assert w.stages["medium"].requests[0].sampling.seed == 3
+    for sampling in (common_pb2.Sampling(temperature=0.7, seed=3), common_pb2.Sampling(temperature=0.7)):
+        response = await w.stub.Generate(
+            cascade_pb2.GenerateRequest(prompt="x", sampling=sampling), timeout=5
+        )
+        assert response.stages[1].action == common_pb2.STAGE_ACTION_VERIFY
+        seeds = {w.stages[name].requests[-1].sampling.seed for name in ("small", "medium")}
+        assert len(seeds) == 1
+        assert w.stages["small"].requests[-1].sampling.HasField("seed")
 
 
 async def test_fixed_stage_is_asked_without_the_policy(world):

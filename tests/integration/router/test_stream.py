@@ -172,21 +172,6 @@ async def test_stage_known_to_be_final_streams_as_it_writes(world, case):
     assert reader.events == ["stage_started", "commit", "commit", "commit", "response"]
 
 
-async def test_sampled_escalation_revises_the_whole_draft(world):
-    medium = world.stage("medium", pieces=(b"one", b" other"))
-    w = await world(
-        world.stage("small"), medium, world.stage("large"), policy=world.policy(script={"small": "medium"})
-    )
-    request = cascade_pb2.GenerateRequest(prompt="hi", sampling=common_pb2.Sampling(temperature=1.0))
-    reader = await read(w, drafts=True, request=request)
-    assert reader.events == [
-        *["stage_started", "draft", "draft", "draft"],
-        *["stage_started", "revise", "draft", "draft", "commit", "response"],
-    ]
-    assert reader.starts[1] == ("medium", common_pb2.STAGE_ACTION_GENERATE)
-    check_end(reader, "one other", 2)
-
-
 async def test_three_stages_in_turn(world):
     small = world.stage("small", pieces=(b"a", b"b", b"c", b"d"))
     medium = world.stage("medium", pieces=(b"a", b"b", b"x", b"y", b"z"), chunk=2)

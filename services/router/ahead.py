@@ -1,0 +1,61 @@
+"""Prefill-ahead: warming the prefix cache of the stage that a request will likely escalate to."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Self
+
+from services.common.errors import AsdError
+from services.router.domain import Prefilled
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from services.router.domain import Request
+    from services.router.ports import StageClient
+
+
+class PrefillAhead:
+    """Prompts that are being put into a later stage's cache while an earlier one drafts, for one request.
+
+    clock: monotonic seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._task: asyncio.Task[Prefilled | None] | None = None
+        self._stage = -1
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def start(self, request: Request, client: StageClient, timeout_ms: float) -> None:
+        """Begin to warm a stage."""
+        self._stage = client.stage.index
+        self._task = asyncio.create_task(self._warm(request, client, timeout_ms))
+
+    async def settle(self, stage: int) -> None:
+        """Wait for the warming of a stage: a verification beside it would process the prompt twice."""
+        if self._task is not None and self._stage == stage:
+            await asyncio.wait([self._task])
+
+    async def close(self) -> Prefilled | None:
+        """Stop what is under way; return what was warmed, if anything."""
+        if self._task is None:
+            return None
+        self._task.cancel()
+        # Gathered, so that a cancellation of ours is told from the task's.
+        (outcome,) = await asyncio.gather(self._task, return_exceptions=True)
+        return outcome if isinstance(outcome, Prefilled) else None
+
+    async def _warm(self, request: Request, client: StageClient, timeout_ms: float) -> Prefilled | None:
+        started = self._clock()
+        try:
+            tokens = await client.prefill(request, timeout_ms)
+        except AsdError:
+            # It was a favour; the verification will say what is wrong.
+            return None
+        return Prefilled(client.stage, tokens, (self._clock() - started) * 1000.0)

@@ -1,0 +1,124 @@
+"""A chain of stages at work at the same time: each verifies what the one before it has written so far."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing, asynccontextmanager
+from typing import TYPE_CHECKING
+
+from services.common.errors import AsdError
+from services.common.telemetry import Spans, Traced
+from services.router import spans
+from services.router.domain import FinishReason, StageAction, StageResult, Tokens
+from services.router.stage_run import StageRun
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+
+    from services.router.domain import Answer, Request, StageEvent
+    from services.router.ports import StageClient
+    from services.router.progress import Progress
+
+Piece = Tokens | FinishReason
+
+
+@asynccontextmanager
+async def call_stage(
+    progress: Progress,
+    client: StageClient,
+    draft: StageResult | None,
+    upstream: Sequence[StageClient],
+    timeout_ms: float,
+    clock: Callable[[], float],
+) -> AsyncIterator[AsyncIterator[StageEvent]]:
+    """Have a stage answer, as a context with its events: what runs for it ends with the context.
+
+    It verifies the draft, or what the upstream stages write meanwhile, or writes by itself.
+    """
+    request = progress.request
+    if not upstream:
+        if draft is None:
+            call = client.generate(request, timeout_ms)
+        else:
+            call = client.verify(request, draft, timeout_ms)
+        async with aclosing(call) as events:
+            yield events
+        return
+    pipeline = Pipeline(request, upstream, timeout_ms, clock)
+    try:
+        async with aclosing(pipeline.verify(client)) as events:
+            yield events
+    finally:
+        progress.drafted_upstream(await pipeline.close())
+
+
+class Pipeline:
+    """The earlier stages of a chain, drafting for the last one. Close it when the last one has answered."""
+
+    def __init__(
+        self, request: Request, clients: Sequence[StageClient], timeout_ms: float, clock: Callable[[], float]
+    ) -> None:
+        self._request = request
+        self._timeout_ms = timeout_ms
+        self._clock = clock
+        self._runs: list[StageRun] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self._drafts: AsyncIterator[Piece] | None = None
+        for client in clients:
+            self._drafts = self._start(client, self._drafts)
+
+    def verify(self, client: StageClient) -> AsyncGenerator[StageEvent, None]:
+        """Have the last stage verify what the others write."""
+        assert self._drafts is not None
+        return client.verify_stream(self._request, self._drafts, self._timeout_ms)
+
+    async def close(self) -> list[Answer]:
+        """Stop what is still being written; return the earlier stages' answers, whole or not."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        return [run.unfinished_answer() for run in self._runs]
+
+    def _start(self, client: StageClient, drafts: AsyncIterator[Piece] | None) -> AsyncIterator[Piece]:
+        """Have a stage work on the drafts of the one before it; return what it writes, as a draft."""
+        action = StageAction.VERIFY if drafts else StageAction.GENERATE
+        run = StageRun(client.stage, action, self._runs[-1].stage.name if drafts else "", self._clock)
+        self._runs.append(run)
+        pieces: asyncio.Queue[Piece] = asyncio.Queue()
+        self._tasks.append(asyncio.create_task(self._work(client, run, drafts, pieces)))
+        return _until_end(pieces)
+
+    async def _work(
+        self,
+        client: StageClient,
+        run: StageRun,
+        drafts: AsyncIterator[Piece] | None,
+        pieces: asyncio.Queue[Piece],
+    ) -> None:
+        with Traced(Spans.STAGE) as span:
+            spans.describe_call(span, self._request, run.stage, run.action)
+            if drafts is None:
+                call = client.generate(self._request, self._timeout_ms)
+            else:
+                call = client.verify_stream(self._request, drafts, self._timeout_ms)
+            try:
+                async with aclosing(call) as events:
+                    async for event in events:
+                        run.take(event)
+                        if isinstance(event, Tokens):
+                            pieces.put_nowait(event)
+                        elif isinstance(event, StageResult):
+                            pieces.put_nowait(event.finish_reason)
+            except AsdError:
+                # The next stage goes on alone from what has come.
+                pieces.put_nowait(FinishReason.LENGTH)
+                raise
+            spans.describe_answer(span, run.unfinished_answer())
+
+
+async def _until_end(pieces: asyncio.Queue[Piece]) -> AsyncIterator[Piece]:
+    while True:
+        piece = await pieces.get()
+        yield piece
+        if isinstance(piece, FinishReason):
+            return

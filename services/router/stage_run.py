@@ -1,0 +1,111 @@
+"""One stage's work on one request, as its events come. Pure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from services.common.cost import generate_cost, verify_cost
+from services.common.errors import AsdError
+from services.router.domain import (
+    Answer,
+    FinishReason,
+    StageAction,
+    StageResult,
+    Timing,
+    Tokens,
+    Usage,
+    Verification,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from services.router.domain import Stage, StageEvent
+
+
+class StageRun:
+    """Collects what a stage sends. draft_stage: whose draft it verifies, or "". clock: monotonic seconds."""
+
+    def __init__(
+        self, stage: Stage, action: StageAction, draft_stage: str, clock: Callable[[], float]
+    ) -> None:
+        self.stage = stage
+        self.action = action
+        self._draft_stage = draft_stage
+        self._clock = clock
+        self._started = clock()
+        self._result: StageResult | None = None
+        self._verification: Verification | None = None
+        self._fingerprint = ""
+        self._ids: list[int] = []
+        self._texts: list[str] = []
+        self._logprobs: list[float] = []
+        self._entropies: list[float] = []
+        self._top2_margins: list[float] = []
+
+    def take(self, event: StageEvent) -> None:
+        """Take an event of the stage's call."""
+        if isinstance(event, Tokens):
+            self._fingerprint = self._fingerprint or event.fingerprint
+            self._ids.extend(event.ids)
+            self._texts.append(event.text)
+            self._logprobs.extend(event.logprobs)
+            self._entropies.extend(event.entropies)
+            self._top2_margins.extend(event.top2_margins)
+        elif isinstance(event, Verification):
+            self._verification = event
+        else:
+            self._result = event
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the stage sent its result."""
+        return self._result is not None
+
+    @property
+    def logprobs(self) -> list[float]:
+        """Log-probabilities of the tokens so far."""
+        return self._logprobs
+
+    def answer(self) -> Answer:
+        """Return the stage's whole answer. Raises AsdError if it sent no result."""
+        if self._result is None:
+            raise AsdError(f"{self.stage}: the call ended without a result")
+        return self._answer(self._result)
+
+    def unfinished_answer(self) -> Answer:
+        """Return what the stage has written, of a call that is not waited for any longer."""
+        if self._result is not None:
+            return self._answer(self._result)
+        count = len(self._ids)
+        latency_ms = (self._clock() - self._started) * 1000.0
+        return self._answer(
+            StageResult(
+                "".join(self._texts),
+                tuple(self._ids),
+                self._fingerprint,
+                FinishReason.LENGTH,
+                Usage(completion_tokens=count, forward_passes=count),
+                Timing(total_ms=latency_ms),
+            )
+        )
+
+    def _answer(self, result: StageResult) -> Answer:
+        usage = result.usage
+        if self.action is StageAction.VERIFY:
+            cost = verify_cost(
+                self.stage.cost, usage.proposed_tokens, usage.forward_passes, usage.completion_tokens
+            )
+        else:
+            cost = generate_cost(self.stage.cost)
+        tokens = Tokens(self._ids, "".join(self._texts), self._logprobs, self._entropies, self._top2_margins)
+        return Answer(
+            self.stage,
+            self.action,
+            result,
+            tokens,
+            self._verification,
+            (self._clock() - self._started) * 1000.0,
+            cost,
+            self._draft_stage if self._verification else "",
+        )

@@ -1,0 +1,230 @@
+# ruff: noqa: ASYNC110 - what ends by itself is awaited by asking again
+"""Chains of stages, pipelined or not, prefill-ahead, early abandon, and drafts that are not worth it."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import pytest
+
+from asd.v1 import cascade_pb2, common_pb2, policy_pb2
+
+FIXED = cascade_pb2.PLAN_SOURCE_FIXED
+CHAINS = [("small", "medium"), ("small", "large"), ("medium", "large"), ("small", "medium", "large")]
+VERIFY = common_pb2.STAGE_ACTION_VERIFY
+
+
+def ask(*chain: str, **fields) -> cascade_pb2.GenerateRequest:
+    return cascade_pb2.GenerateRequest(prompt="hi", chain=chain, **fields)
+
+
+def three_stages(world, **options):
+    return (
+        world.stage("small", pieces=(b"one", b" two", b" four"), **options),
+        world.stage("medium", pieces=(b"one", b" two", b" five", b" six")),
+        world.stage("large"),
+    )
+
+
+async def idle(*stages) -> None:
+    async with asyncio.timeout(5):
+        while any(stage.running for stage in stages):
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids="-".join)
+@pytest.mark.parametrize("pipelined", [False, True])
+async def test_a_chain_answers_as_its_last_stage_does(world, chain, pipelined):
+    w = await world(*three_stages(world), speculation={"pipelined": pipelined})
+    response = await w.stub.Generate(ask(*chain), timeout=5)
+    last = w.stages[chain[-1]]
+    assert (response.text, response.stage, response.plan_source) == (last.text, chain[-1], FIXED)
+    assert [record.stage for record in response.stages] == list(chain)
+    assert [record.text for record in response.stages] == [w.stages[name].text for name in chain]
+    assert [record.action for record in response.stages[1:]] == [VERIFY] * (len(chain) - 1)
+    assert [record.decision for record in response.stages] == [
+        *[policy_pb2.DECISION_ACTION_ESCALATE] * (len(chain) - 1),
+        policy_pb2.DECISION_ACTION_STOP,
+    ]
+    assert response.cost == pytest.approx(sum(record.cost for record in response.stages))
+    verify = "verify_stream" if pipelined else "verify"
+    assert w.stages[chain[0]].calls == ["generate"]
+    assert [w.stages[name].calls for name in chain[1:]] == [[verify]] * (len(chain) - 1)
+
+
+async def test_a_pipelined_draft_travels_as_it_is_written(world):
+    w = await world(*three_stages(world))
+    await w.stub.Generate(ask("small", "large"), timeout=5)
+    (chunks,) = w.stages["large"].streamed_drafts
+    assert "".join(chunk.text for chunk in chunks) == w.stages["small"].text
+    assert len(chunks) == 3
+    assert chunks[0].tokenizer_fingerprint == w.stages["small"].fingerprint
+
+
+async def test_the_first_committed_token_comes_while_the_draft_is_being_written(world):
+    small, medium, large = three_stages(world, pause_after=1)
+    w = await world(small, medium, large)
+    request = cascade_pb2.GenerateStreamRequest(request=ask("small", "large"))
+    call = w.stub.GenerateStream(request, timeout=5)
+    committed = []
+    async for event in call:
+        if event.HasField("commit"):
+            committed.append(event.commit.tokens.text)
+            # The draft waits for this: nothing but the target's own first token can have come.
+            small.gate.set()
+    assert committed[0] == "one"
+    assert "".join(committed) == large.text
+
+
+async def test_stages_of_a_pipeline_stop_with_the_caller(world):
+    small, medium, large = three_stages(world, pause_after=1)
+    w = await world(small, medium, large)
+    call = w.stub.Generate(ask("small", "medium", "large"), timeout=5)
+    await asyncio.gather(*(stage.started.wait() for stage in (small, medium, large)))
+    call.cancel()
+    await idle(small, medium, large)
+
+
+async def test_a_target_that_fails_ends_the_drafting(world):
+    small = world.stage("small", pause_after=2)
+    large = world.stage("large", fail_after=0)
+    w = await world(small, world.stage("medium"), large)
+    call = w.stub.Generate(ask("small", "large"), timeout=5)
+    with pytest.raises(grpc.aio.AioRpcError):
+        await call
+    await idle(small)
+
+
+async def test_a_drafter_that_dies_leaves_its_target_to_write_alone(world):
+    small, medium, large = three_stages(world, fail_after=1)
+    w = await world(small, medium, large)
+    response = await w.stub.Generate(ask("small", "large"), timeout=5)
+    assert (response.text, response.stage) == (large.text, "large")
+
+
+async def test_a_chain_does_not_settle_for_an_earlier_answer(world):
+    small, medium, large = three_stages(world)
+    large.fail_after = 0
+    w = await world(small, medium, large, speculation={"pipelined": False})
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await w.stub.Generate(ask("small", "large"), timeout=5)
+    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        ({"chain": ["small"]}, grpc.StatusCode.INVALID_ARGUMENT),
+        ({"chain": ["large", "small"]}, grpc.StatusCode.INVALID_ARGUMENT),
+        ({"chain": ["small", "small"]}, grpc.StatusCode.INVALID_ARGUMENT),
+        ({"chain": ["small", "huge"]}, grpc.StatusCode.NOT_FOUND),
+        ({"chain": ["small", "large"], "stage": "small"}, grpc.StatusCode.INVALID_ARGUMENT),
+    ],
+)
+async def test_chains_that_make_no_sense_are_refused(world, fields, code):
+    w = await world()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi", **fields), timeout=5)
+    assert caught.value.code() == code
+    assert (await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=5)).text
+
+
+async def test_a_likely_target_is_warmed_while_the_first_stage_drafts(world):
+    policy = world.policy(script={"small": "large"}, p_escalate=0.8, likely_next="large")
+    w = await world(policy=policy)
+    response = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=5)
+    assert w.stages["large"].calls == ["prefill", "verify"]
+    warmed = response.stages[0]
+    assert (warmed.stage, warmed.action) == ("large", common_pb2.STAGE_ACTION_PREFILL)
+    # One pass of the four that an answer of three tokens takes.
+    assert warmed.cost == pytest.approx(8.8 / 4)
+    assert response.cost == pytest.approx(sum(record.cost for record in response.stages))
+    assert response.stages[-1].text == response.text
+
+
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        ({"p_escalate": 0.2, "likely_next": "large"}, {}),
+        ({"p_escalate": 0.8}, {}),
+        ({"p_escalate": 0.8, "likely_next": "large"}, {"speculation": {"prefill_ahead": False}}),
+    ],
+)
+async def test_nothing_is_warmed_where_nothing_is_likely_or_wanted(world, options, settings):
+    w = await world(policy=world.policy(script={"small": "large"}, **options), **settings)
+    response = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=5)
+    assert w.stages["large"].calls == ["verify"]
+    assert response.stages[0].action == common_pb2.STAGE_ACTION_GENERATE
+
+
+async def test_a_busy_target_is_not_warmed(world):
+    large = world.stage("large", pause_after=0)
+    policy = world.policy(p_escalate=0.8, likely_next="large")
+    w = await world(world.stage("small"), world.stage("medium"), large, policy=policy)
+    busy = w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi", stage="large"), timeout=5)
+    await large.started.wait()
+    response = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=5)
+    assert response.stage == "small"
+    assert large.calls == ["generate"]
+    large.gate.set()
+    await busy
+
+
+async def test_warming_ends_with_an_answer_that_stands(world):
+    gate = asyncio.Event()
+    large = world.stage("large", prefill_gate=gate)
+    policy = world.policy(p_escalate=0.8, likely_next="large")
+    w = await world(world.stage("small"), world.stage("medium"), large, policy=policy)
+    response = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=5)
+    # What was not finished is not charged for.
+    assert [record.stage for record in response.stages] == ["small"]
+
+
+async def test_a_hopeless_draft_is_not_finished(world):
+    small = world.stage("small", pause_after=2)
+    rule = policy_pb2.AbandonRule(tokens=2, mean_logprob=-0.2)
+    policy = world.policy(likely_next="large", abandon=(rule,))
+    w = await world(small, world.stage("medium"), world.stage("large"), policy=policy)
+    response = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=5)
+    # The drafts have a log-probability of -0.25 per token; the third token never came.
+    first, last = response.stages
+    assert (first.stage, first.text) == ("small", "one two")
+    assert first.reason == policy_pb2.DECISION_REASON_ABANDONED
+    assert (last.stage, last.action, response.text) == ("large", VERIFY, w.stages["large"].text)
+    async with asyncio.timeout(5):
+        await small.cancelled.wait()
+    assert len(policy.decisions) == 1
+
+
+@pytest.mark.parametrize(
+    ("mean_logprob", "settings"), [(-0.3, {}), (-0.2, {"speculation": {"early_abandon": False}})]
+)
+async def test_a_draft_with_hope_is_finished(world, mean_logprob, settings):
+    rule = policy_pb2.AbandonRule(tokens=2, mean_logprob=mean_logprob)
+    w = await world(policy=world.policy(likely_next="large", abandon=(rule,)), **settings)
+    response = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=5)
+    assert (response.stage, response.text) == ("small", w.stages["small"].text)
+
+
+async def test_worthless_drafts_are_no_longer_verified(world):
+    def stages():
+        return (
+            world.stage("small", pieces=(b"x", b"y", b"z")),
+            world.stage("medium"),
+            world.stage("large"),
+        )
+
+    w = await world(*stages(), speculation={"pipelined": False})
+    used = [
+        [record.stage for record in (await w.stub.Generate(ask("small", "large"), timeout=5)).stages]
+        for _ in range(40)
+    ]
+    assert used[0] == ["small", "large"]
+    assert used.count(["large"]) >= 34
+    # It is tried again from time to time.
+    assert ["small", "large"] in used[5:]
+    always = await world(*stages(), speculation={"pipelined": False, "adaptive": False})
+    for _ in range(8):
+        response = await always.stub.Generate(ask("small", "large"), timeout=5)
+        assert len(response.stages) == 2
