@@ -13,7 +13,15 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from policy_service.features import FEATURES_VERSION, FeatureSpace
-from policy_service.policy import CalibratedView, Calibration, Policy, Predictor, Preference, StageFacts
+from policy_service.policy import (
+    AbandonRule,
+    CalibratedView,
+    Calibration,
+    Policy,
+    Predictor,
+    Preference,
+    StageFacts,
+)
 from policy_service.predictor import OnnxPredictor
 from policy_service.solver import Move, View
 
@@ -68,14 +76,22 @@ class ViewEntry(_Entry):
     moves: tuple[MoveEntry, ...]
 
 
+class AbandonEntry(_Entry):
+    """A `policy.AbandonRule`."""
+
+    tokens: Annotated[int, Field(ge=1)]
+    mean_logprob: Annotated[float, Field(le=0)]
+
+
 class StageEntry(_Entry):
-    """A `policy.StageFacts`."""
+    """A `policy.StageFacts`. abandon: when one of its drafts is hopeless, by ascending number of tokens."""
 
     name: Annotated[str, Field(min_length=1)]
     cost: Annotated[float, Field(gt=0)]
     latency_ms: Amount
     accuracy: Probability
     calibration_error: Probability
+    abandon: tuple[AbandonEntry, ...] = ()
 
 
 class QualityValues(_Entry):
@@ -228,6 +244,10 @@ def build_policy(document: PolicyDocument, predictor: Predictor) -> Policy:
         values,
         FeatureSpace(len(names)),
         predictor,
+        {
+            place: tuple(AbandonRule(rule.tokens, rule.mean_logprob) for rule in stage.abandon)
+            for place, stage in enumerate(document.stages)
+        },
     )
 
 

@@ -9,15 +9,17 @@ from enum import Enum
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 from policy_service.solver import View, solve_policy
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    import numpy as np
     import numpy.typing as npt
 
     from policy_service.features import Draft, FeatureSpace, PromptText, Verification
+    from policy_service.solver import Move, Solution
 
 # Prompts whose features are kept from Plan to Decide, and the characters above which they are not.
 _PROMPTS = 512
@@ -147,12 +149,12 @@ class Predictor(Protocol):
 class _Lookup:
     """A solution as plain lists, which cost less to read than arrays.
 
-    onward: per view, by stage: per bin, the value of asking that stage. p_escalate: by first stage: per bin
-    of the prompt's view.
+    onward: per view, by stage: per bin, the value of asking that stage. p_next: by first stage and the stage
+    asked after it: per bin of the prompt's view, the probability of that.
     """
 
     onward: tuple[dict[int, list[float]], ...]
-    p_escalate: dict[int, list[float]]
+    p_next: dict[int, dict[int, list[float]]]
 
 
 @dataclass(frozen=True)
@@ -167,12 +169,26 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class AbandonRule:
+    """A draft whose first tokens have a lower mean log-probability (nats) is almost never right."""
+
+    tokens: int
+    mean_logprob: float
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Where to start."""
+    """Where to start.
+
+    p_escalate: probability of asking a later stage as well. likely_next: that stage; None: no later one is
+    ever asked. abandon: when a draft of the first stage is hopeless, by ascending number of tokens.
+    """
 
     first_stage: int
     estimates: tuple[Estimate, ...]
     p_escalate: float
+    likely_next: int | None
+    abandon: tuple[AbandonRule, ...]
 
 
 @dataclass(frozen=True)
@@ -191,7 +207,8 @@ class Decision:
 class Policy:
     """Plans and decides for one cascade.
 
-    views[0] is the prompt that nothing has answered. quality_values: by preference, cost units.
+    views[0] is the prompt that nothing has answered. quality_values: by preference, cost units. abandon: by
+    stage, rules by ascending number of tokens.
     """
 
     def __init__(
@@ -202,7 +219,9 @@ class Policy:
         quality_values: Mapping[Preference, float],
         space: FeatureSpace,
         predictor: Predictor,
+        abandon: Mapping[int, tuple[AbandonRule, ...]] | None = None,
     ) -> None:
+        self._abandon = dict(abandon or {})
         self.version = version
         self.stages = tuple(stages)
         self.quality_values = dict(quality_values)
@@ -236,8 +255,10 @@ class Policy:
         timely = {s: v for s, v in fitting.items() if arrival[s] <= objective.max_latency_ms}
         # A latency budget is a wish: where no stage meets it, the fastest one comes closest.
         first = max(timely, key=timely.__getitem__) if timely else min(arrival, key=arrival.__getitem__)
-        p_escalate = lookup.p_escalate.get(first)
-        return Plan(first, estimates, point.of(p_escalate) if p_escalate else 0.0)
+        p_next = {stage: point.of(p) for stage, p in lookup.p_next.get(first, {}).items()}
+        likely = max(p_next, key=p_next.__getitem__, default=None)
+        abandon = self._abandon.get(first, ()) if likely is not None else ()
+        return Plan(first, estimates, sum(p_next.values()), likely, abandon)
 
     def decide(
         self,
@@ -332,10 +353,7 @@ class Policy:
         solution = solve_policy(views, quality_value, available=available, min_quality=min_quality)
         return _Lookup(
             tuple({s: values.tolist() for s, values in each.items()} for each in solution.continuations),
-            {
-                move.stage: (move.transition @ solution.escalates[move.view]).tolist()
-                for move in views[0].moves
-            },
+            {move.stage: _next_stages(move, solution) for move in views[0].moves},
         )
 
     def _predict(
@@ -347,6 +365,20 @@ class Policy:
             stage: head.p_correct(score) for (stage, head), score in zip(heads.items(), scores, strict=True)
         }
         return p_correct, {stage: heads[stage].stderr(p) for stage, p in p_correct.items()}
+
+
+def _next_stages(first: Move, solution: Solution) -> dict[int, list[float]]:
+    """Return the probability of asking each later stage after a first one, per bin of the prompt's view."""
+    onward = solution.continuations[first.view]
+    if not onward:
+        return {}
+    best = np.argmax(np.stack(list(onward.values())), axis=0)
+    goes_on = solution.escalates[first.view]
+    return {
+        stage: probs.tolist()
+        for index, stage in enumerate(onward)
+        if (probs := first.transition @ (goes_on & (best == index))).any()
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,6 +82,11 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
             first_stage=self._names[plan.first_stage],
             estimates=self._estimates(plan.estimates),
             p_escalate=plan.p_escalate,
+            likely_next_stage="" if plan.likely_next is None else self._names[plan.likely_next],
+            abandon=[
+                policy_pb2.AbandonRule(tokens=rule.tokens, mean_logprob=rule.mean_logprob)
+                for rule in plan.abandon
+            ],
             policy_version=self._policy.version,
         )
 

@@ -130,6 +130,7 @@ def _measure(recipes: Sequence[Recipe], options: argparse.Namespace) -> None:
     from models.train.fit import load_model
     from models.train.outcomes import answer_tasks, check_drafts, write_outcomes
     from models.train.report import summarise
+    from models.train.vocabulary import END
     from suites import split
 
     models, tokenizers = {}, {}
@@ -163,7 +164,8 @@ def _measure(recipes: Sequence[Recipe], options: argparse.Namespace) -> None:
                 )
                 for draft, target in combinations(family, 2)
             }
-            write_outcomes(options.outcomes / f"{part}.jsonl.gz", tasks, part, answers, checks)
+            end_id = tokenizers[family[0]].token_to_id(END)
+            write_outcomes(options.outcomes / f"{part}.jsonl.gz", tasks, part, answers, checks, end_id)
 
 
 if __name__ == "__main__":

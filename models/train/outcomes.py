@@ -16,6 +16,7 @@ import torch
 
 from models.train.corpus import conversation
 from models.train.family import CONTEXT, END
+from services.stage.resync import Resynchroniser
 from suites import grade
 
 if TYPE_CHECKING:
@@ -109,8 +110,12 @@ def write_outcomes(
     split: str,
     answers: dict[str, list[Answer]],
     checks: dict[tuple[str, str], list[Check]],
+    end_id: int,
 ) -> None:
-    """Write an outcome file: a header line, then one JSON record per task. answers: by model, in order."""
+    """Write an outcome file: a header line, then one JSON record per task. answers: by model, in order.
+
+    end_id: of the end mark in the models' common vocabulary.
+    """
     names = list(answers)
     header = {"schema": "asd.outcomes", "version": 1, "cascade": names, "rows": len(tasks)}
     with gzip.open(path, "wt", compresslevel=9) as file:
@@ -124,7 +129,9 @@ def write_outcomes(
                 "split": split,
                 "stages": {name: _stage_record(answers[name][row]) for name in names},
                 "verifications": {
-                    f"{draft}>{target}": _check_record(check[row], answers[target][row])
+                    f"{draft}>{target}": _check_record(
+                        check[row], answers[draft][row], answers[target][row], end_id
+                    )
                     for (draft, target), check in checks.items()
                 },
             }
@@ -143,17 +150,38 @@ def _stage_record(answer: Answer) -> dict[str, object]:
     }
 
 
-def _check_record(check: Check, own: Answer) -> dict[str, object]:
-    is_whole = check.accepted == len(check.ranks)
-    # The scoring pass yields the accepted tokens and one more; each later token of the target's own answer,
-    # its end mark included, takes a pass.
-    remaining = 0 if is_whole else max(0, len(own.ids) + own.has_ended - check.accepted - 1)
+def _check_record(check: Check, draft: Answer, own: Answer, end_id: int) -> dict[str, object]:
+    proposed = [*draft.ids, end_id] if draft.has_ended else list(draft.ids)
+    answer = [*own.ids, end_id] if own.has_ended else list(own.ids)
+    passes, proposed_again = _count_passes(proposed, answer, check.accepted)
     return {
         "proposed": len(check.ranks),
         "accepted": check.accepted,
         "ranks": [int(rank) for rank in check.ranks],
-        "forward_passes": 1 + remaining,
+        "forward_passes": passes,
+        "proposed_again": proposed_again,
     }
+
+
+def _count_passes(draft: list[int], answer: list[int], accepted: int) -> tuple[int, int]:
+    """Return the passes that a stage needs to verify a draft and go on to its own answer, as it does them.
+
+    The first one scores the draft and yields what is accepted and one token more; each later one yields what
+    it accepts of a proposal and one token more. Second: the tokens proposed in the later ones.
+    """
+    passes, proposed_again = 1, 0
+    written = accepted + 1
+    resync = Resynchroniser(draft, accepted)
+    while written < len(answer):
+        proposal = resync.propose(answer[:written])[: len(answer) - written]
+        kept = 0
+        while kept < len(proposal) and proposal[kept] == answer[written + kept]:
+            kept += 1
+        resync.judged(len(proposal), kept)
+        proposed_again += len(proposal)
+        written += kept + 1
+        passes += 1
+    return passes, proposed_again
 
 
 def _encode_prompts(model: Llama, tokenizer: Tokenizer, tasks: Sequence[Task]) -> list[list[int]]:

@@ -171,6 +171,7 @@ class _StageCalls:
             "accepted": verification.accepted_tokens,
             "ranks": list(verification.ranks),
             "forward_passes": result.usage.forward_passes,
+            "proposed_again": result.usage.proposed_tokens - verification.proposed_tokens,
             "latency_ms": round(result.timing.total_ms, _DECIMALS),
         }
 

@@ -46,7 +46,11 @@ class StageCosts(BaseModel):
         if outcome.latency_ms is not None:
             return outcome.latency_ms
         further = max(outcome.forward_passes - 1, 0)
-        return self.prefill_ms + self.score_token_ms * outcome.proposed + self.token_ms * further
+        return (
+            self.prefill_ms
+            + self.score_token_ms * (outcome.proposed + outcome.proposed_again)
+            + self.token_ms * further
+        )
 
 
 class CascadeCosts(BaseModel):

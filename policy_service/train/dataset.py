@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
     Floats = npt.NDArray[np.float64]
 
+PREFIXES = (8, 16, 32, 64, 128)
+"""Tokens of a draft after which it may be given up."""
+
 ViewKey = tuple[int | None, int | None]
 """Stage that answered and stage whose draft it verified, by place; None as in solver.View."""
 
@@ -31,7 +34,8 @@ class Dataset:
     """Outcomes of n prompts on a cascade of K stages.
 
     features: per view, float32 [n, size]. correct: bool [n, K]. costs, latencies_ms: per view but the first,
-    [n], of the call that leads to it.
+    [n], of the call that leads to it. prefixes: [n, K, PREFIXES], mean log-probability of the first tokens of
+    each stage's answer; NaN where it is not longer.
     """
 
     cascade: tuple[str, ...]
@@ -41,6 +45,7 @@ class Dataset:
     latencies_ms: dict[ViewKey, Floats]
     suites: tuple[str, ...]
     levels: npt.NDArray[np.int64]
+    prefixes: Floats
 
     def __len__(self) -> int:
         return len(self.correct)
@@ -67,12 +72,13 @@ def read_dataset(path: Path, costs: Sequence[StageCosts]) -> Dataset:
     keys = view_keys(len(cascade))
     features: dict[ViewKey, list[npt.NDArray[np.float32]]] = {key: [] for key in keys}
     spent: dict[ViewKey, list[tuple[float, float]]] = {key: [] for key in keys[1:]}
-    correct, suites, levels = [], [], []
+    correct, suites, levels, prefixes = [], [], [], []
     for row in read_rows(path):
         for key, vector in _vectors(space, row, cascade):
             features[key].append(vector)
         for key, cost, latency_ms in _calls(row, cascade, costs):
             spent[key].append((cost, latency_ms))
+        prefixes.append([_prefixes(row.stages[name]) for name in cascade])
         correct.append([row.stages[name].correct for name in cascade])
         suites.append(row.suite)
         levels.append(row.level)
@@ -86,6 +92,7 @@ def read_dataset(path: Path, costs: Sequence[StageCosts]) -> Dataset:
         {key: np.array([ms for _, ms in calls]) for key, calls in spent.items()},
         tuple(suites),
         np.array(levels),
+        np.array(prefixes),
     )
 
 
@@ -107,6 +114,11 @@ def _vectors(
         )
 
 
+def _prefixes(outcome: StageOutcome) -> list[float]:
+    logprobs = outcome.logprobs
+    return [sum(logprobs[:count]) / count if len(logprobs) > count else float("nan") for count in PREFIXES]
+
+
 def _draft(outcome: StageOutcome) -> Draft:
     logprobs, entropies, margins = (
         np.array(values, np.float32) for values in (outcome.logprobs, outcome.entropies, outcome.top2_margins)
@@ -122,5 +134,6 @@ def _calls(
     for origin, target in pairs(cascade):
         check = row.verifications[pair_name(cascade, origin, target)]
         answer_tokens = len(row.stages[cascade[target]].logprobs)
-        cost = verify_cost(costs[target].cost, check.proposed, check.forward_passes, answer_tokens)
+        proposed = check.proposed + check.proposed_again
+        cost = verify_cost(costs[target].cost, proposed, check.forward_passes, answer_tokens)
         yield (target, origin), cost, costs[target].verify_ms(check)

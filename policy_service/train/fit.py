@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.stats import beta
 from sklearn.linear_model import LogisticRegression
 
 from policy_service.artifact import (
+    AbandonEntry,
     HeadEntry,
     MoveEntry,
     PolicyDocument,
@@ -23,7 +25,7 @@ from policy_service.artifact import (
 from policy_service.features import FEATURES_VERSION, FeatureSpace
 from policy_service.predictor import OnnxPredictor
 from policy_service.solver import Move, View, solve_policy
-from policy_service.train.dataset import view_keys
+from policy_service.train.dataset import PREFIXES, view_keys
 from policy_service.train.outcomes import file_digest
 from policy_service.train.predictor import export_heads, fit_head
 from policy_service.train.replay import replay
@@ -46,6 +48,8 @@ KEPT_ACCURACY = {"fastest": 0.93, "balanced": 0.99, "best": 0.998}
 _LEAST_PER_BIN = 100
 _MOST_BINS = 32
 _ECE_BINS = 15
+# Share of right answers, at most, among drafts that are given up before their end. Chosen.
+HOPELESS = 0.02
 _QUALITY_VALUES = np.geomspace(0.5, 10_000.0, 120)
 
 
@@ -125,6 +129,7 @@ def fit_policy(
                 latency_ms=round(float(calibration.data.latencies_ms[place, None].mean()), 3),
                 accuracy=round(float(calibration.data.correct[:, place].mean()), 5),
                 calibration_error=round(_held_out_error(predictor, keys, place, calibration.data, seed), 5),
+                abandon=abandon_rules(calibration.data, place),
             )
             for place, stage in enumerate(costs)
         ),
@@ -195,6 +200,25 @@ def choose_quality_values(
         # Nothing keeps it: the highest value of quality comes closest.
         chosen[name] = round(min(fitting)[1] if fitting else candidates[-1][1], 3)
     return chosen
+
+
+def abandon_rules(data: Dataset, stage: int) -> tuple[AbandonEntry, ...]:
+    """Return when a stage's draft is hopeless, by its first tokens' mean log-probability; none for the last.
+
+    A rule holds for as many drafts as can be given up with 95% confidence that at most HOPELESS of such are
+    right. Source: Clopper and Pearson 1934 for the bound.
+    """
+    rules = []
+    for place, tokens in enumerate(PREFIXES if stage < len(data.cascade) - 1 else ()):
+        means = data.prefixes[:, stage, place]
+        order = np.argsort(means)[: int(np.isfinite(means).sum())]
+        right = np.cumsum(data.correct[order, stage])
+        counts = np.arange(1, len(order) + 1)
+        bounds = beta.ppf(0.95, right + 1, counts - right)
+        fitting = np.flatnonzero(bounds <= HOPELESS)
+        if len(fitting):
+            rules.append(AbandonEntry(tokens=tokens, mean_logprob=round(float(means[order[fitting[-1]]]), 5)))
+    return tuple(rules)
 
 
 def expected_calibration_error(p_correct: Floats, correct: npt.NDArray[np.bool_]) -> float:

@@ -50,12 +50,16 @@ class StageOutcome(_Record):
 
 
 class VerificationOutcome(_Record):
-    """How a stage's answer fared as a draft of a later one. ranks: one entry per proposed token."""
+    """How a stage's answer fared as a draft of a later one. ranks: one entry per proposed token.
+
+    proposed_again: tokens that were proposed after the first correction.
+    """
 
     proposed: Count
     accepted: Count
     ranks: tuple[Count, ...]
     forward_passes: Count
+    proposed_again: Count = 0
     latency_ms: Milliseconds | None = None
 
 

@@ -121,6 +121,14 @@ def ask(
         typer.Option(help="Go on below this predicted probability of a right answer, above 0 to 1."),
     ] = None,
     stage: Annotated[str, typer.Option(help="The one stage that must answer; no policy.")] = "",
+    chain: Annotated[
+        list[str] | None,
+        typer.Option(help="A stage that works on it; repeat it: the first drafts, later ones verify."),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Accept draft tokens this likely beside the likeliest. Default: exact."),
+    ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Most tokens of the answer. Default: the stage's.")
     ] = None,
@@ -139,7 +147,7 @@ def ask(
     The answer goes to standard output. The closing line (stage, predicted
     quality, latency, cost, what each stage did and why) goes to standard error.
     """
-    from services.client.values import Message, Objective, Request, Sampling
+    from services.client.values import Acceptance, Message, Objective, Request, Sampling
 
     async def work() -> None:
         text = _read_prompt() if prompt == "-" else prompt
@@ -149,8 +157,10 @@ def ask(
             objective=Objective(
                 quality_value, max_cost, max_latency_ms, min_quality, preference.value if preference else None
             ),
+            acceptance=None if tolerance is None else Acceptance("tolerant", tolerance),
             session_id=session,
             stage=stage,
+            chain=tuple(chain or ()),
         )
         if as_json:
             _write_json(asdict(await _answer(target, timeout_ms, request)))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from services.client.launcher import Child
     from services.client.values import Answer, Description, StageStarted, StreamedText
 
-_DOING = {"generate": "writes", "verify": "verifies"}
+_DOING = {"generate": "writes", "verify": "verifies", "prefill": "is warmed"}
 _ANSWER_COLUMNS = 14
 # Of a demo's table, for all but the prompt.
 _DEMO_COLUMNS = 80
@@ -74,7 +74,8 @@ def answer_line(answer: Answer) -> Text:
         step = f"{record.stage} {_DOING.get(record.action, record.action)}"
         if record.action == "verify":
             step += f" ({record.accepted_tokens} of {record.proposed_tokens} draft tokens accepted)"
-        step += f", {record.decision}: {record.reason.replace('_', ' ')}"
+        if record.action != "prefill":
+            step += f", {record.decision}: {record.reason.replace('_', ' ')}"
         steps.append(step)
     line.append(f" · {' → '.join(steps)}", style="dim")
     return line

@@ -48,6 +48,9 @@ def request_to(request: Request) -> cascade_pb2.GenerateRequest:
         message.acceptance.CopyFrom(_acceptance_to(request.acceptance))
     _assign(message, "session_id", request.session_id)
     _assign(message, "stage", request.stage)
+    for index, stage in enumerate(request.chain):
+        _encode(stage, f"chain[{index}]")
+        message.chain.append(stage)
     return message
 
 
@@ -202,6 +205,7 @@ def _record_from(message: cascade_pb2.StageRecord) -> StageRecord:
         prefill_ms=timing.prefill_ms,
         decode_ms=timing.decode_ms,
         text=message.text,
+        accept_lengths=tuple(message.accept_lengths),
     )
 
 

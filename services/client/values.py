@@ -55,7 +55,11 @@ class Acceptance:
 
 @dataclass(frozen=True)
 class Request:
-    """One question to a cascade: a single user message, or a conversation that ends with one."""
+    """One question to a cascade: a single user message, or a conversation that ends with one.
+
+    stage: the one stage that must answer. chain: stages that work on the answer whatever it shows, the first
+    drafting and each later one verifying. Without either the policy decides.
+    """
 
     input: str | tuple[Message, ...]
     sampling: Sampling = Sampling()
@@ -63,15 +67,17 @@ class Request:
     acceptance: Acceptance | None = None
     session_id: str = ""
     stage: str = ""
+    chain: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class StageRecord:
     """What one stage did for a request.
 
-    `action` is "generate" or "verify", `decision` "stop" or "escalate", `reason` a DecisionReason such as
-    "value" or "static_plan". Counts and times of the stage's own are 0 where the stage failed. `p_correct`
-    is None where the policy was not asked.
+    `action` is "generate", "verify" or "prefill" (which decides nothing), `decision` "stop" or "escalate",
+    `reason` a DecisionReason such as "value" or "static_plan". Counts and times of the stage are 0 where
+    the stage failed. `p_correct` is None where the policy was not asked. accept_lengths: tokens emitted by
+    each pass that scored a proposal.
     """
 
     stage: str
@@ -92,6 +98,7 @@ class StageRecord:
     prefill_ms: float
     decode_ms: float
     text: str
+    accept_lengths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
