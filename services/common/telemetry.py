@@ -38,14 +38,6 @@ class Spans:
     PLAN: Final = "asd.plan"
     STAGE: Final = "asd.stage"
     DECIDE: Final = "asd.decide"
-    # In a stage process.
-    QUEUE: Final = "asd.stage.queue"
-    PREFILL: Final = "asd.stage.prefill"
-    DECODE: Final = "asd.stage.decode"
-    VERIFY: Final = "asd.stage.verify"
-    LOAD: Final = "asd.stage.load"
-    # In the policy process.
-    PREDICT: Final = "asd.policy.predict"
 
 
 class Attributes:
@@ -53,17 +45,14 @@ class Attributes:
 
     OPERATION: Final = "gen_ai.operation.name"
     PROVIDER: Final = "gen_ai.provider.name"
-    CONVERSATION_ID: Final = "gen_ai.conversation.id"
     REQUEST_MODEL: Final = "gen_ai.request.model"
     REQUEST_MAX_TOKENS: Final = "gen_ai.request.max_tokens"
     REQUEST_TEMPERATURE: Final = "gen_ai.request.temperature"
-    REQUEST_TOP_P: Final = "gen_ai.request.top_p"
     RESPONSE_MODEL: Final = "gen_ai.response.model"
     RESPONSE_ID: Final = "gen_ai.response.id"
     FINISH_REASONS: Final = "gen_ai.response.finish_reasons"
     INPUT_TOKENS: Final = "gen_ai.usage.input_tokens"
     OUTPUT_TOKENS: Final = "gen_ai.usage.output_tokens"
-    TOKEN_TYPE: Final = "gen_ai.token.type"  # noqa: S105 - a name, not a secret
     ERROR_TYPE: Final = "error.type"
     SERVER_ADDRESS: Final = "server.address"
 
@@ -79,10 +68,10 @@ class Attributes:
     PROPOSED_TOKENS: Final = "asd.verify.proposed_tokens"
     ACCEPTED_TOKENS: Final = "asd.verify.accepted_tokens"
     PLAN_SOURCE: Final = "asd.plan.source"
+    PLAN_STEP: Final = "asd.plan.step"
     PLAN_FIRST_STAGE: Final = "asd.plan.first_stage"
     DECISION_OUTCOME: Final = "asd.decision.outcome"
     DECISION_REASON: Final = "asd.decision.reason"
-    DECISION_NEXT_STAGE: Final = "asd.decision.next_stage"
     P_CORRECT: Final = "asd.decision.p_correct"
     PREDICT_US: Final = "asd.policy.predict_us"
     POLICY_VERSION: Final = "asd.policy.version"
@@ -90,18 +79,13 @@ class Attributes:
     COST: Final = "asd.cost"
     LATENCY_MS: Final = "asd.latency_ms"
     POLICY_MS: Final = "asd.policy.latency_ms"
-    ENGINE: Final = "asd.engine.name"
-    BATCH_SIZE: Final = "asd.engine.batch_size"
 
 
 class Metrics:
     """Metric names."""
 
     REQUEST_DURATION: Final = "gen_ai.server.request.duration"
-    TIME_TO_FIRST_TOKEN: Final = "gen_ai.server.time_to_first_token"  # noqa: S105 - a name, not a secret
-    TOKEN_USAGE: Final = "gen_ai.client.token.usage"  # noqa: S105 - a name, not a secret
     REQUESTS: Final = "asd.requests"
-    ACTIVE_REQUESTS: Final = "asd.requests.active"
     STAGE_REQUESTS: Final = "asd.stage.requests"
     STAGE_DURATION: Final = "asd.stage.duration"
     STAGE_FAILURES: Final = "asd.stage.failures"
@@ -111,9 +95,10 @@ class Metrics:
     REQUEST_COST: Final = "asd.request.cost"
     PROPOSED_TOKENS: Final = "asd.verify.proposed_tokens"
     ACCEPTED_TOKENS: Final = "asd.verify.accepted_tokens"
+    PROMPT_TOKENS: Final = "asd.stage.prompt_tokens"
+    CACHED_PROMPT_TOKENS: Final = "asd.stage.cached_prompt_tokens"
     QUEUE_DEPTH: Final = "asd.stage.queue_depth"
     RUNNING_REQUESTS: Final = "asd.stage.running_requests"
-    MODEL_LOADS: Final = "asd.stage.model_loads"
 
 
 PROVIDER_NAME: Final = "asd"

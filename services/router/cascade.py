@@ -6,8 +6,6 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from services.common.errors import AsdError, BudgetSpent, ResourceExhausted, Unavailable
-from services.common.telemetry import Spans, Traced
-from services.router import spans
 from services.router.ahead import PrefillAhead
 from services.router.domain import Event, PlanSource, Request, StageAction, StageStarted, View
 from services.router.pipeline import call_stage
@@ -42,35 +40,33 @@ class Cascade:
         the deadline, and whatever the first stage or the policy refuses the request with.
         """
         progress = Progress(request, deadline, view, self._clock)
-        with Traced(Spans.CASCADE) as span:
-            stage = await self._planner.plan(progress)
-            async with PrefillAhead(self._clock) as ahead:
-                warm = self._planner.stage_to_warm(progress)
-                if warm is not None:
-                    ahead.start(request, self._stages[warm], progress.left_ms(MARGIN_MS))
-                while True:
-                    try:
-                        async with aclosing(self._run(progress, self._stages[stage])) as events:
-                            async for event in events:
-                                yield event
-                    except (Unavailable, ResourceExhausted, BudgetSpent) as error:
-                        self._note_failure(stage, error)
-                        if progress.keep_earlier_answer(error):
-                            break
-                        stage = await self._replace(progress, stage, error)
-                        continue
-                    decision = await self._planner.decide(progress)
-                    if decision.next_stage is None:
+        stage = await self._planner.plan(progress)
+        async with PrefillAhead(self._clock) as ahead:
+            warm = self._planner.stage_to_warm(progress)
+            if warm is not None:
+                ahead.start(request, self._stages[warm], progress.left_ms(MARGIN_MS))
+            while True:
+                try:
+                    async with aclosing(self._run(progress, self._stages[stage])) as events:
+                        async for event in events:
+                            yield event
+                except (Unavailable, ResourceExhausted, BudgetSpent) as error:
+                    self._note_failure(progress, stage, error)
+                    if progress.keep_earlier_answer(error):
                         break
-                    stage = decision.next_stage
-                    await ahead.settle(stage)
-                progress.warmed(await ahead.close())
-            for event in progress.settle():
-                yield event
-            outcome = progress.outcome()
-            spans.describe_outcome(span, outcome)
-            self._observer.request_answered(outcome, len(self._stages))
-            yield outcome
+                    stage = await self._replace(progress, stage, error)
+                    continue
+                decision = await self._planner.decide(progress)
+                if decision.next_stage is None:
+                    break
+                stage = decision.next_stage
+                await ahead.settle(stage)
+            progress.warmed(await ahead.close())
+        for event in progress.settle():
+            yield event
+        outcome = progress.outcome()
+        self._observer.request_answered(outcome, len(self._stages))
+        yield outcome
 
     async def _run(self, progress: Progress, client: StageClient) -> AsyncGenerator[Event, None]:
         """Have a stage answer, by verifying an earlier stage's answer where there is one."""
@@ -79,32 +75,36 @@ class Cascade:
         action = StageAction.VERIFY if draft or upstream else StageAction.GENERATE
         if progress.view is not View.OUTCOME:
             yield StageStarted(stage, action)
-        timeout_ms = min(progress.left_ms(MARGIN_MS), stage.timeout_ms)
+        timeout_ms = self._planner.timeout_ms(progress, stage)
         progress.start(stage, action, is_final=self._planner.is_final(progress, stage))
-        with Traced(Spans.STAGE) as span, self._planner.calling(stage):
-            spans.describe_call(span, progress.request, stage, action)
-            call = call_stage(progress, client, draft, upstream, timeout_ms, self._clock)
+        call = call_stage(progress, client, draft, upstream, timeout_ms, self._clock)
+        with self._planner.calling(stage):
             async with call as events:
                 async for event in events:
                     for shown in progress.take(event):
                         yield shown
                     if progress.is_hopeless():
                         break
-            answer = progress.take_answer()
-            spans.describe_answer(span, answer)
+        answer = progress.answer
         self._planner.stage_answered(answer)
         self._observer.stage_answered(answer)
 
-    def _note_failure(self, stage: int, error: AsdError) -> None:
+    def _note_failure(self, progress: Progress, stage: int, error: AsdError) -> None:
         failed = self._stages[stage].stage
         self._observer.stage_failed(failed, error)
-        if isinstance(error, Unavailable):
+        if self._is_away(progress, error):
             self._planner.stage_is_away(failed)
+
+    def _is_away(self, progress: Progress, error: AsdError) -> bool:
+        """Whether another stage may still answer: the failed one is unreachable, or silent for too long."""
+        if isinstance(error, BudgetSpent):
+            return progress.left_ms(MARGIN_MS) > 0
+        return isinstance(error, Unavailable)
 
     async def _replace(self, progress: Progress, stage: int, error: AsdError) -> int:
         """Return a stage to ask instead of one that is away. Raises the error where none may be."""
         is_fixed = progress.plan_source is PlanSource.FIXED
-        if not isinstance(error, Unavailable) or is_fixed or progress.has_committed:
+        if not self._is_away(progress, error) or is_fixed or progress.has_committed:
             raise error
         progress.failed[stage] = error
         return await self._planner.plan(progress)

@@ -249,10 +249,16 @@ class GrpcPolicy:
             conditions=convert.conditions_to(conditions),
         )
         convert.set_input(message, request.input)
-        with self._guarded(timeout_ms):
-            response = await call_unary(
-                self._decide, message, timeout_ms=min(timeout_ms, self._timeout_ms), peer=self._peer
-            )
+        try:
+            with self._guarded(timeout_ms):
+                response = await call_unary(
+                    self._decide, message, timeout_ms=min(timeout_ms, self._timeout_ms), peer=self._peer
+                )
+        except InvalidRequest as error:
+            if error.field.startswith(("draft", "verification")):
+                # The caller did not write that: the stage did.
+                raise AsdError(f"{answer.stage} showed what no model should: {error.message}") from error
+            raise
         return self._decision(response, answer.stage.index)
 
     async def describe(self) -> policy_pb2.PolicyServiceDescribeResponse | None:
@@ -280,6 +286,10 @@ class GrpcPolicy:
             raise
         except Unavailable:
             self._breaker.failed()
+            raise
+        except AsdError:
+            # Whoever refuses a request is there.
+            self._breaker.succeeded()
             raise
         self._breaker.succeeded()
 

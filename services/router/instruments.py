@@ -39,6 +39,12 @@ class Instruments:
         self._accepted = meter.create_counter(
             Metrics.ACCEPTED_TOKENS, unit="{token}", description="draft tokens that a target accepted"
         )
+        self._prompt = meter.create_counter(
+            Metrics.PROMPT_TOKENS, unit="{token}", description="tokens of prompts that stages answered"
+        )
+        self._cached = meter.create_counter(
+            Metrics.CACHED_PROMPT_TOKENS, unit="{token}", description="of them, taken from the prefix cache"
+        )
         self._cost = meter.create_histogram(
             Metrics.REQUEST_COST, unit="{cost_unit}", description="cost of a request"
         )
@@ -53,7 +59,7 @@ class Instruments:
     def static_plan_used(self, step: str) -> None:
         """The static plan stood in for the policy at a step, "plan" or "decide"."""
         if self._enabled:
-            self._static_plans.add(1, {"asd.step": step})
+            self._static_plans.add(1, {Attributes.PLAN_STEP: step})
 
     def stage_answered(self, answer: Answer) -> None:
         """A stage gave a whole answer."""
@@ -65,8 +71,10 @@ class Instruments:
         }
         self._stage_requests.add(1, attributes)
         self._stage_duration.record_ms(answer.latency_ms, attributes)
+        stage = {Attributes.STAGE_NAME: answer.stage.name}
+        self._prompt.add(answer.result.usage.prompt_tokens, stage)
+        self._cached.add(answer.result.usage.cached_prompt_tokens, stage)
         if answer.verification is not None:
-            stage = {Attributes.STAGE_NAME: answer.stage.name}
             self._proposed.add(answer.verification.proposed_tokens, stage)
             self._accepted.add(answer.verification.accepted_tokens, stage)
 

@@ -31,25 +31,29 @@ async def call_stage(
     timeout_ms: float,
     clock: Callable[[], float],
 ) -> AsyncIterator[AsyncIterator[StageEvent]]:
-    """Have a stage answer, as a context with its events: what runs for it ends with the context.
+    """Have a stage answer, as a context with its events; its answer is taken as the context ends well.
 
-    It verifies the draft, or what the upstream stages write meanwhile, or writes by itself.
+    It verifies the draft, or what the upstream stages write meanwhile, or writes by itself. What runs for it
+    ends with the context.
     """
     request = progress.request
-    if not upstream:
-        if draft is None:
-            call = client.generate(request, timeout_ms)
+    action = StageAction.VERIFY if draft or upstream else StageAction.GENERATE
+    with Traced(Spans.STAGE) as span:
+        spans.describe_call(span, request, client.stage, action)
+        if upstream:
+            pipeline = Pipeline(request, upstream, timeout_ms, clock)
+            try:
+                async with aclosing(pipeline.verify(client)) as events:
+                    yield events
+            finally:
+                progress.drafted_upstream(await pipeline.close())
         else:
-            call = client.verify(request, draft, timeout_ms)
-        async with aclosing(call) as events:
-            yield events
-        return
-    pipeline = Pipeline(request, upstream, timeout_ms, clock)
-    try:
-        async with aclosing(pipeline.verify(client)) as events:
-            yield events
-    finally:
-        progress.drafted_upstream(await pipeline.close())
+            call = (
+                client.verify(request, draft, timeout_ms) if draft else client.generate(request, timeout_ms)
+            )
+            async with aclosing(call) as events:
+                yield events
+        spans.describe_answer(span, progress.take_answer())
 
 
 class Pipeline:

@@ -30,8 +30,12 @@ if TYPE_CHECKING:
 
 # Kept from every deadline, for the router's own work and the way back. Chosen: above its own p95.
 MARGIN_MS = 10.0
-# For how long plans avoid a stage that was away. Chosen: one attempt per second costs nothing.
+# For how long plans avoid a stage that was away: at first, and at most, doubling while it stays away. Chosen:
+# one attempt per second costs nothing where the stage is gone, and half a deadline where it hangs.
 AWAY_SECONDS = 1.0
+_LONGEST_AWAY_SECONDS = 30.0
+# Share of the time left that a stage may take whose answer others could still replace. Chosen.
+_SHARE_OF_TIME = 0.5
 # Probability of an escalation from which on its target is warmed. Chosen: more often right than wrong.
 _LIKELY = 0.5
 # Shorter waits than this are not told to the policy. Chosen: no plan turns on them.
@@ -62,11 +66,22 @@ class Planner:
         self._clock = clock
         self._by_name = {stage.name: stage.index for stage in stages}
         self._away_until: dict[int, float] = {}
+        self._times_away: dict[int, int] = {}
         self._load = Load(len(self._stages), clock)
 
     def stage_is_away(self, stage: Stage) -> None:
-        """Avoid a stage for a while."""
-        self._away_until[stage.index] = self._clock() + AWAY_SECONDS
+        """Avoid a stage for a while, longer each time until it answers."""
+        times = self._times_away.get(stage.index, 0)
+        self._times_away[stage.index] = times + 1
+        seconds = min(AWAY_SECONDS * 2.0**times, _LONGEST_AWAY_SECONDS)
+        self._away_until[stage.index] = self._clock() + seconds
+
+    def timeout_ms(self, progress: Progress, stage: Stage) -> float:
+        """Return how long a stage's call may take."""
+        left_ms = progress.left_ms(MARGIN_MS)
+        if not self.is_final(progress, stage):
+            left_ms *= _SHARE_OF_TIME
+        return min(left_ms, stage.timeout_ms)
 
     def calling(self, stage: Stage) -> AbstractContextManager[None]:
         """Return what counts its block as a call under way at a stage."""
@@ -74,6 +89,7 @@ class Planner:
 
     def stage_answered(self, answer: Answer) -> None:
         """Learn from an answer how long calls wait at its stage, and what its draft was worth."""
+        self._times_away.pop(answer.stage.index, None)
         self._load.waited(answer.stage.index, answer.result.timing.queue_ms)
         self._speculation.verified(answer)
 
@@ -145,15 +161,28 @@ class Planner:
                     progress.plan_source = PlanSource.POLICY
                     progress.policy_version = plan.policy_version
                     progress.p_escalate, progress.likely_next = plan.p_escalate, plan.likely_next
-                    progress.abandon = plan.abandon if self._options.early_abandon else ()
+                    # Within a budget the policy alone says what comes next.
+                    has_budget = request.objective.max_cost or request.objective.max_latency_ms
+                    is_used = self._options.early_abandon and not has_budget
+                    progress.abandon = plan.abandon if is_used else ()
                     return plan.first_stage
         progress.follows_policy = False
         progress.plan_source = PlanSource.STATIC
         self._observer.static_plan_used("plan")
-        first = self._static_plan.first(away, progress.failed)
-        if first is None:
-            raise Unavailable("; ".join(error.message for error in progress.failed.values()))
-        return first
+        max_cost = request.objective.max_cost
+        too_dear = {s.index for s in self._stages if max_cost is not None and s.cost > max_cost}
+        first = self._static_plan.first(away, too_dear.union(progress.failed))
+        if first is not None:
+            return first
+        if progress.failed:
+            errors = progress.failed.values()
+            kind = BudgetSpent if all(isinstance(error, BudgetSpent) for error in errors) else Unavailable
+            raise kind("; ".join(error.message for error in errors))
+        least = min(self._stages, key=lambda stage: stage.cost)
+        raise InvalidRequest(
+            f"max_cost {max_cost:g} is below the cheapest stage ({least.name}: {least.cost:g}): raise it",
+            field="objective.max_cost",
+        )
 
     def _place(self, name: str, field: str) -> int:
         if name not in self._by_name:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import uuid
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,12 +14,12 @@ from services.common import validation
 from services.common.errors import AsdError, InvalidRequest, ResourceExhausted, Unavailable
 from services.common.server import ServiceRegistration
 from services.common.status import public_message, status_of
-from services.common.telemetry import current_trace_id
-from services.router import convert
-from services.router.domain import Outcome, Request, View
+from services.common.telemetry import Spans, Traced, current_trace_id
+from services.router import convert, spans
+from services.router.domain import Event, Outcome, Request, View
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 
     import grpc
 
@@ -83,8 +83,8 @@ class CascadeServicer(cascade_pb2_grpc.CascadeServiceServicer):
         view = View.DRAFTS if request.include_drafts else View.COMMITTED
         with self._admitted():
             trace_id = current_trace_id()
-            answer = self._cascade.answer(_domain_request(request.request), self._deadline(context), view)
-            async with aclosing(answer) as events:
+            answer = self._answer(request.request, self._deadline(context), view)
+            async with _fields_below("request."), aclosing(answer) as events:
                 async for event in events:
                     yield convert.event_to(event, trace_id)
 
@@ -119,9 +119,19 @@ class CascadeServicer(cascade_pb2_grpc.CascadeServiceServicer):
         """Say which stages exist, what they cost and which policy is in force."""
         return await self._directory.describe()
 
-    async def _outcome(self, message: cascade_pb2.GenerateRequest, deadline: float) -> Outcome:
+    async def _answer(
+        self, message: cascade_pb2.GenerateRequest, deadline: float, view: View
+    ) -> AsyncGenerator[Event, None]:
         request = _domain_request(message)
-        async with aclosing(self._cascade.answer(request, deadline, View.OUTCOME)) as events:
+        with Traced(Spans.CASCADE) as span:
+            async with aclosing(self._cascade.answer(request, deadline, view)) as events:
+                async for event in events:
+                    if isinstance(event, Outcome):
+                        spans.describe_outcome(span, event)
+                    yield event
+
+    async def _outcome(self, message: cascade_pb2.GenerateRequest, deadline: float) -> Outcome:
+        async with aclosing(self._answer(message, deadline, View.OUTCOME)) as events:
             async for event in events:
                 if isinstance(event, Outcome):
                     return event
@@ -131,8 +141,10 @@ class CascadeServicer(cascade_pb2_grpc.CascadeServiceServicer):
         self, index: int, message: cascade_pb2.GenerateRequest, deadline: float
     ) -> cascade_pb2.GenerateBatchResponse:
         try:
-            check_request(message, f"requests[{index}].")
-            outcome = await self._outcome(message, deadline)
+            path = f"requests[{index}]."
+            check_request(message, path)
+            async with _fields_below(path):
+                outcome = await self._outcome(message, deadline)
         except Exception as error:
             failure = cascade_pb2.BatchError(
                 code=status_of(error).value[0],
@@ -175,6 +187,17 @@ def check_request(request: cascade_pb2.GenerateRequest, path: str = "") -> None:
         raise InvalidRequest("stage and chain exclude each other: set one of them", field=f"{path}chain")
     if request.session_id:
         validation.check_session_id(request.session_id, f"{path}session_id")
+
+
+@asynccontextmanager
+async def _fields_below(path: str) -> AsyncIterator[None]:
+    """Name fields as the caller wrote them, where the request is part of a larger message."""
+    try:
+        yield
+    except AsdError as error:
+        if not error.field:
+            raise
+        raise type(error)(error.message, field=path + error.field) from error
 
 
 def _domain_request(message: cascade_pb2.GenerateRequest) -> Request:

@@ -353,6 +353,8 @@ def _read_weights(files: list[Path]) -> Weights:
                     start, end = (8 + length + offset for offset in entry["data_offsets"])
                     data = np.frombuffer(raw[start:end], _DTYPES[entry["dtype"]])
                     weights[name] = data.reshape(entry["shape"]).astype(np.float32)
+                    if not np.isfinite(weights[name]).all():
+                        raise PreconditionFailed(f"{path}: {name} is not finite: copy the model again")
             except (ValueError, KeyError, struct.error) as error:
                 raise PreconditionFailed(f"{path} is damaged or of an unsupported type: {error}") from error
     return weights

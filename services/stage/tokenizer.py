@@ -44,6 +44,8 @@ class ChatTokenizer:
         canonical = json.dumps(json.loads(description), sort_keys=True, separators=(",", ":"))
         self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
         self.vocabulary_size = self._tokenizer.get_vocab_size()
+        # In characters; of a byte-level vocabulary, in bytes. No token stands for more text.
+        self.longest_token = max(map(len, self._tokenizer.get_vocab()))
         self._special = tuple(
             token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special
         )

@@ -150,7 +150,7 @@ async def test_one_bad_request_of_a_batch_leaves_the_others_alone(world):
     results = {each.index: each async for each in call}
     assert sorted(results) == list(range(23))
     assert (results[1].error.code, results[1].error.field) == (3, "requests[1].prompt")
-    assert (results[22].error.code, results[22].error.field) == (5, "stage")
+    assert (results[22].error.code, results[22].error.field) == (5, "requests[22].stage")
     assert all(results[index].response.text == "one two three" for index in range(23) if index not in {1, 22})
     assert 1 < w.stages["medium"].most_running <= 3
 

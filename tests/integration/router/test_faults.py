@@ -366,3 +366,47 @@ async def test_draining_router_refuses_new_requests(world):
     await w.servicer.drain()
     error = await failure(w.stub.Generate(ASK, timeout=5))
     assert error.code() == grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_stage_that_hangs_is_replaced_within_the_deadline_and_avoided_after(world):
+    small = world.stage("small", pause_after=0)
+    w = await world(small, world.stage("medium"), static_plan=("small", "medium"), stage_timeout_ms=200)
+    response = await w.stub.Generate(ASK, timeout=20)
+    assert [record.stage for record in response.stages] == ["medium"]
+    assert (await w.stub.Generate(ASK, timeout=20)).stage == "medium"
+    # The second request did not try it again.
+    assert small.calls == ["generate"]
+
+
+async def test_a_stage_that_others_can_replace_gets_half_of_the_time(world):
+    small = world.stage("small", pause_after=0)
+    w = await world(small, world.stage("medium"), static_plan=("small", "medium"), stage_timeout_ms=60_000)
+    response = await w.stub.Generate(ASK, timeout=2)
+    assert response.stage == "medium"
+
+
+async def test_static_plan_starts_with_a_stage_within_max_cost(world):
+    w = await world(static_plan=("medium",))
+    ask = cascade_pb2.GenerateRequest(prompt="hi", objective=common_pb2.Objective(max_cost=2.0))
+    assert (await w.stub.Generate(ask, timeout=5)).stage == "small"
+    ask.objective.max_cost = 0.5
+    error = await failure(w.stub.Generate(ask, timeout=5))
+    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "below the cheapest stage (small: 1.6)" in error.details()
+
+
+async def test_evidence_that_no_model_should_show_is_not_the_callers_fault(world):
+    refusal = InvalidRequest("logprobs must be finite", field="draft.logprobs")
+    w = await world(policy=world.policy(decide_failure=refusal))
+    error = await failure(w.stub.Generate(ASK, timeout=5))
+    assert error.code() == grpc.StatusCode.INTERNAL
+
+
+async def test_errors_of_a_streamed_request_name_its_fields(world):
+    w = await world()
+    request = cascade_pb2.GenerateStreamRequest(request=cascade_pb2.GenerateRequest(prompt="hi", stage="no"))
+    call = w.stub.GenerateStream(request, timeout=5)
+    error = await failure(anext(aiter(call)))
+    assert error.code() == grpc.StatusCode.NOT_FOUND
+    details = dict(error.trailing_metadata())["grpc-status-details-bin"]
+    assert b"request.stage" in details

@@ -20,6 +20,7 @@ from services.stage.engine import (
     Turn,
     VerificationResult,
 )
+from services.stage.residency import Residency
 from tests.integration.stage.conftest import Reference, engine
 
 if TYPE_CHECKING:
@@ -323,3 +324,34 @@ async def test_a_full_queue_refuses_at_once_and_serves_again_later(reference: Re
     result, _ = await _generate(model, reference.prompts[0])
     assert list(result.ids) == reference.outputs["small"][0]
     await model.unload()
+
+
+async def test_models_that_make_room_for_each_other_lose_no_call(reference: Reference) -> None:
+    engines = {name: engine(name) for name in ("small", "medium")}
+    residency = Residency(engines, "small", max(each.memory_bytes for each in engines.values()))  # type: ignore[arg-type]
+
+    async def ask(name: str, index: int) -> list[int] | None:
+        try:
+            async with residency.use(name) as (_, model):
+                result, _ = await _generate(model, reference.prompts[index])  # type: ignore[arg-type]
+        except ResourceExhausted:
+            return None
+        return list(result.ids)
+
+    async with asyncio.timeout(60):
+        for index in range(20):
+            names = ["small", "medium", "small"]
+            answers = await asyncio.gather(*(ask(name, index) for name in names))
+            for name, answer in zip(names, answers, strict=True):
+                assert answer in (None, reference.outputs[name][index])
+            assert any(answers)
+    for model in engines.values():
+        await model.unload()
+
+
+async def test_a_prompt_of_megabytes_is_refused_before_it_is_encoded(
+    small: OnnxEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small._tokenizer, "encode_chat", None)
+    with pytest.raises(InvalidRequest, match="3900000 characters; small takes at most 511 tokens"):
+        await _generate(small, "a " * 1_950_000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ class _Model:
     kind = "onnx"
 
     def __init__(self, memory_mb: int) -> None:
+        self.unloads = 0
         self._status = replace(_IDLE, memory_bytes=memory_mb << 20)
 
     async def load(self) -> None:
@@ -27,6 +29,9 @@ class _Model:
 
     async def unload(self) -> None:
         self._status = replace(self._status, state=ModelState.UNLOADED)
+        # A real one waits for its thread.
+        await asyncio.sleep(0)
+        self.unloads += 1
 
     def status(self) -> EngineStatus:
         return self._status
@@ -94,3 +99,19 @@ async def test_loading_and_unloading_twice_does_nothing() -> None:
     assert (await residency.load("a")).load_ms == 0
     assert await residency.unload("a") == ("a", 5 << 20)
     assert await residency.unload("a") == ("a", 0)
+
+
+async def test_a_model_that_is_giving_way_is_loaded_again_for_whoever_asks_meanwhile() -> None:
+    residency = _residency(5, a=4, b=4)
+    async with residency.use("a"):
+        pass
+
+    async def use(name: str) -> None:
+        async with residency.use(name) as (_, engine):
+            assert engine.status().state is ModelState.READY
+            await asyncio.sleep(0)
+
+    outcomes = await asyncio.gather(*(use(name) for name in "babab"), return_exceptions=True)
+    # Both do not fit at once: some are refused, none gets a model that is not there.
+    assert all(outcome is None or isinstance(outcome, ResourceExhausted) for outcome in outcomes)
+    assert outcomes[0] is None
