@@ -49,7 +49,7 @@ _LEAST_PER_BIN = 100
 _MOST_BINS = 32
 _ECE_BINS = 15
 # Share of right answers, at most, among drafts that are given up before their end. Chosen.
-HOPELESS = 0.02
+HOPELESS = 0.05
 _QUALITY_VALUES = np.geomspace(0.5, 10_000.0, 120)
 
 
@@ -112,9 +112,27 @@ def fit_policy(
         Source(file=each.path.name, sha256=file_digest(each.path), prompts=len(each.data))
         for each in (train, calibration)
     ]
+    stages = tuple(
+        StageEntry(
+            name=stage.name,
+            cost=stage.cost,
+            latency_ms=round(float(calibration.data.latencies_ms[place, None].mean()), 3),
+            accuracy=round(float(calibration.data.correct[:, place].mean()), 5),
+            calibration_error=round(_held_out_error(predictor, keys, place, calibration.data, seed), 5),
+            abandon=abandon_rules(calibration.data, place),
+        )
+        for place, stage in enumerate(costs)
+    )
     # The version names the content: the same inputs make the same version.
     content = "".join(
-        [repr(entries), repr(values), *(source.sha256 for source in sources), str(seed), str(costs)]
+        [
+            repr(entries),
+            repr(stages),
+            repr(values),
+            *(source.sha256 for source in sources),
+            str(seed),
+            str(costs),
+        ]
     )
     document = PolicyDocument(
         schema="asd.policy",
@@ -122,17 +140,7 @@ def fit_policy(
         features_version=FEATURES_VERSION,
         features=size,
         seed=seed,
-        stages=tuple(
-            StageEntry(
-                name=stage.name,
-                cost=stage.cost,
-                latency_ms=round(float(calibration.data.latencies_ms[place, None].mean()), 3),
-                accuracy=round(float(calibration.data.correct[:, place].mean()), 5),
-                calibration_error=round(_held_out_error(predictor, keys, place, calibration.data, seed), 5),
-                abandon=abandon_rules(calibration.data, place),
-            )
-            for place, stage in enumerate(costs)
-        ),
+        stages=stages,
         quality_values=QualityValues(**values),
         train=sources[0],
         calibration=sources[1],

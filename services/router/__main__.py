@@ -16,6 +16,7 @@ from services.router.clients import Directory, GrpcPolicy, GrpcStage
 from services.router.domain import Stage
 from services.router.instruments import Instruments
 from services.router.planner import Planner
+from services.router.replicas import Replicas
 from services.router.servicer import CascadeServicer
 from services.router.settings import RouterSettings
 from services.router.speculation import SpeculationOptions
@@ -29,8 +30,9 @@ async def build(settings: RouterSettings, channels: AsyncExitStack) -> CascadeSe
     stages = []
     for index, entry in enumerate(settings.stages):
         stage = Stage(entry.name, index, entry.cost, entry.timeout_ms, entry.target, entry.model)
-        channel = await channels.enter_async_context(open_channel(entry.target))
-        stages.append(GrpcStage(stage, channel))
+        replicas = Replicas(entry.target, clock)
+        channels.push_async_callback(replicas.close)
+        stages.append(GrpcStage(stage, replicas, clock))
     policy = None
     if settings.policy is not None:
         target = settings.policy.target

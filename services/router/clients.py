@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import math
 from contextlib import aclosing, contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
-from asd.v1 import cascade_pb2, policy_pb2, policy_pb2_grpc, stage_pb2, stage_pb2_grpc
+from asd.v1 import cascade_pb2, policy_pb2, policy_pb2_grpc, stage_pb2
 from services.common.channel import call_exchange, call_stream, call_unary
 from services.common.errors import (
     AsdError,
@@ -35,12 +35,22 @@ from services.router.domain import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 
     import grpc
 
-    from asd.v1 import common_pb2
+    from asd.v1 import common_pb2, stage_pb2_grpc
     from services.router.breaker import Breaker
+    from services.router.replicas import Replicas
+
+Sent = TypeVar("Sent")
+Received = TypeVar("Received")
+Response = TypeVar(
+    "Response",
+    stage_pb2.StageServiceGenerateResponse,
+    stage_pb2.VerifyResponse,
+    stage_pb2.VerifyStreamResponse,
+)
 
 # For Describe, which asks every service whether it is there. Chosen.
 DESCRIBE_TIMEOUT_MS = 1000.0
@@ -54,15 +64,11 @@ class GrpcStage:
     """Calls a stage service. Raises the AsdError that the stage's status stands for, naming stage and
     target."""
 
-    def __init__(self, stage: Stage, channel: grpc.aio.Channel) -> None:
+    def __init__(self, stage: Stage, replicas: Replicas, clock: Callable[[], float]) -> None:
         self._stage = stage
         self._peer = str(stage)
-        stub = stage_pb2_grpc.StageServiceStub(channel)
-        self._generate = stub.Generate
-        self._verify = stub.Verify
-        self._verify_stream = stub.VerifyStream
-        self._prefill = stub.Prefill
-        self._status = stub.Status
+        self._replicas = replicas
+        self._clock = clock
 
     @property
     def stage(self) -> Stage:
@@ -77,18 +83,10 @@ class GrpcStage:
             session_id=request.session_id,
         )
         convert.set_input(message, request.input)
-        try:
-            async with aclosing(
-                call_stream(self._generate, message, timeout_ms=timeout_ms, peer=self._peer)
-            ) as responses:
-                async for response in responses:
-                    kind = response.WhichOneof("event")
-                    if kind == "tokens":
-                        yield convert.tokens_from(response.tokens, response.tokenizer_fingerprint)
-                    elif kind == "result":
-                        yield convert.result_from(response.result, self._peer)
-        except (InvalidRequest, NotFound) as error:
-            raise self._blame(error) from error
+        call = self._call(request, lambda stub: stub.Generate, message, timeout_ms)
+        async with aclosing(self._events(call)) as events:
+            async for event in events:
+                yield event
 
     async def verify(
         self, request: Request, draft: StageResult, timeout_ms: float
@@ -102,20 +100,10 @@ class GrpcStage:
             session_id=request.session_id,
         )
         convert.set_input(message, request.input)
-        try:
-            async with aclosing(
-                call_stream(self._verify, message, timeout_ms=timeout_ms, peer=self._peer)
-            ) as responses:
-                async for response in responses:
-                    kind = response.WhichOneof("event")
-                    if kind == "tokens":
-                        yield convert.tokens_from(response.tokens)
-                    elif kind == "verification":
-                        yield convert.verification_from(response.verification)
-                    elif kind == "result":
-                        yield convert.result_from(response.result, self._peer)
-        except (InvalidRequest, NotFound) as error:
-            raise self._blame(error) from error
+        call = self._call(request, lambda stub: stub.Verify, message, timeout_ms)
+        async with aclosing(self._events(call)) as events:
+            async for event in events:
+                yield event
 
     async def verify_stream(
         self, request: Request, drafts: AsyncIterator[Tokens | FinishReason], timeout_ms: float
@@ -128,28 +116,70 @@ class GrpcStage:
             session_id=request.session_id,
         )
         convert.set_input(start, request.input)
+        replica = await self._replicas.choose(_key(request))
         call = call_exchange(
-            self._verify_stream, _steps(start, drafts), timeout_ms=timeout_ms, peer=self._peer
+            replica.stub.VerifyStream, _steps(start, drafts), timeout_ms=timeout_ms, peer=self._peer
         )
-        try:
-            async with aclosing(call) as responses:
-                async for response in responses:
-                    kind = response.WhichOneof("event")
-                    if kind == "tokens":
-                        yield convert.tokens_from(response.tokens, response.tokenizer_fingerprint)
-                    elif kind == "verification":
-                        yield convert.verification_from(response.verification)
-                    elif kind == "result":
-                        yield convert.result_from(response.result, self._peer)
-        except (InvalidRequest, NotFound) as error:
-            raise self._blame(error) from error
+        with self._replicas.calling(replica):
+            async with aclosing(self._events(call)) as events:
+                async for event in events:
+                    yield event
 
     async def prefill(self, request: Request, timeout_ms: float) -> int:
         """Put the prompt into the prefix cache; return its number of tokens."""
         message = stage_pb2.PrefillRequest(model=self._stage.model, session_id=request.session_id)
         convert.set_input(message, request.input)
-        response = await call_unary(self._prefill, message, timeout_ms=timeout_ms, peer=self._peer)
+        replica = await self._replicas.choose(_key(request))
+        with self._replicas.calling(replica):
+            response = await call_unary(replica.stub.Prefill, message, timeout_ms=timeout_ms, peer=self._peer)
         return response.prompt_tokens
+
+    async def _call(
+        self,
+        request: Request,
+        method: Callable[
+            [stage_pb2_grpc.StageServiceAsyncStub], grpc.aio.UnaryStreamMultiCallable[Sent, Received]
+        ],
+        message: Sent,
+        timeout_ms: float,
+    ) -> AsyncGenerator[Received, None]:
+        """Call the request's replica; another one where it is away and has sent nothing."""
+        until = self._clock() + timeout_ms / 1000.0
+        tried: list[str] = []
+        while True:
+            replica = await self._replicas.choose(_key(request), tried)
+            has_begun = False
+            left_ms = (until - self._clock()) * 1000.0
+            call = call_stream(method(replica.stub), message, timeout_ms=left_ms, peer=self._peer)
+            try:
+                with self._replicas.calling(replica):
+                    async with aclosing(call) as responses:
+                        async for response in responses:
+                            has_begun = True
+                            yield response
+                return
+            except Unavailable:
+                tried.append(replica.address)
+                if has_begun or not self._replicas.has_other(tried):
+                    raise
+
+    async def _events(self, call: AsyncGenerator[Response, None]) -> AsyncGenerator[StageEvent, None]:
+        """Yield a call's answers as domain values."""
+        try:
+            async with aclosing(call) as responses:
+                async for response in responses:
+                    kind = response.WhichOneof("event")
+                    if kind == "tokens":
+                        fingerprint = getattr(response, "tokenizer_fingerprint", "")
+                        yield convert.tokens_from(response.tokens, fingerprint)
+                    elif kind == "verification" and not isinstance(
+                        response, stage_pb2.StageServiceGenerateResponse
+                    ):
+                        yield convert.verification_from(response.verification)
+                    elif kind == "result":
+                        yield convert.result_from(response.result, self._peer)
+        except (InvalidRequest, NotFound) as error:
+            raise self._blame(error) from error
 
     async def describe(self) -> cascade_pb2.StageDescription:
         """Return what the stage says of itself; what is configured where it does not answer."""
@@ -157,8 +187,12 @@ class GrpcStage:
             stage=self._stage.name, stage_index=self._stage.index, cost=self._stage.cost
         )
         try:
+            replica = await self._replicas.choose("")
             status = await call_unary(
-                self._status, stage_pb2.StatusRequest(), timeout_ms=DESCRIBE_TIMEOUT_MS, peer=self._peer
+                replica.stub.Status,
+                stage_pb2.StatusRequest(),
+                timeout_ms=DESCRIBE_TIMEOUT_MS,
+                peer=self._peer,
             )
         except AsdError:
             return description
@@ -346,6 +380,11 @@ class Directory:
         return cascade_pb2.DescribeResponse(
             stages=stages, policy=policy, static_plan=self._static_plan, version=VERSION
         )
+
+
+def _key(request: Request) -> str:
+    """Return what decides on a replica: a conversation's prefix, or this request's alone, is there."""
+    return request.session_id or request.id
 
 
 async def _steps(

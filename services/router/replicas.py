@@ -1,0 +1,123 @@
+"""The replicas of a stage: a channel to each, following them as they come and go."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from asd.v1 import stage_pb2_grpc
+from services.common.channel import open_channel
+from services.common.errors import Unavailable
+from services.router.affinity import choose_replica
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Collection, Iterator
+
+    import grpc
+
+logger = logging.getLogger(__name__)
+
+_DNS = "dns:///"
+# For how long resolved addresses are taken as they are. Chosen: the life-time of a cluster's DNS records.
+_FRESH_SECONDS = 5.0
+
+
+@dataclass(eq=False, slots=True)
+class Replica:
+    """One replica. calls: under way."""
+
+    address: str
+    channel: grpc.aio.Channel
+    stub: stage_pb2_grpc.StageServiceAsyncStub
+    calls: int = 0
+
+
+async def resolve_addresses(name: str) -> list[str]:
+    """Return the addresses of a "host:port" as "ip:port". Raises OSError where the name has none."""
+    host, _, port = name.rpartition(":")
+    found = await asyncio.get_running_loop().getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+    ips = {str(address[0]) for *_, address in found}
+    return sorted(f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}" for ip in ips)
+
+
+class Replicas:
+    """Channels to the replicas behind a target.
+
+    target: "dns:///host:port", every address of which is a replica; or "host:port", one or several of them
+    separated by commas. clock: monotonic seconds. Close it when done.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        clock: Callable[[], float],
+        resolve: Callable[[str], Awaitable[list[str]]] = resolve_addresses,
+    ) -> None:
+        self._name = target.removeprefix(_DNS) if target.startswith(_DNS) else ""
+        self._clock = clock
+        self._resolve = resolve
+        self._resolved = -_FRESH_SECONDS
+        self._refresh: asyncio.Task[None] | None = None
+        self._replicas: dict[str, Replica] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
+        if not self._name:
+            self._follow([address.strip() for address in target.split(",")])
+
+    async def choose(self, key: str, tried: Collection[str] = ()) -> Replica:
+        """Return the replica to call for a key, of those that were not tried.
+
+        Raises Unavailable where there is none.
+        """
+        if self._name and self._clock() - self._resolved >= _FRESH_SECONDS:
+            if self._refresh is None or self._refresh.done():
+                self._refresh = asyncio.create_task(self._update())
+            if not self._replicas:
+                await asyncio.wait([self._refresh])
+        loads = {address: each.calls for address, each in self._replicas.items() if address not in tried}
+        if not loads:
+            raise Unavailable(f"{self._name or 'the target'} has no replica that can be called")
+        return self._replicas[choose_replica(key, loads)]
+
+    def has_other(self, tried: Collection[str]) -> bool:
+        """Return whether there is a replica that was not tried."""
+        return any(address not in tried for address in self._replicas)
+
+    @contextmanager
+    def calling(self, replica: Replica) -> Iterator[None]:
+        """Count the block as a call under way at a replica."""
+        replica.calls += 1
+        try:
+            yield
+        finally:
+            replica.calls -= 1
+
+    async def close(self) -> None:
+        """Close every channel."""
+        if self._refresh is not None:
+            self._refresh.cancel()
+        await asyncio.gather(*(each.channel.close() for each in self._replicas.values()), *self._leaving)
+
+    async def _update(self) -> None:
+        try:
+            addresses = await self._resolve(self._name)
+        except OSError as error:
+            # Those that are known may well be there still.
+            logger.warning("%s cannot be resolved: %s", self._name, error)
+            return
+        self._resolved = self._clock()
+        self._follow(addresses)
+
+    def _follow(self, addresses: Collection[str]) -> None:
+        for address in addresses:
+            if address not in self._replicas:
+                channel = open_channel(address)
+                self._replicas[address] = Replica(address, channel, stage_pb2_grpc.StageServiceStub(channel))
+        for address in self._replicas.keys() - set(addresses):
+            # Calls under way at a replica that is leaving finish there.
+            leaving = asyncio.create_task(self._replicas.pop(address).channel.close(grace=60.0))
+            self._leaving.add(leaving)
+            leaving.add_done_callback(self._leaving.discard)
