@@ -258,7 +258,8 @@ class Policy:
         p_next = {stage: point.of(p) for stage, p in lookup.p_next.get(first, {}).items()}
         likely = max(p_next, key=p_next.__getitem__, default=None)
         abandon = self._abandon.get(first, ()) if likely is not None else ()
-        return Plan(first, estimates, sum(p_next.values()), likely, abandon)
+        # Rows of a transition sum to 1 but for the rounding of the artifact.
+        return Plan(first, estimates, min(sum(p_next.values()), 1.0), likely, abandon)
 
     def decide(
         self,

@@ -3,31 +3,63 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
+import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from policy_service.artifact import UnfitArtifact
 from policy_service.train.costs import EMBEDDED, UnfitCosts
-from policy_service.train.outcomes import UnfitOutcomes
+from policy_service.train.outcomes import UnfitOutcomes, say_why
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from policy_service.train.evaluate import Evaluation, Prediction
 
 app = typer.Typer(
     help="Make and measure policies: collect outcomes of a cascade, fit a policy to them, evaluate it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-console = Console()
 errors = Console(stderr=True)
+
+# What the extra `policy-train` brings.
+_EXTRA = ("scipy", "sklearn", "onnx", "onnxruntime")
+_EMBEDDED_ARTIFACT = Path(__file__).resolve().parents[1] / "artifact"
+# Below, what is fitted and calibrated says little of other prompts. Chosen.
+_FEW_PROMPTS = 1000
+# Of files and pipes: no table is wider.
+_WIDE = 160
 
 # Where `asd up` serves the embedded family.
 EMBEDDED_STAGES = ["small=127.0.0.1:50061", "medium=127.0.0.1:50062", "large=127.0.0.1:50063"]
 
 Costs = Annotated[Path, typer.Option(help="Costs and times of the stages (YAML).")]
 Outcomes = Annotated[Path, typer.Argument(help="Outcomes (.jsonl.gz), as `collect` writes them.")]
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        from services.common.version import VERSION
+
+        typer.echo(f"asd-policy {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def _asd_policy(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave."),
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -39,29 +71,36 @@ def fit(
     seed: Annotated[int, typer.Option(help="Seed of the trees.")] = 0,
 ) -> None:
     """Fit a policy to outcomes and write its artifact."""
+    _check_extra()
     from policy_service.train.costs import read_costs
     from policy_service.train.dataset import read_dataset
     from policy_service.train.fit import InputFile, fit_policy
     from policy_service.train.outcomes import check_disjoint
 
+    console = _console()
     stages = read_costs(costs)
     check_disjoint(train, calibration)
     inputs = []
-    for path in (train, calibration):
+    for path, purpose in ((train, "fit to"), (calibration, "calibrate on")):
         with console.status(f"reading {path}"):
             inputs.append(InputFile(path, read_dataset(path, stages)))
-        console.print(f"{path}: {len(inputs[-1].data)} prompts")
+        prompts = len(inputs[-1].data)
+        console.print(f"{path}: {prompts} prompts", soft_wrap=True, markup=False)
+        if prompts < _FEW_PROMPTS:
+            _say(
+                f"warning: {prompts} prompts are few to {purpose}: collect {_FEW_PROMPTS:,} or more", "yellow"
+            )
     with console.status("fitting") as status:
         document = fit_policy(inputs[0], inputs[1], stages, output, seed, status.update)
-    console.print(f"policy {document.policy_version} is in {output}")
+    console.print(f"policy {document.policy_version} is in {output}", soft_wrap=True, markup=False)
 
 
 @app.command()
 def evaluate(
     outcomes: Outcomes,
-    artifact: Annotated[Path, typer.Option(help="Directory of the policy.")] = Path(
-        "policy_service/artifact"
-    ),
+    artifact: Annotated[
+        Path, typer.Option(help="Directory of the policy.", show_default="the embedded family's")
+    ] = _EMBEDDED_ARTIFACT,
     costs: Costs = EMBEDDED,
     quality_value: Annotated[
         list[float] | None, typer.Option("--lambda", help="Further values of quality, cost units.")
@@ -69,6 +108,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure a policy on outcomes that it was not made from, beside fixed stages, a threshold, an oracle."""
+    _check_extra()
     from policy_service.artifact import load_policy, load_predictor
     from policy_service.train.costs import read_costs
     from policy_service.train.dataset import read_dataset
@@ -82,30 +122,11 @@ def evaluate(
     predictor = load_predictor(artifact, document)
     evaluation = evaluate_policy(policy, predictor, data, quality_value or [0.5, 1.0, 2.0, 5.0])
     if as_json:
-        print(json.dumps(dataclasses.asdict(evaluation), indent=2))  # noqa: T201
+        typer.echo(json.dumps(_finite(dataclasses.asdict(evaluation)), indent=2))
         return
-    table = Table(title=f"policy {evaluation.policy_version} on {evaluation.prompts} prompts")
-    headings = ("", "accuracy", "of the last stage's", "cost", "latency ms", "early stops", *data.cascade)
-    for heading in headings:
-        table.add_column(heading, justify="left" if not heading else "right")
-    for line in evaluation.lines:
-        table.add_row(
-            line.name,
-            f"{line.accuracy:.2%}",
-            f"{line.accuracy_ratio:.2%}",
-            f"{line.cost:.2f}",
-            f"{line.latency_ms:.1f}",
-            f"{line.early_stop_share:.1%}",
-            *(f"{share:.1%}" for share in line.mix),
-        )
-    console.print(table)
-    table = Table(title="P(correct) of the judged answer")
-    for heading in ("answer of", "R²", "AUROC", "ECE", "Brier"):
-        table.add_column(heading, justify="left" if heading == "answer of" else "right")
-    for each in evaluation.predictions:
-        numbers = (each.r2, each.auroc, each.calibration_error, each.brier)
-        table.add_row(each.view, *(f"{number:.3f}" for number in numbers))
-    console.print(table)
+    console = _console()
+    console.print(_lines_table(evaluation, data.cascade))
+    console.print(_predictions_table(evaluation.predictions))
 
 
 @app.command()
@@ -124,18 +145,85 @@ def collect(
     prompts: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
     concurrency: Annotated[int, typer.Option(min=1, help="Prompts under way at once.")] = 4,
-    timeout_ms: Annotated[float, typer.Option(min=1, help="Deadline of one stage call.")] = 60_000,
+    timeout_ms: Annotated[
+        float, typer.Option(min=1, max=86_400_000, help="Deadline of one stage call; a day at most.")
+    ] = 60_000,
 ) -> None:
     """Run every stage on prompts of the suites: its own answer, and how it verifies earlier stages' drafts.
 
     Interrupt it at any time: the same command goes on where it stopped.
     """
+    # Before hours of collecting for a fit that cannot run.
+    _check_extra()
     import asyncio
 
     from policy_service.train.collect import CollectOptions, collect_outcomes, parse_targets
 
     options = CollectOptions(output, parse_targets(stage), split, prompts, seed, concurrency, timeout_ms)
-    asyncio.run(collect_outcomes(options, console))
+    asyncio.run(collect_outcomes(options, _console()))
+
+
+def _check_extra() -> None:
+    missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        _say(
+            f"asd-policy: {', '.join(missing)} not installed: run "
+            '.venv/bin/python -m pip install --editable ".[policy-train]"',
+            "red",
+        )
+        raise typer.Exit(1)
+
+
+def _console() -> Console:
+    """Return the console for results, wide enough for every table where nobody sees its width."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDE)
+
+
+def _say(line: str, style: str) -> None:
+    errors.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def _lines_table(evaluation: Evaluation, cascade: Sequence[str]) -> Table:
+    headings = ("accuracy", "of the\nlast's", "cost", "latency\nms", "early\nstops", *cascade)
+    table = _table(f"policy {evaluation.policy_version} on {evaluation.prompts} prompts", "", headings)
+    for line in evaluation.lines:
+        table.add_row(
+            line.name,
+            f"{line.accuracy:.2%}",
+            f"{line.accuracy_ratio:.2%}",
+            f"{line.cost:.2f}",
+            f"{line.latency_ms:.1f}",
+            f"{line.early_stop_share:.1%}",
+            *(f"{share:.1%}" for share in line.mix),
+        )
+    return table
+
+
+def _predictions_table(predictions: Sequence[Prediction]) -> Table:
+    table = _table("P(correct) of the judged answer", "answer of", ("R²", "AUROC", "ECE", "Brier"))
+    for each in predictions:
+        numbers = (each.r2, each.auroc, each.calibration_error, each.brier)
+        table.add_row(each.view, *("–" if math.isnan(number) else f"{number:.3f}" for number in numbers))
+    return table
+
+
+def _table(title: str, first: str, numbers: Sequence[str]) -> Table:
+    """Return a table whose first column gives way to the numbers, which are never cut."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column(first, overflow="fold")
+    for heading in numbers:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _finite(value: object) -> object:
+    """Return a value with null for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def main() -> None:
@@ -144,9 +232,20 @@ def main() -> None:
 
     try:
         app()
-    except (UnfitArtifact, UnfitCosts, UnfitOutcomes, AsdError, OSError) as error:
-        errors.print(f"asd-policy: {error}", style="red", markup=False, highlight=False)
-        raise SystemExit(1) from error
-    except KeyboardInterrupt:
-        errors.print("interrupted")
-        raise SystemExit(130) from None
+    except (UnfitCosts, UnfitOutcomes, AsdError, OSError) as error:
+        _fail(error)
+    except Exception as error:
+        # Its module needs onnxruntime, which a command that raises it has found.
+        from policy_service.artifact import UnfitArtifact
+
+        if not isinstance(error, UnfitArtifact):
+            raise
+        _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+    message = str(error)
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        message = f"{error.filename}: {say_why(error)}"
+    _say(f"asd-policy: {message}", "red")
+    raise SystemExit(1) from error

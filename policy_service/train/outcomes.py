@@ -92,7 +92,7 @@ def read_header(path: Path) -> Header:
         with gzip.open(path, "rb") as file:
             return _parse_header(path, file.readline())
     except (OSError, EOFError, zlib.error) as error:
-        raise UnfitOutcomes(f"{path}: {error}") from error
+        raise UnfitOutcomes(f"{path}: {say_why(error)}") from error
 
 
 def read_rows(path: Path) -> Iterator[OutcomeRow]:
@@ -104,7 +104,8 @@ def read_rows(path: Path) -> Iterator[OutcomeRow]:
             for number, line in enumerate(file, 1):
                 yield _parse_row(path, number, line, header.cascade)
     except (OSError, EOFError, zlib.error) as error:
-        raise UnfitOutcomes(f"{path}: broken after row {number}: {error}") from error
+        where = f"broken after row {number}: " if number else ""
+        raise UnfitOutcomes(f"{path}: {where}{say_why(error)}") from error
     if header.rows is not None and number != header.rows:
         raise UnfitOutcomes(f"{path}: the header promises {header.rows} rows, {number} are there: truncated")
 
@@ -125,10 +126,21 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def say_why(error: Exception) -> str:
+    """Return why a file cannot be read, without its name."""
+    if isinstance(error, gzip.BadGzipFile):
+        return "not a file of outcomes"
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    return (error.strerror or str(error)).lower() if isinstance(error, OSError) else str(error)
+
+
 def _parse_header(path: Path, line: bytes) -> Header:
     try:
         return Header.model_validate_json(line)
     except ValidationError as error:
+        if not line:
+            raise UnfitOutcomes(f"{path}: not a file of outcomes") from error
         raise UnfitOutcomes(f"{path}: header: {_explain(error)}") from error
 
 

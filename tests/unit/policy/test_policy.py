@@ -9,6 +9,7 @@ import pytest
 
 from policy_service.features import Draft, FeatureSpace, PromptText, Verification
 from policy_service.policy import (
+    AbandonRule,
     CalibratedView,
     Calibration,
     Condition,
@@ -191,3 +192,27 @@ def test_stderr_shrinks_with_the_prompts_of_a_bin() -> None:
 @pytest.mark.parametrize("score", [-1e6, -50.0, 0.0, 50.0, 1e6])
 def test_calibration_takes_any_score(score: float) -> None:
     assert 0.0 <= PLAIN.p_correct(score) <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("quality_value", "likely", "p_escalate"),
+    # Of the first stage's two bins, at 0.2 and 0.8 and equally likely, the lower one goes on from a value of
+    # 3 / 0.79 on, the other one from 3 / 0.19 on; starting with the large stage is never better.
+    [(3.0, None, 0.0), (5.0, 1, 0.5), (15.0, 1, 0.5)],
+)
+def test_the_plan_says_which_stage_comes_next(
+    policy: Policy, quality_value: float, likely: int | None, p_escalate: float
+) -> None:
+    plan = policy.plan(PROMPT, Objective(quality_value=quality_value), {})
+    assert (plan.first_stage, plan.likely_next) == (0, likely)
+    assert plan.p_escalate == pytest.approx(p_escalate)
+
+
+def test_drafts_are_given_up_only_where_something_may_come_after_them(
+    policy: Policy, scores: FixedScores
+) -> None:
+    rules = (AbandonRule(8, -0.5),)
+    views = policy.views
+    policy = Policy("v1", policy.stages, views, policy.quality_values, FeatureSpace(2), scores, {0: rules})
+    assert policy.plan(PROMPT, Objective(quality_value=5.0), {}).abandon == rules
+    assert policy.plan(PROMPT, Objective(quality_value=3.0), {}).abandon == ()

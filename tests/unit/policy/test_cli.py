@@ -1,0 +1,131 @@
+"""`asd-policy`: what is refused at once, and tables that keep their numbers."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from policy_service.train import cli
+from policy_service.train.cli import app
+from policy_service.train.evaluate import Evaluation, Line, Prediction
+from services.common.version import VERSION
+from tests.unit.policy.test_fit import record, write
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_RUNNER = CliRunner()
+_CASCADE = ("small", "medium", "large")
+_LINES = (
+    Line("always large", 1.0, 1.0, 8.8, 1118.75, 0.0, (0.0, 0.0, 1.0)),
+    Line("best fixed threshold at balanced's accuracy", 0.99, 0.9911, 12.34, 43.21, 0.783, (1.0, 0.0, 0.0)),
+)
+_PREDICTIONS = (
+    Prediction("small, from the prompt alone", 0.61, 0.912, 0.011, 0.082),
+    Prediction("large, verified from medium", 0.0, float("nan"), 0.003, 0.0),
+)
+_EVALUATION = Evaluation("v7", 5000, _LINES, _PREDICTIONS)
+
+
+@pytest.mark.parametrize("missing", ["scipy", "sklearn", "onnx"])
+@pytest.mark.parametrize(
+    "arguments", [["collect", "o.gz"], ["fit", "a.gz", "b.gz", "-o", "policy"], ["evaluate", "o.gz"]]
+)
+def test_without_its_extra_a_command_says_at_once_what_installs_it(arguments, missing, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    result = _RUNNER.invoke(app, arguments)
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"asd-policy: {missing} not installed: run "
+        '.venv/bin/python -m pip install --editable ".[policy-train]"\n'
+    )
+
+
+def _main(monkeypatch, capsys, *arguments: str) -> tuple[object, str]:
+    monkeypatch.setattr(sys, "argv", ["asd-policy", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["fit", "--output", "policy"]])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(None, "no such file"), (b"hello", "not a file of outcomes"), (b"", "not a file of outcomes")],
+)
+def test_a_file_that_is_none_of_outcomes_is_named(command, content, reason, tmp_path, monkeypatch, capsys):
+    # Wider than any terminal: an error is one line.
+    file = tmp_path / ("o" * 200)
+    if content is not None:
+        file.write_bytes(content)
+    files = [str(file)] * (2 if command[0] == "fit" else 1)
+    assert _main(monkeypatch, capsys, *command, *files) == (1, f"asd-policy: {file}: {reason}\n")
+
+
+def test_the_default_artifact_does_not_depend_on_the_directory(tmp_path, monkeypatch, capsys):
+    file = write(tmp_path / "o.gz", [])
+    monkeypatch.chdir(tmp_path)
+    code, errors = _main(monkeypatch, capsys, "evaluate", str(file))
+    # The policy was found, and is another cascade's.
+    assert code == 1
+    assert "no policy" not in errors
+    assert str(file) in errors
+
+
+def test_version():
+    assert _RUNNER.invoke(app, ["--version"]).output == f"asd-policy {VERSION}\n"
+
+
+def _printed(table, width: int) -> str:
+    file = io.StringIO()
+    Console(file=file, width=width).print(table)
+    return file.getvalue()
+
+
+def test_no_number_is_cut_in_eighty_columns():
+    text = _printed(cli._lines_table(_EVALUATION, _CASCADE), 80)
+    assert "…" not in text
+    for number in ("100.00%", "99.11%", "12.34", "1118.8", "43.2", "78.3%", "100.0%"):
+        assert number in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_what_is_not_defined_is_a_dash_in_tables_and_null_in_json():
+    row = _printed(cli._predictions_table(_PREDICTIONS), 80).splitlines()[-2]
+    assert row.split()[-4:] == ["0.000", "–", "0.003", "0.000"]
+    assert json.dumps(cli._finite({"a": (1.5, float("nan"), "x"), "b": [float("inf")]})) == (
+        '{"a": [1.5, null, "x"], "b": [null]}'
+    )
+
+
+def test_few_prompts_are_warned_of(tmp_path: Path, monkeypatch):
+    import random
+
+    from policy_service.train import fit
+
+    rng = random.Random(0)
+    files = [str(write(tmp_path / f"{n}.gz", [record(rng) for _ in range(n)])) for n in (3, 4)]
+    costs = tmp_path / "costs.yaml"
+    costs.write_text("stages: [{name: small, cost: 1}, {name: large, cost: 5}]")
+
+    class _Made:
+        policy_version = "v8"
+
+    monkeypatch.setattr(fit, "fit_policy", lambda *_: _Made())
+    arguments = ["fit", *files, "--costs", str(costs), "--output", "policy"]
+    result = _RUNNER.invoke(app, arguments)
+    assert result.exit_code == 0
+    assert result.stderr.splitlines() == [
+        "warning: 3 prompts are few to fit to: collect 1,000 or more",
+        "warning: 4 prompts are few to calibrate on: collect 1,000 or more",
+    ]
+    monkeypatch.setattr(cli, "_FEW_PROMPTS", 4)
+    assert _RUNNER.invoke(app, arguments).stderr.splitlines() == [
+        "warning: 3 prompts are few to fit to: collect 4 or more"
+    ]
