@@ -7,10 +7,10 @@ DEV_EXTRAS := stage,policy,policy-train,bench,dev
 INSTALLED_BY := pyproject.toml hatch_build.py $(wildcard protos/asd/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test lint format bench models policy clean
+.PHONY: help install demo up test lint format bench bench-escalation models policy clean
 
 help: ## Say what there is to make
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
 
 install: $(VENV)/.run ## Install what running a cascade needs, into .venv
 	@$(BIN)/asd models prepare
@@ -40,6 +40,10 @@ format: $(VENV)/.dev ## Format the Python code
 bench: $(VENV)/.dev ## Measure services and cascade; writes benchmarks/results/service.json
 	$(BIN)/asd models prepare
 	$(BIN)/python -m benchmarks.service
+
+bench-escalation: $(VENV)/.dev ## Measure verification of drafts; writes benchmarks/results/escalation.json and plots
+	$(BIN)/asd models prepare
+	$(BIN)/python -m benchmarks.escalation
 
 models: ## Train the embedded family anew (a GPU; torch of the `train` extra)
 	$(PYTHON) -m models.train --out build/models

@@ -23,6 +23,7 @@ import psutil
 import yaml
 
 from asd.v1 import cascade_pb2, cascade_pb2_grpc, common_pb2, policy_pb2, policy_pb2_grpc
+from benchmarks.processes import READY_TIMEOUT, ROOT, process
 from benchmarks.record import percentile, write_result
 from services.client.cascade_file import read_cascade
 from services.client.client import CascadeClient
@@ -38,28 +39,8 @@ from suites import split
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
 
-ROOT = Path(__file__).parents[1]
 NAMES = ("small", "medium", "large")
 CALL_TIMEOUT = 30.0
-READY_TIMEOUT = 60.0
-
-
-@asynccontextmanager
-async def process(module: str, *arguments: str) -> AsyncIterator[tuple[str, psutil.Process]]:
-    """Run a service; yield its address and its process."""
-    child = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", module, *arguments, stdout=asyncio.subprocess.PIPE, cwd=ROOT
-    )
-    try:
-        assert child.stdout is not None
-        line = (await asyncio.wait_for(child.stdout.readline(), READY_TIMEOUT)).decode().split()
-        if line[:1] != ["READY"]:
-            raise SystemExit(f"{module} did not start")
-        yield line[2], psutil.Process(child.pid)
-    finally:
-        if child.returncode is None:
-            child.terminate()
-        await child.wait()
 
 
 @asynccontextmanager

@@ -16,27 +16,22 @@ from services.stage.servicer import StageServicer
 from services.stage.settings import ModelSettings, StageSettings
 
 
-def main() -> None:
-    """Serve until SIGTERM."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
-    settings = StageSettings.from_arguments()
-    telemetry.setup_telemetry("asd-stage")
-    try:
-        asyncio.run(_serve(settings))
-    except AsdError as error:
-        raise SystemExit(f"asd-stage: {error.message}") from error
-
-
-async def _serve(settings: StageSettings) -> None:
+def build(settings: StageSettings) -> tuple[Residency, StageServicer]:
+    """Return the models that the settings describe, none of them loaded yet, and the servicer over them."""
     residency = Residency(
         {model.name: _engine(model, settings.max_queue) for model in settings.models},
         settings.default_name,
         settings.memory_budget_mb << 20,
     )
+    return residency, StageServicer(residency)
+
+
+async def run(settings: StageSettings) -> None:
+    """Load what is to be there from the start, and serve until SIGTERM or SIGINT."""
+    residency, servicer = build(settings)
     for model in settings.models:
         if model.preload:
             await residency.load(model.name)
-    servicer = StageServicer(residency)
     registration = ServiceRegistration(
         "asd.v1.StageService",
         lambda server: stage_pb2_grpc.add_StageServiceServicer_to_server(servicer, server),
@@ -50,6 +45,17 @@ async def _serve(settings: StageSettings) -> None:
     )
 
 
+def main() -> None:
+    """Read the settings and serve."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    settings = StageSettings.from_arguments()
+    telemetry.setup_telemetry("asd-stage")
+    try:
+        asyncio.run(run(settings))
+    except AsdError as error:
+        raise SystemExit(f"asd-stage: {error.message}") from error
+
+
 def _engine(model: ModelSettings, max_queue: int) -> OnnxEngine:
     options = OnnxOptions(
         threads=model.threads,
@@ -58,6 +64,7 @@ def _engine(model: ModelSettings, max_queue: int) -> OnnxEngine:
         cached_sequences=model.cached_sequences,
         max_queue=max_queue,
         default_max_new_tokens=model.default_max_new_tokens,
+        resync=model.resync,
     )
     return OnnxEngine(model.name, model.path, options)
 

@@ -341,6 +341,10 @@ class OnnxEngine:
                         raise event
                     else:
                         yield event
+                if not work.is_taken:
+                    work.is_taken = True
+                    with self._wake:
+                        self._wake.notify()
         finally:
             if not has_ended:
                 work.is_cancelled = True

@@ -65,6 +65,8 @@ class Work:
     rows: list[Logits] = field(default_factory=list)
     new: list[int] = field(default_factory=list)
     outbox: list[Event | AsdError | None] = field(default_factory=list)
+    # False while something waits to be taken that must not wait for the next pass.
+    is_taken: bool = True
 
     @property
     def count(self) -> int:
@@ -226,8 +228,10 @@ class VerifyLane(SoloLane):
 
     @property
     def is_ready(self) -> bool:
-        """Not while all that has come of the draft is judged and more is to come."""
+        """Not while all that has come of the draft is judged and more is to come, or tokens wait to go."""
         draft = self._work.draft
+        if not self._work.is_taken:
+            return False
         if not self._agrees or draft is None or draft.is_complete:
             return True
         if not self._is_open:
@@ -290,7 +294,9 @@ class VerifyLane(SoloLane):
         self._pending, self._row = kept[-1], rows[accepted]
         self.sequence.roll_back(len(work.prompt) + len(self._ids) - 1)
         if self._agrees and not flush(work):
-            # What is certain goes out while the draft is still being written.
+            # What is certain goes out while the draft is still being written, and before the next pass: that
+            # would hold the interpreter's lock, and with it what is to be sent.
+            work.is_taken = False
             work.send()
         return False
 

@@ -24,6 +24,8 @@ class ModelSettings(Section):
     cached_sequences: Annotated[int, Field(ge=0)] = 4
     preload: bool = True
     default_max_new_tokens: Count = 160
+    # Propose parts of a draft again after the target corrected it.
+    resync: bool = True
 
 
 class StageSettings(ServiceSettings):

@@ -97,6 +97,7 @@ def run(lane: VerifyLane, work: Work, feed: DraftFeed | None = None, pieces: Seq
     """Step a lane to its end; a piece of the draft comes whenever it has nothing to do."""
     waiting = iter(pieces)
     for _ in range(1000):
+        work.is_taken = True
         if lane.is_ready:
             if lane.step():
                 work.send()
