@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnxruntime_genai as og
 import psutil
 import yaml
@@ -238,6 +239,61 @@ async def _engine_ms_per_token(engine: OnnxEngine, turns: tuple[Turn, ...]) -> f
     return (time.perf_counter() - started) * 1000.0 / (count + 1)
 
 
+async def measure_batching(prompts: int) -> dict[str, object]:
+    """Measure tokens/s of the medium model with all requests at once, three ways.
+
+    In lanes, one by one, and by the library's Engine, whose tokens come without log-probabilities. Rounds
+    take turns.
+    """
+    directory = ROOT / "models" / "medium"
+    tasks = list(split("evaluation", prompts))
+    engines = {
+        "lanes": OnnxEngine("medium", directory, OnnxOptions()),
+        "one_by_one": OnnxEngine("medium", directory, OnnxOptions(max_batch=1, max_lanes=1)),
+    }
+    for engine in engines.values():
+        await engine.load()
+    tokenizer = ChatTokenizer(directory)
+    encoded = [tokenizer.encode_chat((Turn("user", task.prompt),)) for task in tasks]
+    model = og.Model(og.Config(str(prepare(directory))))
+    rates: dict[str, list[float]] = {name: [] for name in (*engines, "library_engine")}
+    for _ in range(5):
+        for name, engine in engines.items():
+            started = time.perf_counter()
+            counts = await asyncio.gather(*(_count_tokens(engine, task.prompt) for task in tasks))
+            rates[name].append(sum(counts) / (time.perf_counter() - started))
+        rates["library_engine"].append(_library_engine_rate(model, encoded))
+    for engine in engines.values():
+        await engine.unload()
+    return {
+        "batching_tokens_per_s": {name: round(statistics.median(each)) for name, each in rates.items()},
+        "batching_requests": prompts,
+    }
+
+
+async def _count_tokens(engine: OnnxEngine, prompt: str) -> int:
+    async for event in engine.generate((Turn("user", prompt),), SamplingOptions(max_new_tokens=160)):
+        if isinstance(event, Result):
+            return len(event.ids) + 1
+    raise SystemExit("an answer ended without a result")
+
+
+def _library_engine_rate(model: og.Model, prompts: list[list[int]]) -> float:
+    started = time.perf_counter()
+    engine = og.Engine(model)
+    events = engine.create_event_buffer(64)
+    for ids in prompts:
+        request = engine.create_request()
+        turn = og.TurnOptions(request)
+        turn.set_do_sample(False)
+        turn.set_max_generated_tokens(160)
+        request.begin_turn(np.array(ids, np.int32), turn)
+    count = 0
+    while engine.has_pending_requests():
+        count += sum(event.token is not None for event in engine.run(events) or events)
+    return count / (time.perf_counter() - started)
+
+
 async def measure_cold_start(runs: int) -> dict[str, object]:
     """Measure `asd up` from its start until every service is ready, and the memory of all processes."""
     seconds, memory = [], []
@@ -280,7 +336,7 @@ async def measure_cascade(prompts: int) -> dict[str, object]:
     return {"cascade": {**summary, "accuracy_ratio": round(ratio, 4)}}
 
 
-MEASUREMENTS = ("overhead", "decide", "throughput", "engine", "cold_start", "cascade")
+MEASUREMENTS = ("overhead", "decide", "throughput", "engine", "batching", "cold_start", "cascade")
 
 
 async def measure(names: Iterable[str], quick: bool) -> dict[str, object]:
@@ -291,6 +347,7 @@ async def measure(names: Iterable[str], quick: bool) -> dict[str, object]:
         "decide": lambda: measure_decide(5_000 // share),
         "throughput": lambda: measure_throughput(100_000 // share, 10),
         "engine": lambda: measure_engine(205 // share),
+        "batching": lambda: measure_batching(128 // share),
         "cold_start": lambda: measure_cold_start(5 if not quick else 1),
         "cascade": lambda: measure_cascade(600 // share),
     }

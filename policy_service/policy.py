@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from policy_service.solver import View, solve_policy
+from services.common.cost import is_above
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -334,7 +335,7 @@ class Policy:
         for stage in values:
             queue_ms = conditions.get(stage, Condition()).expected_queue_ms
             # At its dearest, a verification costs as much as a whole answer: max_cost is never exceeded.
-            if spent.cost + self.stages[stage].cost > objective.max_cost:
+            if is_above(spent.cost + self.stages[stage].cost, objective.max_cost):
                 limits[stage] = Reason.MAX_COST
             elif spent.latency_ms + latency_ms[stage] + queue_ms > objective.max_latency_ms:
                 limits[stage] = Reason.MAX_LATENCY

@@ -5,14 +5,20 @@ Pure but for reading the file: nothing is started here.
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
 from services.common.settings import Section, ServiceSettings, SettingsError, service_config
 from services.router.settings import Milliseconds, Name, RouterSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pydantic_core import ErrorDetails
 
 EMBEDDED = Path(__file__).with_name("embedded.yaml")
 HOST = "127.0.0.1"
@@ -100,7 +106,12 @@ def read_cascade(file: Path) -> CascadeFile:
     Raises SettingsError, naming file and entry, if an entry is missing, unknown or wrong, or a path is not
     there.
     """
-    cascade = CascadeFile.load(file)
+    try:
+        cascade = CascadeFile.load(file)
+    except SettingsError as error:
+        if isinstance(error.__cause__, ValidationError):
+            raise SettingsError(_explain(file, error.__cause__.errors(include_url=False))) from error
+        raise
     try:
         # The rules about names of stages are the router's.
         RouterSettings(**router_config(cascade, Ports.from_base(1, len(cascade.stages)), drain_seconds=0))
@@ -113,7 +124,7 @@ def read_cascade(file: Path) -> CascadeFile:
         if not (path / "config.json").is_file():
             raise SettingsError(
                 f"{file}: stages.{index}.path: {path} is not a Hugging Face model directory (it has no "
-                "config.json)"
+                f"config.json){_relative(stage.path)}"
             )
         stages.append(stage.model_copy(update={"path": path}))
     policy = cascade.policy
@@ -122,11 +133,46 @@ def read_cascade(file: Path) -> CascadeFile:
         if not artifact.is_dir():
             raise SettingsError(
                 f"{file}: policy.artifact: {artifact} is not a directory; make one with asd-policy, or leave "
-                "`policy` out to follow static_plan"
+                f"`policy` out to follow static_plan{_relative(policy.artifact)}"
             )
         reports = policy.reports_path and (base / policy.reports_path).resolve()
         policy = policy.model_copy(update={"artifact": artifact, "reports_path": reports})
     return cascade.model_copy(update={"policy": policy, "stages": tuple(stages)})
+
+
+def _relative(path: Path) -> str:
+    return "" if path.is_absolute() else f"; {path} is relative to the cascade file"
+
+
+def _explain(file: Path, problems: Sequence[ErrorDetails]) -> str:
+    """Return what is wrong with a file, one line per entry where several are."""
+    places = [problem["loc"] for problem in problems]
+    lines = [
+        f"{'.'.join(map(str, problem['loc'])) or 'cascade'}: {_say(problem)}"
+        for problem in problems
+        # A list of wrong entries counts as an empty one.
+        if not any(
+            len(place) > len(problem["loc"]) and place[: len(problem["loc"])] == problem["loc"]
+            for place in places
+        )
+    ]
+    return f"{file}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{file}:", *lines])
+
+
+def _say(problem: ErrorDetails) -> str:
+    if problem["type"] == "missing":
+        return "is required"
+    if problem["type"] != "extra_forbidden":
+        return problem["msg"].removeprefix("Value error, ")
+    *place, key = problem["loc"]
+    section: dict[object, type[Section] | type[ServiceSettings]] = {
+        "stages": StageEntry,
+        "policy": PolicyEntry,
+    }
+    known = list(section.get(place[0] if place else "", CascadeFile).model_fields)
+    close = difflib.get_close_matches(str(key), known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+    return f"unknown key: {hint}"
 
 
 def services_of(

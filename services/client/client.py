@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -14,7 +15,7 @@ import grpc
 from asd.v1 import cascade_pb2, cascade_pb2_grpc, policy_pb2_grpc
 from services.client import convert
 from services.common.channel import call_stream, call_unary, open_channel
-from services.common.errors import Unavailable
+from services.common.errors import AsdError, PreconditionFailed, Unavailable
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
@@ -26,6 +27,12 @@ DEFAULT_TARGET = "127.0.0.1:50050"
 DEFAULT_POLICY_TARGET = "127.0.0.1:50051"
 # As the router's own default for callers that set no deadline.
 DEFAULT_TIMEOUT_MS = 60_000.0
+
+# How gRPC says that nothing answers at an address, after the name of what was called.
+_UNANSWERED = re.compile(
+    r": (?:connections to all backends failing|failed to connect to all addresses); last error: [A-Z_]+: "
+    r"ipv[46]:\S+: (?:Failed to connect to remote host: )?([^:;]+)"
+)
 
 Sent = TypeVar("Sent")
 Received = TypeVar("Received")
@@ -94,8 +101,8 @@ class CascadeClient:
     ) -> Received:
         try:
             return await call_unary(method, message, timeout_ms=self._timeout_ms, peer=self._peer)
-        except Unavailable as error:
-            raise self._located(error) from error
+        except AsdError as error:
+            raise self._explained(error) from error
 
     async def _call_stream(
         self, method: grpc.aio.UnaryStreamMultiCallable[Sent, Received], message: Sent
@@ -105,13 +112,18 @@ class CascadeClient:
             try:
                 async for response in responses:
                     yield response
-            except Unavailable as error:
-                raise self._located(error) from error
+            except AsdError as error:
+                raise self._explained(error) from error
 
-    def _located(self, error: Unavailable) -> Unavailable:
-        """Return the error with advice where it is the router that is away, not a stage behind it."""
-        if self._channel.get_state() is grpc.ChannelConnectivity.READY:
+    def _explained(self, error: AsdError) -> AsdError:
+        """Return the error with advice where no router answers, and without gRPC's words where a stage does
+        not."""
+        if _is_unknown_service(error):
+            return PreconditionFailed(f"{self._target} is not a router: a router's default port is 50050")
+        if not isinstance(error, Unavailable):
             return error
+        if self._channel.get_state() is grpc.ChannelConnectivity.READY:
+            return Unavailable(in_plain_words(error.message).removeprefix(f"{self._peer}: "))
         return Unavailable(
             f"no cascade answers at {self._target}: start one with `asd up`, or name another with --target"
         )
@@ -129,5 +141,24 @@ async def report(
     async with open_channel(policy_target) as channel:
         stub = policy_pb2_grpc.PolicyServiceStub(channel)
         peer = f"policy service at {policy_target}"
-        response = await call_unary(stub.Report, message, timeout_ms=timeout_ms, peer=peer)
+        try:
+            response = await call_unary(stub.Report, message, timeout_ms=timeout_ms, peer=peer)
+        except Unavailable as error:
+            raise Unavailable(in_plain_words(error.message)) from error
+        except AsdError as error:
+            if not _is_unknown_service(error):
+                raise
+            raise PreconditionFailed(
+                f"{policy_target} is not a policy service: its default port is 50051"
+            ) from error
     return response.reports
+
+
+def in_plain_words(message: str) -> str:
+    """Return what an error says without what gRPC adds for those who work on gRPC."""
+    return _UNANSWERED.sub(lambda found: f" does not answer ({found[1].lower()})", message)
+
+
+def _is_unknown_service(error: AsdError) -> bool:
+    cause = error.__cause__
+    return isinstance(cause, grpc.RpcError) and cause.code() is grpc.StatusCode.UNIMPLEMENTED

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from services.client.launcher import Child
     from services.client.values import Answer, Description, StageStarted, StreamedText
 
-_DOING = {"generate": "writes", "verify": "verifies", "prefill": "is warmed"}
+_DOING = {"generate": "writes", "verify": "verifies", "prefill": "reads ahead"}
 _ANSWER_COLUMNS = 14
 # Of a demo's table, for all but the prompt.
 _DEMO_COLUMNS = 80
@@ -70,14 +70,22 @@ def answer_line(answer: Answer) -> Text:
     if answer.finish_reason != "eos":
         line.append(f" · ended by {answer.finish_reason}", style="yellow")
     steps = []
-    for record in answer.stages:
+    asked = [record for record in answer.stages if record.action != "prefill"]
+    for record in asked:
         step = f"{record.stage} {_DOING.get(record.action, record.action)}"
         if record.action == "verify":
             step += f" ({record.accepted_tokens} of {record.proposed_tokens} draft tokens accepted)"
-        if record.action != "prefill":
-            step += f", {record.decision}: {record.reason.replace('_', ' ')}"
-        steps.append(step)
+        steps.append(f"{step}, {record.decision}: {record.reason.replace('_', ' ')}")
     line.append(f" · {' → '.join(steps)}", style="dim")
+    for record in answer.stages:
+        if record.action == "prefill":
+            # It went on beside the steps, and pays only where the stage verified after it.
+            is_used = any(each.stage == record.stage for each in asked)
+            line.append(
+                f" · {record.stage} read the prompt ahead{'' if is_used else ', unused'}", style="dim"
+            )
+    if answer.trace_id:
+        line.append(f" · trace {answer.trace_id}", style="dim")
     return line
 
 
@@ -110,8 +118,8 @@ def description(value: Description) -> RenderableType:
         )
     return Group(
         table,
-        f"Policy {policy.policy_version}: fitted on {policy.train_prompts:,} prompts, calibrated on "
-        f"{policy.calibration_prompts:,} others",
+        f"Policy {policy.policy_version}: fitted on {count(policy.train_prompts, 'prompt')}, calibrated on "
+        f"{count(policy.calibration_prompts, 'other')}",
         judged,
         f"Value of a right answer (lambda): fastest {policy.lambda_fastest:g}, "
         f"balanced {policy.lambda_balanced:g}, best {policy.lambda_best:g}",
@@ -171,7 +179,10 @@ def demo_summary(summary: Summary) -> RenderableType:
             style="bold",
         ),
         Text(f"{summary.early_stop_share:.0%} of the answers came before the last stage ({shares})"),
-        Text(f"{summary.prompts} prompts, each asked both ways in turn, one at a time; decided by {policy}"),
+        Text(
+            f"{count(summary.prompts, 'prompt')}, {'each ' if summary.prompts > 1 else ''}asked both ways in "
+            f"turn, one at a time; decided by {policy}"
+        ),
     ]
     if "static" in summary.plan_sources and summary.policy_version:
         lines.append(
@@ -183,6 +194,11 @@ def demo_summary(summary: Summary) -> RenderableType:
 def quality(p_correct: float | None) -> str:
     """Return a predicted quality, or a dash where the policy was not asked."""
     return "–" if p_correct is None else f"{p_correct:.2f}"
+
+
+def count(number: int, what: str) -> str:
+    """Return a number of things that end in -s where they are several: "1 prompt", "1,200 prompts"."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _shorten(text: str, width: int) -> str:

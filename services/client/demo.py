@@ -90,12 +90,14 @@ async def ask_both_ways(
     """Yield each task's outcomes, one request at a time.
 
     The two ways take turns at going first, since the second finds the prompt in the stages' prefix caches.
-    Every stage answers once before the first task, unmeasured. Raises as CascadeClient.
+    Every stage answers and verifies once before the first task, unmeasured. Raises as CascadeClient.
     """
     stages = [stage.stage for stage in (await cascade.describe()).stages]
     largest = stages[-1]
     for stage in (*stages, ""):
         await cascade.answer(Request(EXAMPLE_PROMPT, objective=objective, stage=stage))
+    if len(stages) > 1:
+        await cascade.answer(Request(EXAMPLE_PROMPT, chain=tuple(stages)))
     for task, cascade_first in zip(tasks, itertools.cycle((True, False)), strict=False):
         outcomes = {}
         for stage in ("", largest) if cascade_first else (largest, ""):

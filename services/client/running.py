@@ -6,7 +6,7 @@ import asyncio
 import shutil
 import signal
 import tempfile
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from services.client.launcher import LaunchError, Supervisor
 from services.common.settings import SettingsError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from rich.console import Console
 
@@ -27,7 +27,7 @@ _GRACE_SECONDS = 12.0
 
 
 class Signalled(Exception):  # noqa: N818 - not an error: somebody wants the command to end
-    """SIGINT or SIGTERM ended the work, and the processes with it."""
+    """SIGINT, SIGTERM or SIGHUP ended the work, and the processes with it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"ended by signal {number}")
@@ -40,19 +40,21 @@ async def running(
 ) -> AsyncIterator[Supervisor]:
     """Run a cascade's processes, or only one of them, while the body runs.
 
-    The first SIGINT or SIGTERM cancels the body and drains the processes, a second one kills them; Signalled
-    is raised then. Logs lie in a temporary directory that is kept if a process failed. Raises SettingsError
-    for an unknown `only`, and LaunchError if a process does not start.
+    The first SIGINT, SIGTERM or SIGHUP (of a terminal that closes) cancels the body and drains the processes,
+    a second one kills them; Signalled is raised then. Logs lie in a temporary directory that is kept if a
+    process failed. Raises SettingsError for an unknown `only`, and LaunchError if a process does not start.
     """
     directory = Path(tempfile.mkdtemp(prefix="asd-"))
     services = services_of(cascade, ports, directory, drain_seconds=_DRAIN_SECONDS)
     chosen = [service for service in services if only in {None, service.name}]
 
     def say(line: str) -> None:
-        notes.print(line, markup=False, soft_wrap=True)
+        # A terminal that has closed must not keep the processes from being drained.
+        with suppress(OSError):
+            notes.print(line, markup=False, soft_wrap=True)
 
     supervisor = Supervisor(chosen, directory, say=say, grace_seconds=_GRACE_SECONDS)
-    received = _cancel_on_signals(supervisor, notes)
+    received = _cancel_on_signals(supervisor, say)
     keep_logs = False
     try:
         if not chosen:
@@ -67,7 +69,8 @@ async def running(
     except LaunchError:
         keep_logs = any(child.log.exists() for child in supervisor.children)
         raise
-    except asyncio.CancelledError:
+    except (asyncio.CancelledError, OSError):
+        # OSError: of a terminal that has closed.
         if received:
             raise Signalled(received[0]) from None
         raise
@@ -76,7 +79,7 @@ async def running(
             shutil.rmtree(directory, ignore_errors=True)
 
 
-def _cancel_on_signals(supervisor: Supervisor, notes: Console) -> list[int]:
+def _cancel_on_signals(supervisor: Supervisor, say: Callable[[str], None]) -> list[int]:
     """Let signals cancel the task that runs now, then kill; return the list that they are put into."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     received: list[int] = []
@@ -86,9 +89,11 @@ def _cancel_on_signals(supervisor: Supervisor, notes: Console) -> list[int]:
         if len(received) > 1:
             supervisor.kill()
         elif task is not None:
-            notes.print("stopping …", style="dim")
             task.cancel()
+            say("stopping …")
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal, number)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # nohup lets a command outlive its terminal.
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            loop.add_signal_handler(number, on_signal, number)
     return received

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 
@@ -13,7 +14,7 @@ from services.common.server import MAX_MESSAGE_BYTES
 from services.common.status import from_rpc_error
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -29,6 +30,28 @@ _RETRY = {
 }
 
 
+class _EndWithCaller(grpc.aio.UnaryUnaryClientInterceptor):
+    """Ends a unary call that nobody waits for any longer. Put it innermost.
+
+    OpenTelemetry's interceptor (0.66b2) forgets the call below it when its caller is cancelled, so that the
+    peer would work on until the deadline. Remove once it cancels that call.
+    """
+
+    async def intercept_unary_unary(
+        self,
+        continuation: Callable[[grpc.aio.ClientCallDetails, Any], Awaitable[Any]],
+        client_call_details: grpc.aio.ClientCallDetails,
+        request: Any,
+    ) -> Any:
+        call = await continuation(client_call_details, request)
+        try:
+            await call.code()
+        except asyncio.CancelledError:
+            call.cancel()
+            raise
+        return call
+
+
 def open_channel(
     target: str, *, retry: bool = True, max_message_bytes: int = MAX_MESSAGE_BYTES
 ) -> grpc.aio.Channel:
@@ -38,6 +61,9 @@ def open_channel(
     retry: call again, twice at most, where the peer is UNAVAILABLE and has sent nothing. Replicas behind one
     name are called in turn. Close the channel when done.
     """
+    interceptors = telemetry.client_interceptors()
+    if interceptors:
+        interceptors.append(_EndWithCaller())
     method: dict[str, object] = {"name": [{}]}
     if retry:
         method["retryPolicy"] = _RETRY
@@ -58,7 +84,7 @@ def open_channel(
             # Channels in one process would otherwise share a connection, and its backoff, with earlier ones.
             ("grpc.use_local_subchannel_pool", 1),
         ),
-        interceptors=telemetry.client_interceptors(),
+        interceptors=interceptors,
     )
 
 

@@ -26,3 +26,8 @@ def verify_cost(cost: float, proposed_tokens: int, forward_passes: int, answer_t
 def prefill_cost(cost: float, answer_tokens: int) -> float:
     """Return the cost of one pass over a prompt: its share of an answer of so many tokens."""
     return cost / (answer_tokens + 1)
+
+
+def is_above(cost: float, max_cost: float) -> bool:
+    """Return whether a sum of costs is above a budget by more than rounding: 1.6 + 4.2 is not above 5.8."""
+    return cost > max_cost * (1.0 + 1e-9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from services.common.cost import is_above
 from services.common.errors import BudgetSpent, InvalidRequest, NotFound, Unavailable
 from services.common.telemetry import Spans, Traced
 from services.router import spans
@@ -104,6 +105,9 @@ class Planner:
         """Return the stage to warm while the first one drafts; None: none is likely, or it is busy."""
         stage = progress.likely_next
         if stage is None or not self._options.prefill_ahead or progress.p_escalate < _LIKELY:
+            return None
+        if progress.request.objective.max_cost is not None:
+            # What it costs is not part of the policy's sum.
             return None
         is_busy = self._load.queue_depth(stage) or self._load.expected_queue_ms(stage) >= MIN_QUEUE_MS
         return None if is_busy else stage
@@ -250,7 +254,8 @@ class Planner:
         decision = Decision(DecisionAction.ESCALATE, DecisionReason.STATIC_PLAN, following)
         max_cost = progress.request.objective.max_cost
         # A verified answer never costs more than one written anew.
-        if max_cost is not None and progress.spent_cost + self._stages[following].cost > max_cost:
+        cost = progress.spent_cost + self._stages[following].cost
+        if max_cost is not None and is_above(cost, max_cost):
             return decision.stopped(DecisionReason.MAX_COST)
         return decision
 

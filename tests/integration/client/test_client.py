@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 import suites
 from asd.v1 import policy_pb2, policy_pb2_grpc
-from services.client.cli import app
-from services.client.client import CascadeClient, report
+from services.client.client import CascadeClient, in_plain_words, report
+from services.client.commands import app
 from services.client.values import (
     Answer,
     Drafted,
@@ -27,7 +27,7 @@ from services.client.values import (
     StageStarted,
     StreamedText,
 )
-from services.common.errors import BudgetSpent, InvalidRequest, NotFound, Unavailable
+from services.common.errors import BudgetSpent, InvalidRequest, NotFound, PreconditionFailed, Unavailable
 from services.common.server import ServiceRegistration, start_server
 from tests.integration.client.conftest import PROMPT, asd, count_weights
 
@@ -78,7 +78,7 @@ async def test_a_batch_answers_what_it_can(cascade):
     assert suites.extract_answer(items[0].text) == "19"
     assert isinstance(items[1], Failure)
     # NOT_FOUND of google.rpc.Code.
-    assert (items[1].code, items[1].field) == (5, "stage")
+    assert (items[1].code, items[1].field) == (5, "requests[1].stage")
     assert (items[2].stage, items[2].plan_source) == ("small", "fixed")
 
 
@@ -184,6 +184,43 @@ async def test_a_report_reaches_the_policy_service(cascade):
     ]
     with pytest.raises(Unavailable, match=f"policy service at {target}"):
         await report(judged, correct=True, policy_target=target)
+
+
+async def test_what_is_no_router_is_told_from_one_that_is_away(cascade):
+    answer = await cascade.answer(Request(PROMPT))
+    judged = Answer(**{**vars(answer), "p_correct": 0.5, "policy_version": "v7"})
+    server, port = await start_server("127.0.0.1:0", [])
+    target = f"127.0.0.1:{port}"
+    try:
+        async with CascadeClient(target) as client:
+            request = Request("Hi")
+            for attempt in (client.answer(request), client.describe(), anext(client.stream(request))):
+                with pytest.raises(PreconditionFailed, match=f"^{target} is not a router: .* 50050"):
+                    await attempt
+        with pytest.raises(PreconditionFailed, match=f"^{target} is not a policy service: .* 50051"):
+            await report(judged, correct=True, policy_target=target)
+    finally:
+        await server.stop(None)
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        (
+            "stage large at 10.0.0.1:50061: connections to all backends failing; last error: UNKNOWN: "
+            "ipv4:10.0.0.1:50061: Failed to connect to remote host: Connection refused",
+            "stage large at 10.0.0.1:50061 does not answer (connection refused)",
+        ),
+        (
+            "stage a at [::1]:5: failed to connect to all addresses; last error: UNAVAILABLE: "
+            "ipv6:%5B::1%5D:5: Socket closed; no other stage can be asked",
+            "stage a at [::1]:5 does not answer (socket closed); no other stage can be asked",
+        ),
+        ("the router is shutting down: call again", "the router is shutting down: call again"),
+    ],
+)
+def test_words_of_grpc_are_left_out(message, words):
+    assert in_plain_words(message) == words
 
 
 # The command.

@@ -9,6 +9,7 @@ import socket
 import zlib
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -28,6 +29,8 @@ from services.router.__main__ import build
 from services.router.settings import RouterSettings
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import grpc
 
     from services.router.servicer import CascadeServicer
@@ -56,6 +59,12 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
     failure: AsdError = field(default_factory=lambda: Unavailable("the stage is going away"))
     sends_result: bool = True
     prefill_gate: asyncio.Event | None = None
+    # Wait in the queue, as the result tells it.
+    queue_ms: float = 0.25
+    # Runs as each call begins.
+    on_call: Callable[[], None] | None = None
+    # Per call, the seconds that its deadline left it.
+    left_s: list[float] = field(default_factory=list)
     streamed_drafts: list = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
     requests: list = field(default_factory=list)
@@ -65,7 +74,7 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
     most_running: int = 0
 
     async def Generate(self, request, context):
-        self._begin("generate", request)
+        self._begin("generate", request, context)
         try:
             async for tokens in self._write():
                 yield stage_pb2.StageServiceGenerateResponse(
@@ -80,7 +89,7 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
             self.running -= 1
 
     async def Verify(self, request, context):
-        self._begin("verify", request)
+        self._begin("verify", request, context)
         try:
             own = [token_id(piece) for piece in self.pieces]
             ids_used = request.draft.tokenizer_fingerprint == self.fingerprint
@@ -123,7 +132,7 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
     async def VerifyStream(self, request_iterator, context):
         """Emit the first token at once, and the rest when the draft has ended."""
         steps = aiter(request_iterator)
-        self._begin("verify_stream", (await anext(steps)).start)
+        self._begin("verify_stream", (await anext(steps)).start, context)
         draft, chunks = [], []
         try:
             first = await anext(self._write())
@@ -161,6 +170,9 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
     async def Prefill(self, request, context):
         self.calls.append("prefill")
         self.requests.append(request)
+        self.left_s.append(context.time_remaining())
+        if self.on_call is not None:
+            self.on_call()
         if self.prefill_gate is not None:
             await self.prefill_gate.wait()
         return stage_pb2.PrefillResponse(prompt_tokens=4, total_ms=1)
@@ -180,9 +192,12 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
     def text(self) -> str:
         return b"".join(self.pieces).decode()
 
-    def _begin(self, call, request):
+    def _begin(self, call, request, context):
         self.calls.append(call)
         self.requests.append(request)
+        self.left_s.append(context.time_remaining())
+        if self.on_call is not None:
+            self.on_call()
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         self.started.set()
@@ -223,7 +238,9 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
                 accepted_tokens=accepted,
                 forward_passes=passes,
             ),
-            timing=common_pb2.StageTiming(queue_ms=0.25, prefill_ms=1, decode_ms=2, total_ms=3.25),
+            timing=common_pb2.StageTiming(
+                queue_ms=self.queue_ms, prefill_ms=1, decode_ms=2, total_ms=3 + self.queue_ms
+            ),
             model=self.name,
         )
 
@@ -244,11 +261,19 @@ class FakePolicy(policy_pb2_grpc.PolicyServiceServicer):
     plan_response: policy_pb2.PlanResponse | None = None
     decide_response: policy_pb2.DecideResponse | None = None
     expected_ms: float = 0.0
+    # Runs as each call begins, with "plan" or "decide".
+    on_call: Callable[[str], None] | None = None
     plans: list = field(default_factory=list)
     decisions: list = field(default_factory=list)
+    # Per call, the seconds that its deadline left it.
+    plan_left_s: list[float] = field(default_factory=list)
+    decide_left_s: list[float] = field(default_factory=list)
 
     async def Plan(self, request, context):
         self.plans.append(request)
+        self.plan_left_s.append(context.time_remaining())
+        if self.on_call is not None:
+            self.on_call("plan")
         if self.gate is not None:
             await self.gate.wait()
         if self.plan_failure is not None:
@@ -265,6 +290,9 @@ class FakePolicy(policy_pb2_grpc.PolicyServiceServicer):
 
     async def Decide(self, request, context):
         self.decisions.append(request)
+        self.decide_left_s.append(context.time_remaining())
+        if self.on_call is not None:
+            self.on_call("decide")
         if self.decide_failure is not None:
             raise self.decide_failure
         if self.decide_response is not None:
@@ -315,6 +343,27 @@ class World:
         self.servers[name], _ = await start_server(
             self.targets[name], [ServiceRegistration(fake.full_name, fake.add)]
         )
+
+
+@dataclass
+class Clock:
+    """Monotonic seconds that pass only when a test says so."""
+
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Return the clock of the routers that `world` builds. Deadlines on the wire still pass."""
+    clock = Clock()
+    monkeypatch.setattr("services.router.__main__.time", SimpleNamespace(monotonic=clock))
+    return clock
 
 
 @pytest.fixture

@@ -14,10 +14,11 @@ import yaml
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as collector
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as collector_grpc
 
-from asd.v1 import cascade_pb2, cascade_pb2_grpc
+from asd.v1 import cascade_pb2, cascade_pb2_grpc, common_pb2
 from services.common.channel import open_channel
 from services.common.server import ServiceRegistration, start_server
 
+ROOT = Path(__file__).parents[3]
 PEER = """
 import asyncio, runpy, sys
 from services.common import telemetry
@@ -32,7 +33,10 @@ asyncio.run(serve(name, "127.0.0.1:0", [ServiceRegistration(fake.full_name, fake
 
 class Receiver(collector_grpc.TraceServiceServicer):
     def __init__(self):
+        # By id: the service's name and the span.
         self.spans = {}
+        # In which a process sends its spans here.
+        self.environment = {}
 
     async def Export(self, request, context):  # noqa: N802 - the proto's name
         for resource in request.resource_spans:
@@ -40,6 +44,20 @@ class Receiver(collector_grpc.TraceServiceServicer):
             for scope in resource.scope_spans:
                 self.spans.update({span.span_id: (service, span) for span in scope.spans})
         return collector.ExportTraceServiceResponse()
+
+    def edges(self, trace_id):
+        """Return a trace's spans as (parent, child), each (service, name); None for what has no parent."""
+        edges = set()
+        for service, span in self.spans.values():
+            if span.trace_id.hex() == trace_id:
+                parent = self.spans.get(span.parent_span_id)
+                edges.add(((parent[0], parent[1].name) if parent else None, (service, span.name)))
+        return edges
+
+    def found(self, trace_id, name):
+        """Return the attributes of a trace's spans of a name, in the order of their starts."""
+        chosen = [s for _, s in self.spans.values() if s.trace_id.hex() == trace_id and s.name == name]
+        return [attributes(span) for span in sorted(chosen, key=lambda span: span.start_time_unix_nano)]
 
 
 def attributes(holder):
@@ -59,7 +77,11 @@ async def spawn():
             async def stop():
                 if process.returncode is None:
                     process.send_signal(signal.SIGTERM)
-                await process.wait()
+                try:
+                    await asyncio.wait_for(process.wait(), 20)
+                except TimeoutError:
+                    process.kill()
+                    raise
 
             stack.push_async_callback(stop)
             line = (await asyncio.wait_for(process.stdout.readline(), 30)).decode().split()
@@ -69,7 +91,9 @@ async def spawn():
         yield start
 
 
-async def test_spans_are_linked_across_processes(spawn, tmp_path):
+@pytest.fixture
+async def receiver():
+    """Return an OTLP receiver that listens."""
     receiver = Receiver()
     server, port = await start_server(
         "127.0.0.1:0",
@@ -80,32 +104,37 @@ async def test_spans_are_linked_across_processes(spawn, tmp_path):
             )
         ],
     )
-    environment = {
+    receiver.environment = {
         "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{port}",
         "OTEL_METRICS_EXPORTER": "none",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
+    yield receiver
+    await server.stop(0)
+
+
+def write_config(path, **settings):
+    path.write_text(yaml.safe_dump({"listen": "127.0.0.1:0", **settings}))
+    return str(path)
+
+
+async def test_spans_are_linked_across_processes(receiver, spawn, tmp_path):
     fakes = str(Path(__file__).with_name("conftest.py"))
     peers = {
-        name: await spawn(environment, "-c", PEER, fakes, name)
+        name: await spawn(receiver.environment, "-c", PEER, fakes, name)
         for name in ("policy", "small", "medium", "large")
     }
-    config = tmp_path / "router.yaml"
     stages = [
         {"name": name, "target": peers[name][0], "cost": cost}
         for name, cost in (("small", 1.6), ("medium", 4.2), ("large", 8.8))
     ]
-    config.write_text(
-        yaml.safe_dump(
-            {
-                "listen": "127.0.0.1:0",
-                "policy": {"target": peers["policy"][0], "timeout_ms": 5000},
-                "stages": stages,
-                "static_plan": ["medium"],
-            }
-        )
+    config = write_config(
+        tmp_path / "router.yaml",
+        policy={"target": peers["policy"][0], "timeout_ms": 5000},
+        stages=stages,
+        static_plan=["medium"],
     )
-    target, stop_router = await spawn(environment, "-m", "services.router", "--config", str(config))
+    target, stop_router = await spawn(receiver.environment, "-m", "services.router", "--config", config)
     async with open_channel(target) as channel:
         stub = cascade_pb2_grpc.CascadeServiceStub(channel)
         response = await stub.Generate(cascade_pb2.GenerateRequest(prompt="a secret prompt"), timeout=20)
@@ -113,19 +142,6 @@ async def test_spans_are_linked_across_processes(spawn, tmp_path):
         static = await stub.Generate(cascade_pb2.GenerateRequest(prompt="a secret prompt"), timeout=20)
     for stop in (stop_router, *(stop for _, stop in peers.values())):
         await stop()
-    await server.stop(0)
-
-    def tree(trace_id):
-        edges = set()
-        for service, span in receiver.spans.values():
-            if span.trace_id.hex() == trace_id:
-                parent = receiver.spans.get(span.parent_span_id)
-                edges.add(((parent[0], parent[1].name) if parent else None, (service, span.name)))
-        return edges
-
-    def found(trace_id, name):
-        chosen = [s for _, s in receiver.spans.values() if s.trace_id.hex() == trace_id and s.name == name]
-        return [attributes(span) for span in sorted(chosen, key=lambda span: span.start_time_unix_nano)]
 
     router, policy = "asd-router", "asd-policy"
     rpc, plan, decide = (
@@ -134,7 +150,7 @@ async def test_spans_are_linked_across_processes(spawn, tmp_path):
         "/asd.v1.PolicyService/Decide",
     )
     generate, verify = "/asd.v1.StageService/Generate", "/asd.v1.StageService/Verify"
-    assert tree(response.trace_id) == {
+    assert receiver.edges(response.trace_id) == {
         (None, (router, rpc)),
         ((router, rpc), (router, "asd.cascade")),
         ((router, "asd.cascade"), (router, "asd.plan")),
@@ -149,7 +165,7 @@ async def test_spans_are_linked_across_processes(spawn, tmp_path):
         ((router, "asd.decide"), (router, decide)),
         ((router, decide), (policy, decide)),
     }
-    first, second = found(response.trace_id, "asd.stage")
+    first, second = receiver.found(response.trace_id, "asd.stage")
     assert (first["asd.stage.name"], first["asd.stage.action"]) == ("small", "generate")
     assert (second["asd.stage.name"], second["asd.stage.action"]) == ("large", "verify")
     assert second["gen_ai.operation.name"] == "chat"
@@ -160,11 +176,102 @@ async def test_spans_are_linked_across_processes(spawn, tmp_path):
         first["asd.stage.latency_ms"],
         second["asd.stage.latency_ms"],
     ]
-    assert [each["asd.decision.outcome"] for each in found(response.trace_id, "asd.decide")] == [
+    assert [each["asd.decision.outcome"] for each in receiver.found(response.trace_id, "asd.decide")] == [
         "escalate",
         "stop",
     ]
-    assert found(response.trace_id, "asd.plan")[0]["asd.plan.source"] == "policy"
-    assert found(static.trace_id, "asd.plan")[0]["asd.plan.source"] == "static"
-    assert found(static.trace_id, "asd.cascade")[0]["asd.plan.source"] == "static"
+    assert receiver.found(response.trace_id, "asd.plan")[0]["asd.plan.source"] == "policy"
+    assert receiver.found(static.trace_id, "asd.plan")[0]["asd.plan.source"] == "static"
+    assert receiver.found(static.trace_id, "asd.cascade")[0]["asd.plan.source"] == "static"
     assert not any(b"secret" in span.SerializeToString() for _, span in receiver.spans.values())
+
+
+def check_stage_span(span, record):
+    """Check a stage's span against its record in the response, times included."""
+    assert span["asd.stage.name"] == record.stage
+    assert span["asd.stage.index"] == record.stage_index
+    assert span["asd.stage.latency_ms"] == record.latency_ms > 0.0
+    timing = record.timing
+    assert timing.total_ms > 0.0
+    assert span["asd.stage.queue_ms"] == timing.queue_ms
+    assert span["asd.stage.prefill_ms"] == timing.prefill_ms
+    assert span["asd.stage.decode_ms"] == timing.decode_ms
+    # The call takes what the stage measured, and the way there and back.
+    assert timing.prefill_ms + timing.decode_ms <= timing.total_ms * 1.001
+    assert timing.total_ms <= record.latency_ms
+    assert span["asd.cost"] == record.cost
+    assert span["gen_ai.usage.output_tokens"] == record.usage.completion_tokens > 0
+
+
+async def test_the_real_processes_send_linked_spans(receiver, spawn, tmp_path):
+    policy_config = write_config(tmp_path / "policy.yaml", artifact=str(ROOT / "policy_service" / "artifact"))
+    models = [{"name": "small", "path": str(ROOT / "models" / "small")}]
+    stage_config = write_config(tmp_path / "stage.yaml", models=models)
+    policy, stage = await asyncio.gather(
+        spawn(receiver.environment, "-m", "policy_service", "--config", policy_config),
+        spawn(receiver.environment, "-m", "services.stage", "--config", stage_config),
+    )
+    # The policy is for three stages; one process stands for them all.
+    costs = {"small": 1.6, "medium": 4.2, "large": 8.8}
+    router_config = write_config(
+        tmp_path / "router.yaml",
+        policy={"target": policy[0], "timeout_ms": 20_000},
+        stages=[{"name": name, "target": stage[0], "cost": cost} for name, cost in costs.items()],
+        static_plan=["medium"],
+    )
+    router = await spawn(receiver.environment, "-m", "services.router", "--config", router_config)
+    request = cascade_pb2.GenerateRequest(
+        prompt="Max has 9 beads. Max finds 10 more. How many beads does Max have now?",
+        # Nothing is as sure as that, so that every stage but the last escalates.
+        objective=common_pb2.Objective(min_quality=1.0, **{"lambda": 0.0}),
+    )
+    async with open_channel(router[0]) as channel:
+        stub = cascade_pb2_grpc.CascadeServiceStub(channel)
+        response = await stub.Generate(request, timeout=30)
+        fixed = await stub.Generate(
+            cascade_pb2.GenerateRequest(prompt=request.prompt, stage="medium"), timeout=30
+        )
+    for _, stop in (router, policy, stage):
+        await stop()
+
+    assert response.plan_source == cascade_pb2.PLAN_SOURCE_POLICY
+    # The larger stage may have been warmed meanwhile.
+    records = [each for each in response.stages if each.action != common_pb2.STAGE_ACTION_PREFILL]
+    assert len(records) > 1
+    service = "asd-router"
+    # Others may come between or beside these.
+    assert receiver.edges(response.trace_id) >= {
+        (None, (service, "/asd.v1.CascadeService/Generate")),
+        ((service, "/asd.v1.CascadeService/Generate"), (service, "asd.cascade")),
+        ((service, "asd.cascade"), (service, "asd.plan")),
+        ((service, "asd.cascade"), (service, "asd.stage")),
+        ((service, "asd.cascade"), (service, "asd.decide")),
+        *across(service, "asd.plan", "/asd.v1.PolicyService/Plan", "asd-policy"),
+        *across(service, "asd.decide", "/asd.v1.PolicyService/Decide", "asd-policy"),
+        *across(service, "asd.stage", "/asd.v1.StageService/Generate", "asd-stage"),
+        *across(service, "asd.stage", "/asd.v1.StageService/Verify", "asd-stage"),
+    }
+    spans = receiver.found(response.trace_id, "asd.stage")
+    for span, record in zip(spans, records, strict=True):
+        check_stage_span(span, record)
+    assert [span["asd.stage.action"] for span in spans] == ["generate", *["verify"] * (len(spans) - 1)]
+    (whole,) = receiver.found(response.trace_id, "asd.cascade")
+    assert whole["asd.latency_ms"] == response.latency_ms
+    assert whole["asd.policy.latency_ms"] == response.policy_ms
+    assert sum(span["asd.stage.latency_ms"] for span in spans) + response.policy_ms <= response.latency_ms
+    assert all(span["asd.policy.predict_us"] > 0 for span in receiver.found(response.trace_id, "asd.decide"))
+
+    # A request of its own is a trace of its own, in which the policy has no part.
+    assert receiver.edges(fixed.trace_id) >= set(
+        across(service, "asd.stage", "/asd.v1.StageService/Generate", "asd-stage")
+    )
+    assert "asd-policy" not in {child[0] for _, child in receiver.edges(fixed.trace_id)}
+    check_stage_span(receiver.found(fixed.trace_id, "asd.stage")[0], fixed.stages[0])
+    resources = {name for name, _ in receiver.spans.values()}
+    assert resources == {"asd-router", "asd-policy", "asd-stage"}
+    assert not any(b"beads" in span.SerializeToString() for _, span in receiver.spans.values())
+
+
+def across(service, caller, method, peer):
+    """Return the edges from a span over a call to the process that serves it."""
+    return [((service, caller), (service, method)), ((service, method), (peer, method))]

@@ -41,10 +41,12 @@ def _read(directory: Path, content: str) -> CascadeFile:
     ("content", "words"),
     [
         ("stages: []", ["stages", "at least 1 item"]),
-        ("", ["stages", "required"]),
+        ("", ["stages: is required"]),
         ("- a\n- b", ["mapping"]),
         ("stages: [", ["not YAML"]),
-        (_GOOD + "static_pan: [small]", ["static_pan", "Extra inputs"]),
+        (_GOOD + "static_pan: [small]", ["static_pan: unknown key: did you mean static_plan?"]),
+        (_GOOD + "zzz: 1", ["zzz: unknown key: known: policy, stages, static_plan"]),
+        (_GOOD + "policy: {artifact: artifact, timeout: 5}", ["did you mean timeout_ms?"]),
         (_GOOD + "static_plan: [medium]", ["static_plan", "medium", "small, large"]),
         (_GOOD + "static_plan: [large, small]", ["static_plan", "order"]),
         (_GOOD.replace("large,", "small,", 1), ["names must differ"]),
@@ -54,8 +56,14 @@ def _read(directory: Path, content: str) -> CascadeFile:
         (_GOOD.replace("8.0", ".nan"), ["stages.1.cost", "finite"]),
         (_GOOD.replace("threads: 2", "threads: 0"), ["stages.1.threads"]),
         (_GOOD.replace("threads: 2", "engine: vllm"), ["stages.1.engine", "onnx"]),
-        (_GOOD.replace("models/large", "models/none"), ["stages.1.path", "config.json"]),
-        (_GOOD + "policy: {artifact: nowhere}", ["policy.artifact", "nowhere"]),
+        (
+            _GOOD.replace("models/large", "models/none"),
+            ["stages.1.path", "config.json", "; models/none is relative to the cascade file"],
+        ),
+        (
+            _GOOD + "policy: {artifact: nowhere}",
+            ["policy.artifact", "; nowhere is relative to the cascade file"],
+        ),
         (_GOOD + "policy: {timeout_ms: 5}", ["policy.artifact", "required"]),
     ],
 )
@@ -64,6 +72,23 @@ def test_a_wrong_file_is_refused_by_file_and_entry(directory, content, words):
         _read(directory, content)
     for word in (str(directory / "cascade.yaml"), *words):
         assert word in str(refused.value)
+
+
+def test_each_wrong_entry_has_its_line_and_lists_are_not_blamed_for_their_entries(directory):
+    with pytest.raises(SettingsError) as refused:
+        _read(directory, "stages:\n  - {name: small, path: models/small, cots: 1}\nstatic_plan: 5")
+    assert str(refused.value).splitlines() == [
+        f"{directory / 'cascade.yaml'}:",
+        "  stages.0.cost: is required",
+        "  stages.0.cots: unknown key: did you mean cost?",
+        "  static_plan: Input should be a valid tuple",
+    ]
+
+
+def test_an_absolute_path_is_not_called_relative(directory):
+    with pytest.raises(SettingsError) as refused:
+        _read(directory, _GOOD.replace("models/large", "/nowhere"))
+    assert str(refused.value).endswith("(it has no config.json)")
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -12,9 +13,10 @@ from rich.console import Console
 from rich.live import Live
 from typer.testing import CliRunner
 
-from services.client.cli import _stream_live, app
 from services.client.client import CascadeClient
+from services.client.commands import _stream_live, app
 from services.client.values import (
+    Acceptance,
     Answer,
     Committed,
     Drafted,
@@ -39,7 +41,19 @@ ANSWER = Answer("r", "right", (2,), "", "eos", "medium", 1, None, 1.0, 1.0, 0.0,
         (["ask"], ["prompt"]),
         (["ask", "hi", "--target", "nowhere"], ["HOST:PORT"]),
         (["ask", "hi", "--preference", "cheap"], ["fastest"]),
-        (["ask", "hi", "--timeout-ms", "0"], ["--timeout-ms"]),
+        *((["ask", "hi", "--timeout-ms", ms], ["--timeout-ms"]) for ms in ("0", "inf", "1e300", "nan")),
+        (["describe", "--timeout-ms", "86400001"], ["--timeout-ms"]),
+        (["ask", "hi", "--stage", "a", "--chain", "b"], ["--stage and --chain exclude each other"]),
+        *(
+            (["ask", "hi", *named, *wish], ["--stage and --chain leave nothing to the policy"])
+            for named, wish in (
+                (["--stage", "a"], ["--preference", "best"]),
+                (["--stage", "a"], ["--lambda", "0"]),
+                (["--chain", "a", "--chain", "b"], ["--max-cost", "1"]),
+                (["--chain", "a", "--chain", "b"], ["--max-latency-ms", "1"]),
+                (["--stage", "a"], ["--min-quality", "0.5"]),
+            )
+        ),
         (["ask", "\udcff"], ["prompt", "UTF-8"]),
         (["ask", "hi", "--max-new-tokens", "-4"], ["sampling.max_new_tokens"]),
         (["demo", "--prompts", "0"], ["--prompts"]),
@@ -51,7 +65,7 @@ ANSWER = Answer("r", "right", (2,), "", "eos", "medium", 1, None, 1.0, 1.0, 0.0,
         (["models", "prepare", "--cascade", "/no/such.yaml"], ["/no/such.yaml"]),
         (["models", "--cascade", "/no/such.yaml", "prepare"], ["/no/such.yaml"]),
         (["report", "-", "--policy", "nowhere", "--right"], ["HOST:PORT"]),
-        (["report", "-"], ["--right"]),
+        (["report", "-"], ["say --right or --wrong"]),
         (["nonsense"], ["nonsense"]),
     ],
 )
@@ -77,6 +91,34 @@ def test_with_json_a_failure_is_an_object_on_standard_error():
     error = json.loads(result.stderr)["error"]
     assert (error["code"], error["field"]) == ("INVALID_ARGUMENT", "sampling.seed")
     assert "seed cannot be -1" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field", "words"),
+    [
+        (["ask", "--json", "--lambda", "abc", "hi"], "--lambda", "Invalid value for '--lambda'"),
+        (["ask", "--json"], "prompt", "Missing argument"),
+        (["ask", "hi", "--json", "--nonsense"], "", "No such option"),
+        (["ask", "hi", "--json", "--preference", "best", "--stage", "a"], "", "leave nothing to the policy"),
+        (["describe", "--json", "--target", "nowhere"], "--target", "'nowhere' is not HOST:PORT"),
+        (["report", "-", "--json"], "", "say --right or --wrong"),
+        (["models", "nonsense", "--json"], "", "No such command 'nonsense'"),
+        (["demo", "--json=-", "--prompts", "0"], "--prompts", "Invalid value for '--prompts'"),
+        (["demo", "--json", "-", "--cascade", "/no/such.yaml"], "", "/no/such.yaml"),
+    ],
+)
+def test_with_json_wrong_usage_is_an_object_as_well(arguments, field, words):
+    result = _RUNNER.invoke(app, arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    error = json.loads(result.stderr)["error"]
+    assert (error["code"], error["field"]) == ("INVALID_ARGUMENT", field)
+    assert words in error["message"]
+
+
+def test_a_prompt_is_no_option():
+    result = _RUNNER.invoke(app, ["ask", "--lambda", "abc", "--", "--json"])
+    assert result.exit_code == 2
+    assert "Usage" in result.stderr
 
 
 def test_an_unknown_process_is_refused_with_the_known_ones(tmp_path):
@@ -153,22 +195,49 @@ def test_every_option_of_ask_becomes_part_of_the_request(monkeypatch):
     requests: list[Request] = []
     monkeypatch.setattr(CascadeClient, "answer", answer)
     options = ["--preference", "best", "--max-cost", "1", "--max-latency-ms", "2", "--min-quality", "0.5"]
-    options += ["--stage", "small", "--max-new-tokens", "3", "--temperature", "0.5", "--top-p", "0.9"]
+    options += ["--max-new-tokens", "3", "--temperature", "0.5", "--top-p", "0.9", "--tolerance", "0.25"]
     options += ["--seed", "7", "--stop", "zz", "--stop", "yy", "--session", "s", "--system", "Be brief."]
+    chain = ["--chain", "small", "--chain", "large"]
     result = _RUNNER.invoke(app, ["ask", "--json", "Hi", *options])
     assert (result.exit_code, json.loads(result.stdout)["text"]) == (0, "right")
     assert _RUNNER.invoke(app, ["ask", "--json", "-", "--lambda", "2"], input="Ho\n\n").exit_code == 0
+    assert _RUNNER.invoke(app, ["ask", "--json", "Hu", "--stage", "small"]).exit_code == 0
+    assert _RUNNER.invoke(app, ["ask", "--json", "Ha", *chain]).exit_code == 0
     assert requests == [
         Request(
             (Message("system", "Be brief."), Message("user", "Hi")),
             Sampling(3, 0.5, 0.9, 7, ("zz", "yy")),
             Objective(None, 1.0, 2.0, 0.5, "best"),
-            None,
+            Acceptance("tolerant", 0.25),
             "s",
-            "small",
         ),
         Request("Ho\n", objective=Objective(quality_value=2.0)),
+        Request("Hu", stage="small"),
+        Request("Ha", chain=("small", "large")),
     ]
+
+
+def _completions(line: str) -> set[str]:
+    code = "import sys; from services.client.cli import main; sys.argv[0] = 'asd'; main()"
+    asked = {
+        "_ASD_COMPLETE": "complete_bash",
+        "COMP_WORDS": line,
+        "COMP_CWORD": str(len(line.split(" ")) - 1),
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **asked}, capture_output=True, text=True, check=False
+    )
+    return set(result.stdout.split())
+
+
+def test_names_are_completed(tmp_path):
+    file = tmp_path / "cascade.yaml"
+    file.write_text("stages: [{name: tiny, path: nowhere, cost: 1}, {name: big, path: nowhere, cost: 2}]")
+    assert _completions("asd ask --stage ") == {"small", "medium", "large"}
+    assert _completions("asd ask --chain small --chain l") == {"large"}
+    assert _completions("asd up --only ") == {"router", "policy", "small", "medium", "large"}
+    assert _completions(f"asd up --cascade {file} --only ") == {"router", "policy", "tiny", "big"}
+    assert _completions(f"asd up --cascade {tmp_path / 'none.yaml'} --only ") == {"router", "policy"}
 
 
 def test_version_and_help():
@@ -179,8 +248,7 @@ def test_version_and_help():
 
 
 def test_help_loads_neither_grpc_nor_pydantic():
-    code = (
-        "import sys, services.client.cli; print({'grpc', 'pydantic', 'numpy', 'asd.v1'} & set(sys.modules))"
-    )
+    code = "import sys, services.client.commands as _; "
+    code += "print({'grpc', 'pydantic', 'numpy', 'asd.v1'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "set()\n"

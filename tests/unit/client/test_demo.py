@@ -86,7 +86,7 @@ class _Cascade:
     """Answers every question with the reference answer of the first task, and notes who was asked."""
 
     def __init__(self, answer: str) -> None:
-        self.asked: list[tuple[str, str]] = []
+        self.asked: list[tuple[str, str | tuple[str, ...]]] = []
         self._text = f"Answer: {answer}"
 
     async def describe(self) -> Description:
@@ -95,7 +95,7 @@ class _Cascade:
         return Description(stages, None, ("large",), "0.1.0")
 
     async def answer(self, request: Request) -> Answer:
-        self.asked.append((request.input, request.stage))
+        self.asked.append((request.input, request.chain or request.stage))
         return _answer(text=self._text, stage=request.stage or "small", stage_index=request.stage == "large")
 
 
@@ -108,6 +108,7 @@ async def test_the_two_ways_take_turns_after_a_warm_up():
         (EXAMPLE_PROMPT, "small"),
         (EXAMPLE_PROMPT, "large"),
         (EXAMPLE_PROMPT, ""),
+        (EXAMPLE_PROMPT, ("small", "large")),
         (first, ""),
         (first, "large"),
         (second, "large"),
@@ -186,6 +187,33 @@ def test_the_closing_line_says_who_answered_and_why():
     )
     assert "predicted quality – " in console.answer_line(_answer(p_correct=None)).plain
     assert "ended by length" in console.answer_line(_answer(finish_reason="length")).plain
+
+
+def test_the_closing_line_ends_with_the_trace():
+    assert console.answer_line(_answer(trace_id="t" * 32)).plain.endswith(
+        f"stop: last stage · trace {'t' * 32}"
+    )
+
+
+def test_a_stage_that_read_ahead_is_told_beside_the_steps():
+    ahead = _record("medium", "prefill", "unspecified", "unspecified")
+    first, second = _answer().stages
+    line = console.answer_line(_answer(stages=(ahead, first, second))).plain
+    assert line.endswith(
+        "small writes, escalate: value → medium verifies (5 of 8 draft tokens accepted), stop: last stage"
+        " · medium read the prompt ahead"
+    )
+    line = console.answer_line(_answer(stages=(ahead, first))).plain
+    assert line.endswith("small writes, escalate: value · medium read the prompt ahead, unused")
+
+
+def test_one_of_a_thing_is_singular():
+    assert [console.count(number, "prompt") for number in (0, 1, 1200)] == [
+        "0 prompts",
+        "1 prompt",
+        "1,200 prompts",
+    ]
+    assert "\n1 prompt, asked both ways in turn" in _printed(console.demo_summary(summarise(_ROWS[:1])))
 
 
 def test_a_stream_shows_the_stage_at_work():

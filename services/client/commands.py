@@ -1,0 +1,757 @@
+"""The commands of `asd`.
+
+Imports at the top are what `asd --help` needs; each command imports the rest when it runs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from contextlib import aclosing, suppress
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from services.client.interrupts import INTERRUPTED, Unwinding
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Sequence
+
+    from rich.console import Console
+
+    from services.client.cascade_file import CascadeFile
+    from services.client.client import CascadeClient
+    from services.client.demo import Row
+    from services.client.values import Answer, Request
+
+FAILED, MISUSED = 1, 2
+_DEFAULT_TARGET = "127.0.0.1:50050"
+_DEFAULT_POLICY = "127.0.0.1:50051"
+_DEFAULT_PORT_BASE = 50_050
+_HIGHEST_PORT = 65_535
+# A day. gRPC cannot tell a time far above it from none.
+_LONGEST_TIMEOUT_MS = 86_400_000
+
+_EPILOG = (
+    "Exit codes: 0 success, 1 failure, 2 wrong usage or a refused request, 130 interrupted. With --json, a "
+    'failure is one JSON object on standard error: {"error": {"code", "message", "field"}}.'
+)
+
+# Its base in typer.core lies elsewhere in versions that bring click along.
+_UsageError: type[Any] = typer.BadParameter.__bases__[0]
+
+
+class _Commands(TyperGroup):
+    """Commands that refuse a wrong command line with JSON where --json is on it."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        arguments = list(sys.argv[1:] if args is None else args)
+        is_json = standalone_mode and _wants_json(arguments)
+        try:
+            code = super().main(
+                args, prog_name, complete_var, standalone_mode and not is_json, windows_expand_args, **extra
+            )
+        except _UsageError as error:
+            if not is_json:
+                raise
+            sys.stderr.write(_json_error("INVALID_ARGUMENT", *_usage(error)))
+            code = MISUSED
+        return sys.exit(code or 0) if is_json else code
+
+
+def _wants_json(arguments: Sequence[str]) -> bool:
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    return any(each.partition("=")[0] == "--json" for each in options)
+
+
+def _usage(error: Any) -> tuple[str, str]:
+    """Return what is wrong with a command line, and the option or argument that it is about, or ""."""
+    parameter = getattr(error, "param", None)
+    if parameter is None:
+        return error.message or error.format_message(), ""
+    is_option = parameter.param_type_name == "option"
+    return error.format_message(), max(parameter.opts, key=len) if is_option else parameter.name
+
+
+app = typer.Typer(
+    name="asd",
+    cls=_Commands,
+    help="Adaptive speculative decoding: ask a cascade of language models, or run one on this machine.",
+    epilog=_EPILOG,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+models_app = typer.Typer(
+    help="The models of a cascade on this machine: list them, or prepare them.", invoke_without_command=True
+)
+app.add_typer(models_app, name="models")
+
+
+class PreferenceOption(StrEnum):
+    """As the contract's Preference."""
+
+    FASTEST = "fastest"
+    BALANCED = "balanced"
+    BEST = "best"
+
+
+def _check_target(target: str | None) -> str | None:
+    if target is not None and not re.fullmatch(r"\S+:\d{1,5}", target):
+        raise typer.BadParameter(f"{target!r} is not HOST:PORT")
+    return target
+
+
+def _check_timeout(timeout_ms: float) -> float:
+    # A range lets nan through in typer versions that are built on click.
+    if math.isnan(timeout_ms):
+        raise typer.BadParameter("nan is not a number of milliseconds")
+    return timeout_ms
+
+
+def _stages_of(file: Path) -> list[str]:
+    """Return the names of a cascade file's stages for completion; nothing where it cannot be used."""
+    from services.client.cascade_file import CascadeFile
+    from services.common.settings import SettingsError
+
+    with suppress(SettingsError):
+        return [stage.name for stage in CascadeFile.load(file).stages]
+    return []
+
+
+def _complete_stage(incomplete: str) -> list[str]:
+    from services.client.cascade_file import EMBEDDED
+
+    return [name for name in _stages_of(EMBEDDED) if name.startswith(incomplete)]
+
+
+def _complete_process(context: typer.Context, incomplete: str) -> list[str]:
+    from services.client.cascade_file import EMBEDDED, POLICY, ROUTER
+
+    names = (ROUTER, POLICY, *_stages_of(context.params.get("cascade") or EMBEDDED))
+    return [name for name in names if name.startswith(incomplete)]
+
+
+TargetOption = Annotated[
+    str,
+    typer.Option(
+        envvar="ASD_TARGET", metavar="HOST:PORT", callback=_check_target, help="The router of a cascade."
+    ),
+]
+CascadeOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Cascade to run (YAML). Default: the embedded family.", dir_okay=False),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON, for programs.")]
+TimeoutOption = Annotated[
+    float,
+    typer.Option(
+        min=1,
+        max=_LONGEST_TIMEOUT_MS,
+        callback=_check_timeout,
+        help="Deadline of a call, in milliseconds; a day at most.",
+    ),
+]
+PreferenceChoice = Annotated[
+    PreferenceOption | None,
+    typer.Option(help="What matters: speed or quality. Default: balanced.", show_default=False),
+]
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        from services.common.version import VERSION
+
+        typer.echo(f"asd {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def _asd(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave."),
+    ] = False,
+) -> None:
+    pass
+
+
+# Commands that ask a cascade.
+
+
+@app.command(epilog=_EPILOG)
+def ask(
+    prompt: Annotated[str, typer.Argument(help="What to ask; - reads standard input.")],
+    target: TargetOption = _DEFAULT_TARGET,
+    preference: PreferenceChoice = None,
+    quality_value: Annotated[
+        float | None,
+        typer.Option("--lambda", help="Value of a right answer, in cost units; instead of --preference."),
+    ] = None,
+    max_cost: Annotated[float | None, typer.Option(help="Budget, in cost units.")] = None,
+    max_latency_ms: Annotated[
+        float | None, typer.Option(help="The answer should be there by then, in milliseconds.")
+    ] = None,
+    min_quality: Annotated[
+        float | None,
+        typer.Option(help="Go on below this predicted probability of a right answer, above 0 to 1."),
+    ] = None,
+    stage: Annotated[
+        str,
+        typer.Option(autocompletion=_complete_stage, help="The one stage that must answer; no policy."),
+    ] = "",
+    chain: Annotated[
+        list[str] | None,
+        typer.Option(
+            autocompletion=_complete_stage,
+            help="A stage that works on it; repeat it: the first drafts, later ones verify.",
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Accept draft tokens this likely beside the likeliest. Default: exact."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens of the answer. Default: the stage's.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0 (the likeliest token) to 2.")] = 0.0,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus mass, above 0 to 1.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the choice at a temperature above 0.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    session: Annotated[str, typer.Option(help="Key of the conversation, for prefix reuse.")] = "",
+    system: Annotated[str, typer.Option(help="Instructions before the prompt.")] = "",
+    timeout_ms: TimeoutOption = 60_000.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask a cascade and show the answer as it comes about.
+
+    On a terminal, text that a later stage may still revise is dim.
+    The answer goes to standard output. The closing line (stage, predicted
+    quality, latency, cost, what each stage did and why) goes to standard error.
+    """
+    if stage and chain:
+        raise typer.BadParameter("--stage and --chain exclude each other")
+    if (stage or chain) and (
+        preference is not None
+        or any(value is not None for value in (quality_value, max_cost, max_latency_ms, min_quality))
+    ):
+        raise typer.BadParameter(
+            "--stage and --chain leave nothing to the policy: leave out --preference, --lambda, --max-cost, "
+            "--max-latency-ms and --min-quality"
+        )
+
+    def work() -> Coroutine[Any, Any, None]:
+        from services.client.values import Acceptance, Message, Objective, Request, Sampling
+
+        text = _read_prompt() if prompt == "-" else prompt
+        request = Request(
+            input=(Message("system", system), Message("user", text)) if system else text,
+            sampling=Sampling(max_new_tokens, temperature, top_p, seed, tuple(stop or ())),
+            objective=Objective(
+                quality_value, max_cost, max_latency_ms, min_quality, preference.value if preference else None
+            ),
+            acceptance=None if tolerance is None else Acceptance("tolerant", tolerance),
+            session_id=session,
+            stage=stage,
+            chain=tuple(chain or ()),
+        )
+        show = _write_answer if as_json else _show_answer
+        return show(target, timeout_ms, request)
+
+    _run(work, as_json=as_json)
+
+
+@app.command(epilog=_EPILOG)
+def describe(
+    target: TargetOption = _DEFAULT_TARGET, timeout_ms: TimeoutOption = 5_000.0, as_json: JsonOption = False
+) -> None:
+    """Show the stages of a cascade, what they cost, and the policy in force."""
+
+    async def work() -> None:
+        from services.client import console
+        from services.client.client import CascadeClient
+
+        async with CascadeClient(target, timeout_ms=timeout_ms) as cascade:
+            description = await cascade.describe()
+        if as_json:
+            _write_json(asdict(description))
+        else:
+            console.output().print(console.description(description))
+
+    _run(work, as_json=as_json)
+
+
+@app.command(epilog=_EPILOG)
+def report(
+    answer: Annotated[
+        Path,
+        typer.Argument(
+            help="What `asd ask --json` wrote; - reads standard input.", allow_dash=True, dir_okay=False
+        ),
+    ],
+    is_right: Annotated[
+        bool | None,
+        typer.Option("--right/--wrong", help="How the answer turned out. Required.", show_default=False),
+    ] = None,
+    policy: Annotated[
+        str,
+        typer.Option(metavar="HOST:PORT", callback=_check_target, help="The policy service of the cascade."),
+    ] = _DEFAULT_POLICY,
+    timeout_ms: TimeoutOption = 5_000.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell the policy service whether an answer was right, so that it can watch its predictions."""
+    if is_right is None:
+        raise typer.BadParameter("say --right or --wrong")
+
+    async def send(reported: Answer, *, correct: bool) -> None:
+        from services.client import client, console
+
+        reports = await client.report(reported, correct=correct, policy_target=policy, timeout_ms=timeout_ms)
+        if as_json:
+            _write_json({"request_id": reported.request_id, "reports": reports})
+        else:
+            held = console.count(reports, "report")
+            typer.echo(f"Reported; the policy service holds {held} for its policy.")
+
+    _run(lambda: send(_read_answer(answer), correct=is_right), as_json=as_json)
+
+
+# Commands that run a cascade.
+
+
+@app.command(epilog=_EPILOG)
+def up(
+    cascade: CascadeOption = None,
+    port_base: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=_HIGHEST_PORT,
+            help="Port of the router; the policy takes the next one, stages start 11 above.",
+        ),
+    ] = _DEFAULT_PORT_BASE,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PROCESS",
+            autocompletion=_complete_process,
+            help="Run one process: router, policy or a stage's name.",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a cascade on this machine until Ctrl-C: router, policy and one process per stage."""
+    _run(lambda: _up(cascade, port_base, only, as_json=as_json), as_json=as_json, terminated_code=0)
+
+
+@app.command(epilog=_EPILOG)
+def demo(
+    prompts: Annotated[int, typer.Option(min=1, help="How many prompts to send.")] = 60,
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json",
+            metavar="FILE",
+            allow_dash=True,
+            dir_okay=False,
+            help="Write the figures there as JSON; - for standard output, without the tables.",
+        ),
+    ] = None,
+    cascade: CascadeOption = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", callback=_check_target, help="Ask a running cascade instead of starting one."
+        ),
+    ] = None,
+    preference: PreferenceChoice = None,
+    timeout_ms: TimeoutOption = 60_000.0,
+) -> None:
+    """Ask a cascade and its largest stage graded prompts of every suite and level, and compare them."""
+    if target is not None and cascade is not None:
+        raise typer.BadParameter("--target and --cascade exclude each other")
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise typer.BadParameter(f"--json: {json_file.absolute().parent} is not a directory")
+    _run(
+        lambda: _demo(prompts, json_file, cascade, target, preference, timeout_ms),
+        as_json=json_file is not None,
+    )
+
+
+@models_app.callback(epilog=_EPILOG)
+def models(context: typer.Context, cascade: CascadeOption = None, as_json: JsonOption = False) -> None:
+    """List the models of a cascade: parameters, size on disk, place."""
+    if context.invoked_subcommand is not None:
+        context.obj = cascade
+        return
+
+    def work() -> None:
+        entries = _models(cascade)
+        if as_json:
+            _write_json({"models": entries})
+            return
+        from rich.table import Table
+
+        from services.client import console
+
+        table = Table("model", "parameters", "size", "place")
+        for entry in entries:
+            table.add_row(
+                entry["name"],
+                f"{entry['parameters']:,}",
+                f"{entry['size_bytes'] / 1e6:.1f} MB",
+                entry["path"],
+            )
+        console.output().print(table)
+
+    _run(work, as_json=as_json)
+
+
+@models_app.command(epilog=_EPILOG)
+def prepare(context: typer.Context, cascade: CascadeOption = None, as_json: JsonOption = False) -> None:
+    """Derive what the engine runs from each model, so that the first start need not. Done once per model."""
+
+    def work() -> None:
+        onnx_export = _onnx_export()
+        prepared = {
+            stage.name: str(onnx_export.prepare(stage.path))
+            for stage in _cascade(cascade or context.obj).stages
+        }
+        if as_json:
+            _write_json({"prepared": prepared})
+        else:
+            for name, place in prepared.items():
+                typer.echo(f"{name}: {place}")
+
+    _run(work, as_json=as_json)
+
+
+# What the commands do.
+
+
+async def _write_answer(target: str, timeout_ms: float, request: Request) -> None:
+    from services.client.client import CascadeClient
+
+    async with CascadeClient(target, timeout_ms=timeout_ms) as cascade:
+        _write_json(asdict(await cascade.answer(request)))
+
+
+async def _show_answer(target: str, timeout_ms: float, request: Request) -> None:
+    from services.client import console
+    from services.client.client import CascadeClient
+
+    output = console.output()
+    async with CascadeClient(target, timeout_ms=timeout_ms) as cascade:
+        show = _stream_live if output.is_terminal else _stream_plain
+        answer = await show(cascade, request, output)
+    console.notes().print(console.answer_line(answer), soft_wrap=True)
+
+
+async def _stream_live(cascade: CascadeClient, request: Request, output: Console) -> Answer:
+    """Show drafts and what becomes of them; leave the answer on the terminal."""
+    from rich.live import Live
+    from rich.text import Text
+
+    from services.client import console
+    from services.client.values import Answer, StageStarted, StreamedText
+
+    text, started = StreamedText(), None
+    answer: Answer | None = None
+    with Live(console=output, transient=True) as live:
+        async with aclosing(cascade.stream(request, drafts=True)) as events:
+            async for event in events:
+                if isinstance(event, StageStarted):
+                    started = event
+                elif isinstance(event, Answer):
+                    answer = event
+                text = text.after(event)
+                live.update(console.streamed(text, started))
+    answer = _last(answer)
+    output.print(Text(answer.text))
+    return answer
+
+
+async def _stream_plain(cascade: CascadeClient, request: Request, output: Console) -> Answer:
+    """Write final text as it comes, for files and pipes."""
+    from services.client.values import Answer, Committed
+
+    answer: Answer | None = None
+    async with aclosing(cascade.stream(request)) as events:
+        async for event in events:
+            if isinstance(event, Committed):
+                output.file.write(event.tokens.text)
+                output.file.flush()
+            elif isinstance(event, Answer):
+                answer = event
+    output.file.write("\n")
+    return _last(answer)
+
+
+def _last(answer: Answer | None) -> Answer:
+    from services.common.errors import AsdError
+
+    if answer is None:
+        raise AsdError("the cascade ended the stream without an answer")
+    return answer
+
+
+async def _up(file: Path | None, port_base: int, only: str | None, *, as_json: bool) -> None:
+    import asyncio
+    import time
+
+    from services.client import console
+    from services.client.cascade_file import Ports
+    from services.client.demo import EXAMPLE_PROMPT
+    from services.client.running import running
+    from services.common.settings import SettingsError
+
+    started = time.monotonic()
+    cascade = _cascade(file)
+    ports = Ports.from_base(port_base, len(cascade.stages))
+    if ports.highest > _HIGHEST_PORT:
+        raise SettingsError(
+            f"--port-base {port_base}: the last stage would get port {ports.highest}, above {_HIGHEST_PORT}"
+        )
+    async with running(cascade, ports, console.notes(), only=only) as supervisor:
+        seconds = time.monotonic() - started
+        children = supervisor.children
+        if as_json:
+            _write_json(
+                {
+                    "cold_start_s": seconds,
+                    "processes": [
+                        {
+                            "name": child.service.name,
+                            "address": child.service.address,
+                            "pid": child.pid,
+                            "log": str(child.log),
+                        }
+                        for child in children
+                    ],
+                }
+            )
+        else:
+            output = console.output()
+            output.print(console.processes(children, seconds))
+            if only is None:
+                target = "" if port_base == _DEFAULT_PORT_BASE else f" --target {children[0].service.address}"
+                output.print(f'In another terminal: asd ask{target} "{EXAMPLE_PROMPT}"', soft_wrap=True)
+            output.print("Ctrl-C stops everything.")
+            output.file.flush()
+        await asyncio.Event().wait()
+
+
+async def _demo(
+    prompts: int,
+    json_file: Path | None,
+    file: Path | None,
+    target: str | None,
+    preference: PreferenceOption | None,
+    timeout_ms: float,
+) -> None:
+    from services.client import console
+    from services.client.client import CascadeClient
+    from services.client.demo import ask_both_ways, choose_tasks, summarise
+    from services.client.launcher import free_ports
+    from services.client.running import running
+    from services.client.values import Objective
+
+    objective = Objective(preference=preference.value if preference else None)
+    notes = console.notes()
+
+    async def collect(address: str) -> list[Row]:
+        rows = []
+        async with CascadeClient(address, timeout_ms=timeout_ms) as client:
+            with console.progress(notes) as bar:
+                counting = bar.add_task("asking", total=prompts)
+                async for row in ask_both_ways(client, choose_tasks(prompts), objective):
+                    rows.append(row)
+                    bar.advance(counting)
+        return rows
+
+    if target is not None:
+        rows = await collect(target)
+    else:
+        cascade = _cascade(file)
+        async with running(cascade, free_ports(len(cascade.stages)), notes) as supervisor:
+            rows = await collect(supervisor.children[0].service.address)
+    summary = summarise(rows)
+    figures = {**asdict(summary), "rows": [asdict(row) for row in rows]}
+    if json_file == Path("-"):
+        _write_json(figures)
+        return
+    output = console.output()
+    output.print(console.demo_rows(rows, output.width))
+    output.print(console.demo_summary(summary))
+    if json_file is not None:
+        _write_file(json_file, _json(figures))
+
+
+def _models(file: Path | None) -> list[dict[str, Any]]:
+    onnx_export = _onnx_export()
+    return [
+        {
+            "name": stage.name,
+            "parameters": onnx_export.read_shape(stage.path).parameters,
+            "size_bytes": sum(each.stat().st_size for each in stage.path.glob("*.safetensors")),
+            "path": str(stage.path),
+        }
+        for stage in _cascade(file).stages
+    ]
+
+
+def _onnx_export() -> Any:
+    from services.common.errors import PreconditionFailed
+
+    try:
+        from services.stage import onnx_export
+    except ModuleNotFoundError as error:
+        raise PreconditionFailed(
+            f"{error.name} is not installed: pip install 'asd[stage]' brings what runs models"
+        ) from error
+    return onnx_export
+
+
+def _cascade(file: Path | None) -> CascadeFile:
+    from services.client.cascade_file import EMBEDDED, read_cascade
+
+    return read_cascade(file or EMBEDDED)
+
+
+# Input, output and how a command ends.
+
+
+def _run(
+    work: Callable[[], Coroutine[Any, Any, None] | None],
+    *,
+    as_json: bool = False,
+    terminated_code: int = INTERRUPTED,
+) -> None:
+    """Do a command's work, in an event loop where it is a coroutine; end with a message and a code if it
+    fails.
+
+    terminated_code: exit code after SIGTERM.
+    """
+    import asyncio
+
+    from services.client.launcher import LaunchError
+    from services.client.running import Signalled
+    from services.common import telemetry
+    from services.common.errors import AsdError
+    from services.common.settings import SettingsError
+
+    try:
+        _set_up_telemetry()
+        runner = asyncio.Runner()
+        # Made before Ctrl-C unwinds: half a loop cannot be closed.
+        runner.get_loop()
+        with Unwinding(), runner:
+            coroutine = work()
+            if coroutine is not None:
+                try:
+                    runner.run(coroutine)
+                finally:
+                    coroutine.close()
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+    except Signalled as signalled:
+        raise typer.Exit(INTERRUPTED if signalled.is_interrupt else terminated_code) from None
+    except BrokenPipeError:
+        # Whoever reads our output has seen enough; typer ends quietly.
+        raise
+    except (AsdError, SettingsError, LaunchError, OSError) as error:
+        _fail(error, as_json=as_json)
+    finally:
+        telemetry.shutdown_telemetry()
+
+
+def _set_up_telemetry() -> None:
+    from services.common import telemetry
+    from services.common.settings import SettingsError
+
+    try:
+        telemetry.setup_telemetry("asd-client")
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+
+
+def _fail(error: Exception, *, as_json: bool) -> NoReturn:
+    from services.common.errors import AsdError, InvalidRequest, NotFound
+    from services.common.settings import SettingsError
+    from services.common.status import status_of
+
+    is_misuse = isinstance(error, InvalidRequest | NotFound | SettingsError)
+    field = error.field if isinstance(error, AsdError) else ""
+    message = _explain(error)
+    if as_json:
+        if isinstance(error, AsdError):
+            code = status_of(error).name
+        else:
+            code = "INVALID_ARGUMENT" if is_misuse else "FAILED_PRECONDITION"
+        sys.stderr.write(_json_error(code, message, field))
+    else:
+        sys.stderr.write(f"asd: {message}{f' (field {field})' if field else ''}\n")
+    raise typer.Exit(MISUSED if is_misuse else FAILED)
+
+
+def _json_error(code: str, message: str, field: str) -> str:
+    return _json({"error": {"code": code, "message": message, "field": field}})
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {(error.strerror or str(error)).lower()}"
+    return str(error)
+
+
+def _read_prompt() -> str:
+    from services.common.errors import InvalidRequest
+
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"standard input is not {error.encoding} text", field="prompt") from error
+
+
+def _read_answer(file: Path) -> Answer:
+    from pydantic import TypeAdapter, ValidationError
+
+    from services.client.values import Answer
+    from services.common.errors import InvalidRequest
+
+    content = sys.stdin.read() if file == Path("-") else file.read_text(encoding="utf-8")
+    try:
+        return TypeAdapter(Answer).validate_json(content)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in problem["loc"])
+        raise InvalidRequest(
+            f"{file} is not what `asd ask --json` writes: {problem['msg']}", field=field
+        ) from error
+
+
+def _write_file(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8")
+
+
+def _write_json(value: object) -> None:
+    sys.stdout.write(_json(value))
+    sys.stdout.flush()
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

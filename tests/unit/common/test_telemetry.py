@@ -1,0 +1,162 @@
+"""Spans and histograms as their exporters get them, and what the environment may ask for."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import StatusCode
+
+from services.common import telemetry
+from services.common.errors import Unavailable
+from services.common.telemetry import Attributes, Traced, duration_histogram
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from opentelemetry.sdk.trace import ReadableSpan
+
+
+@pytest.fixture
+def exporter() -> Iterator[InMemorySpanExporter]:
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    telemetry.use_tracer_provider(provider)
+    yield exporter
+    telemetry.use_tracer_provider(None)
+    provider.shutdown()
+
+
+def only(exporter: InMemorySpanExporter) -> ReadableSpan:
+    (span,) = exporter.get_finished_spans()
+    return span
+
+
+def test_a_span_keeps_its_attributes_and_has_no_status(exporter: InMemorySpanExporter) -> None:
+    with Traced("outer", {"a": 1}) as outer:
+        assert outer.recording
+        outer.set("b", "two")
+        trace_id = telemetry.current_trace_id()
+        with Traced("inner"):
+            pass
+    inner, span = exporter.get_finished_spans()
+    assert dict(span.attributes or {}) == {"a": 1, "b": "two"}
+    assert span.status.status_code is StatusCode.UNSET
+    assert inner.parent is not None
+    assert inner.parent.span_id == span.context.span_id
+    assert trace_id == f"{span.context.trace_id:032x}"
+
+
+def test_an_error_of_ours_marks_the_span_with_its_message(exporter: InMemorySpanExporter) -> None:
+    with pytest.raises(Unavailable), Traced("call"):
+        raise Unavailable("stage small is away")
+    span = only(exporter)
+    assert (span.status.status_code, span.status.description) == (StatusCode.ERROR, "stage small is away")
+    assert span.attributes is not None
+    assert span.attributes[Attributes.ERROR_TYPE] == "Unavailable"
+
+
+def test_a_foreign_error_marks_the_span_without_its_text(exporter: InMemorySpanExporter) -> None:
+    with pytest.raises(ValueError, match="secret"), Traced("call"):
+        raise ValueError("a secret prompt")
+    span = only(exporter)
+    assert (span.status.status_code, span.status.description) == (StatusCode.ERROR, "ValueError")
+    assert span.attributes is not None
+    assert span.attributes[Attributes.ERROR_TYPE] == "ValueError"
+    assert not span.events
+
+
+@pytest.mark.parametrize("stop", [asyncio.CancelledError, GeneratorExit])
+def test_a_span_that_is_cut_short_ends_without_an_error(
+    exporter: InMemorySpanExporter, stop: type[BaseException]
+) -> None:
+    with pytest.raises(stop), Traced("call"):
+        raise stop
+    span = only(exporter)
+    assert span.status.status_code is StatusCode.UNSET
+    assert not span.attributes
+
+
+def test_without_a_provider_nothing_is_recorded(exporter: InMemorySpanExporter) -> None:
+    telemetry.use_tracer_provider(None)
+    with Traced("call", {"a": 1}) as span:
+        span.set("b", 2)
+        assert not span.recording
+        assert telemetry.current_trace_id() == ""
+    assert not telemetry.tracing_enabled()
+    assert telemetry.server_interceptors() == []
+    assert telemetry.client_interceptors() is None
+    assert exporter.get_finished_spans() == ()
+
+
+def test_durations_are_recorded_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = InMemoryMetricReader()
+    provider = MeterProvider(metric_readers=[reader], shutdown_on_exit=False)
+    monkeypatch.setattr(telemetry, "meter", lambda: provider.get_meter("test"))
+    histogram = duration_histogram("asd.test.duration", "a duration")
+    histogram.record_ms(1500.0, {"stage": "small"})
+    histogram.record_ms(7.0, {"stage": "small"})
+    data = reader.get_metrics_data()
+    assert data is not None
+    (metric,) = data.resource_metrics[0].scope_metrics[0].metrics
+    (point,) = metric.data.data_points
+    assert metric.unit == "s"
+    assert (point.count, point.sum) == (2, pytest.approx(1.507))
+    assert (point.min, point.max) == (pytest.approx(0.007), pytest.approx(1.5))
+    assert dict(point.attributes) == {"stage": "small"}
+    # The two lie in (0.005, 0.01] and (1, 2.5].
+    counted = [
+        bound for bound, count in zip(point.explicit_bounds, point.bucket_counts, strict=False) if count
+    ]
+    assert counted == [0.01, 2.5]
+    provider.shutdown()
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in list(os.environ):
+        if name.startswith("OTEL_"):
+            monkeypatch.delenv(name)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"OTEL_TRACES_EXPORTER": "none", "OTEL_METRICS_EXPORTER": "none"},
+        {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1", "OTEL_SDK_DISABLED": "true"},
+    ],
+)
+def test_nothing_is_set_up_unasked(environment: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    assert not telemetry.setup_tracing("asd-test")
+    assert not telemetry.setup_metrics("asd-test")
+    assert not telemetry.tracing_enabled()
+    assert not telemetry.metrics_enabled()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "asks_for"),
+    [
+        ("OTEL_TRACES_EXPORTER", "zipkin", "use otlp, console or none"),
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf", "use grpc"),
+    ],
+)
+def test_an_exporter_that_asd_lacks_is_refused(
+    environment: pytest.MonkeyPatch, variable: str, value: str, asks_for: str
+) -> None:
+    environment.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    environment.setenv(variable, value)
+    with pytest.raises(ValueError, match=asks_for) as caught:
+        telemetry.setup_tracing("asd-test")
+    assert f"{variable}={value}" in str(caught.value)
+    assert not telemetry.tracing_enabled()
