@@ -75,7 +75,7 @@ class GrpcStage:
         """The stage that is called."""
         return self._stage
 
-    async def generate(self, request: Request, timeout_ms: float) -> AsyncGenerator[StageEvent, None]:
+    def generate(self, request: Request, timeout_ms: float) -> AsyncGenerator[StageEvent, None]:
         """Yield tokens as the stage writes them, and last its result."""
         message = stage_pb2.StageServiceGenerateRequest(
             model=self._stage.model,
@@ -83,12 +83,9 @@ class GrpcStage:
             session_id=request.session_id,
         )
         convert.set_input(message, request.input)
-        call = self._call(request, lambda stub: stub.Generate, message, timeout_ms)
-        async with aclosing(self._events(call)) as events:
-            async for event in events:
-                yield event
+        return self._events(self._call(request, lambda stub: stub.Generate, message, timeout_ms))
 
-    async def verify(
+    def verify(
         self, request: Request, draft: StageResult, timeout_ms: float
     ) -> AsyncGenerator[StageEvent, None]:
         """Yield the verification of the draft, then tokens, and last the result."""
@@ -100,10 +97,7 @@ class GrpcStage:
             session_id=request.session_id,
         )
         convert.set_input(message, request.input)
-        call = self._call(request, lambda stub: stub.Verify, message, timeout_ms)
-        async with aclosing(self._events(call)) as events:
-            async for event in events:
-                yield event
+        return self._events(self._call(request, lambda stub: stub.Verify, message, timeout_ms))
 
     async def verify_stream(
         self, request: Request, drafts: AsyncIterator[Tokens | FinishReason], timeout_ms: float

@@ -1,0 +1,164 @@
+"""A channel calls again where nothing was answered, and nowhere else; it spreads calls over replicas."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from asd.v1 import common_pb2, stage_pb2, stage_pb2_grpc
+from services.common.channel import call_stream, call_unary, open_channel
+from services.common.errors import AsdError, BudgetSpent, ResourceExhausted, Unavailable
+from services.common.server import ServiceRegistration, start_server
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    import grpc
+
+    Connect = Callable[..., Any]
+
+CALL_S = 20
+ASK = stage_pb2.StatusRequest()
+WRITE = stage_pb2.StageServiceGenerateRequest(prompt="hi")
+
+
+@dataclass
+class Flaky(stage_pb2_grpc.StageServiceServicer):
+    """Fails a number of times, then answers; a stream sends so many tokens before it fails."""
+
+    failures: int = 0
+    error: AsdError = field(default_factory=lambda: Unavailable("going away"))
+    sent_before: int = 0
+    calls: int = 0
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+    left: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def Status(self, request: object, context: object) -> stage_pb2.StatusResponse:  # noqa: N802
+        self._attempt()
+        return stage_pb2.StatusResponse(version=f"attempt {self.calls}")
+
+    async def Generate(  # noqa: N802
+        self, request: object, context: object
+    ) -> AsyncIterator[stage_pb2.StageServiceGenerateResponse]:
+        token = stage_pb2.StageServiceGenerateResponse(tokens=common_pb2.TokenChunk(text="a"))
+        for _ in range(self.sent_before):
+            yield token
+        self._attempt()
+        yield token
+        try:
+            await self.gate.wait()
+        finally:
+            self.left.set()
+
+    def _attempt(self) -> None:
+        self.calls += 1
+        if self.calls <= self.failures:
+            raise self.error
+
+    def add(self, server: grpc.aio.Server) -> None:
+        stage_pb2_grpc.add_StageServiceServicer_to_server(self, server)
+
+
+@pytest.fixture
+async def connect() -> AsyncIterator[Connect]:
+    """Return a function that serves fakes and returns a stub over one channel to all of them."""
+    async with AsyncExitStack() as stack:
+
+        async def start(*fakes: Flaky, **options: Any) -> Any:
+            ports = []
+            for fake in fakes:
+                server, port = await start_server(
+                    "127.0.0.1:0", [ServiceRegistration("asd.v1.StageService", fake.add)]
+                )
+                stack.push_async_callback(server.stop, 0)
+                ports.append(port)
+            target = "ipv4:" + ",".join(f"127.0.0.1:{port}" for port in ports)
+            channel = await stack.enter_async_context(open_channel(target, **options))
+            return stage_pb2_grpc.StageServiceStub(channel)
+
+        yield start
+
+
+async def status(stub: Any) -> str:
+    return (await call_unary(stub.Status, ASK, timeout_ms=CALL_S * 1e3)).version  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("failures", [0, 1, 2])
+async def test_a_call_is_answered_after_two_refusals_at_most(connect: Connect, failures: int) -> None:
+    fake = Flaky(failures)
+    assert await status(await connect(fake)) == f"attempt {failures + 1}"
+
+
+async def test_three_refusals_are_the_end(connect: Connect) -> None:
+    fake = Flaky(failures=3)
+    with pytest.raises(Unavailable, match="going away"):
+        await status(await connect(fake))
+    assert fake.calls == 3
+
+
+async def test_a_stream_that_has_begun_nothing_is_called_again(connect: Connect) -> None:
+    fake = Flaky(failures=2)
+    stream = call_stream((await connect(fake)).Generate, WRITE, timeout_ms=CALL_S * 1e3)
+    assert (await anext(stream)).tokens.text == "a"
+    assert fake.calls == 3
+    await stream.aclose()
+
+
+async def test_a_stream_that_has_sent_a_token_is_not_called_again(connect: Connect) -> None:
+    fake = Flaky(failures=1, sent_before=1)
+    stream = call_stream((await connect(fake)).Generate, WRITE, timeout_ms=CALL_S * 1e3)
+    assert (await anext(stream)).tokens.text == "a"
+    with pytest.raises(Unavailable, match="going away"):
+        await anext(stream)
+    assert fake.calls == 1
+
+
+async def test_a_channel_without_retries_calls_once(connect: Connect) -> None:
+    fake = Flaky(failures=1)
+    with pytest.raises(Unavailable):
+        await status(await connect(fake, retry=False))
+    assert fake.calls == 1
+
+
+async def test_only_a_peer_that_is_away_is_called_again(connect: Connect) -> None:
+    fake = Flaky(failures=1, error=ResourceExhausted("full"))
+    with pytest.raises(ResourceExhausted, match="full"):
+        await status(await connect(fake))
+    assert fake.calls == 1
+
+
+async def test_calls_go_to_all_replicas_of_a_name(connect: Connect) -> None:
+    fakes = Flaky(), Flaky()
+    stub = await connect(*fakes)
+    async with asyncio.timeout(CALL_S):
+        # The second connection may come later than the first answers.
+        while not all(fake.calls for fake in fakes):
+            await status(stub)
+    before = [fake.calls for fake in fakes]
+    for _ in range(10):
+        await status(stub)
+    assert [fake.calls - calls for fake, calls in zip(fakes, before, strict=True)] == [5, 5]
+
+
+async def test_a_stream_that_its_caller_leaves_ends_at_the_peer(connect: Connect) -> None:
+    fake = Flaky()
+    stream = call_stream((await connect(fake)).Generate, WRITE, timeout_ms=CALL_S * 1e3)
+    await anext(stream)
+    await stream.aclose()
+    async with asyncio.timeout(CALL_S):
+        await fake.left.wait()
+
+
+@pytest.mark.parametrize("timeout_ms", [0.0, -1.0, float("nan")])
+async def test_no_call_is_made_without_time(connect: Connect, timeout_ms: float) -> None:
+    fake = Flaky()
+    stub = await connect(fake)
+    with pytest.raises(BudgetSpent, match="no time left to call stage small"):
+        await call_unary(stub.Status, ASK, timeout_ms=timeout_ms, peer="stage small")
+    with pytest.raises(BudgetSpent, match="no time left to call stage small"):
+        await anext(call_stream(stub.Generate, WRITE, timeout_ms=timeout_ms, peer="stage small"))
+    assert fake.calls == 0
