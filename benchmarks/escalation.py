@@ -51,7 +51,8 @@ CALL_TIMEOUT = 60.0
 # cache, so that no way finds a prompt warmed by another one.
 BLOCK = 8
 # Ways of answering, by what is switched off.
-ALL_ON, SEQUENTIAL, NO_RESYNC = "all on", "pipelining off", "pipelining and resync off"
+ALL_ON, SEQUENTIAL = "all on", "pipelining off"
+NO_RESYNC = "pipelining, resync and prefix reuse off"
 _console = Console(stderr=True)
 
 
@@ -65,7 +66,7 @@ class Routers:
 
 @asynccontextmanager
 async def running(*, with_policy: bool = True) -> AsyncIterator[Routers]:
-    """Run two sets of stages, with and without re-synchronisation, and a router per way of answering."""
+    """Run two sets of stages, one without re-synchronisation and prefix reuse, and a router per way."""
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
 
@@ -80,6 +81,8 @@ async def running(*, with_policy: bool = True) -> AsyncIterator[Routers]:
             stages[resync] = {}
             for name in NAMES:
                 model = {"name": name, "path": str(ROOT / "models" / name), "resync": resync}
+                if not resync:
+                    model["cached_sequences"] = 0
                 stages[resync][name] = await start("services.stage", f"{name}-{resync}", {"models": [model]})
         noise, _ = await stack.enter_async_context(process("benchmarks.random_stage", "127.0.0.1:0"))
         artifact = str(ROOT / "policy_service" / "artifact")
@@ -471,7 +474,7 @@ MEASUREMENTS = ("exact", "tolerance", "first_commit", "adversarial", "policy_par
 async def measure(names: Iterable[str], share: float) -> dict[str, object]:
     """Run measurements one after the other; return all figures. share: of the prompts."""
     tasks = list(split("evaluation", max(round(2000 * share), 4)))
-    few = tasks[: max(round(400 * share), 4)]
+    few = tasks[: max(round(200 * share), 4)]
     figures: dict[str, object] = {}
     async with running() as routers, AsyncExitStack() as stack:
         clients = Clients(routers, stack)

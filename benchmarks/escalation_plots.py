@@ -19,7 +19,7 @@ from matplotlib import pyplot as plt
 
 PAIRS = ("small-medium", "small-large", "medium-large")
 COLOURS = dict(zip(PAIRS, ("#3b7dd8", "#d8543b", "#4a9d5b"), strict=True))
-WAYS = ("all on", "pipelining off", "pipelining and resync off")
+WAYS = ("all on", "pipelining off", "pipelining, resync and prefix reuse off")
 
 
 def draw_plots(figures: Mapping[str, Any], directory: Path) -> None:

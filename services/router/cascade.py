@@ -85,9 +85,9 @@ class Cascade:
                         yield shown
                     if progress.is_hopeless():
                         break
-        answer = progress.answer
-        self._planner.stage_answered(answer)
-        self._observer.stage_answered(answer)
+        for answer in progress.new_answers():
+            self._planner.stage_answered(answer)
+            self._observer.stage_answered(answer)
 
     def _note_failure(self, progress: Progress, stage: int, error: AsdError) -> None:
         failed = self._stages[stage].stage

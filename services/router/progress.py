@@ -55,6 +55,7 @@ class Progress:
         self._delivery = Delivery(view)
         self._records: list[Record] = []
         self._answer: Answer | None = None
+        self._new_answers: list[Answer] = []
         # True once the answer that stands is not the last started stage's.
         self._is_earlier = False
         self._prefilled: Prefilled | None = None
@@ -129,8 +130,14 @@ class Progress:
         if self.upstream and answer.verification is not None:
             answer = replace(answer, draft_stage=self._records[-1].answer.stage.name)
         self._answer = answer
+        self._new_answers.append(answer)
         self.spent_cost += answer.cost
         return answer
+
+    def new_answers(self) -> list[Answer]:
+        """Return the answers since the last call of this, of every stage that worked."""
+        answers, self._new_answers = self._new_answers, []
+        return answers
 
     def drafted_upstream(self, answers: Sequence[Answer]) -> None:
         """Record what the earlier stages of a chain wrote while the running one verified it."""
@@ -138,6 +145,7 @@ class Progress:
             if answer.tokens.ids or answer.result.text:
                 decision = Decision(DecisionAction.ESCALATE, DecisionReason.FIXED_STAGE)
                 self._records.append(Record(answer, decision))
+                self._new_answers.append(answer)
                 self.spent_cost += answer.cost
 
     def warmed(self, prefilled: Prefilled | None) -> None:

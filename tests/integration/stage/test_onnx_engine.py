@@ -290,24 +290,56 @@ async def test_drafts_that_cannot_be_used_are_refused(
     assert caught.value.field == field
 
 
-async def test_cancelled_calls_leave_no_computation_and_no_cache(reference: Reference) -> None:
+async def test_a_thousand_random_cancels_leave_no_computation_and_no_cache(reference: Reference) -> None:
     model = engine("small", max_queue=64)
     await model.load()
+    fingerprint = model.status().fingerprint
     rng = random.Random(3)
 
-    async def start_and_leave(prompt: str) -> None:
-        events = model.generate((Turn("user", prompt),), _GREEDY)
-        for _ in range(rng.randint(0, 2)):
-            await anext(events, None)
+    async def pieces(ids: list[int]) -> AsyncIterator[DraftPiece | FinishReason]:
+        for start in range(0, len(ids), 6):
+            yield DraftPiece(tuple(ids[start : start + 6]), "", fingerprint)
+            await asyncio.sleep(0)
+        if rng.random() < 0.5:
+            # The drafter is abandoned as well: the end never comes.
+            await asyncio.Event().wait()
+        yield FinishReason.EOS
+
+    async def start_and_leave(index: int) -> None:
+        turns = (Turn("user", reference.prompts[index]),)
+        draft = reference.outputs["medium"][index]
+        calls = (
+            lambda: model.generate(turns, _GREEDY),
+            lambda: model.generate(turns, SamplingOptions(temperature=0.7, seed=index)),
+            lambda: model.verify(turns, _GREEDY, _draft(model, draft), None),
+            lambda: model.verify_stream(turns, _GREEDY, pieces(draft), None),
+            lambda: model.verify_stream(turns, _GREEDY, pieces(draft), 0.1),
+        )
+        events = rng.choice(calls)()
+        for _ in range(rng.randint(0, 3)):
+            step = asyncio.ensure_future(anext(events, None))
+            for _ in range(rng.choice((0, 20, 2000))):
+                if step.done():
+                    break
+                await asyncio.sleep(0)
+            if not step.done():
+                # In the middle of a pass, or while it waits for a draft that never comes.
+                step.cancel()
+                await asyncio.gather(step, return_exceptions=True)
+                break
+            if step.result() is None or rng.random() < 0.3:
+                break
         await events.aclose()
 
-    for _ in range(20):
-        await asyncio.gather(*(start_and_leave(rng.choice(reference.prompts)) for _ in range(10)))
-    # A last call is served after all others have left.
-    await _generate(model, reference.prompts[0])
+    async with asyncio.timeout(60):
+        for _ in range(100):
+            await asyncio.gather(*(start_and_leave(rng.randrange(500)) for _ in range(10)))
+        # A last call is served after all others have left.
+        result, _ = await _generate(model, reference.prompts[0])
+    assert list(result.ids) == reference.outputs["small"][0]
     status = model.status()
     assert (status.running, status.queued, status.kv_cache_bytes) == (0, 0, 0)
-    assert status.cancelled > 0
+    assert status.cancelled > 100
     assert status.cached_sequences <= 4
     await model.unload()
 
