@@ -151,11 +151,13 @@ class _Lookup:
     """A solution as plain lists, which cost less to read than arrays.
 
     onward: per view, by stage: per bin, the value of asking that stage. p_next: by first stage and the stage
-    asked after it: per bin of the prompt's view, the probability of that.
+    asked after it: per bin of the prompt's view, the probability of that. after_hopeless: by first stage, the
+    one that is asked after its least promising answers, where one is.
     """
 
     onward: tuple[dict[int, list[float]], ...]
     p_next: dict[int, dict[int, list[float]]]
+    after_hopeless: dict[int, int]
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,7 @@ class Plan:
 
     p_escalate: probability of asking a later stage as well. likely_next: that stage; None: no later one is
     ever asked. abandon: when a draft of the first stage is hopeless, by ascending number of tokens.
+    abandon_to: the stage that is best asked then; None: even a hopeless answer is the better value.
     """
 
     first_stage: int
@@ -190,6 +193,7 @@ class Plan:
     p_escalate: float
     likely_next: int | None
     abandon: tuple[AbandonRule, ...]
+    abandon_to: int | None
 
 
 @dataclass(frozen=True)
@@ -258,9 +262,10 @@ class Policy:
         first = max(timely, key=timely.__getitem__) if timely else min(arrival, key=arrival.__getitem__)
         p_next = {stage: point.of(p) for stage, p in lookup.p_next.get(first, {}).items()}
         likely = max(p_next, key=p_next.__getitem__, default=None)
-        abandon = self._abandon.get(first, ()) if likely is not None else ()
+        abandon_to = lookup.after_hopeless.get(first)
+        abandon = self._abandon.get(first, ()) if abandon_to is not None else ()
         # Rows of a transition sum to 1 but for the rounding of the artifact.
-        return Plan(first, estimates, min(sum(p_next.values()), 1.0), likely, abandon)
+        return Plan(first, estimates, min(sum(p_next.values()), 1.0), likely, abandon, abandon_to)
 
     def decide(
         self,
@@ -356,6 +361,11 @@ class Policy:
         return _Lookup(
             tuple({s: values.tolist() for s, values in each.items()} for each in solution.continuations),
             {move.stage: _next_stages(move, solution) for move in views[0].moves},
+            {
+                move.stage: max(onward, key=lambda stage: float(onward[stage][0]))
+                for move in views[0].moves
+                if (onward := solution.continuations[move.view]) and solution.escalates[move.view][0]
+            },
         )
 
     def _predict(

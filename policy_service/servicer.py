@@ -87,6 +87,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
                 policy_pb2.AbandonRule(tokens=rule.tokens, mean_logprob=rule.mean_logprob)
                 for rule in plan.abandon
             ],
+            abandon_stage="" if plan.abandon_to is None else self._names[plan.abandon_to],
             policy_version=self._policy.version,
         )
 

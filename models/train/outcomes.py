@@ -173,10 +173,9 @@ def _count_passes(draft: list[int], answer: list[int], accepted: int) -> tuple[i
     written = accepted + 1
     resync = Resynchroniser(draft, accepted)
     while written < len(answer):
-        proposal = resync.propose(answer[:written])[: len(answer) - written]
-        kept = 0
-        while kept < len(proposal) and proposal[kept] == answer[written + kept]:
-            kept += 1
+        proposal = resync.propose(answer[:written])[: MAX_NEW_TOKENS - written]
+        pairs = list(zip(proposal, answer[written:], strict=False))
+        kept = next((place for place, (ours, own) in enumerate(pairs) if ours != own), len(pairs))
         resync.judged(len(proposal), kept)
         proposed_again += len(proposal)
         written += kept + 1

@@ -213,8 +213,8 @@ def choose_quality_values(
 def abandon_rules(data: Dataset, stage: int) -> tuple[AbandonEntry, ...]:
     """Return when a stage's draft is hopeless, by its first tokens' mean log-probability; none for the last.
 
-    A rule holds for as many drafts as can be given up with 95% confidence that at most HOPELESS of such are
-    right. Source: Clopper and Pearson 1934 for the bound.
+    A rule gives up as many drafts as it can while the 95% bound of their share of right ones is HOPELESS at
+    most. The bound is not corrected for having chosen the rule by it. Source: Clopper and Pearson 1934.
     """
     rules = []
     for place, tokens in enumerate(PREFIXES if stage < len(data.cascade) - 1 else ()):

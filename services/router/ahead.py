@@ -10,19 +10,23 @@ from services.router.domain import Prefilled
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
-    from services.router.domain import Request
+    from services.router.domain import Request, Stage
     from services.router.ports import StageClient
 
 
 class PrefillAhead:
     """Prompts that are being put into a later stage's cache while an earlier one drafts, for one request.
 
-    clock: monotonic seconds.
+    clock: monotonic seconds. calling: counts its block as a call under way at a stage.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, clock: Callable[[], float], calling: Callable[[Stage], AbstractContextManager[None]]
+    ) -> None:
         self._clock = clock
+        self._calling = calling
         self._task: asyncio.Task[Prefilled | None] | None = None
         self._stage = -1
 
@@ -33,7 +37,7 @@ class PrefillAhead:
         await self.close()
 
     def start(self, request: Request, client: StageClient, timeout_ms: float) -> None:
-        """Begin to warm a stage."""
+        """Begin to warm a stage. timeout_ms: an escalation waits for it no longer than that."""
         self._stage = client.stage.index
         self._task = asyncio.create_task(self._warm(request, client, timeout_ms))
 
@@ -54,7 +58,8 @@ class PrefillAhead:
     async def _warm(self, request: Request, client: StageClient, timeout_ms: float) -> Prefilled | None:
         started = self._clock()
         try:
-            tokens = await client.prefill(request, timeout_ms)
+            with self._calling(client.stage):
+                tokens = await client.prefill(request, timeout_ms)
         except AsdError:
             # It was a favour; the verification will say what is wrong.
             return None

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from typing import TYPE_CHECKING
 
 from services.common.errors import AsdError, BudgetSpent, ResourceExhausted, Unavailable
 from services.router.ahead import PrefillAhead
 from services.router.domain import Event, PlanSource, Request, StageAction, StageStarted, View
 from services.router.pipeline import call_stage
-from services.router.planner import MARGIN_MS, Planner
+from services.router.planner import MARGIN_MS
 from services.router.progress import Progress
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
 
+    from services.router.planner import Planner
     from services.router.ports import Observer, StageClient
 
 
@@ -41,10 +42,10 @@ class Cascade:
         """
         progress = Progress(request, deadline, view, self._clock)
         stage = await self._planner.plan(progress)
-        async with PrefillAhead(self._clock) as ahead:
+        async with PrefillAhead(self._clock, self._planner.calling) as ahead:
             warm = self._planner.stage_to_warm(progress)
             if warm is not None:
-                ahead.start(request, self._stages[warm], progress.left_ms(MARGIN_MS))
+                ahead.start(request, self._stages[warm], self._planner.warming_ms(progress, warm))
             while True:
                 try:
                     async with aclosing(self._run(progress, self._stages[stage])) as events:
@@ -76,15 +77,20 @@ class Cascade:
         if progress.view is not View.OUTCOME:
             yield StageStarted(stage, action)
         timeout_ms = self._planner.timeout_ms(progress, stage)
-        progress.start(stage, action, is_final=self._planner.is_final(progress, stage))
+        drafter = upstream[-1].stage.name if upstream else progress.drafter
+        progress.start(stage, action, drafter, is_final=self._planner.is_final(progress, stage))
         call = call_stage(progress, client, draft, upstream, timeout_ms, self._clock)
-        with self._planner.calling(stage):
+        with ExitStack() as calls:
+            for each in (client, *upstream):
+                calls.enter_context(self._planner.calling(each.stage))
             async with call as events:
                 async for event in events:
                     for shown in progress.take(event):
                         yield shown
                     if progress.is_hopeless():
                         break
+        for place, error in progress.new_failures():
+            self._note_failure(progress, place, error)
         for answer in progress.new_answers():
             self._planner.stage_answered(answer)
             self._observer.stage_answered(answer)

@@ -159,12 +159,15 @@ class GrpcStage:
 
     async def _events(self, call: AsyncGenerator[Response, None]) -> AsyncGenerator[StageEvent, None]:
         """Yield a call's answers as domain values."""
+        fingerprint = ""
         try:
             async with aclosing(call) as responses:
                 async for response in responses:
                     kind = response.WhichOneof("event")
+                    if not isinstance(response, stage_pb2.VerifyResponse):
+                        # It comes with the first message, whatever that is.
+                        fingerprint = fingerprint or response.tokenizer_fingerprint
                     if kind == "tokens":
-                        fingerprint = getattr(response, "tokenizer_fingerprint", "")
                         yield convert.tokens_from(response.tokens, fingerprint)
                     elif kind == "verification" and not isinstance(
                         response, stage_pb2.StageServiceGenerateResponse
@@ -249,12 +252,15 @@ class GrpcPolicy:
                 self._plan, message, timeout_ms=min(timeout_ms, self._timeout_ms), peer=self._peer
             )
         first = self._place(response.first_stage)
-        likely = self._place(response.likely_next_stage) if response.likely_next_stage else None
-        if likely is not None and likely <= first:
-            raise AsdError(
-                f"{self._peer} expects to escalate to {response.likely_next_stage}, not a later stage"
-            )
-        return convert.plan_from(response, first, likely)
+        likely = self._later(first, response.likely_next_stage)
+        return convert.plan_from(response, first, likely, self._later(first, response.abandon_stage))
+
+    def _later(self, first: int, name: str) -> int | None:
+        """Return the place of a stage that may follow the first one; None for no name."""
+        place = self._place(name) if name else None
+        if place is not None and place <= first:
+            raise AsdError(f"{self._peer} expects to escalate from {self._stages[first]} to an earlier stage")
+        return place
 
     async def decide(
         self,

@@ -237,10 +237,12 @@ def result_from(message: stage_pb2.StageResult, peer: str) -> StageResult:
     )
 
 
-def plan_from(message: policy_pb2.PlanResponse, first: int, likely_next: int | None) -> Plan:
-    """Return a plan as a domain value. first, likely_next: places of its stages."""
+def plan_from(
+    message: policy_pb2.PlanResponse, first: int, likely_next: int | None, abandon_to: int | None
+) -> Plan:
+    """Return a plan as a domain value. first, likely_next, abandon_to: places of its stages."""
     rules = tuple(AbandonRule(rule.tokens, rule.mean_logprob) for rule in message.abandon)
-    return Plan(first, message.policy_version, message.p_escalate, likely_next, rules)
+    return Plan(first, message.policy_version, message.p_escalate, likely_next, rules, abandon_to)
 
 
 def member(kind: type[Member], number: int, peer: str) -> Member:

@@ -268,7 +268,7 @@ class Plan:
     """The policy's choice of a first stage, by its place in the cascade.
 
     p_escalate: probability that a later stage will be asked. likely_next: that stage; None: there is none.
-    abandon: by ascending number of tokens.
+    abandon: by ascending number of tokens. abandon_to: the stage that goes on with a draft that was given up.
     """
 
     first_stage: int
@@ -276,6 +276,7 @@ class Plan:
     p_escalate: float = 0.0
     likely_next: int | None = None
     abandon: tuple[AbandonRule, ...] = ()
+    abandon_to: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

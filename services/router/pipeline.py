@@ -46,7 +46,7 @@ async def call_stage(
                 async with aclosing(pipeline.verify(client)) as events:
                     yield events
             finally:
-                progress.drafted_upstream(await pipeline.close())
+                progress.drafted_upstream(*await pipeline.close())
         else:
             call = (
                 client.verify(request, draft, timeout_ms) if draft else client.generate(request, timeout_ms)
@@ -76,12 +76,17 @@ class Pipeline:
         assert self._drafts is not None
         return client.verify_stream(self._request, self._drafts, self._timeout_ms)
 
-    async def close(self) -> list[Answer]:
-        """Stop what is still being written; return the earlier stages' answers, whole or not."""
+    async def close(self) -> tuple[list[Answer], dict[int, AsdError]]:
+        """Stop what is still being written; return the answers, whole or not, and failures by place."""
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        return [run.unfinished_answer() for run in self._runs]
+        outcomes = await asyncio.gather(*self._tasks, return_exceptions=True)
+        failures = {
+            run.stage.index: outcome
+            for run, outcome in zip(self._runs, outcomes, strict=True)
+            if isinstance(outcome, AsdError)
+        }
+        return [run.unfinished_answer() for run in self._runs], failures
 
     def _start(self, client: StageClient, drafts: AsyncIterator[Piece] | None) -> AsyncIterator[Piece]:
         """Have a stage work on the drafts of the one before it; return what it writes, as a draft."""
@@ -101,10 +106,11 @@ class Pipeline:
     ) -> None:
         with Traced(Spans.STAGE) as span:
             spans.describe_call(span, self._request, run.stage, run.action)
+            timeout_ms = min(self._timeout_ms, client.stage.timeout_ms)
             if drafts is None:
-                call = client.generate(self._request, self._timeout_ms)
+                call = client.generate(self._request, timeout_ms)
             else:
-                call = client.verify_stream(self._request, drafts, self._timeout_ms)
+                call = client.verify_stream(self._request, drafts, timeout_ms)
             try:
                 async with aclosing(call) as events:
                     async for event in events:
@@ -113,10 +119,10 @@ class Pipeline:
                             pieces.put_nowait(event)
                         elif isinstance(event, StageResult):
                             pieces.put_nowait(event.finish_reason)
-            except AsdError:
-                # The next stage goes on alone from what has come.
-                pieces.put_nowait(FinishReason.LENGTH)
-                raise
+            finally:
+                if not run.has_ended:
+                    # The next stage goes on alone from what has come.
+                    pieces.put_nowait(FinishReason.LENGTH)
             spans.describe_answer(span, run.unfinished_answer())
 
 

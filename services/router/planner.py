@@ -9,6 +9,7 @@ from services.common.errors import BudgetSpent, InvalidRequest, NotFound, Unavai
 from services.common.telemetry import Spans, Traced
 from services.router import spans
 from services.router.domain import (
+    AcceptanceMode,
     Condition,
     Decision,
     DecisionAction,
@@ -37,6 +38,8 @@ AWAY_SECONDS = 1.0
 _LONGEST_AWAY_SECONDS = 30.0
 # Share of the time left that a stage may take whose answer others could still replace. Chosen.
 _SHARE_OF_TIME = 0.5
+# Share of the time left that an escalation may lose to a prompt that is read ahead. Chosen.
+_SHARE_FOR_WARMING = 0.25
 # Probability of an escalation from which on its target is warmed. Chosen: more often right than wrong.
 _LIKELY = 0.5
 # Shorter waits than this are not told to the policy. Chosen: no plan turns on them.
@@ -77,6 +80,10 @@ class Planner:
         seconds = min(AWAY_SECONDS * 2.0**times, _LONGEST_AWAY_SECONDS)
         self._away_until[stage.index] = self._clock() + seconds
 
+    def warming_ms(self, progress: Progress, place: int) -> float:
+        """Return how long a stage may take to read a prompt ahead."""
+        return min(progress.left_ms(MARGIN_MS) * _SHARE_FOR_WARMING, self._stages[place].timeout_ms)
+
     def timeout_ms(self, progress: Progress, stage: Stage) -> float:
         """Return how long a stage's call may take."""
         left_ms = progress.left_ms(MARGIN_MS)
@@ -97,7 +104,10 @@ class Planner:
     def draft_for(self, progress: Progress, stage: Stage) -> StageResult | None:
         """Return the draft that a stage is to verify; None where it had better write anew."""
         draft = progress.draft()
-        if draft is None or self._speculation.is_worthwhile(progress.answer.stage.name, stage.name):
+        if draft is None or progress.plan_source is PlanSource.FIXED:
+            # Whether a chain's drafts are worth it was asked once, when it started.
+            return draft
+        if self._speculation.is_worthwhile(progress.answer.stage.name, stage.name):
             return draft
         return None
 
@@ -124,7 +134,8 @@ class Planner:
         """Judge the latest answer. An escalation that does not fit the deadline is not started."""
         with Traced(Spans.DECIDE) as span:
             decision = await self._judge(progress)
-            if decision.next_stage is not None:
+            # A draft that was given up is no answer to stop with.
+            if decision.next_stage is not None and decision.reason is not DecisionReason.ABANDONED:
                 left_ms = progress.left_ms(MARGIN_MS)
                 if left_ms <= 0 or (decision.expected_ms or 0.0) > left_ms:
                     decision = decision.stopped(DecisionReason.DEADLINE)
@@ -144,6 +155,8 @@ class Planner:
 
     async def _first_stage(self, progress: Progress) -> int:
         request = progress.request
+        # An earlier plan of this request says nothing of the stage that is chosen now.
+        progress.p_escalate, progress.likely_next, progress.abandon = 0.0, None, ()
         if request.stage:
             progress.plan_source = PlanSource.FIXED
             return self._place(request.stage, "stage")
@@ -168,7 +181,8 @@ class Planner:
                     # Within a budget the policy alone says what comes next.
                     has_budget = request.objective.max_cost or request.objective.max_latency_ms
                     is_used = self._options.early_abandon and not has_budget
-                    progress.abandon = plan.abandon if is_used else ()
+                    progress.abandon = plan.abandon if is_used and plan.abandon_to is not None else ()
+                    progress.abandon_to = plan.abandon_to
                     return plan.first_stage
         progress.follows_policy = False
         progress.plan_source = PlanSource.STATIC
@@ -204,6 +218,10 @@ class Planner:
             )
         # Where drafts are worthless of late, the last stage writes alone: an exact answer is the same.
         kept = [chain.pop()]
+        acceptance = progress.request.acceptance
+        is_exact = acceptance is None or acceptance.mode is AcceptanceMode.EXACT
+        while chain and not is_exact:
+            kept.insert(0, chain.pop())
         while chain and self._speculation.is_worthwhile(
             self._stages[chain[-1]].name, self._stages[kept[0]].name
         ):
@@ -227,8 +245,7 @@ class Planner:
         answer = progress.answer
         if progress.is_abandoned:
             progress.is_abandoned = False
-            if progress.likely_next is not None and progress.likely_next not in progress.failed:
-                return Decision(DecisionAction.ESCALATE, DecisionReason.ABANDONED, progress.likely_next)
+            return Decision(DecisionAction.ESCALATE, DecisionReason.ABANDONED, progress.abandon_to)
         if self._policy is not None and progress.follows_policy:
             conditions = self._conditions(progress.failed)
             spent_ms = progress.spent_ms()

@@ -32,7 +32,7 @@ from services.router.domain import (
 from services.router.stage_run import StageRun
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 
 class Progress:
@@ -56,6 +56,10 @@ class Progress:
         self._records: list[Record] = []
         self._answer: Answer | None = None
         self._new_answers: list[Answer] = []
+        self._new_failures: dict[int, AsdError] = {}
+        # Whether the answer is a draft that was given up.
+        self._is_fragment = False
+        self._may_abandon = False
         # True once the answer that stands is not the last started stage's.
         self._is_earlier = False
         self._prefilled: Prefilled | None = None
@@ -63,9 +67,10 @@ class Progress:
         self.chain: tuple[int, ...] = ()
         # Of a chain, those that draft while the running stage verifies.
         self.upstream: tuple[int, ...] = ()
-        # Stage that an escalation likely goes to, and the rules for escalating before a draft is finished.
+        # Stage that an escalation likely goes to; rules for giving a draft up, and the stage that goes on.
         self.likely_next: int | None = None
         self.p_escalate = 0.0
+        self.abandon_to: int | None = None
         self.abandon: tuple[AbandonRule, ...] = ()
         self.is_abandoned = False
 
@@ -97,10 +102,15 @@ class Progress:
         result = self._answer.result
         return result if result.text or result.token_ids else None
 
-    def start(self, stage: Stage, action: StageAction, *, is_final: bool) -> None:
-        """A stage starts on the request."""
-        drafter = self._answer.stage.name if self._answer else ""
+    @property
+    def drafter(self) -> str:
+        """Name of the stage whose answer the next one may verify, or ""."""
+        return self._answer.stage.name if self._answer else ""
+
+    def start(self, stage: Stage, action: StageAction, drafter: str, *, is_final: bool) -> None:
+        """A stage starts on the request, on a drafter's draft where it verifies. is_final: it will stand."""
         self._run = StageRun(stage, action, drafter, self._clock)
+        self._may_abandon = not is_final
         self._delivery.start(is_final=is_final)
 
     def take(self, event: StageEvent) -> Iterator[Event]:
@@ -114,11 +124,12 @@ class Progress:
 
     def is_hopeless(self) -> bool:
         """Return whether the running stage's draft is not worth finishing; then it counts as answered."""
-        if not self.abandon or self._answer is not None or self._run.has_ended:
+        if not (self.abandon and self._may_abandon) or self._answer is not None or self._run.has_ended:
             return False
         rule = self.abandon[0]
         logprobs = self._run.logprobs
-        if len(logprobs) < rule.tokens:
+        # As in fitting: a draft that ends here is heard to its end.
+        if len(logprobs) <= rule.tokens:
             return False
         self.abandon = self.abandon[1:]
         self.is_abandoned = sum(logprobs[: rule.tokens]) / rule.tokens < rule.mean_logprob
@@ -127,8 +138,10 @@ class Progress:
     def take_answer(self) -> Answer:
         """Return the running stage's answer, and keep it. Raises AsdError if the stage sent no result."""
         answer = self._run.unfinished_answer() if self.is_abandoned else self._run.answer()
-        if self.upstream and answer.verification is not None:
-            answer = replace(answer, draft_stage=self._records[-1].answer.stage.name)
+        if self._is_fragment:
+            # The policy knows what verifying a whole draft shows; this one was cut off.
+            answer = replace(answer, verification=None, draft_stage="")
+        self._is_fragment = self.is_abandoned
         self._answer = answer
         self._new_answers.append(answer)
         self.spent_cost += answer.cost
@@ -139,14 +152,23 @@ class Progress:
         answers, self._new_answers = self._new_answers, []
         return answers
 
-    def drafted_upstream(self, answers: Sequence[Answer]) -> None:
-        """Record what the earlier stages of a chain wrote while the running one verified it."""
+    def drafted_upstream(self, answers: Sequence[Answer], failures: Mapping[int, AsdError]) -> None:
+        """Record what the earlier stages of a chain wrote while the running one verified it.
+
+        failures: by place, those that did not finish, and why.
+        """
+        self._new_failures.update(failures)
         for answer in answers:
             if answer.tokens.ids or answer.result.text:
                 decision = Decision(DecisionAction.ESCALATE, DecisionReason.FIXED_STAGE)
                 self._records.append(Record(answer, decision))
                 self._new_answers.append(answer)
                 self.spent_cost += answer.cost
+
+    def new_failures(self) -> list[tuple[int, AsdError]]:
+        """Return the drafters that failed since the last call of this, by place."""
+        failures, self._new_failures = self._new_failures, {}
+        return list(failures.items())
 
     def warmed(self, prefilled: Prefilled | None) -> None:
         """Record a prompt that was put into a later stage's cache."""
@@ -179,7 +201,8 @@ class Progress:
         """Let the earlier answer stand after the running stage failed; return whether that can be done."""
         # Who names the stages wants the last one's answer.
         is_fixed = self.plan_source is PlanSource.FIXED
-        if is_fixed or not self._records or not self._delivery.can_settle_earlier():
+        # A draft that was given up is no answer.
+        if is_fixed or self._is_fragment or not self._records or not self._delivery.can_settle_earlier():
             return False
         reason = (
             DecisionReason.DEADLINE if isinstance(error, BudgetSpent) else DecisionReason.STAGE_UNAVAILABLE

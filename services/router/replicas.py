@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 _DNS = "dns:///"
 # For how long resolved addresses are taken as they are. Chosen: the life-time of a cluster's DNS records.
 _FRESH_SECONDS = 5.0
+# For how long a call waits for the first addresses. Chosen.
+_RESOLVE_SECONDS = 2.0
 
 
 @dataclass(eq=False, slots=True)
@@ -76,7 +78,7 @@ class Replicas:
             if self._refresh is None or self._refresh.done():
                 self._refresh = asyncio.create_task(self._update())
             if not self._replicas:
-                await asyncio.wait([self._refresh])
+                await asyncio.wait([self._refresh], timeout=_RESOLVE_SECONDS)
         loads = {address: each.calls for address, each in self._replicas.items() if address not in tried}
         if not loads:
             raise Unavailable(f"{self._name or 'the target'} has no replica that can be called")
@@ -104,8 +106,8 @@ class Replicas:
     async def _update(self) -> None:
         try:
             addresses = await self._resolve(self._name)
-        except OSError as error:
-            # Those that are known may well be there still.
+        except (OSError, ValueError) as error:
+            # Those that are known may well be there still. ValueError: no port, or no name at all.
             logger.warning("%s cannot be resolved: %s", self._name, error)
             return
         self._resolved = self._clock()

@@ -25,14 +25,21 @@ class DraftFeed:
         """Add ids at the end."""
         self.ids += ids[: self._most_tokens - len(self.ids)]
 
-    def reach(self, ids: Sequence[int]) -> None:
-        """Grow to the ids of a longer text; where they do not begin with those that are here, stay.
+    @property
+    def is_full(self) -> bool:
+        """Whether further ids would be dropped."""
+        return len(self.ids) >= self._most_tokens
+
+    def reach(self, ids: Sequence[int]) -> bool:
+        """Grow to the ids of a longer text, and return True; where they begin otherwise, stay, and False.
 
         Text that comes in pieces is encoded from its start each time, and the tokens at a seam can change.
         """
         known = len(self.ids)
-        if list(ids[:known]) == self.ids:
+        begins_alike = list(ids[:known]) == self.ids
+        if begins_alike:
             self.add(ids[known:])
+        return begins_alike
 
     def finish(self, end_id: int | None) -> None:
         """Nothing more will come. end_id: proposed last, where the draft ended by itself."""

@@ -293,7 +293,9 @@ class VerifyLane(SoloLane):
             self._ids.append(token)
         self._pending, self._row = kept[-1], rows[accepted]
         self.sequence.roll_back(len(work.prompt) + len(self._ids) - 1)
-        if self._agrees and not flush(work):
+        if self._agrees:
+            if flush(work):
+                return _finish(work, FinishReason.STOP)
             # What is certain goes out while the draft is still being written, and before the next pass: that
             # would hold the interpreter's lock, and with it what is to be sent.
             work.is_taken = False

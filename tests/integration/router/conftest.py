@@ -59,6 +59,7 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
     failure: AsdError = field(default_factory=lambda: Unavailable("the stage is going away"))
     sends_result: bool = True
     prefill_gate: asyncio.Event | None = None
+    verification_first: bool = False
     # Wait in the queue, as the result tells it.
     queue_ms: float = 0.25
     # Runs as each call begins.
@@ -136,7 +137,12 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
         draft, chunks = [], []
         try:
             first = await anext(self._write())
-            yield stage_pb2.VerifyStreamResponse(tokens=first, tokenizer_fingerprint=self.fingerprint)
+            if self.verification_first:
+                # Nothing of its own before the whole draft is judged.
+                response = stage_pb2.VerifyStreamResponse(tokenizer_fingerprint=self.fingerprint)
+            else:
+                yield stage_pb2.VerifyStreamResponse(tokens=first, tokenizer_fingerprint=self.fingerprint)
+                response = stage_pb2.VerifyStreamResponse()
             async for step in steps:
                 if step.HasField("end"):
                     break
@@ -147,20 +153,22 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
             accepted = 0
             while accepted < min(len(own), len(draft)) and own[accepted] == draft[accepted]:
                 accepted += 1
-            yield stage_pb2.VerifyStreamResponse(
-                verification=stage_pb2.Verification(
+            response.verification.CopyFrom(
+                stage_pb2.Verification(
                     proposed_tokens=len(draft),
                     accepted_tokens=accepted,
                     ranks=[0] * len(draft),
                     ids_used=True,
                 )
             )
+            yield response
             is_first = True
             async for tokens in self._write():
-                if not is_first:
+                if self.verification_first or not is_first:
                     yield stage_pb2.VerifyStreamResponse(tokens=tokens)
                 is_first = False
-            yield stage_pb2.VerifyStreamResponse(result=self._result(len(draft), accepted, 1))
+            passes = 1 + max(len(own) + 1 - accepted, 0)
+            yield stage_pb2.VerifyStreamResponse(result=self._result(len(draft), accepted, passes))
         except asyncio.CancelledError:
             self.cancelled.set()
             raise
@@ -286,6 +294,7 @@ class FakePolicy(policy_pb2_grpc.PolicyServiceServicer):
             p_escalate=self.p_escalate,
             likely_next_stage=self.likely_next,
             abandon=self.abandon,
+            abandon_stage=self.likely_next if self.abandon else "",
         )
 
     async def Decide(self, request, context):

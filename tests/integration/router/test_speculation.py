@@ -9,10 +9,12 @@ import grpc
 import pytest
 
 from asd.v1 import cascade_pb2, common_pb2, policy_pb2
+from services.common.errors import ResourceExhausted, Unavailable
 
 FIXED = cascade_pb2.PLAN_SOURCE_FIXED
 CHAINS = [("small", "medium"), ("small", "large"), ("medium", "large"), ("small", "medium", "large")]
 VERIFY = common_pb2.STAGE_ACTION_VERIFY
+GENERATE = common_pb2.STAGE_ACTION_GENERATE
 
 
 def ask(*chain: str, **fields) -> cascade_pb2.GenerateRequest:
@@ -103,6 +105,24 @@ async def test_a_drafter_that_dies_leaves_its_target_to_write_alone(world):
     assert (response.text, response.stage) == (large.text, "large")
 
 
+@pytest.mark.parametrize("options", [{"fail_after": 0}, {"pieces": ()}], ids=["dies", "writes nothing"])
+@pytest.mark.parametrize("chain", [("small", "large"), ("small", "medium", "large")], ids="-".join)
+async def test_a_drafter_without_a_draft_leaves_its_target_to_write_alone(world, chain, options):
+    w = await world(world.stage("small", **options), world.stage("medium"), world.stage("large"))
+    response = await w.stub.Generate(ask(*chain), timeout=5)
+    assert (response.text, response.stage) == (w.stages["large"].text, "large")
+    assert [record.stage for record in response.stages] == list(chain[1:])
+
+
+async def test_a_draft_keeps_its_fingerprint_where_the_verification_comes_first(world):
+    small, _, large = three_stages(world)
+    medium = world.stage("medium", verification_first=True)
+    w = await world(small, medium, large)
+    await w.stub.Generate(ask("small", "medium", "large"), timeout=5)
+    (chunks,) = large.streamed_drafts
+    assert chunks[0].tokenizer_fingerprint == medium.fingerprint
+
+
 async def test_a_chain_does_not_settle_for_an_earlier_answer(world):
     small, medium, large = three_stages(world)
     large.fail_after = 0
@@ -183,7 +203,7 @@ async def test_warming_ends_with_an_answer_that_stands(world):
 
 async def test_a_hopeless_draft_is_not_finished(world):
     small = world.stage("small", pause_after=2)
-    rule = policy_pb2.AbandonRule(tokens=2, mean_logprob=-0.2)
+    rule = policy_pb2.AbandonRule(tokens=1, mean_logprob=-0.2)
     policy = world.policy(likely_next="large", abandon=(rule,))
     w = await world(small, world.stage("medium"), world.stage("large"), policy=policy)
     response = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=5)
@@ -197,6 +217,58 @@ async def test_a_hopeless_draft_is_not_finished(world):
     assert len(policy.decisions) == 1
 
 
+async def test_a_draft_that_was_given_up_is_never_the_answer(world):
+    small = world.stage("small", pause_after=2)
+    large = world.stage("large", fail_after=0, failure=ResourceExhausted("full"))
+    rule = policy_pb2.AbandonRule(tokens=1, mean_logprob=-0.2)
+    policy = world.policy(likely_next="large", abandon=(rule,))
+    w = await world(small, world.stage("medium"), large, policy=policy)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=5)
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_rules_for_one_stage_are_not_applied_to_another(world):
+    rule = policy_pb2.AbandonRule(tokens=1, mean_logprob=-0.2)
+    policy = world.policy(likely_next="medium", abandon=(rule,))
+    plan = policy.Plan
+
+    async def plan_once(request, context):
+        response = await plan(request, context)
+        policy.plan_failure = Unavailable("gone")
+        return response
+
+    policy.Plan = plan_once
+    stages = world.stage("small", fail_after=0), world.stage("medium"), world.stage("large")
+    w = await world(*stages, policy=policy, static_plan=("large",))
+    response = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=5)
+    assert [(record.stage, record.text) for record in response.stages] == [("large", w.stages["large"].text)]
+
+
+async def test_requests_that_come_together_warm_a_target_once(world):
+    gate = asyncio.Event()
+    large = world.stage("large", prefill_gate=gate)
+    small = world.stage("small", pause_after=0)
+    w = await world(
+        small, world.stage("medium"), large, policy=world.policy(p_escalate=0.8, likely_next="large")
+    )
+    calls = [w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=5) for _ in range(6)]
+    async with asyncio.timeout(5):
+        while small.running < 6:
+            await asyncio.sleep(0)
+    assert large.calls == ["prefill"]
+    small.gate.set()
+    await asyncio.gather(*calls)
+
+
+async def test_an_escalation_does_not_wait_for_a_prefill_that_hangs(world):
+    large = world.stage("large", prefill_gate=asyncio.Event())
+    policy = world.policy(script={"small": "large"}, p_escalate=0.8, likely_next="large")
+    w = await world(world.stage("small"), world.stage("medium"), large, policy=policy)
+    response = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=1)
+    assert (response.stage, response.text) == ("large", large.text)
+
+
 @pytest.mark.parametrize(
     ("mean_logprob", "settings"), [(-0.3, {}), (-0.2, {"speculation": {"early_abandon": False}})]
 )
@@ -207,7 +279,8 @@ async def test_a_draft_with_hope_is_finished(world, mean_logprob, settings):
     assert (response.stage, response.text) == ("small", w.stages["small"].text)
 
 
-async def test_worthless_drafts_are_no_longer_verified(world):
+@pytest.mark.parametrize("pipelined", [False, True])
+async def test_worthless_drafts_are_no_longer_verified(world, pipelined):
     def stages():
         return (
             world.stage("small", pieces=(b"x", b"y", b"z")),
@@ -215,15 +288,27 @@ async def test_worthless_drafts_are_no_longer_verified(world):
             world.stage("large"),
         )
 
-    w = await world(*stages(), speculation={"pipelined": False})
-    used = [
-        [record.stage for record in (await w.stub.Generate(ask("small", "large"), timeout=5)).stages]
-        for _ in range(40)
-    ]
+    w = await world(*stages(), speculation={"pipelined": pipelined})
+    used = []
+    for _ in range(40):
+        response = await w.stub.Generate(ask("small", "large"), timeout=5)
+        used.append([record.stage for record in response.stages])
+        # A draft that was asked for is verified.
+        assert response.stages[-1].action == (VERIFY if len(response.stages) == 2 else GENERATE)
     assert used[0] == ["small", "large"]
     assert used.count(["large"]) >= 34
-    # It is tried again from time to time.
+    # It is tried again from time to time, and used again once it is worth it.
     assert ["small", "large"] in used[5:]
+    w.stages["small"].pieces = w.stages["large"].pieces
+    for _ in range(64):
+        response = await w.stub.Generate(ask("small", "large"), timeout=5)
+    assert len(response.stages) == 2
+    tolerant = common_pb2.Acceptance(mode=common_pb2.ACCEPTANCE_MODE_TOLERANT, threshold=0.5)
+    w.stages["small"].pieces = (b"x", b"y", b"z")
+    for _ in range(8):
+        # What a tolerant target answers depends on the draft: it is never left out.
+        response = await w.stub.Generate(ask("small", "large", acceptance=tolerant), timeout=5)
+        assert len(response.stages) == 2
     always = await world(*stages(), speculation={"pipelined": False, "adaptive": False})
     for _ in range(8):
         response = await always.stub.Generate(ask("small", "large"), timeout=5)

@@ -387,3 +387,28 @@ async def test_a_prompt_of_megabytes_is_refused_before_it_is_encoded(
     monkeypatch.setattr(small._tokenizer, "encode_chat", None)
     with pytest.raises(InvalidRequest, match="3900000 characters; small takes at most 511 tokens"):
         await _generate(small, "a " * 1_950_000)
+
+
+async def test_calls_that_wait_for_drafts_leave_the_model_to_others(reference: Reference) -> None:
+    model = engine("small", max_lanes=2)
+    await model.load()
+
+    async def pieces() -> AsyncIterator[DraftPiece | FinishReason]:
+        await asyncio.Event().wait()
+        yield FinishReason.EOS
+
+    turns = (Turn("user", reference.prompts[0]),)
+    waiting = [
+        model.verify_stream(turns, _GREEDY, pieces(), threshold) for threshold in (None, None, 0.5, 0.5)
+    ]
+    firsts = [asyncio.ensure_future(anext(events)) for events in waiting]
+    async with asyncio.timeout(30):
+        await asyncio.gather(*firsts[:2])
+        result, _ = await _generate(model, reference.prompts[1])
+    assert list(result.ids) == reference.outputs["small"][1]
+    for first in firsts:
+        first.cancel()
+    await asyncio.gather(*firsts, return_exceptions=True)
+    for events in waiting:
+        await events.aclose()
+    await model.unload()

@@ -214,5 +214,7 @@ def test_drafts_are_given_up_only_where_something_may_come_after_them(
     rules = (AbandonRule(8, -0.5),)
     views = policy.views
     policy = Policy("v1", policy.stages, views, policy.quality_values, FeatureSpace(2), scores, {0: rules})
-    assert policy.plan(PROMPT, Objective(quality_value=5.0), {}).abandon == rules
-    assert policy.plan(PROMPT, Objective(quality_value=3.0), {}).abandon == ()
+    plan = policy.plan(PROMPT, Objective(quality_value=5.0), {})
+    assert (plan.abandon, plan.abandon_to) == (rules, 1)
+    plan = policy.plan(PROMPT, Objective(quality_value=3.0), {})
+    assert (plan.abandon, plan.abandon_to) == ((), None)
