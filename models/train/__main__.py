@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,6 +50,9 @@ def main() -> None:
     if options.model and (options.outcomes or options.reference):
         parser.error("--outcomes and --reference are of the whole family: leave --model out")
     recipes = [recipe for recipe in MODELS if options.model in (None, recipe.name)]
+    if options.step != "corpus" and find_spec("torch") is None:
+        # Said before the corpus, which takes minutes.
+        raise SystemExit('training needs torch: python -m pip install --editable ".[train]"')
     options.out.mkdir(parents=True, exist_ok=True)
     if options.step in ("all", "corpus"):
         _corpora(recipes, options)
