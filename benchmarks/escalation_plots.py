@@ -84,14 +84,17 @@ def _draw_latencies(axis: Any, figures: Mapping[str, Any]) -> None:
 def _draw_tolerance(axis: Any, curves: Mapping[str, Any]) -> None:
     for pair in PAIRS:
         points = curves[pair]
-        passes = [point["target_passes"] for point in points.values()]
+        # A threshold of 1 keeps what EXACT keeps.
+        thresholds = [1.0 if name == "exact" else float(name) for name in points]
+        passes = [point["target_passes"] / points["exact"]["target_passes"] for point in points.values()]
         accuracies = [point["accuracy"] for point in points.values()]
-        axis.plot(passes, accuracies, "o-", color=COLOURS[pair], label=pair)
-        for name, x, y in zip(points, passes, accuracies, strict=True):
-            axis.annotate(name, (x, y), textcoords="offset points", xytext=(4, -9), fontsize=7)
-    axis.set(xlabel="target passes per answer", ylabel="accuracy")
+        axis.plot(thresholds, accuracies, "o-", color=COLOURS[pair], label=f"{pair}: accuracy")
+        axis.plot(thresholds, passes, "x:", color=COLOURS[pair], label=f"{pair}: passes, of EXACT's")
+    axis.set_xscale("log")
+    axis.invert_xaxis()
+    axis.set(xlabel="threshold (1: EXACT)", ylim=(0.5, 1.04))
     axis.set_title("EXACT and TOLERANT(threshold)", loc="left")
-    axis.legend(frameon=False, loc="lower right")
+    axis.legend(frameon=False, fontsize=8, loc="lower left", ncols=2)
 
 
 if __name__ == "__main__":
