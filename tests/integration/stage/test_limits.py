@@ -69,6 +69,11 @@ async def hold(stub: Any, model: str = "") -> Any:
     return call
 
 
+async def hold_all(stub: Any) -> list[Any]:
+    """Return calls that hold every lane of a model with max_lanes 1: eight may wait for a draft."""
+    return [await hold(stub) for _ in range(8)]
+
+
 async def release(call: Any) -> None:
     await call.write(END)
     await call.done_writing()
@@ -129,9 +134,9 @@ async def test_a_model_is_as_recently_used_as_its_last_call_ended(start: Callabl
 async def test_a_queue_holds_as_many_as_the_settings_say(start: Callable[..., Any]) -> None:
     stage = await start("a", model={"max_lanes": 1}, max_queue=2)
     async with asyncio.timeout(CALL_S):
-        held = await hold(stage.stub)
+        held = await hold_all(stage.stub)
         asks = [asyncio.ensure_future(result(stage.stub.Generate(Generate(prompt="hi")))) for _ in range(4)]
-        # Nothing can be answered while the lane is held: what ends was refused.
+        # Nothing can be answered while the lanes are held: what ends was refused.
         waiting: set[asyncio.Future[Any]] = set(asks)
         refused: set[asyncio.Future[Any]] = set()
         while len(refused) < 2:
@@ -144,7 +149,7 @@ async def test_a_queue_holds_as_many_as_the_settings_say(start: Callable[..., An
             assert "2 requests wait" in str(error.details())
         status = await stage.stub.Status(stage_pb2.StatusRequest())
         assert status.models[0].queued_requests == 2
-        await release(held)
+        await asyncio.gather(*map(release, held))
         texts = {(await ask).text for ask in waiting}
     assert len(waiting) == 2
     assert texts == {(await result(stage.stub.Generate(Generate(prompt="hi"), timeout=CALL_S))).text}
@@ -160,12 +165,12 @@ async def test_requests_share_a_lane_only_where_the_context_holds_them_all(
         Generate(prompt="lace " * 130, sampling=common_pb2.Sampling(max_new_tokens=4)),
     ]
     async with asyncio.timeout(CALL_S), asyncio.TaskGroup() as tasks:
-        held = await hold(stage.stub)
+        held = await hold_all(stage.stub)
         together = [tasks.create_task(result(stage.stub.Generate(ask))) for ask in asks]
-        # While the only lane is held both come to wait, so that the next one could take both.
+        # While the lanes are held both come to wait, so that the next one could take both.
         while (await stage.stub.Status(stage_pb2.StatusRequest())).models[0].queued_requests < 2:
             pass
-        await release(held)
+        await asyncio.gather(*map(release, held))
         answers = [await task for task in together]
         alone = await result(stage.stub.Generate(asks[1]))
     assert 112 < answers[1].usage.prompt_tokens <= 508
