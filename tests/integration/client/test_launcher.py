@@ -31,7 +31,12 @@ def _assert_gone(children: list[psutil.Process]) -> None:
     [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGHUP, 0), (signal.SIGKILL, -signal.SIGKILL)],
 )
 def test_no_child_outlives_asd_up(start_up, number, code):
-    up = start_up("--only", "small")
+    # Whoever runs the tests under nohup has SIGHUP ignored, in children too; `asd up` respects that.
+    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        up = start_up("--only", "small")
+    finally:
+        signal.signal(signal.SIGHUP, inherited)
     children = up.children()
     assert [each["name"] for each in up.ready["processes"]] == ["small"]
     assert all(child.is_running() for child in children)
