@@ -32,9 +32,14 @@ EVERYTHING = {
     "global": {"anything": {"of": "a parent chart"}},
     "image": {"registry": "registry.example/asd", "tag": "1.2.3", "pullSecrets": ["pull"]},
     "telemetry": {"endpoint": "http://jaeger:4317", "env": {"OTEL_TRACES_SAMPLER": "always_on"}},
-    "router": {"service": {"type": "LoadBalancer"}, "nodeSelector": {"pool": "cpu"}},
+    "router": {
+        "service": {"type": "LoadBalancer"},
+        "nodeSelector": {"pool": "cpu"},
+        "speculation": {"pipelined": False, "adaptive": False},
+    },
     "policy": {"artifactClaim": "policy", "tolerations": [{"key": "spot", "operator": "Exists"}]},
     "stageDefaults": {
+        "memoryBudgetMb": 512,
         "nodeSelector": {"pool": "models"},
         "tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}],
     },
