@@ -45,7 +45,13 @@ EVERYTHING = {
     },
 }
 ONE_STAGE = {
-    "stages": [{"name": "only", "cost": 1, "model": {"path": "/models/large"}}],
+    "stages": [
+        {
+            "name": "only",
+            "cost": 1,
+            "model": {"path": "/models/large", "cachedSequences": 0, "preload": False, "resync": False},
+        }
+    ],
     "router": {"staticPlan": ["only"]},
     "policy": {"enabled": False},
 }
@@ -133,6 +139,19 @@ def test_router_config_of_the_defaults_holds_the_documented_costs_and_times(tmp_
     assert settings.static_plan == ("medium",)
     assert settings.policy is not None
     assert settings.policy.timeout_ms == 100
+
+
+def test_what_is_switched_off_or_zero_reaches_the_settings(tmp_path: Path) -> None:
+    maps = of_kind("everything on", "ConfigMap")
+    router = load(RouterSettings, maps["cascade-router"]["data"]["config.yaml"], tmp_path)
+    assert not router.speculation.pipelined
+    assert not router.speculation.adaptive
+    assert router.speculation.prefill_ahead
+    stage = load(StageSettings, maps["cascade-stage-small"]["data"]["config.yaml"], tmp_path)
+    assert stage.memory_budget_mb == 512
+    only = of_kind("one stage", "ConfigMap")["demo-stage-only"]["data"]["config.yaml"]
+    (model,) = load(StageSettings, only, tmp_path).models
+    assert (model.cached_sequences, model.preload, model.resync) == (0, False, False)
 
 
 @each_variant
