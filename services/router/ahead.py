@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Self
 
 from services.common.errors import AsdError
@@ -39,7 +40,11 @@ class PrefillAhead:
     def start(self, request: Request, client: StageClient, timeout_ms: float) -> None:
         """Begin to warm a stage. timeout_ms: an escalation waits for it no longer than that."""
         self._stage = client.stage.index
+        # Counted from now on, not from the task's first step: a request that looks in between would warm too.
+        counted = ExitStack()
+        counted.enter_context(self._calling(client.stage))
         self._task = asyncio.create_task(self._warm(request, client, timeout_ms))
+        self._task.add_done_callback(lambda _: counted.close())
 
     async def settle(self, stage: int) -> None:
         """Wait for the warming of a stage: a verification beside it would process the prompt twice."""
@@ -58,8 +63,7 @@ class PrefillAhead:
     async def _warm(self, request: Request, client: StageClient, timeout_ms: float) -> Prefilled | None:
         started = self._clock()
         try:
-            with self._calling(client.stage):
-                tokens = await client.prefill(request, timeout_ms)
+            tokens = await client.prefill(request, timeout_ms)
         except AsdError:
             # It was a favour; the verification will say what is wrong.
             return None
