@@ -7,7 +7,6 @@ besides falls on all of them. Writes benchmarks/results/escalation.json and plot
 from __future__ import annotations
 
 import argparse
-import asyncio
 import collections
 import json
 import random
@@ -33,6 +32,7 @@ from benchmarks.record import percentile, write_result
 from services.client.client import CascadeClient
 from services.client.values import Acceptance, Committed, Objective, Request
 from services.common.channel import open_channel
+from services.common.server import run_service
 from suites import Task, grade, split
 
 if TYPE_CHECKING:
@@ -530,7 +530,7 @@ def main() -> None:
     )
     parser.add_argument("--share", type=float, default=1.0, help="of the prompts; below 1 nothing is kept")
     options = parser.parse_args()
-    figures = asyncio.run(measure(options.only or MEASUREMENTS, options.share))
+    figures = run_service(measure(options.only or MEASUREMENTS, options.share))
     print(json.dumps(figures, indent=2))
     if not options.only and options.share >= 1.0:
         print(write_result("escalation", "make bench-escalation", figures), file=sys.stderr)

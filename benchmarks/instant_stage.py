@@ -7,12 +7,11 @@ For benchmarks alone. `python -m benchmarks.instant_stage HOST:PORT`.
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from typing import TYPE_CHECKING, Any
 
 from asd.v1 import common_pb2, stage_pb2, stage_pb2_grpc
-from services.common.server import ServiceRegistration, serve
+from services.common.server import ServiceRegistration, run_service, serve
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -51,7 +50,7 @@ def main() -> None:
         "asd.v1.StageService",
         lambda server: stage_pb2_grpc.add_StageServiceServicer_to_server(stage, server),
     )
-    asyncio.run(serve("instant", sys.argv[1], [registration], drain_seconds=0))
+    run_service(serve("instant", sys.argv[1], [registration], drain_seconds=0))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from services.client.client import CascadeClient
 from services.client.demo import ask_both_ways, choose_tasks, summarise
 from services.client.values import Objective
 from services.common.channel import open_channel
+from services.common.server import run_service
 from services.stage.engine import Result, SamplingOptions, TokenChunk, Turn
 from services.stage.onnx_engine import OnnxEngine, OnnxOptions
 from services.stage.onnx_export import prepare, read_shape
@@ -368,7 +369,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tenth of the samples; keep nothing")
     options = parser.parse_args()
     assert read_cascade(ROOT / "services" / "client" / "embedded.yaml")
-    figures = asyncio.run(measure(options.only or MEASUREMENTS, options.quick))
+    figures = run_service(measure(options.only or MEASUREMENTS, options.quick))
     print(json.dumps(figures, indent=2))
     if not options.only and not options.quick:
         print(write_result("service", "make bench", figures), file=sys.stderr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import sys
 
@@ -12,7 +11,7 @@ from policy_service.reports import ReportLog
 from policy_service.servicer import PolicyServicer
 from policy_service.settings import PolicySettings
 from services.common import telemetry
-from services.common.server import ServiceRegistration, serve
+from services.common.server import ServiceRegistration, run_service, serve
 
 
 def main() -> None:
@@ -36,7 +35,7 @@ def main() -> None:
         "asd.v1.PolicyService",
         lambda server: policy_pb2_grpc.add_PolicyServiceServicer_to_server(servicer, server),
     )
-    asyncio.run(serve("policy", settings.listen, [registration], drain_seconds=settings.drain_seconds))
+    run_service(serve("policy", settings.listen, [registration], drain_seconds=settings.drain_seconds))
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ import signal
 import sys
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import grpc
+import uvloop
 from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
@@ -21,11 +22,13 @@ from services.common.status import DETAILS_KEY, public_message, status_of, to_rp
 from services.common.wire import find_invalid_text
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 
     from google.protobuf.descriptor import Descriptor
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 
@@ -102,6 +105,15 @@ class ClosingInterceptor(grpc.aio.ServerInterceptor):
                     await context.write(response)
 
         return method_handler(write_stream, handler.request_deserializer, handler.response_serializer)
+
+
+def run_service(service: Coroutine[Any, Any, T]) -> T:
+    """Run a service to its end, on uvloop: a router passes 1.15 x the requests of asyncio's own loop.
+
+    (benchmarks.service throughput, both loops by turns.)
+    """
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(service)
 
 
 async def serve(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from contextlib import AsyncExitStack
 
 from services.common import telemetry
 from services.common.channel import open_channel
-from services.common.server import serve
+from services.common.server import run_service, serve
 from services.router.breaker import Breaker
 from services.router.cascade import Cascade
 from services.router.clients import Directory, GrpcPolicy, GrpcStage
@@ -71,7 +70,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     settings = RouterSettings.from_arguments()
     telemetry.setup_telemetry("asd-router")
-    asyncio.run(run(settings))
+    run_service(run(settings))
 
 
 if __name__ == "__main__":

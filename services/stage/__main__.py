@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import sys
 
 from asd.v1 import stage_pb2_grpc
 from services.common import telemetry
 from services.common.errors import AsdError
-from services.common.server import ServiceRegistration, serve
+from services.common.server import ServiceRegistration, run_service, serve
 from services.stage.onnx_engine import OnnxEngine, OnnxOptions
 from services.stage.residency import Residency
 from services.stage.servicer import StageServicer
@@ -51,7 +50,7 @@ def main() -> None:
     settings = StageSettings.from_arguments()
     telemetry.setup_telemetry("asd-stage")
     try:
-        asyncio.run(run(settings))
+        run_service(run(settings))
     except AsdError as error:
         raise SystemExit(f"asd-stage: {error.message}") from error
 
