@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -30,7 +30,7 @@ from benchmarks.processes import ROOT, process
 from benchmarks.random_stage import random_text
 from benchmarks.record import percentile, write_result
 from services.client.client import CascadeClient
-from services.client.values import Acceptance, Committed, Objective, Request
+from services.client.values import Acceptance, Committed, Message, Objective, Request
 from services.common.channel import open_channel
 from services.common.server import run_service
 from suites import Task, grade, split
@@ -51,8 +51,11 @@ CALL_TIMEOUT = 60.0
 # cache, so that no way finds a prompt warmed by another one.
 BLOCK = 8
 # Ways of answering, by what is switched off.
-ALL_ON, SEQUENTIAL = "all on", "pipelining off"
-NO_RESYNC = "pipelining, resync and prefix reuse off"
+ALL_ON, SEQUENTIAL, NO_RESYNC, NO_REUSE = "all on", "pipelining off", "resync off", "prefix reuse off"
+NO_PREFILL, NO_ABANDON, NOT_ADAPTIVE = "prefill-ahead off", "early abandon off", "adaptive off"
+# Where the policy decides, instead of a chain.
+POLICY: tuple[str, ...] = ()
+TURNS = 3
 _console = Console(stderr=True)
 
 
@@ -66,7 +69,7 @@ class Routers:
 
 @asynccontextmanager
 async def running(*, with_policy: bool = True) -> AsyncIterator[Routers]:
-    """Run two sets of stages, one without re-synchronisation and prefix reuse, and a router per way."""
+    """Run three sets of stages, one without re-synchronisation and one without reuse; a router per way."""
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
 
@@ -76,14 +79,18 @@ async def running(*, with_policy: bool = True) -> AsyncIterator[Routers]:
             address, _ = await stack.enter_async_context(process(module, "--config", str(file)))
             return address
 
-        stages: dict[bool, dict[str, str]] = {}
-        for resync in (True, False):
-            stages[resync] = {}
-            for name in NAMES:
-                model = {"name": name, "path": str(ROOT / "models" / name), "resync": resync}
-                if not resync:
-                    model["cached_sequences"] = 0
-                stages[resync][name] = await start("services.stage", f"{name}-{resync}", {"models": [model]})
+        sets = {ALL_ON: {}, NO_RESYNC: {"resync": False}, NO_REUSE: {"cached_sequences": 0}}
+        stages = {
+            way: {
+                name: await start(
+                    "services.stage",
+                    f"{name}-{number}",
+                    {"models": [{"name": name, "path": str(ROOT / "models" / name), **part}]},
+                )
+                for name in NAMES
+            }
+            for number, (way, part) in enumerate(sets.items())
+        }
         noise, _ = await stack.enter_async_context(process("benchmarks.random_stage", "127.0.0.1:0"))
         artifact = str(ROOT / "policy_service" / "artifact")
         policy = await start("policy_service", "policy", {"artifact": artifact}) if with_policy else ""
@@ -104,21 +111,23 @@ async def running(*, with_policy: bool = True) -> AsyncIterator[Routers]:
                 },
             )
 
-        random_first = {"random": noise, "large": stages[True]["large"]}
+        random_first = {"random": noise, "large": stages[ALL_ON]["large"]}
         yield Routers(
             {
-                ALL_ON: await router(ALL_ON, stages[True]),
-                SEQUENTIAL: await router(SEQUENTIAL, stages[True], pipelined=False),
-                NO_RESYNC: await router(NO_RESYNC, stages[False], pipelined=False),
-                "prefill-ahead off": await router("no prefill", stages[True], prefill_ahead=False),
-                "early abandon off": await router("no abandon", stages[True], early_abandon=False),
+                ALL_ON: await router(ALL_ON, stages[ALL_ON]),
+                SEQUENTIAL: await router(SEQUENTIAL, stages[ALL_ON], pipelined=False),
+                NO_RESYNC: await router(NO_RESYNC, stages[NO_RESYNC]),
+                NO_REUSE: await router(NO_REUSE, stages[NO_REUSE]),
+                NO_PREFILL: await router(NO_PREFILL, stages[ALL_ON], prefill_ahead=False),
+                NO_ABANDON: await router(NO_ABANDON, stages[ALL_ON], early_abandon=False),
+                NOT_ADAPTIVE: await router(NOT_ADAPTIVE, stages[ALL_ON], adaptive=False),
                 "random drafts": await router("random", random_first),
                 "random drafts, sequential": await router("random sequential", random_first, pipelined=False),
                 "random drafts, not adaptive": await router(
                     "random not adaptive", random_first, pipelined=False, adaptive=False
                 ),
             },
-            stages[True],
+            stages[ALL_ON],
         )
 
 
@@ -160,39 +169,61 @@ class Clients:
 class Samples:
     """What one way of answering gave, prompt by prompt."""
 
-    latencies_ms: list[float]
-    costs: list[float]
-    records: list[tuple[StageRecord, ...]]
+    latencies_ms: list[float] = field(default_factory=list)
+    costs: list[float] = field(default_factory=list)
+    records: list[tuple[StageRecord, ...]] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
 
 
 async def measure_exact(clients: Clients, tasks: Sequence[Task]) -> dict[str, object]:
-    """Every pair and chain, with parts switched off in turn, beside every stage alone."""
+    """Every pair and chain, and what the policy decides, with parts switched off in turn.
+
+    Beside every stage alone, whose answers they must equal.
+    """
     singles = [(ALL_ON, (name,)) for name in NAMES]
-    ways = [(router, chain) for router in (ALL_ON, SEQUENTIAL, NO_RESYNC) for chain in CHAINS]
-    runs = {way: Samples([], [], []) for way in (*singles, *ways)}
-    tokens: dict[tuple[str, tuple[str, ...]], list[tuple[int, ...]]] = collections.defaultdict(list)
+    ways = [(router, chain) for router in (ALL_ON, SEQUENTIAL, NO_RESYNC, NO_REUSE) for chain in CHAINS]
+    decided = [(router, POLICY) for router in (ALL_ON, NO_PREFILL, NO_ABANDON, NOT_ADAPTIVE)]
+    runs = {way: Samples() for way in (*singles, *ways, *decided)}
     for _, task, (router, chain) in in_turns(tasks, runs, "exact"):
-        fixed = Request(task.prompt, stage=chain[0])
-        request = fixed if len(chain) == 1 else Request(task.prompt, chain=chain)
+        if chain == POLICY:
+            request = Request(task.prompt, objective=Objective(preference="best"))
+        elif len(chain) == 1:
+            request = Request(task.prompt, stage=chain[0])
+        else:
+            request = Request(task.prompt, chain=chain)
         answer, ms = await clients.ask(router, request)
-        tokens[router, chain].append(answer.token_ids)
         samples = runs[router, chain]
         samples.latencies_ms.append(ms)
         samples.costs.append(answer.cost)
         samples.records.append(answer.stages)
-    mismatches: collections.Counter[str] = collections.Counter()
-    for router, chain in ways:
-        pairs = zip(tokens[router, chain], tokens[ALL_ON, chain[-1:]], strict=True)
-        mismatches[f"{router}: {'-'.join(chain)}"] = sum(ours != theirs for ours, theirs in pairs)
+        samples.answers.append(answer)
     alone = {name: runs.pop((ALL_ON, (name,))) for name in NAMES}
-    return _summarise_exact(tasks, alone, runs, mismatches)
+    mismatches = {
+        f"{router}: {'-'.join(chain) or 'policy'}": sum(
+            answer.token_ids != alone[answer.stage].answers[index].token_ids
+            for index, answer in enumerate(samples.answers)
+        )
+        for (router, chain), samples in runs.items()
+    }
+    parts = {router: runs.pop((router, chain)) for router, chain in decided}
+    return {
+        **_summarise_exact(tasks, alone, runs, mismatches),
+        "policy_parts": {
+            name: {
+                "latency_ms": _latency(samples.latencies_ms),
+                "cost": round(statistics.mean(samples.costs), 3),
+                "accuracy": _accuracy(tasks, samples),
+            }
+            for name, samples in {**parts, "always large": alone["large"]}.items()
+        },
+    }
 
 
 def _summarise_exact(
     tasks: Sequence[Task],
     alone: dict[str, Samples],
     runs: dict[tuple[str, tuple[str, ...]], Samples],
-    mismatches: collections.Counter[str],
+    mismatches: dict[str, int],
 ) -> dict[str, object]:
     largest_ms = statistics.mean(alone["large"].latencies_ms)
     chains = {}
@@ -216,7 +247,7 @@ def _summarise_exact(
             "passes_per_token_ratio": round(plain_passes / passes, 3),
             "latency_ms": _latency(samples.latencies_ms),
             # Pipelined, drafting and verifying share the time: there is nothing to put in its place.
-            "speedup_over_regenerating": None if router == ALL_ON else round(regenerating / mean_ms, 3),
+            "speedup_over_regenerating": round(regenerating / mean_ms, 3) if router == SEQUENTIAL else None,
             "speedup_over_largest": round(largest_ms / mean_ms, 3),
             "cost": round(statistics.mean(samples.costs), 3),
             "latency_ms_by_level": _by_level(tasks, samples.latencies_ms),
@@ -238,7 +269,7 @@ def _summarise_exact(
     return {
         "exact_prompts": len(tasks),
         "exact_mismatches": sum(mismatches.values()),
-        "exact_mismatches_by_way": dict(mismatches),
+        "exact_mismatches_by_way": mismatches,
         "passes_per_token_ratio": round(wanted / passes, 3),
         "escalated_speedup": round(regenerated / verified, 3),
         "exact_speedup": chains[f"{ALL_ON}: small-large"]["speedup_over_largest"],
@@ -248,17 +279,16 @@ def _summarise_exact(
                 "latency_ms": _latency(samples.latencies_ms),
                 "latency_ms_by_level": _by_level(tasks, samples.latencies_ms),
                 "cost": round(statistics.mean(samples.costs), 3),
-                "accuracy": round(
-                    statistics.mean(
-                        grade(task, records[-1].text)
-                        for task, records in zip(tasks, samples.records, strict=True)
-                    ),
-                    4,
-                ),
+                "accuracy": _accuracy(tasks, samples),
             }
             for name, samples in alone.items()
         },
     }
+
+
+def _accuracy(tasks: Sequence[Task], samples: Samples) -> float:
+    right = (grade(task, answer.text) for task, answer in zip(tasks, samples.answers, strict=True))
+    return round(statistics.mean(right), 4)
 
 
 def _regenerating(samples: Samples, target: Samples) -> list[float]:
@@ -381,27 +411,48 @@ async def measure_adversarial(
     }
 
 
-async def measure_policy_parts(clients: Clients, tasks: Sequence[Task]) -> dict[str, object]:
-    """What the policy decides, with prefill-ahead and early abandon switched off in turn."""
-    ways = (ALL_ON, "prefill-ahead off", "early abandon off")
-    rows: dict[str, list[tuple[float, float, bool]]] = {name: [] for name in (*ways, "always large")}
-    for _, task, name in in_turns(tasks, rows, "policy"):
-        objective = Objective(preference="best")
-        largest = Request(task.prompt, stage="large")
-        request = largest if name == "always large" else Request(task.prompt, objective=objective)
-        answer, ms = await clients.ask(ALL_ON if name == "always large" else name, request)
-        rows[name].append((ms, answer.cost, grade(task, answer.text)))
-    return {
-        "policy_parts": {
-            name: {
-                "latency_ms": _latency([ms for ms, _, _ in values]),
-                "cost": round(statistics.mean(cost for _, cost, _ in values), 3),
-                "accuracy": round(statistics.mean(right for _, _, right in values), 4),
-            }
-            for name, values in rows.items()
-        },
-        "policy_parts_prompts": len(tasks),
-    }
+async def measure_conversations(clients: Clients, tasks: Sequence[Task]) -> dict[str, object]:
+    """Conversations of several turns, with reuse of what the turns before left in the prefix caches."""
+    sessions = [tasks[start : start + TURNS] for start in range(0, len(tasks) - TURNS + 1, TURNS)]
+    routes: dict[str, dict[str, object]] = {"large": {"stage": "large"}, "small-large": {"chain": CHAINS[1]}}
+    ways = [(router, route) for router in (ALL_ON, NO_REUSE) for route in routes]
+    later: dict[tuple[str, str], Samples] = {way: Samples() for way in ways}
+    rng = random.Random(0)
+    for number, session in enumerate(track(sessions, "conversations", console=_console)):
+        rng.shuffle(ways)
+        for router, route in ways:
+            turns: list[Message] = []
+            for place, task in enumerate(session):
+                turns.append(Message("user", task.prompt))
+                key = f"{number}-{route}"
+                request = Request(tuple(turns), session_id=key, **routes[route])  # type: ignore[arg-type]
+                answer, ms = await clients.ask(router, request)
+                turns.append(Message("assistant", answer.text))
+                if place:
+                    samples = later[router, route]
+                    samples.latencies_ms.append(ms)
+                    samples.records.append(answer.stages)
+                    samples.answers.append(answer)
+    figures: dict[str, object] = {}
+    for route in routes:
+        reused, anew = later[ALL_ON, route], later[NO_REUSE, route]
+        last = [records[-1] for records in reused.records]
+        figures[route] = {
+            "hit_rate": round(
+                sum(each.cached_prompt_tokens for each in last) / sum(each.prompt_tokens for each in last), 4
+            ),
+            "latency_ms": {ALL_ON: _latency(reused.latencies_ms), NO_REUSE: _latency(anew.latencies_ms)},
+            "prefill_ms": {
+                name: _latency([records[-1].prefill_ms for records in samples.records])
+                for name, samples in ((ALL_ON, reused), (NO_REUSE, anew))
+            },
+            "speedup": round(statistics.mean(anew.latencies_ms) / statistics.mean(reused.latencies_ms), 3),
+            "mismatches": sum(
+                ours.token_ids != theirs.token_ids
+                for ours, theirs in zip(reused.answers, anew.answers, strict=True)
+            ),
+        }
+    return {"conversations": figures, "conversations_later_turns": len(later[ways[0]].answers)}
 
 
 async def measure_evidence(stages: dict[str, str], tasks: Sequence[Task]) -> dict[str, object]:
@@ -493,7 +544,7 @@ def _auroc(scores: np.ndarray, right: np.ndarray) -> float:
     return float(np.mean(1.0 - (below + not_above) / (2 * len(order))))
 
 
-MEASUREMENTS = ("exact", "tolerance", "first_commit", "adversarial", "policy_parts", "evidence")
+MEASUREMENTS = ("exact", "tolerance", "first_commit", "adversarial", "conversations", "evidence")
 
 
 async def measure(names: Iterable[str], share: float) -> dict[str, object]:
@@ -508,7 +559,7 @@ async def measure(names: Iterable[str], share: float) -> dict[str, object]:
             "tolerance": lambda: measure_tolerance(clients, few),
             "first_commit": lambda: measure_first_commit(clients, few),
             "adversarial": lambda: measure_adversarial(clients, routers.stages, few),
-            "policy_parts": lambda: measure_policy_parts(clients, few),
+            "conversations": lambda: measure_conversations(clients, tasks[: 2 * len(few)]),
             "evidence": lambda: measure_evidence(routers.stages, tasks),
         }
         # Warm every model: the first pass of each pays for memory.

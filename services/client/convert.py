@@ -197,6 +197,7 @@ def _record_from(message: cascade_pb2.StageRecord) -> StageRecord:
         p_correct=message.p_correct if message.HasField("p_correct") else None,
         p_correct_stderr=message.p_correct_stderr if message.HasField("p_correct_stderr") else None,
         prompt_tokens=usage.prompt_tokens,
+        cached_prompt_tokens=usage.cached_prompt_tokens,
         completion_tokens=usage.completion_tokens,
         proposed_tokens=usage.proposed_tokens,
         accepted_tokens=usage.accepted_tokens,

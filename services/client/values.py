@@ -77,7 +77,7 @@ class StageRecord:
     `action` is "generate", "verify" or "prefill" (which decides nothing), `decision` "stop" or "escalate",
     `reason` a DecisionReason such as "value" or "static_plan". Counts and times of the stage are 0 where
     the stage failed. `p_correct` is None where the policy was not asked. accept_lengths: tokens emitted by
-    each pass that scored a proposal.
+    each pass that scored a proposal. cached_prompt_tokens: of prompt_tokens, from the prefix cache.
     """
 
     stage: str
@@ -90,6 +90,7 @@ class StageRecord:
     p_correct: float | None
     p_correct_stderr: float | None
     prompt_tokens: int
+    cached_prompt_tokens: int
     completion_tokens: int
     proposed_tokens: int
     accepted_tokens: int

@@ -151,7 +151,7 @@ def test_the_summary_sets_the_cascade_beside_its_largest_stage():
 
 
 def _record(stage: str, action: str, decision: str, reason: str) -> StageRecord:
-    return StageRecord(stage, 0, action, 1, 1, decision, reason, 0.5, 0.1, 1, 1, 8, 5, 1, 0, 0, 0, "")
+    return StageRecord(stage, 0, action, 1, 1, decision, reason, 0.5, 0.1, 1, 0, 1, 8, 5, 1, 0, 0, 0, "")
 
 
 def _answer(**changes) -> Answer:
