@@ -36,6 +36,9 @@ class StageRun:
         self._started = clock()
         self._result: StageResult | None = None
         self._verification: Verification | None = None
+        # Messages with tokens, and tokens in them, that came before the verification.
+        self._unverified_messages = 0
+        self._unverified_tokens = 0
         self._fingerprint = ""
         self._ids: list[int] = []
         self._texts: list[str] = []
@@ -48,6 +51,9 @@ class StageRun:
         if isinstance(event, Tokens):
             self._fingerprint = self._fingerprint or event.fingerprint
             self._ids.extend(event.ids)
+            if self._verification is None:
+                self._unverified_messages += bool(event.ids)
+                self._unverified_tokens += len(event.ids)
             self._texts.append(event.text)
             self._logprobs.extend(event.logprobs)
             self._entropies.extend(event.entropies)
@@ -74,10 +80,13 @@ class StageRun:
         return self._answer(self._result)
 
     def unfinished_answer(self) -> Answer:
-        """Return what the stage has written, of a call that is not waited for any longer."""
+        """Return what the stage has written, of a call that is not waited for any longer.
+
+        Its usage is what the messages showed; the passes of a verification are an estimate.
+        """
         if self._result is not None:
             return self._answer(self._result)
-        count = len(self._ids)
+        verification = self._verification
         latency_ms = (self._clock() - self._started) * 1000.0
         return self._answer(
             StageResult(
@@ -85,10 +94,34 @@ class StageRun:
                 tuple(self._ids),
                 self._fingerprint,
                 FinishReason.LENGTH,
-                Usage(completion_tokens=count, forward_passes=count),
+                Usage(
+                    completion_tokens=len(self._ids),
+                    proposed_tokens=verification.proposed_tokens if verification else 0,
+                    accepted_tokens=verification.accepted_tokens if verification else 0,
+                    forward_passes=self._passes_so_far(),
+                ),
                 Timing(total_ms=latency_ms),
             )
         )
+
+    def _passes_so_far(self) -> int:
+        """Return how many forward passes the messages show, of a call that has sent no result.
+
+        Generation takes one for each token. Verification gives several tokens in a pass: as long as the stage
+        agrees with the draft, each pass is a message (none where a stop sequence may begin: its tokens come
+        with the next); the one that corrects the draft begins with the verification. What a pass gives after
+        that, where parts of the draft are proposed again, only a result would say: one token each is assumed,
+        which is the most passes that it can have taken.
+        """
+        count = len(self._ids)
+        if self.action is StageAction.GENERATE:
+            return count
+        passes = self._unverified_messages
+        if self._verification is not None:
+            # The correction may have gone out before the draft showed it to be one.
+            corrected = max(min(self._verification.accepted_tokens + 1, count), self._unverified_tokens)
+            passes += (corrected > self._unverified_tokens) + count - corrected
+        return passes
 
     def _answer(self, result: StageResult) -> Answer:
         usage = result.usage

@@ -43,6 +43,8 @@ class AnswerBuilder:
         self._sent = 0
         self._sent_text = 0
         self.has_stopped = False
+        # Tokens added, those that a stop sequence cut off included, up to the one that completed it.
+        self.taken = 0
 
     @property
     def count(self) -> int:
@@ -71,11 +73,13 @@ class AnswerBuilder:
             text = self._stream.push(ids)
             self._text += text
             self._ids += ids
+            self.taken += len(ids)
             return TokenChunk(tuple(ids), text, *signals)
         for place, token in enumerate(ids):
             start = max(0, len(self._text) - self._held_back)
             self._text += self._stream.push([token])
             self._ids.append(token)
+            self.taken += 1
             self._ends.append(len(self._text))
             self._signals.append(
                 (float(signals[0][place]), float(signals[1][place]), float(signals[2][place]))

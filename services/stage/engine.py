@@ -100,8 +100,10 @@ class VerificationResult:
 class Result:
     """Outcome of a call; times in milliseconds.
 
-    proposed_tokens, accepted_tokens: of the draft and of what was proposed again after a correction.
-    accept_lengths: tokens emitted by each pass that scored a proposal, accepted + 1.
+    proposed_tokens, accepted_tokens: of the draft and of what was proposed again after a correction; accepted
+    up to the token that ended the answer.
+    accept_lengths: tokens emitted by each pass that scored a proposal: accepted + 1, or up to the token that
+    ended the answer; an end-of-sequence token counts.
     """
 
     text: str

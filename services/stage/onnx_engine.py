@@ -360,24 +360,35 @@ class OnnxEngine:
     # What follows runs on the model's thread.
 
     def _run(self) -> None:
-        while True:
-            with self._wake:
-                while not (self._stopping or self._has_work()):
-                    self._wake.wait()
-                if self._stopping:
-                    works = [*self._waiting, *(work for lane in self._lanes for work in lane.works)]
-                    self._waiting.clear()
-                    self._lanes.clear()
-                    break
-                admitted = self._admit()
-            if admitted:
-                self._open_lane(admitted)
-            for lane in list(self._lanes):
-                if not self._advance(lane):
-                    with self._wake:
-                        self._lanes.remove(lane)
+        while self._wait():
+            self._take_turn()
+        with self._wake:
+            works = [*self._waiting, *(work for lane in self._lanes for work in lane.works)]
+            self._waiting.clear()
+            self._lanes.clear()
         for work in works:
             work.send(PreconditionFailed(f"model {self._name} was unloaded"))
+
+    def _wait(self) -> bool:
+        """Wait for something to compute; return False once the model is to stop."""
+        with self._wake:
+            while not (self._stopping or self._has_work()):
+                self._wake.wait()
+            return not self._stopping
+
+    def _take_turn(self) -> None:
+        """Let newcomers in and advance each lane once.
+
+        Apart from the waiting, whose variables would keep the last lane, and its KV cache, from being freed.
+        """
+        with self._wake:
+            admitted = self._admit()
+        if admitted:
+            self._open_lane(admitted)
+        for lane in list(self._lanes):
+            if not self._advance(lane):
+                with self._wake:
+                    self._lanes.remove(lane)
 
     @property
     def _has_room(self) -> bool:

@@ -61,7 +61,9 @@ class Work:
     passes: int = 0
     proposed: int = 0
     accepted: int = 0
-    accept_lengths: list[int] = field(default_factory=list)
+    # Of each pass that scored a proposal, the places in the answer of what it emitted: what was accepted, and
+    # one token more. The answer may end among them.
+    emitted: list[range] = field(default_factory=list)
     rows: list[Logits] = field(default_factory=list)
     new: list[int] = field(default_factory=list)
     outbox: list[Event | AsdError | None] = field(default_factory=list)
@@ -287,7 +289,7 @@ class VerifyLane(SoloLane):
         accepted = self._accept(proposal, rows[:-1])
         kept = [*proposal[:accepted], work.choose(rows[accepted], len(self._ids) + accepted)]
         for place, token in enumerate(kept):
-            if take_token(work, token, rows[place], self._eos_ids, now):
+            if add_token(work, token, rows[place], self._eos_ids):
                 self.sequence.roll_back(len(work.prompt) + len(self._ids))
                 return True
             self._ids.append(token)
@@ -300,7 +302,8 @@ class VerifyLane(SoloLane):
             # would hold the interpreter's lock, and with it what is to be sent.
             work.is_taken = False
             work.send()
-        return False
+            return False
+        return deliver_due(work, now)
 
     def _accept(self, proposal: list[int], rows: Logits) -> int:
         """Return how many tokens of a proposal are accepted. rows: float32 [k, V]."""
@@ -308,7 +311,8 @@ class VerifyLane(SoloLane):
         agreed, is_complete = self._agrees, draft is not None and draft.is_complete
         accepted = self._score(proposal, rows, len(self._ids)) if proposal else 0
         if proposal:
-            work.accept_lengths.append(accepted + 1)
+            start = len(self._ids)
+            work.emitted.append(range(start, start + accepted + 1))
         if not agreed:
             if self._resync is not None:
                 self._resync.judged(len(proposal), accepted)
@@ -395,12 +399,20 @@ def take_token(work: Work, token: int, logits: Logits, eos_ids: tuple[int, ...],
 
     What is due at the end is left to be delivered with the end itself.
     """
+    return add_token(work, token, logits, eos_ids) or deliver_due(work, now)
+
+
+def add_token(work: Work, token: int, logits: Logits, eos_ids: tuple[int, ...]) -> bool:
+    """Add a token to a request's answer, and say whether the answer has ended."""
     if token in eos_ids:
         return _finish(work, FinishReason.EOS)
     work.new.append(token)
     work.rows.append(logits)
-    if work.count >= work.most_tokens:
-        return _finish(work, FinishReason.LENGTH)
+    return work.count >= work.most_tokens and _finish(work, FinishReason.LENGTH)
+
+
+def deliver_due(work: Work, now: float) -> bool:
+    """Deliver the tokens so far if a chunk is due; return whether a stop sequence has ended the answer."""
     if now >= work.chunk_due:
         work.chunk_due = now + _CHUNK_SECONDS
         if flush(work):
@@ -426,6 +438,13 @@ def _finish(work: Work, finish: FinishReason) -> bool:
     last = answer.finish()
     if last is not None:
         work.outbox.append(last)
+    # What a pass accepted beyond the token that ended the answer was given to nobody. That token is seen
+    # late where it completes a stop sequence: whole passes may lie beyond it.
+    end = answer.taken + (finish is FinishReason.EOS)
+    lengths = tuple(len(range(places.start, min(places.stop, end))) for places in work.emitted)
+    unused = sum(
+        max(len(places) - 1 - length, 0) for places, length in zip(work.emitted, lengths, strict=True)
+    )
     now = time.monotonic()
     work.outbox.append(
         Result(
@@ -435,9 +454,9 @@ def _finish(work: Work, finish: FinishReason) -> bool:
             prompt_tokens=len(work.prompt),
             cached_prompt_tokens=work.cached,
             proposed_tokens=work.proposed,
-            accepted_tokens=work.accepted,
+            accepted_tokens=work.accepted - unused,
             forward_passes=work.passes,
-            accept_lengths=tuple(work.accept_lengths),
+            accept_lengths=lengths,
             queue_ms=(work.started - work.arrived) * 1e3,
             prefill_ms=(work.prefilled - work.started) * 1e3,
             decode_ms=(now - work.prefilled) * 1e3,

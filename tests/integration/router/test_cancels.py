@@ -6,15 +6,18 @@ import asyncio
 import random
 from contextlib import AsyncExitStack, suppress
 
+import onnxruntime_genai
+
 from asd.v1 import cascade_pb2, cascade_pb2_grpc, stage_pb2, stage_pb2_grpc
 from services.common.channel import open_channel
 from services.common.server import ServiceRegistration, start_server
 from services.router.__main__ import build
 from services.router.settings import RouterSettings
+from services.stage.onnx_engine import OnnxOptions
 from services.stage.residency import Residency
 from services.stage.servicer import StageServicer
 from suites import split
-from tests.integration.stage.conftest import engine
+from tests.integration.stage.conftest import LiveGenerators, engine
 
 NAMES = ("small", "medium")
 CANCELS = 1000
@@ -34,7 +37,9 @@ async def start_stage(name: str, stack: AsyncExitStack) -> str:
     return f"127.0.0.1:{port}"
 
 
-async def test_a_thousand_callers_that_leave_leave_nothing_behind():
+async def test_a_thousand_callers_that_leave_leave_nothing_behind(monkeypatch):
+    generators = LiveGenerators()
+    monkeypatch.setattr(onnxruntime_genai, "Generator", generators)
     rng = random.Random(5)
     prompts = [task.prompt for task in split("demo", 60)]
     async with AsyncExitStack() as stack:
@@ -87,3 +92,7 @@ async def test_a_thousand_callers_that_leave_leave_nothing_behind():
                 cascade_pb2.GenerateRequest(prompt=prompts[0], chain=NAMES), timeout=30
             )
         assert answer.stage == "medium"
+        # What the prefix caches may keep.
+        assert generators.made > 100
+        await generators.sink_to(len(NAMES) * OnnxOptions().cached_sequences)
+    await generators.sink_to(0)

@@ -114,6 +114,20 @@ async def test_a_drafter_without_a_draft_leaves_its_target_to_write_alone(world,
     assert [record.stage for record in response.stages] == list(chain[1:])
 
 
+async def test_of_a_verification_that_is_cut_off_what_it_has_shown_is_recorded(world):
+    small, medium, large = three_stages(world)
+    # Two tokens in one message, then the verification: both are the draft's, and one pass gave them.
+    medium.chunk, medium.fail_after = 2, 2
+    w = await world(small, medium, large)
+    response = await w.stub.Generate(ask("small", "medium", "large"), timeout=5)
+    record = response.stages[1]
+    assert (record.stage, record.action, record.text) == ("medium", VERIFY, "one two")
+    assert record.usage == common_pb2.Usage(
+        completion_tokens=2, proposed_tokens=3, accepted_tokens=2, forward_passes=1
+    )
+    assert record.cost == pytest.approx(4.2 * (1 + 3 * 0.022) / 3)
+
+
 async def test_a_draft_keeps_its_fingerprint_where_the_verification_comes_first(world):
     small, _, large = three_stages(world)
     medium = world.stage("medium", verification_first=True)

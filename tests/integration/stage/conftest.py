@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
+import time
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grpc
+import onnxruntime_genai
 import pytest
 
 from asd.v1 import stage_pb2_grpc
@@ -38,6 +42,35 @@ def reference() -> Reference:
 
 def engine(name: str, **options: int) -> OnnxEngine:
     return OnnxEngine(name, ROOT / "models" / name, OnnxOptions(**options))
+
+
+class LiveGenerators:
+    """The library's generators that exist, each with a KV cache. Put it in the library's place of them."""
+
+    def __init__(self) -> None:
+        self._make = onnxruntime_genai.Generator
+        self._alive: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.made = 0
+
+    def __call__(self, *args: Any) -> Any:
+        generator = self._make(*args)
+        self._alive.add(generator)
+        self.made += 1
+        return generator
+
+    async def sink_to(self, most: int) -> None:
+        """Return once no more are alive: a model's thread lets them go after its caller has left."""
+        deadline = time.monotonic() + 10
+        while len(self._alive) > most:
+            assert time.monotonic() < deadline, f"{len(self._alive)} generators are alive, not {most}"
+            await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+def generators(monkeypatch: pytest.MonkeyPatch) -> LiveGenerators:
+    live = LiveGenerators()
+    monkeypatch.setattr(onnxruntime_genai, "Generator", live)
+    return live
 
 
 class Stage(NamedTuple):

@@ -21,7 +21,7 @@ from services.stage.engine import (
     VerificationResult,
 )
 from services.stage.residency import Residency
-from tests.integration.stage.conftest import Reference, engine
+from tests.integration.stage.conftest import LiveGenerators, Reference, engine
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -290,8 +290,11 @@ async def test_drafts_that_cannot_be_used_are_refused(
     assert caught.value.field == field
 
 
-async def test_a_thousand_random_cancels_leave_no_computation_and_no_cache(reference: Reference) -> None:
-    model = engine("small", max_queue=64)
+@pytest.mark.parametrize("cached", [4, 0])
+async def test_a_thousand_random_cancels_leave_no_computation_and_no_cache(
+    cached: int, reference: Reference, generators: LiveGenerators
+) -> None:
+    model = engine("small", max_queue=64, cached_sequences=cached)
     await model.load()
     fingerprint = model.status().fingerprint
     rng = random.Random(3)
@@ -340,8 +343,11 @@ async def test_a_thousand_random_cancels_leave_no_computation_and_no_cache(refer
     status = model.status()
     assert (status.running, status.queued, status.kv_cache_bytes) == (0, 0, 0)
     assert status.cancelled > 100
-    assert status.cached_sequences <= 4
+    assert status.cached_sequences <= cached
+    assert generators.made > 100
+    await generators.sink_to(cached)
     await model.unload()
+    await generators.sink_to(0)
 
 
 async def test_a_full_queue_refuses_at_once_and_serves_again_later(reference: Reference) -> None:

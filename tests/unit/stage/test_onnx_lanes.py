@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models.train.passes import count_passes
 from services.stage.answer import AnswerBuilder
 from services.stage.draft import DraftFeed
-from services.stage.engine import Result, SamplingOptions, TokenChunk, VerificationResult
+from services.stage.engine import FinishReason, Result, SamplingOptions, TokenChunk, VerificationResult
 from services.stage.onnx_lanes import CachedSequence, VerifyLane, Work
 
 if TYPE_CHECKING:
@@ -172,8 +173,9 @@ def test_edited_drafts_change_no_token(data: st.DataObject, has_ended: bool, see
     assert result.accepted_tokens <= result.proposed_tokens
     # Never more passes than token by token: each pass emits one token at least.
     assert result.forward_passes <= wanted.forward_passes
-    emitted = sum(work.accept_lengths) + result.forward_passes - len(work.accept_lengths)
-    assert emitted >= len(result.ids)
+    # A pass that scored nothing emits one token; together they emit the answer, its end included.
+    emitted = sum(result.accept_lengths) + result.forward_passes - len(result.accept_lengths)
+    assert emitted == len(result.ids) + (result.finish is FinishReason.EOS)
 
 
 @given(st.data(), st.booleans())
@@ -200,6 +202,22 @@ def test_the_first_token_goes_out_before_any_draft_comes() -> None:
     assert lane.step() == []
     assert not lane.is_ready
     assert [event.ids for event in events] == [alone().ids[:1]]  # type: ignore[attr-defined]
+
+
+def test_while_the_target_agrees_each_pass_is_one_chunk() -> None:
+    ids = alone().ids
+    feed = DraftFeed(MOST)
+    lane, events, work = lane_for(feed)
+    assert lane.step() == []
+    for end, tokens in ((4, 4), (6, 2), (12, 6)):
+        feed.add(ids[len(feed.ids) : end])
+        events.clear()
+        work.is_taken = True
+        # Overdue, as after every pass of a slow model.
+        work.chunk_due = 0.0
+        while lane.is_ready:
+            assert lane.step() == []
+        assert [len(event.ids) for event in events] == [tokens]  # type: ignore[attr-defined]
 
 
 def test_a_tolerant_target_waits_for_the_draft_and_keeps_what_is_likely_enough() -> None:
@@ -230,6 +248,41 @@ def test_stop_sequences_end_verified_answers_where_they_end_generated_ones(stop:
     assert (result.text, result.finish, result.ids) == (wanted.text, wanted.finish, wanted.ids)
 
 
+@pytest.mark.parametrize(
+    ("options", "finish", "count"),
+    [
+        ({}, FinishReason.EOS, 19),
+        ({"most": 10}, FinishReason.LENGTH, 10),
+        ({"stop": ("bc",)}, FinishReason.STOP, 13),
+    ],
+    ids=["eos", "length", "stop"],
+)
+def test_nothing_accepted_beyond_the_end_is_counted(
+    options: dict[str, Any], finish: FinishReason, count: int
+) -> None:
+    ids = alone(seed=5).ids
+    assert Letters().push(ids) == "cgffebgfgggbcgfefe"
+    feed = whole(ids, has_ended=True, most=options.get("most", MOST))
+    lane, events, work = lane_for(feed, seed=5, **options)
+    result = run(lane, work)
+    assert (result.finish, result.accepted_tokens, result.accept_lengths) == (finish, count, (count,))
+    # What draft and target have in common is as before.
+    assert isinstance(events[0], VerificationResult)
+    assert events[0].accepted == events[0].proposed == len(events[0].ranks) == len(feed.ids)
+
+
+def test_a_pass_beyond_a_stop_sequence_that_is_seen_late_counts_for_nothing() -> None:
+    ids = alone().ids
+    assert Letters().push(ids[:11]) == "cgffebgfbec"
+    # The first token is corrected; of four that are proposed then, two make the stop sequence. The answer has
+    # no chunk due before its end, and so goes on to it.
+    lane, _, work = lane_for(whole([3, *ids[1:]], has_ended=False), stop=("gf",), most=10)
+    work.start(float("inf"))
+    result = run(lane, work)
+    assert (result.finish, result.text, result.forward_passes) == (FinishReason.STOP, "c", 3)
+    assert (result.accept_lengths, result.accepted_tokens) == ((1, 2, 0), 2)
+
+
 def test_resynchronisation_saves_passes_and_a_useless_draft_is_given_up() -> None:
     wanted = alone().ids
     draft = [*wanted[:3], wanted[3] % (VOCABULARY - 1) + 1, *wanted[4:]]
@@ -246,3 +299,23 @@ def test_resynchronisation_saves_passes_and_a_useless_draft_is_given_up() -> Non
         scored.append(work.proposed)
     # The draft itself, and a few tokens in each of a few attempts.
     assert np.mean(scored) < MOST + 40
+
+
+@given(st.data(), st.sampled_from([None, 5, 7, 10]))
+@settings(deadline=None, max_examples=300)
+def test_training_counts_the_passes_that_a_lane_takes(data: st.DataObject, seed: int | None) -> None:
+    wanted = alone(seed=seed)
+    answer = [*wanted.ids, *([END] if wanted.finish is FinishReason.EOS else [])]
+    draft = data.draw(edited_drafts(wanted.ids))
+    feed = whole(draft, has_ended=data.draw(st.booleans()))
+    lane, events, work = lane_for(feed, seed=seed)
+    result = run(lane, work)
+    first = events[0]
+    assert isinstance(first, VerificationResult)
+    accepted = next((i for i, (a, b) in enumerate(zip(feed.ids, answer, strict=False)) if a != b), None)
+    if accepted is None:
+        accepted = min(len(feed.ids), len(answer))
+    assert count_passes(feed.ids, answer, accepted, MOST) == (
+        result.forward_passes,
+        result.proposed_tokens - first.proposed,
+    )
