@@ -7,6 +7,7 @@ besides falls on all of them. Writes benchmarks/results/escalation.json and plot
 from __future__ import annotations
 
 import argparse
+import asyncio
 import collections
 import json
 import random
@@ -22,13 +23,13 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import yaml
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, track
 
 from asd.v1 import common_pb2, stage_pb2, stage_pb2_grpc
 from benchmarks.escalation_plots import draw_plots
 from benchmarks.processes import ROOT, process
 from benchmarks.random_stage import random_text
-from benchmarks.record import percentile, write_result
+from benchmarks.record import percentile, update_result, write_result
 from services.client.client import CascadeClient
 from services.client.values import Acceptance, Committed, Message, Objective, Request
 from services.common.channel import open_channel
@@ -52,10 +53,14 @@ CALL_TIMEOUT = 60.0
 BLOCK = 8
 # Ways of answering, by what is switched off.
 ALL_ON, SEQUENTIAL, NO_RESYNC, NO_REUSE = "all on", "pipelining off", "resync off", "prefix reuse off"
+BARE = "pipelining, resync and prefix reuse off"
 NO_PREFILL, NO_ABANDON, NOT_ADAPTIVE = "prefill-ahead off", "early abandon off", "adaptive off"
 # Where the policy decides, instead of a chain.
 POLICY: tuple[str, ...] = ()
+# Of a conversation.
 TURNS = 3
+# Cascades that answer side by side where time is not measured.
+SIDE_BY_SIDE = 2
 _console = Console(stderr=True)
 
 
@@ -69,7 +74,7 @@ class Routers:
 
 @asynccontextmanager
 async def running(*, with_policy: bool = True) -> AsyncIterator[Routers]:
-    """Run three sets of stages, one without re-synchronisation and one without reuse; a router per way."""
+    """Run a set of stages with everything on, and sets with parts switched off; a router per way."""
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
 
@@ -79,7 +84,12 @@ async def running(*, with_policy: bool = True) -> AsyncIterator[Routers]:
             address, _ = await stack.enter_async_context(process(module, "--config", str(file)))
             return address
 
-        sets = {ALL_ON: {}, NO_RESYNC: {"resync": False}, NO_REUSE: {"cached_sequences": 0}}
+        sets: dict[str, dict[str, object]] = {
+            ALL_ON: {},
+            NO_RESYNC: {"resync": False},
+            NO_REUSE: {"cached_sequences": 0},
+            BARE: {"resync": False, "cached_sequences": 0},
+        }
         stages = {
             way: {
                 name: await start(
@@ -118,6 +128,7 @@ async def running(*, with_policy: bool = True) -> AsyncIterator[Routers]:
                 SEQUENTIAL: await router(SEQUENTIAL, stages[ALL_ON], pipelined=False),
                 NO_RESYNC: await router(NO_RESYNC, stages[NO_RESYNC]),
                 NO_REUSE: await router(NO_REUSE, stages[NO_REUSE]),
+                BARE: await router("bare", stages[BARE], pipelined=False),
                 NO_PREFILL: await router(NO_PREFILL, stages[ALL_ON], prefill_ahead=False),
                 NO_ABANDON: await router(NO_ABANDON, stages[ALL_ON], early_abandon=False),
                 NOT_ADAPTIVE: await router(NOT_ADAPTIVE, stages[ALL_ON], adaptive=False),
@@ -169,61 +180,40 @@ class Clients:
 class Samples:
     """What one way of answering gave, prompt by prompt."""
 
-    latencies_ms: list[float] = field(default_factory=list)
-    costs: list[float] = field(default_factory=list)
-    records: list[tuple[StageRecord, ...]] = field(default_factory=list)
+    latencies_ms: list[float]
+    costs: list[float]
+    records: list[tuple[StageRecord, ...]]
     answers: list[Answer] = field(default_factory=list)
 
 
 async def measure_exact(clients: Clients, tasks: Sequence[Task]) -> dict[str, object]:
-    """Every pair and chain, and what the policy decides, with parts switched off in turn.
-
-    Beside every stage alone, whose answers they must equal.
-    """
+    """Time of every pair and chain beside every stage alone, and whether their answers are equal."""
     singles = [(ALL_ON, (name,)) for name in NAMES]
-    ways = [(router, chain) for router in (ALL_ON, SEQUENTIAL, NO_RESYNC, NO_REUSE) for chain in CHAINS]
-    decided = [(router, POLICY) for router in (ALL_ON, NO_PREFILL, NO_ABANDON, NOT_ADAPTIVE)]
-    runs = {way: Samples() for way in (*singles, *ways, *decided)}
+    ways = [(router, chain) for router in (ALL_ON, SEQUENTIAL, BARE) for chain in CHAINS]
+    runs = {way: Samples([], [], []) for way in (*singles, *ways)}
+    tokens: dict[tuple[str, tuple[str, ...]], list[tuple[int, ...]]] = collections.defaultdict(list)
     for _, task, (router, chain) in in_turns(tasks, runs, "exact"):
-        if chain == POLICY:
-            request = Request(task.prompt, objective=Objective(preference="best"))
-        elif len(chain) == 1:
-            request = Request(task.prompt, stage=chain[0])
-        else:
-            request = Request(task.prompt, chain=chain)
+        fixed = Request(task.prompt, stage=chain[0])
+        request = fixed if len(chain) == 1 else Request(task.prompt, chain=chain)
         answer, ms = await clients.ask(router, request)
+        tokens[router, chain].append(answer.token_ids)
         samples = runs[router, chain]
         samples.latencies_ms.append(ms)
         samples.costs.append(answer.cost)
         samples.records.append(answer.stages)
-        samples.answers.append(answer)
+    mismatches: collections.Counter[str] = collections.Counter()
+    for router, chain in ways:
+        pairs = zip(tokens[router, chain], tokens[ALL_ON, chain[-1:]], strict=True)
+        mismatches[f"{router}: {'-'.join(chain)}"] = sum(ours != theirs for ours, theirs in pairs)
     alone = {name: runs.pop((ALL_ON, (name,))) for name in NAMES}
-    mismatches = {
-        f"{router}: {'-'.join(chain) or 'policy'}": sum(
-            answer.token_ids != alone[answer.stage].answers[index].token_ids
-            for index, answer in enumerate(samples.answers)
-        )
-        for (router, chain), samples in runs.items()
-    }
-    parts = {router: runs.pop((router, chain)) for router, chain in decided}
-    return {
-        **_summarise_exact(tasks, alone, runs, mismatches),
-        "policy_parts": {
-            name: {
-                "latency_ms": _latency(samples.latencies_ms),
-                "cost": round(statistics.mean(samples.costs), 3),
-                "accuracy": _accuracy(tasks, samples),
-            }
-            for name, samples in {**parts, "always large": alone["large"]}.items()
-        },
-    }
+    return _summarise_exact(tasks, alone, runs, mismatches)
 
 
 def _summarise_exact(
     tasks: Sequence[Task],
     alone: dict[str, Samples],
     runs: dict[tuple[str, tuple[str, ...]], Samples],
-    mismatches: dict[str, int],
+    mismatches: collections.Counter[str],
 ) -> dict[str, object]:
     largest_ms = statistics.mean(alone["large"].latencies_ms)
     chains = {}
@@ -247,7 +237,7 @@ def _summarise_exact(
             "passes_per_token_ratio": round(plain_passes / passes, 3),
             "latency_ms": _latency(samples.latencies_ms),
             # Pipelined, drafting and verifying share the time: there is nothing to put in its place.
-            "speedup_over_regenerating": round(regenerating / mean_ms, 3) if router == SEQUENTIAL else None,
+            "speedup_over_regenerating": None if router == ALL_ON else round(regenerating / mean_ms, 3),
             "speedup_over_largest": round(largest_ms / mean_ms, 3),
             "cost": round(statistics.mean(samples.costs), 3),
             "latency_ms_by_level": _by_level(tasks, samples.latencies_ms),
@@ -269,7 +259,7 @@ def _summarise_exact(
     return {
         "exact_prompts": len(tasks),
         "exact_mismatches": sum(mismatches.values()),
-        "exact_mismatches_by_way": mismatches,
+        "exact_mismatches_by_way": dict(mismatches),
         "passes_per_token_ratio": round(wanted / passes, 3),
         "escalated_speedup": round(regenerated / verified, 3),
         "exact_speedup": chains[f"{ALL_ON}: small-large"]["speedup_over_largest"],
@@ -279,16 +269,17 @@ def _summarise_exact(
                 "latency_ms": _latency(samples.latencies_ms),
                 "latency_ms_by_level": _by_level(tasks, samples.latencies_ms),
                 "cost": round(statistics.mean(samples.costs), 3),
-                "accuracy": _accuracy(tasks, samples),
+                "accuracy": round(
+                    statistics.mean(
+                        grade(task, records[-1].text)
+                        for task, records in zip(tasks, samples.records, strict=True)
+                    ),
+                    4,
+                ),
             }
             for name, samples in alone.items()
         },
     }
-
-
-def _accuracy(tasks: Sequence[Task], samples: Samples) -> float:
-    right = (grade(task, answer.text) for task, answer in zip(tasks, samples.answers, strict=True))
-    return round(statistics.mean(right), 4)
 
 
 def _regenerating(samples: Samples, target: Samples) -> list[float]:
@@ -411,12 +402,80 @@ async def measure_adversarial(
     }
 
 
+async def measure_policy_parts(clients: Clients, tasks: Sequence[Task]) -> dict[str, object]:
+    """What the policy decides, with prefill-ahead and early abandon switched off in turn."""
+    ways = (ALL_ON, NO_PREFILL, NO_ABANDON)
+    rows: dict[str, list[tuple[float, float, bool]]] = {name: [] for name in (*ways, "always large")}
+    for _, task, name in in_turns(tasks, rows, "policy"):
+        objective = Objective(preference="best")
+        largest = Request(task.prompt, stage="large")
+        request = largest if name == "always large" else Request(task.prompt, objective=objective)
+        answer, ms = await clients.ask(ALL_ON if name == "always large" else name, request)
+        rows[name].append((ms, answer.cost, grade(task, answer.text)))
+    return {
+        "policy_parts": {
+            name: {
+                "latency_ms": _latency([ms for ms, _, _ in values]),
+                "cost": round(statistics.mean(cost for _, cost, _ in values), 3),
+                "accuracy": round(statistics.mean(right for _, _, right in values), 4),
+            }
+            for name, values in rows.items()
+        },
+        "policy_parts_prompts": len(tasks),
+    }
+
+
+async def measure_exactness(tasks: Sequence[Task]) -> dict[str, object]:
+    """Whether every pair and chain, and what the policy decides, answers as the answering stage alone does.
+
+    With every part switched off in turn. Time plays no part: cascades answer side by side.
+    """
+    mismatches: collections.Counter[str] = collections.Counter()
+    with Progress(*Progress.get_default_columns(), console=_console) as progress:
+        bar = progress.add_task("exactness", total=len(tasks))
+
+        async def work(part: Sequence[Task]) -> None:
+            async with running() as routers, AsyncExitStack() as stack:
+                clients = Clients(routers, stack)
+                for task in part:
+                    mismatches.update(await _differences(clients, task))
+                    progress.advance(bar)
+
+        async with asyncio.TaskGroup() as group:
+            for place in range(SIDE_BY_SIDE):
+                group.create_task(work(tasks[place::SIDE_BY_SIDE]))
+    return {
+        "exactness_prompts": len(tasks),
+        "exactness_answers": len(tasks) * len(mismatches),
+        "exactness_mismatches": mismatches.total(),
+        "exactness_mismatches_by_way": dict(mismatches),
+    }
+
+
+async def _differences(clients: Clients, task: Task) -> dict[str, int]:
+    """Return by way whether its tokens differ from those of the stage alone that gave the answer."""
+    alone = {}
+    for name in NAMES:
+        answer, _ = await clients.ask(BARE, Request(task.prompt, stage=name))
+        alone[name] = answer.token_ids
+    differences = {}
+    for router in (ALL_ON, SEQUENTIAL, NO_RESYNC, NO_REUSE, BARE):
+        for chain in CHAINS:
+            answer, _ = await clients.ask(router, Request(task.prompt, chain=chain))
+            differences[f"{router}: {'-'.join(chain)}"] = int(answer.token_ids != alone[chain[-1]])
+    for router in (ALL_ON, SEQUENTIAL, NO_RESYNC, NO_REUSE, NO_PREFILL, NO_ABANDON, NOT_ADAPTIVE):
+        request = Request(task.prompt, objective=Objective(preference="best"))
+        answer, _ = await clients.ask(router, request)
+        differences[f"{router}: policy"] = int(answer.token_ids != alone[answer.stage])
+    return differences
+
+
 async def measure_conversations(clients: Clients, tasks: Sequence[Task]) -> dict[str, object]:
     """Conversations of several turns, with reuse of what the turns before left in the prefix caches."""
     sessions = [tasks[start : start + TURNS] for start in range(0, len(tasks) - TURNS + 1, TURNS)]
     routes: dict[str, dict[str, object]] = {"large": {"stage": "large"}, "small-large": {"chain": CHAINS[1]}}
     ways = [(router, route) for router in (ALL_ON, NO_REUSE) for route in routes]
-    later: dict[tuple[str, str], Samples] = {way: Samples() for way in ways}
+    later: dict[tuple[str, str], Samples] = {way: Samples([], [], []) for way in ways}
     rng = random.Random(0)
     for number, session in enumerate(track(sessions, "conversations", console=_console)):
         rng.shuffle(ways)
@@ -544,7 +603,16 @@ def _auroc(scores: np.ndarray, right: np.ndarray) -> float:
     return float(np.mean(1.0 - (below + not_above) / (2 * len(order))))
 
 
-MEASUREMENTS = ("exact", "tolerance", "first_commit", "adversarial", "conversations", "evidence")
+MEASUREMENTS = (
+    "exact",
+    "tolerance",
+    "first_commit",
+    "adversarial",
+    "policy_parts",
+    "evidence",
+    "conversations",
+    "exactness",
+)
 
 
 async def measure(names: Iterable[str], share: float) -> dict[str, object]:
@@ -559,8 +627,10 @@ async def measure(names: Iterable[str], share: float) -> dict[str, object]:
             "tolerance": lambda: measure_tolerance(clients, few),
             "first_commit": lambda: measure_first_commit(clients, few),
             "adversarial": lambda: measure_adversarial(clients, routers.stages, few),
-            "conversations": lambda: measure_conversations(clients, tasks[: 2 * len(few)]),
+            "policy_parts": lambda: measure_policy_parts(clients, few),
             "evidence": lambda: measure_evidence(routers.stages, tasks),
+            "conversations": lambda: measure_conversations(clients, tasks[: 3 * len(few)]),
+            "exactness": lambda: measure_exactness(tasks),
         }
         # Warm every model: the first pass of each pays for memory.
         for router in routers.routers:
@@ -579,6 +649,7 @@ def main() -> None:
     parser.add_argument(
         "only", nargs="*", choices=[*MEASUREMENTS, []], help="print these alone, keep nothing"
     )
+    parser.add_argument("--keep", action="store_true", help="with names: replace older figures")
     parser.add_argument("--share", type=float, default=1.0, help="of the prompts; below 1 nothing is kept")
     options = parser.parse_args()
     figures = run_service(measure(options.only or MEASUREMENTS, options.share))
@@ -586,6 +657,9 @@ def main() -> None:
     if not options.only and options.share >= 1.0:
         print(write_result("escalation", "make bench-escalation", figures), file=sys.stderr)
         draw_plots(figures, ROOT / "docs" / "results")
+    elif options.keep and options.share >= 1.0:
+        command = f"python -m benchmarks.escalation {' '.join(options.only)} --keep"
+        print(update_result("escalation", command, figures), file=sys.stderr)
 
 
 if __name__ == "__main__":

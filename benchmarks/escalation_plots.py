@@ -19,7 +19,7 @@ from matplotlib import pyplot as plt
 
 PAIRS = ("small-medium", "small-large", "medium-large")
 COLOURS = dict(zip(PAIRS, ("#3b7dd8", "#d8543b", "#4a9d5b"), strict=True))
-WAYS = ("all on", "pipelining off", "resync off", "prefix reuse off")
+WAYS = ("all on", "pipelining off", "pipelining, resync and prefix reuse off")
 
 
 def draw_plots(figures: Mapping[str, Any], directory: Path) -> None:
@@ -66,12 +66,12 @@ def _draw_levels(axis: Any, chains: Mapping[str, Any]) -> None:
 
 def _draw_latencies(axis: Any, figures: Mapping[str, Any]) -> None:
     chains, largest = figures["chains"], figures["alone"]["large"]["latency_ms"]["mean"]
-    width = 0.2
-    shades = ("#1f4e8c", "#3b7dd8", "#7fb0ea", "#bcd6f5")
+    width = 0.26
+    shades = ("#1f4e8c", "#3b7dd8", "#9dc1ee")
     names = (*PAIRS, "small-medium-large")
     for index, way in enumerate(WAYS):
         heights = [chains[f"{way}: {name}"]["latency_ms"]["mean"] for name in names]
-        places = [place + (index - 1.5) * width for place in range(len(names))]
+        places = [place + (index - 1) * width for place in range(len(names))]
         axis.bar(places, heights, width, color=shades[index], label=way)
     axis.axhline(largest, color="#444", linestyle="--")
     axis.annotate("large alone", (len(names) - 0.5, largest), ha="right", va="bottom", color="#444")

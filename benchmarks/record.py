@@ -22,12 +22,9 @@ def percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[max(math.ceil(share * len(values)) - 1, 0)]
 
 
-def write_result(name: str, command: str, figures: Mapping[str, object]) -> Path:
-    """Write a result file with what it needs to be believed, and return its path."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    content = {
-        **figures,
+def record(command: str) -> dict[str, object]:
+    """Return what a figure needs to be believed: command, commit, time and machine."""
+    return {
         "command": command,
         "commit": _git("rev-parse", "HEAD"),
         "changed_files": _git("status", "--porcelain", "--untracked-files=no").splitlines(),
@@ -40,6 +37,24 @@ def write_result(name: str, command: str, figures: Mapping[str, object]) -> Path
             "python": platform.python_version(),
         },
     }
+
+
+def write_result(name: str, command: str, figures: Mapping[str, object]) -> Path:
+    """Write a result file with its record, and return its path."""
+    return _write(name, {**figures, **record(command)})
+
+
+def update_result(name: str, command: str, figures: Mapping[str, object]) -> Path:
+    """Put figures of a later run into a result file; their own record stands under `later_runs`."""
+    path = RESULTS / f"{name}.json"
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    later = {**kept.get("later_runs", {}), **{figure: record(command) for figure in figures}}
+    return _write(name, {**kept, **figures, "later_runs": later})
+
+
+def _write(name: str, content: Mapping[str, object]) -> Path:
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return path
 

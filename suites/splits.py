@@ -80,23 +80,26 @@ def split_of(task: Task) -> Split:
     return next(name for name, bound in _BOUNDS if value < bound)
 
 
-def split(name: Split, count: int, seed: int = 0) -> Iterator[Task]:
+def split(name: Split, count: int, seed: int = 0, *, follow_ups: bool = False) -> Iterator[Task]:
     """Yield `count` tasks of a split, none twice; suites and levels take turns.
 
-    The same arguments give the same tasks. Two splits never share a prompt.
+    follow_ups: the question is the second turn of a conversation. The same arguments give the same tasks. Two
+    splits never share a prompt, or a conversation.
     Raises ValueError for an unknown split, or if a suite has no further task of a level.
     """
     if name not in get_args(Split):
         raise ValueError(f"unknown split {name!r}: choose one of {', '.join(get_args(Split))}")
     # A string seed is hashed with SHA-512 by random.Random, so it is stable between processes.
-    rng = random.Random(f"{name}/{seed}")
+    rng = random.Random(f"{name}/{seed}/follow-ups" if follow_ups else f"{name}/{seed}")
+    make = generate_follow_up if follow_ups else generate
     places = itertools.cycle(itertools.product(LEVELS, SUITES))
-    seen: set[str] = set()
+    seen: set[tuple[object, str]] = set()
     while len(seen) < count:
         level, suite = next(places)
-        draws = (generate(suite, level, rng) for _ in range(_MOST_DRAWS))
-        task = next((task for task in draws if task.prompt not in seen and split_of(task) == name), None)
+        draws = (make(suite, level, rng) for _ in range(_MOST_DRAWS))
+        new = (task for task in draws if (task.history, task.prompt) not in seen)
+        task = next((task for task in new if split_of(task) == name), None)
         if task is None:
             raise ValueError(f"{suite} has no further task of level {level} in split {name!r}: ask for fewer")
-        seen.add(task.prompt)
+        seen.add((task.history, task.prompt))
         yield task

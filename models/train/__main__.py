@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
@@ -17,7 +19,20 @@ from models.train.family import FAMILY, MODELS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from tokenizers import Tokenizer
+
     from models.train.family import Recipe
+    from models.train.llama import Llama
+
+STEPS = ("all", "corpus", "fit", "measure", "outcomes")
+# Files of outcomes: the split of the suites, prompts and conversations of each. What is
+# in `evaluation` and `conversations` only measures.
+OUTCOMES = {
+    "train": ("train", 100_000, 20_000),
+    "calibration": ("calibration", 25_000, 5_000),
+    "evaluation": ("evaluation", 27_384, 0),
+    "conversations": ("evaluation", 0, 5_000),
+}
 
 # torch is imported inside the steps that need it: the processes that build the corpus import this module too.
 
@@ -25,7 +40,7 @@ if TYPE_CHECKING:
 def main() -> None:
     """Run one step, or all of them."""
     parser = argparse.ArgumentParser(prog="python -m models.train", description=__doc__)
-    parser.add_argument("step", choices=("all", "corpus", "fit", "measure"), nargs="?", default="all")
+    parser.add_argument("step", choices=STEPS, nargs="?", default="all")
     parser.add_argument("--out", type=Path, required=True, help="directory of the models")
     parser.add_argument("--work", type=Path, default=Path("/tmp/asd-family"), help="directory of the corpora")  # noqa: S108
     parser.add_argument("--samples", type=int, default=2_500_000)
@@ -38,17 +53,21 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="do not compile the training step")
     parser.add_argument("--evaluation", type=int, default=27_384, help="prompts for the model cards")
     parser.add_argument(
-        "--outcomes", type=Path, help="also write outcome files for the policy to this directory"
+        "--outcomes",
+        type=Path,
+        help="write outcome files for the policy to this directory (step outcomes, or all)",
     )
+    parser.add_argument("--outcome-share", type=float, default=1.0, help="of the rows of every outcome file")
     parser.add_argument(
         "--reference", type=Path, help="also write transformers' outputs for the tests to this file"
     )
-    parser.add_argument("--outcome-rows", type=int, nargs=3, default=(20_000, 10_000, 5_000))
     options = parser.parse_args()
     if options.tokenizer and not options.model:
         parser.error("--tokenizer needs --model: the models do not share one")
     if options.model and (options.outcomes or options.reference):
         parser.error("--outcomes and --reference are of the whole family: leave --model out")
+    if options.step == "outcomes" and not options.outcomes:
+        parser.error("step outcomes needs --outcomes")
     recipes = [recipe for recipe in MODELS if options.model in (None, recipe.name)]
     if options.step != "corpus" and find_spec("torch") is None:
         # Said before the corpus, which takes minutes.
@@ -60,6 +79,8 @@ def main() -> None:
         _fit(recipes, options)
     if options.step in ("all", "measure"):
         _measure(recipes, options)
+    if options.outcomes and options.step in ("all", "outcomes"):
+        _outcomes(options)
 
 
 def _corpora(recipes: Sequence[Recipe], options: argparse.Namespace) -> None:
@@ -127,21 +148,13 @@ def _fit_one(recipe: Recipe, options: argparse.Namespace) -> None:
 
 
 def _measure(recipes: Sequence[Recipe], options: argparse.Namespace) -> None:
-    """Write card and report.json beside each model, and outcome files of the family where they are wanted."""
-    from tokenizers import Tokenizer
-
+    """Write card and report.json beside each model."""
     from models.train.card import write_card
-    from models.train.fit import load_model
-    from models.train.outcomes import answer_tasks, check_drafts, write_outcomes
+    from models.train.outcomes import answer_tasks
     from models.train.report import summarise
-    from models.train.vocabulary import END
     from suites import split
 
-    models, tokenizers = {}, {}
-    for recipe in recipes:
-        directory = options.out / recipe.name
-        models[recipe.name] = load_model(directory, recipe).to(options.device)
-        tokenizers[recipe.name] = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    models, tokenizers = _load(recipes, options)
     tasks = list(split("evaluation", options.evaluation))
     for recipe in recipes:
         name = recipe.name
@@ -150,17 +163,35 @@ def _measure(recipes: Sequence[Recipe], options: argparse.Namespace) -> None:
         write_card(options.out / name, recipe, summary)
         (options.out / name / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
         print(name, json.dumps(summary), f"{time.monotonic() - started:.0f} s", flush=True)
-    family = [recipe.name for recipe in FAMILY]
     if options.reference:
         from models.train.reference import write_reference
 
-        write_reference(options.reference, [options.out / name for name in family], 500, options.device)
-    if options.outcomes:
-        options.outcomes.mkdir(parents=True, exist_ok=True)
-        for part, rows in zip(("train", "calibration", "evaluation"), options.outcome_rows, strict=True):
-            tasks = list(split(part, rows))  # type: ignore[arg-type]
+        directories = [options.out / recipe.name for recipe in FAMILY]
+        write_reference(options.reference, directories, 500, options.device)
+
+
+def _outcomes(options: argparse.Namespace) -> None:
+    """Write the outcome files of the family; one that is there already is left alone."""
+    from models.train.corpus import draw_tasks
+    from models.train.outcomes import answer_tasks, check_drafts, outcome_rows
+    from models.train.vocabulary import END
+    from policy_service.train.outcome_table import write_outcomes
+
+    options.outcomes.mkdir(parents=True, exist_ok=True)
+    family = [recipe.name for recipe in FAMILY]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        waiting = {
+            name: pool.submit(draw_tasks, *source, options.outcome_share)
+            for name, source in OUTCOMES.items()
+            if not (options.outcomes / f"{name}.parquet").exists()
+        }
+        models, tokenizers = _load(FAMILY, options)
+        end_id = tokenizers[family[0]].token_to_id(END)
+        for name, drawn in waiting.items():
+            started = time.monotonic()
+            tasks = drawn.result()
             answers = {
-                name: answer_tasks(models[name], tokenizers[name], tasks, options.device) for name in family
+                each: answer_tasks(models[each], tokenizers[each], tasks, options.device) for each in family
             }
             checks = {
                 (draft, target): check_drafts(
@@ -168,8 +199,24 @@ def _measure(recipes: Sequence[Recipe], options: argparse.Namespace) -> None:
                 )
                 for draft, target in combinations(family, 2)
             }
-            end_id = tokenizers[family[0]].token_to_id(END)
-            write_outcomes(options.outcomes / f"{part}.jsonl.gz", tasks, part, answers, checks, end_id)
+            rows = outcome_rows(tasks, OUTCOMES[name][0], answers, checks, end_id)
+            count = write_outcomes(options.outcomes / f"{name}.parquet", family, rows)
+            print(f"outcomes {name}: {count} rows, {time.monotonic() - started:.0f} s", flush=True)
+
+
+def _load(
+    recipes: Sequence[Recipe], options: argparse.Namespace
+) -> tuple[dict[str, Llama], dict[str, Tokenizer]]:
+    from tokenizers import Tokenizer
+
+    from models.train.fit import load_model
+
+    models, tokenizers = {}, {}
+    for recipe in recipes:
+        directory = options.out / recipe.name
+        models[recipe.name] = load_model(directory, recipe).to(options.device)
+        tokenizers[recipe.name] = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    return models, tokenizers
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from models.train.family import ASSISTANT, END, MODELS, USER, Vocabulary
-from suites import LEVELS, SUITES, Task, generate, generate_follow_up, split_of
+from suites import LEVELS, SUITES, Split, Task, generate, generate_follow_up, split, split_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -96,6 +96,12 @@ def _encode_chunk(
         np.array([len(b) for b in before], np.int32),
         np.array([[recipe.curriculum.teaches(task) for recipe in MODELS] for task in tasks]),
     )
+
+
+def draw_tasks(split_name: Split, prompts: int, conversations: int, share: float) -> list[Task]:
+    """Return a share of so many single questions and second turns of a split, for outcomes."""
+    tasks = list(split(split_name, round(prompts * share)))
+    return [*tasks, *split(split_name, round(conversations * share), follow_ups=True)]
 
 
 def _tasks(rng: random.Random) -> Iterator[Task]:

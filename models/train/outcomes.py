@@ -1,13 +1,11 @@
 """Run trained models over tasks: graded answers, token signals, and how drafts fare in verification.
 
-The record format is the policy's (policy_service/outcomes.py); `asd-policy collect` writes the same from
-running stages.
+The rows are those of policy_service/train/outcomes.py; `asd-policy collect` writes
+the same from running stages.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,12 +14,11 @@ import torch
 
 from models.train.corpus import conversation
 from models.train.family import CONTEXT, END
-from services.stage.resync import Resynchroniser
+from models.train.passes import count_passes
 from suites import grade
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     import numpy.typing as npt
     from tokenizers import Tokenizer
@@ -104,42 +101,37 @@ def check_drafts(
     return [checks[index] for index in range(len(tasks))]
 
 
-def write_outcomes(
-    path: Path,
+def outcome_rows(
     tasks: Sequence[Task],
     split: str,
     answers: dict[str, list[Answer]],
     checks: dict[tuple[str, str], list[Check]],
     end_id: int,
-) -> None:
-    """Write an outcome file: a header line, then one JSON record per task. answers: by model, in order.
+) -> Iterator[dict[str, object]]:
+    """Yield a row of an outcome file per task. answers: by model, in order.
 
     end_id: of the end mark in the models' common vocabulary.
     """
-    names = list(answers)
-    header = {"schema": "asd.outcomes", "version": 1, "cascade": names, "rows": len(tasks)}
-    with gzip.open(path, "wt", compresslevel=9) as file:
-        file.write(json.dumps(header) + "\n")
-        for row, task in enumerate(tasks):
-            record = {
-                "prompt": task.prompt,
-                "suite": task.suite,
-                "level": task.level,
-                "kind": task.kind,
-                "split": split,
-                "stages": {name: _stage_record(answers[name][row]) for name in names},
-                "verifications": {
-                    f"{draft}>{target}": _check_record(
-                        check[row], answers[draft][row], answers[target][row], end_id
-                    )
-                    for (draft, target), check in checks.items()
-                },
-            }
-            file.write(json.dumps(record, separators=(",", ":")) + "\n")
+    for row, task in enumerate(tasks):
+        yield {
+            "prompt": task.prompt,
+            "history": [message for turn in task.history for message in turn],
+            "suite": task.suite,
+            "level": task.level,
+            "kind": task.kind,
+            "split": split,
+            "stages": {name: _stage_record(each[row]) for name, each in answers.items()},
+            "verifications": {
+                f"{draft}>{target}": _check_record(
+                    check[row], answers[draft][row], answers[target][row], end_id
+                )
+                for (draft, target), check in checks.items()
+            },
+        }
 
 
 def _stage_record(answer: Answer) -> dict[str, object]:
-    logprobs, entropies, margins = ([round(float(x), 3) for x in column] for column in answer.signals.T)
+    logprobs, entropies, margins = answer.signals.round(3).T.tolist()
     return {
         "text": answer.text,
         "finish_reason": "eos" if answer.has_ended else "length",
@@ -153,7 +145,7 @@ def _stage_record(answer: Answer) -> dict[str, object]:
 def _check_record(check: Check, draft: Answer, own: Answer, end_id: int) -> dict[str, object]:
     proposed = [*draft.ids, end_id] if draft.has_ended else list(draft.ids)
     answer = [*own.ids, end_id] if own.has_ended else list(own.ids)
-    passes, proposed_again = _count_passes(proposed, answer, check.accepted)
+    passes, proposed_again = count_passes(proposed, answer, check.accepted, MAX_NEW_TOKENS)
     return {
         "proposed": len(check.ranks),
         "accepted": check.accepted,
@@ -161,26 +153,6 @@ def _check_record(check: Check, draft: Answer, own: Answer, end_id: int) -> dict
         "forward_passes": passes,
         "proposed_again": proposed_again,
     }
-
-
-def _count_passes(draft: list[int], answer: list[int], accepted: int) -> tuple[int, int]:
-    """Return the passes that a stage needs to verify a draft and go on to its own answer, as it does them.
-
-    The first one scores the draft and yields what is accepted and one token more; each later one yields what
-    it accepts of a proposal and one token more. Second: the tokens proposed in the later ones.
-    """
-    passes, proposed_again = 1, 0
-    written = accepted + 1
-    resync = Resynchroniser(draft, accepted)
-    while written < len(answer):
-        proposal = resync.propose(answer[:written])[: MAX_NEW_TOKENS - written]
-        pairs = list(zip(proposal, answer[written:], strict=False))
-        kept = next((place for place, (ours, own) in enumerate(pairs) if ours != own), len(pairs))
-        resync.judged(len(proposal), kept)
-        proposed_again += len(proposal)
-        written += kept + 1
-        passes += 1
-    return passes, proposed_again
 
 
 def _encode_prompts(model: Llama, tokenizer: Tokenizer, tasks: Sequence[Task]) -> list[list[int]]:

@@ -4,7 +4,7 @@ verification of an earlier stage's draft."""
 from __future__ import annotations
 
 import asyncio
-import gzip
+import itertools
 import json
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, cast, get_args
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from asd.v1 import common_pb2, stage_pb2, stage_pb2_grpc
-from policy_service.train.outcomes import Header, UnfitOutcomes, pair_name, pairs
+from policy_service.train.outcome_table import SCHEMA, VERSION, pair_name, pairs, write_outcomes
+from policy_service.train.outcomes import UnfitOutcomes, read_cascade, read_prompts
 from services.common.channel import call_stream, open_channel
 from services.common.errors import AsdError, InvalidRequest
 from suites import Task, grade
@@ -21,7 +22,7 @@ from suites.splits import Split
 from suites.splits import split as split_tasks
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from rich.console import Console
@@ -36,12 +37,16 @@ _DECIMALS = 3
 
 @dataclass(frozen=True)
 class CollectOptions:
-    """What to collect. targets: host:port by stage, in cascade order. timeout_ms: of one stage call."""
+    """What to collect. targets: host:port by stage, in cascade order. timeout_ms: of one stage call.
+
+    prompts: single questions. conversations: those whose question is a second turn, after the prompts.
+    """
 
     output: Path
     targets: dict[str, str]
     split: str
     prompts: int
+    conversations: int
     seed: int
     concurrency: int
     timeout_ms: float
@@ -72,13 +77,15 @@ async def collect_outcomes(options: CollectOptions, console: Console) -> None:
         raise InvalidRequest(f"unknown split {options.split!r}: choose one of {', '.join(get_args(Split))}")
     cascade = list(options.targets)
     with console.status("generating prompts"):
-        tasks = list(split_tasks(cast("Split", options.split), options.prompts, options.seed))
+        split, seed = cast("Split", options.split), options.seed
+        tasks = list(split_tasks(split, options.prompts, seed))
+        tasks += split_tasks(split, options.conversations, seed, follow_ups=True)
     if _is_complete(options.output, cascade, tasks):
         console.print(f"{options.output} is complete")
         return
     partial = options.output.with_name(options.output.name + ".partial")
     done = _read_partial(partial, cascade)
-    todo = [task for task in tasks if task.prompt not in done]
+    todo = [task for task in tasks if _key(task) not in done]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("collecting", total=len(tasks), completed=len(tasks) - len(todo))
@@ -94,7 +101,7 @@ async def collect_outcomes(options: CollectOptions, console: Console) -> None:
             file = stack.enter_context(partial.open("a", encoding="utf-8"))
             if not done:
                 file.truncate(0)
-                file.write(_header(cascade, None) + "\n")
+                file.write(json.dumps({"schema": SCHEMA, "version": VERSION, "cascade": cascade}) + "\n")
             waiting = iter(todo)
 
             async def work() -> None:
@@ -122,9 +129,9 @@ class _StageCalls:
         self._stub = stub
         self._timeout_ms = timeout_ms
 
-    async def generate(self, prompt: str) -> _Written:
+    async def generate(self, task: Task) -> _Written:
         """Return the stage's own answer."""
-        request = stage_pb2.StageServiceGenerateRequest(prompt=prompt)
+        request = stage_pb2.StageServiceGenerateRequest(conversation=_conversation(task))
         signals: dict[str, list[float]] = {"logprobs": [], "entropies": [], "top2_margins": []}
         result = None
         call = call_stream(
@@ -153,9 +160,9 @@ class _StageCalls:
         }
         return _Written(draft, record)
 
-    async def verify(self, prompt: str, draft: common_pb2.Draft) -> dict[str, object]:
+    async def verify(self, task: Task, draft: common_pb2.Draft) -> dict[str, object]:
         """Return how a draft fares."""
-        request = stage_pb2.VerifyRequest(prompt=prompt, draft=draft)
+        request = stage_pb2.VerifyRequest(conversation=_conversation(task), draft=draft)
         verification = result = None
         call = call_stream(self._stub.Verify, request, timeout_ms=self._timeout_ms, peer=f"stage {self.name}")
         async with aclosing(call) as responses:
@@ -177,20 +184,22 @@ class _StageCalls:
 
 
 async def _collect_one(stages: Sequence[_StageCalls], task: Task, split: str) -> dict[str, object]:
-    written = [await stage.generate(task.prompt) for stage in stages]
+    written = [await stage.generate(task) for stage in stages]
     names = [stage.name for stage in stages]
     verifications = {}
     for origin, target in pairs(names):
         # An empty draft holds nothing to verify: the target would write anew.
         draft = written[origin].draft
         if draft.text or draft.token_ids:
-            check = await stages[target].verify(task.prompt, draft)
+            check = await stages[target].verify(task, draft)
         else:
             tokens = len(written[target].draft.token_ids)
             check = {"proposed": 0, "accepted": 0, "ranks": [], "forward_passes": tokens + 1}
+            check["proposed_again"] = 0
         verifications[pair_name(names, origin, target)] = check
     return {
         "prompt": task.prompt,
+        "history": _messages(task),
         "suite": task.suite,
         "level": task.level,
         "kind": task.kind,
@@ -203,46 +212,65 @@ async def _collect_one(stages: Sequence[_StageCalls], task: Task, split: str) ->
     }
 
 
-def _header(cascade: Sequence[str], rows: int | None) -> str:
-    header = Header(schema="asd.outcomes", cascade=tuple(cascade), rows=rows)
-    return header.model_dump_json(by_alias=True)
+def _messages(task: Task) -> list[str]:
+    return [message for turn in task.history for message in turn]
+
+
+def _key(task: Task) -> tuple[tuple[str, ...], str]:
+    return tuple(_messages(task)), task.prompt
+
+
+def _conversation(task: Task) -> common_pb2.Conversation:
+    roles = itertools.cycle((common_pb2.ROLE_USER, common_pb2.ROLE_ASSISTANT))
+    turns = zip(roles, [*_messages(task), task.prompt], strict=False)
+    return common_pb2.Conversation(
+        messages=[common_pb2.Message(role=role, content=text) for role, text in turns]
+    )
 
 
 def _is_complete(output: Path, cascade: Sequence[str], tasks: Sequence[Task]) -> bool:
     if not output.exists():
         return False
-    with gzip.open(output, "rt", encoding="utf-8") as file:
-        header = Header.model_validate_json(file.readline())
-        prompts = {json.loads(line)["prompt"] for line in file}
-    if list(header.cascade) == list(cascade) and prompts == {task.prompt for task in tasks}:
+    if list(read_cascade(output)) == list(cascade) and list(read_prompts(output)) == list(map(_key, tasks)):
         return True
     raise UnfitOutcomes(f"{output} holds other prompts or another cascade: choose another file")
 
 
-def _read_partial(partial: Path, cascade: Sequence[str]) -> set[str]:
+def _read_partial(partial: Path, cascade: Sequence[str]) -> set[tuple[tuple[str, ...], str]]:
     """Return the prompts of an earlier run; drop a last line that was cut off."""
     if not partial.exists():
         return set()
-    lines = partial.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-        partial.write_text("".join(lines), encoding="utf-8")
-    if not lines:
-        return set()
-    if list(Header.model_validate_json(lines[0]).cascade) != list(cascade):
-        raise UnfitOutcomes(f"{partial} holds another cascade: choose another file, or delete it")
-    return {json.loads(line)["prompt"] for line in lines[1:]}
+    with partial.open("rb+") as file:
+        whole = 0
+        for line in file:
+            whole += len(line) if line.endswith(b"\n") else 0
+        file.truncate(whole)
+    with partial.open(encoding="utf-8") as file:
+        header = json.loads(file.readline() or "null")
+        if header is None:
+            return set()
+        if header != {"schema": SCHEMA, "version": VERSION, "cascade": list(cascade)}:
+            raise UnfitOutcomes(f"{partial} holds another cascade: choose another file, or delete it")
+        records = map(json.loads, file)
+        return {(tuple(record["history"]), record["prompt"]) for record in records}
 
 
 def _finish(partial: Path, output: Path, cascade: Sequence[str], tasks: Sequence[Task]) -> None:
     """Write the output in the order of the prompts, in one step, and remove the partial file."""
-    with partial.open(encoding="utf-8") as file:
-        next(file)
-        by_prompt = {json.loads(line)["prompt"]: line for line in file}
-    lines = [by_prompt[task.prompt] for task in tasks]
-    compressed = output.with_name(output.name + ".writing")
-    with gzip.open(compressed, "wt", encoding="utf-8", compresslevel=9) as file:
-        file.write(_header(cascade, len(lines)) + "\n")
-        file.writelines(lines)
-    compressed.replace(output)
+    with partial.open("rb") as file:
+        places: dict[tuple[tuple[str, ...], str], int] = {}
+        file.readline()
+        while True:
+            place, line = file.tell(), file.readline()
+            if not line:
+                break
+            record = json.loads(line)
+            places[tuple(record["history"]), record["prompt"]] = place
+
+        def rows() -> Iterator[dict[str, object]]:
+            for task in tasks:
+                file.seek(places[_key(task)])
+                yield json.loads(file.readline())
+
+        write_outcomes(output, cascade, rows())
     partial.unlink()

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from policy_service.features import Draft, FeatureSpace, PromptText, Verification
-from policy_service.train.outcomes import UnfitOutcomes, pair_name, pairs, read_header, read_rows
+from policy_service.train.outcome_table import pair_name, pairs
+from policy_service.train.outcomes import UnfitOutcomes, read_cascade, read_rows
 from services.common.cost import generate_cost, verify_cost
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def view_keys(stages: int) -> list[ViewKey]:
 
 def read_dataset(path: Path, costs: Sequence[StageCosts]) -> Dataset:
     """Return a file's outcomes. Raises UnfitOutcomes, also where the costs are another cascade's."""
-    cascade = read_header(path).cascade
+    cascade = read_cascade(path)
     if [stage.name for stage in costs] != list(cascade):
         raise UnfitOutcomes(
             f"{path}: holds the cascade {', '.join(cascade)}; the costs are for "

@@ -1,20 +1,26 @@
 """Outcome files: what every stage answered to each prompt, whether it was right, and how drafts fared.
 
-A file is gzip-compressed JSON lines: a header, then one record per prompt.
+A file is Parquet (see outcome_table), one row per prompt.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import zlib
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from policy_service.train.outcome_table import HEADER_KEY, table_schema
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
+
+# Rows held as Python objects at a time.
+_BATCH = 500
 
 Count = Annotated[int, Field(ge=0)]
 Milliseconds = Annotated[float, Field(ge=0)]
@@ -28,13 +34,12 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class Header(_Record):
-    """First line of a file. cascade: stages in order. rows: prompts that follow; None while it grows."""
+class _Header(_Record):
+    """Metadata of a file. cascade: stages in order."""
 
-    schema_name: Literal["asd.outcomes"] = Field("asd.outcomes", alias="schema")
-    version: Literal[1] = 1
+    schema_name: Literal["asd.outcomes"] = Field(alias="schema")
+    version: Literal[2]
     cascade: Annotated[tuple[str, ...], Field(min_length=1)]
-    rows: Count | None = None
 
 
 class StageOutcome(_Record):
@@ -76,45 +81,40 @@ class OutcomeRow(_Record):
     verifications: dict[str, VerificationOutcome]
 
 
-def pairs(cascade: Sequence[str]) -> list[tuple[int, int]]:
-    """Return places (draft stage, target stage) of every pair of a cascade."""
-    return [(draft, target) for target in range(len(cascade)) for draft in range(target)]
-
-
-def pair_name(cascade: Sequence[str], draft: int, target: int) -> str:
-    """Return the key of a pair's verification."""
-    return f"{cascade[draft]}>{cascade[target]}"
-
-
-def read_header(path: Path) -> Header:
-    """Return the header of a file. Raises UnfitOutcomes."""
-    try:
-        with gzip.open(path, "rb") as file:
-            return _parse_header(path, file.readline())
-    except (OSError, EOFError, zlib.error) as error:
-        raise UnfitOutcomes(f"{path}: {say_why(error)}") from error
+def read_cascade(path: Path) -> tuple[str, ...]:
+    """Return the stages of a file, in order. Raises UnfitOutcomes."""
+    with _opened(path) as file:
+        return _header(path, file).cascade
 
 
 def read_rows(path: Path) -> Iterator[OutcomeRow]:
-    """Yield the records of a file. Raises UnfitOutcomes, naming the row, where one is wrong or missing."""
-    number = 0
-    try:
-        with gzip.open(path, "rb") as file:
-            header = _parse_header(path, file.readline())
-            for number, line in enumerate(file, 1):
-                yield _parse_row(path, number, line, header.cascade)
-    except (OSError, EOFError, zlib.error) as error:
-        where = f"broken after row {number}: " if number else ""
-        raise UnfitOutcomes(f"{path}: {where}{say_why(error)}") from error
-    if header.rows is not None and number != header.rows:
-        raise UnfitOutcomes(f"{path}: the header promises {header.rows} rows, {number} are there: truncated")
+    """Yield the rows of a file. Raises UnfitOutcomes, naming the row, where one is wrong."""
+    with _opened(path) as file:
+        _check_columns(path, file, _header(path, file).cascade)
+        number = 0
+        try:
+            for batch in file.iter_batches(batch_size=_BATCH):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield _parse_row(f"{path}: row {number}", record)
+        except (OSError, pa.ArrowException) as error:
+            raise UnfitOutcomes(f"{path}: broken after row {number}: {say_why(error)}") from error
+
+
+def read_prompts(path: Path) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield history and prompt of every row. Raises UnfitOutcomes."""
+    with _opened(path) as file:
+        _header(path, file)
+        for batch in file.iter_batches(columns=["history", "prompt"]):
+            histories, prompts = batch["history"].to_pylist(), batch["prompt"].to_pylist()
+            yield from zip((tuple(history or ()) for history in histories), prompts, strict=True)
 
 
 def check_disjoint(first: Path, second: Path) -> None:
     """Check that two files share no prompt. Raises UnfitOutcomes."""
-    seen = {(row.history, row.prompt) for row in read_rows(first)}
-    for number, row in enumerate(read_rows(second), 1):
-        if (row.history, row.prompt) in seen:
+    seen = set(read_prompts(first))
+    for number, prompt in enumerate(read_prompts(second), 1):
+        if prompt in seen:
             raise UnfitOutcomes(
                 f"{second}: row {number}: the prompt is in {first} as well: calibrate on other prompts"
             )
@@ -128,33 +128,53 @@ def file_digest(path: Path) -> str:
 
 def say_why(error: Exception) -> str:
     """Return why a file cannot be read, without its name."""
-    if isinstance(error, gzip.BadGzipFile):
-        return "not a file of outcomes"
     if isinstance(error, FileNotFoundError):
         return "no such file"
+    if isinstance(error, pa.ArrowInvalid):
+        return "not a whole Parquet file: truncated, or of another kind"
     return (error.strerror or str(error)).lower() if isinstance(error, OSError) else str(error)
 
 
-def _parse_header(path: Path, line: bytes) -> Header:
+@contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
     try:
-        return Header.model_validate_json(line)
+        file = pq.ParquetFile(path)
+    except (OSError, pa.ArrowException) as error:
+        raise UnfitOutcomes(f"{path}: {say_why(error)}") from error
+    with file:
+        yield file
+
+
+def _header(path: Path, file: pq.ParquetFile) -> _Header:
+    line = (file.schema_arrow.metadata or {}).get(HEADER_KEY)
+    if line is None:
+        raise UnfitOutcomes(f"{path}: not a file of outcomes")
+    try:
+        return _Header.model_validate_json(line)
     except ValidationError as error:
-        if not line:
-            raise UnfitOutcomes(f"{path}: not a file of outcomes") from error
         raise UnfitOutcomes(f"{path}: header: {_explain(error)}") from error
 
 
-def _parse_row(path: Path, number: int, line: bytes, cascade: Sequence[str]) -> OutcomeRow:
-    where = f"{path}: row {number}"
+def _check_columns(path: Path, file: pq.ParquetFile, cascade: Sequence[str]) -> None:
+    """Check the columns, whose names and types a reader would otherwise miss row by row."""
+    expected = table_schema(cascade)
+    for field in expected:
+        index = file.schema_arrow.get_field_index(field.name)
+        if index < 0:
+            raise UnfitOutcomes(f"{path}: has no column {field.name}")
+        if file.schema_arrow.field(index).type != field.type:
+            raise UnfitOutcomes(
+                f"{path}: column {field.name} is {file.schema_arrow.field(index).type}; "
+                f"outcomes of {', '.join(cascade)} have {field.type}"
+            )
+
+
+def _parse_row(where: str, record: Mapping[str, object]) -> OutcomeRow:
+    """Return a row. where: what a message says of its place. Raises UnfitOutcomes."""
     try:
-        row = OutcomeRow.model_validate_json(line)
+        row = OutcomeRow.model_validate(record)
     except ValidationError as error:
         raise UnfitOutcomes(f"{where}: {_explain(error)}") from error
-    if set(row.stages) != set(cascade):
-        raise UnfitOutcomes(f"{where}: has stages {', '.join(row.stages)}; the header {', '.join(cascade)}")
-    wanted = {pair_name(cascade, draft, target) for draft, target in pairs(cascade)}
-    if set(row.verifications) != wanted:
-        raise UnfitOutcomes(f"{where}: needs verifications {', '.join(sorted(wanted))}")
     for name, stage in row.stages.items():
         if not len(stage.logprobs) == len(stage.entropies) == len(stage.top2_margins):
             raise UnfitOutcomes(f"{where}: stages.{name}: token signals of different lengths")

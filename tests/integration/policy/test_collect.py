@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import gzip
 import io
+import itertools
 import json
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
@@ -52,15 +53,16 @@ async def targets() -> AsyncIterator[dict[str, str]]:
 
 
 def options(output: Path, targets: dict[str, str], prompts: int = 24) -> CollectOptions:
-    return CollectOptions(output, targets, "train", prompts, 0, 4, 30_000)
+    return CollectOptions(output, targets, "train", prompts, 4, 0, 4, 30_000)
 
 
 async def test_outcomes_are_complete_and_graded(targets: dict[str, str], tmp_path: Path) -> None:
-    output = tmp_path / "train.jsonl.gz"
+    output = tmp_path / "train.parquet"
     await collect_outcomes(options(output, targets), QUIET)
     rows = list(read_rows(output))
-    tasks = list(split("train", 24))
+    tasks = [*split("train", 24), *split("train", 4, follow_ups=True)]
     assert [row.prompt for row in rows] == [task.prompt for task in tasks]
+    assert [row.history for row in rows] == [tuple(itertools.chain(*task.history)) for task in tasks]
     for row, task in zip(rows, tasks, strict=True):
         for stage in row.stages.values():
             assert stage.correct is grade(task, stage.text)
@@ -70,29 +72,32 @@ async def test_outcomes_are_complete_and_graded(targets: dict[str, str], tmp_pat
         # EXACT verification ends in the target's own answer: accepted in full where both wrote the same.
         assert (check.accepted == check.proposed) == (small.text == medium.text)
     costs = [StageCosts(name=name, cost=cost) for name, cost in (("small", 1.0), ("medium", 3.0))]
-    assert len(read_dataset(output, costs)) == 24
-    assert not (tmp_path / "train.jsonl.gz.partial").exists()
+    assert len(read_dataset(output, costs)) == 28
+    assert not (tmp_path / "train.parquet.partial").exists()
 
 
 async def test_an_interrupted_run_goes_on_where_it_stopped(targets: dict[str, str], tmp_path: Path) -> None:
-    output = tmp_path / "train.jsonl.gz"
+    output = tmp_path / "train.parquet"
     await collect_outcomes(options(output, targets), QUIET)
-    with gzip.open(output, "rt") as file:
-        header, *lines = file.read().splitlines()
+    records = pq.read_table(output).to_pylist()
     # A marked record shows that the first rows are kept rather than collected again.
-    kept = {**json.loads(lines[0]), "kind": "kept"}
-    partial = tmp_path / "train.jsonl.gz.partial"
-    growing = json.dumps({**json.loads(header), "rows": None})
-    partial.write_text(f"{growing}\n{json.dumps(kept)}\n{lines[1]}\n{lines[2][:50]}")
+    kept = {**records[0], "kind": "kept"}
+    partial = tmp_path / "train.parquet.partial"
+    header = json.dumps({"schema": "asd.outcomes", "version": 2, "cascade": ["small", "medium"]})
+    lines = [json.dumps(each) for each in (kept, *records[1:3])]
+    partial.write_text(f"{header}\n{lines[0]}\n{lines[1]}\n{lines[2][:50]}")
     output.unlink()
     await collect_outcomes(options(output, targets), QUIET)
     rows = list(read_rows(output))
-    assert [row.prompt for row in rows] == [task.prompt for task in split("train", 24)]
+    assert [row.prompt for row in rows] == [
+        *(task.prompt for task in split("train", 24)),
+        *(task.prompt for task in split("train", 4, follow_ups=True)),
+    ]
     assert rows[0].kind == "kept"
 
 
 async def test_a_finished_file_is_left_alone(targets: dict[str, str], tmp_path: Path) -> None:
-    output = tmp_path / "train.jsonl.gz"
+    output = tmp_path / "train.parquet"
     await collect_outcomes(options(output, targets), QUIET)
     before = output.read_bytes()
     await collect_outcomes(options(output, dict.fromkeys(targets, "127.0.0.1:1")), QUIET)
@@ -104,12 +109,12 @@ async def test_a_finished_file_is_left_alone(targets: dict[str, str], tmp_path: 
 async def test_a_stage_that_is_away_is_named_and_nothing_is_lost(
     targets: dict[str, str], tmp_path: Path
 ) -> None:
-    output = tmp_path / "train.jsonl.gz"
+    output = tmp_path / "train.parquet"
     with pytest.raises(Unavailable, match="stage medium"):
         await collect_outcomes(options(output, {**targets, "medium": "127.0.0.1:1"}), QUIET)
     assert not output.exists()
     await collect_outcomes(options(output, targets), QUIET)
-    assert len(list(read_rows(output))) == 24
+    assert len(list(read_rows(output))) == 28
 
 
 @pytest.mark.parametrize("argument", ["small", "=host:1", "small=", ""])

@@ -201,6 +201,12 @@ def test_split_ignores_letter_case_and_blanks_but_not_history() -> None:
     assert len(homes) > 1
 
 
+def test_conversations_of_a_split_are_its_own() -> None:
+    tasks = list(split("calibration", 300, follow_ups=True))
+    assert all(task.history and split_of(task) == "calibration" for task in tasks)
+    assert len({(task.history, task.prompt) for task in tasks}) == 300
+
+
 def test_a_split_covers_all_suites_and_levels_evenly() -> None:
     counts = Counter((task.suite, task.level) for task in split("demo", 120))
     assert set(counts.values()) == {2}

@@ -1,0 +1,92 @@
+"""The Parquet form of outcomes: its schema, and a writer that leaves whole files only.
+
+Needs pyarrow alone, so that outcomes can be written where models are trained.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
+
+SCHEMA, VERSION = "asd.outcomes", 2
+HEADER_KEY = b"asd.outcomes"
+"""Key of the file's metadata that holds the header, as JSON: schema, version and cascade."""
+
+# Prompts of a row group: what a reader holds in memory at a time.
+_GROUP = 2000
+
+_ANSWER = pa.struct(
+    [
+        pa.field("text", pa.string()),
+        pa.field("finish_reason", pa.string()),
+        pa.field("logprobs", pa.list_(pa.float32())),
+        pa.field("entropies", pa.list_(pa.float32())),
+        pa.field("top2_margins", pa.list_(pa.float32())),
+        pa.field("correct", pa.bool_()),
+        pa.field("latency_ms", pa.float64()),
+    ]
+)
+_CHECK = pa.struct(
+    [
+        pa.field("proposed", pa.int32()),
+        pa.field("accepted", pa.int32()),
+        pa.field("ranks", pa.list_(pa.int32())),
+        pa.field("forward_passes", pa.int32()),
+        pa.field("proposed_again", pa.int32()),
+        pa.field("latency_ms", pa.float64()),
+    ]
+)
+
+
+def pairs(cascade: Sequence[str]) -> list[tuple[int, int]]:
+    """Return places (draft stage, target stage) of every pair of a cascade."""
+    return [(draft, target) for target in range(len(cascade)) for draft in range(target)]
+
+
+def pair_name(cascade: Sequence[str], draft: int, target: int) -> str:
+    """Return the key of a pair's verification."""
+    return f"{cascade[draft]}>{cascade[target]}"
+
+
+def table_schema(cascade: Sequence[str]) -> pa.Schema:
+    """Return the columns of a cascade's outcomes: those of OutcomeRow, a struct per stage and pair."""
+    header = json.dumps({"schema": SCHEMA, "version": VERSION, "cascade": list(cascade)})
+    names = [pair_name(cascade, draft, target) for draft, target in pairs(cascade)]
+    return pa.schema(
+        [
+            pa.field("prompt", pa.string()),
+            pa.field("history", pa.list_(pa.string())),
+            pa.field("suite", pa.string()),
+            pa.field("level", pa.int16()),
+            pa.field("kind", pa.string()),
+            pa.field("split", pa.string()),
+            pa.field("stages", pa.struct([pa.field(name, _ANSWER) for name in cascade])),
+            pa.field("verifications", pa.struct([pa.field(name, _CHECK) for name in names])),
+        ],
+        metadata={HEADER_KEY: header.encode()},
+    )
+
+
+def write_outcomes(path: Path, cascade: Sequence[str], rows: Iterable[Mapping[str, object]]) -> int:
+    """Write a file in one step and return its number of rows: a run that is cut off leaves none.
+
+    rows: as outcomes.OutcomeRow describes them.
+    """
+    partial = path.with_name(path.name + ".writing")
+    schema = table_schema(cascade)
+    count = 0
+    groups = iter(rows)
+    with pq.ParquetWriter(partial, schema, compression="zstd", compression_level=9) as writer:
+        while group := list(itertools.islice(groups, _GROUP)):
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
+            count += len(group)
+    partial.replace(path)
+    return count
