@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import grpc
 
 from services.common import telemetry
-from services.common.errors import AsdError, BudgetSpent
+from services.common.errors import AsdError, BudgetSpent, Unavailable
 from services.common.server import MAX_MESSAGE_BYTES
 from services.common.status import from_rpc_error
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
+
+# What grpc.aio (1.85) says where a message could not be handed to a call that was over.
+_CORE_ERROR = "Internal error from Core"
 
 # gRPC retries only what the server has not begun to answer, so nothing is ever computed into one answer
 # twice.
@@ -131,22 +134,35 @@ async def call_exchange(
     method: grpc.aio.StreamStreamMultiCallable[Request, Response],
     requests: AsyncIterator[Request],
     *,
+    is_last: Callable[[Response], bool],
     timeout_ms: float,
     peer: str = "",
 ) -> AsyncGenerator[Response, None]:
     """Yield the answers of a call that streams both ways; cancel it when the caller stops.
 
-    Arguments and errors: call_unary.
+    is_last: whether an answer completes the call, which the peer may do before it has read every request.
+    Other arguments and errors: call_unary.
     """
     _check_time(timeout_ms, peer)
     call = method(requests, timeout=timeout_ms / 1000.0)
+    is_complete = False
     try:
         async for response in call:
+            is_complete = is_last(response)
             yield response
-    except grpc.RpcError as error:
+    except grpc.aio.AioRpcError as error:
+        if _could_not_send(error):
+            # The peer had ended the call, and how is lost: grpc.aio puts this in the place of its status.
+            if is_complete:
+                return
+            raise Unavailable(f"{peer or 'the service'} broke the call off") from error
         raise _explained(error, timeout_ms, peer) from error
     finally:
         call.cancel()
+
+
+def _could_not_send(error: grpc.aio.AioRpcError) -> bool:
+    return error.code() is grpc.StatusCode.INTERNAL and error.details() == _CORE_ERROR
 
 
 def _explained(error: grpc.RpcError, timeout_ms: float, peer: str) -> AsdError:

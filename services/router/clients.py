@@ -112,7 +112,11 @@ class GrpcStage:
         convert.set_input(start, request.input)
         replica = await self._replicas.choose(_key(request))
         call = call_exchange(
-            replica.stub.VerifyStream, _steps(start, drafts), timeout_ms=timeout_ms, peer=self._peer
+            replica.stub.VerifyStream,
+            _steps(start, drafts),
+            is_last=lambda response: response.HasField("result"),
+            timeout_ms=timeout_ms,
+            peer=self._peer,
         )
         with self._replicas.calling(replica):
             async with aclosing(self._events(call)) as events:
@@ -242,6 +246,7 @@ class GrpcPolicy:
     async def plan(self, request: Request, conditions: Sequence[Condition], timeout_ms: float) -> Plan:
         """Return the first stage."""
         message = policy_pb2.PlanRequest(
+            request_id=request.id,
             objective=convert.objective_to(request.objective),
             cascade=self._stages,
             conditions=convert.conditions_to(conditions),
@@ -273,6 +278,7 @@ class GrpcPolicy:
     ) -> Decision:
         """Return what to do with an answer."""
         message = policy_pb2.DecideRequest(
+            request_id=request.id,
             objective=convert.objective_to(request.objective),
             cascade=self._stages,
             stage=answer.stage.name,
