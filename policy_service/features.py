@@ -250,9 +250,9 @@ def _bucket(gram: str) -> int:
 def _draft_features(draft: Draft, prompt: PromptText) -> list[float]:
     count = len(draft.logprobs)
     # Plain lists: at some tens of tokens they cost less than a dozen array operations.
-    logprobs = [min(max(x, _LEAST_LOGPROB), 0.0) for x in _rounded(draft.logprobs)] or [_LEAST_LOGPROB]
-    entropies = _rounded(draft.entropies) or [0.0]
-    margins = _rounded(draft.top2_margins) or [0.0]
+    logprobs = [min(max(x, _LEAST_LOGPROB), 0.0) for x in round_signals(draft.logprobs)] or [_LEAST_LOGPROB]
+    entropies = round_signals(draft.entropies) or [0.0]
+    margins = round_signals(draft.top2_margins) or [0.0]
     text, question = draft.text[-_MOST_CHARACTERS:], prompt.question[-_MOST_CHARACTERS:]
     length = len(logprobs)
     lowest = sorted(logprobs)
@@ -293,7 +293,11 @@ def _draft_features(draft: Draft, prompt: PromptText) -> list[float]:
     ]
 
 
-def _rounded(signals: npt.NDArray[np.float32]) -> list[float]:
+def round_signals(signals: npt.NDArray[np.float32]) -> list[float]:
+    """Return token signals as outcome files keep them and as features see them: [tokens].
+
+    In float32 arithmetic: in double precision one value in some thousands would round the other way.
+    """
     values: list[float] = np.round(signals, _DECIMALS).tolist()
     return values
 

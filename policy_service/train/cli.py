@@ -7,20 +7,21 @@ import importlib.util
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from policy_service.train import lifecycle
 from policy_service.train.costs import EMBEDDED, UnfitCosts
-from policy_service.train.outcomes import UnfitOutcomes, say_why
+from policy_service.train.faults import UnfitOutcomes, say_why
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from policy_service.train.evaluate import Evaluation, Prediction
+    from policy_service.train.evaluate import Comparison, Evaluation, Prediction
 
 app = typer.Typer(
     help="Make and measure policies: collect outcomes of a cascade, fit a policy to them, evaluate it.",
@@ -30,7 +31,7 @@ app = typer.Typer(
 errors = Console(stderr=True)
 
 # What the extra `policy-train` brings.
-_EXTRA = ("scipy", "sklearn", "onnx", "onnxruntime")
+_EXTRA = ("scipy", "sklearn", "onnx", "onnxruntime", "pyarrow")
 _EMBEDDED_ARTIFACT = Path(__file__).resolve().parents[1] / "artifact"
 # Below, what is fitted and calibrated says little of other prompts. Chosen.
 _FEW_PROMPTS = 1000
@@ -41,7 +42,7 @@ _WIDE = 160
 EMBEDDED_STAGES = ["small=127.0.0.1:50061", "medium=127.0.0.1:50062", "large=127.0.0.1:50063"]
 
 Costs = Annotated[Path, typer.Option(help="Costs and times of the stages (YAML).")]
-Outcomes = Annotated[Path, typer.Argument(help="Outcomes (.jsonl.gz), as `collect` writes them.")]
+Outcomes = Annotated[Path, typer.Argument(help="Outcomes (Parquet), as `collect` writes them.")]
 
 
 def _show_version(is_asked: bool) -> None:
@@ -97,7 +98,9 @@ def fit(
 
 @app.command()
 def evaluate(
-    outcomes: Outcomes,
+    outcomes: Annotated[
+        Path | None, typer.Argument(help="Outcomes (Parquet), as `collect` writes them.", show_default=False)
+    ] = None,
     artifact: Annotated[
         Path, typer.Option(help="Directory of the policy.", show_default="the embedded family's")
     ] = _EMBEDDED_ARTIFACT,
@@ -105,9 +108,47 @@ def evaluate(
     quality_value: Annotated[
         list[float] | None, typer.Option("--lambda", help="Further values of quality, cost units.")
     ] = None,
+    published: Annotated[
+        Path | None,
+        typer.Option("--outcomes", help="Outcomes of real models (.csv.gz): docs/routing.md."),
+    ] = None,
+    ladder: Annotated[str, typer.Option(help="Models of --outcomes, smallest first: a,b[,c].")] = "",
+    group: Annotated[
+        Literal["question", "subject"], typer.Option(help="Test on unseen questions, or on unseen subjects.")
+    ] = "question",
+    folds: Annotated[int, typer.Option(min=2, help="Folds of the cross-validation.")] = 5,
+    seed: Annotated[int, typer.Option(help="Seed of the folds and routers.")] = 0,
+    also: Annotated[
+        list[Path] | None, typer.Option(help="Further models on the prompts of --outcomes, to train on.")
+    ] = None,
+    embeddings: Annotated[
+        Path | None, typer.Option(help="Sentence encoder (zip with .onnx, tokenizer.json), for --outcomes.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure a policy on outcomes that it was not made from, beside fixed stages, a threshold, an oracle."""
+    """Measure a policy on outcomes that it was not made from, beside fixed stages, a threshold, an oracle.
+
+    With --outcomes and --ladder: train and test routers on published outcomes of real models.
+    """
+    _check_extra()
+    if published is not None:
+        from policy_service.train.routing.evaluate import RoutingOptions, evaluate_file
+        from policy_service.train.routing.report import routing_tables
+
+        options = RoutingOptions(group == "subject", folds, seed)
+        names = [name.strip() for name in ladder.split(",") if name.strip()]
+        with errors.status("reading") as status:
+            routing = evaluate_file(published, names, options, also or [], embeddings, status.update)
+        if as_json:
+            typer.echo(json.dumps(_finite(dataclasses.asdict(routing)), indent=2))
+            return
+        if routing.dropped:
+            _say(f"{routing.dropped} prompts lack an outcome of the ladder and were left out", "yellow")
+        for each in routing_tables(routing):
+            _console().print(each)
+        return
+    if outcomes is None:
+        raise UnfitOutcomes("evaluate needs a file of outcomes, or --outcomes with --ladder")
     _check_extra()
     from policy_service.artifact import load_policy, load_predictor
     from policy_service.train.costs import read_costs
@@ -126,12 +167,45 @@ def evaluate(
         return
     console = _console()
     console.print(_lines_table(evaluation, data.cascade))
+    console.print(_comparisons_table(evaluation.comparisons))
     console.print(_predictions_table(evaluation.predictions))
 
 
 @app.command()
+def compare(
+    train: Outcomes,
+    held_out: Annotated[Path, typer.Argument(help="Outcomes of other prompts, to judge on.")],
+    costs: Costs = EMBEDDED,
+    seed: Annotated[int, typer.Option(help="Seed of trees and neural network.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Fit every kind of predictor to the same outcomes and judge them on others; `fit` takes the trees."""
+    _check_extra()
+    from policy_service.train.compare import compare_predictors
+    from policy_service.train.costs import read_costs
+    from policy_service.train.dataset import read_dataset
+    from policy_service.train.outcomes import check_disjoint
+
+    console = _console()
+    stages = read_costs(costs)
+    check_disjoint(train, held_out)
+    with errors.status("reading") as status:
+        data = [read_dataset(path, stages) for path in (train, held_out)]
+        scores = compare_predictors(data[0], data[1], seed, status.update)
+    if as_json:
+        typer.echo(json.dumps(_finite([dataclasses.asdict(score) for score in scores]), indent=2))
+        return
+    headings = ("log loss", "Brier", "R²", "AUROC", "ECE")
+    table = _table(f"fitted to {len(data[0])} prompts, judged on {len(data[1])} others", "", headings)
+    for score in scores:
+        numbers = (score.log_loss, score.brier, score.r2, score.auroc, score.calibration_error)
+        table.add_row(f"{score.view}: {score.kind}", *(f"{number:.3f}" for number in numbers))
+    console.print(table)
+
+
+@app.command()
 def collect(
-    output: Annotated[Path, typer.Argument(help="File to write, or to go on with (.jsonl.gz).")],
+    output: Annotated[Path, typer.Argument(help="File to write, or to go on with (Parquet).")],
     stage: Annotated[
         list[str],
         typer.Option(
@@ -143,6 +217,7 @@ def collect(
         str, typer.Option(help="Split of the suites: train, calibration, evaluation.")
     ] = "train",
     prompts: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 1000,
+    conversations: Annotated[int, typer.Option(min=0, help="Further ones that are second turns.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
     concurrency: Annotated[int, typer.Option(min=1, help="Prompts under way at once.")] = 4,
     timeout_ms: Annotated[
@@ -159,7 +234,8 @@ def collect(
 
     from policy_service.train.collect import CollectOptions, collect_outcomes, parse_targets
 
-    options = CollectOptions(output, parse_targets(stage), split, prompts, seed, concurrency, timeout_ms)
+    targets = parse_targets(stage)
+    options = CollectOptions(output, targets, split, prompts, conversations, seed, concurrency, timeout_ms)
     asyncio.run(collect_outcomes(options, _console()))
 
 
@@ -185,7 +261,8 @@ def _say(line: str, style: str) -> None:
 
 
 def _lines_table(evaluation: Evaluation, cascade: Sequence[str]) -> Table:
-    headings = ("accuracy", "of the\nlast's", "cost", "latency\nms", "early\nstops", *cascade)
+    first = ("accuracy", "of the\nlast's", "cost", "of oracle's\nsaving")
+    headings = (*first, "latency\nms", "early\nstops", *cascade)
     table = _table(f"policy {evaluation.policy_version} on {evaluation.prompts} prompts", "", headings)
     for line in evaluation.lines:
         table.add_row(
@@ -193,10 +270,21 @@ def _lines_table(evaluation: Evaluation, cascade: Sequence[str]) -> Table:
             f"{line.accuracy:.2%}",
             f"{line.accuracy_ratio:.2%}",
             f"{line.cost:.2f}",
+            f"{evaluation.oracle_share[line.name]:.0%}",
             f"{line.latency_ms:.1f}",
             f"{line.early_stop_share:.1%}",
             *(f"{share:.1%}" for share in line.mix),
         )
+    return table
+
+
+def _comparisons_table(comparisons: Sequence[Comparison]) -> Table:
+    headings = ("lambda", "policy", "best\nthreshold", "difference", "95% interval")
+    table = _table("Value per prompt, beside the best fixed threshold (chosen with hindsight)", "", headings)
+    for each in comparisons:
+        interval = f"{each.low:+.4f} to {each.high:+.4f}"
+        numbers = (f"{each.quality_value:g}", f"{each.value:.4f}", f"{each.threshold_value:.4f}")
+        table.add_row(each.name, *numbers, f"{each.difference:+.4f}", interval)
     return table
 
 
@@ -224,6 +312,9 @@ def _finite(value: object) -> object:
     if isinstance(value, list | tuple):
         return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+lifecycle.register(app)
 
 
 def main() -> None:

@@ -10,11 +10,14 @@ from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast, get_args
 
+import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from asd.v1 import common_pb2, stage_pb2, stage_pb2_grpc
+from policy_service.features import round_signals
+from policy_service.train.faults import UnfitOutcomes
 from policy_service.train.outcome_table import SCHEMA, VERSION, pair_name, pairs, write_outcomes
-from policy_service.train.outcomes import UnfitOutcomes, read_cascade, read_prompts
+from policy_service.train.outcomes import read_cascade, read_prompts
 from services.common.channel import call_stream, open_channel
 from services.common.errors import AsdError, InvalidRequest
 from suites import Task, grade
@@ -155,7 +158,7 @@ class _StageCalls:
         record: dict[str, object] = {
             "text": result.text,
             "finish_reason": _FINISH_NAMES[result.finish_reason],
-            **{name: [round(value, _DECIMALS) for value in values] for name, values in signals.items()},
+            **{name: round_signals(np.array(values, np.float32)) for name, values in signals.items()},
             "latency_ms": round(result.timing.total_ms, _DECIMALS),
         }
         return _Written(draft, record)

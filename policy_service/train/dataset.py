@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from policy_service.features import Draft, FeatureSpace, PromptText, Verification
+from policy_service.train.faults import UnfitOutcomes
 from policy_service.train.outcome_table import pair_name, pairs
-from policy_service.train.outcomes import UnfitOutcomes, read_cascade, read_rows
+from policy_service.train.outcomes import read_cascade, read_rows
 from services.common.cost import generate_cost, verify_cost
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class Dataset:
 
     features: per view, float32 [n, size]. correct: bool [n, K]. costs, latencies_ms: per view but the first,
     [n], of the call that leads to it. prefixes: [n, K, PREFIXES], mean log-probability of the first tokens of
-    each stage's answer; NaN where it is not longer.
+    each stage's answer; NaN where it is not longer. prompts: the questions, without what came before.
     """
 
     cascade: tuple[str, ...]
@@ -47,6 +48,7 @@ class Dataset:
     suites: tuple[str, ...]
     levels: npt.NDArray[np.int64]
     prefixes: Floats
+    prompts: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.correct)
@@ -61,8 +63,11 @@ def view_keys(stages: int) -> list[ViewKey]:
     return keys
 
 
-def read_dataset(path: Path, costs: Sequence[StageCosts]) -> Dataset:
-    """Return a file's outcomes. Raises UnfitOutcomes, also where the costs are another cascade's."""
+def read_dataset(path: Path, costs: Sequence[StageCosts], *, with_history: bool = True) -> Dataset:
+    """Return a file's outcomes. Raises UnfitOutcomes, also where the costs are another cascade's.
+
+    with_history: False leaves what came before the question out of the features, to measure what it is worth.
+    """
     cascade = read_cascade(path)
     if [stage.name for stage in costs] != list(cascade):
         raise UnfitOutcomes(
@@ -73,9 +78,9 @@ def read_dataset(path: Path, costs: Sequence[StageCosts]) -> Dataset:
     keys = view_keys(len(cascade))
     features: dict[ViewKey, list[npt.NDArray[np.float32]]] = {key: [] for key in keys}
     spent: dict[ViewKey, list[tuple[float, float]]] = {key: [] for key in keys[1:]}
-    correct, suites, levels, prefixes = [], [], [], []
+    correct, suites, levels, prefixes, prompts = [], [], [], [], []
     for row in read_rows(path):
-        for key, vector in _vectors(space, row, cascade):
+        for key, vector in _vectors(space, row, cascade, with_history):
             features[key].append(vector)
         for key, cost, latency_ms in _calls(row, cascade, costs):
             spent[key].append((cost, latency_ms))
@@ -83,6 +88,7 @@ def read_dataset(path: Path, costs: Sequence[StageCosts]) -> Dataset:
         correct.append([row.stages[name].correct for name in cascade])
         suites.append(row.suite)
         levels.append(row.level)
+        prompts.append(row.prompt)
     if not correct:
         raise UnfitOutcomes(f"{path}: holds no prompts")
     return Dataset(
@@ -94,13 +100,14 @@ def read_dataset(path: Path, costs: Sequence[StageCosts]) -> Dataset:
         tuple(suites),
         np.array(levels),
         np.array(prefixes),
+        tuple(prompts),
     )
 
 
 def _vectors(
-    space: FeatureSpace, row: OutcomeRow, cascade: Sequence[str]
+    space: FeatureSpace, row: OutcomeRow, cascade: Sequence[str], with_history: bool
 ) -> Iterator[tuple[ViewKey, npt.NDArray[np.float32]]]:
-    prompt = PromptText(row.prompt, row.history)
+    prompt = PromptText(row.prompt, row.history if with_history else ())
     vector = space.prompt(prompt)
     yield (None, None), vector
     drafts = [_draft(row.stages[name]) for name in cascade]

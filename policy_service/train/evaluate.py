@@ -14,7 +14,7 @@ from policy_service.train.fit import expected_calibration_error
 from policy_service.train.replay import Run, always, oracle, replay, threshold
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import numpy.typing as npt
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from policy_service.train.dataset import Dataset, ViewKey
 
     Floats = npt.NDArray[np.float64]
+
+_THRESHOLDS = 1.0 - np.geomspace(1e-4, 1.0, 200)
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,48 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class GroupCalibration:
+    """Calibration of a view on a part of the prompts: a suite, or a complexity level."""
+
+    view: str
+    group: str
+    prompts: int
+    calibration_error: float
+    brier: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A policy's value beside the best fixed threshold's, chosen with hindsight: cost units per prompt.
+
+    value: quality_value * right - cost. difference: the policy's less the threshold's; low and high bound its
+    95% interval.
+    """
+
+    name: str
+    quality_value: float
+    value: float
+    threshold_value: float
+    difference: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """What a policy does on held-out outcomes."""
+    """What a policy does on held-out outcomes.
+
+    oracle_share: by line, the share of the oracle's saving of cost that is reached, where both are compared
+    with always asking the last stage.
+    """
 
     policy_version: str
     prompts: int
     lines: tuple[Line, ...]
     predictions: tuple[Prediction, ...]
+    comparisons: tuple[Comparison, ...]
+    groups: tuple[GroupCalibration, ...]
+    oracle_share: dict[str, float]
 
 
 def evaluate_policy(
@@ -72,14 +109,26 @@ def evaluate_policy(
     for preference in Preference:
         value = policy.quality_values[preference]
         wanted[f"{preference.value} (lambda {value:g})"] = value
+    comparisons = []
+    thresholds = [threshold(data, p_correct, least) for least in _THRESHOLDS]
     for name, value in wanted.items():
         runs[name] = replay(data, views, p_correct, solve_policy(views, value), value)
+        comparisons.append(_compare(name, value, runs[name], thresholds))
     balanced = policy.quality_values[Preference.BALANCED]
     kept = runs[f"{Preference.BALANCED.value} (lambda {balanced:g})"].correct.mean()
-    runs["best fixed threshold at balanced's accuracy"] = _best_threshold(data, p_correct, float(kept))
+    runs["best fixed threshold at balanced's accuracy"] = _best_threshold(thresholds, float(kept))
     runs["oracle"] = oracle(data)
     lines = tuple(_line(name, run, last, stages) for name, run in runs.items())
-    return Evaluation(policy.version, len(data), lines, tuple(_predictions(data, p_correct)))
+    dearest, cheapest = lines[stages - 1].cost, lines[-1].cost
+    return Evaluation(
+        policy.version,
+        len(data),
+        lines,
+        tuple(_predictions(data, p_correct)),
+        tuple(comparisons),
+        tuple(_groups(data, p_correct)),
+        {line.name: (dearest - line.cost) / (dearest - cheapest) for line in lines},
+    )
 
 
 def served_scores(policy: Policy, predictor: OnnxPredictor, data: Dataset) -> dict[ViewKey, Floats]:
@@ -108,11 +157,48 @@ def area_under_roc(p_correct: Floats, correct: npt.NDArray[np.bool_]) -> float:
     return float(np.mean(len(right) - (below + not_above) / 2) / len(right))
 
 
-def _best_threshold(data: Dataset, p_correct: Mapping[ViewKey, Floats], accuracy: float) -> Run:
+def _best_threshold(runs: Sequence[Run], accuracy: float) -> Run:
     """Return the cheapest fixed threshold that is at least as accurate, chosen with hindsight."""
-    runs = [threshold(data, p_correct, least) for least in 1.0 - np.geomspace(1e-4, 1.0, 200)]
     fitting = [run for run in runs if run.correct.mean() >= accuracy] or [runs[0]]
     return min(fitting, key=lambda run: float(run.cost.mean()))
+
+
+def _compare(name: str, quality_value: float, run: Run, thresholds: Sequence[Run]) -> Comparison:
+    values = quality_value * run.correct - run.cost
+    best = max(
+        (quality_value * other.correct - other.cost for other in thresholds),
+        key=lambda each: float(each.mean()),
+    )
+    differences = values - best
+    mean = float(differences.mean())
+    margin = 1.96 * float(differences.std(ddof=1)) / np.sqrt(len(differences))
+    return Comparison(
+        name, quality_value, float(values.mean()), float(best.mean()), mean, mean - margin, mean + margin
+    )
+
+
+def _groups(data: Dataset, p_correct: Mapping[ViewKey, Floats]) -> Iterator[GroupCalibration]:
+    suites = np.array(data.suites)
+    members = {f"suite {suite}": suites == suite for suite in dict.fromkeys(data.suites)}
+    members |= {f"level {level}": data.levels == level for level in np.unique(data.levels)}
+    for key, scores in p_correct.items():
+        correct = data.correct[:, key[0] or 0]
+        for group, rows in members.items():
+            yield GroupCalibration(
+                _view_name(data.cascade, key),
+                group,
+                int(rows.sum()),
+                expected_calibration_error(scores[rows], correct[rows]),
+                float(np.mean((scores[rows] - correct[rows]) ** 2)),
+            )
+
+
+def _view_name(cascade: Sequence[str], key: ViewKey) -> str:
+    stage, origin = key
+    judged = cascade[stage or 0]
+    if stage is None:
+        return f"{judged}, from the prompt alone"
+    return judged if origin is None else f"{judged}, verified from {cascade[origin]}"
 
 
 def _line(name: str, run: Run, last: float, stages: int) -> Line:
@@ -131,15 +217,10 @@ def _line(name: str, run: Run, last: float, stages: int) -> Line:
 def _predictions(data: Dataset, p_correct: Mapping[ViewKey, Floats]) -> list[Prediction]:
     lines = []
     for key, scores in p_correct.items():
-        stage, origin = key
-        judged = data.cascade[stage or 0]
-        name = f"{judged}, from the prompt alone" if stage is None else judged
-        if origin is not None:
-            name = f"{judged}, verified from {data.cascade[origin]}"
-        correct = data.correct[:, stage or 0]
+        correct = data.correct[:, key[0] or 0]
         lines.append(
             Prediction(
-                name,
+                _view_name(data.cascade, key),
                 r_squared(scores, correct),
                 area_under_roc(scores, correct),
                 expected_calibration_error(scores, correct),

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from policy_service.train.faults import UnfitOutcomes, say_why
 from policy_service.train.outcome_table import HEADER_KEY, table_schema
 
 if TYPE_CHECKING:
@@ -24,10 +25,6 @@ _BATCH = 500
 
 Count = Annotated[int, Field(ge=0)]
 Milliseconds = Annotated[float, Field(ge=0)]
-
-
-class UnfitOutcomes(Exception):  # noqa: N818 - an error is named by its cause
-    """The file holds no usable outcomes; the message names the file and the row."""
 
 
 class _Record(BaseModel):
@@ -126,19 +123,12 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def say_why(error: Exception) -> str:
-    """Return why a file cannot be read, without its name."""
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    if isinstance(error, pa.ArrowInvalid):
-        return "not a whole Parquet file: truncated, or of another kind"
-    return (error.strerror or str(error)).lower() if isinstance(error, OSError) else str(error)
-
-
 @contextmanager
 def _opened(path: Path) -> Iterator[pq.ParquetFile]:
     try:
         file = pq.ParquetFile(path)
+    except pa.ArrowInvalid as error:
+        raise UnfitOutcomes(f"{path}: not a file of outcomes, or truncated") from error
     except (OSError, pa.ArrowException) as error:
         raise UnfitOutcomes(f"{path}: {say_why(error)}") from error
     with file:

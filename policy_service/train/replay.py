@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from policy_service.train.dataset import Dataset, ViewKey
 
     Floats = npt.NDArray[np.float64]
+
+
+# Above any cost of a way.
+_WRONG = 1e9
 
 
 @dataclass(frozen=True)
@@ -99,9 +104,23 @@ def threshold(data: Dataset, p_correct: Mapping[ViewKey, Floats], least: float) 
 
 
 def oracle(data: Dataset) -> Run:
-    """Return what a policy that knows the outcomes does: the cheapest stage that is right, or the first."""
-    first = np.where(data.correct.any(axis=1), np.argmax(data.correct, axis=1), 0)
-    rows = np.arange(len(data))
-    costs = np.stack([data.costs[s, None] for s in range(data.correct.shape[1])], axis=1)
-    times = np.stack([data.latencies_ms[s, None] for s in range(data.correct.shape[1])], axis=1)
-    return Run(first, data.correct[rows, first], costs[rows, first], times[rows, first])
+    """Return what a policy that knows the outcomes does: the cheapest way to a right answer.
+
+    A way asks some stages in order, each verifying the one before. Where no stage is right, the cheapest.
+    """
+    count, stages = data.correct.shape
+    best = Run(np.zeros(count, np.int64), np.zeros(count, np.bool_), np.zeros(count), np.zeros(count))
+    least = np.full(count, np.inf)
+    for size in range(1, stages + 1):
+        for way in itertools.combinations(range(stages), size):
+            keys = list(zip(way, (None, *way), strict=False))
+            cost = np.sum([data.costs[key] for key in keys], axis=0)
+            latency_ms = np.sum([data.latencies_ms[key] for key in keys], axis=0)
+            # A wrong answer is worth nothing: any right one at any cost comes before it.
+            order = cost + np.where(data.correct[:, way[-1]], 0.0, _WRONG)
+            better = order < least
+            least[better] = order[better]
+            best.stage[better] = way[-1]
+            best.correct[better] = data.correct[better, way[-1]]
+            best.cost[better], best.latency_ms[better] = cost[better], latency_ms[better]
+    return best

@@ -17,7 +17,8 @@ from asd.v1 import stage_pb2_grpc
 from policy_service.train.collect import CollectOptions, collect_outcomes, parse_targets
 from policy_service.train.costs import StageCosts
 from policy_service.train.dataset import read_dataset
-from policy_service.train.outcomes import UnfitOutcomes, read_rows
+from policy_service.train.faults import UnfitOutcomes
+from policy_service.train.outcomes import read_rows
 from services.common.errors import InvalidRequest, Unavailable
 from services.common.server import ServiceRegistration, start_server
 from services.stage.onnx_engine import OnnxEngine, OnnxOptions

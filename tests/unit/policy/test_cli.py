@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from policy_service.train import cli
 from policy_service.train.cli import app
-from policy_service.train.evaluate import Evaluation, Line, Prediction
+from policy_service.train.evaluate import Comparison, Evaluation, Line, Prediction
 from services.common.version import VERSION
 from tests.unit.policy.test_fit import record, write
 
@@ -30,7 +30,9 @@ _PREDICTIONS = (
     Prediction("small, from the prompt alone", 0.61, 0.912, 0.011, 0.082),
     Prediction("large, verified from medium", 0.0, float("nan"), 0.003, 0.0),
 )
-_EVALUATION = Evaluation("v7", 5000, _LINES, _PREDICTIONS)
+_COMPARISONS = (Comparison("balanced (lambda 7.8)", 7.8, 4.31, 4.27, 0.04, -0.01, 0.09),)
+_SHARES = {"always large": 0.0, "best fixed threshold at balanced's accuracy": -0.55}
+_EVALUATION = Evaluation("v7", 5000, _LINES, _PREDICTIONS, _COMPARISONS, (), _SHARES)
 
 
 @pytest.mark.parametrize("missing", ["scipy", "sklearn", "onnx"])
@@ -57,7 +59,11 @@ def _main(monkeypatch, capsys, *arguments: str) -> tuple[object, str]:
 @pytest.mark.parametrize("command", [["evaluate"], ["fit", "--output", "policy"]])
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(None, "no such file"), (b"hello", "not a file of outcomes"), (b"", "not a file of outcomes")],
+    [
+        (None, "no such file"),
+        (b"hello", "not a file of outcomes, or truncated"),
+        (b"", "not a file of outcomes, or truncated"),
+    ],
 )
 def test_a_file_that_is_none_of_outcomes_is_named(command, content, reason, tmp_path, monkeypatch, capsys):
     # Wider than any terminal: an error is one line.

@@ -1,0 +1,14 @@
+"""What is wrong with a user's files, in words. Needs no library, so that every command can say it."""
+
+from __future__ import annotations
+
+
+class UnfitOutcomes(Exception):  # noqa: N818 - an error is named by its cause
+    """The file holds no usable outcomes; the message names the file and the row."""
+
+
+def say_why(error: Exception) -> str:
+    """Return why a file cannot be read, without its name."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    return (error.strerror or str(error)).lower() if isinstance(error, OSError) else str(error)
