@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self, get_args
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,6 +18,7 @@ from policy_service.policy import (
     AbandonRule,
     CalibratedView,
     Calibration,
+    CurvePoint,
     Policy,
     Predictor,
     Preference,
@@ -65,13 +67,17 @@ class HeadEntry(_Entry):
 
 
 class ViewEntry(_Entry):
-    """A `policy.CalibratedView`. stage, origin: names, None as there. model: file; sha256: of its content."""
+    """A `policy.CalibratedView`. stage, origin: names, None as there. model: file; sha256: of its content.
+
+    certified: as in `solver.View`.
+    """
 
     stage: str | None
     origin: str | None
     model: str
     sha256: str
     p_correct: Annotated[tuple[Probability, ...], Field(min_length=1)]
+    certified: tuple[Probability, ...]
     heads: tuple[HeadEntry, ...]
     moves: tuple[MoveEntry, ...]
 
@@ -102,6 +108,15 @@ class QualityValues(_Entry):
     best: Amount
 
 
+class CurveEntry(_Entry):
+    """A `policy.CurvePoint`."""
+
+    quality_value: Annotated[float, Field(gt=0)]
+    cost: Amount
+    latency_ms: Amount
+    accuracy: Probability
+
+
 class Source(_Entry):
     """A file of outcomes that the policy was made from."""
 
@@ -114,16 +129,23 @@ class PolicyDocument(_Entry):
     """Content of `policy.json`."""
 
     schema_name: Literal["asd.policy"] = Field("asd.policy", alias="schema")
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     policy_version: Annotated[str, Field(min_length=1)]
     features_version: int
     features: int
     seed: int
     stages: Annotated[tuple[StageEntry, ...], Field(min_length=1)]
     quality_values: QualityValues
+    curve: tuple[CurveEntry, ...]
     train: Source
     calibration: Source
     views: Annotated[tuple[ViewEntry, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _check_curve(self) -> Self:
+        if any(a.quality_value >= b.quality_value for a, b in itertools.pairwise(self.curve)):
+            raise ValueError("curve: quality_value must increase")
+        return self
 
     @model_validator(mode="after")
     def _check_shapes(self) -> Self:
@@ -139,8 +161,8 @@ class PolicyDocument(_Entry):
             for head in view.heads:
                 if len(head.counts) != len(head.edges) + 1:
                     raise ValueError(f"{where}: head {head.stage}: counts and edges do not fit")
-            if any(a >= b for a, b in zip(view.p_correct, view.p_correct[1:], strict=False)):
-                raise ValueError(f"{where}: p_correct must increase")
+            if problem := _problem_of_bins(view):
+                raise ValueError(f"{where}: {problem}")
             for move in view.moves:
                 target = places.get((move.to, view.stage))
                 if target is None:
@@ -154,11 +176,22 @@ class PolicyDocument(_Entry):
         return self
 
 
+def _problem_of_bins(view: ViewEntry) -> str:
+    """Return what is wrong with a view's bins, or ""."""
+    if any(a >= b for a, b in itertools.pairwise(view.p_correct)):
+        return "p_correct must increase"
+    if len({len(view.p_correct), len(view.certified), len(view.heads[0].counts)}) > 1:
+        return "p_correct, certified and the first head must have as many bins"
+    return "" if list(view.certified) == sorted(view.certified) else "certified must not decrease"
+
+
 def read_document(directory: Path) -> PolicyDocument:
     """Return the content of an artifact's `policy.json`. Raises UnfitArtifact."""
     path = directory / DOCUMENT
     try:
-        document = PolicyDocument.model_validate_json(path.read_bytes())
+        content = path.read_bytes()
+        _check_schema_version(path, content)
+        document = PolicyDocument.model_validate_json(content)
     except OSError as error:
         raise UnfitArtifact(
             f"no policy in {directory}: {path.name}: {error.strerror}. Make one with `asd-policy fit`, or "
@@ -179,6 +212,20 @@ def read_document(directory: Path) -> PolicyDocument:
     if document.features != expected:
         raise UnfitArtifact(f"{path}: features must be {expected} for {len(document.stages)} stages")
     return document
+
+
+def _check_schema_version(path: Path, content: bytes) -> None:
+    """Raise UnfitArtifact for a document of another version; one that is none is left to its parser."""
+    try:
+        version = json.loads(content).get("schema_version")
+    except (ValueError, AttributeError):
+        return
+    (known,) = get_args(PolicyDocument.model_fields["schema_version"].annotation)
+    if isinstance(version, int) and version != known:
+        raise UnfitArtifact(
+            f"{path}: schema_version {version}; this version of asd reads {known}: make the policy anew with "
+            "`asd-policy fit`"
+        )
 
 
 def load_policy(directory: Path) -> tuple[Policy, PolicyDocument]:
@@ -225,6 +272,7 @@ def build_policy(document: PolicyDocument, predictor: Predictor) -> Policy:
             None if entry.stage is None else names.index(entry.stage),
             None if entry.origin is None else names.index(entry.origin),
             np.array(entry.p_correct),
+            np.array(entry.certified),
             moves,
         )
         heads = {
@@ -244,6 +292,7 @@ def build_policy(document: PolicyDocument, predictor: Predictor) -> Policy:
         values,
         FeatureSpace(len(names)),
         predictor,
+        [CurvePoint(p.quality_value, p.cost, p.latency_ms, p.accuracy) for p in document.curve],
         {
             place: tuple(AbandonRule(rule.tokens, rule.mean_logprob) for rule in stage.abandon)
             for place, stage in enumerate(document.stages)

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.stats import beta
+from scipy.stats import beta, norm
 from sklearn.linear_model import LogisticRegression
 
 from policy_service.artifact import (
     AbandonEntry,
+    CurveEntry,
     HeadEntry,
     MoveEntry,
     PolicyDocument,
@@ -24,7 +25,7 @@ from policy_service.artifact import (
 )
 from policy_service.features import FEATURES_VERSION, FeatureSpace
 from policy_service.predictor import OnnxPredictor
-from policy_service.solver import Move, View, solve_policy
+from policy_service.solver import Move, View, expect, solve_policy
 from policy_service.train.dataset import PREFIXES, view_keys
 from policy_service.train.outcomes import file_digest
 from policy_service.train.predictor import export_heads, fit_head
@@ -50,6 +51,16 @@ _MOST_BINS = 32
 _ECE_BINS = 15
 # Share of right answers, at most, among drafts that are given up before their end. Chosen.
 HOPELESS = 0.05
+# Chance that something is certified falsely, for each of: a value of min_quality, the abandon rules of a
+# stage, the accuracy that a preference keeps.
+DOUBT = 0.05
+# Bins that are certified together, besides each by itself. Chosen: with 10,000 prompts, 4 bins of 312 certify
+# shares of 0.99, which 312 prompts cannot, and one bin tells sharply where a lower share ends.
+_BINS_TOGETHER = 4
+# Thresholds that a rule is chosen from, and the shares of right drafts, of HOPELESS, that rules are proposed
+# with, from the strictest on. Chosen.
+_RULES_TRIED = 500
+_STRICTNESS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _QUALITY_VALUES = np.geomspace(0.5, 10_000.0, 120)
 
 
@@ -107,6 +118,8 @@ def fit_policy(
         partial.write_bytes(models[index])
         partial.replace(directory / file)
         entries.append(_view_entry(key, view, views, calibrated[key], models[index], names))
+    prompt_bins = _bins(own(keys[0], calibrated[keys[0]]))
+    curve = tabulate(views, np.bincount(prompt_bins) / len(prompt_bins))
     values = choose_quality_values(calibration.data, views, {k: own(k, h) for k, h in calibrated.items()})
     sources = [
         Source(file=each.path.name, sha256=file_digest(each.path), prompts=len(each.data))
@@ -119,7 +132,7 @@ def fit_policy(
             latency_ms=round(float(calibration.data.latencies_ms[place, None].mean()), 3),
             accuracy=round(float(calibration.data.correct[:, place].mean()), 5),
             calibration_error=round(_held_out_error(predictor, keys, place, calibration.data, seed), 5),
-            abandon=abandon_rules(calibration.data, place),
+            abandon=abandon_rules(train.data, calibration.data, place),
         )
         for place, stage in enumerate(costs)
     )
@@ -129,6 +142,7 @@ def fit_policy(
             repr(entries),
             repr(stages),
             repr(values),
+            repr(curve),
             *(source.sha256 for source in sources),
             str(seed),
             str(costs),
@@ -142,6 +156,7 @@ def fit_policy(
         seed=seed,
         stages=stages,
         quality_values=QualityValues(**values),
+        curve=curve,
         train=sources[0],
         calibration=sources[1],
         views=tuple(entries),
@@ -168,6 +183,8 @@ def estimate_views(data: Dataset, p_correct: Mapping[ViewKey, Floats]) -> tuple[
     keys = view_keys(len(data.cascade))
     bins = {key: _bins(p_correct[key]) for key in keys}
     counts = {key: int(bins[key].max()) + 1 for key in keys}
+    # The views of which an answer may be returned early share the doubt: together they are certified.
+    early = sum(stage is not None and stage < len(data.cascade) - 1 for stage, _ in keys)
     views = []
     for key in keys:
         stage = key[0]
@@ -185,48 +202,154 @@ def estimate_views(data: Dataset, p_correct: Mapping[ViewKey, Floats]) -> tuple[
                     _means(bins[key], data.latencies_ms[target]),
                 )
             )
-        views.append(View(stage, key[1], _means(bins[key], p_correct[key]), tuple(moves)))
+        certified = certify(bins[key], data.correct[:, stage or 0], DOUBT / max(early, 1))
+        views.append(View(stage, key[1], _means(bins[key], p_correct[key]), certified, tuple(moves)))
     return tuple(views)
+
+
+def certify(bins: npt.NDArray[np.int64], correct: npt.NDArray[np.bool_], doubt: float) -> Floats:
+    """Return for each bin a share of right answers that min_quality may be compared with. [n] each.
+
+    For any one value of min_quality it holds with probability 1 - doubt, over the prompts drawn to calibrate:
+    every bin whose share returned here is as high lies in a run of bins, alone or with its neighbours, in
+    which answers are right that often or more. So are the answers that are returned of such bins, in
+    whatever numbers they come from each, as far as those of a run are alike.
+
+    Each run has a one-sided bound of its share (Clopper and Pearson 1934). Runs are tested from the highest
+    scores downwards, and none counts below one that fails, which makes up for testing many of them: fixed
+    sequence testing, Angelopoulos et al. 2021, Learn then Test, section 3.2. Two such sequences, of single
+    bins and of _BINS_TOGETHER, share the doubt. Unlike there, a run is not the set of all higher scores:
+    easy prompts, which an earlier answer settles, would lend their share to the hard ones that are left.
+    """
+    right, all_of_them = np.bincount(bins, weights=correct), np.bincount(bins)
+    from_the_top = len(right) - 1 - np.arange(len(right))
+    bounds = []
+    for together in (1, _BINS_TOGETHER):
+        runs = from_the_top // together
+        run_right, run_count = np.bincount(runs, weights=right), np.bincount(runs, weights=all_of_them)
+        lower = _lower_bound(run_right, run_count, doubt / 2)
+        bounds.append(np.minimum.accumulate(lower)[runs])
+    # Down: what is stored is kept.
+    certified: Floats = np.floor(np.maximum(*bounds) * 1e5) / 1e5
+    return certified
+
+
+def tabulate(views: tuple[View, ...], prompt_shares: Floats) -> tuple[CurveEntry, ...]:
+    """Return what the optimal policy for each value of quality does on average, by the views.
+
+    prompt_shares: [bins of views[0]], share of the prompts in each.
+    """
+    points = []
+    for value in np.round(_QUALITY_VALUES, 4):
+        mean = expect(views, solve_policy(views, value), prompt_shares)
+        points.append(
+            CurveEntry(
+                quality_value=value,
+                cost=round(mean.cost, 5),
+                latency_ms=round(mean.latency_ms, 3),
+                # Its bins' means may sum to a rounding above 1.
+                accuracy=min(round(mean.accuracy, 5), 1.0),
+            )
+        )
+    return tuple(points)
 
 
 def choose_quality_values(
     data: Dataset, views: Sequence[View], p_correct: Mapping[ViewKey, Floats]
 ) -> dict[str, float]:
-    """Return for each preference the value of quality that keeps its accuracy at the lowest mean cost."""
+    """Return for each preference the value of quality that keeps its accuracy at the lowest mean cost.
+
+    Values are tested from the highest on, and the last one before the first that fails is taken: fixed
+    sequence testing makes up for testing many of them.
+    """
     largest = data.correct[:, -1].astype(float)
-    candidates = []
-    for value in _QUALITY_VALUES:
+    kept = []
+    for value in _QUALITY_VALUES[::-1]:
         solution = solve_policy(tuple(views), float(value))
-        run = replay(data, views, p_correct, solution, float(value))
-        lost = largest - run.correct
+        lost = largest - replay(data, views, p_correct, solution, float(value)).correct
         # One-sided 95% bound of the accuracy lost, over that of the largest stage.
-        bound = lost.mean() + 1.645 * lost.std(ddof=1) / np.sqrt(len(lost))
-        candidates.append((float(run.cost.mean()), float(value), 1.0 - bound / largest.mean()))
+        bound = lost.mean() + norm.ppf(1 - DOUBT) * lost.std(ddof=1) / np.sqrt(len(lost))
+        kept.append(1.0 - bound / largest.mean())
     chosen = {}
-    for name, kept in KEPT_ACCURACY.items():
-        fitting = [candidate for candidate in candidates if candidate[2] >= kept]
+    for name, least in KEPT_ACCURACY.items():
+        passing = next((place for place, share in enumerate(kept) if share < least), len(kept))
         # Nothing keeps it: the highest value of quality comes closest.
-        chosen[name] = round(min(fitting)[1] if fitting else candidates[-1][1], 3)
+        chosen[name] = round(float(_QUALITY_VALUES[::-1][max(passing - 1, 0)]), 3)
     return chosen
 
 
-def abandon_rules(data: Dataset, stage: int) -> tuple[AbandonEntry, ...]:
+def abandon_rules(train: Dataset, calibration: Dataset, stage: int) -> tuple[AbandonEntry, ...]:
     """Return when a stage's draft is hopeless, by its first tokens' mean log-probability; none for the last.
 
-    A rule gives up as many drafts as it can while the 95% bound of their share of right ones is HOPELESS at
-    most. The bound is not corrected for having chosen the rule by it. Source: Clopper and Pearson 1934.
+    Of the drafts that the rules give up, HOPELESS are right at most, with 95% confidence. The training
+    prompts propose sets of rules, from the strictest to the laxest. The calibration prompts test them in this
+    order, and the last one before the first that fails is taken. So the bound holds although the rules were
+    chosen: split fixed sequence testing, Angelopoulos et al. 2021, Learn then Test, section 3.2, with the
+    bound of Clopper and Pearson 1934.
     """
-    rules = []
-    for place, tokens in enumerate(PREFIXES if stage < len(data.cascade) - 1 else ()):
-        means = data.prefixes[:, stage, place]
-        order = np.argsort(means)[: int(np.isfinite(means).sum())]
-        right = np.cumsum(data.correct[order, stage])
-        counts = np.arange(1, len(order) + 1)
-        bounds = beta.ppf(0.95, right + 1, counts - right)
-        fitting = np.flatnonzero(bounds <= HOPELESS)
+    taken: tuple[AbandonEntry, ...] = ()
+    if stage == len(calibration.cascade) - 1:
+        return taken
+    sets = [_propose_rules(train, stage, strictness * HOPELESS) for strictness in _STRICTNESS]
+    # Stricter sets than the one that will pass the likeliest give up too few drafts to tell, and would only
+    # end the sequence.
+    scale = len(calibration) / len(train)
+    counts = scale * np.array([_count_given_up(train, stage, rules) for rules in sets])
+    start = int(np.argmin(_upper_bound(counts[:, 1], counts[:, 0], DOUBT)))
+    for rules in sets[start:]:
+        count, right = _count_given_up(calibration, stage, rules)
+        if _upper_bound(right, count, DOUBT) > HOPELESS:
+            break
+        taken = rules
+    return taken
+
+
+def _propose_rules(data: Dataset, stage: int, share: float) -> tuple[AbandonEntry, ...]:
+    """Return rules that each give up as many drafts as they can while `share` of them are right at most.
+
+    A rule sees the drafts that the rules for fewer tokens left.
+    """
+    prefixes, correct = data.prefixes[:, stage], data.correct[:, stage]
+    rules: list[AbandonEntry] = []
+    for place, tokens in enumerate(PREFIXES):
+        left = np.flatnonzero(np.isfinite(prefixes[:, place]) & ~_given_up(prefixes, rules))
+        if not len(left):
+            continue
+        order = left[np.argsort(prefixes[left, place], kind="stable")]
+        counts = np.unique(np.geomspace(1, len(order), _RULES_TRIED).astype(int))
+        right = np.cumsum(correct[order])[counts - 1]
+        fitting = np.flatnonzero(_upper_bound(right, counts, DOUBT) <= share)
         if len(fitting):
-            rules.append(AbandonEntry(tokens=tokens, mean_logprob=round(float(means[order[fitting[-1]]]), 5)))
+            least = round(float(prefixes[order[counts[fitting[-1]] - 1], place]), 5)
+            rules.append(AbandonEntry(tokens=tokens, mean_logprob=least))
     return tuple(rules)
+
+
+def _count_given_up(data: Dataset, stage: int, rules: Sequence[AbandonEntry]) -> tuple[int, int]:
+    """Return how many of a stage's drafts rules give up, and how many of these are right."""
+    given_up = _given_up(data.prefixes[:, stage], rules)
+    return int(given_up.sum()), int(data.correct[given_up, stage].sum())
+
+
+def _given_up(prefixes: Floats, rules: Sequence[AbandonEntry]) -> npt.NDArray[np.bool_]:
+    """Return which drafts some rule gives up: [n]. prefixes: [n, PREFIXES], NaN where one is not longer."""
+    given_up = np.zeros(len(prefixes), np.bool_)
+    for rule in rules:
+        given_up |= prefixes[:, PREFIXES.index(rule.tokens)] < rule.mean_logprob
+    return given_up
+
+
+def _lower_bound(right: npt.ArrayLike, count: npt.ArrayLike, doubt: float) -> Floats:
+    """Return what a share is at least but for the doubt. Source: Clopper and Pearson 1934."""
+    right, count = np.asarray(right, float), np.asarray(count, float)
+    bound: Floats = np.where(right > 0, beta.ppf(doubt, np.maximum(right, 1e-9), count - right + 1), 0.0)
+    return bound
+
+
+def _upper_bound(right: npt.ArrayLike, count: npt.ArrayLike, doubt: float) -> Floats:
+    """Return what a share is at most but for the doubt; 1 for a share of nothing."""
+    bound: Floats = 1.0 - _lower_bound(np.subtract(count, right), count, doubt)
+    return bound
 
 
 def expected_calibration_error(p_correct: Floats, correct: npt.NDArray[np.bool_]) -> float:
@@ -311,6 +434,7 @@ def _view_entry(
         model=model_name(key),
         sha256=hashlib.sha256(model).hexdigest(),
         p_correct=tuple(view.p_correct.tolist()),
+        certified=tuple(view.certified.tolist()),
         heads=tuple(_head_entry(names[place], head) for place, head in heads.items()),
         moves=tuple(
             MoveEntry(

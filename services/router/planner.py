@@ -226,7 +226,9 @@ class Planner:
             self._stages[chain[-1]].name, self._stages[kept[0]].name
         ):
             kept.insert(0, chain.pop())
-        if self._options.pipelined:
+        # A verification that waits for drafts holds a place that others could use, where calls queue.
+        is_free = all(self._load.expected_queue_ms(place) < MIN_QUEUE_MS for place in kept[1:])
+        if self._options.pipelined and is_free:
             progress.upstream = tuple(kept[:-1])
             return kept[-1]
         progress.chain = tuple(kept[1:])

@@ -33,7 +33,7 @@ EASY = TASKS[0].prompt
 # A later stage that is right gains so much that nothing but a budget or its absence keeps a bad draft.
 DEAR = 5000.0
 # Above any of these models' latencies, and any budget of these tests.
-LONG_MS = 60_000.0
+LONG_MS = 2000.0
 
 
 @pytest.fixture
@@ -128,7 +128,25 @@ async def test_a_queue_makes_a_latency_budget_fail(stub: policy_pb2_grpc.PolicyS
     )
     full = await stub.Decide(everywhere, timeout=10)
     assert (full.action, full.reason) == (STOP, MAX_LATENCY)
-    # Without a budget, waiting costs nothing.
+
+
+async def test_waiting_has_a_price(stub: policy_pb2_grpc.PolicyServiceAsyncStub) -> None:
+    idle = await stub.Decide(decide(objective=objective(**{"lambda": 20.0})), timeout=10)
+    assert idle.action == ESCALATE
+    values = []
+    for wait_ms in (0.0, 100.0, 1000.0, LONG_MS):
+        request = decide(
+            objective=objective(**{"lambda": 20.0}), conditions=queues(medium=wait_ms, large=wait_ms)
+        )
+        values.append((await stub.Decide(request, timeout=10)).escalate_value)
+    assert values == sorted(values, reverse=True)
+    assert values[0] == idle.escalate_value
+    # It costs more than any answer is worth to this caller; to one who values it at 5000, it does not.
+    request = decide(
+        objective=objective(**{"lambda": 20.0}), conditions=queues(medium=LONG_MS, large=LONG_MS)
+    )
+    full = await stub.Decide(request, timeout=10)
+    assert (full.action, full.reason) == (STOP, policy_pb2.DECISION_REASON_VALUE)
     patient = decide(conditions=queues(medium=LONG_MS, large=LONG_MS))
     assert (await stub.Decide(patient, timeout=10)).action == ESCALATE
 
@@ -161,14 +179,15 @@ async def test_a_queue_leaves_the_other_stages_eligible(stub: policy_pb2_grpc.Po
 async def test_plans_arrival_includes_the_queue(stub: policy_pb2_grpc.PolicyServiceAsyncStub) -> None:
     idle = await stub.Plan(plan(), timeout=10)
     assert idle.first_stage == "small"
-    budget = common_pb2.Objective(max_latency_ms=latencies(idle.estimates)["small"] + 1000.0)
-    for queue_ms, is_asked in ((999.0, True), (1001.0, False)):
-        request = plan(objective=budget, conditions=queues(small=queue_ms))
+    # Waiting for two answers of small and for a fifth of one of medium: small is still the better value.
+    budget = common_pb2.Objective(max_latency_ms=latencies(idle.estimates)["small"] + 12.5)
+    for queue_ms, is_asked in ((12.4, True), (12.6, False)):
+        request = plan(objective=budget, conditions=queues(small=queue_ms, medium=3.0))
         response = await stub.Plan(request, timeout=10)
         assert (response.first_stage == "small") is is_asked
-    # Without a budget, waiting costs nothing.
-    patient = await stub.Plan(plan(conditions=queues(small=LONG_MS)), timeout=10)
-    assert patient.first_stage == "small"
+    # Without a budget, the stage whose queue is shorter is asked, were it the dearer one.
+    impatient = await stub.Plan(plan(conditions=queues(small=LONG_MS)), timeout=10)
+    assert impatient.first_stage != "small"
 
 
 @pytest.mark.parametrize("free", CASCADE)

@@ -205,6 +205,33 @@ async def test_a_busy_target_is_not_warmed(world):
     await busy
 
 
+@pytest.mark.parametrize(("busy", "is_pipelined"), [("small", True), ("medium", False), ("large", False)])
+async def test_stages_that_verify_do_not_work_ahead_where_calls_queue(world, busy, is_pipelined):
+    stages = {name: world.stage(name) for name in ("small", "medium", "large")}
+    w = await world(*stages.values())
+    stages[busy].queue_ms = 50.0
+    await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi", stage=busy), timeout=5)
+    for stage in stages.values():
+        stage.calls.clear()
+    response = await w.stub.Generate(ask("small", "medium", "large"), timeout=5)
+    # The answer is made by the same stages, one after the other.
+    assert [record.stage for record in response.stages] == ["small", "medium", "large"]
+    assert response.text == stages["large"].text
+    verify = "verify_stream" if is_pipelined else "verify"
+    assert [stages[name].calls for name in ("medium", "large")] == [[verify], [verify]]
+
+
+async def test_a_target_that_calls_waited_for_is_not_warmed(world):
+    policy = world.policy(script={"small": "large"}, p_escalate=0.8, likely_next="large")
+    large = world.stage("large", queue_ms=50.0)
+    w = await world(world.stage("small"), world.stage("medium"), large, policy=policy)
+    await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=5)
+    assert large.calls == ["prefill", "verify"]
+    large.calls.clear()
+    await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=5)
+    assert large.calls == ["verify"]
+
+
 async def test_warming_ends_with_an_answer_that_stands(world):
     gate = asyncio.Event()
     large = world.stage("large", prefill_gate=gate)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import random
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from policy_service.artifact import UnfitArtifact, load_policy, load_predictor, read_document
@@ -17,12 +17,15 @@ from policy_service.solver import solve_policy
 from policy_service.train.costs import StageCosts
 from policy_service.train.dataset import Dataset, read_dataset, view_keys
 from policy_service.train.evaluate import area_under_roc, r_squared, served_scores
+from policy_service.train.faults import UnfitOutcomes
 from policy_service.train.fit import InputFile, expected_calibration_error, fit_policy
-from policy_service.train.outcomes import OutcomeRow, UnfitOutcomes, check_disjoint, read_rows
+from policy_service.train.outcome_table import HEADER_KEY, write_outcomes
+from policy_service.train.outcomes import OutcomeRow, check_disjoint, read_rows
 from policy_service.train.predictor import export_heads, fit_head
 from policy_service.train.replay import always, oracle, replay, threshold
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 COSTS = (
@@ -53,6 +56,11 @@ def record(rng: random.Random) -> dict[str, object]:
     accepted = count + 1 if whole else rng.randint(0, count)
     return {
         "prompt": f"{words} {rng.random()}?",
+        "history": [],
+        "suite": "made up",
+        "level": 1,
+        "kind": "",
+        "split": "train",
         "stages": stages,
         "verifications": {
             "small>large": {
@@ -60,16 +68,14 @@ def record(rng: random.Random) -> dict[str, object]:
                 "accepted": accepted,
                 "ranks": [0] * accepted + [2] * (count + 1 - accepted),
                 "forward_passes": 1 if whole else 2 + count - accepted,
+                "proposed_again": 0,
             }
         },
     }
 
 
-def write(path: Path, records: list[object], **header: object) -> Path:
-    first = {"schema": "asd.outcomes", "version": 1, "cascade": ["small", "large"], "rows": len(records)}
-    with gzip.open(path, "wt") as file:
-        for line in ({**first, **header}, *records):
-            file.write(json.dumps(line) + "\n")
+def write(path: Path, records: list[dict[str, object]], cascade: Sequence[str] = ("small", "large")) -> Path:
+    write_outcomes(path, cascade, records)
     return path
 
 
@@ -79,7 +85,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Dataset, list[
     folder = tmp_path_factory.mktemp("fit")
     rng = random.Random(0)
     paths = [
-        write(folder / f"{i}.gz", [record(rng) for _ in range(n)]) for i, n in enumerate((600, 400, 300))
+        write(folder / f"{i}.parquet", [record(rng) for _ in range(n)]) for i, n in enumerate((600, 400, 300))
     ]
     inputs = [InputFile(path, read_dataset(path, COSTS)) for path in paths]
     fit_policy(inputs[0], inputs[1], COSTS, folder / "artifact", 0, lambda _: None)
@@ -162,7 +168,7 @@ def test_transitions_are_probabilities_and_costs_are_means(
 
 def test_the_same_inputs_make_the_same_policy(tmp_path: Path) -> None:
     rng = random.Random(1)
-    paths = [write(tmp_path / f"{i}.gz", [record(rng) for _ in range(200)]) for i in range(2)]
+    paths = [write(tmp_path / f"{i}.parquet", [record(rng) for _ in range(200)]) for i in range(2)]
     inputs = [InputFile(path, read_dataset(path, COSTS)) for path in paths]
     documents = [
         fit_policy(inputs[0], inputs[1], COSTS, tmp_path / name, 0, lambda _: None) for name in ("a", "b")
@@ -176,12 +182,14 @@ def test_bounds_of_a_policy_by_hand(tmp_path: Path) -> None:
     for each, (small, large) in zip(records, [(1, 1), (0, 1), (0, 0), (1, 0)], strict=True):
         each["stages"]["small"]["correct"] = bool(small)  # type: ignore[index]
         each["stages"]["large"]["correct"] = bool(large)  # type: ignore[index]
-    data = read_dataset(write(tmp_path / "o.gz", list(records)), COSTS)
+    data = read_dataset(write(tmp_path / "o.parquet", list(records)), COSTS)
     assert always(data, 1).cost.tolist() == [5.0] * 4
     best = oracle(data)
     assert best.stage.tolist() == [0, 1, 0, 0]
     assert best.correct.tolist() == [True, True, False, True]
-    assert best.cost.tolist() == [1.0, 5.0, 1.0, 1.0]
+    # Large verifies small's draft: that is cheaper than asking it alone.
+    assert best.cost.tolist() == pytest.approx([1.0, 1.0 + data.costs[1, 0][1], 1.0, 1.0])
+    assert data.costs[1, 0][1] < 4.0
     scores = {key: np.array([0.9, 0.1, 0.2, 0.8]) for key in view_keys(2)}
     assert threshold(data, scores, 0.5).stage.tolist() == [0, 1, 1, 0]
 
@@ -198,52 +206,79 @@ def test_measures_against_hand_calculation() -> None:
     assert outcomes.sum() == 15
 
 
-BAD: dict[str, tuple[dict[str, object], object, str]] = {
-    "another version": ({"version": 2}, None, r"header: version"),
-    "another schema": ({"schema": "other"}, None, r"header: schema"),
-    "truncated": ({"rows": 9}, None, r"promises 9 rows, 3 are there: truncated"),
-    "an unknown stage": ({}, ("stages", "huge"), r"row 2: has stages small, large, huge"),
-    "NaN": ({}, ("logprob", float("nan")), r"row 2: stages\.small\.logprobs\.0"),
-    "signals of different lengths": ({}, ("entropies", []), r"row 2: stages\.small: token signals"),
-    "ranks that do not fit": ({}, ("ranks", [1]), r"row 2: verifications\.small>large: proposed"),
-    "no verification": ({}, ("verifications", {}), r"row 2: needs verifications small>large"),
+BAD: dict[str, tuple[tuple[str, object], str]] = {
+    "NaN": (("logprob", float("nan")), r"row 2: stages\.small\.logprobs\.0"),
+    "no log-probability": (("logprob", None), r"row 2: stages\.small\.logprobs\.0"),
+    "no answer": (("stage", None), r"row 2: stages\.small"),
+    "signals of different lengths": (("entropies", []), r"row 2: stages\.small: token signals"),
+    "ranks that do not fit": (("ranks", [1]), r"row 2: verifications\.small>large: proposed"),
+    "no verification": (("verifications", {}), r"row 2: verifications\.small>large"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_unfit_outcomes_are_refused_with_their_row(tmp_path: Path, case: str) -> None:
-    header, change, message = BAD[case]
+    change, message = BAD[case]
     rng = random.Random(3)
     records = [record(rng) for _ in range(3)]
     stages, checks = records[1]["stages"], records[1]["verifications"]
     assert isinstance(stages, dict)
     assert isinstance(checks, dict)
     match change:
-        case ("stages", str(name)):
-            stages[name] = stages["large"]
         case ("logprob", value):
             stages["small"]["logprobs"][0] = value
+        case ("stage", value):
+            stages["small"] = value
         case ("entropies", value):
             stages["small"]["entropies"] = value
         case ("ranks", value):
             checks["small>large"]["ranks"] = value
         case ("verifications", value):
             records[1]["verifications"] = value
-    path = write(tmp_path / "o.gz", list(records), **header)
+    path = write(tmp_path / "o.parquet", list(records))
     with pytest.raises(UnfitOutcomes, match=message):
         list(read_rows(path))
 
 
-def test_a_cut_file_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"version": 1}, "header: version: Input should be 2"),
+        ({"schema": "other"}, "header: schema"),
+        ({"cascade": ["small", "large", "huge"]}, "column stages is .*; outcomes of small, large, huge have"),
+        (None, "not a file of outcomes"),
+    ],
+)
+def test_a_file_of_another_kind_is_refused(
+    tmp_path: Path, header: dict[str, object] | None, message: str
+) -> None:
+    path = write(tmp_path / "o.parquet", [record(random.Random(3))])
+    table = pq.read_table(path)
+    known = json.loads(table.schema.metadata[HEADER_KEY])
+    metadata = {} if header is None else {HEADER_KEY: json.dumps({**known, **header})}
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+    with pytest.raises(UnfitOutcomes, match=message):
+        list(read_rows(path))
+
+
+def test_a_file_without_a_column_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "o.parquet", [record(random.Random(3))])
+    pq.write_table(pq.read_table(path).drop_columns(["prompt"]), path)
+    with pytest.raises(UnfitOutcomes, match="has no column prompt"):
+        list(read_rows(path))
+
+
+@pytest.mark.parametrize("cut", [40, 5_000])
+def test_a_cut_file_is_refused(tmp_path: Path, cut: int) -> None:
     rng = random.Random(4)
-    path = write(tmp_path / "o.gz", [record(rng) for _ in range(50)])
-    path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(UnfitOutcomes, match="broken after row"):
+    path = write(tmp_path / "o.parquet", [record(rng) for _ in range(50)])
+    path.write_bytes(path.read_bytes()[:-cut])
+    with pytest.raises(UnfitOutcomes, match="truncated"):
         list(read_rows(path))
 
 
 def test_costs_of_another_cascade_are_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "o.gz", [record(random.Random(5))])
+    path = write(tmp_path / "o.parquet", [record(random.Random(5))])
     with pytest.raises(UnfitOutcomes, match="holds the cascade small, large; the costs are for large, small"):
         read_dataset(path, COSTS[::-1])
 
@@ -251,9 +286,9 @@ def test_costs_of_another_cascade_are_refused(tmp_path: Path) -> None:
 def test_shared_prompts_are_refused(tmp_path: Path) -> None:
     rng = random.Random(6)
     one, two, three = (record(rng) for _ in range(3))
-    first = write(tmp_path / "a.gz", [one, two])
-    second = write(tmp_path / "b.gz", [three, one])
-    with pytest.raises(UnfitOutcomes, match=r"b\.gz: row 2: the prompt is in .*a\.gz as well"):
+    first = write(tmp_path / "a.parquet", [one, two])
+    second = write(tmp_path / "b.parquet", [three, one])
+    with pytest.raises(UnfitOutcomes, match=r"b\.parquet: row 2: the prompt is in .*a\.parquet as well"):
         check_disjoint(first, second)
 
 
@@ -272,6 +307,15 @@ def test_an_artifact_with_a_foreign_model_is_refused(
     [
         ({"features_version": 0}, "made with features 0"),
         ({"features": 3}, "features must be"),
+        (
+            {"schema_version": 1},
+            "schema_version 1; this version of asd reads 2: make the policy anew with `asd-policy fit`",
+        ),
+        ({"schema_version": 3}, "schema_version 3"),
+        (
+            {"curve": [{"quality_value": 1, "cost": 1, "latency_ms": 1, "accuracy": 1}] * 2},
+            "curve: .* increase",
+        ),
         ({"schema": "other"}, "schema"),
         ({"views": []}, "views"),
         ({"surprise": 1}, "surprise"),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from policy_service.features import Draft, FeatureSpace, PromptText, Verification
 from policy_service.policy import (
@@ -13,6 +16,7 @@ from policy_service.policy import (
     CalibratedView,
     Calibration,
     Condition,
+    CurvePoint,
     Decision,
     Objective,
     Policy,
@@ -22,13 +26,14 @@ from policy_service.policy import (
     StageFacts,
     UnmeetableBudget,
 )
-from policy_service.solver import Move, View
+from policy_service.solver import Move, View, expect, solve_policy
 
 PROMPT = PromptText("What?")
 DRAFT = Draft("This.", np.zeros(2, np.float32), np.zeros(2, np.float32), np.ones(2, np.float32), "eos")
 VERIFIED = Verification(2, np.zeros(2, np.int64))
 BALANCED, NOTHING = Objective(), Spent()
 PLAIN = Calibration(1.0, 0.0, (0.5,), (100, 100))
+ONE_BIN = Calibration(1.0, 0.0, (), (200,))
 
 
 def logit(p: float) -> float:
@@ -46,6 +51,17 @@ class FixedScores:
         return [logit(self.own), *[logit(0.99)] * (heads - 1)]
 
 
+def view_of(
+    stage: int | None, origin: int | None, p_correct: list[float], certified: list[float], *moves: Move
+) -> View:
+    return View(stage, origin, np.array(p_correct), np.array(certified), moves)
+
+
+def calibrated(view: View, stages: int) -> CalibratedView:
+    heads = {each: PLAIN if len(view.p_correct) == 2 else ONE_BIN for each in range(view.stage or 0, stages)}
+    return CalibratedView(view, heads)
+
+
 def move(stage: int, view: int, rows: list[list[float]], cost: float, latency_ms: float) -> Move:
     bins = len(rows)
     return Move(stage, view, np.array(rows), np.full(bins, cost), np.full(bins, latency_ms))
@@ -56,18 +72,29 @@ def scores() -> FixedScores:
     return FixedScores()
 
 
-@pytest.fixture
-def policy(scores: FixedScores) -> Policy:
-    """Two stages of cost 1 and 4. Stage 1 is right 99 times in 100; verifying costs 3 and takes 50 ms."""
-    start = View(
-        None, None, np.array([0.5]), (move(0, 1, [[0.5, 0.5]], 1.0, 10.0), move(1, 2, [[1.0]], 4.0, 100.0))
+def make_policy(scores: FixedScores) -> Policy:
+    """Two stages of cost 1 and 4. Stage 1 is right 99 times in 100; verifying costs 3 and takes 50 ms.
+
+    Stage 0's answers are certified to be right 9 times in 10 where they score above 0.5.
+    """
+    start = view_of(
+        None, None, [0.5], [0.4], move(0, 1, [[0.5, 0.5]], 1.0, 10.0), move(1, 2, [[1.0]], 4.0, 100.0)
     )
-    first = View(0, None, np.array([0.2, 0.8]), (move(1, 3, [[1.0], [1.0]], 3.0, 50.0),))
-    views = (start, first, View(1, None, np.array([0.99]), ()), View(1, 0, np.array([0.99]), ()))
-    calibrated = [CalibratedView(view, dict.fromkeys(range(view.stage or 0, 2), PLAIN)) for view in views]
+    first = view_of(0, None, [0.2, 0.8], [0.1, 0.9], move(1, 3, [[1.0], [1.0]], 3.0, 50.0))
+    views = (start, first, view_of(1, None, [0.99], [0.98]), view_of(1, 0, [0.99], [0.98]))
     stages = [StageFacts("small", 1.0, 10.0, 0.5, 0.0), StageFacts("large", 4.0, 100.0, 0.99, 0.0)]
     values = {Preference.FASTEST: 0.1, Preference.BALANCED: 10.0, Preference.BEST: 1000.0}
-    return Policy("v1", stages, calibrated, values, FeatureSpace(2), scores)
+    curve = []
+    for quality_value in (0.1, 1.0, 10.0, 100.0):
+        mean = expect(views, solve_policy(views, quality_value), np.ones(1))
+        curve.append(CurvePoint(quality_value, mean.cost, mean.latency_ms, mean.accuracy))
+    known = [calibrated(view, 2) for view in views]
+    return Policy("v1", stages, known, values, FeatureSpace(2), scores, curve)
+
+
+@pytest.fixture
+def policy(scores: FixedScores) -> Policy:
+    return make_policy(scores)
 
 
 def decide(
@@ -105,9 +132,14 @@ def test_the_better_value_decides(
         (Objective(max_cost=4.9), 0.95, None, Reason.VALUE),
         (Objective(max_latency_ms=55.0), 0.3, None, Reason.MAX_LATENCY),
         (Objective(max_latency_ms=65.0), 0.3, 1, Reason.VALUE),
-        (Objective(min_quality=0.9), 0.8, 1, Reason.MIN_QUALITY),
-        (Objective(min_quality=0.9), 0.95, None, Reason.VALUE),
-        (Objective(min_quality=0.9, max_cost=2.0), 0.8, None, Reason.MAX_COST),
+        # What counts is what is certified of answers that score above 0.5, which is 0.9, not the score.
+        (Objective(min_quality=0.9), 0.8, None, Reason.VALUE),
+        (Objective(min_quality=0.901), 0.8, 1, Reason.MIN_QUALITY),
+        (Objective(min_quality=0.901), 0.999, 1, Reason.MIN_QUALITY),
+        (Objective(min_quality=1.0), 0.999, 1, Reason.MIN_QUALITY),
+        (Objective(quality_value=0.0, min_quality=0.1), 0.4, None, Reason.VALUE),
+        (Objective(quality_value=0.0, min_quality=0.2), 0.4, 1, Reason.MIN_QUALITY),
+        (Objective(quality_value=0.0, min_quality=0.2), 0.6, None, Reason.VALUE),
     ],
 )
 def test_objectives(
@@ -121,6 +153,58 @@ def test_objectives(
     scores.own = own
     decision = decide(policy, objective, Spent(cost=1.0, latency_ms=10.0))
     assert (decision.next_stage, decision.reason) == (next_stage, reason)
+
+
+VALUE, QUALITY, COST, LATENCY = (
+    {"quality_value": 100.0},
+    {"min_quality": 0.95},
+    {"max_cost": 4.9},
+    {"max_latency_ms": 55.0},
+)
+BINDING = (VALUE, QUALITY, COST, LATENCY)
+
+
+@pytest.mark.parametrize("chosen", list(itertools.product([False, True], repeat=4)))
+def test_objectives_together(policy: Policy, scores: FixedScores, chosen: tuple[bool, ...]) -> None:
+    """Each alone changes the decision on an answer that stands by itself, or nothing; budgets win."""
+    scores.own = 0.75
+    fields: dict[str, float] = {}
+    for is_chosen, each in zip(chosen, BINDING, strict=True):
+        fields |= each if is_chosen else {}
+    decision = decide(policy, Objective(**fields), Spent(cost=1.0, latency_ms=10.0))  # type: ignore[arg-type]
+    value, quality, cost, latency = chosen
+    if not (value or quality):
+        expected: tuple[int | None, Reason] = (None, Reason.VALUE)
+    elif cost or latency:
+        expected = (None, Reason.MAX_COST if cost else Reason.MAX_LATENCY)
+    else:
+        expected = (1, Reason.VALUE if value else Reason.MIN_QUALITY)
+    assert (decision.next_stage, decision.reason) == expected
+    if (cost or latency) and decision.next_stage is None:
+        assert decision.escalate_value < decision.stop_value
+
+
+@pytest.mark.parametrize("preference", list(Preference))
+@pytest.mark.parametrize("budget", [{}, {"max_cost": 5.0}, {"max_latency_ms": 60.0}, {"min_quality": 0.9}])
+def test_budgets_that_do_not_bind_change_no_preference(
+    policy: Policy, scores: FixedScores, preference: Preference, budget: dict[str, float]
+) -> None:
+    for own, preferred in ((0.75, (Preference.BEST,)), (0.6, (Preference.BEST, Preference.BALANCED))):
+        scores.own = own
+        objective = Objective(preference=preference, **budget)  # type: ignore[arg-type]
+        decision = decide(policy, objective, Spent(cost=1.0, latency_ms=10.0))
+        assert (decision.next_stage, decision.reason) == (
+            1 if preference in preferred else None,
+            Reason.VALUE,
+        )
+
+
+@pytest.mark.parametrize("preference", list(Preference))
+def test_a_quality_that_no_budget_pays_for_is_not_waited_for(policy: Policy, preference: Preference) -> None:
+    objective = Objective(preference=preference, min_quality=1.0, max_cost=2.0)
+    assert policy.plan(PROMPT, objective, {}).first_stage == 0
+    decision = decide(policy, objective, Spent(cost=1.0))
+    assert (decision.next_stage, decision.reason) == (None, Reason.MAX_COST)
 
 
 def test_a_stage_that_is_away_is_not_asked(policy: Policy, scores: FixedScores) -> None:
@@ -213,8 +297,206 @@ def test_drafts_are_given_up_only_where_something_may_come_after_them(
 ) -> None:
     rules = (AbandonRule(8, -0.5),)
     views = policy.views
-    policy = Policy("v1", policy.stages, views, policy.quality_values, FeatureSpace(2), scores, {0: rules})
+    policy = Policy(
+        "v1", policy.stages, views, policy.quality_values, FeatureSpace(2), scores, (), {0: rules}
+    )
     plan = policy.plan(PROMPT, Objective(quality_value=5.0), {})
     assert (plan.abandon, plan.abandon_to) == (rules, 1)
     plan = policy.plan(PROMPT, Objective(quality_value=3.0), {})
     assert (plan.abandon, plan.abandon_to) == ((), None)
+
+
+def three_stages(scores: ThreeScores, last_after_middle: float = 0.25) -> Policy:
+    """Stages of cost 1, 2 and 4, right half the time, 3 times in 4 and always.
+
+    A verification costs a quarter of an answer and takes half of an answer's 10, 20 and 40 ms.
+    last_after_middle: what it costs of an answer where the last stage verifies the middle one's.
+    """
+    right, costs, times_ms = (0.5, 0.75, 1.0), (1.0, 2.0, 4.0), (10.0, 20.0, 40.0)
+    keys = [(None, None), (0, None), (1, None), (1, 0), (2, None), (2, 0), (2, 1)]
+    views = []
+    for stage, origin in keys:
+        moves = []
+        for later in range(0 if stage is None else stage + 1, 3):
+            share, time = (1.0, 1.0) if stage is None else (0.25, 0.5)
+            share = last_after_middle if stage == 1 else share
+            target = keys.index((later, stage))
+            moves.append(move(later, target, [[1.0]], share * costs[later], time * times_ms[later]))
+        p = right[stage or 0]
+        views.append(view_of(stage, origin, [p], [p - 0.05], *moves))
+    facts = [StageFacts(*each, 0.0) for each in zip("abc", costs, times_ms, right, strict=True)]
+    values = dict.fromkeys(Preference, 10.0)
+    known = [calibrated(view, 3) for view in views]
+    return Policy("v3", facts, known, values, FeatureSpace(3), scores)
+
+
+class ThreeScores:
+    """What the views say on average."""
+
+    def scores(self, view: int, features: np.ndarray) -> list[float]:
+        stage = (0, 0, 1, 1, 2, 2, 2)[view]
+        return [logit(p) for p in (0.5, 0.75, 0.9999)[stage:]]
+
+
+@pytest.mark.parametrize(
+    ("spent", "objective", "next_stage", "reason"),
+    [
+        # Worth 10: stopping 5; the last stage 10 - 1 = 9; by way of the middle one 10 - 0.5 - 1 = 8.5.
+        (1.0, Objective(), 2, Reason.VALUE),
+        # Stopping with the middle one: 7.5 - 0.5 = 7. It is what 3 pay for, and the last one what 5 do.
+        (1.0, Objective(max_cost=5.0), 2, Reason.VALUE),
+        (1.0, Objective(max_cost=4.9), 1, Reason.VALUE),
+        (1.0, Objective(max_cost=2.9), None, Reason.MAX_COST),
+        # What an earlier call left of its dearest is there for later ones.
+        (0.5, Objective(max_cost=4.5), 2, Reason.VALUE),
+        # The last stage takes 20 ms more, the middle one 10.
+        (1.0, Objective(max_latency_ms=30.0), 2, Reason.VALUE),
+        (1.0, Objective(max_latency_ms=29.0), 1, Reason.VALUE),
+        (1.0, Objective(max_latency_ms=19.0), None, Reason.MAX_LATENCY),
+        # The reason is what keeps out of the best, which is the last stage.
+        (1.0, Objective(max_latency_ms=29.0, max_cost=2.9), None, Reason.MAX_COST),
+        (1.0, Objective(max_latency_ms=19.0, max_cost=4.9), None, Reason.MAX_COST),
+        (1.0, Objective(max_latency_ms=19.0, max_cost=5.0), None, Reason.MAX_LATENCY),
+        # Certified: 0.45, 0.7 and 0.95.
+        (1.0, Objective(quality_value=0.0, min_quality=0.6), 1, Reason.MIN_QUALITY),
+        (1.0, Objective(quality_value=0.0, min_quality=0.8), 2, Reason.MIN_QUALITY),
+        (1.0, Objective(quality_value=0.0, min_quality=0.8, max_cost=4.0), 1, Reason.MIN_QUALITY),
+    ],
+)
+def test_budgets_leave_the_best_of_what_they_pay_for(
+    spent: float, objective: Objective, next_stage: int | None, reason: Reason
+) -> None:
+    policy = three_stages(ThreeScores())
+    decision = policy.decide(PROMPT, 0, DRAFT, None, None, objective, Spent(spent, 10.0), {})
+    assert (decision.next_stage, decision.reason) == (next_stage, reason)
+
+
+@pytest.mark.parametrize(
+    ("budget", "next_stage"),
+    # On its way through the middle stage a request of 1 so far may come to cost 7, and take 40 ms.
+    [
+        (Objective(), 1),
+        (Objective(max_cost=7.0), 1),
+        (Objective(max_cost=6.9), 2),
+        (Objective(max_latency_ms=40.0), 1),
+        (Objective(max_latency_ms=39.0), 2),
+    ],
+)
+def test_a_way_that_would_be_cut_off_is_not_begun(budget: Objective, next_stage: int) -> None:
+    # Worth 10: by way of the middle stage 10 - 0.5 - 0.2; the last one at once 10 - 1; the middle one 7.
+    policy = three_stages(ThreeScores(), last_after_middle=0.05)
+    decision = policy.decide(PROMPT, 0, DRAFT, None, None, budget, Spent(1.0, 10.0), {})
+    assert (decision.next_stage, decision.reason) == (next_stage, Reason.VALUE)
+    assert decision.escalate_value == pytest.approx(9.3 if next_stage == 1 else 9.0, abs=1e-3)
+
+
+def test_a_plan_does_not_start_what_the_budget_will_not_finish() -> None:
+    policy = three_stages(ThreeScores())
+    # Worth 20: the first and then the last stage 20 - 1 - 1 = 18; the last alone 16; the middle alone 13.
+    free = policy.plan(PROMPT, Objective(quality_value=20.0), {})
+    assert (free.first_stage, free.likely_next, free.p_escalate) == (0, 2, 1.0)
+    # 4 pay for the last stage alone; of the first, they would leave 3, for the middle one: 15 - 1.5.
+    bound = policy.plan(PROMPT, Objective(quality_value=20.0, max_cost=4.0), {})
+    assert (bound.first_stage, bound.likely_next) == (2, None)
+    # 3 pay for the first and the middle one: 15 - 1 - 0.5 beats 15 - 2.
+    less = policy.plan(PROMPT, Objective(quality_value=20.0, max_cost=3.0), {})
+    assert (less.first_stage, less.likely_next, less.p_escalate) == (0, 1, 1.0)
+    # 30 ms are what the first and the last one take together, with the last one's queue of 5 ms 35.
+    soon = Objective(quality_value=20.0, max_latency_ms=30.0)
+    assert policy.plan(PROMPT, soon, {}).likely_next == 2
+    assert policy.plan(PROMPT, soon, {2: Condition(expected_queue_ms=4.0)}).likely_next == 1
+
+
+@pytest.mark.parametrize(
+    ("queue_ms", "escalate_value"),
+    # Verifying is worth 10 * 0.99 - 3 = 6.9; an answer takes 100 ms and costs 4.
+    [(0.0, 6.9), (12.0, 6.9), (12.5, 6.4), (100.0, 2.9), (130.0, 2.9), (150.0, -1.1), (800.0, -25.1)],
+)
+def test_a_wait_costs_what_the_answers_waited_for_cost(
+    policy: Policy, queue_ms: float, escalate_value: float
+) -> None:
+    decision = decide(policy, large=Condition(expected_queue_ms=queue_ms))
+    assert decision.escalate_value == pytest.approx(escalate_value)
+    assert decision.next_stage == (1 if escalate_value > 5.0 else None)
+
+
+@settings(deadline=None)
+@given(
+    own=st.floats(0.01, 0.99),
+    queue_ms=st.floats(0, 1e5),
+    longer_ms=st.floats(0, 1e5),
+    other_ms=st.floats(0, 1e3),
+    min_quality=st.floats(0, 1),
+    quality_value=st.floats(0, 100),
+)
+def test_a_longer_queue_never_makes_a_decision_for_its_stage(
+    own: float, queue_ms: float, longer_ms: float, other_ms: float, min_quality: float, quality_value: float
+) -> None:
+    scores = FixedScores()
+    scores.own = own
+    policy = make_policy(scores)
+    objective = Objective(quality_value=quality_value, min_quality=min_quality)
+    small = Condition(expected_queue_ms=other_ms)
+    short, long = (
+        {0: small, 1: Condition(expected_queue_ms=wait_ms)} for wait_ms in (queue_ms, queue_ms + longer_ms)
+    )
+    before, after = (
+        policy.decide(PROMPT, 0, DRAFT, None, None, objective, NOTHING, each) for each in (short, long)
+    )
+    assert after.escalate_value <= before.escalate_value + 1e-9
+    assert before.next_stage is not None or after.next_stage is None
+    assert policy.plan(PROMPT, objective, short).first_stage == 1 or (
+        policy.plan(PROMPT, objective, long).first_stage == 0
+    )
+
+
+def test_a_queue_behind_the_first_stage_counts_in_the_plan() -> None:
+    policy = three_stages(ThreeScores())
+    plan = policy.plan(PROMPT, Objective(quality_value=20.0), {2: Condition(expected_queue_ms=160.0)})
+    # With four answers waiting the last stage costs 16 more, which leaves 2; the middle one is worth 13.5.
+    assert (plan.first_stage, plan.likely_next) == (0, 1)
+
+
+def test_few_queues_and_budgets_are_told_apart() -> None:
+    policy = three_stages(ThreeScores())
+    for step in range(400):
+        conditions = {2: Condition(expected_queue_ms=40.0 + step / 50)}
+        objective = Objective(max_cost=1.0 + step / 40, min_quality=0.7 + step / 2000)
+        policy.decide(PROMPT, 0, DRAFT, None, None, objective, Spent(1.0, 10.0), conditions)
+    # Nothing fits, the middle stage, the last one too, the two in turn; times two levels of certified shares.
+    assert policy._solution.cache_info().currsize <= 8
+
+
+@pytest.mark.parametrize(
+    ("wanted", "quality_value"),
+    # Only small's bad half escalates from 3 / 0.79 = 3.797 on, at a mean cost of 2.5, 35 ms and 0.895 right
+    # answers; the good half from 3 / 0.19 = 15.789 on, at 4.
+    [
+        ({"mean_cost": 2.4}, 3.0 / 0.79),
+        ({"mean_cost": 2.5}, 3.0 / 0.19),
+        ({"mean_cost": 9.0}, 100.0),
+        ({"mean_latency_ms": 35.0}, 3.0 / 0.19),
+        ({"min_accuracy": 0.6}, 3.0 / 0.79),
+        ({"min_accuracy": 0.9}, 3.0 / 0.19),
+        ({"min_accuracy": 0.1}, 0.1),
+    ],
+)
+def test_the_value_of_quality_for_a_mean(
+    policy: Policy, wanted: dict[str, float], quality_value: float
+) -> None:
+    found = policy.quality_value_for(**wanted)
+    assert found == pytest.approx(quality_value, rel=1e-5)
+    views = tuple(each.view for each in policy.views)
+    mean = expect(views, solve_policy(views, found), np.ones(1))
+    assert mean.cost <= wanted.get("mean_cost", math.inf)
+    assert mean.latency_ms <= wanted.get("mean_latency_ms", math.inf)
+    assert mean.accuracy >= wanted.get("min_accuracy", 0.0)
+
+
+def test_means_that_cannot_be_kept_say_what_can(policy: Policy) -> None:
+    with pytest.raises(UnmeetableBudget, match=r"least mean cost is 1 .* latency 10 ms; .* answers is 0\.99"):
+        policy.quality_value_for(mean_cost=0.5)
+    with pytest.raises(UnmeetableBudget, match=r"right answers is 0\.99"):
+        policy.quality_value_for(min_accuracy=0.995)
+    with pytest.raises(ValueError, match="exactly one"):
+        policy.quality_value_for(mean_cost=1.0, min_accuracy=0.5)
