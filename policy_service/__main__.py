@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 from asd.v1 import policy_pb2_grpc
-from policy_service.artifact import UnfitArtifact, load_policy
+from policy_service.artifact import UnfitArtifact
+from policy_service.drift import DriftMonitor, DriftRule
+from policy_service.instruments import Instruments
 from policy_service.reports import ReportLog
 from policy_service.servicer import PolicyServicer
 from policy_service.settings import PolicySettings
+from policy_service.shadow import Shadow
+from policy_service.store import PolicyWatch, follow, open_policy
 from services.common import telemetry
 from services.common.server import ServiceRegistration, run_service, serve
+
+if TYPE_CHECKING:
+    from policy_service.store import LoadedPolicy
+
+logger = logging.getLogger(__name__)
+
+
+async def run(settings: PolicySettings, servicer: PolicyServicer, watch: PolicyWatch | None) -> None:
+    """Serve until SIGTERM or SIGINT. watch: follows the store of the policies, where there is one."""
+    registration = ServiceRegistration(
+        "asd.v1.PolicyService",
+        lambda server: policy_pb2_grpc.add_PolicyServiceServicer_to_server(servicer, server),
+    )
+    following = None
+    if watch is not None:
+        following = asyncio.create_task(follow(watch, servicer.use, settings.artifact_poll_seconds))
+    try:
+        await serve("policy", settings.listen, [registration], drain_seconds=settings.drain_seconds)
+    finally:
+        if following is not None:
+            following.cancel()
 
 
 def main() -> None:
@@ -19,23 +47,45 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     settings = PolicySettings.from_arguments()
     try:
-        policy, document = load_policy(settings.artifact)
+        loaded, store = open_policy(settings.artifact, settings.cascade)
     except UnfitArtifact as error:
         raise SystemExit(f"asd-policy: {error}") from error
+    monitor = DriftMonitor(DriftRule(settings.drift_run_length, settings.drift_tolerance))
     try:
-        reports = ReportLog(settings.reports_path) if settings.reports_path else None
+        reports = ReportLog(settings.reports_path, monitor.add) if settings.reports_path else None
     except OSError as error:
         raise SystemExit(
             f"asd-policy: reports_path {settings.reports_path}: {error.strerror}: choose a file that can be "
             "written"
         ) from error
     telemetry.setup_telemetry("asd-policy")
-    servicer = PolicyServicer(policy, document, reports)
-    registration = ServiceRegistration(
-        "asd.v1.PolicyService",
-        lambda server: policy_pb2_grpc.add_PolicyServiceServicer_to_server(servicer, server),
-    )
-    run_service(serve("policy", settings.listen, [registration], drain_seconds=settings.drain_seconds))
+    instruments = Instruments()
+    with _shadow(settings, loaded, instruments) or nullcontext() as shadow:
+        servicer = PolicyServicer(
+            loaded.policy,
+            loaded.document,
+            reports,
+            monitor=monitor,
+            shadow=shadow,
+            known_versions=store.names() if store else (),
+        )
+        instruments.watch_calibration(servicer.calibration)
+        watch = PolicyWatch(store, loaded) if store else None
+        run_service(run(settings, servicer, watch))
+
+
+def _shadow(settings: PolicySettings, live: LoadedPolicy, instruments: Instruments) -> Shadow | None:
+    """Return the shadow of the settings; None, with an error in the log, where it cannot be had."""
+    if settings.shadow_artifact is None:
+        return None
+    try:
+        candidate, _ = open_policy(settings.shadow_artifact, live.stages)
+        max_bytes = settings.shadow_max_mb * 2**20
+        return Shadow(candidate.policy, settings.shadow_path, instruments, max_bytes=max_bytes)
+    except (UnfitArtifact, OSError) as error:
+        # What serves must not depend on what is only tried.
+        logger.error("no shadow policy decides beside %s: %s", live.policy.version, error)
+        return None
 
 
 if __name__ == "__main__":

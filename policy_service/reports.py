@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -31,15 +31,18 @@ class ReportLog:
     """Appends reports to a file. A later report of a request replaces the earlier one.
 
     The file keeps both; readers take the last. Held in memory: the hash of each request id, about 60 bytes.
+    observe: is told of the first report of each request, those of the file included.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, observe: Callable[[OutcomeReport], None] | None = None) -> None:
         self._path = path
+        self._observe = observe
         self._lock = asyncio.Lock()
         self._seen: dict[str, set[int]] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        for report in read_reports(path):
-            self._note(report)
+        if path.exists():
+            for report in read_reports(path):
+                self._note(report)
         # Fails now rather than at the first report.
         with path.open("ab") as file:
             if file.tell() and not _ends_with_newline(path):
@@ -58,22 +61,51 @@ class ReportLog:
 
     def _note(self, report: OutcomeReport) -> int:
         seen = self._seen.setdefault(report.policy_version, set())
+        known = len(seen)
         seen.add(hash(report.request_id))
+        if self._observe is not None and len(seen) > known:
+            self._observe(report)
         return len(seen)
 
 
 def read_reports(path: Path) -> Iterator[OutcomeReport]:
-    """Yield the reports of a file in order; a line that a crash cut off is skipped with a warning."""
-    if not path.exists():
-        return
+    """Yield the reports of a file in order; a line that a crash cut off is skipped with a warning.
+
+    Raises OSError where the file cannot be read.
+    """
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                yield OutcomeReport(**json.loads(line))
+                yield _parse(line)
             except (TypeError, ValueError):
                 logger.warning("%s: line %d is no report and is skipped", path, number)
+
+
+def first_reports(reports: Iterable[OutcomeReport]) -> list[OutcomeReport]:
+    """Return the earliest report of each request under each policy, in time's order: what drift shows in."""
+    kept: dict[tuple[str, str], OutcomeReport] = {}
+    for report in sorted(reports, key=lambda each: each.reported_at):
+        kept.setdefault((report.policy_version, report.request_id), report)
+    return list(kept.values())
+
+
+def last_reports(reports: Iterable[OutcomeReport]) -> list[OutcomeReport]:
+    """Return the latest report of each request under each policy: what is true of it."""
+    in_time = sorted(reports, key=lambda each: each.reported_at)
+    return list({(each.policy_version, each.request_id): each for each in in_time}.values())
+
+
+def _parse(line: str) -> OutcomeReport:
+    report = OutcomeReport(**json.loads(line))
+    texts = (report.request_id, report.stage, report.policy_version)
+    if not all(isinstance(text, str) for text in texts) or not isinstance(report.correct, bool):
+        raise TypeError("a field has another type")
+    # A comparison with a text raises TypeError; NaN is in no range.
+    if not (0.0 <= report.p_correct <= 1.0 and report.reported_at >= 0.0):
+        raise ValueError("a number is out of range")
+    return report
 
 
 def _ends_with_newline(path: Path) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,20 +21,24 @@ from policy_service.policy import (
     UnmeetableBudget,
 )
 from policy_service.reports import OutcomeReport
+from policy_service.shadow import ShadowJob
+from services.common import telemetry
 from services.common.errors import InvalidRequest, NotFound, PreconditionFailed
 from services.common.validation import check_enum, check_input, check_objective
 from services.common.version import VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     import grpc
     import numpy.typing as npt
 
     from policy_service.artifact import PolicyDocument
+    from policy_service.drift import DriftMonitor, StageCalibration
     from policy_service.features import FinishReason
-    from policy_service.policy import Estimate, Policy
+    from policy_service.policy import Decision, Estimate, Plan, Policy
     from policy_service.reports import ReportLog
+    from policy_service.shadow import Shadow
 
 _PREFERENCES = {
     common_pb2.PREFERENCE_FASTEST: Preference.FASTEST,
@@ -55,15 +61,118 @@ _REASONS = {
 MAX_REQUEST_ID_BYTES = 256
 
 
-class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
-    """Serves one policy. reports: None where the service keeps none."""
+@dataclass(frozen=True)
+class _Live:
+    """The policy in force. A call takes it once, so that one policy answers all of the call."""
 
-    def __init__(self, policy: Policy, document: PolicyDocument, reports: ReportLog | None) -> None:
-        self._policy = policy
-        self._document = document
+    policy: Policy
+    document: PolicyDocument
+
+    @cached_property
+    def names(self) -> list[str]:
+        return [stage.name for stage in self.policy.stages]
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {name: place for place, name in enumerate(self.names)}
+
+    def place(self, name: str, field: str) -> int:
+        place = self._places.get(name)
+        if place is None:
+            raise NotFound(f"unknown stage {name!r}: choose one of {', '.join(self.names)}", field=field)
+        return place
+
+    def check_cascade(self, cascade: Sequence[str]) -> None:
+        if list(cascade) != self.names:
+            raise PreconditionFailed(
+                f"policy {self.policy.version} was made for the cascade {', '.join(self.names)}, not for "
+                f"{', '.join(cascade) or 'none'}: make a policy for it with `asd-policy fit`",
+                field="cascade",
+            )
+
+    def verification(
+        self, request: policy_pb2.DecideRequest, stage: int
+    ) -> tuple[int | None, Verification | None]:
+        if not request.HasField("verification"):
+            return None, None
+        evidence = request.verification
+        origin = self.place(evidence.draft_stage, "verification.draft_stage")
+        if origin >= stage:
+            raise InvalidRequest(
+                f"{evidence.draft_stage} is not an earlier stage than {request.stage}",
+                field="verification.draft_stage",
+            )
+        if len(evidence.ranks) != evidence.proposed_tokens:
+            raise InvalidRequest(
+                f"ranks needs {evidence.proposed_tokens} entries, one per proposed token, not "
+                f"{len(evidence.ranks)}",
+                field="verification.ranks",
+            )
+        if evidence.accepted_tokens > evidence.proposed_tokens:
+            raise InvalidRequest(
+                f"accepted_tokens must be 0 to {evidence.proposed_tokens}, not {evidence.accepted_tokens}",
+                field="verification.accepted_tokens",
+            )
+        return origin, Verification(evidence.accepted_tokens, np.array(evidence.ranks, np.int64))
+
+    def conditions(self, conditions: Iterable[policy_pb2.StageCondition]) -> dict[int, Condition]:
+        return {
+            self.place(condition.stage, f"conditions[{index}].stage"): Condition(
+                condition.available,
+                _spent(condition.expected_queue_ms, f"conditions[{index}].expected_queue_ms"),
+            )
+            for index, condition in enumerate(conditions)
+        }
+
+    def estimates(self, estimates: Iterable[Estimate]) -> list[policy_pb2.StageEstimate]:
+        return [
+            policy_pb2.StageEstimate(
+                stage=self.names[each.stage],
+                p_correct=each.p_correct,
+                p_correct_stderr=each.stderr,
+                cost=each.cost,
+                latency_ms=each.latency_ms,
+            )
+            for each in estimates
+        ]
+
+
+class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
+    """Serves one policy at a time.
+
+    reports: None where the service keeps none. monitor: what the reports are watched by; None: by nothing.
+    shadow: None where no candidate decides beside the policy. known_versions: policies of whose answers
+    reports are taken, besides those in force since the start.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        document: PolicyDocument,
+        reports: ReportLog | None,
+        *,
+        monitor: DriftMonitor | None = None,
+        shadow: Shadow | None = None,
+        known_versions: Collection[str] = (),
+    ) -> None:
+        self._live = _Live(policy, document)
         self._reports = reports
-        self._names = [stage.name for stage in policy.stages]
-        self._places = {name: place for place, name in enumerate(self._names)}
+        self._monitor = monitor
+        self._shadow = shadow
+        self._known = {policy.version, *known_versions}
+
+    def use(self, policy: Policy, document: PolicyDocument) -> None:
+        """Put another policy into force; calls under way end with the one that they began with."""
+        self._known.add(policy.version)
+        self._live = _Live(policy, document)
+
+    def calibration(self) -> tuple[StageCalibration, ...]:
+        """Return how reported answers of the policy in force turned out, in the order of the stages."""
+        live = self._live
+        if self._monitor is None:
+            return ()
+        stages = {each.stage: each for each in self._monitor.of(live.policy.version)}
+        return tuple(stages[name] for name in live.names if name in stages)
 
     async def Plan(  # noqa: N802
         self,
@@ -71,24 +180,33 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         context: grpc.aio.ServicerContext[policy_pb2.PlanRequest, policy_pb2.PlanResponse],
     ) -> policy_pb2.PlanResponse:
         """Choose the first stage."""
+        live = self._live
         check_input(request)
-        self._check_cascade(request.cascade)
-        objective = _objective(request.objective)
+        live.check_cascade(request.cascade)
+        _check_id(request.request_id)
+        prompt, objective = _prompt(request), _objective(request.objective)
+        conditions = live.conditions(request.conditions)
+
+        def ask(policy: Policy) -> Plan:
+            return policy.plan(prompt, objective, conditions)
+
         try:
-            plan = self._policy.plan(_prompt(request), objective, self._conditions(request.conditions))
+            plan = ask(live.policy)
         except UnmeetableBudget as error:
             raise InvalidRequest(str(error), field="objective.max_cost") from error
+        if self._shadow is not None:
+            self._shadow.offer(_job(ask, plan, live.policy.version, None, request.request_id))
         return policy_pb2.PlanResponse(
-            first_stage=self._names[plan.first_stage],
-            estimates=self._estimates(plan.estimates),
+            first_stage=live.names[plan.first_stage],
+            estimates=live.estimates(plan.estimates),
             p_escalate=plan.p_escalate,
-            likely_next_stage="" if plan.likely_next is None else self._names[plan.likely_next],
+            likely_next_stage="" if plan.likely_next is None else live.names[plan.likely_next],
             abandon=[
                 policy_pb2.AbandonRule(tokens=rule.tokens, mean_logprob=rule.mean_logprob)
                 for rule in plan.abandon
             ],
-            abandon_stage="" if plan.abandon_to is None else self._names[plan.abandon_to],
-            policy_version=self._policy.version,
+            abandon_stage="" if plan.abandon_to is None else live.names[plan.abandon_to],
+            policy_version=live.policy.version,
         )
 
     async def Decide(  # noqa: N802
@@ -97,32 +215,38 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         context: grpc.aio.ServicerContext[policy_pb2.DecideRequest, policy_pb2.DecideResponse],
     ) -> policy_pb2.DecideResponse:
         """Decide on an answer."""
+        live = self._live
         check_input(request)
-        self._check_cascade(request.cascade)
+        live.check_cascade(request.cascade)
+        _check_id(request.request_id)
         objective = _objective(request.objective)
-        stage = self._place(request.stage, "stage")
+        stage = live.place(request.stage, "stage")
         if not request.HasField("draft"):
             raise InvalidRequest("draft is required: send the answer to be judged", field="draft")
         draft = _draft(request.draft)
-        origin, verification = self._verification(request, stage)
+        origin, verification = live.verification(request, stage)
         spent = Spent(_spent(request.spent_cost, "spent_cost"), _spent(request.spent_ms, "spent_ms"))
-        conditions = self._conditions(request.conditions)
+        prompt, conditions = _prompt(request), live.conditions(request.conditions)
+
+        def ask(policy: Policy) -> Decision:
+            return policy.decide(prompt, stage, draft, origin, verification, objective, spent, conditions)
+
         started = time.perf_counter()
-        decision = self._policy.decide(
-            _prompt(request), stage, draft, origin, verification, objective, spent, conditions
-        )
+        decision = ask(live.policy)
         predict_us = (time.perf_counter() - started) * 1e6
+        if self._shadow is not None:
+            self._shadow.offer(_job(ask, decision, live.policy.version, stage, request.request_id))
         stops = decision.next_stage is None
         return policy_pb2.DecideResponse(
             action=policy_pb2.DECISION_ACTION_STOP if stops else policy_pb2.DECISION_ACTION_ESCALATE,
-            next_stage="" if decision.next_stage is None else self._names[decision.next_stage],
+            next_stage="" if decision.next_stage is None else live.names[decision.next_stage],
             reason=_REASONS[decision.reason],
             p_correct=decision.p_correct,
             p_correct_stderr=decision.stderr,
             stop_value=decision.stop_value,
             escalate_value=decision.escalate_value,
-            estimates=self._estimates(decision.estimates),
-            policy_version=self._policy.version,
+            estimates=live.estimates(decision.estimates),
+            policy_version=live.policy.version,
             predict_us=predict_us,
         )
 
@@ -136,17 +260,14 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
             raise PreconditionFailed(
                 "this policy service keeps no reports: set reports_path (ASD_POLICY_REPORTS_PATH)"
             )
-        size = len(request.request_id.encode())
-        if not 0 < size <= MAX_REQUEST_ID_BYTES:
-            raise InvalidRequest(
-                f"request_id must have 1 to {MAX_REQUEST_ID_BYTES} bytes, not {size}", field="request_id"
-            )
-        self._place(request.stage, "stage")
+        live = self._live
+        _check_id(request.request_id, least_bytes=1)
+        live.place(request.stage, "stage")
         if not 0.0 <= request.p_correct <= 1.0:
             raise InvalidRequest(f"p_correct must be 0 to 1, not {request.p_correct:g}", field="p_correct")
-        if request.policy_version != self._policy.version:
+        if request.policy_version not in self._known:
             raise NotFound(
-                f"unknown policy_version {request.policy_version!r}: {self._policy.version} is in force",
+                f"unknown policy_version {request.policy_version!r}: {live.policy.version} is in force",
                 field="policy_version",
             )
         report = OutcomeReport(
@@ -167,9 +288,10 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         ],
     ) -> policy_pb2.PolicyServiceDescribeResponse:
         """Say which policy is in force."""
-        values = self._policy.quality_values
+        live = self._live
+        values = live.policy.quality_values
         return policy_pb2.PolicyServiceDescribeResponse(
-            policy_version=self._policy.version,
+            policy_version=live.policy.version,
             stages=[
                 policy_pb2.PolicyStage(
                     stage=stage.name,
@@ -178,75 +300,59 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
                     accuracy=stage.accuracy,
                     calibration_error=stage.calibration_error,
                 )
-                for stage in self._policy.stages
+                for stage in live.policy.stages
             ],
             lambda_fastest=values[Preference.FASTEST],
             lambda_balanced=values[Preference.BALANCED],
             lambda_best=values[Preference.BEST],
-            train_prompts=self._document.train.prompts,
-            calibration_prompts=self._document.calibration.prompts,
+            train_prompts=live.document.train.prompts,
+            calibration_prompts=live.document.calibration.prompts,
             version=VERSION,
+            calibration=[
+                policy_pb2.ReportedCalibration(
+                    stage=each.stage,
+                    reports=each.reports,
+                    expected=each.expected,
+                    observed=each.observed,
+                    calibration_error=each.calibration_error,
+                    drift_evidence=each.evidence,
+                    drifted=each.alarm_at is not None,
+                )
+                for each in self.calibration()
+            ],
+            shadow=self._shadow_status(),
         )
 
-    def _check_cascade(self, cascade: Sequence[str]) -> None:
-        if list(cascade) != self._names:
-            raise PreconditionFailed(
-                f"policy {self._policy.version} was made for the cascade {', '.join(self._names)}, not for "
-                f"{', '.join(cascade) or 'none'}: make a policy for it with `asd-policy fit`",
-                field="cascade",
-            )
+    def _shadow_status(self) -> policy_pb2.ShadowStatus | None:
+        if self._shadow is None:
+            return None
+        counts = self._shadow.counts
+        return policy_pb2.ShadowStatus(
+            policy_version=counts.version,
+            decisions=counts.decisions,
+            agreements=counts.agreements,
+            dropped=counts.dropped,
+            failures=counts.failures,
+        )
 
-    def _place(self, name: str, field: str) -> int:
-        place = self._places.get(name)
-        if place is None:
-            raise NotFound(f"unknown stage {name!r}: choose one of {', '.join(self._names)}", field=field)
-        return place
 
-    def _verification(
-        self, request: policy_pb2.DecideRequest, stage: int
-    ) -> tuple[int | None, Verification | None]:
-        if not request.HasField("verification"):
-            return None, None
-        evidence = request.verification
-        origin = self._place(evidence.draft_stage, "verification.draft_stage")
-        if origin >= stage:
-            raise InvalidRequest(
-                f"{evidence.draft_stage} is not an earlier stage than {request.stage}",
-                field="verification.draft_stage",
-            )
-        if len(evidence.ranks) != evidence.proposed_tokens:
-            raise InvalidRequest(
-                f"ranks needs {evidence.proposed_tokens} entries, one per proposed token, not "
-                f"{len(evidence.ranks)}",
-                field="verification.ranks",
-            )
-        if evidence.accepted_tokens > evidence.proposed_tokens:
-            raise InvalidRequest(
-                f"accepted_tokens must be 0 to {evidence.proposed_tokens}, not {evidence.accepted_tokens}",
-                field="verification.accepted_tokens",
-            )
-        return origin, Verification(evidence.accepted_tokens, np.array(evidence.ranks, np.int64))
+def _job(
+    ask: Callable[[Policy], Plan | Decision],
+    answer: Plan | Decision,
+    version: str,
+    judged: int | None,
+    request_id: str,
+) -> ShadowJob:
+    return ShadowJob(ask, answer, version, judged, request_id, telemetry.current_trace_id(), time.time())
 
-    def _conditions(self, conditions: Iterable[policy_pb2.StageCondition]) -> dict[int, Condition]:
-        return {
-            self._place(condition.stage, f"conditions[{index}].stage"): Condition(
-                condition.available,
-                _spent(condition.expected_queue_ms, f"conditions[{index}].expected_queue_ms"),
-            )
-            for index, condition in enumerate(conditions)
-        }
 
-    def _estimates(self, estimates: Iterable[Estimate]) -> list[policy_pb2.StageEstimate]:
-        return [
-            policy_pb2.StageEstimate(
-                stage=self._names[each.stage],
-                p_correct=each.p_correct,
-                p_correct_stderr=each.stderr,
-                cost=each.cost,
-                latency_ms=each.latency_ms,
-            )
-            for each in estimates
-        ]
+def _check_id(request_id: str, *, least_bytes: int = 0) -> None:
+    size = len(request_id.encode())
+    if not least_bytes <= size <= MAX_REQUEST_ID_BYTES:
+        raise InvalidRequest(
+            f"request_id must have {least_bytes} to {MAX_REQUEST_ID_BYTES} bytes, not {size}",
+            field="request_id",
+        )
 
 
 def _prompt(request: policy_pb2.PlanRequest | policy_pb2.DecideRequest) -> PromptText:

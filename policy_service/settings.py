@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from services.common.settings import ServiceSettings, service_config
 
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
 
 class PolicySettings(ServiceSettings):
-    """Settings of the policy service."""
+    """Settings of the policy service.
+
+    artifact: an artifact, or a store of versions, which is looked at every artifact_poll_seconds. cascade:
+    names of the stages that its policies must have been made for; empty: any. drift_run_length,
+    drift_tolerance: of drift.DriftRule. shadow_artifact: candidate that decides beside the live policy.
+    """
 
     model_config = service_config("ASD_POLICY_")
 
     listen: str = "127.0.0.1:50051"
     artifact: Path
+    artifact_poll_seconds: Positive = 10.0
+    cascade: tuple[str, ...] = ()
     reports_path: Path | None = None
+    drift_run_length: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 10_000.0
+    drift_tolerance: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
+    shadow_artifact: Path | None = None
+    shadow_path: Path | None = None
+    shadow_max_mb: Positive = 256.0
     drain_seconds: Annotated[float, Field(ge=0)] = 10.0
+
+    @model_validator(mode="after")
+    def _check_shadow(self) -> Self:
+        if self.shadow_path is not None and self.shadow_artifact is None:
+            raise ValueError("shadow_path needs shadow_artifact: name the candidate policy as well")
+        return self

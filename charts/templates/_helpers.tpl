@@ -52,6 +52,9 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- end -}}
 {{- end -}}
 {{- end -}}
+{{- if and .Values.policy.enabled .Values.policy.reportsClaim (gt (int .Values.policy.replicas) 1) -}}
+{{- fail "policy.reportsClaim: several pods cannot keep one file of reports; set policy.replicas=1, or leave the claim out" -}}
+{{- end -}}
 {{- if and .Values.policy.enabled (not .Values.policy.artifactClaim) (ne (join "," $names) "small,medium,large") -}}
 {{- fail (printf "policy.artifactClaim: the image's policy was made for the stages small, medium, large, not for %s; name a claim with a policy for these, or set policy.enabled=false" (join ", " $names)) -}}
 {{- end -}}
@@ -60,8 +63,8 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{/*
 The objects that every component has, but for its Service: ServiceAccount, ConfigMap, PodDisruptionBudget,
 Deployment. dict "root" $ "component" "stage-small" "image" "stage-onnx" "config" a dict "port" 50061
-"settings" the component's values "startupSeconds" 120 "volumes" a list of dicts name, path, claim
-"env" a dict.
+"settings" the component's values "startupSeconds" 120 "volumes" a list of dicts name, path, claim, writable
+"env" a dict. A claim is mounted read-only where it is not said to be writable.
 */}}
 {{- define "asd.component" -}}
 {{- $name := printf "%s-%s" (include "asd.fullname" .root) .component -}}
@@ -132,6 +135,13 @@ spec:
       terminationGracePeriodSeconds: {{ add .settings.drainSeconds 8 }}
       securityContext:
         {{- include "asd.podSecurity" . | nindent 8 }}
+        {{- range .volumes }}
+        {{- if and .claim .writable }}
+        # The images' user may then write to a volume that came as root's.
+        fsGroup: 10001
+        fsGroupChangePolicy: OnRootMismatch
+        {{- end }}
+        {{- end }}
       containers:
         - name: {{ .image }}
           image: {{ include "asd.image" (dict "root" .root "component" .image) }}
@@ -178,7 +188,7 @@ spec:
             - {name: config, mountPath: /etc/asd, readOnly: true}
             - {name: tmp, mountPath: /tmp}
             {{- range .volumes }}
-            - {name: {{ .name }}, mountPath: {{ .path }}{{ if .claim }}, readOnly: true{{ end }}}
+            - {name: {{ .name }}, mountPath: {{ .path }}{{ if and .claim (not .writable) }}, readOnly: true{{ end }}}
             {{- end }}
       volumes:
         - name: config
@@ -188,7 +198,7 @@ spec:
         {{- range .volumes }}
         - name: {{ .name }}
           {{- if .claim }}
-          persistentVolumeClaim: {claimName: {{ .claim }}, readOnly: true}
+          persistentVolumeClaim: {claimName: {{ .claim }}{{ if not .writable }}, readOnly: true{{ end }}}
           {{- else }}
           emptyDir: {}
           {{- end }}

@@ -79,6 +79,7 @@ class Attributes:
     COST: Final = "asd.cost"
     LATENCY_MS: Final = "asd.latency_ms"
     POLICY_MS: Final = "asd.policy.latency_ms"
+    SHADOW_OUTCOME: Final = "asd.shadow.outcome"
 
 
 class Metrics:
@@ -99,6 +100,13 @@ class Metrics:
     CACHED_PROMPT_TOKENS: Final = "asd.stage.cached_prompt_tokens"
     QUEUE_DEPTH: Final = "asd.stage.queue_depth"
     RUNNING_REQUESTS: Final = "asd.stage.running_requests"
+    REPORTS: Final = "asd.policy.reports"
+    REPORTED_P_CORRECT: Final = "asd.policy.reported_p_correct"
+    REPORTED_ACCURACY: Final = "asd.policy.reported_accuracy"
+    REPORTED_ECE: Final = "asd.policy.reported_calibration_error"
+    DRIFT_EVIDENCE: Final = "asd.policy.drift_evidence"
+    DRIFT_ALARM: Final = "asd.policy.drift_alarm"
+    SHADOW_DECISIONS: Final = "asd.policy.shadow_decisions"
 
 
 PROVIDER_NAME: Final = "asd"

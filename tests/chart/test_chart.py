@@ -37,7 +37,14 @@ EVERYTHING = {
         "nodeSelector": {"pool": "cpu"},
         "speculation": {"pipelined": False, "adaptive": False},
     },
-    "policy": {"artifactClaim": "policy", "tolerations": [{"key": "spot", "operator": "Exists"}]},
+    "policy": {
+        "artifactClaim": "policy",
+        "artifactPollSeconds": 2.5,
+        "reportsClaim": "reports",
+        "drift": {"runLength": 500, "tolerance": 0.05},
+        "shadow": {"artifactClaim": "candidate", "maxMb": 7},
+        "tolerations": [{"key": "spot", "operator": "Exists"}],
+    },
     "stageDefaults": {
         "memoryBudgetMb": 512,
         "nodeSelector": {"pool": "models"},
@@ -178,6 +185,39 @@ def test_policy_config_loads(variant: str, tmp_path: Path) -> None:
     has_claim = bool(VARIANTS[variant][0].get("policy", {}).get("artifactClaim"))
     assert settings.artifact == Path("/artifact" if has_claim else "/policy")
     assert settings.reports_path == Path("/reports/reports.jsonl")
+    assert settings.cascade == VARIANTS[variant][1]
+
+
+def test_what_the_policy_learns_from_reaches_its_settings_and_its_volumes(tmp_path: Path) -> None:
+    maps = of_kind("everything on", "ConfigMap")
+    settings = load(PolicySettings, maps["cascade-policy"]["data"]["config.yaml"], tmp_path)
+    assert settings.artifact_poll_seconds == 2.5
+    assert (settings.drift_run_length, settings.drift_tolerance) == (500, 0.05)
+    assert (settings.shadow_artifact, settings.shadow_max_mb) == (Path("/shadow"), 7)
+    assert settings.shadow_path == Path("/reports/shadow.jsonl")
+    pod = of_kind("everything on", "Deployment")["cascade-policy"]["spec"]["template"]["spec"]
+    claims = {each["name"]: each.get("persistentVolumeClaim") for each in pod["volumes"]}
+    assert claims["reports"] == {"claimName": "reports"}
+    assert claims["shadow"] == {"claimName": "candidate", "readOnly": True}
+    assert claims["artifact"] == {"claimName": "policy", "readOnly": True}
+    mounts = {each["mountPath"]: each.get("readOnly", False) for each in pod["containers"][0]["volumeMounts"]}
+    assert {path: mounts[path] for path in ("/reports", "/shadow", "/artifact")} == {
+        "/reports": False,
+        "/shadow": True,
+        "/artifact": True,
+    }
+    assert pod["securityContext"]["fsGroup"] == 10001
+
+
+def test_by_default_the_policy_has_no_shadow_and_its_settings_own_values(tmp_path: Path) -> None:
+    maps = of_kind("defaults", "ConfigMap")
+    settings = load(PolicySettings, maps["demo-policy"]["data"]["config.yaml"], tmp_path)
+    own = PolicySettings(artifact=Path("/policy"))
+    for name in ("artifact_poll_seconds", "drift_run_length", "drift_tolerance", "shadow_artifact"):
+        assert getattr(settings, name) == getattr(own, name), name
+    pod = of_kind("defaults", "Deployment")["demo-policy"]["spec"]["template"]["spec"]
+    assert {"name": "reports", "emptyDir": {}} in pod["volumes"]
+    assert "fsGroup" not in pod["securityContext"]
 
 
 @each_variant
@@ -270,6 +310,9 @@ def test_helm_test_asks_the_router() -> None:
         ({"router": {"staticPlan": ["huge"]}}, '"huge" is not among stages (small, medium, large)'),
         ({"router": {"staticPlan": ["large", "small"]}}, "in the order of stages"),
         ({**ONE_STAGE, "policy": {"enabled": True}}, "policy.artifactClaim"),
+        ({"policy": {"enabled": True, "reportsClaim": "r", "replicas": 2}}, "policy.reportsClaim"),
+        ({"policy": {"enabled": True, "drift": {"tolerance": 0}}}, "tolerance"),
+        ({"policy": {"enabled": True, "shadow": {"claim": "c"}}}, "claim"),
     ],
 )
 def test_wrong_values_are_refused(values: dict[str, Any], said: str) -> None:

@@ -1,0 +1,250 @@
+"""Shadow mode: a candidate policy decides beside the live one, and is only recorded.
+
+The servicer hands over what the live policy was asked and answered, and answers. A thread of its own asks the
+candidate the same and writes down both. What goes wrong there is counted and goes no further.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import threading
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+from policy_service.policy import Decision, Plan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+    from types import TracebackType
+    from typing import Self
+
+    from policy_service.policy import Policy
+
+logger = logging.getLogger(__name__)
+
+# Answers that may wait for the candidate; further ones are dropped. Chosen: about a tenth of a second's work.
+CAPACITY = 256
+# How long the thread may go on when the service ends, in seconds.
+_CLOSING_SECONDS = 2.0
+STOP = "stop"
+
+
+@dataclass(frozen=True)
+class ShadowJob:
+    """What the live policy was asked and said.
+
+    ask: puts the same question to a policy. judged: place of the stage whose answer was judged; None for a
+    plan. at: seconds since 1970.
+    """
+
+    ask: Callable[[Policy], Plan | Decision]
+    live: Plan | Decision
+    live_version: str
+    judged: int | None
+    request_id: str
+    trace_id: str
+    at: float
+
+
+@dataclass(frozen=True)
+class ShadowRecord:
+    """One line of the file: what both policies would do.
+
+    step: "plan" or "decide". judged_stage: "" for a plan. Actions: the stage to ask, or "stop". p_correct: of
+    the judged answer; for a plan, of the stage that would start. Changes: of the candidate's action over the
+    live one's, in P(correct) of that stage's answer and in the cost of asking it, as predicted by the live
+    policy and by the candidate; what may follow is not counted.
+    """
+
+    at: float
+    request_id: str
+    trace_id: str
+    step: str
+    judged_stage: str
+    live_version: str
+    shadow_version: str
+    live_action: str
+    shadow_action: str
+    live_p_correct: float
+    shadow_p_correct: float
+    quality_change_by_live: float
+    quality_change_by_shadow: float
+    cost_change_by_live: float
+    cost_change_by_shadow: float
+
+    @property
+    def agrees(self) -> bool:
+        """Whether both would do the same."""
+        return self.live_action == self.shadow_action
+
+
+@dataclass(frozen=True)
+class ShadowCounts:
+    """What became of the jobs since the start. decisions: the candidate's; agreements: of them."""
+
+    version: str
+    decisions: int = 0
+    agreements: int = 0
+    dropped: int = 0
+    failures: int = 0
+
+
+class ShadowObserver(Protocol):
+    """Is told what becomes of jobs."""
+
+    def shadow_compared(self, step: str, stage: str, *, agrees: bool) -> None:
+        """Take a comparison. stage: the judged one; for a plan the one that the live policy starts with."""
+
+    def shadow_dropped(self) -> None:
+        """Take that a job found no place."""
+
+    def shadow_failed(self) -> None:
+        """Take that a job failed."""
+
+
+class Shadow:
+    """Asks a candidate what the live policy was asked, in a thread that runs while this is entered.
+
+    path: file of JSON lines; None: counted only. max_bytes: size from which on nothing more is written there.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        path: Path | None,
+        observer: ShadowObserver,
+        *,
+        capacity: int = CAPACITY,
+        max_bytes: float = 2.0**28,
+    ) -> None:
+        self._policy = policy
+        self._names = [stage.name for stage in policy.stages]
+        self._path = path
+        self._observer = observer
+        self._max_bytes = max_bytes
+        self._is_full = False
+        self._jobs: queue.Queue[ShadowJob | None] = queue.Queue(capacity)
+        self._thread = threading.Thread(target=self._work, name="shadow", daemon=True)
+        # Each field has one writer: `dropped` the caller's thread, the others the shadow's own.
+        self._dropped = 0
+        self._compared = ShadowCounts(policy.version)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("ab") as file:
+                self._is_full = file.tell() >= max_bytes
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace_back: TracebackType | None
+    ) -> None:
+        """Have what waits written, for a short time: a candidate that hangs must not hold the service."""
+        try:
+            self._jobs.put(None, timeout=_CLOSING_SECONDS)
+        except queue.Full:
+            return
+        self._thread.join(_CLOSING_SECONDS)
+
+    @property
+    def counts(self) -> ShadowCounts:
+        """What became of the jobs so far."""
+        return replace(self._compared, dropped=self._dropped)
+
+    def offer(self, job: ShadowJob) -> None:
+        """Take a job without waiting; drop it where too many wait."""
+        try:
+            self._jobs.put_nowait(job)
+        except queue.Full:
+            self._dropped += 1
+            self._observer.shadow_dropped()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                self._take(job)
+            except Exception:
+                failures = self._compared.failures + 1
+                self._compared = replace(self._compared, failures=failures)
+                self._observer.shadow_failed()
+                if failures == 1:
+                    logger.exception(
+                        "the shadow policy %s failed; further failures are only counted", self._policy.version
+                    )
+
+    def _take(self, job: ShadowJob) -> None:
+        record = compare(job, job.ask(self._policy), self._policy.version, self._names)
+        if self._path is not None and not self._is_full:
+            self._write(self._path, record)
+        done = self._compared
+        self._compared = replace(
+            done, decisions=done.decisions + 1, agreements=done.agreements + record.agrees
+        )
+        stage = record.judged_stage or record.live_action
+        self._observer.shadow_compared(record.step, stage, agrees=record.agrees)
+
+    def _write(self, path: Path, record: ShadowRecord) -> None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(record), separators=(",", ":")) + "\n")
+            self._is_full = file.tell() >= self._max_bytes
+        if self._is_full:
+            logger.warning("%s has reached its greatest size: decisions are only counted from here on", path)
+
+
+def compare(
+    job: ShadowJob, shadow: Plan | Decision, shadow_version: str, names: Sequence[str]
+) -> ShadowRecord:
+    """Return the record of one question to both policies. names: of the stages."""
+    live_next, shadow_next = _next_stage(job.live), _next_stage(shadow)
+    by_live = [_expected(job.live, stage) for stage in (live_next, shadow_next)]
+    by_shadow = [_expected(shadow, stage) for stage in (live_next, shadow_next)]
+    return ShadowRecord(
+        at=job.at,
+        request_id=job.request_id,
+        trace_id=job.trace_id,
+        step="plan" if job.judged is None else "decide",
+        judged_stage="" if job.judged is None else names[job.judged],
+        live_version=job.live_version,
+        shadow_version=shadow_version,
+        live_action=STOP if live_next is None else names[live_next],
+        shadow_action=STOP if shadow_next is None else names[shadow_next],
+        live_p_correct=_p_correct(job.live),
+        shadow_p_correct=_p_correct(shadow),
+        quality_change_by_live=by_live[1][0] - by_live[0][0],
+        quality_change_by_shadow=by_shadow[1][0] - by_shadow[0][0],
+        cost_change_by_live=by_live[1][1] - by_live[0][1],
+        cost_change_by_shadow=by_shadow[1][1] - by_shadow[0][1],
+    )
+
+
+def read_shadow(path: Path) -> Iterator[ShadowRecord]:
+    """Yield the records of a file; a line that a crash cut off is skipped with a warning. Raises OSError."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield ShadowRecord(**json.loads(line))
+            except (TypeError, ValueError):
+                logger.warning("%s: line %d is no record of a shadow and is skipped", path, number)
+
+
+def _next_stage(answer: Plan | Decision) -> int | None:
+    return answer.first_stage if isinstance(answer, Plan) else answer.next_stage
+
+
+def _expected(answer: Plan | Decision, stage: int | None) -> tuple[float, float]:
+    """Return P(correct) and further cost of asking a stage, or of stopping at what was judged."""
+    if stage is None:
+        return _p_correct(answer), 0.0
+    (estimate,) = (each for each in answer.estimates if each.stage == stage)
+    return estimate.p_correct, estimate.cost
+
+
+def _p_correct(answer: Plan | Decision) -> float:
+    if isinstance(answer, Decision):
+        return answer.p_correct
+    (first,) = (each for each in answer.estimates if each.stage == answer.first_stage)
+    return first.p_correct

@@ -1,0 +1,239 @@
+"""Commands of `asd-policy` for a policy in service: versions, refitting, drift, shadow."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from services.common.errors import PreconditionFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from policy_service.reports import OutcomeReport
+    from policy_service.shadow import ShadowRecord
+    from policy_service.train.refit import StageRefit
+
+# Of files and pipes: no table is wider.
+_WIDE = 160
+
+Store = Annotated[Path, typer.Argument(help="Directory of the versions.")]
+Reports = Annotated[list[Path], typer.Argument(help="Files of reports, as policy services write them.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to an app."""
+    for command in (versions, publish, rollback, refit, drift, shadow):
+        app.command()(command)
+
+
+def versions(store: Store) -> None:
+    """List the versions of a store and which one is in force."""
+    _check_extra("policy", "onnxruntime")
+    from policy_service.store import PolicyStore
+
+    headings = ("version", "parent", "calibration\nprompts", "in force since")
+    table = _table(f"policies in {store}", headings, left=2)
+    for each in PolicyStore(store).versions():
+        since = (
+            "" if each.since is None else datetime.fromtimestamp(each.since, UTC).isoformat(" ", "seconds")
+        )
+        mark = " *" if each.is_current else ""
+        table.add_row(each.version + mark, each.parent, f"{each.prompts or '–'}", each.problem or since)
+    _console().print(table)
+
+
+def publish(
+    artifact: Annotated[Path, typer.Argument(help="Directory of the policy, as `fit` writes it.")],
+    store: Store,
+) -> None:
+    """Copy a policy into a store and put it into force. Services that read the store follow by themselves."""
+    _check_extra("policy", "onnxruntime")
+    from policy_service.store import PolicyStore
+
+    _print(f"policy {PolicyStore(store).publish(artifact).policy_version} is in force in {store}")
+
+
+def rollback(
+    store: Store,
+    to: Annotated[
+        str | None, typer.Option(help="A version of the store.", show_default="the one before")
+    ] = None,
+) -> None:
+    """Put the version before the present one back into force."""
+    _check_extra("policy", "onnxruntime")
+    from policy_service.store import PolicyStore
+
+    _print(f"policy {PolicyStore(store).rollback(to)} is in force in {store}")
+
+
+def refit(
+    store: Store,
+    reports: Annotated[list[Path], typer.Option(help="A file of reports; repeat it for several.")],
+    publish: Annotated[bool, typer.Option("--publish", help="Put the refitted policy into force.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the refitted policy here.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the halves.")] = 0,
+) -> None:
+    """Refit the calibration of the policy in force to reports of its answers, and show what that changes."""
+    _check_extra("policy-train", "onnxruntime", "scipy", "sklearn", "onnx")
+    from policy_service.artifact import read_document
+    from policy_service.store import PolicyStore
+    from policy_service.train.refit import fit_corrections, write_refitted
+
+    versions = PolicyStore(store)
+    parent = versions.artifact(versions.current())
+    document = read_document(parent)
+    stages = [stage.name for stage in document.stages]
+    refits = fit_corrections(_read(reports), document.policy_version, stages, seed)
+    console = _console()
+    console.print(_refit_table(document.policy_version, refits))
+    if not any(each.correction for each in refits):
+        _print(f"policy {document.policy_version} stays: no correction lowers the log loss beyond doubt")
+        return
+    if output is not None:
+        refitted = write_refitted(parent, refits, output)
+        _print(f"policy {refitted.policy_version} is in {output}")
+    if publish:
+        with tempfile.TemporaryDirectory() as folder:
+            write_refitted(parent, refits, Path(folder))
+            refitted = versions.publish(Path(folder))
+        _print(f"policy {refitted.policy_version} is in force in {store}, after {document.policy_version}")
+    elif output is None:
+        _print("nothing was written: --publish puts the refitted policy into force, --output writes it")
+
+
+def drift(
+    reports: Reports,
+    run_length: Annotated[
+        float, typer.Option(min=2, help="Mean reports of a stage before a false alarm, at least.")
+    ] = 10_000,
+    tolerance: Annotated[
+        float, typer.Option(min=0.001, max=0.499, help="Gap between predicted and right that is no drift.")
+    ] = 0.02,
+) -> None:
+    """Show how reported answers turned out beside what was predicted, and where an alarm would have been."""
+    from policy_service.drift import DriftMonitor, DriftRule
+    from policy_service.reports import first_reports
+
+    # The table says it.
+    monitor = DriftMonitor(DriftRule(run_length, tolerance), on_alarm=lambda *_: None)
+    for report in first_reports(_read(reports)):
+        monitor.add(report)
+    numbers = ("reports", "predicted", "right", "ECE", "evidence", "drifted at\nreport")
+    table = _table(f"calibration; alarm at evidence {run_length:g}", ("policy", "stage", *numbers), left=2)
+    for version in monitor.versions():
+        for each in monitor.of(version):
+            table.add_row(
+                version,
+                each.stage,
+                str(each.reports),
+                f"{each.expected:.2%}",
+                f"{each.observed:.2%}",
+                f"{each.calibration_error:.4f}",
+                f"{each.evidence:.3g}",
+                "no" if each.alarm_at is None else str(each.alarm_at),
+            )
+    _console().print(table)
+
+
+def shadow(
+    file: Annotated[Path, typer.Argument(help="What a policy service wrote to shadow_path.")],
+) -> None:
+    """Show where a shadow policy would have done otherwise than the live one, and what that would change."""
+    from policy_service.shadow import read_shadow
+
+    records = list(read_shadow(file))
+    pairs = Counter((each.live_version, each.shadow_version) for each in records)
+    for (live, candidate), count in pairs.items():
+        of_pair = [each for each in records if (each.live_version, each.shadow_version) == (live, candidate)]
+        _console().print(_shadow_table(f"{candidate} beside {live}: {count} records", of_pair))
+    if not records:
+        _print(f"{file} holds no records")
+
+
+def _refit_table(version: str, refits: Iterable[StageRefit]) -> Table:
+    numbers = (
+        "reports",
+        "ECE\nbefore",
+        "ECE\nafter",
+        "log loss\nbefore",
+        "log loss\nafter",
+        "slope",
+        "offset",
+    )
+    table = _table(f"policy {version} on reports that each half was not fitted to", ("stage", *numbers, ""))
+    for each in refits:
+        row = [each.stage, str(each.reports)]
+        row += (
+            [f"{value:.4f}" for value in (*each.error, *each.loss)] if each.error and each.loss else ["–"] * 4
+        )
+        correction = each.correction
+        row += [f"{correction.slope:.3f}", f"{correction.offset:+.3f}"] if correction else ["–"] * 2
+        table.add_row(*row, each.reason and f"stays: {each.reason}")
+    return table
+
+
+def _shadow_table(title: str, records: Sequence[ShadowRecord]) -> Table:
+    changes = ("quality\nby live", "quality\nby shadow", "cost\nby live", "cost\nby shadow")
+    table = _table(title, ("step", "stage", "records", "agree", *changes), left=2)
+    groups: dict[tuple[str, str], list[ShadowRecord]] = {}
+    for each in records:
+        groups.setdefault((each.step, each.judged_stage), []).append(each)
+    for (step, stage), group in sorted(groups.items(), key=lambda item: item[0], reverse=True):
+        table.add_row(
+            step,
+            stage,
+            str(len(group)),
+            f"{fmean(each.agrees for each in group):.1%}",
+            f"{fmean(each.quality_change_by_live for each in group):+.4f}",
+            f"{fmean(each.quality_change_by_shadow for each in group):+.4f}",
+            f"{fmean(each.cost_change_by_live for each in group):+.3f}",
+            f"{fmean(each.cost_change_by_shadow for each in group):+.3f}",
+        )
+    return table
+
+
+def _read(files: Iterable[Path]) -> list[OutcomeReport]:
+    from policy_service.reports import read_reports
+
+    return [report for file in files for report in read_reports(file)]
+
+
+def _table(title: str, headings: Sequence[str], left: int = 1) -> Table:
+    """Return a table whose first columns, so many of them, are texts; no number is cut."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for place, heading in enumerate(headings):
+        is_text = place < left or not heading
+        table.add_column(
+            heading, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold"
+        )
+    return table
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDE)
+
+
+def _print(line: str) -> None:
+    _console().print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _check_extra(extra: str, *modules: str) -> None:
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise PreconditionFailed(
+            f'{", ".join(missing)} not installed: run .venv/bin/python -m pip install --editable ".[{extra}]"'
+        )

@@ -1,0 +1,330 @@
+"""Versions of a policy: published whole or not at all, rolled back, followed, refused."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from policy_service.artifact import UnfitArtifact
+from policy_service.store import PolicyStore, PolicyWatch, UnfitStore, follow, load_usable, open_policy
+from tests.unit.policy.tiny_policy import make_artifact
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> PolicyStore:
+    """A store of v1 and v2, of which v2 is in force since second 101."""
+    times = iter(range(100, 200))
+    store = PolicyStore(tmp_path / "store", clock=lambda: next(times))
+    for name in ("v1", "v2"):
+        store.publish(make_artifact(tmp_path / name, name))
+    return store
+
+
+def break_model(store: PolicyStore, version: str) -> None:
+    (store.artifact(version) / "0-None.onnx").write_bytes(b"cut off")
+
+
+def test_a_published_policy_is_in_force_and_the_one_before_is_kept(store: PolicyStore, tmp_path: Path):
+    assert store.history() == ("v1", "v2")
+    loaded, opened = open_policy(store.directory)
+    assert loaded.policy.version == "v2"
+    assert opened is not None
+    listed = [(each.version, each.since, each.is_current, each.prompts) for each in store.versions()]
+    assert listed == [("v1", 100.0, False, 300), ("v2", 101.0, True, 300)]
+    # What it was copied from may go.
+    (tmp_path / "v2" / "policy.json").unlink()
+    assert open_policy(store.directory)[0].policy.version == "v2"
+
+
+def test_an_artifact_is_opened_as_before(tmp_path: Path):
+    loaded, store = open_policy(make_artifact(tmp_path / "a", "v7"))
+    assert (loaded.policy.version, store) == ("v7", None)
+
+
+def test_publishing_again_changes_nothing_and_another_content_is_refused(store: PolicyStore, tmp_path: Path):
+    store.publish(tmp_path / "v2")
+    assert store.history() == ("v1", "v2")
+    other = make_artifact(tmp_path / "other", "v2", offset=-1.0)
+    with pytest.raises(UnfitStore, match="a version never changes"):
+        store.publish(other)
+    assert store.history() == ("v1", "v2")
+
+
+def test_rollback_goes_back_step_by_step_and_to_any_version(store: PolicyStore, tmp_path: Path):
+    store.publish(make_artifact(tmp_path / "v3", "v3"))
+    assert store.rollback() == "v2"
+    assert store.rollback() == "v1"
+    with pytest.raises(UnfitStore, match="v1 is the only version so far"):
+        store.rollback()
+    assert store.rollback("v3") == "v3"
+    assert store.history() == ("v1", "v3")
+    assert store.rollback() == "v1"
+    store.rollback("v2")
+    store.rollback("v3")
+    assert store.rollback("v1") == "v1"
+    # It was in force before the two, so they are undone with what follows it.
+    assert store.history() == ("v1",)
+    with pytest.raises(UnfitStore, match="no version 'v9': choose one of v1, v2, v3"):
+        store.rollback("v9")
+
+
+def test_rollback_to_what_cannot_be_served_is_refused(store: PolicyStore):
+    break_model(store, "v1")
+    with pytest.raises(UnfitArtifact, match=r"0-None\.onnx"):
+        store.rollback()
+    assert store.current() == "v2"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: (path / "policy.json").unlink(), "No such file"),
+        (lambda path: (path / "policy.json").write_text("{}"), "policy.json"),
+        (lambda path: (path / "1-0.onnx").write_bytes(b"x"), "is not the model"),
+        (lambda path: (path / "1-0.onnx").unlink(), "1-0.onnx"),
+    ],
+)
+def test_what_cannot_be_served_is_not_published(spoil, message, store: PolicyStore, tmp_path: Path):
+    artifact = make_artifact(tmp_path / "v3", "v3")
+    spoil(artifact)
+    with pytest.raises(UnfitArtifact, match=message):
+        store.publish(artifact)
+    assert store.history() == ("v1", "v2")
+    assert store.names() == ("v1", "v2")
+    # What was left of the attempt does not stand in the way.
+    store.publish(make_artifact(tmp_path / "v3", "v3"))
+    assert store.current() == "v3"
+
+
+def test_a_policy_that_loads_but_does_not_decide_is_not_published(store: PolicyStore, tmp_path: Path):
+    artifact = make_artifact(tmp_path / "v3", "v3")
+    document = json.loads((artifact / "policy.json").read_text())
+    by_name = {view["model"]: view for view in document["views"]}
+    # The model of another view has a head too many.
+    by_name["1-0.onnx"]["model"], by_name["1-0.onnx"]["sha256"] = (
+        "0-None.onnx",
+        by_name["0-None.onnx"]["sha256"],
+    )
+    (artifact / "policy.json").write_text(json.dumps(document))
+    with pytest.raises(UnfitArtifact, match="loads but does not decide"):
+        store.publish(artifact)
+    assert store.current() == "v2"
+
+
+def test_a_directory_that_holds_another_version_than_its_name_is_refused(store: PolicyStore):
+    store.artifact("v2").rename(store.artifact("v3"))
+    store.artifact("v1").rename(store.artifact("v2"))
+    with pytest.raises(UnfitStore, match="v2 holds policy v1"):
+        open_policy(store.directory)
+
+
+def test_names_that_lead_out_of_the_store_are_refused(store: PolicyStore, tmp_path: Path):
+    with pytest.raises(UnfitStore, match="cannot name a directory"):
+        store.publish(make_artifact(tmp_path / "odd", "../v3"))
+    artifact = make_artifact(tmp_path / "v3", "v3")
+    document = json.loads((artifact / "policy.json").read_text())
+    document["views"][0]["model"] = "../v3/None-None.onnx"
+    (artifact / "policy.json").write_text(json.dumps(document))
+    with pytest.raises(UnfitStore, match="not the name of a file"):
+        store.publish(artifact)
+
+
+def test_a_policy_of_another_cascade_is_refused(store: PolicyStore, tmp_path: Path):
+    other = make_artifact(tmp_path / "v3", "v3", stages=("small", "medium", "large"))
+    with pytest.raises(UnfitStore, match="made for the cascade small, medium, large"):
+        store.publish(other)
+    with pytest.raises(UnfitStore, match="`cascade` is for a, b: make a policy"):
+        open_policy(store.directory, ("a", "b"))
+    with pytest.raises(UnfitStore, match="`cascade` is for a, b"):
+        open_policy(other, ("a", "b"))
+    assert open_policy(other, ("small", "medium", "large"))[0].policy.version == "v3"
+
+
+def test_an_artifact_is_no_store(tmp_path: Path):
+    artifact = make_artifact(tmp_path / "v1", "v1")
+    with pytest.raises(UnfitStore, match="is an artifact, not a store"):
+        PolicyStore(artifact).publish(artifact)
+
+
+def test_a_store_without_a_policy_says_how_to_publish_one(tmp_path: Path):
+    (tmp_path / "policies").mkdir()
+    with pytest.raises(UnfitStore, match="asd-policy publish"):
+        open_policy(tmp_path)
+    with pytest.raises(UnfitArtifact, match="no policy in"):
+        open_policy(tmp_path / "nowhere")
+    (tmp_path / "current.json").write_text('{"schema": "asd.policies", "history": []}')
+    with pytest.raises(UnfitStore, match="does not name a version"):
+        open_policy(tmp_path)
+
+
+def test_two_cannot_change_a_store_at_once(store: PolicyStore):
+    with (store.directory / ".lock").open("w") as held:
+        # Even one that only reads with the lock held keeps a writer out.
+        fcntl.flock(held, fcntl.LOCK_SH)
+        with pytest.raises(UnfitStore, match="another process is changing this store"):
+            store.rollback()
+    assert store.rollback() == "v1"
+
+
+def test_at_start_the_last_policy_that_can_be_served_stands_in(store: PolicyStore, caplog):
+    break_model(store, "v2")
+    assert open_policy(store.directory)[0].policy.version == "v1"
+    assert "policy v1 is served in place of v2" in caplog.text
+    break_model(store, "v1")
+    with pytest.raises(UnfitArtifact, match="v2"):
+        open_policy(store.directory)
+
+
+# Publishes in a child that ends at the nth step that touches the disk, for every n, as a kill would end it:
+# no handler of an exception and no `finally` runs. Prints for each what the store then has in force, and what
+# it has after publishing anew.
+_KILLED = """
+import json, os, pathlib, shutil, sys
+from policy_service import store as module
+from policy_service.store import PolicyStore, open_policy
+source, work = map(pathlib.Path, sys.argv[1:])
+found = []
+for last in range(1000):
+    directory = work / str(last)
+    shutil.copytree(source / "store", directory)
+    child = os.fork()
+    if child == 0:
+        steps = 0
+        def dying(call):
+            def step(*given, **named):
+                global steps
+                if steps == last:
+                    os._exit(9)
+                steps += 1
+                return call(*given, **named)
+            return step
+        shutil.copyfile, os.fsync = dying(shutil.copyfile), dying(os.fsync)
+        pathlib.Path.rename, pathlib.Path.replace = map(dying, (pathlib.Path.rename, pathlib.Path.replace))
+        pathlib.Path.mkdir = dying(pathlib.Path.mkdir)
+        pathlib.Path.write_text = dying(pathlib.Path.write_text)
+        PolicyStore(directory).publish(source / "v3")
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    in_force = open_policy(directory)[0].policy.version
+    PolicyStore(directory).publish(source / "v3")
+    found.append([status, in_force, open_policy(directory)[0].policy.version])
+    if status == 0:
+        break
+print(json.dumps(found))
+"""
+
+
+def test_publishing_killed_at_any_step_leaves_the_last_good_policy(store: PolicyStore, tmp_path: Path):
+    make_artifact(tmp_path / "v3", "v3")
+    (tmp_path / "work").mkdir()
+    command = [sys.executable, "-c", _KILLED, str(tmp_path), str(tmp_path / "work")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    # Five files are copied and synced, two directories and the pointer come after.
+    assert len(found) > 12
+    assert {status for status, _, _ in found} == {0, 9}
+    in_force = [version for _, version, _ in found]
+    assert in_force == sorted(in_force)
+    assert set(in_force) == {"v2", "v3"}
+    assert {after for _, _, after in found} == {"v3"}
+    # The old one up to the pointer's rename; what follows is its sync.
+    assert in_force.count("v3") == 2
+
+
+def test_a_watch_hands_over_each_new_policy_once(store: PolicyStore, tmp_path: Path):
+    watch = PolicyWatch(store, open_policy(store.directory)[0])
+    assert watch.poll() is None
+    store.publish(make_artifact(tmp_path / "v3", "v3"))
+    loaded = watch.poll()
+    assert loaded is not None
+    assert loaded.policy.version == "v3"
+    assert watch.poll() is None
+    store.rollback()
+    loaded = watch.poll()
+    assert loaded is not None
+    assert loaded.policy.version == "v2"
+
+
+def test_a_watch_refuses_a_bad_version_once_in_the_log_and_takes_it_when_it_is_mended(
+    store: PolicyStore, tmp_path: Path, caplog
+):
+    watch = PolicyWatch(store, open_policy(store.directory)[0])
+    store.publish(make_artifact(tmp_path / "v3", "v3"))
+    whole = (store.artifact("v3") / "0-None.onnx").read_bytes()
+    break_model(store, "v3")
+    with caplog.at_level(logging.ERROR):
+        assert [watch.poll(), watch.poll()] == [None, None]
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("policy v2 stays in force: ")
+    assert "0-None.onnx is not the model" in said
+    (store.artifact("v3") / "0-None.onnx").write_bytes(whole)
+    loaded = watch.poll()
+    assert loaded is not None
+    assert loaded.policy.version == "v3"
+
+
+@pytest.mark.parametrize(
+    "content", [None, "{", '{"schema": "asd.policies", "history": [{"version": "../x"}]}']
+)
+def test_a_watch_outlives_a_pointer_that_cannot_be_read(content, store: PolicyStore, caplog):
+    watch = PolicyWatch(store, open_policy(store.directory)[0])
+    pointer = store.directory / "current.json"
+    kept = pointer.read_text()
+    if content is None:
+        pointer.unlink()
+    else:
+        pointer.write_text(content)
+    assert watch.poll() is None
+    assert "policy v2 stays in force" in caplog.text
+    pointer.write_text(kept)
+    assert watch.poll() is None
+
+
+def test_a_watch_refuses_another_cascade(store: PolicyStore, tmp_path: Path, caplog):
+    watch = PolicyWatch(store, open_policy(store.directory)[0])
+    other = make_artifact(tmp_path / "v3", "v3", stages=("small", "medium", "large"))
+    other.rename(store.artifact("v3"))
+    pointer = store.directory / "current.json"
+    pointer.write_text(pointer.read_text().replace('"v2"', '"v3"'))
+    assert watch.poll() is None
+    assert "made for the cascade small, medium, large" in caplog.text
+
+
+async def test_following_hands_over_between_sleeps(store: PolicyStore, tmp_path: Path):
+    watch = PolicyWatch(store, open_policy(store.directory)[0])
+    slept, used = [], []
+    store.publish(make_artifact(tmp_path / "v3", "v3"))
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 3:
+            raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        await follow(watch, lambda policy, document: used.append((policy.version, document)), 7.5, sleep)
+    assert slept == [7.5] * 3
+    assert [version for version, _ in used] == ["v3"]
+
+
+def test_a_usable_policy_has_solved_what_its_first_requests_need(tmp_path: Path, monkeypatch):
+    from policy_service import policy as module
+    from policy_service.features import PromptText
+    from policy_service.policy import Objective
+
+    loaded = load_usable(make_artifact(tmp_path / "v1", "v1"))
+
+    def solve(*_: object, **__: object) -> None:
+        raise AssertionError("it has to solve again")
+
+    monkeypatch.setattr(module, "solve_policy", solve)
+    assert loaded.policy.plan(PromptText("What?"), Objective(), {}).first_stage == 0

@@ -1,0 +1,106 @@
+"""A policy small enough to calculate by hand.
+
+Prompts all look the same. In every view the score of stage s's head is 2 + s, plus 4 times the draft's mean
+log-probability where there is a draft; `offset` shifts the calibration of all heads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from policy_service.artifact import PolicyDocument, write_document
+from policy_service.features import FEATURES_VERSION, FeatureSpace
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+COSTS = {"small": 1.0, "medium": 2.0, "large": 3.0}
+CENTRES = (0.2, 0.5, 0.8)
+
+
+def make_artifact(
+    directory: Path, version: str, *, stages: tuple[str, ...] = ("small", "large"), offset: float = 0.0
+) -> Path:
+    """Write a policy for some stages to a directory and return the directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    document = PolicyDocument.model_validate(_content(directory, version, stages, offset))
+    write_document(document, directory)
+    return directory
+
+
+def _content(directory: Path, version: str, stages: tuple[str, ...], offset: float) -> dict[str, Any]:
+    size = FeatureSpace(len(stages)).size
+    keys: list[tuple[int | None, int | None]] = [(None, None)]
+    keys += [(s, o) for s in range(len(stages)) for o in (None, *range(s))]
+    views = []
+    for stage, origin in keys:
+        heads = stages[stage or 0 :]
+        name = f"{stage}-{origin}.onnx"
+        model = _model(size, len(heads), stage, stages)
+        (directory / name).write_bytes(model)
+        moves = [
+            {
+                "to": later,
+                "transition": [[0.1, 0.1, 0.8]] * 3,
+                "cost": [COSTS[later]] * 3,
+                "latency_ms": [COSTS[later]] * 3,
+            }
+            for place, later in enumerate(stages)
+            if stage is None or place > stage
+        ]
+        head = {"slope": 1.0, "offset": offset, "edges": [0.35, 0.65], "counts": [100, 100, 100]}
+        views.append(
+            {
+                "stage": None if stage is None else stages[stage],
+                "origin": None if origin is None else stages[origin],
+                "model": name,
+                "sha256": hashlib.sha256(model).hexdigest(),
+                "p_correct": CENTRES,
+                "certified": (0.0, 0.4, 0.7),
+                "heads": [{"stage": each, **head} for each in heads],
+                "moves": moves,
+            }
+        )
+    source = {"file": "x", "sha256": "0", "prompts": 300}
+    return {
+        "policy_version": version,
+        "features_version": FEATURES_VERSION,
+        "features": size,
+        "seed": 0,
+        "stages": [
+            {"name": name, "cost": COSTS[name], "latency_ms": 1.0, "accuracy": 0.5, "calibration_error": 0.1}
+            for name in stages
+        ],
+        "quality_values": {"fastest": 2.0, "balanced": 10.0, "best": 100.0},
+        "curve": [
+            {"quality_value": value, "cost": value, "latency_ms": value, "accuracy": value / 200}
+            for value in (1.0, 10.0, 100.0)
+        ],
+        "train": source,
+        "calibration": source,
+        "views": views,
+    }
+
+
+def _model(size: int, heads: int, stage: int | None, stages: tuple[str, ...]) -> bytes:
+    """Return features @ weights + places."""
+    weights = np.zeros((size, heads), np.float32)
+    if stage is not None:
+        weights[FeatureSpace(len(stages)).names.index("draft_logprob_mean"), :] = 4.0
+    places = 2 + np.arange(stage or 0, (stage or 0) + heads, dtype=np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("Gemm", ["features", "weights", "places"], ["scores"])],
+        "tiny",
+        [helper.make_tensor_value_info("features", TensorProto.FLOAT, ["n", size])],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["n", heads])],
+        [numpy_helper.from_array(weights, "weights"), numpy_helper.from_array(places, "places")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    onnx.checker.check_model(model)
+    content: bytes = model.SerializeToString()
+    return content
