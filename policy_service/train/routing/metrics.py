@@ -1,0 +1,77 @@
+"""How well a score sends prompts to the large model: APGR, CPT and their bootstrap intervals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Floats = npt.NDArray[np.float64]
+
+_RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Measures of one score. interval: 95% of apgr. cpt50, cpt80: share of calls that recovers so much."""
+
+    apgr: float
+    interval: tuple[float, float]
+    cpt50: float
+    cpt80: float
+
+
+def recovery_curve(scores: Floats, gains: Floats) -> tuple[Floats, Floats]:
+    """Return shares of calls to the large model, and the performance gap recovered (PGR): 0 to 1 each.
+
+    scores: [n], higher goes to the large model first. gains: [n], quality of the large answer less that of
+    the small one. Every threshold is a point; prompts of equal score go together. PGR 0 is the small model
+    alone, 1 the large one alone. The large model must be the better one: ValueError if not.
+    """
+    _, place = np.unique(-scores, return_inverse=True)
+    recovered = np.concatenate(([0.0], np.cumsum(np.bincount(place, weights=gains))))
+    if recovered[-1] <= 0:
+        raise ValueError("the large model is not better than the small one: there is no gap to recover")
+    shares = np.concatenate(([0.0], np.cumsum(np.bincount(place)))) / len(scores)
+    return shares, recovered / recovered[-1]
+
+
+def average_recovery(scores: Floats, gains: Floats) -> float:
+    """Return APGR: the exact area under PGR over the share of calls; 0.5 for a score that knows nothing.
+
+    Between two thresholds a random part of the prompts that tie goes to the large model: straight lines.
+    Source: Ong et al. 2024 (RouteLLM), section 2.2, who take ten quantiles in place of every threshold.
+    """
+    shares, recovered = recovery_curve(scores, gains)
+    return float(np.sum((recovered[1:] + recovered[:-1]) / 2 * np.diff(shares)))
+
+
+def call_share(scores: Floats, gains: Floats, recovery: float) -> float:
+    """Return CPT: the least share of calls to the large model that recovers a part (0 to 1) of the gap."""
+    shares, recovered = recovery_curve(scores, gains)
+    after = int(np.argmax(recovered >= recovery - 1e-12))
+    below, above = recovered[after - 1], recovered[after]
+    part = min(max((recovery - below) / (above - below), 0.0), 1.0)
+    return float(shares[after - 1] + part * (shares[after] - shares[after - 1]))
+
+
+def measure(scores: Floats, gains: Floats, seed: int) -> Routed:
+    """Return the measures of a score. The bootstrap resamples prompts, and fits nothing again."""
+    rng = np.random.default_rng(seed)
+    areas = []
+    for _ in range(_RESAMPLES):
+        rows = rng.integers(0, len(gains), len(gains))
+        # A resample without a gap has no PGR; it takes few prompts or equal models to make one.
+        if gains[rows].sum() > 0:
+            areas.append(average_recovery(scores[rows], gains[rows]))
+    low, high = np.percentile(areas, [2.5, 97.5])
+    return Routed(
+        average_recovery(scores, gains),
+        (float(low), float(high)),
+        call_share(scores, gains, 0.5),
+        call_share(scores, gains, 0.8),
+    )

@@ -1,0 +1,48 @@
+"""Tables of a routing evaluation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from policy_service.train.routing.evaluate import RoutingEvaluation
+
+
+def routing_tables(evaluation: RoutingEvaluation) -> Iterator[Table]:
+    """Yield tables of an evaluation: the routers, then the ladder's stages where it was replayed."""
+    small, large = evaluation.ladder[0], evaluation.ladder[-1]
+    table = _table(
+        f"{small} ({evaluation.accuracy[0]:.1%}) to {large} ({evaluation.accuracy[-1]:.1%}): "
+        f"{evaluation.prompts} prompts, {evaluation.folds}",
+        ("APGR", "95% interval", "CPT(50%)", "CPT(80%)"),
+    )
+    for name, routed in evaluation.routers.items():
+        interval = f"{routed.interval[0]:.3f}–{routed.interval[1]:.3f}"
+        table.add_row(name, f"{routed.apgr:.3f}", interval, f"{routed.cpt50:.1%}", f"{routed.cpt80:.1%}")
+    if evaluation.published is not None:
+        each = evaluation.published
+        table.add_row(each.name, f"{each.apgr:.3f}", "–", f"{each.cpt50:.1%}", f"{each.cpt80:.1%}")
+        table.caption = f"{each.name}: as published, {each.source}; on the full benchmark"
+    yield table
+    if evaluation.ladder_lines:
+        headings = ("accuracy", "of the\nlast's", "cost", *evaluation.ladder)
+        table = _table("the ladder; cost by parameters, the last stage alone is 1", headings)
+        for line in evaluation.ladder_lines:
+            shares = (f"{share:.1%}" for share in line.mix)
+            table.add_row(
+                line.name, f"{line.accuracy:.2%}", f"{line.accuracy_ratio:.1%}", f"{line.cost:.3f}", *shares
+            )
+        yield table
+
+
+def _table(title: str, numbers: Sequence[str]) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("", overflow="fold")
+    for heading in numbers:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
