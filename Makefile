@@ -7,7 +7,7 @@ DEV_EXTRAS := stage,policy,policy-train,bench,dev
 INSTALLED_BY := pyproject.toml hatch_build.py $(wildcard protos/asd/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test lint format bench bench-escalation models policy clean
+.PHONY: help install demo up test lint format bench bench-escalation bench-policy experiments models policy clean
 
 help: ## Say what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -48,16 +48,25 @@ bench-escalation: $(VENV)/.dev ## Measure verification of drafts; writes benchma
 models: ## Train the embedded family anew (a GPU; torch of the `train` extra)
 	$(PYTHON) -m models.train --out build/models
 
-policy: build/policy/policy.json ## Fit the policy anew to what a cascade answers; it must be running (make up)
+policy: build/policy/policy.json ## Fit the policy anew to outcomes of the embedded family (hours on CPUs, resumable)
 
-build/policy/policy.json: build/outcomes/train.jsonl.gz build/outcomes/calibration.jsonl.gz
+build/policy/policy.json: build/outcomes/train.parquet build/outcomes/calibration.parquet
 	$(BIN)/asd-policy fit $^ --output build/policy
 
-build/outcomes/train.jsonl.gz: ROWS := 20000
-build/outcomes/calibration.jsonl.gz: ROWS := 10000
-build/outcomes/%.jsonl.gz: | $(VENV)/.dev
-	@mkdir -p $(@D)
-	$(BIN)/asd-policy collect $@ --split $* --prompts $(ROWS)
+# As many as the shipped policy was made from; `python -m models.train outcomes` makes the same on a GPU in minutes.
+build/outcomes/train.parquet: ROWS := --split train --prompts 100000 --conversations 20000
+build/outcomes/calibration.parquet: ROWS := --split calibration --prompts 25000 --conversations 5000
+build/outcomes/evaluation.parquet: ROWS := --split evaluation --prompts 27384
+build/outcomes/conversations.parquet: ROWS := --split evaluation --prompts 0 --conversations 5000
+build/outcomes/%.parquet: | $(VENV)/.dev
+	$(BIN)/asd models prepare
+	$(BIN)/python -m benchmarks.outcomes $@ $(ROWS)
+
+experiments: build/outcomes/evaluation.parquet ## Reproduce the grid of 69 experiments; writes docs/results/experiments
+	$(BIN)/python -m benchmarks.experiments --outcomes $< --out docs/results/experiments
+
+bench-policy: $(addprefix build/outcomes/,$(addsuffix .parquet,train calibration evaluation conversations)) ## Measure the policy; writes benchmarks/results/policy.json
+	$(BIN)/python -m benchmarks.policy --outcomes build/outcomes
 
 clean: ## Remove what was built and installed
 	rm -rf $(VENV) build dist asd .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

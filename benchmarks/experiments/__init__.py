@@ -1,0 +1,1 @@
+"""The research system's grid of experiments, replayed over measured outcomes (see docs/experiments.md)."""
