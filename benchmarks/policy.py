@@ -29,7 +29,7 @@ from policy_service.solver import solve_policy
 from policy_service.train.compare import compare_predictors
 from policy_service.train.costs import EMBEDDED, read_costs
 from policy_service.train.dataset import read_dataset
-from policy_service.train.evaluate import area_under_roc, evaluate_policy, r_squared, served_scores
+from policy_service.train.evaluate import area_under_roc, evaluate_policy, r_squared, served_states
 from policy_service.train.outcomes import read_rows
 from policy_service.train.replay import replay
 from services.client.client import CascadeClient
@@ -88,8 +88,8 @@ def measure_context(policy: Policy, predictor: OnnxPredictor, path: Path) -> dic
     values = {}
     for name, with_history in (("with history", True), ("last message alone", False)):
         data = read_dataset(path, costs, with_history=with_history)
-        p_correct = served_scores(policy, predictor, data)
-        run = replay(data, views, p_correct, solution, value)
+        p_correct, cells = served_states(policy, predictor, data)
+        run = replay(data, views, p_correct, solution, value, cells)
         values[name] = value * run.correct - run.cost
         prompt, right = p_correct[None, None], data.correct[:, 0]
         figures[name] = {

@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from policy_service.features import FEATURES_VERSION, FeatureSpace
+from policy_service.partition import Partition
 from policy_service.policy import (
     AbandonRule,
     CalibratedView,
@@ -66,10 +67,35 @@ class HeadEntry(_Entry):
     counts: tuple[int, ...]
 
 
+class CellsEntry(_Entry):
+    """A `partition.Partition`."""
+
+    heads: tuple[Annotated[int, Field(ge=0)], ...]
+    thresholds: tuple[float, ...]
+    left: tuple[Annotated[int, Field(ge=0)], ...]
+    right: tuple[Annotated[int, Field(ge=0)], ...]
+    cells: tuple[Annotated[int, Field(ge=-1)], ...]
+    counts: tuple[int, ...]
+
+    @model_validator(mode="after")
+    def _check_tree(self) -> Self:
+        nodes = len(self.cells)
+        if not nodes or {len(self.heads), len(self.thresholds), len(self.left), len(self.right)} != {nodes}:
+            raise ValueError("cells: needs one entry per node")
+        ends = sorted(cell for cell in self.cells if cell >= 0)
+        if ends != list(range(len(self.counts))):
+            raise ValueError("cells: needs every cell once, with its count")
+        for node, (left, right) in enumerate(zip(self.left, self.right, strict=True)):
+            # Later nodes alone, so that every walk ends.
+            if self.cells[node] < 0 and not node < min(left, right) <= max(left, right) < nodes:
+                raise ValueError(f"cells: node {node} must lead to later nodes")
+        return self
+
+
 class ViewEntry(_Entry):
     """A `policy.CalibratedView`. stage, origin: names, None as there. model: file; sha256: of its content.
 
-    certified: as in `solver.View`.
+    certified: as in `solver.View`. cells: None where the view is cut by its own score.
     """
 
     stage: str | None
@@ -78,6 +104,7 @@ class ViewEntry(_Entry):
     sha256: str
     p_correct: Annotated[tuple[Probability, ...], Field(min_length=1)]
     certified: tuple[Probability, ...]
+    cells: CellsEntry | None = None
     heads: tuple[HeadEntry, ...]
     moves: tuple[MoveEntry, ...]
 
@@ -180,8 +207,11 @@ def _problem_of_bins(view: ViewEntry) -> str:
     """Return what is wrong with a view's bins, or ""."""
     if any(a >= b for a, b in itertools.pairwise(view.p_correct)):
         return "p_correct must increase"
-    if len({len(view.p_correct), len(view.certified), len(view.heads[0].counts)}) > 1:
-        return "p_correct, certified and the first head must have as many bins"
+    counts = view.cells.counts if view.cells else view.heads[0].counts
+    if len({len(view.p_correct), len(view.certified), len(counts)}) > 1:
+        return "p_correct, certified and the cells, or else the first head, must have as many bins"
+    if view.cells and max(view.cells.heads) >= len(view.heads):
+        return "cells look at a head that is not there"
     return "" if list(view.certified) == sorted(view.certified) else "certified must not decrease"
 
 
@@ -279,7 +309,8 @@ def build_policy(document: PolicyDocument, predictor: Predictor) -> Policy:
             names.index(head.stage): Calibration(head.slope, head.offset, head.edges, head.counts)
             for head in entry.heads
         }
-        views.append(CalibratedView(view, heads))
+        cells = None if entry.cells is None else Partition(**entry.cells.model_dump())
+        views.append(CalibratedView(view, heads, cells))
     values: Mapping[Preference, float] = {
         Preference.FASTEST: document.quality_values.fastest,
         Preference.BALANCED: document.quality_values.balanced,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from policy_service.features import Draft, FeatureSpace, PromptText, Verification
+    from policy_service.partition import Partition
     from policy_service.solver import Expectation, Move, Path, Solution
 
 # Prompts whose features are kept from Plan to Decide, and the characters above which they are not.
@@ -139,11 +140,19 @@ class CalibratedView:
     """A solver's view with what leads from a predictor's scores to its bins.
 
     heads: by stage, the calibration of that stage's head in this view. The bins of the head of the stage that
-    answered, or of the first one in the prompt's view, are the view's.
+    answered, or of the first one in the prompt's view, are the view's, unless a partition cuts it into cells.
     """
 
     view: View
     heads: Mapping[int, Calibration]
+    partition: Partition | None = None
+
+    def locate(self, scores: Sequence[float], p_correct: float) -> _Point:
+        """Return where a state lies among the bins. scores: of the heads. p_correct: of the first of them."""
+        if self.partition is not None:
+            cell = self.partition.cell_of(scores)
+            return _Point(cell, 0.0, cell)
+        return _locate(self.centres, p_correct, next(iter(self.heads.values())).bin_of(p_correct))
 
     @cached_property
     def centres(self) -> tuple[float, ...]:
@@ -153,7 +162,7 @@ class CalibratedView:
     @cached_property
     def prompt_shares(self) -> npt.NDArray[np.float64]:
         """Share of the calibration prompts in each bin of a prompt's view: the first stage's head cuts it."""
-        counts = np.array(self.heads[0].counts, float)
+        counts = np.array(self.partition.counts if self.partition else self.heads[0].counts, float)
         shares: npt.NDArray[np.float64] = counts / counts.sum()
         return shares
 
@@ -308,9 +317,9 @@ class Policy:
 
     def plan(self, prompt: PromptText, objective: Objective, conditions: Mapping[int, Condition]) -> Plan:
         """Return the stage to start with. Raises UnmeetableBudget where no stage fits max_cost."""
-        p_correct, stderr = self._predict(0, self._prompt_features(prompt))
+        scores, p_correct, stderr = self._predict(0, self._prompt_features(prompt))
         view = self.views[0]
-        point = _locate(view.centres, p_correct[0])
+        point = view.locate(scores, p_correct[0])
         estimates = _estimates(view, point, p_correct, stderr)
         problem = self._problem(objective, conditions)
         # Every stage is away: the router knows best what it can still try.
@@ -362,13 +371,13 @@ class Policy:
         features = self._space.answer(
             self._prompt_features(prompt), prompt, stage, draft, origin, verification
         )
-        p_correct, stderr = self._predict(index, features)
+        scores, p_correct, stderr = self._predict(index, features)
         problem = self._problem(objective, conditions)
         score = p_correct[stage]
-        point = _locate(view.centres, score)
+        point = view.locate(scores, score)
         estimates = _estimates(view, point, p_correct, stderr)
         stop_value = problem.quality_value * score
-        is_certified = view.certified[view.heads[stage].bin_of(score)] >= problem.min_quality
+        is_certified = view.certified[point.bin] >= problem.min_quality
         onward = self._solution(problem).onward[index]
         values = {later: point.of(value) for later, value in onward.items()}
         chosen, reason = _choose(values, stop_value, is_certified)
@@ -563,13 +572,13 @@ class Policy:
 
     def _predict(
         self, index: int, features: npt.NDArray[np.float32]
-    ) -> tuple[dict[int, float], dict[int, float]]:
+    ) -> tuple[Sequence[float], dict[int, float], dict[int, float]]:
         heads = self.views[index].heads
         scores = self._predictor.scores(index, features)
         p_correct = {
             stage: head.p_correct(score) for (stage, head), score in zip(heads.items(), scores, strict=True)
         }
-        return p_correct, {stage: heads[stage].stderr(p) for stage, p in p_correct.items()}
+        return scores, p_correct, {stage: heads[stage].stderr(p) for stage, p in p_correct.items()}
 
 
 def _choose(values: Mapping[int, float], stop_value: float, is_certified: bool) -> tuple[int | None, Reason]:
@@ -598,10 +607,11 @@ def _next_stages(first: Move, solution: Solution) -> dict[int, list[float]]:
 
 @dataclass(frozen=True, slots=True)
 class _Point:
-    """A place between the centres of two bins: `share` of the way from `low` to `low + 1`."""
+    """A place between the centres of two bins: `share` of the way from `low` to `low + 1`; in `bin`."""
 
     low: int
     share: float
+    bin: int
 
     def of(self, values: Sequence[float]) -> float:
         """Return the value here of a quantity known at the centres, linearly."""
@@ -610,15 +620,15 @@ class _Point:
         return values[self.low] * (1.0 - self.share) + values[self.low + 1] * self.share
 
 
-def _locate(centres: Sequence[float], at: float) -> _Point:
+def _locate(centres: Sequence[float], at: float, within: int) -> _Point:
     """Return where a value lies between centres, which increase; beyond them, the nearest one."""
     above = bisect.bisect_left(centres, at)
     if above == 0:
-        return _Point(0, 0.0)
+        return _Point(0, 0.0, within)
     if above == len(centres):
-        return _Point(above - 1, 0.0)
+        return _Point(above - 1, 0.0, within)
     low, high = centres[above - 1], centres[above]
-    return _Point(above - 1, (at - low) / (high - low))
+    return _Point(above - 1, (at - low) / (high - low), within)
 
 
 def _estimates(

@@ -23,7 +23,7 @@ from benchmarks.experiments.grid import (
 from benchmarks.experiments.response import check_response
 from policy_service.policy import Preference
 from policy_service.solver import solve_policy
-from policy_service.train.evaluate import area_under_roc, r_squared, served_scores
+from policy_service.train.evaluate import area_under_roc, r_squared, served_states
 from policy_service.train.fit import expected_calibration_error
 from policy_service.train.replay import always, oracle, replay, threshold
 from suites import LEVELS
@@ -124,14 +124,14 @@ def measure(
 ) -> Measured:
     """Return every experiment of the grid and what goes beside it. progress is told what is under way."""
     progress("scoring every prompt in every view")
-    p_correct = served_scores(policy, predictor, data)
+    p_correct, cells = served_states(policy, predictor, data)
     views = tuple(each.view for each in policy.views)
     stages = len(data.cascade)
     unit = policy.stages[-1].cost
 
     def run_at(quality_value: float) -> Run:
         solution = solve_policy(views, quality_value)
-        return replay(data, views, p_correct, solution, quality_value)
+        return replay(data, views, p_correct, solution, quality_value, cells)
 
     def point_at(name: str, quality_value: float) -> Point:
         return _point(name, run_at(quality_value), stages, quality_value)

@@ -100,7 +100,7 @@ def evaluate_policy(
     policy: Policy, predictor: OnnxPredictor, data: Dataset, quality_values: Sequence[float]
 ) -> Evaluation:
     """Return what a policy does: at each preference, at further values of quality, beside bounds."""
-    p_correct = served_scores(policy, predictor, data)
+    p_correct, cells = served_states(policy, predictor, data)
     views = tuple(each.view for each in policy.views)
     stages = len(data.cascade)
     last = float(data.correct[:, -1].mean())
@@ -112,7 +112,7 @@ def evaluate_policy(
     comparisons = []
     thresholds = [threshold(data, p_correct, least) for least in _THRESHOLDS]
     for name, value in wanted.items():
-        runs[name] = replay(data, views, p_correct, solve_policy(views, value), value)
+        runs[name] = replay(data, views, p_correct, solve_policy(views, value), value, cells)
         comparisons.append(_compare(name, value, runs[name], thresholds))
     balanced = policy.quality_values[Preference.BALANCED]
     kept = runs[f"{Preference.BALANCED.value} (lambda {balanced:g})"].correct.mean()
@@ -131,14 +131,19 @@ def evaluate_policy(
     )
 
 
-def served_scores(policy: Policy, predictor: OnnxPredictor, data: Dataset) -> dict[ViewKey, Floats]:
-    """Return a policy's score of every prompt in every view, as it would be served: [n] each."""
-    scores = {}
+def served_states(
+    policy: Policy, predictor: OnnxPredictor, data: Dataset
+) -> tuple[dict[ViewKey, Floats], dict[ViewKey, npt.NDArray[np.int64]]]:
+    """Return P(correct) of every prompt in every view, and the cells of views that have them: [n] each."""
+    p_correct, cells = {}, {}
     for index, key in enumerate(view_keys(len(data.cascade))):
-        head = policy.views[index].heads[key[0] or 0]
-        raw = predictor.score_rows(index, data.features[key])[:, 0]
-        scores[key] = np.array([head.p_correct(float(score)) for score in raw])
-    return scores
+        view = policy.views[index]
+        scores = predictor.score_rows(index, data.features[key])
+        head = view.heads[key[0] or 0]
+        p_correct[key] = np.array([head.p_correct(score) for score in scores[:, 0].tolist()])
+        if view.partition is not None:
+            cells[key] = view.partition.cells_of(scores)
+    return p_correct, cells
 
 
 def r_squared(p_correct: Floats, correct: npt.NDArray[np.bool_]) -> float:

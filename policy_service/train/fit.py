@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from sklearn.linear_model import LogisticRegression
 
 from policy_service.artifact import (
     AbandonEntry,
+    CellsEntry,
     CurveEntry,
     HeadEntry,
     MoveEntry,
@@ -28,6 +30,7 @@ from policy_service.predictor import OnnxPredictor
 from policy_service.solver import Move, View, expect, solve_policy
 from policy_service.train.dataset import PREFIXES, view_keys
 from policy_service.train.outcomes import file_digest
+from policy_service.train.partitions import fit_partitions
 from policy_service.train.predictor import export_heads, fit_head
 from policy_service.train.replay import replay
 
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from policy_service.partition import Partition
     from policy_service.train.costs import StageCosts
     from policy_service.train.dataset import Dataset, ViewKey
 
@@ -45,6 +49,8 @@ if TYPE_CHECKING:
 # Share of the largest stage's accuracy that each preference must keep on the calibration prompts, with 95%
 # confidence, at the lowest cost. Chosen.
 KEPT_ACCURACY = {"fastest": 0.93, "balanced": 0.99, "best": 0.998}
+# One in so many calibration prompts cuts the cells.
+_CUTTING = 3
 # Prompts of a bin, at least: below, a bin's share of right answers says little.
 _LEAST_PER_BIN = 100
 _MOST_BINS = 32
@@ -105,22 +111,28 @@ def fit_policy(
         models.append(export_heads(heads, size))
     progress("calibrating")
     predictor = OnnxPredictor(models)
-    calibrated = {
-        key: _calibrate(predictor.score_rows(index, calibration.data.features[key]), key, calibration.data)
-        for index, key in enumerate(keys)
+    scores = {
+        key: predictor.score_rows(index, calibration.data.features[key]) for index, key in enumerate(keys)
     }
+    calibrated = {key: _calibrate(scores[key], key, calibration.data) for key in keys}
+    p_correct = {key: own(key, heads) for key, heads in calibrated.items()}
     progress("solving")
-    views = estimate_views(calibration.data, {key: own(key, heads) for key, heads in calibrated.items()})
+    order = np.random.default_rng(seed).permutation(len(calibration.data))
+    # What is certified of cells must come of other prompts than those that they were cut by.
+    cutting, certifying = np.split(order, [len(order) // _CUTTING])
+    partitions = fit_partitions(calibration.data, cutting, scores, p_correct, costs[-1].cost)
+    cells = {key: each.cells_of(scores[key]) for key, each in partitions.items() if each is not None}
+    views = estimate_views(calibration.data, p_correct, cells, certifying)
     entries = []
     for index, (key, view) in enumerate(zip(keys, views, strict=True)):
         file = model_name(key)
         partial = directory / f"{file}.partial"
         partial.write_bytes(models[index])
         partial.replace(directory / file)
-        entries.append(_view_entry(key, view, views, calibrated[key], models[index], names))
-    prompt_bins = _bins(own(keys[0], calibrated[keys[0]]))
+        entries.append(_view_entry(key, view, partitions[key], calibrated[key], models[index], names))
+    prompt_bins = cells.get(keys[0], _bins(p_correct[keys[0]]))
     curve = tabulate(views, np.bincount(prompt_bins) / len(prompt_bins))
-    values = choose_quality_values(calibration.data, views, {k: own(k, h) for k, h in calibrated.items()})
+    values = choose_quality_values(calibration.data, views, p_correct, cells)
     sources = [
         Source(file=each.path.name, sha256=file_digest(each.path), prompts=len(each.data))
         for each in (train, calibration)
@@ -178,10 +190,20 @@ def own(key: ViewKey, heads: Mapping[int, CalibratedHead]) -> Floats:
     return heads[key[0] or 0].p_correct
 
 
-def estimate_views(data: Dataset, p_correct: Mapping[ViewKey, Floats]) -> tuple[View, ...]:
-    """Return the solver's views of outcomes: bins of the score, and how prompts move between them."""
+def estimate_views(
+    data: Dataset,
+    p_correct: Mapping[ViewKey, Floats],
+    cells: Mapping[ViewKey, npt.NDArray[np.int64]] | None = None,
+    certifying: npt.NDArray[np.int64] | None = None,
+) -> tuple[View, ...]:
+    """Return the solver's views of outcomes: their bins, and how prompts move between them.
+
+    p_correct: per view, [n]. cells: per view that has cells, [n]; others are cut by p_correct. certifying:
+    prompts that certify cells, those by which they were not cut.
+    """
     keys = view_keys(len(data.cascade))
-    bins = {key: _bins(p_correct[key]) for key in keys}
+    cells = cells or {}
+    bins = {key: cells[key] if key in cells else _bins(p_correct[key]) for key in keys}
     counts = {key: int(bins[key].max()) + 1 for key in keys}
     # The views of which an answer may be returned early share the doubt: together they are certified.
     early = sum(stage is not None and stage < len(data.cascade) - 1 for stage, _ in keys)
@@ -202,13 +224,19 @@ def estimate_views(data: Dataset, p_correct: Mapping[ViewKey, Floats]) -> tuple[
                     _means(bins[key], data.latencies_ms[target]),
                 )
             )
-        certified = certify(bins[key], data.correct[:, stage or 0], DOUBT / max(early, 1))
+        rows = certifying if key in cells and certifying is not None else np.arange(len(data))
+        correct = data.correct[rows, stage or 0]
+        certified = certify(bins[key][rows], correct, DOUBT / max(early, 1), counts[key])
         views.append(View(stage, key[1], _means(bins[key], p_correct[key]), certified, tuple(moves)))
     return tuple(views)
 
 
-def certify(bins: npt.NDArray[np.int64], correct: npt.NDArray[np.bool_], doubt: float) -> Floats:
+def certify(
+    bins: npt.NDArray[np.int64], correct: npt.NDArray[np.bool_], doubt: float, count: int = 0
+) -> Floats:
     """Return for each bin a share of right answers that min_quality may be compared with. [n] each.
+
+    count: of bins, also of those that none of these prompts is in.
 
     For any one value of min_quality it holds with probability 1 - doubt, over the prompts drawn to calibrate:
     every bin whose share returned here is as high lies in a run of bins, alone or with its neighbours, in
@@ -221,7 +249,7 @@ def certify(bins: npt.NDArray[np.int64], correct: npt.NDArray[np.bool_], doubt: 
     bins and of _BINS_TOGETHER, share the doubt. Unlike there, a run is not the set of all higher scores:
     easy prompts, which an earlier answer settles, would lend their share to the hard ones that are left.
     """
-    right, all_of_them = np.bincount(bins, weights=correct), np.bincount(bins)
+    right, all_of_them = np.bincount(bins, correct, count), np.bincount(bins, minlength=count)
     from_the_top = len(right) - 1 - np.arange(len(right))
     bounds = []
     for together in (1, _BINS_TOGETHER):
@@ -255,7 +283,10 @@ def tabulate(views: tuple[View, ...], prompt_shares: Floats) -> tuple[CurveEntry
 
 
 def choose_quality_values(
-    data: Dataset, views: Sequence[View], p_correct: Mapping[ViewKey, Floats]
+    data: Dataset,
+    views: Sequence[View],
+    p_correct: Mapping[ViewKey, Floats],
+    cells: Mapping[ViewKey, npt.NDArray[np.int64]] | None = None,
 ) -> dict[str, float]:
     """Return for each preference the value of quality that keeps its accuracy at the lowest mean cost.
 
@@ -266,7 +297,7 @@ def choose_quality_values(
     kept = []
     for value in _QUALITY_VALUES[::-1]:
         solution = solve_policy(tuple(views), float(value))
-        lost = largest - replay(data, views, p_correct, solution, float(value)).correct
+        lost = largest - replay(data, views, p_correct, solution, float(value), cells).correct
         # One-sided 95% bound of the accuracy lost, over that of the largest stage.
         bound = lost.mean() + norm.ppf(1 - DOUBT) * lost.std(ddof=1) / np.sqrt(len(lost))
         kept.append(1.0 - bound / largest.mean())
@@ -422,7 +453,7 @@ def _means(bins: npt.NDArray[np.int64], values: Floats) -> Floats:
 def _view_entry(
     key: ViewKey,
     view: View,
-    views: Sequence[View],
+    partition: Partition | None,
     heads: Mapping[int, CalibratedHead],
     model: bytes,
     names: Sequence[str],
@@ -435,6 +466,7 @@ def _view_entry(
         sha256=hashlib.sha256(model).hexdigest(),
         p_correct=tuple(view.p_correct.tolist()),
         certified=tuple(view.certified.tolist()),
+        cells=None if partition is None else CellsEntry(**dataclasses.asdict(partition)),
         heads=tuple(_head_entry(names[place], head) for place, head in heads.items()),
         moves=tuple(
             MoveEntry(

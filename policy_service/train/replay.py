@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from policy_service.train.dataset import Dataset, ViewKey
 
     Floats = npt.NDArray[np.float64]
+    Cells = npt.NDArray[np.int64]
 
 
 # Above any cost of a way.
@@ -43,11 +44,14 @@ def replay(
     p_correct: Mapping[ViewKey, Floats],
     solution: Solution,
     quality_value: float,
+    cells: Mapping[ViewKey, Cells] | None = None,
 ) -> Run:
     """Return what the policy of a solution does on every prompt, as policy.Policy decides without budgets.
 
-    p_correct: per view, [n]: the score that its bins are cut by.
+    p_correct: per view, [n], of the stage that answered. cells: per view that has cells, [n]; the bins of
+    others are cut by p_correct.
     """
+    cells = cells or {}
     count = len(data)
     place = np.zeros(count, np.int64)
     cost, latency_ms = np.zeros(count), np.zeros(count)
@@ -63,7 +67,10 @@ def replay(
             continue
         score = p_correct[key][rows]
         stages = np.array(list(continuations))
-        onward = np.stack([np.interp(score, view.p_correct, v) for v in continuations.values()])
+        if key in cells:
+            onward = np.stack([v[cells[key][rows]] for v in continuations.values()])
+        else:
+            onward = np.stack([np.interp(score, view.p_correct, v) for v in continuations.values()])
         best = np.argmax(onward, axis=0)
         goes_on = np.ones(len(rows), np.bool_)
         if view.stage is not None:

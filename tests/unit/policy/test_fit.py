@@ -16,7 +16,7 @@ from policy_service.policy import Objective, Policy, Spent
 from policy_service.solver import solve_policy
 from policy_service.train.costs import StageCosts
 from policy_service.train.dataset import Dataset, read_dataset, view_keys
-from policy_service.train.evaluate import area_under_roc, r_squared, served_scores
+from policy_service.train.evaluate import area_under_roc, r_squared, served_states
 from policy_service.train.faults import UnfitOutcomes
 from policy_service.train.fit import InputFile, expected_calibration_error, fit_policy
 from policy_service.train.outcome_table import HEADER_KEY, write_outcomes
@@ -125,10 +125,10 @@ def test_served_decisions_equal_the_replay(
     made: tuple[Path, Dataset, list[OutcomeRow]], policy: Policy
 ) -> None:
     artifact, data, rows = made
-    scores = served_scores(policy, load_predictor(artifact, read_document(artifact)), data)
+    scores, cells = served_states(policy, load_predictor(artifact, read_document(artifact)), data)
     views = tuple(each.view for each in policy.views)
     for quality_value in (2.0, 6.0, 20.0):
-        run = replay(data, views, scores, solve_policy(views, quality_value), quality_value)
+        run = replay(data, views, scores, solve_policy(views, quality_value), quality_value, cells)
         stages = [follow(policy, row, Objective(quality_value=quality_value)) for row in rows]
         assert stages == run.stage.tolist()
         assert len(set(stages)) > 1 or quality_value != 6.0
