@@ -172,6 +172,33 @@ def evaluate(
 
 
 @app.command()
+def price(
+    artifact: Annotated[
+        Path, typer.Option(help="Directory of the policy.", show_default="the embedded family's")
+    ] = _EMBEDDED_ARTIFACT,
+    mean_cost: Annotated[float | None, typer.Option(help="Mean cost of a request, at most.")] = None,
+    mean_latency_ms: Annotated[float | None, typer.Option(help="Mean latency, at most.")] = None,
+    min_accuracy: Annotated[float | None, typer.Option(help="Share of right answers, at least.")] = None,
+) -> None:
+    """Say which lambda keeps a mean over requests: give exactly one of the three."""
+    _check_extra()
+    from policy_service.artifact import load_policy
+    from policy_service.policy import UnmeetableBudget
+    from services.common.errors import InvalidRequest
+
+    if [mean_cost, mean_latency_ms, min_accuracy].count(None) != 2:
+        raise InvalidRequest("give exactly one of --mean-cost, --mean-latency-ms and --min-accuracy")
+    policy, _ = load_policy(artifact)
+    try:
+        value = policy.quality_value_for(
+            mean_cost=mean_cost, mean_latency_ms=mean_latency_ms, min_accuracy=min_accuracy
+        )
+    except UnmeetableBudget as error:
+        raise InvalidRequest(str(error)) from error
+    typer.echo(f"{value:.4g}")
+
+
+@app.command()
 def compare(
     train: Outcomes,
     held_out: Annotated[Path, typer.Argument(help="Outcomes of other prompts, to judge on.")],

@@ -191,7 +191,7 @@ def services_of(
         )
     ]
     if cascade.policy is not None:
-        config = policy_config(cascade.policy, ports.policy, directory, drain_seconds=drain_seconds)
+        config = policy_config(cascade, ports.policy, directory, drain_seconds=drain_seconds)
         services.append(Service(POLICY, "policy_service", config, ports.policy))
     for stage, port in zip(cascade.stages, ports.stages, strict=True):
         config = stage_config(stage, port, drain_seconds=drain_seconds)
@@ -223,10 +223,15 @@ def router_config(cascade: CascadeFile, ports: Ports, *, drain_seconds: float) -
     return config
 
 
-def policy_config(policy: PolicyEntry, port: int, directory: Path, *, drain_seconds: float) -> dict[str, Any]:
-    """Return the settings of the policy service (policy_service.settings)."""
+def policy_config(
+    cascade: CascadeFile, port: int, directory: Path, *, drain_seconds: float
+) -> dict[str, Any]:
+    """Return the settings of the policy service (policy_service.settings). The cascade must have a policy."""
+    policy = cascade.policy
+    assert policy is not None
     return {
         "listen": f"{HOST}:{port}",
+        "cascade": [stage.name for stage in cascade.stages],
         "artifact": str(policy.artifact),
         "reports_path": str(policy.reports_path or directory / "reports.jsonl"),
         "drain_seconds": drain_seconds,

@@ -146,6 +146,7 @@ def test_every_process_loads_its_configuration(directory):
 
     loaded = _load(PolicySettings, policy.config, directory)
     assert (loaded.listen, loaded.artifact) == ("127.0.0.1:7001", directory / "artifact")
+    assert loaded.cascade == ("small", "large")
     assert loaded.reports_path == Path("/run/asd/reports.jsonl")
 
 

@@ -135,3 +135,24 @@ def test_few_prompts_are_warned_of(tmp_path: Path, monkeypatch):
     assert _RUNNER.invoke(app, arguments).stderr.splitlines() == [
         "warning: 3 prompts are few to fit to: collect 4 or more"
     ]
+
+
+@pytest.mark.parametrize("budget", ["--mean-cost=2.5", "--mean-latency-ms=20", "--min-accuracy=0.97"])
+def test_a_mean_over_requests_has_its_lambda(budget):
+    result = _RUNNER.invoke(app, ["price", budget])
+    assert result.exit_code == 0
+    assert 1.0 < float(result.output) < 50.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give exactly one of"),
+        (["--mean-cost", "3", "--min-accuracy", "0.9"], "give exactly one of"),
+        (["--mean-cost", "0.5"], "the least mean cost is 1.6"),
+    ],
+)
+def test_a_mean_that_cannot_be_kept_says_what_can(arguments, message, monkeypatch, capsys):
+    code, errors = _main(monkeypatch, capsys, "price", *arguments)
+    assert code == 1
+    assert message in errors
