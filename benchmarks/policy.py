@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.processes import ROOT
-from benchmarks.record import percentile, write_result
+from benchmarks.record import percentile, update_result, write_result
 from policy_service.artifact import load_policy, load_predictor
 from policy_service.features import Draft, PromptText
 from policy_service.policy import Objective, Preference, Spent
@@ -205,9 +205,43 @@ def first_rows(data: Dataset, count: int) -> Dataset:
     )
 
 
+MEASUREMENTS = ("replay", "context", "decisions", "live", "predictors")
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, object]:
+    """Return the figures of one measurement."""
+    policy, document = load_policy(ARTIFACT)
+    predictor = load_predictor(ARTIFACT, document)
+    costs = read_costs(EMBEDDED)
+    held_out = options.outcomes / "evaluation.parquet"
+    if name == "replay":
+        with _console.status("replaying"):
+            values = [0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0]
+            evaluation = evaluate_policy(policy, predictor, read_dataset(held_out, costs), values)
+        return {**headline(evaluation, document.train.prompts), "evaluation": _rounded(asdict(evaluation))}
+    if name == "context":
+        return measure_context(policy, predictor, options.outcomes / "conversations.parquet")
+    if name == "decisions":
+        return measure_decisions(policy, held_out, 5_000)
+    if name == "live":
+        return run_service(measure_live(options.live))
+    with _console.status("comparing predictors") as status:
+        train = first_rows(read_dataset(options.outcomes / "train.parquet", costs), options.compare)
+        others = read_dataset(options.outcomes / "calibration.parquet", costs)
+        scores = compare_predictors(train, others, 0, status.update)
+    return {
+        "predictors": [_rounded(asdict(score)) for score in scores],
+        "predictors_fitted_to": len(train),
+        "predictors_held_out": len(others),
+    }
+
+
 def main() -> None:
-    """Measure everything and keep it."""
+    """Measure what was asked for, and keep it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.policy", description=__doc__)
+    parser.add_argument(
+        "only", nargs="*", choices=[*MEASUREMENTS, []], help="measure these, in the place of older figures"
+    )
     parser.add_argument("--outcomes", type=Path, default=ROOT / "build" / "outcomes")
     parser.add_argument("--live", type=int, default=1000, help="prompts sent to a running cascade")
     parser.add_argument("--compare", type=int, default=50_000, help="training prompts that predictors share")
@@ -222,26 +256,15 @@ def main() -> None:
             f"no outcomes of {', '.join(missing)} in {options.outcomes}: make them with `asd-policy "
             "collect`, or with `python -m models.train outcomes` on a GPU"
         )
-    policy, document = load_policy(ARTIFACT)
-    predictor = load_predictor(ARTIFACT, document)
-    costs = read_costs(EMBEDDED)
     figures: dict[str, object] = {}
-    with _console.status("replaying"):
-        data = read_dataset(options.outcomes / "evaluation.parquet", costs)
-        evaluation = evaluate_policy(policy, predictor, data, [0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0])
-        figures |= headline(evaluation, document.train.prompts)
-        figures["evaluation"] = _rounded(asdict(evaluation))
-        figures |= measure_context(policy, predictor, options.outcomes / "conversations.parquet")
-    figures |= measure_decisions(policy, options.outcomes / "evaluation.parquet", 5_000)
-    figures |= run_service(measure_live(options.live))
-    with _console.status("comparing predictors") as status:
-        train = first_rows(read_dataset(options.outcomes / "train.parquet", costs), options.compare)
-        held_out = read_dataset(options.outcomes / "calibration.parquet", costs)
-        scores = compare_predictors(train, held_out, 0, status.update)
-        figures["predictors"] = [_rounded(asdict(score)) for score in scores]
-        figures["predictors_fitted_to"], figures["predictors_held_out"] = len(train), len(held_out)
+    for name in options.only or MEASUREMENTS:
+        figures |= measure(name, options)
     print(json.dumps(figures, indent=2))
-    print(write_result("policy", "make bench-policy", figures), file=sys.stderr)
+    if options.only:
+        command = f"python -m benchmarks.policy {' '.join(options.only)}"
+        print(update_result("policy", command, figures), file=sys.stderr)
+    else:
+        print(write_result("policy", "make bench-policy", figures), file=sys.stderr)
 
 
 def _rounded(value: object) -> object:

@@ -47,7 +47,7 @@ def write_result(name: str, command: str, figures: Mapping[str, object]) -> Path
 def update_result(name: str, command: str, figures: Mapping[str, object]) -> Path:
     """Put figures of a later run into a result file; their own record stands under `later_runs`."""
     path = RESULTS / f"{name}.json"
-    kept = json.loads(path.read_text(encoding="utf-8"))
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     later = {**kept.get("later_runs", {}), **{figure: record(command) for figure in figures}}
     return _write(name, {**kept, **figures, "later_runs": later})
 
