@@ -190,18 +190,19 @@ async def measure_live(prompts: int) -> dict[str, object]:
     }
 
 
-def first_rows(data: Dataset, count: int) -> Dataset:
-    """Return the first prompts of a data set, for what need not see all."""
+def draw_rows(data: Dataset, count: int, seed: int) -> Dataset:
+    """Return prompts of a data set, drawn at random, for what need not see all."""
+    rows = np.sort(np.random.default_rng(seed).permutation(len(data))[:count])
     return replace(
         data,
-        features={key: each[:count] for key, each in data.features.items()},
-        correct=data.correct[:count],
-        costs={key: each[:count] for key, each in data.costs.items()},
-        latencies_ms={key: each[:count] for key, each in data.latencies_ms.items()},
-        suites=data.suites[:count],
-        levels=data.levels[:count],
-        prefixes=data.prefixes[:count],
-        prompts=data.prompts[:count],
+        features={key: each[rows] for key, each in data.features.items()},
+        correct=data.correct[rows],
+        costs={key: each[rows] for key, each in data.costs.items()},
+        latencies_ms={key: each[rows] for key, each in data.latencies_ms.items()},
+        suites=tuple(data.suites[row] for row in rows),
+        levels=data.levels[rows],
+        prefixes=data.prefixes[rows],
+        prompts=tuple(data.prompts[row] for row in rows),
     )
 
 
@@ -226,7 +227,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, object]:
     if name == "live":
         return run_service(measure_live(options.live))
     with _console.status("comparing predictors") as status:
-        train = first_rows(read_dataset(options.outcomes / "train.parquet", costs), options.compare)
+        train = draw_rows(read_dataset(options.outcomes / "train.parquet", costs), options.compare, 0)
         others = read_dataset(options.outcomes / "calibration.parquet", costs)
         scores = compare_predictors(train, others, 0, status.update)
     return {
