@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 # Share of the largest stage's accuracy that each preference must keep on the calibration prompts, with 95%
 # confidence, at the lowest cost. Chosen.
 KEPT_ACCURACY = {"fastest": 0.93, "balanced": 0.99, "best": 0.998}
+# Below, a kind of prompts says too little of the accuracy that it keeps.
+_LEAST_PER_PART = 1000
 # One in so many calibration prompts cuts the cells.
 _CUTTING = 3
 # Prompts of a bin, at least: below, a bin's share of right answers says little.
@@ -132,7 +134,9 @@ def fit_policy(
         entries.append(_view_entry(key, view, partitions[key], calibrated[key], models[index], names))
     prompt_bins = cells.get(keys[0], _bins(p_correct[keys[0]]))
     curve = tabulate(views, np.bincount(prompt_bins) / len(prompt_bins))
-    values = choose_quality_values(calibration.data, views, p_correct, cells)
+    turns = calibration.data.features[keys[0]][:, FeatureSpace(len(names)).names.index("turns")]
+    parts = [certifying[turns[certifying] == 0], certifying[turns[certifying] > 0]]
+    values = choose_quality_values(calibration.data, views, p_correct, cells, parts)
     sources = [
         Source(file=each.path.name, sha256=file_digest(each.path), prompts=len(each.data))
         for each in (train, calibration)
@@ -287,20 +291,32 @@ def choose_quality_values(
     views: Sequence[View],
     p_correct: Mapping[ViewKey, Floats],
     cells: Mapping[ViewKey, npt.NDArray[np.int64]] | None = None,
+    parts: Sequence[npt.NDArray[np.int64]] = (),
 ) -> dict[str, float]:
     """Return for each preference the value of quality that keeps its accuracy at the lowest mean cost.
 
     Values are tested from the highest on, and the last one before the first that fails is taken: fixed
     sequence testing makes up for testing many of them.
+
+    parts: kinds of prompts, as their rows, each of which must keep it, so that none lends its accuracy to
+    another; parts of fewer than _LEAST_PER_PART prompts are not asked. None: all prompts together. The views
+    come of the same prompts, so the confidence is a little less than stated.
     """
     largest = data.correct[:, -1].astype(float)
+    asked = [rows for rows in parts if len(rows) >= _LEAST_PER_PART] or [np.arange(len(data))]
     kept = []
     for value in _QUALITY_VALUES[::-1]:
         solution = solve_policy(tuple(views), float(value))
         lost = largest - replay(data, views, p_correct, solution, float(value), cells).correct
         # One-sided 95% bound of the accuracy lost, over that of the largest stage.
-        bound = lost.mean() + norm.ppf(1 - DOUBT) * lost.std(ddof=1) / np.sqrt(len(lost))
-        kept.append(1.0 - bound / largest.mean())
+        kept.append(
+            min(
+                1.0
+                - (lost[rows].mean() + norm.ppf(1 - DOUBT) * lost[rows].std(ddof=1) / np.sqrt(len(rows)))
+                / largest[rows].mean()
+                for rows in asked
+            )
+        )
     chosen = {}
     for name, least in KEPT_ACCURACY.items():
         passing = next((place for place, share in enumerate(kept) if share < least), len(kept))
