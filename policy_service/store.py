@@ -185,7 +185,7 @@ class PolicyStore:
             if to is None:
                 if len(history) < 2:
                     raise UnfitStore(
-                        f"{self.directory}: {history[-1].version} is the only version so far: publish "
+                        f"{self.directory}: there is no version before {history[-1].version}: publish "
                         "another one, or name one of `asd-policy versions` with --to"
                     )
                 history = history[:-1]

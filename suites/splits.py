@@ -84,7 +84,7 @@ def split(name: Split, count: int, seed: int = 0, *, follow_ups: bool = False) -
     """Yield `count` tasks of a split, none twice; suites and levels take turns.
 
     follow_ups: the question is the second turn of a conversation. The same arguments give the same tasks. Two
-    splits never share a prompt, or a conversation.
+    splits never share a question with its history; a conversation may open with another split's question.
     Raises ValueError for an unknown split, or if a suite has no further task of a level.
     """
     if name not in get_args(Split):

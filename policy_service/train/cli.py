@@ -69,7 +69,7 @@ def fit(
     calibration: Annotated[Path, typer.Argument(help="Outcomes of other prompts, to calibrate on.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the artifact.")],
     costs: Costs = EMBEDDED,
-    seed: Annotated[int, typer.Option(help="Seed of the trees.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the trees.")] = 0,
 ) -> None:
     """Fit a policy to outcomes and write its artifact."""
     _check_extra()
@@ -106,7 +106,8 @@ def evaluate(
     ] = _EMBEDDED_ARTIFACT,
     costs: Costs = EMBEDDED,
     quality_value: Annotated[
-        list[float] | None, typer.Option("--lambda", help="Further values of quality, cost units.")
+        list[float] | None,
+        typer.Option("--lambda", help="Values of quality. Default: 0.5, 1, 2, 5."),
     ] = None,
     published: Annotated[
         Path | None,
@@ -116,8 +117,8 @@ def evaluate(
     group: Annotated[
         Literal["question", "subject"], typer.Option(help="Test on unseen questions, or on unseen subjects.")
     ] = "question",
-    folds: Annotated[int, typer.Option(min=2, help="Folds of the cross-validation.")] = 5,
-    seed: Annotated[int, typer.Option(help="Seed of the folds and routers.")] = 0,
+    folds: Annotated[int, typer.Option(min=2, max=100, help="Folds of the cross-validation.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the folds and routers.")] = 0,
     also: Annotated[
         list[Path] | None, typer.Option(help="Further models on the prompts of --outcomes, to train on.")
     ] = None,
@@ -155,11 +156,14 @@ def evaluate(
     from policy_service.train.dataset import read_dataset
     from policy_service.train.evaluate import evaluate_policy
     from policy_service.train.outcomes import file_digest
+    from services.common.errors import InvalidRequest
 
     policy, document = load_policy(artifact)
     if file_digest(outcomes) in {document.train.sha256, document.calibration.sha256}:
         raise UnfitOutcomes(f"{outcomes}: policy {policy.version} was made from this file: use other prompts")
     data = read_dataset(outcomes, read_costs(costs))
+    if any(not math.isfinite(value) or value < 0 for value in quality_value or ()):
+        raise InvalidRequest("--lambda must be a number of 0 or more", field="lambda")
     predictor = load_predictor(artifact, document)
     evaluation = evaluate_policy(policy, predictor, data, quality_value or [0.5, 1.0, 2.0, 5.0])
     if as_json:
@@ -176,9 +180,15 @@ def price(
     artifact: Annotated[
         Path, typer.Option(help="Directory of the policy.", show_default="the embedded family's")
     ] = _EMBEDDED_ARTIFACT,
-    mean_cost: Annotated[float | None, typer.Option(help="Mean cost of a request, at most.")] = None,
-    mean_latency_ms: Annotated[float | None, typer.Option(help="Mean latency, at most.")] = None,
-    min_accuracy: Annotated[float | None, typer.Option(help="Share of right answers, at least.")] = None,
+    mean_cost: Annotated[
+        float | None, typer.Option(min=1e-6, max=1e9, help="Mean cost of a request, at most.")
+    ] = None,
+    mean_latency_ms: Annotated[
+        float | None, typer.Option(min=1e-6, max=1e9, help="Mean latency, at most.")
+    ] = None,
+    min_accuracy: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Share of right answers, at least.")
+    ] = None,
 ) -> None:
     """Say which lambda keeps a mean over requests: give exactly one of the three."""
     _check_extra()
@@ -188,6 +198,8 @@ def price(
 
     if [mean_cost, mean_latency_ms, min_accuracy].count(None) != 2:
         raise InvalidRequest("give exactly one of --mean-cost, --mean-latency-ms and --min-accuracy")
+    if any(value is not None and math.isnan(value) for value in (mean_cost, mean_latency_ms, min_accuracy)):
+        raise InvalidRequest("NaN is no budget: give a number")
     policy, _ = load_policy(artifact)
     try:
         value = policy.quality_value_for(
@@ -203,7 +215,7 @@ def compare(
     train: Outcomes,
     held_out: Annotated[Path, typer.Argument(help="Outcomes of other prompts, to judge on.")],
     costs: Costs = EMBEDDED,
-    seed: Annotated[int, typer.Option(help="Seed of trees and neural network.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of trees and neural network.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Fit every kind of predictor to the same outcomes and judge them on others; `fit` takes the trees."""
@@ -245,7 +257,7 @@ def collect(
     ] = "train",
     prompts: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 1000,
     conversations: Annotated[int, typer.Option(min=0, help="Further ones that are second turns.")] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the prompts.")] = 0,
     concurrency: Annotated[int, typer.Option(min=1, help="Prompts under way at once.")] = 4,
     timeout_ms: Annotated[
         float, typer.Option(min=1, max=86_400_000, help="Deadline of one stage call; a day at most.")

@@ -79,6 +79,8 @@ async def collect_outcomes(options: CollectOptions, console: Console) -> None:
     if options.split not in get_args(Split):
         raise InvalidRequest(f"unknown split {options.split!r}: choose one of {', '.join(get_args(Split))}")
     cascade = list(options.targets)
+    if len(cascade) < 2:
+        raise InvalidRequest("a cascade has two stages or more: give --stage for each", field="stage")
     with console.status("generating prompts"):
         split, seed = cast("Split", options.split), options.seed
         tasks = list(split_tasks(split, options.prompts, seed))
@@ -249,12 +251,16 @@ def _read_partial(partial: Path, cascade: Sequence[str]) -> set[tuple[tuple[str,
             whole += len(line) if line.endswith(b"\n") else 0
         file.truncate(whole)
     with partial.open(encoding="utf-8") as file:
-        header = json.loads(file.readline() or "null")
-        if header is None:
+        try:
+            header = json.loads(file.readline() or "null")
+            records = [json.loads(line) for line in file]
+        except ValueError as error:
+            raise UnfitOutcomes(f"{partial} is damaged: delete it, and collect anew") from error
+        if not records:
+            # Nothing is lost with it, whichever cascade it was begun for.
             return set()
         if header != {"schema": SCHEMA, "version": VERSION, "cascade": list(cascade)}:
             raise UnfitOutcomes(f"{partial} holds another cascade: choose another file, or delete it")
-        records = map(json.loads, file)
         return {(tuple(record["history"]), record["prompt"]) for record in records}
 
 

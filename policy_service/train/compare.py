@@ -14,6 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from policy_service.train.evaluate import area_under_roc, r_squared
+from policy_service.train.faults import UnfitOutcomes
 from policy_service.train.fit import expected_calibration_error
 from policy_service.train.predictor import fit_head
 
@@ -103,6 +104,11 @@ def compare_predictors(
     scores = []
     for name, key, stage in _views(train):
         features, correct = train.features[key], train.correct[:, stage]
+        for data in (train, held_out):
+            if data.correct[:, stage].all() or not data.correct[:, stage].any():
+                raise UnfitOutcomes(
+                    f"{data.cascade[stage]} is always right or always wrong in a file: take more prompts"
+                )
         for kind, make in _kinds(seed).items():
             progress(f"{name}: {kind}")
             model = make(features, train.prompts, correct)

@@ -68,7 +68,7 @@ def read_costs(path: Path) -> tuple[StageCosts, ...]:
         return CascadeCosts.model_validate(content).stages
     except OSError as error:
         raise UnfitCosts(f"{path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UnfitCosts(f"{path}: not YAML: {error}") from error
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]

@@ -84,7 +84,7 @@ def refit(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the refitted policy here.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the halves.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the halves.")] = 0,
 ) -> None:
     """Refit the calibration of the policy in force to reports of its answers, and show what that changes."""
     _check_extra("policy-train", "onnxruntime", "scipy", "sklearn", "onnx")

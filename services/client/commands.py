@@ -207,7 +207,7 @@ def ask(
     ] = None,
     min_quality: Annotated[
         float | None,
-        typer.Option(help="Go on below this predicted probability of a right answer, above 0 to 1."),
+        typer.Option(help="Stop early only where answers are certified to be right this often."),
     ] = None,
     stage: Annotated[
         str,

@@ -122,3 +122,23 @@ async def test_a_stage_that_is_away_is_named_and_nothing_is_lost(
 def test_a_stage_argument_is_name_and_target(argument: str) -> None:
     with pytest.raises(InvalidRequest, match="NAME=HOST:PORT"):
         parse_targets([argument])
+
+
+async def test_a_damaged_journal_is_named(targets: dict[str, str], tmp_path: Path) -> None:
+    output = tmp_path / "train.parquet"
+    output.with_name("train.parquet.partial").write_text('{"a": NaN\n')
+    with pytest.raises(UnfitOutcomes, match="damaged: delete it"):
+        await collect_outcomes(options(output, targets), QUIET)
+
+
+async def test_a_journal_without_prompts_blocks_nothing(targets: dict[str, str], tmp_path: Path) -> None:
+    output = tmp_path / "train.parquet"
+    with pytest.raises(Unavailable):
+        await collect_outcomes(options(output, {"tiny": "127.0.0.1:1", "huge": "127.0.0.1:1"}, 2), QUIET)
+    await collect_outcomes(options(output, targets, 2), QUIET)
+    assert len(list(read_rows(output))) == 6
+
+
+async def test_one_stage_is_no_cascade(targets: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="two stages or more"):
+        await collect_outcomes(options(tmp_path / "o.parquet", {"small": targets["small"]}), QUIET)

@@ -319,7 +319,7 @@ async def test_a_shadow_that_fails_or_hangs_touches_no_answer(
         (["versions", "nowhere"], "no policy was published in nowhere"),
         (["publish", "nowhere", "store"], "no policy in nowhere"),
         (["publish", "v1", "v1"], "v1 is an artifact, not a store"),
-        (["rollback", "store"], "v1 is the only version so far"),
+        (["rollback", "store"], "there is no version before v1"),
         (["rollback", "store", "--to", "v9"], "holds no version 'v9'"),
         (["refit", "store", "--reports", "nowhere"], "nowhere: no such file"),
         (["refit", "nowhere", "--reports", "empty"], "no policy was published in nowhere"),

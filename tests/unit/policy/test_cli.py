@@ -156,3 +156,44 @@ def test_a_mean_that_cannot_be_kept_says_what_can(arguments, message, monkeypatc
     code, errors = _main(monkeypatch, capsys, "price", *arguments)
     assert code == 1
     assert message in errors
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["fit", "a", "b", "-o", "p", "--seed", "-1"],
+        ["compare", "a", "b", "--seed", str(2**32)],
+        ["price", "--min-accuracy", "95"],
+        ["price", "--mean-cost", "-1"],
+        ["evaluate", "--outcomes", "a.csv.gz", "--ladder", "a,b", "--folds", "1000"],
+    ],
+)
+def test_numbers_out_of_range_are_refused(arguments):
+    result = _RUNNER.invoke(app, arguments)
+    assert result.exit_code == 2
+    assert "than or e" in result.stderr
+
+
+def test_a_predictor_needs_right_and_wrong_answers(tmp_path, monkeypatch, capsys):
+    import random
+
+    rng = random.Random(1)
+    files = []
+    for name in ("a", "b"):
+        rows = [record(rng) for _ in range(30)]
+        for row in rows:
+            row["stages"]["small"]["correct"] = True  # type: ignore[index]
+        files.append(str(write(tmp_path / name, rows)))
+    costs = tmp_path / "costs.yaml"
+    costs.write_text("stages: [{name: small, cost: 1}, {name: large, cost: 5}]")
+    code, message = _main(monkeypatch, capsys, "compare", *files, "--costs", str(costs))
+    assert code == 1
+    assert "small is always right or always wrong in a file" in message
+
+
+def test_costs_that_are_no_text_are_named(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "costs.yaml"
+    file.write_bytes(b"\xff\xfe\x00")
+    code, message = _main(monkeypatch, capsys, "evaluate", str(tmp_path / "o"), "--costs", str(file))
+    assert code == 1
+    assert "Traceback" not in message
