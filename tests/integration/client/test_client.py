@@ -314,10 +314,10 @@ def test_an_interrupted_question_ends_clean(silent_socket):
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        # It is connected, and waits.
-        silent_socket.accept()[0].close()
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        # It is connected, and waits; a connection that closes would be an answer of its own.
+        with silent_socket.accept()[0]:
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors
 
