@@ -315,9 +315,10 @@ def test_an_interrupted_question_ends_clean(silent_socket):
         text=True,
     ) as process:
         # It is connected, and waits; a connection that closes would be an answer of its own.
-        with silent_socket.accept()[0]:
-            process.send_signal(signal.SIGINT)
-            _, errors = process.communicate(timeout=60)
+        connection, _ = silent_socket.accept()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    connection.close()
     assert process.returncode == 130
     assert "Traceback" not in errors
 
