@@ -313,6 +313,8 @@ def test_an_interrupted_question_ends_clean(silent_socket):
         [sys.executable, "-m", "services.client.cli", "ask", "--target", _address(silent_socket), "Hi"],
         stderr=subprocess.PIPE,
         text=True,
+        # Also where the tests run in the background, and so with SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     ) as process:
         # It is connected, and waits; a connection that closes would be an answer of its own.
         connection, _ = silent_socket.accept()
