@@ -131,7 +131,13 @@ def evaluate(
 
     With --outcomes and --ladder: train and test routers on published outcomes of real models.
     """
+    from services.common.errors import InvalidRequest
+
     _check_extra()
+    if (outcomes is None) == (published is None) or (outcomes is not None and ladder):
+        raise InvalidRequest("give either a file of outcomes, or --outcomes FILE with --ladder")
+    if any(not math.isfinite(value) or value < 0 for value in quality_value or ()):
+        raise InvalidRequest("--lambda must be a number of 0 or more", field="lambda")
     if published is not None:
         from policy_service.train.routing.evaluate import RoutingOptions, evaluate_file
         from policy_service.train.routing.report import routing_tables
@@ -148,22 +154,17 @@ def evaluate(
         for each in routing_tables(routing):
             _console().print(each)
         return
-    if outcomes is None:
-        raise UnfitOutcomes("evaluate needs a file of outcomes, or --outcomes with --ladder")
-    _check_extra()
+    assert outcomes is not None
     from policy_service.artifact import load_policy, load_predictor
     from policy_service.train.costs import read_costs
     from policy_service.train.dataset import read_dataset
     from policy_service.train.evaluate import evaluate_policy
     from policy_service.train.outcomes import file_digest
-    from services.common.errors import InvalidRequest
 
     policy, document = load_policy(artifact)
     if file_digest(outcomes) in {document.train.sha256, document.calibration.sha256}:
         raise UnfitOutcomes(f"{outcomes}: policy {policy.version} was made from this file: use other prompts")
     data = read_dataset(outcomes, read_costs(costs))
-    if any(not math.isfinite(value) or value < 0 for value in quality_value or ()):
-        raise InvalidRequest("--lambda must be a number of 0 or more", field="lambda")
     predictor = load_predictor(artifact, document)
     evaluation = evaluate_policy(policy, predictor, data, quality_value or [0.5, 1.0, 2.0, 5.0])
     if as_json:

@@ -35,7 +35,7 @@ _SHARES = {"always large": 0.0, "best fixed threshold at balanced's accuracy": -
 _EVALUATION = Evaluation("v7", 5000, _LINES, _PREDICTIONS, _COMPARISONS, (), _SHARES)
 
 
-@pytest.mark.parametrize("missing", ["scipy", "sklearn", "onnx"])
+@pytest.mark.parametrize("missing", ["scipy", "sklearn", "onnx", "pyarrow"])
 @pytest.mark.parametrize(
     "arguments", [["collect", "o.gz"], ["fit", "a.gz", "b.gz", "-o", "policy"], ["evaluate", "o.gz"]]
 )
@@ -194,6 +194,23 @@ def test_a_predictor_needs_right_and_wrong_answers(tmp_path, monkeypatch, capsys
 def test_costs_that_are_no_text_are_named(tmp_path, monkeypatch, capsys):
     file = tmp_path / "costs.yaml"
     file.write_bytes(b"\xff\xfe\x00")
-    code, message = _main(monkeypatch, capsys, "evaluate", str(tmp_path / "o"), "--costs", str(file))
+    outcomes = write(tmp_path / "o", [])
+    code, message = _main(monkeypatch, capsys, "evaluate", str(outcomes), "--costs", str(file))
     assert code == 1
-    assert "Traceback" not in message
+    assert f"{file}: not YAML" in message
+
+
+@pytest.mark.parametrize("value", ["nan", "-1", "inf"])
+def test_a_lambda_that_is_no_value_is_refused(value, monkeypatch, capsys):
+    code, message = _main(monkeypatch, capsys, "evaluate", "o.parquet", "--lambda", value)
+    assert code == 1
+    assert "--lambda must be a number of 0 or more" in message
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["o.parquet", "--ladder", "a,b"], ["o.parquet", "--outcomes", "a.csv.gz"]]
+)
+def test_own_and_published_outcomes_are_not_mixed(arguments, monkeypatch, capsys):
+    code, message = _main(monkeypatch, capsys, "evaluate", *arguments)
+    assert code == 1
+    assert "give either a file of outcomes" in message

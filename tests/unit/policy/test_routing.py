@@ -271,7 +271,7 @@ def test_more_folds_than_subjects_are_refused(tmp_path):
 
 
 def test_evaluate_without_a_file_says_what_it_needs(monkeypatch, capsys):
-    assert "--outcomes with --ladder" in _fail(monkeypatch, capsys)
+    assert "--outcomes FILE with --ladder" in _fail(monkeypatch, capsys)
 
 
 def test_an_encoder_that_is_none_is_refused(tmp_path):
