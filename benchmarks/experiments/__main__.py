@@ -24,7 +24,7 @@ from benchmarks.experiments.plots import draw_plots
 from benchmarks.experiments.report import render_report, verdicts
 from benchmarks.experiments.tables import figures, write_tables
 from benchmarks.processes import ROOT
-from benchmarks.record import write_result
+from benchmarks.record import record
 from policy_service.artifact import UnfitArtifact, load_policy, load_predictor
 from policy_service.train.costs import EMBEDDED, UnfitCosts, read_costs
 from policy_service.train.dataset import read_dataset
@@ -71,11 +71,11 @@ def run(
         progress("writing tables")
         write_tables(measured, made)
         source = {"file": outcomes.name, "sha256": digest}
-        # A result with an absolute name lies there.
-        result = write_result(str(made / "experiments"), command, {"outcomes": source, **figures(measured)})
+        result = {"outcomes": source, **figures(measured), **record(command)}
+        (made / "experiments.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         progress("drawing plots")
         plots = draw_plots(measured, made)
-        page = render_report(measured, plots, json.loads(result.read_text(encoding="utf-8")))
+        page = render_report(measured, plots, result)
         (made / "report.html").write_text(page, encoding="utf-8")
         out.mkdir(exist_ok=True)
         for path in sorted(made.iterdir()):

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from policy_service.train import lifecycle
+from policy_service.train.console import number_table, result_console
 from policy_service.train.costs import EMBEDDED, UnfitCosts
 from policy_service.train.faults import UnfitOutcomes, say_why
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from rich.table import Table
 
     from policy_service.train.evaluate import Comparison, Evaluation, Prediction
 
@@ -35,8 +36,6 @@ _EXTRA = ("scipy", "sklearn", "onnx", "onnxruntime", "pyarrow")
 _EMBEDDED_ARTIFACT = Path(__file__).resolve().parents[1] / "artifact"
 # Below, what is fitted and calibrated says little of other prompts. Chosen.
 _FEW_PROMPTS = 1000
-# Of files and pipes: no table is wider.
-_WIDE = 160
 
 # Where `asd up` serves the embedded family.
 EMBEDDED_STAGES = ["small=127.0.0.1:50061", "medium=127.0.0.1:50062", "large=127.0.0.1:50063"]
@@ -78,7 +77,7 @@ def fit(
     from policy_service.train.fit import InputFile, fit_policy
     from policy_service.train.outcomes import check_disjoint
 
-    console = _console()
+    console = result_console()
     stages = read_costs(costs)
     check_disjoint(train, calibration)
     inputs = []
@@ -152,7 +151,7 @@ def evaluate(
         if routing.dropped:
             _say(f"{routing.dropped} prompts lack an outcome of the ladder and were left out", "yellow")
         for each in routing_tables(routing):
-            _console().print(each)
+            result_console().print(each)
         return
     assert outcomes is not None
     from policy_service.artifact import load_policy, load_predictor
@@ -170,7 +169,7 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps(_finite(dataclasses.asdict(evaluation)), indent=2))
         return
-    console = _console()
+    console = result_console()
     console.print(_lines_table(evaluation, data.cascade))
     console.print(_comparisons_table(evaluation.comparisons))
     console.print(_predictions_table(evaluation.predictions))
@@ -226,7 +225,7 @@ def compare(
     from policy_service.train.dataset import read_dataset
     from policy_service.train.outcomes import check_disjoint
 
-    console = _console()
+    console = result_console()
     stages = read_costs(costs)
     check_disjoint(train, held_out)
     with errors.status("reading") as status:
@@ -236,7 +235,9 @@ def compare(
         typer.echo(json.dumps(_finite([dataclasses.asdict(score) for score in scores]), indent=2))
         return
     headings = ("log loss", "Brier", "R²", "AUROC", "ECE")
-    table = _table(f"fitted to {len(data[0])} prompts, judged on {len(data[1])} others", "", headings)
+    table = number_table(
+        f"fitted to {len(data[0])} prompts, judged on {len(data[1])} others", ("", *headings)
+    )
     for score in scores:
         numbers = (score.log_loss, score.brier, score.r2, score.auroc, score.calibration_error)
         table.add_row(f"{score.view}: {score.kind}", *(f"{number:.3f}" for number in numbers))
@@ -276,7 +277,7 @@ def collect(
 
     targets = parse_targets(stage)
     options = CollectOptions(output, targets, split, prompts, conversations, seed, concurrency, timeout_ms)
-    asyncio.run(collect_outcomes(options, _console()))
+    asyncio.run(collect_outcomes(options, result_console()))
 
 
 def _check_extra() -> None:
@@ -290,12 +291,6 @@ def _check_extra() -> None:
         raise typer.Exit(1)
 
 
-def _console() -> Console:
-    """Return the console for results, wide enough for every table where nobody sees its width."""
-    console = Console()
-    return console if console.is_terminal else Console(width=_WIDE)
-
-
 def _say(line: str, style: str) -> None:
     errors.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
@@ -303,7 +298,9 @@ def _say(line: str, style: str) -> None:
 def _lines_table(evaluation: Evaluation, cascade: Sequence[str]) -> Table:
     first = ("accuracy", "of the\nlast's", "cost", "of oracle's\nsaving")
     headings = (*first, "latency\nms", "early\nstops", *cascade)
-    table = _table(f"policy {evaluation.policy_version} on {evaluation.prompts} prompts", "", headings)
+    table = number_table(
+        f"policy {evaluation.policy_version} on {evaluation.prompts} prompts", ("", *headings)
+    )
     for line in evaluation.lines:
         table.add_row(
             line.name,
@@ -320,7 +317,9 @@ def _lines_table(evaluation: Evaluation, cascade: Sequence[str]) -> Table:
 
 def _comparisons_table(comparisons: Sequence[Comparison]) -> Table:
     headings = ("lambda", "policy", "best\nthreshold", "difference", "95% interval")
-    table = _table("Value per prompt, beside the best fixed threshold (chosen with hindsight)", "", headings)
+    table = number_table(
+        "Value per prompt, beside the best fixed threshold (chosen with hindsight)", ("", *headings)
+    )
     for each in comparisons:
         interval = f"{each.low:+.4f} to {each.high:+.4f}"
         numbers = (f"{each.quality_value:g}", f"{each.value:.4f}", f"{each.threshold_value:.4f}")
@@ -329,19 +328,10 @@ def _comparisons_table(comparisons: Sequence[Comparison]) -> Table:
 
 
 def _predictions_table(predictions: Sequence[Prediction]) -> Table:
-    table = _table("P(correct) of the judged answer", "answer of", ("R²", "AUROC", "ECE", "Brier"))
+    table = number_table("P(correct) of the judged answer", ("answer of", "R²", "AUROC", "ECE", "Brier"))
     for each in predictions:
         numbers = (each.r2, each.auroc, each.calibration_error, each.brier)
         table.add_row(each.view, *("–" if math.isnan(number) else f"{number:.3f}" for number in numbers))
-    return table
-
-
-def _table(title: str, first: str, numbers: Sequence[str]) -> Table:
-    """Return a table whose first column gives way to the numbers, which are never cut."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column(first, overflow="fold")
-    for heading in numbers:
-        table.add_column(heading, justify="right", no_wrap=True)
     return table
 
 

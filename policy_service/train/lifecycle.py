@@ -11,21 +11,18 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
+from policy_service.train.console import number_table, result_console
 from services.common.errors import PreconditionFailed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from rich.table import Table
+
     from policy_service.reports import OutcomeReport
     from policy_service.shadow import ShadowRecord
     from policy_service.train.refit import StageRefit
-
-# Of files and pipes: no table is wider.
-_WIDE = 160
 
 Store = Annotated[Path, typer.Argument(help="Directory of the versions.")]
 Reports = Annotated[list[Path], typer.Argument(help="Files of reports, as policy services write them.")]
@@ -43,14 +40,14 @@ def versions(store: Store) -> None:
     from policy_service.store import PolicyStore
 
     headings = ("version", "parent", "calibration\nprompts", "in force since")
-    table = _table(f"policies in {store}", headings, left=2)
+    table = number_table(f"policies in {store}", headings, texts=2)
     for each in PolicyStore(store).versions():
         since = (
             "" if each.since is None else datetime.fromtimestamp(each.since, UTC).isoformat(" ", "seconds")
         )
         mark = " *" if each.is_current else ""
         table.add_row(each.version + mark, each.parent, f"{each.prompts or '–'}", each.problem or since)
-    _console().print(table)
+    result_console().print(table)
 
 
 def publish(
@@ -97,7 +94,7 @@ def refit(
     document = read_document(parent)
     stages = [stage.name for stage in document.stages]
     refits = fit_corrections(_read(reports), document.policy_version, stages, seed)
-    console = _console()
+    console = result_console()
     console.print(_refit_table(document.policy_version, refits))
     if not any(each.correction for each in refits):
         _print(f"policy {document.policy_version} stays: no correction lowers the log loss beyond doubt")
@@ -132,7 +129,9 @@ def drift(
     for report in first_reports(_read(reports)):
         monitor.add(report)
     numbers = ("reports", "predicted", "right", "ECE", "evidence", "drifted at\nreport")
-    table = _table(f"calibration; alarm at evidence {run_length:g}", ("policy", "stage", *numbers), left=2)
+    table = number_table(
+        f"calibration; alarm at evidence {run_length:g}", ("policy", "stage", *numbers), texts=2
+    )
     for version in monitor.versions():
         for each in monitor.of(version):
             table.add_row(
@@ -145,7 +144,7 @@ def drift(
                 f"{each.evidence:.3g}",
                 "no" if each.alarm_at is None else str(each.alarm_at),
             )
-    _console().print(table)
+    result_console().print(table)
 
 
 def shadow(
@@ -158,7 +157,7 @@ def shadow(
     pairs = Counter((each.live_version, each.shadow_version) for each in records)
     for (live, candidate), count in pairs.items():
         of_pair = [each for each in records if (each.live_version, each.shadow_version) == (live, candidate)]
-        _console().print(_shadow_table(f"{candidate} beside {live}: {count} records", of_pair))
+        result_console().print(_shadow_table(f"{candidate} beside {live}: {count} records", of_pair))
     if not records:
         _print(f"{file} holds no records")
 
@@ -173,7 +172,9 @@ def _refit_table(version: str, refits: Iterable[StageRefit]) -> Table:
         "slope",
         "offset",
     )
-    table = _table(f"policy {version} on reports that each half was not fitted to", ("stage", *numbers, ""))
+    table = number_table(
+        f"policy {version} on reports that each half was not fitted to", ("stage", *numbers, "")
+    )
     for each in refits:
         row = [each.stage, str(each.reports)]
         row += (
@@ -187,7 +188,7 @@ def _refit_table(version: str, refits: Iterable[StageRefit]) -> Table:
 
 def _shadow_table(title: str, records: Sequence[ShadowRecord]) -> Table:
     changes = ("quality\nby live", "quality\nby shadow", "cost\nby live", "cost\nby shadow")
-    table = _table(title, ("step", "stage", "records", "agree", *changes), left=2)
+    table = number_table(title, ("step", "stage", "records", "agree", *changes), texts=2)
     groups: dict[tuple[str, str], list[ShadowRecord]] = {}
     for each in records:
         groups.setdefault((each.step, each.judged_stage), []).append(each)
@@ -211,24 +212,8 @@ def _read(files: Iterable[Path]) -> list[OutcomeReport]:
     return [report for file in files for report in read_reports(file)]
 
 
-def _table(title: str, headings: Sequence[str], left: int = 1) -> Table:
-    """Return a table whose first columns, so many of them, are texts; no number is cut."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for place, heading in enumerate(headings):
-        is_text = place < left or not heading
-        table.add_column(
-            heading, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold"
-        )
-    return table
-
-
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=_WIDE)
-
-
 def _print(line: str) -> None:
-    _console().print(line, soft_wrap=True, markup=False, highlight=False)
+    result_console().print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def _check_extra(extra: str, *modules: str) -> None:

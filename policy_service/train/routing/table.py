@@ -143,9 +143,14 @@ def _models(rows: Sequence[dict[str, str]]) -> list[str]:
 
 def _values(path: Path, rows: Sequence[dict[str, str]], columns: Sequence[str]) -> Floats:
     try:
-        return np.array([[float(row[name] or "nan") for name in columns] for row in rows])
+        values = np.array([[float(row[name] or "nan") for name in columns] for row in rows])
     except ValueError as error:
         raise UnfitOutcomes(f"{path}: an outcome is no number: {error}") from error
+    for row, column in np.argwhere((values < 0) | (values > 1)):
+        raise UnfitOutcomes(
+            f"{path}: row {row + 1}: {columns[column]} is {values[row, column]:g}; an outcome is 0 to 1"
+        )
+    return values
 
 
 def _joined(path: Path, rows: Sequence[dict[str, str]], ladder: Sequence[str]) -> Floats:

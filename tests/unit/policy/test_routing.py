@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from policy_service.train import cli
-from policy_service.train.outcomes import UnfitOutcomes
+from policy_service.train.faults import UnfitOutcomes
 from policy_service.train.routing.embeddings import embed_prompts
 from policy_service.train.routing.evaluate import RoutingOptions, evaluate_file, evaluate_routing, split_folds
 from policy_service.train.routing.ladder import Ladder
@@ -291,3 +291,11 @@ def test_the_command_prints_tables_and_json(tmp_path):
     document = json.loads(CliRunner().invoke(cli.app, [*arguments, "--json"]).stdout)
     assert document["ladder"] == ["tiny", "huge"]
     assert document["routers"]["ours"]["apgr"] > 0.6
+
+
+def test_scores_are_no_outcomes(tmp_path):
+    rows = _rows(60)
+    rows[3]["huge"] = "8.5"
+    path = _write(tmp_path / "o.csv.gz", rows)
+    with pytest.raises(UnfitOutcomes, match=r"row 4: huge is 8\.5; an outcome is 0 to 1"):
+        read_table(path, ["tiny", "huge"])

@@ -1,0 +1,32 @@
+"""What the commands of `asd-policy` print with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# Of files and pipes: no table is wider.
+_WIDE = 160
+
+
+def result_console() -> Console:
+    """Return the console for results, wide enough for every table where nobody sees its width."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDE)
+
+
+def number_table(title: str, headings: Sequence[str], texts: int = 1) -> Table:
+    """Return a table whose first columns, so many of them, are texts; they give way, no number is cut."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for place, heading in enumerate(headings):
+        is_text = place < texts or not heading
+        table.add_column(
+            heading, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold"
+        )
+    return table
