@@ -1,5 +1,10 @@
 # One target per image: docker build --target router --tag asd-router:0.1.0 .
-# Targets: router, policy, stage-onnx, tools.
+# Targets: router, policy, stage-onnx, stage-vllm, stage-tensorrt-llm, tools.
+
+# What the GPU stages start from: images that hold the library, its CUDA and the compiler that it calls. The
+# engines' calls are checked against these versions (docs/engines.md).
+ARG VLLM_IMAGE=docker.io/vllm/vllm-openai:v0.25.1
+ARG TENSORRT_LLM_IMAGE=nvcr.io/nvidia/tensorrt-llm/release:1.3.0rc24
 
 FROM python:3.11-slim-bookworm AS build
 RUN python -m venv /opt/asd
@@ -22,6 +27,11 @@ FROM build AS build-stage-onnx
 # The source tree itself, which has no version to pin.
 # hadolint ignore=DL3013
 RUN pip install ".[stage]"
+
+FROM build AS build-tools
+# The source tree itself, which has no version to pin.
+# hadolint ignore=DL3013
+RUN pip install ".[hub]"
 
 FROM python:3.11-slim-bookworm AS base
 # Kubernetes proves runAsNonRoot from a number only.
@@ -50,7 +60,37 @@ COPY models/large /models/large
 EXPOSE 50061
 ENTRYPOINT ["python", "-m", "services.stage"]
 
+# hadolint ignore=DL3006
+FROM ${VLLM_IMAGE} AS stage-vllm
+# Into the image's own Python, and only what is missing: its packages stay as its makers tested them.
+# hadolint ignore=DL3013
+RUN --mount=type=bind,target=/src,rw \
+    python3 -m pip install --no-cache-dir --break-system-packages "/src[vllm,hub]"
+USER 10001:10001
+# The root is read-only and the user has no name: everything that is compiled or cached goes to /tmp, which is
+# a volume.
+ENV HOME=/tmp USER=asd LOGNAME=asd PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+    ASD_CACHE_DIR=/tmp/cache VLLM_CACHE_ROOT=/tmp/vllm TRITON_CACHE_DIR=/tmp/triton \
+    TORCHINDUCTOR_CACHE_DIR=/tmp/inductor HF_HOME=/tmp/huggingface \
+    HF_HUB_OFFLINE=1 VLLM_USE_FLASHINFER_SAMPLER=0 VLLM_NO_USAGE_STATS=1
+WORKDIR /opt/asd
+EXPOSE 50061
+ENTRYPOINT ["python3", "-m", "services.stage"]
+
+# hadolint ignore=DL3006
+FROM ${TENSORRT_LLM_IMAGE} AS stage-tensorrt-llm
+# hadolint ignore=DL3013
+RUN --mount=type=bind,target=/src,rw \
+    python3 -m pip install --no-cache-dir --break-system-packages "/src[tensorrt-llm,hub]"
+USER 10001:10001
+ENV HOME=/tmp USER=asd LOGNAME=asd PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+    ASD_CACHE_DIR=/tmp/cache TRITON_CACHE_DIR=/tmp/triton TORCHINDUCTOR_CACHE_DIR=/tmp/inductor \
+    HF_HOME=/tmp/huggingface HF_HUB_OFFLINE=1
+WORKDIR /opt/asd
+EXPOSE 50061
+ENTRYPOINT ["python3", "-m", "services.stage"]
+
 # The `asd` command: helm test and the benchmark Job run it.
 FROM base AS tools
-COPY --from=build /opt/asd /opt/asd
+COPY --from=build-tools /opt/asd /opt/asd
 ENTRYPOINT ["asd"]

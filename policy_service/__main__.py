@@ -36,7 +36,13 @@ async def run(settings: PolicySettings, servicer: PolicyServicer, watch: PolicyW
     if watch is not None:
         following = asyncio.create_task(follow(watch, servicer.use, settings.artifact_poll_seconds))
     try:
-        await serve("policy", settings.listen, [registration], drain_seconds=settings.drain_seconds)
+        await serve(
+            "policy",
+            settings.listen,
+            [registration],
+            drain_seconds=settings.drain_seconds,
+            options=settings.server_options(),
+        )
     finally:
         if following is not None:
             following.cancel()
@@ -58,7 +64,7 @@ def main() -> None:
             f"asd-policy: reports_path {settings.reports_path}: {error.strerror}: choose a file that can be "
             "written"
         ) from error
-    telemetry.setup_telemetry("asd-policy")
+    telemetry.setup_telemetry("asd-policy", settings.metrics_listen)
     instruments = Instruments()
     with _shadow(settings, loaded, instruments) or nullcontext() as shadow:
         servicer = PolicyServicer(
@@ -67,7 +73,7 @@ def main() -> None:
             reports,
             monitor=monitor,
             shadow=shadow,
-            known_versions=store.names() if store else (),
+            known_versions=store.names if store else tuple,
         )
         instruments.watch_calibration(servicer.calibration)
         watch = PolicyWatch(store, loaded) if store else None

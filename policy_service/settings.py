@@ -7,12 +7,13 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from services.common.settings import ServiceSettings, service_config
+from services.common.serving import ServerSettings
+from services.common.settings import service_config
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class PolicySettings(ServiceSettings):
+class PolicySettings(ServerSettings):
     """Settings of the policy service.
 
     artifact: an artifact, or a store of versions, which is looked at every artifact_poll_seconds. cascade:

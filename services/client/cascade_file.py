@@ -8,12 +8,20 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
 from services.common.settings import Section, ServiceSettings, SettingsError, service_config
 from services.router.settings import Milliseconds, Name, RouterSettings
+from services.stage.engine_settings import (
+    Count,
+    EngineName,
+    TensorrtLlmSettings,
+    VllmSettings,
+    check_options,
+    most_at_a_time,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,8 +31,6 @@ if TYPE_CHECKING:
 EMBEDDED = Path(__file__).with_name("embedded.yaml")
 HOST = "127.0.0.1"
 ROUTER, POLICY = "router", "policy"
-
-Count = Annotated[int, Field(ge=1)]
 
 
 class PolicyEntry(Section):
@@ -41,11 +47,18 @@ class StageEntry(Section):
     name: Name
     path: Path
     cost: float = Field(gt=0, allow_inf_nan=False)
-    engine: Literal["onnx"] = "onnx"
+    engine: EngineName = "onnx"
     threads: Count = 1
-    max_batch: Count = 8
+    max_batch: Count | None = None
     default_max_new_tokens: Count = 160
     timeout_ms: Milliseconds = 30_000.0
+    vllm: VllmSettings | None = None
+    tensorrt_llm: TensorrtLlmSettings | None = None
+
+    @model_validator(mode="after")
+    def _check_options(self) -> Self:
+        check_options(self.engine, self.model_fields_set)
+        return self
 
 
 class CascadeFile(ServiceSettings):
@@ -126,7 +139,11 @@ def read_cascade(file: Path) -> CascadeFile:
                 f"{file}: stages.{index}.path: {path} is not a Hugging Face model directory (it has no "
                 f"config.json){_relative(stage.path)}"
             )
-        stages.append(stage.model_copy(update={"path": path}))
+        vllm = stage.vllm
+        if vllm is not None and vllm.lora:
+            adapters = {task: (base / adapter).resolve() for task, adapter in vllm.lora.items()}
+            vllm = vllm.model_copy(update={"lora": adapters})
+        stages.append(stage.model_copy(update={"path": path, "vllm": vllm}))
     policy = cascade.policy
     if policy is not None:
         artifact = (base / policy.artifact).resolve()
@@ -166,10 +183,14 @@ def _say(problem: ErrorDetails) -> str:
         return problem["msg"].removeprefix("Value error, ")
     *place, key = problem["loc"]
     section: dict[object, type[Section] | type[ServiceSettings]] = {
+        "": CascadeFile,
         "stages": StageEntry,
         "policy": PolicyEntry,
+        "vllm": VllmSettings,
+        "tensorrt_llm": TensorrtLlmSettings,
     }
-    known = list(section.get(place[0] if place else "", CascadeFile).model_fields)
+    names = [part for part in place if isinstance(part, str)]
+    known = list(section[names[-1] if names else ""].model_fields)
     close = difflib.get_close_matches(str(key), known, n=1)
     hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
     return f"unknown key: {hint}"
@@ -240,18 +261,21 @@ def policy_config(
 
 def stage_config(stage: StageEntry, port: int, *, drain_seconds: float) -> dict[str, Any]:
     """Return the settings of a stage process (services.stage.settings)."""
+    model: dict[str, Any] = {
+        "name": stage.name,
+        "path": str(stage.path),
+        "engine": stage.engine,
+        "max_batch": most_at_a_time(stage.engine, stage.max_batch),
+        "default_max_new_tokens": stage.default_max_new_tokens,
+    }
+    section = stage.vllm or stage.tensorrt_llm
+    if stage.engine == "onnx":
+        model["threads"] = stage.threads
+    elif section is not None:
+        model[stage.engine] = section.model_dump(mode="json", exclude_unset=True)
     return {
         "listen": f"{HOST}:{port}",
         "default_model": stage.name,
-        "models": [
-            {
-                "name": stage.name,
-                "path": str(stage.path),
-                "engine": stage.engine,
-                "threads": stage.threads,
-                "max_batch": stage.max_batch,
-                "default_max_new_tokens": stage.default_max_new_tokens,
-            }
-        ],
+        "models": [model],
         "drain_seconds": drain_seconds,
     }

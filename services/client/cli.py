@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from services.client import interrupts
 
 
@@ -9,6 +11,9 @@ def main() -> None:
     """Run the `asd` command."""
     # Before anything that takes time to import.
     interrupts.end_quietly()
+
+    # Failures are ours to tell: gRPC would tell each handshake's on standard error.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
     from services.client.commands import app
 

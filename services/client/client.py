@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Self, TypeVar
@@ -14,6 +15,8 @@ import grpc
 
 from asd.v1 import cascade_pb2, cascade_pb2_grpc, policy_pb2_grpc
 from services.client import convert
+from services.common.addresses import is_loopback
+from services.common.auth import bearer
 from services.common.channel import call_stream, call_unary, open_channel
 from services.common.errors import AsdError, PreconditionFailed, Unavailable
 
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from services.client.values import Answer, BatchItem, Description, Event, Request
+    from services.common.tls import ClientTls
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_TARGET = "127.0.0.1:50050"
 DEFAULT_POLICY_TARGET = "127.0.0.1:50051"
@@ -34,6 +40,19 @@ _UNANSWERED = re.compile(
     r"ipv[46]:\S+: (?:Failed to connect to remote host: )?([^:;]+)"
 )
 
+# What gRPC says where a connection is refused for its encryption, and what to do.
+_UNENCRYPTED = (
+    (
+        "CERTIFICATE_VERIFY_FAILED",
+        "shows a certificate of an authority that is not trusted here: name a file with it by --tls-ca",
+    ),
+    (
+        "Hostname Verification Check failed",
+        "shows a certificate for another name: say which one with --tls-server-name",
+    ),
+    ("WRONG_VERSION_NUMBER", "does not speak TLS: leave the --tls options out"),
+)
+
 Sent = TypeVar("Sent")
 Received = TypeVar("Received")
 
@@ -42,18 +61,34 @@ class CascadeClient:
     """Asks a cascade's router. An asynchronous context manager; one instance serves many concurrent calls.
 
     target: "host:port" or a gRPC name such as "dns:///asd-router:50050". timeout_ms: deadline of each call.
+    tls: None for a plain connection. token: shown with each call; "" for a cascade that wants none. Raises
+    ValueError for a token that cannot be one, UnusableFile (on entry) for certificates that cannot be used.
     Every method raises the AsdError that the router's status stands for (services.common.errors):
     InvalidRequest and NotFound for a request at fault, Unavailable where nothing answers, BudgetSpent after
     the deadline.
     """
 
-    def __init__(self, target: str = DEFAULT_TARGET, *, timeout_ms: float = DEFAULT_TIMEOUT_MS) -> None:
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        timeout_ms: float = DEFAULT_TIMEOUT_MS,
+        tls: ClientTls | None = None,
+        token: str = "",
+    ) -> None:
         self._target = target
+        self._tls = tls
+        self._metadata = bearer(token)
         self._timeout_ms = timeout_ms
         self._peer = f"cascade at {target}"
 
     async def __aenter__(self) -> Self:
-        self._channel = open_channel(self._target)
+        if self._metadata and self._tls is None and not is_loopback(self._target):
+            logger.warning(
+                "the token goes to %s in the clear: use TLS (--tls-ca), or a tunnel that ends here",
+                self._target,
+            )
+        self._channel = open_channel(self._target, tls=self._tls)
         self._stub = cascade_pb2_grpc.CascadeServiceStub(self._channel)
         return self
 
@@ -100,14 +135,18 @@ class CascadeClient:
         self, method: grpc.aio.UnaryUnaryMultiCallable[Sent, Received], message: Sent
     ) -> Received:
         try:
-            return await call_unary(method, message, timeout_ms=self._timeout_ms, peer=self._peer)
+            return await call_unary(
+                method, message, timeout_ms=self._timeout_ms, peer=self._peer, metadata=self._metadata
+            )
         except AsdError as error:
             raise self._explained(error) from error
 
     async def _call_stream(
         self, method: grpc.aio.UnaryStreamMultiCallable[Sent, Received], message: Sent
     ) -> AsyncGenerator[Received, None]:
-        responses = call_stream(method, message, timeout_ms=self._timeout_ms, peer=self._peer)
+        responses = call_stream(
+            method, message, timeout_ms=self._timeout_ms, peer=self._peer, metadata=self._metadata
+        )
         async with aclosing(responses):
             try:
                 async for response in responses:
@@ -124,13 +163,24 @@ class CascadeClient:
             return error
         if self._channel.get_state() is grpc.ChannelConnectivity.READY:
             return Unavailable(in_plain_words(error.message).removeprefix(f"{self._peer}: "))
+        for sign, advice in _UNENCRYPTED:
+            if sign in error.message:
+                return Unavailable(f"{self._target} {advice}")
+        if error.message.endswith("Socket closed"):
+            wish = "TLS (--tls-ca)" if self._tls is None else "a certificate (--tls-cert, --tls-key)"
+            return Unavailable(f"{self._target} closes the connection: it may want {wish}")
         return Unavailable(
             f"no cascade answers at {self._target}: start one with `asd up`, or name another with --target"
         )
 
 
 async def report(
-    answer: Answer, *, correct: bool, policy_target: str = DEFAULT_POLICY_TARGET, timeout_ms: float = 5_000.0
+    answer: Answer,
+    *,
+    correct: bool,
+    policy_target: str = DEFAULT_POLICY_TARGET,
+    timeout_ms: float = 5_000.0,
+    tls: ClientTls | None = None,
 ) -> int:
     """Tell the policy service how an answer turned out; return how many reports it holds for its policy.
 
@@ -138,7 +188,7 @@ async def report(
     the policy did not judge the answer, and the AsdError that the service's status stands for.
     """
     message = convert.report_to(answer, correct=correct)
-    async with open_channel(policy_target) as channel:
+    async with open_channel(policy_target, tls=tls) as channel:
         stub = policy_pb2_grpc.PolicyServiceStub(channel)
         peer = f"policy service at {policy_target}"
         try:

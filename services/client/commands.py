@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from services.client.connecting import Connection, connected, encrypted
 from services.client.interrupts import INTERRUPTED, Unwinding
 
 if TYPE_CHECKING:
@@ -193,6 +194,7 @@ def _asd(
 
 
 @app.command(epilog=_EPILOG)
+@connected
 def ask(
     prompt: Annotated[str, typer.Argument(help="What to ask; - reads standard input.")],
     target: TargetOption = _DEFAULT_TARGET,
@@ -235,6 +237,8 @@ def ask(
     system: Annotated[str, typer.Option(help="Instructions before the prompt.")] = "",
     timeout_ms: TimeoutOption = 60_000.0,
     as_json: JsonOption = False,
+    *,
+    connection: Connection,
 ) -> None:
     """Ask a cascade and show the answer as it comes about.
 
@@ -269,22 +273,26 @@ def ask(
             chain=tuple(chain or ()),
         )
         show = _write_answer if as_json else _show_answer
-        return show(target, timeout_ms, request)
+        return show(connection.client(target, timeout_ms), request)
 
     _run(work, as_json=as_json)
 
 
 @app.command(epilog=_EPILOG)
+@connected
 def describe(
-    target: TargetOption = _DEFAULT_TARGET, timeout_ms: TimeoutOption = 5_000.0, as_json: JsonOption = False
+    target: TargetOption = _DEFAULT_TARGET,
+    timeout_ms: TimeoutOption = 5_000.0,
+    as_json: JsonOption = False,
+    *,
+    connection: Connection,
 ) -> None:
     """Show the stages of a cascade, what they cost, and the policy in force."""
 
     async def work() -> None:
         from services.client import console
-        from services.client.client import CascadeClient
 
-        async with CascadeClient(target, timeout_ms=timeout_ms) as cascade:
+        async with connection.client(target, timeout_ms) as cascade:
             description = await cascade.describe()
         if as_json:
             _write_json(asdict(description))
@@ -295,6 +303,7 @@ def describe(
 
 
 @app.command(epilog=_EPILOG)
+@encrypted
 def report(
     answer: Annotated[
         Path,
@@ -312,6 +321,8 @@ def report(
     ] = _DEFAULT_POLICY,
     timeout_ms: TimeoutOption = 5_000.0,
     as_json: JsonOption = False,
+    *,
+    connection: Connection,
 ) -> None:
     """Tell the policy service whether an answer was right, so that it can watch its predictions."""
     if is_right is None:
@@ -320,7 +331,13 @@ def report(
     async def send(reported: Answer, *, correct: bool) -> None:
         from services.client import client, console
 
-        reports = await client.report(reported, correct=correct, policy_target=policy, timeout_ms=timeout_ms)
+        reports = await client.report(
+            reported,
+            correct=correct,
+            policy_target=policy,
+            timeout_ms=timeout_ms,
+            tls=connection.client_tls(),
+        )
         if as_json:
             _write_json({"request_id": reported.request_id, "reports": reports})
         else:
@@ -359,6 +376,7 @@ def up(
 
 
 @app.command(epilog=_EPILOG)
+@connected
 def demo(
     prompts: Annotated[int, typer.Option(min=1, help="How many prompts to send.")] = 60,
     json_file: Annotated[
@@ -380,6 +398,8 @@ def demo(
     ] = None,
     preference: PreferenceChoice = None,
     timeout_ms: TimeoutOption = 60_000.0,
+    *,
+    connection: Connection,
 ) -> None:
     """Ask a cascade and its largest stage graded prompts of every suite and level, and compare them."""
     if target is not None and cascade is not None:
@@ -387,7 +407,7 @@ def demo(
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise typer.BadParameter(f"--json: {json_file.absolute().parent} is not a directory")
     _run(
-        lambda: _demo(prompts, json_file, cascade, target, preference, timeout_ms),
+        lambda: _demo(prompts, json_file, cascade, target, preference, timeout_ms, connection),
         as_json=json_file is not None,
     )
 
@@ -440,22 +460,48 @@ def prepare(context: typer.Context, cascade: CascadeOption = None, as_json: Json
     _run(work, as_json=as_json)
 
 
+@models_app.command(name="pull", epilog=_EPILOG)
+def pull_model(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="OWNER/NAME, as the hub has it.")],
+    to: Annotated[
+        Path | None,
+        typer.Option("--to", metavar="DIRECTORY", help="Where NAME is put. Default: the cache's `models`."),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit. Default: the newest.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Load a model of the Hugging Face hub and check it. Goes on where it stopped.
+
+    A gated model asks for a token in HF_TOKEN. Needs the extra `hub`.
+    """
+
+    def work() -> None:
+        from services.client import pull
+
+        say = (lambda line: None) if as_json else typer.echo
+        done = pull.pull(model, to or pull.default_folder(), revision, say=say, shows_bars=not as_json)
+        if as_json:
+            _write_json(asdict(done) | {"path": str(done.path)})
+        else:
+            size = f"{done.size_bytes / 1e9:.2f} GB, {done.loaded_bytes / 1e9:.2f} GB loaded now"
+            typer.echo(f"{done.path}: {done.files} files, {size}, revision {done.revision[:12]}")
+
+    _run(work, as_json=as_json)
+
+
 # What the commands do.
 
 
-async def _write_answer(target: str, timeout_ms: float, request: Request) -> None:
-    from services.client.client import CascadeClient
-
-    async with CascadeClient(target, timeout_ms=timeout_ms) as cascade:
+async def _write_answer(client: CascadeClient, request: Request) -> None:
+    async with client as cascade:
         _write_json(asdict(await cascade.answer(request)))
 
 
-async def _show_answer(target: str, timeout_ms: float, request: Request) -> None:
+async def _show_answer(client: CascadeClient, request: Request) -> None:
     from services.client import console
-    from services.client.client import CascadeClient
 
     output = console.output()
-    async with CascadeClient(target, timeout_ms=timeout_ms) as cascade:
+    async with client as cascade:
         show = _stream_live if output.is_terminal else _stream_plain
         answer = await show(cascade, request, output)
     console.notes().print(console.answer_line(answer), soft_wrap=True)
@@ -562,9 +608,9 @@ async def _demo(
     target: str | None,
     preference: PreferenceOption | None,
     timeout_ms: float,
+    connection: Connection,
 ) -> None:
     from services.client import console
-    from services.client.client import CascadeClient
     from services.client.demo import ask_both_ways, choose_tasks, summarise
     from services.client.launcher import free_ports
     from services.client.running import running
@@ -573,9 +619,9 @@ async def _demo(
     objective = Objective(preference=preference.value if preference else None)
     notes = console.notes()
 
-    async def collect(address: str) -> list[Row]:
+    async def collect(asked: CascadeClient) -> list[Row]:
         rows = []
-        async with CascadeClient(address, timeout_ms=timeout_ms) as client:
+        async with asked as client:
             with console.progress(notes) as bar:
                 counting = bar.add_task("asking", total=prompts)
                 async for row in ask_both_ways(client, choose_tasks(prompts), objective):
@@ -584,11 +630,13 @@ async def _demo(
         return rows
 
     if target is not None:
-        rows = await collect(target)
+        rows = await collect(connection.client(target, timeout_ms))
     else:
         cascade = _cascade(file)
         async with running(cascade, free_ports(len(cascade.stages)), notes) as supervisor:
-            rows = await collect(supervisor.children[0].service.address)
+            # What it starts itself listens on this machine, plainly.
+            address = supervisor.children[0].service.address
+            rows = await collect(Connection().client(address, timeout_ms))
     summary = summarise(rows)
     figures = {**asdict(summary), "rows": [asdict(row) for row in rows]}
     if json_file == Path("-"):

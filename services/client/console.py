@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from services.client.demo import Row, Summary
     from services.client.launcher import Child
-    from services.client.values import Answer, Description, StageStarted, StreamedText
+    from services.client.values import Answer, Description, StageDescription, StageStarted, StreamedText
 
 _DOING = {"generate": "writes", "verify": "verifies", "prefill": "reads ahead"}
 _ANSWER_COLUMNS = 14
@@ -89,6 +89,12 @@ def answer_line(answer: Answer) -> Text:
     return line
 
 
+def _state(stage: StageDescription) -> Text:
+    if stage.asleep:
+        return Text("asleep", style="yellow")
+    return Text("available", style="green") if stage.available else Text("away", style="red")
+
+
 def description(value: Description) -> RenderableType:
     """Return the stages of a cascade, and the policy in force."""
     table = Table("stage", "model", "engine", "parameters", "context", "cost", "queue", "state")
@@ -101,7 +107,7 @@ def description(value: Description) -> RenderableType:
             str(stage.context_length or "–"),
             f"{stage.cost:g}",
             str(stage.queue_depth),
-            Text("available", style="green") if stage.available else Text("away", style="red"),
+            _state(stage),
         )
     plan = f"Static plan, while the policy is away: {' → '.join(value.static_plan)}"
     policy = value.policy

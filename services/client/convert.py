@@ -224,6 +224,7 @@ def description_from(message: cascade_pb2.DescribeResponse) -> Description:
                 cost=stage.cost,
                 available=stage.available,
                 queue_depth=stage.queue_depth,
+                asleep=stage.asleep,
             )
             for stage in message.stages
         ),

@@ -200,6 +200,7 @@ class StageDescription:
     cost: float
     available: bool
     queue_depth: int
+    asleep: bool = False
 
 
 @dataclass(frozen=True)

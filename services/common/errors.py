@@ -4,6 +4,7 @@ AsdError                    anything else: INTERNAL
 ├── InvalidRequest          malformed request, unspecified enum; names the field
 ├── NotFound                unknown stage, model or policy version
 ├── PreconditionFailed      artifact absent, or not made for this cascade
+├── Unauthenticated         no token, or an unknown one
 ├── ResourceExhausted       queue or KV cache full
 ├── Unavailable             stage or policy unreachable, or draining
 └── BudgetSpent             the deadline or a time budget passed
@@ -34,6 +35,10 @@ class NotFound(AsdError):
 
 class PreconditionFailed(AsdError):
     """The service is not in a state in which the request could succeed."""
+
+
+class Unauthenticated(AsdError):
+    """The caller shows no token, or one that is not known."""
 
 
 class ResourceExhausted(AsdError):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import logging
+import re
 import signal
+import socket
 import sys
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -17,8 +20,11 @@ from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from services.common import telemetry
+from services.common.addresses import is_loopback
 from services.common.errors import AsdError, InvalidRequest, Unavailable
 from services.common.status import DETAILS_KEY, public_message, status_of, to_rpc_status
+from services.common.tls import server_credentials
+from services.common.watched_files import UnusableFile
 from services.common.wire import find_invalid_text
 
 if TYPE_CHECKING:
@@ -26,11 +32,17 @@ if TYPE_CHECKING:
 
     from google.protobuf.descriptor import Descriptor
 
+    from services.common.tls import ServerTls
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
+
+# Host and port; a host with colons stands in brackets. gRPC knows further forms, which are left to it.
+_ADDRESS = re.compile(r"\[?(?P<host>[^\[\]/]*?)\]?:(?P<port>[^:/\]]*)")
+_HIGHEST_PORT = 65_535
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +51,39 @@ class ServiceRegistration:
 
     full_name: str
     add: Callable[[grpc.aio.Server], None]
+
+
+class CannotListen(Unavailable):
+    """The address to listen on cannot be had; the message says why and what to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """How a server meets its clients.
+
+    tls: None for plain connections. health_listen: where health alone is served, plainly; "": nowhere.
+    max_connection_age_ms: after about that time a client is asked to connect anew, and looks its target up
+    again; 0: never. max_connection_age_grace_ms: for how long calls may then go on; 0: to their end. guard:
+    refuses calls, inside what maps errors to status.
+    """
+
+    tls: ServerTls | None = None
+    health_listen: str = ""
+    max_connection_age_ms: int = 0
+    max_connection_age_grace_ms: int = 0
+    guard: grpc.aio.ServerInterceptor | None = None
+
+    def channel_arguments(self) -> list[tuple[str, int]]:
+        """Return what gRPC is told."""
+        arguments = []
+        if self.max_connection_age_ms:
+            arguments.append(("grpc.max_connection_age_ms", self.max_connection_age_ms))
+        if self.max_connection_age_grace_ms:
+            arguments.append(("grpc.max_connection_age_grace_ms", self.max_connection_age_grace_ms))
+        return arguments
+
+
+PLAIN = ServerOptions()
 
 
 class RunningServer(NamedTuple):
@@ -110,10 +155,14 @@ class ClosingInterceptor(grpc.aio.ServerInterceptor):
 def run_service(service: Coroutine[Any, Any, T]) -> T:
     """Run a service to its end, on uvloop: a router passes 1.15 x the requests of asyncio's own loop.
 
-    (benchmarks.service throughput, both loops by turns.)
+    (benchmarks.service throughput, both loops by turns.) Ends the process with one sentence where an address
+    cannot be listened on, or a certificate or a file of tokens cannot be used.
     """
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(service)
+        try:
+            return runner.run(service)
+        except (CannotListen, UnusableFile) as error:
+            raise SystemExit(f"asd: {error.message}") from error
 
 
 async def serve(
@@ -124,22 +173,28 @@ async def serve(
     drain_seconds: float,
     on_ready: Callable[[int], None] | None = None,
     on_drain: Callable[[], Awaitable[None]] | None = None,
+    options: ServerOptions = PLAIN,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then drain.
 
     Prints `READY <name> <host>:<port>` on standard output once it serves; on_ready gets the port then.
     Draining: health says NOT_SERVING, on_drain is awaited (refuse new work there), no new connection is
-    taken, and calls under way have drain_seconds to finish. Raises Unavailable if the address cannot be
-    listened on.
+    taken, and calls under way have drain_seconds to finish. Raises CannotListen if an address cannot be
+    listened on, UnusableFile if a certificate cannot be used.
     """
     health_servicer = health.aio.HealthServicer()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    server, port = await start_server(listen, services, health_servicer=health_servicer)
+    if options.guard is not None and options.tls is None and not is_loopback(listen):
+        logger.warning("tokens come in over plain connections: set tls, unless something else encrypts them")
+    server, port = await start_server(listen, services, health_servicer=health_servicer, options=options)
+    probed: grpc.aio.Server | None = None
     _spare_the_collector()
     try:
+        if options.health_listen:
+            probed, _ = await start_health_server(options.health_listen, health_servicer)
         host = listen.rpartition(":")[0]
         sys.stdout.write(f"READY {name} {host}:{port}\n")
         sys.stdout.flush()
@@ -152,6 +207,8 @@ async def serve(
             await on_drain()
     finally:
         await server.stop(drain_seconds)
+        if probed is not None:
+            await probed.stop(0)
         await asyncio.to_thread(telemetry.shutdown_telemetry)
 
 
@@ -172,14 +229,23 @@ async def start_server(
     *,
     health_servicer: health.aio.HealthServicer | None = None,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
+    options: ServerOptions = PLAIN,
 ) -> RunningServer:
     """Start a server with the services, health and reflection on an address such as "127.0.0.1:0".
 
-    Raises Unavailable if the address cannot be listened on.
+    Raises CannotListen if the address cannot be listened on, UnusableFile if a certificate cannot be used.
     """
+    credentials = server_credentials(options.tls) if options.tls else None
+    guards = [options.guard] if options.guard else []
     server = grpc.aio.server(
-        interceptors=[ClosingInterceptor(), *telemetry.server_interceptors(), StatusInterceptor()],
+        interceptors=[
+            ClosingInterceptor(),
+            *telemetry.server_interceptors(),
+            StatusInterceptor(),
+            *guards,
+        ],
         options=(
+            *options.channel_arguments(),
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", max_message_bytes),
             # A second process on the same port must fail, not take half of the calls.
@@ -197,12 +263,67 @@ async def start_server(
     for name in names:
         await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
     _add_reflection([*names, health.SERVICE_NAME], server)
+    return await _start(server, listen, credentials, "listen")
+
+
+async def start_health_server(listen: str, health_servicer: health.aio.HealthServicer) -> RunningServer:
+    """Start a plain server with grpc.health.v1 alone, for probes: the kubelet's cannot speak TLS.
+
+    Raises CannotListen if the address cannot be listened on.
+    """
+    server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    return await _start(server, listen, None, "health_listen")
+
+
+async def _start(
+    server: grpc.aio.Server, listen: str, credentials: grpc.ServerCredentials | None, setting: str
+) -> RunningServer:
+    _check_address(listen, setting)
     try:
-        port = server.add_insecure_port(listen)
+        if credentials is None:
+            port = server.add_insecure_port(listen)
+        else:
+            port = server.add_secure_port(listen, credentials)
     except RuntimeError as error:
-        raise Unavailable(f"cannot listen on {listen}: is the port taken?") from error
+        raise CannotListen(f"cannot listen on {listen}: is the address this machine's?") from error
     await server.start()
     return RunningServer(server, port)
+
+
+def _check_address(listen: str, setting: str) -> None:
+    """Raise CannotListen for an address that gRPC would misread, or explain with no more than a failure."""
+    address = _ADDRESS.fullmatch(listen)
+    if ":" not in listen:
+        # gRPC would take 443.
+        raise CannotListen(f"cannot listen on {listen}: write HOST:PORT")
+    if address is None:
+        return
+    host, port = address["host"], address["port"]
+    # gRPC takes port 99999 for 34463.
+    if not port.isascii() or not port.isdigit() or int(port) > _HIGHEST_PORT:
+        raise CannotListen(f"cannot listen on {listen}: a port is a number from 0 to {_HIGHEST_PORT}")
+    if not int(port):
+        return
+    try:
+        family, *_, found = socket.getaddrinfo(host or None, int(port), type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            # As gRPC does: connections that are closing do not hold the port.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(found)
+    except socket.gaierror as error:
+        raise CannotListen(f"cannot listen on {listen}: {host}: {error.strerror}") from error
+    except OSError as error:
+        # Others are left to gRPC, which turns to IPv4 where there is no IPv6.
+        if error.errno == errno.EADDRINUSE:
+            raise CannotListen(
+                f"cannot listen on {listen}: the port is taken: set `{setting}` to another one, or end what "
+                "has it"
+            ) from error
+        if error.errno == errno.EACCES:
+            raise CannotListen(
+                f"cannot listen on {listen}: no permission: set `{setting}` to a port from 1024 on"
+            ) from error
 
 
 def _add_reflection(names: Sequence[str], server: grpc.aio.Server) -> None:

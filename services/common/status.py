@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, cast
 
 import grpc
@@ -15,6 +16,7 @@ from services.common.errors import (
     NotFound,
     PreconditionFailed,
     ResourceExhausted,
+    Unauthenticated,
     Unavailable,
 )
 
@@ -26,6 +28,7 @@ STATUS_TABLE: tuple[tuple[type[AsdError], grpc.StatusCode], ...] = (
     (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
     (NotFound, grpc.StatusCode.NOT_FOUND),
     (PreconditionFailed, grpc.StatusCode.FAILED_PRECONDITION),
+    (Unauthenticated, grpc.StatusCode.UNAUTHENTICATED),
     (ResourceExhausted, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (Unavailable, grpc.StatusCode.UNAVAILABLE),
     (BudgetSpent, grpc.StatusCode.DEADLINE_EXCEEDED),
@@ -36,6 +39,9 @@ DETAILS_KEY = "grpc-status-details-bin"
 INTERNAL_TEXT = "internal error; the service's log has the details"
 # gRPC refuses more than 8 KiB of trailing metadata by default, and the message travels twice in it.
 MAX_MESSAGE_CHARS = 1000
+
+# What gRPC core (1.85) says of a request over the size limit, whichever side refuses it.
+_TOO_LARGE = re.compile(r"(?:CLIENT: Sent|SERVER: Received) message larger than max \((\d+) vs\. (\d+)\)")
 
 _ERROR_OF_CODE: dict[grpc.StatusCode, type[AsdError]] = {
     **{code: error for error, code in STATUS_TABLE},
@@ -77,6 +83,12 @@ def from_rpc_error(error: grpc.RpcError, *, peer: str = "") -> AsdError:
     """
     kind = _ERROR_OF_CODE.get(error.code(), AsdError)
     message = error.details() or error.code().name
+    if too_large := _TOO_LARGE.fullmatch(message):
+        size, most = too_large.groups()
+        message = (
+            f"the request has {size} bytes, and {most} are the most that a message may have: shorten the "
+            "prompt or the conversation, or split the batch"
+        )
     if peer and kind is not InvalidRequest:
         message = f"{peer}: {message}"
     metadata = cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ())

@@ -6,7 +6,8 @@ latency histograms are in seconds and our fields in milliseconds: the conversion
 else.
 
 Nothing is exported, and a span costs next to nothing, unless OTEL_EXPORTER_OTLP_ENDPOINT (or its traces and
-metrics variants), OTEL_TRACES_EXPORTER or OTEL_METRICS_EXPORTER is set.
+metrics variants), OTEL_TRACES_EXPORTER or OTEL_METRICS_EXPORTER is set. Metrics are served to Prometheus as
+well, or instead, where a service's settings say so.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from types import TracebackType
 
+    from opentelemetry.sdk.metrics.export import MetricReader
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.util.types import AttributeValue
 
@@ -60,6 +62,8 @@ class Attributes:
     STAGE_INDEX: Final = "asd.stage.index"
     STAGE_ACTION: Final = "asd.stage.action"
     STAGE_COUNT: Final = "asd.stage.count"
+    NEXT_STAGE_NAME: Final = "asd.stage.next_name"
+    SCALING: Final = "asd.manager.scaling"
     STAGE_LATENCY_MS: Final = "asd.stage.latency_ms"
     STAGE_QUEUE_MS: Final = "asd.stage.queue_ms"
     STAGE_PREFILL_MS: Final = "asd.stage.prefill_ms"
@@ -90,6 +94,16 @@ class Metrics:
     STAGE_REQUESTS: Final = "asd.stage.requests"
     STAGE_DURATION: Final = "asd.stage.duration"
     STAGE_FAILURES: Final = "asd.stage.failures"
+    STAGE_QUEUE_DURATION: Final = "asd.stage.queue_duration"
+    STAGE_PREFILL_DURATION: Final = "asd.stage.prefill_duration"
+    STAGE_DECODE_DURATION: Final = "asd.stage.decode_duration"
+    COMPLETION_TOKENS: Final = "asd.stage.completion_tokens"
+    REQUEST_FAILURES: Final = "asd.request.failures"
+    ACTIVE_REQUESTS: Final = "asd.active_requests"
+    DECISIONS: Final = "asd.decisions"
+    ESCALATIONS: Final = "asd.escalations"
+    PREFILLS_AHEAD: Final = "asd.prefills_ahead"
+    ASLEEP: Final = "asd.stage.asleep"
     EARLY_STOPS: Final = "asd.early_stops"
     STATIC_PLANS: Final = "asd.static_plans"
     POLICY_DURATION: Final = "asd.policy.duration"
@@ -100,6 +114,17 @@ class Metrics:
     CACHED_PROMPT_TOKENS: Final = "asd.stage.cached_prompt_tokens"
     QUEUE_DEPTH: Final = "asd.stage.queue_depth"
     RUNNING_REQUESTS: Final = "asd.stage.running_requests"
+    COMPLETED_REQUESTS: Final = "asd.stage.completed_requests"
+    CANCELLED_REQUESTS: Final = "asd.stage.cancelled_requests"
+    KV_CACHE: Final = "asd.stage.kv_cache"
+    CACHED_SEQUENCES: Final = "asd.stage.cached_sequences"
+    MODELS_LOADED: Final = "asd.stage.models_loaded"
+    MODEL_MEMORY: Final = "asd.stage.model_memory"
+    MODEL_MEMORY_BUDGET: Final = "asd.stage.model_memory_budget"
+    IDLE: Final = "asd.stage.idle"
+    MANAGED_WANTED: Final = "asd.manager.wanted_replicas"
+    MANAGED_READY: Final = "asd.manager.ready_replicas"
+    MANAGER_SCALINGS: Final = "asd.manager.scalings"
     REPORTS: Final = "asd.policy.reports"
     REPORTED_P_CORRECT: Final = "asd.policy.reported_p_correct"
     REPORTED_ACCURACY: Final = "asd.policy.reported_accuracy"
@@ -231,10 +256,14 @@ def client_interceptors() -> list[Any] | None:
     return list(aio_client_interceptors(tracer_provider=_state.provider))  # type: ignore[no-untyped-call]
 
 
-def setup_telemetry(service_name: str) -> None:
-    """Set up traces and metrics as the standard OTEL_* variables say. Call once, first thing in a process."""
+def setup_telemetry(service_name: str, metrics_listen: str = "") -> None:
+    """Set up traces and metrics as the standard OTEL_* variables say. Call once, first thing in a process.
+
+    metrics_listen: address at which Prometheus finds /metrics; "": nowhere. Raises SystemExit with a sentence
+    where that cannot be listened on.
+    """
     setup_tracing(service_name)
-    setup_metrics(service_name)
+    setup_metrics(service_name, metrics_listen)
 
 
 def setup_tracing(service_name: str) -> bool:
@@ -265,15 +294,30 @@ def setup_tracing(service_name: str) -> bool:
     return True
 
 
-def setup_metrics(service_name: str) -> bool:
-    """Export metrics if the environment asks for it, and return whether it does.
+def setup_metrics(service_name: str, listen: str = "") -> bool:
+    """Export metrics if the environment asks for it, serve them where listen says, and return whether either
+    is so.
 
-    Raises ValueError where a variable asks for an exporter or protocol that asd does not have.
+    Raises ValueError where a variable asks for an exporter or protocol that asd does not have, SystemExit
+    where the address cannot be listened on.
     """
     kind = _exporter("METRICS")
-    if kind == "none":
+    if kind == "none" and not listen:
         return False
     from opentelemetry.sdk.metrics import MeterProvider
+
+    readers: list[MetricReader] = []
+    if kind != "none":
+        readers.append(_periodic_reader(kind))
+    if listen:
+        readers.append(_serve_metrics(listen))
+    metrics.set_meter_provider(MeterProvider(metric_readers=readers, resource=_resource(service_name)))
+    _state.metered = True
+    return True
+
+
+def _periodic_reader(kind: str) -> MetricReader:
+    """Return what sends metrics by "otlp" or "console"."""
     from opentelemetry.sdk.metrics.export import (
         ConsoleMetricExporter,
         MetricExporter,
@@ -289,13 +333,26 @@ def setup_metrics(service_name: str) -> bool:
         import sys
 
         exporter = ConsoleMetricExporter(out=sys.stderr)
-    metrics.set_meter_provider(
-        MeterProvider(
-            metric_readers=[PeriodicExportingMetricReader(exporter)], resource=_resource(service_name)
-        )
-    )
-    _state.metered = True
-    return True
+    return PeriodicExportingMetricReader(exporter)
+
+
+def _serve_metrics(listen: str) -> MetricReader:
+    """Serve /metrics in a thread of its own, and return what it shows. Raises SystemExit where the address
+    cannot be listened on."""
+    from opentelemetry.exporter.prometheus import PrometheusMetricReader
+    from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+
+    host, colon, port = listen.rpartition(":")
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    try:
+        if not colon:
+            raise ValueError(listen)
+        start_http_server(int(port), host.strip("[]") or "0.0.0.0", registry)  # noqa: S104
+    except (OSError, OverflowError, ValueError) as error:
+        reason = str(error.strerror).lower() if isinstance(error, OSError) else "not host:port"
+        raise SystemExit(f"asd: metrics_listen: cannot listen on {listen}: {reason}") from error
+    return PrometheusMetricReader(scope_info_enabled=False, registry=registry)
 
 
 def shutdown_telemetry() -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, contextmanager, suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from services.common import telemetry
+from services.common.auth import TokenInterceptor
 from services.common.channel import open_channel
 from services.common.server import run_service, serve
+from services.common.watched_files import UnusableFile
 from services.router.breaker import Breaker
 from services.router.cascade import Cascade
-from services.router.clients import Directory, GrpcPolicy, GrpcStage
+from services.router.clients import Directory, GrpcManager, GrpcPolicy, GrpcStage
 from services.router.domain import Stage
 from services.router.instruments import Instruments
 from services.router.planner import Planner
@@ -20,32 +25,50 @@ from services.router.servicer import CascadeServicer
 from services.router.settings import RouterSettings
 from services.router.speculation import SpeculationOptions
 from services.router.static_plan import StaticPlan
+from services.router.waking import AllAwake, Waking
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from services.router.ports import Sleepers
+    from services.router.waking import Replicated
 
 
 async def build(settings: RouterSettings, channels: AsyncExitStack) -> CascadeServicer:
     """Return the servicer that the settings describe; its channels close with the stack."""
     clock = time.monotonic
     names = [stage.name for stage in settings.stages]
-    stages = []
+    stages: list[GrpcStage] = []
+    sleeping: list[tuple[Stage, Replicated]] = []
     for index, entry in enumerate(settings.stages):
         stage = Stage(entry.name, index, entry.cost, entry.timeout_ms, entry.target, entry.model)
-        replicas = Replicas(entry.target, clock)
+        with _within(f"stages.{index}"):
+            replicas = Replicas(entry.target, clock, tls=entry.tls)
         channels.push_async_callback(replicas.close)
         stages.append(GrpcStage(stage, replicas, clock))
+        sleeping.append((stage, replicas))
     policy = None
     if settings.policy is not None:
         target = settings.policy.target
-        # No retries: the static plan is the better answer to a policy that is away.
-        channel = await channels.enter_async_context(open_channel(target, retry=False))
+        # No retries with pauses: the static plan is the better answer to a policy that is away.
+        with _within("policy"):
+            channel = open_channel(target, retry=False, tls=settings.policy.tls)
+        await channels.enter_async_context(channel)
         policy = GrpcPolicy(target, channel, names, settings.policy.timeout_ms, Breaker(clock))
     static_plan = StaticPlan(tuple(names.index(name) for name in settings.static_plan), len(names))
     instruments = Instruments()
     options = SpeculationOptions(**settings.speculation.model_dump())
-    planner = Planner([each.stage for each in stages], policy, static_plan, instruments, clock, options)
+    sleepers = await _sleepers(settings, sleeping, channels)
+    if settings.manager is not None:
+        instruments.watch_sleep([each.stage for each in stages], lambda: sleepers.asleep)
+    planner = Planner(
+        [each.stage for each in stages], policy, static_plan, instruments, clock, options, sleepers
+    )
     return CascadeServicer(
         Cascade(stages, planner, instruments, clock),
-        Directory(stages, policy, settings.static_plan),
+        Directory(stages, policy, settings.static_plan, sleepers),
         clock,
+        instruments,
         max_concurrent=settings.max_concurrent,
         batch_concurrency=settings.batch_concurrency,
         default_deadline_ms=settings.default_deadline_ms,
@@ -54,6 +77,7 @@ async def build(settings: RouterSettings, channels: AsyncExitStack) -> CascadeSe
 
 async def run(settings: RouterSettings) -> None:
     """Serve until SIGTERM or SIGINT."""
+    guard = TokenInterceptor(settings.auth) if settings.auth else None
     async with AsyncExitStack() as channels:
         servicer = await build(settings, channels)
         await serve(
@@ -62,14 +86,47 @@ async def run(settings: RouterSettings) -> None:
             [servicer.registration()],
             drain_seconds=settings.drain_seconds,
             on_drain=servicer.drain,
+            options=replace(settings.server_options(), guard=guard),
         )
+
+
+async def _sleepers(
+    settings: RouterSettings, stages: Sequence[tuple[Stage, Replicated]], channels: AsyncExitStack
+) -> Sleepers:
+    """Return what knows of stages that sleep; it asks the manager until the stack closes."""
+    if settings.manager is None:
+        return AllAwake()
+    target = settings.manager.target
+    with _within("manager"):
+        channel = open_channel(target, tls=settings.manager.tls)
+    await channels.enter_async_context(channel)
+    manager = GrpcManager(target, channel, settings.manager.timeout_ms)
+    waking = Waking(stages, manager, time.monotonic, settings.manager.poll_ms)
+    following = asyncio.create_task(waking.follow())
+
+    async def stop() -> None:
+        following.cancel()
+        with suppress(asyncio.CancelledError):
+            await following
+
+    channels.push_async_callback(stop)
+    return waking
+
+
+@contextmanager
+def _within(section: str) -> Iterator[None]:
+    """Name a section of the settings where a file of it cannot be used."""
+    try:
+        yield
+    except UnusableFile as error:
+        raise UnusableFile(f"{section}.{error.message}") from error
 
 
 def main() -> None:
     """Read the settings and serve."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     settings = RouterSettings.from_arguments()
-    telemetry.setup_telemetry("asd-router")
+    telemetry.setup_telemetry("asd-router", settings.metrics_listen)
     run_service(run(settings))
 
 

@@ -73,6 +73,7 @@ class Cascade:
         """Have a stage answer, by verifying an earlier stage's answer where there is one."""
         stage, draft = client.stage, self._planner.draft_for(progress, client.stage)
         upstream = [self._stages[place] for place in progress.upstream]
+        await self._planner.until_awake(progress, [each.stage for each in (client, *upstream)])
         action = StageAction.VERIFY if draft or upstream else StageAction.GENERATE
         if progress.view is not View.OUTCOME:
             yield StageStarted(stage, action)

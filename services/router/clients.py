@@ -7,7 +7,7 @@ import math
 from contextlib import aclosing, contextmanager
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from asd.v1 import cascade_pb2, policy_pb2, policy_pb2_grpc, stage_pb2
+from asd.v1 import cascade_pb2, manager_pb2, manager_pb2_grpc, policy_pb2, policy_pb2_grpc, stage_pb2
 from services.common.channel import call_exchange, call_stream, call_unary
 from services.common.errors import (
     AsdError,
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from asd.v1 import common_pb2, stage_pb2_grpc
     from services.router.breaker import Breaker
+    from services.router.ports import Sleepers
     from services.router.replicas import Replicas
 
 Sent = TypeVar("Sent")
@@ -182,11 +183,15 @@ class GrpcStage:
         except (InvalidRequest, NotFound) as error:
             raise self._blame(error) from error
 
-    async def describe(self) -> cascade_pb2.StageDescription:
-        """Return what the stage says of itself; what is configured where it does not answer."""
-        description = cascade_pb2.StageDescription(
+    def describe_away(self) -> cascade_pb2.StageDescription:
+        """Return what is configured of the stage."""
+        return cascade_pb2.StageDescription(
             stage=self._stage.name, stage_index=self._stage.index, cost=self._stage.cost
         )
+
+    async def describe(self) -> cascade_pb2.StageDescription:
+        """Return what the stage says of itself; what is configured where it does not answer."""
+        description = self.describe_away()
         try:
             replica = await self._replicas.choose("")
             status = await call_unary(
@@ -252,10 +257,7 @@ class GrpcPolicy:
             conditions=convert.conditions_to(conditions),
         )
         convert.set_input(message, request.input)
-        with self._guarded(timeout_ms):
-            response = await call_unary(
-                self._plan, message, timeout_ms=min(timeout_ms, self._timeout_ms), peer=self._peer
-            )
+        response = await self._ask(self._plan, message, timeout_ms)
         first = self._place(response.first_stage)
         likely = self._later(first, response.likely_next_stage)
         return convert.plan_from(response, first, likely, self._later(first, response.abandon_stage))
@@ -290,10 +292,7 @@ class GrpcPolicy:
         )
         convert.set_input(message, request.input)
         try:
-            with self._guarded(timeout_ms):
-                response = await call_unary(
-                    self._decide, message, timeout_ms=min(timeout_ms, self._timeout_ms), peer=self._peer
-                )
+            response = await self._ask(self._decide, message, timeout_ms)
         except InvalidRequest as error:
             if error.field.startswith(("draft", "verification")):
                 # The caller did not write that: the stage did.
@@ -312,6 +311,25 @@ class GrpcPolicy:
             )
         except AsdError:
             return None
+
+    async def _ask(
+        self, method: grpc.aio.UnaryUnaryMultiCallable[Sent, Received], message: Sent, timeout_ms: float
+    ) -> Received:
+        """Return the answer of a call; of a second one where a replica is away: another may be there.
+
+        At once, and once: where none is, the static plan is the better answer.
+        """
+        clock = asyncio.get_running_loop().time
+        first_ms = min(timeout_ms, self._timeout_ms)
+        started = clock()
+        with self._guarded(timeout_ms):
+            try:
+                return await call_unary(method, message, timeout_ms=first_ms, peer=self._peer)
+            except Unavailable:
+                left_ms = first_ms - (clock() - started) * 1000.0
+                if left_ms <= 0:
+                    raise
+                return await call_unary(method, message, timeout_ms=left_ms, peer=self._peer)
 
     @contextmanager
     def _guarded(self, timeout_ms: float) -> Iterator[None]:
@@ -367,12 +385,50 @@ class GrpcPolicy:
         return place
 
 
+class GrpcManager:
+    """Calls the manager of stages that sleep. timeout_ms: of each call."""
+
+    def __init__(self, target: str, channel: grpc.aio.Channel, timeout_ms: float) -> None:
+        self._peer = f"the manager at {target}"
+        self._timeout_ms = timeout_ms
+        stub = manager_pb2_grpc.ManagerServiceStub(channel)
+        self._status = stub.Status
+        self._wake = stub.Wake
+
+    async def awake(self) -> dict[str, bool]:
+        """Return the names of the managed stages, and whether a replica of each is ready.
+
+        A stage whose state is not known is left out.
+        """
+        status = await call_unary(
+            self._status,
+            manager_pb2.ManagerServiceStatusRequest(),
+            timeout_ms=self._timeout_ms,
+            peer=self._peer,
+        )
+        return {
+            each.stage: each.state == manager_pb2.SLEEP_STATE_AWAKE
+            for each in status.stages
+            if each.state != manager_pb2.SLEEP_STATE_UNSPECIFIED
+        }
+
+    async def wake(self, stage: str) -> None:
+        """Have a stage get replicas."""
+        message = manager_pb2.WakeRequest(stage=stage)
+        await call_unary(self._wake, message, timeout_ms=self._timeout_ms, peer=self._peer)
+
+
 class Directory:
     """Describes the cascade by asking every service of it."""
 
     def __init__(
-        self, stages: Sequence[GrpcStage], policy: GrpcPolicy | None, static_plan: Sequence[str]
+        self,
+        stages: Sequence[GrpcStage],
+        policy: GrpcPolicy | None,
+        static_plan: Sequence[str],
+        sleepers: Sleepers,
     ) -> None:
+        self._sleepers = sleepers
         self._stages = tuple(stages)
         self._policy = policy
         self._static_plan = tuple(static_plan)
@@ -380,12 +436,19 @@ class Directory:
     async def describe(self) -> cascade_pb2.DescribeResponse:
         """Return the cascade's description."""
         stages, policy = await asyncio.gather(
-            asyncio.gather(*(stage.describe() for stage in self._stages)),
+            asyncio.gather(*(self._describe(stage) for stage in self._stages)),
             self._policy.describe() if self._policy else _nothing(),
         )
         return cascade_pb2.DescribeResponse(
             stages=stages, policy=policy, static_plan=self._static_plan, version=VERSION
         )
+
+    async def _describe(self, stage: GrpcStage) -> cascade_pb2.StageDescription:
+        if stage.stage.index in self._sleepers.asleep:
+            description = stage.describe_away()
+            description.asleep = True
+            return description
+        return await stage.describe()
 
 
 def _key(request: Request) -> str:

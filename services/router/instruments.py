@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from opentelemetry.metrics import CallbackOptions, Observation
+
 from services.common import telemetry
+from services.common.status import status_of
 from services.common.telemetry import OPERATION_CHAT, PROVIDER_NAME, Attributes, Metrics
+from services.router.domain import DecisionAction
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
     from services.common.errors import AsdError
     from services.router.domain import Answer, Outcome, Stage
+
+# From a small stage's verification to all stages after each other; costs are in the default units.
+_COST_BUCKETS = (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 15.0, 20.0, 50.0)
 
 
 class Instruments:
     """Counts what the router does, through OpenTelemetry. Build it after set-up."""
 
     def __init__(self) -> None:
-        meter = telemetry.meter()
+        self._meter = meter = telemetry.meter()
         self._enabled = telemetry.metrics_enabled()
         self._static_plans = meter.create_counter(
             Metrics.STATIC_PLANS, unit="{plan}", description="times the static plan stood in for the policy"
@@ -45,8 +55,38 @@ class Instruments:
         self._cached = meter.create_counter(
             Metrics.CACHED_PROMPT_TOKENS, unit="{token}", description="of them, taken from the prefix cache"
         )
+        self._completion = meter.create_counter(
+            Metrics.COMPLETION_TOKENS, unit="{token}", description="tokens that stages wrote or accepted"
+        )
+        self._failures = meter.create_counter(
+            Metrics.REQUEST_FAILURES, unit="{request}", description="requests that ended with an error"
+        )
+        self._active = meter.create_up_down_counter(
+            Metrics.ACTIVE_REQUESTS, unit="{request}", description="requests under way; a batch counts each"
+        )
+        self._decisions = meter.create_counter(
+            Metrics.DECISIONS, unit="{decision}", description="decisions on stages' answers"
+        )
+        self._escalations = meter.create_counter(
+            Metrics.ESCALATIONS, unit="{request}", description="requests handed on to a later stage"
+        )
+        self._prefills = meter.create_counter(
+            Metrics.PREFILLS_AHEAD, unit="{request}", description="prompts read ahead of an escalation"
+        )
         self._cost = meter.create_histogram(
-            Metrics.REQUEST_COST, unit="{cost_unit}", description="cost of a request"
+            Metrics.REQUEST_COST,
+            unit="{cost_unit}",
+            description="cost of a request",
+            explicit_bucket_boundaries_advisory=_COST_BUCKETS,
+        )
+        self._queue_duration = telemetry.duration_histogram(
+            Metrics.STAGE_QUEUE_DURATION, "time that a stage call waited in the stage's queue"
+        )
+        self._prefill_duration = telemetry.duration_histogram(
+            Metrics.STAGE_PREFILL_DURATION, "time that a stage took to read a prompt"
+        )
+        self._decode_duration = telemetry.duration_histogram(
+            Metrics.STAGE_DECODE_DURATION, "time that a stage took to write or verify"
         )
         self._duration = telemetry.duration_histogram(Metrics.REQUEST_DURATION, "duration of a request")
         self._stage_duration = telemetry.duration_histogram(
@@ -74,6 +114,11 @@ class Instruments:
         stage = {Attributes.STAGE_NAME: answer.stage.name}
         self._prompt.add(answer.result.usage.prompt_tokens, stage)
         self._cached.add(answer.result.usage.cached_prompt_tokens, stage)
+        self._completion.add(answer.result.usage.completion_tokens, stage)
+        timing = answer.result.timing
+        self._queue_duration.record_ms(timing.queue_ms, stage)
+        self._prefill_duration.record_ms(timing.prefill_ms, stage)
+        self._decode_duration.record_ms(timing.decode_ms, stage)
         if answer.verification is not None:
             self._proposed.add(answer.verification.proposed_tokens, stage)
             self._accepted.add(answer.verification.accepted_tokens, stage)
@@ -85,6 +130,35 @@ class Instruments:
                 1, {Attributes.STAGE_NAME: stage.name, Attributes.ERROR_TYPE: type(error).__name__}
             )
 
+    @contextmanager
+    def request_under_way(self) -> Iterator[None]:
+        """Count the block as a request under way, and as a failed one where it ends with an error."""
+        if not self._enabled:
+            yield
+            return
+        self._active.add(1)
+        try:
+            yield
+        except Exception as error:
+            self._failures.add(1, {Attributes.ERROR_TYPE: status_of(error).name})
+            raise
+        finally:
+            self._active.add(-1)
+
+    def watch_sleep(self, stages: Sequence[Stage], asleep: Callable[[], frozenset[int]]) -> None:
+        """Show which stages sleep. asleep: is called at each export."""
+
+        def observe(_: CallbackOptions) -> Iterable[Observation]:
+            places = asleep()
+            return [
+                Observation(int(stage.index in places), {Attributes.STAGE_NAME: stage.name})
+                for stage in stages
+            ]
+
+        self._meter.create_observable_gauge(
+            Metrics.ASLEEP, [observe], "{stage}", "1 where a stage has no replica, else 0"
+        )
+
     def request_answered(self, outcome: Outcome, stage_count: int) -> None:
         """A request was answered, in a cascade of so many stages."""
         if not self._enabled:
@@ -94,6 +168,17 @@ class Instruments:
         self._requests.add(1, {Attributes.STAGE_NAME: stage.name, Attributes.PLAN_SOURCE: source})
         if stage.index < stage_count - 1:
             self._early_stops.add(1, {Attributes.STAGE_NAME: stage.name})
+        for record, following in zip(outcome.records, (*outcome.records[1:], None), strict=True):
+            decision = record.decision
+            judged = {
+                Attributes.STAGE_NAME: record.answer.stage.name,
+                Attributes.DECISION_REASON: decision.reason.name.lower(),
+            }
+            self._decisions.add(1, {**judged, Attributes.DECISION_OUTCOME: decision.action.name.lower()})
+            if decision.action is DecisionAction.ESCALATE and following is not None:
+                self._escalations.add(1, {**judged, Attributes.NEXT_STAGE_NAME: following.answer.stage.name})
+        if outcome.prefilled is not None:
+            self._prefills.add(1, {Attributes.STAGE_NAME: outcome.prefilled.stage.name})
         self._cost.record(outcome.cost)
         self._duration.record_ms(
             outcome.latency_ms,

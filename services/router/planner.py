@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
     from contextlib import AbstractContextManager
 
-    from services.router.domain import Answer, StageResult
-    from services.router.ports import Observer, PolicyClient
+    from services.router.domain import Answer, Plan, StageResult
+    from services.router.ports import Observer, PolicyClient, Sleepers
     from services.router.progress import Progress
     from services.router.speculation import SpeculationOptions
     from services.router.static_plan import StaticPlan
@@ -49,7 +49,9 @@ MIN_QUEUE_MS = 1.0
 class Planner:
     """Chooses stages. Only where the policy service is away or late does the static plan stand in for it.
 
-    policy: None where there is no policy service. clock: monotonic seconds.
+    policy: None where there is no policy service. clock: monotonic seconds. A stage that sleeps is woken
+    where a plan would use it, and the plan is made again without it; only where nothing else can answer is it
+    waited for.
     """
 
     def __init__(
@@ -60,7 +62,9 @@ class Planner:
         observer: Observer,
         clock: Callable[[], float],
         options: SpeculationOptions,
+        sleepers: Sleepers,
     ) -> None:
+        self._sleepers = sleepers
         self._options = options
         self._speculation = Speculation(enabled=options.adaptive)
         self._stages = tuple(stages)
@@ -91,6 +95,17 @@ class Planner:
             left_ms *= _SHARE_OF_TIME
         return min(left_ms, stage.timeout_ms)
 
+    async def until_awake(self, progress: Progress, stages: Sequence[Stage]) -> None:
+        """Wait for those of the stages that sleep. Raises BudgetSpent where one is not awake in time."""
+        for stage in stages:
+            if stage.index not in self._sleepers.asleep:
+                continue
+            left_ms = progress.left_ms(MARGIN_MS)
+            others = len(self._stages) - len(self._sleepers.asleep.union(progress.failed))
+            if others and progress.plan_source is not PlanSource.FIXED:
+                left_ms *= _SHARE_OF_TIME
+            await self._sleepers.until_awake(stage, left_ms)
+
     def calling(self, stage: Stage) -> AbstractContextManager[None]:
         """Return what counts its block as a call under way at a stage."""
         return self._load.calling(stage.index)
@@ -118,6 +133,9 @@ class Planner:
             return None
         if progress.request.objective.max_cost is not None:
             # What it costs is not part of the policy's sum.
+            return None
+        if stage in self._sleepers.asleep:
+            self._sleepers.wake(self._stages[stage])
             return None
         is_busy = self._load.queue_depth(stage) or self._load.expected_queue_ms(stage) >= MIN_QUEUE_MS
         return None if is_busy else stage
@@ -159,17 +177,17 @@ class Planner:
         progress.p_escalate, progress.likely_next, progress.abandon = 0.0, None, ()
         if request.stage:
             progress.plan_source = PlanSource.FIXED
-            return self._place(request.stage, "stage")
+            place = self._place(request.stage, "stage")
+            self._woken({place})
+            return place
         if request.chain:
             progress.plan_source = PlanSource.FIXED
             return self._start_chain(progress)
         now = self._clock()
         away = {index for index, until in self._away_until.items() if until > now}
         if self._policy is not None and progress.follows_policy:
-            conditions = self._conditions(away.union(progress.failed))
             try:
-                with progress.waiting_for_policy():
-                    plan = await self._policy.plan(request, conditions, progress.left_ms(MARGIN_MS))
+                plan = await self._ask_for_plan(self._policy, progress, away.union(progress.failed))
             except (Unavailable, BudgetSpent) as error:
                 if progress.left_ms() <= 0:
                     raise BudgetSpent("the deadline passed before a stage was asked") from error
@@ -181,7 +199,8 @@ class Planner:
                     # Within a budget the policy alone says what comes next.
                     has_budget = request.objective.max_cost or request.objective.max_latency_ms
                     is_used = self._options.early_abandon and not has_budget
-                    progress.abandon = plan.abandon if is_used and plan.abandon_to is not None else ()
+                    is_there = plan.abandon_to is not None and plan.abandon_to not in self._sleepers.asleep
+                    progress.abandon = plan.abandon if is_used and is_there else ()
                     progress.abandon_to = plan.abandon_to
                     return plan.first_stage
         progress.follows_policy = False
@@ -189,7 +208,10 @@ class Planner:
         self._observer.static_plan_used("plan")
         max_cost = request.objective.max_cost
         too_dear = {s.index for s in self._stages if max_cost is not None and s.cost > max_cost}
-        first = self._static_plan.first(away, too_dear.union(progress.failed))
+        excluded = too_dear.union(progress.failed)
+        first = self._static_plan.first(away, excluded)
+        if first is not None and self._woken({first}):
+            first = self._static_plan.first(away | self._sleepers.asleep, excluded)
         if first is not None:
             return first
         if progress.failed:
@@ -201,6 +223,48 @@ class Planner:
             f"max_cost {max_cost:g} is below the cheapest stage ({least.name}: {least.cost:g}): raise it",
             field="objective.max_cost",
         )
+
+    async def _ask_for_plan(self, policy: PolicyClient, progress: Progress, away: Collection[int]) -> Plan:
+        """Return the policy's plan; where it begins with a stage that sleeps, the plan without those."""
+        with progress.waiting_for_policy():
+            left_ms = progress.left_ms(MARGIN_MS)
+            plan = await policy.plan(progress.request, self._conditions(away), left_ms)
+            asleep = self._woken({plan.first_stage})
+            if not asleep:
+                return plan
+            conditions = self._conditions(asleep.union(away))
+            return await policy.plan(progress.request, conditions, progress.left_ms(MARGIN_MS))
+
+    async def _ask_for_decision(self, policy: PolicyClient, progress: Progress) -> Decision:
+        """Return the policy's decision; where it goes to a stage that sleeps, the decision without those."""
+        answer, spent_cost, spent_ms = progress.answer, progress.spent_cost, progress.spent_ms()
+        away: Collection[int] = progress.failed
+        with progress.waiting_for_policy():
+            while True:
+                decision = await policy.decide(
+                    progress.request,
+                    answer,
+                    spent_cost,
+                    spent_ms,
+                    self._conditions(away),
+                    progress.left_ms(MARGIN_MS),
+                )
+                asleep = self._woken({decision.next_stage})
+                if not asleep:
+                    return decision
+                if away is not progress.failed:
+                    # An answer that is there does not wait for a stage that is not.
+                    return decision.stopped(DecisionReason.STAGE_UNAVAILABLE)
+                away = asleep.union(progress.failed)
+
+    def _woken(self, wanted: Collection[int | None]) -> frozenset[int]:
+        """Have those wanted that sleep woken; return every stage that sleeps, or none where no wanted one
+        does."""
+        asleep = self._sleepers.asleep
+        missing = asleep.intersection(wanted)
+        for place in missing:
+            self._sleepers.wake(self._stages[place])
+        return asleep if missing else frozenset()
 
     def _place(self, name: str, field: str) -> int:
         if name not in self._by_name:
@@ -216,6 +280,7 @@ class Planner:
             raise InvalidRequest(
                 f"chain must name two or more stages in the order of the cascade ({known})", field="chain"
             )
+        self._woken(chain)
         # Where drafts are worthless of late, the last stage writes alone: an exact answer is the same.
         kept = [chain.pop()]
         acceptance = progress.request.acceptance
@@ -244,23 +309,12 @@ class Planner:
     async def _judge(self, progress: Progress) -> Decision:
         if progress.plan_source is PlanSource.FIXED:
             return self._judge_fixed(progress)
-        answer = progress.answer
         if progress.is_abandoned:
             progress.is_abandoned = False
             return Decision(DecisionAction.ESCALATE, DecisionReason.ABANDONED, progress.abandon_to)
         if self._policy is not None and progress.follows_policy:
-            conditions = self._conditions(progress.failed)
-            spent_ms = progress.spent_ms()
             try:
-                with progress.waiting_for_policy():
-                    return await self._policy.decide(
-                        progress.request,
-                        answer,
-                        progress.spent_cost,
-                        spent_ms,
-                        conditions,
-                        progress.left_ms(MARGIN_MS),
-                    )
+                return await self._ask_for_decision(self._policy, progress)
             except (Unavailable, BudgetSpent):
                 self._observer.static_plan_used("decide")
                 progress.follows_policy = False
@@ -268,6 +322,11 @@ class Planner:
 
     def _judge_by_static_plan(self, progress: Progress) -> Decision:
         following = self._static_plan.next_after(progress.answer.stage.index, progress.failed)
+        asleep = self._woken({following})
+        if asleep:
+            following = self._static_plan.next_after(
+                progress.answer.stage.index, asleep.union(progress.failed)
+            )
         if following is None:
             return Decision(DecisionAction.STOP, DecisionReason.STATIC_PLAN)
         decision = Decision(DecisionAction.ESCALATE, DecisionReason.STATIC_PLAN, following)

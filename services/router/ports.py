@@ -65,6 +65,20 @@ class PolicyClient(Protocol):
         """Return what to do with an answer. A stage to escalate to is later than the answer's."""
 
 
+class Sleepers(Protocol):
+    """Knows which stages have no replica, by their places, and has them woken."""
+
+    @property
+    def asleep(self) -> frozenset[int]:
+        """Places of the stages that sleep."""
+
+    def wake(self, stage: Stage) -> None:
+        """Have a stage woken, in the background."""
+
+    async def until_awake(self, stage: Stage, timeout_ms: float) -> None:
+        """Wake a stage and wait for it. Raises BudgetSpent where it is not awake in time."""
+
+
 class Observer(Protocol):
     """Counts what happens."""
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from asd.v1 import stage_pb2_grpc
-from services.common.channel import open_channel
+from services.common.addresses import host_of, resolve_addresses
+from services.common.channel import LEAVING_SECONDS, open_channel
 from services.common.errors import Unavailable
+from services.common.tls import watched_channel_credentials
+from services.common.watched_files import UnusableFile
 from services.router.affinity import choose_replica
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Iterator
 
     import grpc
+
+    from services.common.tls import ClientTls
 
 logger = logging.getLogger(__name__)
 
@@ -38,19 +42,12 @@ class Replica:
     calls: int = 0
 
 
-async def resolve_addresses(name: str) -> list[str]:
-    """Return the addresses of a "host:port" as "ip:port". Raises OSError where the name has none."""
-    host, _, port = name.rpartition(":")
-    found = await asyncio.get_running_loop().getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
-    ips = {str(address[0]) for *_, address in found}
-    return sorted(f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}" for ip in ips)
-
-
 class Replicas:
     """Channels to the replicas behind a target.
 
     target: "dns:///host:port", every address of which is a replica; or "host:port", one or several of them
-    separated by commas. clock: monotonic seconds. Close it when done.
+    separated by commas. tls: its server_name, or else the target's host, is the name that every replica must
+    show, though it is called by its address. clock: monotonic seconds. Close it when done.
     """
 
     def __init__(
@@ -58,8 +55,15 @@ class Replicas:
         target: str,
         clock: Callable[[], float],
         resolve: Callable[[str], Awaitable[list[str]]] = resolve_addresses,
+        tls: ClientTls | None = None,
     ) -> None:
         self._name = target.removeprefix(_DNS) if target.startswith(_DNS) else ""
+        if tls is not None and not tls.server_name:
+            tls = tls.model_copy(update={"server_name": host_of(target)})
+        if tls is not None:
+            # Channels are opened once there are addresses: too late to say that a file is missing.
+            watched_channel_credentials(tls)
+        self._tls = tls
         self._clock = clock
         self._resolve = resolve
         self._resolved = -_FRESH_SECONDS
@@ -88,6 +92,20 @@ class Replicas:
         """Return whether there is a replica that was not tried."""
         return any(address not in tried for address in self._replicas)
 
+    async def find(self) -> bool:
+        """Look for replicas now; return whether there is one."""
+        if self._name:
+            if self._refresh is None or self._refresh.done():
+                self._refresh = asyncio.create_task(self._update())
+            await asyncio.wait([self._refresh], timeout=_RESOLVE_SECONDS)
+        return bool(self._replicas)
+
+    def forget(self) -> None:
+        """Drop the addresses of a name: none of them is there any longer."""
+        if self._name:
+            self._follow([])
+            self._resolved = -_FRESH_SECONDS
+
     @contextmanager
     def calling(self, replica: Replica) -> Iterator[None]:
         """Count the block as a call under way at a replica."""
@@ -110,16 +128,20 @@ class Replicas:
             # Those that are known may well be there still. ValueError: no port, or no name at all.
             logger.warning("%s cannot be resolved: %s", self._name, error)
             return
+        try:
+            self._follow(addresses)
+        except UnusableFile as error:
+            logger.error("no channel to the replicas of %s: %s", self._name, error)
+            return
         self._resolved = self._clock()
-        self._follow(addresses)
 
     def _follow(self, addresses: Collection[str]) -> None:
         for address in addresses:
             if address not in self._replicas:
-                channel = open_channel(address)
+                channel = open_channel(address, tls=self._tls)
                 self._replicas[address] = Replica(address, channel, stage_pb2_grpc.StageServiceStub(channel))
         for address in self._replicas.keys() - set(addresses):
             # Calls under way at a replica that is leaving finish there.
-            leaving = asyncio.create_task(self._replicas.pop(address).channel.close(grace=60.0))
+            leaving = asyncio.create_task(self._replicas.pop(address).channel.close(grace=LEAVING_SECONDS))
             self._leaving.add(leaving)
             leaving.add_done_callback(self._leaving.discard)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from services.router.cascade import Cascade
     from services.router.clients import Directory
+    from services.router.instruments import Instruments
 
     Context = grpc.aio.ServicerContext[object, object]
 
@@ -39,6 +40,7 @@ class CascadeServicer(cascade_pb2_grpc.CascadeServiceServicer):
         cascade: Cascade,
         directory: Directory,
         clock: Callable[[], float],
+        instruments: Instruments,
         *,
         max_concurrent: int,
         batch_concurrency: int,
@@ -47,6 +49,7 @@ class CascadeServicer(cascade_pb2_grpc.CascadeServiceServicer):
         self._cascade = cascade
         self._directory = directory
         self._clock = clock
+        self._instruments = instruments
         self._max_concurrent = max_concurrent
         self._batch_concurrency = batch_concurrency
         self._default_deadline_s = default_deadline_ms / 1000.0
@@ -123,7 +126,7 @@ class CascadeServicer(cascade_pb2_grpc.CascadeServiceServicer):
         self, message: cascade_pb2.GenerateRequest, deadline: float, view: View
     ) -> AsyncGenerator[Event, None]:
         request = _domain_request(message)
-        with Traced(Spans.CASCADE) as span:
+        with self._instruments.request_under_way(), Traced(Spans.CASCADE) as span:
             async with aclosing(self._cascade.answer(request, deadline, view)) as events:
                 async for event in events:
                     if isinstance(event, Outcome):

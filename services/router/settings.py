@@ -6,7 +6,10 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from services.common.settings import Section, ServiceSettings, service_config
+from services.common.auth import AuthSettings
+from services.common.serving import ServerSettings
+from services.common.settings import Section, service_config
+from services.common.tls import ClientTls
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -17,6 +20,17 @@ class PolicySettings(Section):
 
     target: str = Field(min_length=1)
     timeout_ms: Milliseconds = 100.0
+    tls: ClientTls | None = None
+
+
+class ManagerSettings(Section):
+    """Where the manager is that wakes stages, for how long one of its calls is waited for, and how often it
+    is asked which stages sleep."""
+
+    target: str = Field(min_length=1)
+    timeout_ms: Milliseconds = 2_000.0
+    poll_ms: Milliseconds = 1_000.0
+    tls: ClientTls | None = None
 
 
 class StageSettings(Section):
@@ -27,6 +41,7 @@ class StageSettings(Section):
     model: str = ""
     cost: float = Field(gt=0, allow_inf_nan=False)
     timeout_ms: Milliseconds = 30_000.0
+    tls: ClientTls | None = None
 
 
 class SpeculationSettings(Section):
@@ -38,14 +53,18 @@ class SpeculationSettings(Section):
     adaptive: bool = True
 
 
-class RouterSettings(ServiceSettings):
+class RouterSettings(ServerSettings):
     """Settings of the asd router."""
 
     model_config = service_config("ASD_ROUTER_")
 
     listen: str = "127.0.0.1:50050"
+    # Absent: whoever reaches the router may call it.
+    auth: AuthSettings | None = None
     # Absent: there is no policy service, and the static plan always holds.
     policy: PolicySettings | None = None
+    # Absent: stages are never scaled to zero.
+    manager: ManagerSettings | None = None
     stages: tuple[StageSettings, ...] = Field(min_length=1)
     # Stages asked in order while the policy service is away; the last one answers.
     static_plan: tuple[str, ...] = Field(min_length=1)

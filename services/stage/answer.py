@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    Signals = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]
+
 
 class GrowingText(Protocol):
     """Text of tokens, as services.stage.tokenizer.TextStream makes it."""
@@ -68,7 +70,15 @@ class AnswerBuilder:
         """
         if self.has_stopped:
             return None
-        signals = token_signals(logits, np.array(ids, np.int64))
+        return self.extend_known(ids, token_signals(logits, np.array(ids, np.int64)))
+
+    def extend_known(self, ids: list[int], signals: Signals) -> TokenChunk | None:
+        """Add tokens whose log-probabilities, entropies and margins are known, float32 [tokens] each.
+
+        Returns as `extend` does.
+        """
+        if self.has_stopped:
+            return None
         if not self._stop:
             text = self._stream.push(ids)
             self._text += text

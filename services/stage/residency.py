@@ -53,11 +53,20 @@ class Residency:
         self._budget = budget_bytes
         self._clock = clock
         self._changing = asyncio.Lock()
+        self._opened = clock()
 
     @property
     def budget_bytes(self) -> int:
         """The bound on the memory of loaded models; 0: none."""
         return self._budget
+
+    def idle_ms(self) -> float:
+        """Return the time since a call last used a model, or since this was made; 0 while calls are under
+        way."""
+        places = self._places.values()
+        if any(place.users for place in places):
+            return 0.0
+        return (self._clock() - max(self._opened, *(place.used for place in places))) * 1e3
 
     @property
     def engines(self) -> dict[str, Engine]:

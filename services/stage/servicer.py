@@ -203,6 +203,7 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
             draining=self._draining,
             version=VERSION,
             resident_bytes=resident_bytes(),
+            idle_ms=self._residency.idle_ms(),
         )
 
     def _admit(self, request: _WithInput, path: str = "") -> tuple[Turn, ...]:

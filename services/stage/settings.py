@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from services.common.settings import Section, ServiceSettings, service_config
-
-Count = Annotated[int, Field(ge=1)]
+from services.common.serving import ServerSettings
+from services.common.settings import Section, service_config
+from services.stage.engine_settings import (
+    Count,
+    EngineName,
+    TensorrtLlmSettings,
+    VllmSettings,
+    check_options,
+)
 
 
 class ModelSettings(Section):
@@ -17,18 +23,27 @@ class ModelSettings(Section):
 
     name: Annotated[str, Field(min_length=1)]
     path: Path
-    engine: Literal["onnx"] = "onnx"
+    engine: EngineName = "onnx"
+    # Requests computed at a time. None: 8 for onnx, 64 for the others.
+    max_batch: Count | None = None
+    # Of the onnx engine; the others have a section of their own.
     threads: Count = 1
-    max_batch: Count = 8
     max_lanes: Count = 4
     cached_sequences: Annotated[int, Field(ge=0)] = 4
     preload: bool = True
     default_max_new_tokens: Count = 160
     # Propose parts of a draft again after the target corrected it.
     resync: bool = True
+    vllm: VllmSettings | None = None
+    tensorrt_llm: TensorrtLlmSettings | None = None
+
+    @model_validator(mode="after")
+    def _check_options(self) -> Self:
+        check_options(self.engine, self.model_fields_set)
+        return self
 
 
-class StageSettings(ServiceSettings):
+class StageSettings(ServerSettings):
     """Settings of a stage service."""
 
     model_config = service_config("ASD_STAGE_")

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+# A fixture.
+from tests.integration.router.conftest import world  # noqa: F401
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path

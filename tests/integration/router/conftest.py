@@ -383,6 +383,7 @@ async def world():
         async def start(
             *stages: FakeStage,
             policy: FakePolicy | None = None,
+            policy_target: str = "",
             dead: tuple[str, ...] = (),
             stage_timeout_ms: float = 5000,
             policy_timeout_ms: float = 2000,
@@ -410,7 +411,9 @@ async def world():
                 for index, name in enumerate(fakes)
             ]
             options = {"static_plan": ("medium",), "stages": entries, **settings}
-            if policy:
+            if policy_target:
+                options["policy"] = {"target": policy_target, "timeout_ms": policy_timeout_ms}
+            elif policy:
                 options.setdefault("policy", {"target": targets["policy"], "timeout_ms": policy_timeout_ms})
             servicer = await build(RouterSettings(**options), stack)
             server, port = await start_server("127.0.0.1:0", [servicer.registration()])

@@ -16,6 +16,7 @@ from services.common.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from services.common.server import ServiceRegistration, start_server
 
 ASK = cascade_pb2.GenerateRequest(prompt="hi")
 STATIC = cascade_pb2.PLAN_SOURCE_STATIC
@@ -139,7 +140,37 @@ async def test_policy_lost_between_plan_and_decide(world, first, static_plan, st
     assert [record.stage for record in response.stages] == stages
     assert {record.reason for record in response.stages} == {policy_pb2.DECISION_REASON_STATIC_PLAN}
     assert response.plan_source == POLICY
-    assert len(policy.decisions) == 1
+    # Another replica might have been there.
+    assert len(policy.decisions) == 2
+
+
+@pytest.fixture
+async def two_policies(world):
+    """Two replicas of a policy service, the first of which is going away, and where they are."""
+    leaving, staying = world.policy(), world.policy()
+    leaving.plan_failure = leaving.decide_failure = Unavailable("going away")
+    servers, ports = [], []
+    for policy in (leaving, staying):
+        server, port = await start_server("127.0.0.1:0", [ServiceRegistration(policy.full_name, policy.add)])
+        servers.append(server)
+        ports.append(f"127.0.0.1:{port}")
+    yield leaving, staying, f"ipv4:{','.join(ports)}"
+    await asyncio.gather(*(server.stop(0) for server in servers))
+
+
+async def test_a_policy_replica_that_is_going_away_is_replaced_by_another(world, two_policies):
+    leaving, staying, target = two_policies
+    w = await world(policy_target=target)
+    async with asyncio.timeout(20):
+        # The second connection may come later than the first answers.
+        while not (leaving.plans and staying.plans):
+            await w.stub.Generate(ASK, timeout=5)
+        leaving.plans.clear()
+        leaving.decisions.clear()
+        while len(leaving.plans) + len(leaving.decisions) < 6:
+            response = await w.stub.Generate(ASK, timeout=5)
+            assert response.plan_source == POLICY
+            assert response.stages[0].reason == policy_pb2.DECISION_REASON_VALUE
 
 
 async def test_stage_away_names_stage_and_target_and_recovers(world):

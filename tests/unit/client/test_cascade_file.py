@@ -55,7 +55,15 @@ def _read(directory: Path, content: str) -> CascadeFile:
         (_GOOD.replace("8.0", "-1"), ["stages.1.cost", "greater than 0"]),
         (_GOOD.replace("8.0", ".nan"), ["stages.1.cost", "finite"]),
         (_GOOD.replace("threads: 2", "threads: 0"), ["stages.1.threads"]),
-        (_GOOD.replace("threads: 2", "engine: vllm"), ["stages.1.engine", "onnx"]),
+        (_GOOD.replace("threads: 2", "engine: torch"), ["stages.1.engine", "onnx"]),
+        (
+            _GOOD.replace("threads: 2", "threads: 2, engine: vllm"),
+            ["stages.1: threads is an option of engine onnx, and this model's is vllm: remove it"],
+        ),
+        (
+            _GOOD.replace("threads: 2", "engine: vllm, vllm: {tensor_paralel: 2}"),
+            ["stages.1.vllm.tensor_paralel: unknown key: did you mean tensor_parallel?"],
+        ),
         (
             _GOOD.replace("models/large", "models/none"),
             ["stages.1.path", "config.json", "; models/none is relative to the cascade file"],

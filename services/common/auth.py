@@ -1,0 +1,116 @@
+"""Tokens that callers of the router show: `authorization: Bearer TOKEN`."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from services.common.errors import Unauthenticated
+from services.common.settings import Section
+from services.common.watched_files import UnusableFile, WatchedFiles
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+METADATA_KEY = "authorization"
+_SETTING = "auth.tokens_file"
+_SCHEME = "bearer "
+# What gRPC carries as metadata, without the space that would end a token and the colon that ends a name.
+_TOKEN = re.compile(r"[\x21-\x39\x3b-\x7e]+")
+# Probes and tools that ask which methods there are.
+_OPEN = ("/grpc.health.", "/grpc.reflection.")
+
+MISSING = (
+    "this cascade wants a token: send it as metadata 'authorization: Bearer TOKEN' "
+    "(asd: --token-file, ASD_TOKEN)"
+)
+WRONG = "this cascade does not know the token: ask for a valid one whoever runs it"
+MALFORMED = "the metadata 'authorization' must read 'Bearer TOKEN'"
+
+
+class AuthSettings(Section):
+    """Who may call. tokens_file: one token per line, or name:token; `#` begins a comment line."""
+
+    tokens_file: Path
+
+
+class TokenInterceptor(grpc.aio.ServerInterceptor):
+    """Refuses calls without a known token as Unauthenticated; health and reflection are open.
+
+    The file is read again when it changes. Put it innermost, inside what maps errors to status. Raises
+    UnusableFile where the file cannot be used at first.
+    """
+
+    def __init__(self, settings: AuthSettings) -> None:
+        self._tokens = WatchedFiles({_SETTING: settings.tokens_file}, _digests)
+        if not self._tokens.value:
+            raise UnusableFile(f"{_SETTING} {settings.tokens_file} holds no token: put one on a line")
+        # Made once each: handlers are told apart by identity.
+        self._refusals = {message: _refusal(message) for message in (MISSING, WRONG, MALFORMED)}
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Return the method's handler, or one that refuses."""
+        if handler_call_details.method.startswith(_OPEN):
+            return await continuation(handler_call_details)
+        problem = self._problem(handler_call_details.invocation_metadata)
+        return self._refusals[problem] if problem else await continuation(handler_call_details)
+
+    def _problem(self, metadata: Any) -> str:
+        values = [value for key, value in metadata or () if key == METADATA_KEY]
+        if not values:
+            return MISSING
+        value = values[0]
+        if not isinstance(value, str) or value[: len(_SCHEME)].lower() != _SCHEME:
+            return MALFORMED
+        self._tokens.refresh()
+        digest = _digest(value[len(_SCHEME) :].strip())
+        # Every token is compared, each in constant time: how long it takes tells nothing of them.
+        known = [hmac.compare_digest(digest, each) for each in self._tokens.value]
+        return "" if any(known) else WRONG
+
+
+def bearer(token: str) -> tuple[tuple[str, str], ...]:
+    """Return the metadata that shows a token; none for "". Raises ValueError for what cannot be one."""
+    if not token:
+        return ()
+    if not _TOKEN.fullmatch(token):
+        raise ValueError("a token is printable ASCII without spaces and colons")
+    return ((METADATA_KEY, f"Bearer {token}"),)
+
+
+def _digests(contents: dict[str, bytes]) -> tuple[bytes, ...]:
+    """Return the digests of the tokens of a file. Raises UnusableFile for a line that holds none."""
+    digests = []
+    for number, line in enumerate(contents[_SETTING].decode("utf-8", "replace").splitlines(), 1):
+        text = line.strip()
+        if not text or text.startswith("#"):
+            continue
+        token = text.rpartition(":")[2].strip()
+        if not _TOKEN.fullmatch(token):
+            # Never what the line holds.
+            raise UnusableFile(
+                f"{_SETTING}: line {number} is no token: printable ASCII without spaces, after name: or alone"
+            )
+        digests.append(_digest(token))
+    return tuple(digests)
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode()).digest()
+
+
+def _refusal(message: str) -> Any:
+    async def refuse(requests: Any, context: Any) -> None:
+        raise Unauthenticated(message)
+
+    # Of this kind whatever the method is: it answers before a request has come.
+    return grpc.stream_stream_rpc_method_handler(refuse, None, None)

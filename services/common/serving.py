@@ -1,0 +1,42 @@
+"""Settings that every service has."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from services.common.server import ServerOptions
+from services.common.settings import Section, ServiceSettings
+from services.common.tls import ServerTls
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class GrpcSettings(Section):
+    """Of the server's connections, as in services.common.server.ServerOptions."""
+
+    max_connection_age_ms: Count = 0
+    max_connection_age_grace_ms: Count = 0
+
+
+class ServerSettings(ServiceSettings):
+    """Base of the settings of a process that serves gRPC.
+
+    health_listen: where health alone is served without TLS, for probes. metrics_listen: where Prometheus
+    finds /metrics. Empty: nowhere.
+    """
+
+    tls: ServerTls | None = None
+    health_listen: str = ""
+    metrics_listen: str = ""
+    grpc: GrpcSettings = GrpcSettings()
+
+    def server_options(self) -> ServerOptions:
+        """Return how the server meets its clients."""
+        return ServerOptions(
+            self.tls,
+            self.health_listen,
+            self.grpc.max_connection_age_ms,
+            self.grpc.max_connection_age_grace_ms,
+        )

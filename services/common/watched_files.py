@@ -1,0 +1,104 @@
+"""Files that are read again once they change, as mounted Secrets do."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from services.common.errors import PreconditionFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Stamp = tuple[tuple[int, int, int], ...]
+
+# Attempts to read files that are being replaced meanwhile. Chosen: Kubernetes replaces them by one rename.
+_ATTEMPTS = 3
+
+
+class UnusableFile(PreconditionFailed):
+    """A file that a setting names cannot be used; the message names both and says why."""
+
+
+class WatchedFiles(Generic[T]):
+    """What files say, read again once they change. build: makes the value from their contents.
+
+    Raises UnusableFile, naming file and setting, where they cannot be used at first; later on the last
+    value stays, and the log says why.
+    """
+
+    def __init__(self, files: Mapping[str, Path], build: Callable[[dict[str, bytes]], T]) -> None:
+        self._files = files
+        self._build = build
+        self._stamp, self.value = self._read()
+        # Of files that could not be used, so that they are read once and not for every call.
+        self._refused: Stamp | None = None
+
+    def refresh(self) -> bool:
+        """Read again what has changed; return whether there is a new value."""
+        try:
+            stamp = self._stamps()
+        except OSError:
+            stamp = ()
+        if stamp in {self._stamp, self._refused}:
+            return False
+        try:
+            self._stamp, self.value = self._read()
+        except UnusableFile as error:
+            self._refused = stamp
+            logger.error("%s; what was read before stays in force", error)
+            return False
+        self._refused = None
+        logger.info("read again: %s", ", ".join(map(str, self._files.values())))
+        return True
+
+    def _read(self) -> tuple[Stamp, T]:
+        problem = UnusableFile("the files change while they are read")
+        for _ in range(_ATTEMPTS):
+            try:
+                stamp = self._stamps()
+            except OSError as error:
+                raise self._unreadable(error) from error
+            try:
+                value = self._build({name: _read(name, file) for name, file in self._files.items()})
+            except UnusableFile as error:
+                problem = error
+                value = None
+            try:
+                is_same = self._stamps() == stamp
+            except OSError as error:
+                raise self._unreadable(error) from error
+            if is_same:
+                if value is None:
+                    raise problem
+                return stamp, value
+        raise problem
+
+    def _unreadable(self, error: OSError) -> UnusableFile:
+        name = next((name for name, file in self._files.items() if str(file) == str(error.filename)), "")
+        return _unreadable(name, error)
+
+    def _stamps(self) -> Stamp:
+        return tuple(_stamp(file) for file in self._files.values())
+
+
+def _read(setting: str, file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise _unreadable(setting, error) from error
+
+
+def _unreadable(setting: str, error: OSError) -> UnusableFile:
+    return UnusableFile(
+        f"{setting} {error.filename} cannot be read: {(error.strerror or str(error)).lower()}".strip()
+    )
+
+
+def _stamp(file: Path) -> tuple[int, int, int]:
+    status = file.stat()
+    return status.st_mtime_ns, status.st_ino, status.st_size

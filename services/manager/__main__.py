@@ -1,0 +1,93 @@
+"""Runs the manager: `python -m services.manager --config FILE`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from services.common import telemetry
+from services.common.errors import AsdError
+from services.common.server import run_service, serve
+from services.manager.instruments import Instruments
+from services.manager.keeper import Keeper, Rule
+from services.manager.servicer import ManagerServicer
+from services.manager.settings import ManagerSettings
+from services.manager.usage import StageUsage
+
+if TYPE_CHECKING:
+    from services.manager.cluster import Cluster
+
+
+logger = logging.getLogger(__name__)
+
+
+async def run(settings: ManagerSettings, cluster: Cluster) -> None:
+    """Keep the stages, and serve until SIGTERM or SIGINT."""
+    instruments = Instruments()
+    usage = StageUsage({each.name: (each.target, each.tls) for each in settings.stages}, settings.timeout_ms)
+    rules = [
+        Rule(
+            each.name,
+            each.deployment,
+            each.idle_seconds,
+            each.wake_replicas,
+            each.min_awake_seconds,
+            each.min_replicas,
+        )
+        for each in settings.stages
+    ]
+    keeper = Keeper(rules, cluster, usage, time.monotonic, instruments.scaled)
+    instruments.watch(keeper.views)
+    keeping = asyncio.create_task(_keep(keeper, settings.poll_seconds))
+    try:
+        await serve(
+            "manager",
+            settings.listen,
+            [ManagerServicer(keeper).registration()],
+            drain_seconds=settings.drain_seconds,
+            options=settings.server_options(),
+        )
+    finally:
+        keeping.cancel()
+        with suppress(asyncio.CancelledError):
+            await keeping
+        await usage.close()
+
+
+async def _keep(keeper: Keeper, poll_seconds: float) -> None:
+    while True:
+        try:
+            await keeper.update()
+        except Exception:
+            # A fault of one look must not be the last of them.
+            logger.exception("the stages could not be looked at")
+        await asyncio.sleep(poll_seconds)
+
+
+def main() -> None:
+    """Read the settings and serve."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    settings = ManagerSettings.from_arguments()
+    telemetry.setup_telemetry("asd-manager", settings.metrics_listen)
+    try:
+        from services.manager.kubernetes_cluster import open_cluster
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            f"asd-manager: {error.name} is not installed: pip install 'asd[kubernetes]' brings it"
+        ) from error
+    try:
+        cluster = open_cluster(settings.namespace, settings.timeout_ms / 1000.0)
+    except AsdError as error:
+        raise SystemExit(f"asd-manager: {error.message}") from error
+    try:
+        run_service(run(settings, cluster))
+    finally:
+        cluster.close()
+
+
+if __name__ == "__main__":
+    main()

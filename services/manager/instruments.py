@@ -1,0 +1,45 @@
+"""The manager's metrics."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from opentelemetry.metrics import CallbackOptions, Observation
+
+from services.common import telemetry
+from services.common.telemetry import Attributes, Metrics
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from services.manager.keeper import StageView
+
+
+class Instruments:
+    """Counts what the manager does, through OpenTelemetry. Build it after set-up."""
+
+    def __init__(self) -> None:
+        self._meter = telemetry.meter()
+        self._scalings = self._meter.create_counter(
+            Metrics.MANAGER_SCALINGS, unit="{scaling}", description="times a stage was woken or put to sleep"
+        )
+
+    def scaled(self, stage: str, direction: str) -> None:
+        """A stage's replicas were set. direction: "wake" or "sleep"."""
+        self._scalings.add(1, {Attributes.STAGE_NAME: stage, Attributes.SCALING: direction})
+
+    def watch(self, views: Callable[[], Iterable[StageView]]) -> None:
+        """Show stages' replicas. views: is called at each export."""
+
+        def gauge(name: str, description: str, read: Callable[[StageView], int]) -> None:
+            def observe(_: CallbackOptions) -> Iterable[Observation]:
+                return [
+                    Observation(read(each), {Attributes.STAGE_NAME: each.stage})
+                    for each in views()
+                    if each.is_known
+                ]
+
+            self._meter.create_observable_gauge(name, [observe], "{replica}", description)
+
+        gauge(Metrics.MANAGED_WANTED, "replicas of a managed stage that are wanted", lambda each: each.wanted)
+        gauge(Metrics.MANAGED_READY, "replicas of a managed stage that are ready", lambda each: each.ready)

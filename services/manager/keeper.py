@@ -1,0 +1,184 @@
+"""Which stages sleep and which are awake: takes idle ones down, wakes those that are wanted. Pure."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from services.common.errors import AsdError, NotFound, PreconditionFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from services.manager.cluster import Cluster, Scale, Usage
+
+logger = logging.getLogger(__name__)
+
+
+class SleepState(Enum):
+    """Whether a stage can be asked."""
+
+    UNKNOWN = "unknown"
+    AWAKE = "awake"
+    WAKING = "waking"
+    ASLEEP = "asleep"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """When a stage sleeps, and what it is woken to.
+
+    It is taken down to min_replicas after idle_seconds without use, but not before min_awake_seconds since it
+    was woken, or became ready.
+    """
+
+    stage: str
+    deployment: str
+    idle_seconds: float
+    wake_replicas: int
+    min_awake_seconds: float
+    min_replicas: int = 0
+
+
+@dataclass(slots=True)
+class StageView:
+    """A stage as it was seen last. idle_ms: None: unknown."""
+
+    stage: str
+    wanted: int = 0
+    ready: int = 0
+    idle_ms: float | None = None
+    is_known: bool = False
+    autoscaler: str = ""
+    error: str = ""
+
+    @property
+    def state(self) -> SleepState:
+        """Whether it can be asked."""
+        if not self.is_known:
+            return SleepState.UNKNOWN
+        # Replicas that end still answer what they have, and nothing more.
+        if self.ready and self.wanted:
+            return SleepState.AWAKE
+        return SleepState.WAKING if self.wanted else SleepState.ASLEEP
+
+
+@dataclass(slots=True)
+class _Kept:
+    rule: Rule
+    view: StageView
+    changing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    # Since when it has been ready, and when it was last woken.
+    ready_since: float | None = None
+    woken: float | None = None
+
+    def may_sleep(self, now: float) -> bool:
+        """Return whether it has been idle and awake for long enough."""
+        rule, view = self.rule, self.view
+        if view.idle_ms is None or view.idle_ms < rule.idle_seconds * 1000.0 or self.ready_since is None:
+            return False
+        since = self.ready_since if self.woken is None else max(self.ready_since, self.woken)
+        return now - since >= rule.min_awake_seconds
+
+
+class Keeper:
+    """Keeps stages by their rules. clock: monotonic seconds. on_scaled: gets a stage and "wake" or "sleep".
+
+    A stage whose replicas something else sets is left alone.
+    """
+
+    def __init__(
+        self,
+        rules: Sequence[Rule],
+        cluster: Cluster,
+        usage: Usage,
+        clock: Callable[[], float],
+        on_scaled: Callable[[str, str], None] = lambda stage, direction: None,
+    ) -> None:
+        self._kept = {rule.stage: _Kept(rule, StageView(rule.stage)) for rule in rules}
+        self._cluster = cluster
+        self._usage = usage
+        self._clock = clock
+        self._on_scaled = on_scaled
+
+    def views(self) -> list[StageView]:
+        """Return the stages as they were seen last, in the order of the rules."""
+        return [kept.view for kept in self._kept.values()]
+
+    async def update(self) -> None:
+        """Look at every stage, and take down those that may sleep."""
+        await asyncio.gather(*(self._update(kept) for kept in self._kept.values()))
+
+    async def wake(self, stage: str) -> StageView:
+        """Have a stage get its replicas, and stay awake for a while; return what is then known of it.
+
+        Raises NotFound for a stage that is not managed, PreconditionFailed for one whose replicas something
+        else sets, and what the cluster raises.
+        """
+        kept = self._kept.get(stage)
+        if kept is None:
+            known = ", ".join(self._kept)
+            raise NotFound(f"stage {stage!r} is not managed: choose one of {known}", field="stage")
+        async with kept.changing:
+            await self._look(kept)
+            if kept.view.autoscaler:
+                raise PreconditionFailed(
+                    f"stage {stage} is scaled by {kept.view.autoscaler}, not by the manager"
+                )
+            kept.woken = self._clock()
+            if kept.view.wanted < kept.rule.wake_replicas:
+                await self._scale(kept, kept.rule.wake_replicas, "wake")
+            return kept.view
+
+    async def _update(self, kept: _Kept) -> None:
+        async with kept.changing:
+            try:
+                await self._look(kept)
+                view, rule = kept.view, kept.rule
+                view.idle_ms = None
+                if view.state is SleepState.AWAKE and not view.autoscaler:
+                    view.idle_ms = await self._usage.idle_ms(rule.stage, view.ready)
+                    if view.wanted > rule.min_replicas and kept.may_sleep(self._clock()):
+                        await self._scale(kept, rule.min_replicas, "sleep")
+            except AsdError as error:
+                if error.message != kept.view.error:
+                    logger.warning("stage %s: %s", kept.rule.stage, error.message)
+                kept.view.error = error.message
+            else:
+                kept.view.error = ""
+
+    async def _look(self, kept: _Kept) -> None:
+        """Read a stage's replicas. Raises AsdError, and the state is unknown, where that fails."""
+        view, rule = kept.view, kept.rule
+        try:
+            scale = (await self._cluster.read([rule.deployment])).get(rule.deployment)
+            if scale is None:
+                raise PreconditionFailed(f"there is no deployment {rule.deployment}")
+        except AsdError:
+            view.is_known = False
+            raise
+        self._note(kept, scale)
+
+    def _note(self, kept: _Kept, scale: Scale) -> None:
+        view = kept.view
+        if scale.autoscaler and scale.autoscaler != view.autoscaler:
+            logger.warning(
+                "stage %s is scaled by %s: the manager leaves it alone", view.stage, scale.autoscaler
+            )
+        view.wanted, view.ready, view.autoscaler = scale.wanted, scale.ready, scale.autoscaler
+        view.is_known = True
+        if not scale.ready:
+            kept.ready_since = None
+        elif kept.ready_since is None:
+            kept.ready_since = self._clock()
+
+    async def _scale(self, kept: _Kept, replicas: int, direction: str) -> None:
+        await self._cluster.scale(kept.rule.deployment, replicas)
+        logger.info(
+            "%s: stage %s from %d to %d replicas", direction, kept.view.stage, kept.view.wanted, replicas
+        )
+        kept.view.wanted = replicas
+        self._on_scaled(kept.view.stage, direction)

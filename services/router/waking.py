@@ -1,0 +1,159 @@
+"""Stages that sleep: which ones do, having them woken, and waiting until they are awake."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Protocol
+
+from services.common.errors import AsdError, BudgetSpent
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping, Sequence
+
+    from services.router.domain import Stage
+
+logger = logging.getLogger(__name__)
+
+# A stage is asked to be woken no more often than this. Chosen: replicas take longer to come.
+WAKE_SECONDS = 3.0
+# For how long what the manager said last is believed while it does not answer. Chosen.
+TRUSTED_SECONDS = 30.0
+
+
+class Replicated(Protocol):
+    """Where a stage's replicas are looked for."""
+
+    async def find(self) -> bool:
+        """Look for replicas now; return whether there is one."""
+
+    def forget(self) -> None:
+        """Drop the replicas that are known."""
+
+
+class StageManager(Protocol):
+    """Calls the manager. Every call raises the AsdError that its status stands for."""
+
+    async def awake(self) -> Mapping[str, bool]:
+        """Return the names of the managed stages, and whether a replica of each is ready."""
+
+    async def wake(self, stage: str) -> None:
+        """Have a stage get replicas."""
+
+
+class AllAwake:
+    """The sleepers of a cascade whose stages never sleep."""
+
+    asleep: frozenset[int] = frozenset()
+
+    def wake(self, stage: Stage) -> None:
+        """Do nothing: the stage is awake."""
+
+    async def until_awake(self, stage: Stage, timeout_ms: float) -> None:
+        """Return at once."""
+
+
+class Waking:
+    """Follows which stages sleep. Run `follow` in a task.
+
+    stages: every stage with where its replicas are looked for. clock: monotonic seconds. poll_ms: how often
+    the manager is asked.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[tuple[Stage, Replicated]],
+        manager: StageManager,
+        clock: Callable[[], float],
+        poll_ms: float,
+    ) -> None:
+        self._stages = tuple(stages)
+        self._manager = manager
+        self._clock = clock
+        self._poll_s = poll_ms / 1000.0
+        self.asleep: frozenset[int] = frozenset()
+        self._heard = clock()
+        self._problem = ""
+        self._woken: dict[int, float] = {}
+        self._wake_problems: dict[int, str] = {}
+        self._waking: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+
+    async def follow(self) -> None:
+        """Ask the manager again and again, until cancelled."""
+        try:
+            while True:
+                try:
+                    await self.update()
+                except Exception:
+                    # Whoever waits for a stage would wait for ever.
+                    logger.exception("cannot tell which stages sleep")
+                await asyncio.sleep(self._poll_s)
+        finally:
+            for task in self._waking:
+                task.cancel()
+
+    async def update(self) -> None:
+        """Ask the manager once which stages sleep."""
+        try:
+            awake = await self._manager.awake()
+        except AsdError as error:
+            if error.message != self._problem:
+                logger.warning("%s; stages are not woken meanwhile", error.message)
+            self._problem = error.message
+            if self._clock() - self._heard >= TRUSTED_SECONDS:
+                self._set(())
+            return
+        self._problem = ""
+        self._heard = self._clock()
+        asleep = []
+        for stage, replicas in self._stages:
+            if stage.name not in awake:
+                continue
+            if not awake[stage.name]:
+                if stage.index not in self.asleep:
+                    replicas.forget()
+                asleep.append(stage.index)
+            elif stage.index in self.asleep and not await replicas.find():
+                # It is ready, but its name does not say so yet.
+                asleep.append(stage.index)
+        self._set(asleep)
+
+    def wake(self, stage: Stage) -> None:
+        """Have a stage woken, in the background, unless that was asked a moment ago."""
+        now = self._clock()
+        if now - self._woken.get(stage.index, -WAKE_SECONDS) < WAKE_SECONDS:
+            return
+        self._woken[stage.index] = now
+        task = asyncio.create_task(self._wake(stage))
+        self._waking.add(task)
+        task.add_done_callback(self._waking.discard)
+
+    async def until_awake(self, stage: Stage, timeout_ms: float) -> None:
+        """Wake a stage and wait for it. Raises BudgetSpent where it is not awake in time."""
+        try:
+            async with asyncio.timeout(max(timeout_ms, 0.0) / 1000.0):
+                while stage.index in self.asleep:
+                    self.wake(stage)
+                    await self._changed.wait()
+        except TimeoutError as error:
+            problem = self._wake_problems.get(stage.index) or self._problem
+            because = f" ({problem})" if problem else ""
+            raise BudgetSpent(
+                f"{stage} sleeps and was not awake within {timeout_ms:.0f} ms{because}: ask again later, "
+                "or with a later deadline"
+            ) from error
+
+    async def _wake(self, stage: Stage) -> None:
+        try:
+            await self._manager.wake(stage.name)
+        except AsdError as error:
+            logger.warning("%s cannot be woken: %s", stage, error.message)
+            self._wake_problems[stage.index] = error.message
+        else:
+            self._wake_problems.pop(stage.index, None)
+
+    def _set(self, asleep: Collection[int]) -> None:
+        self.asleep = frozenset(asleep)
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()

@@ -1,0 +1,97 @@
+"""`asd-engine check MODEL`: run the conformance suite against a real installation, in one command."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import ValidationError
+
+from services.common.errors import AsdError
+from services.stage.conformance import CHECKS, Outcome, Suite, run_check
+from services.stage.engines import make_engines
+from services.stage.settings import ModelSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from services.stage.engine import Engine
+
+# Of bfloat16 logits: half a step at 16 is 0.03, about this much of a probability near one half. Chosen.
+_TIE_MARGIN = {"onnx": 0.0, "vllm": 0.02, "tensorrt_llm": 0.02}
+_SIGNAL_TOLERANCE = {"onnx": 2e-3, "vllm": 0.15, "tensorrt_llm": 0.15}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        prog="asd-engine",
+        description="Check an engine against what asd's stages need of it.",
+        epilog="Exit codes: 0 all checks pass, 1 one fails, 2 wrong usage or the engine cannot be loaded.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    check = commands.add_parser("check", help="run the whole conformance suite against a model")
+    check.add_argument("model", type=Path, help="Hugging Face model directory")
+    check.add_argument("--engine", choices=list(_TIE_MARGIN), default="vllm")
+    check.add_argument("--options", default="{}", metavar="YAML", help="the engine's section of the settings")
+    check.add_argument("--tie-margin", type=float, help="closer tokens may change places between passes")
+    check.add_argument("--signal-tolerance", type=float, help="of log-probabilities between passes")
+    check.add_argument("--max-new-tokens", type=int, default=48)
+    check.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(
+        level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s"
+    )
+    try:
+        section = yaml.safe_load(options.options) or {}
+        entry: dict[str, Any] = {"name": "model", "path": options.model, "engine": options.engine}
+        entry |= section if options.engine == "onnx" else {options.engine: section}
+        engine = make_engines(ModelSettings(**entry), 256)["model"]
+        outcomes = asyncio.run(_check(engine, options))
+    except (AsdError, ValidationError, yaml.YAMLError) as error:
+        parser.exit(2, f"asd-engine: {error}\n")
+    failed = [outcome for outcome in outcomes if outcome.error]
+    if options.json:
+        sys.stdout.write(json.dumps({"checks": [outcome._asdict() for outcome in outcomes]}, indent=2) + "\n")
+    else:
+        ties = sum(outcome.near_ties for outcome in outcomes)
+        sys.stdout.write(f"{len(outcomes) - len(failed)} of {len(outcomes)} checks pass, {ties} near ties\n")
+    sys.exit(1 if failed else 0)
+
+
+async def _check(engine: Engine, options: argparse.Namespace) -> list[Outcome]:
+    tie, tolerance = options.tie_margin, options.signal_tolerance
+    suite = Suite(
+        engine,
+        max_new_tokens=options.max_new_tokens,
+        tie_margin=_TIE_MARGIN[options.engine] if tie is None else tie,
+        signal_tolerance=_SIGNAL_TOLERANCE[options.engine] if tolerance is None else tolerance,
+    )
+    await engine.load()
+    outcomes = []
+    try:
+        for check in CHECKS:
+            outcomes.append(await run_check(suite, check))
+            _say(outcomes[-1], is_quiet=options.json)
+    finally:
+        await engine.unload()
+    return outcomes
+
+
+def _say(outcome: Outcome, *, is_quiet: bool) -> None:
+    if is_quiet:
+        return
+    ties = f", {outcome.near_ties} near ties" if outcome.near_ties else ""
+    state = f"FAILED: {outcome.error}" if outcome.error else "ok"
+    sys.stdout.write(f"{outcome.check} ({outcome.seconds:.1f} s{ties}): {state}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""What a Hugging Face directory says of its model, for engines that read the weights themselves."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from services.common.errors import PreconditionFailed
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# Decoder-only architectures whose chat checkpoints the GPU engines' own documentation lists.
+ARCHITECTURES = frozenset(
+    {
+        "LlamaForCausalLM",
+        "MistralForCausalLM",
+        "Qwen2ForCausalLM",
+        "Qwen3ForCausalLM",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model as its directory describes it.
+
+    weight_bytes: of its weight files; of bfloat16 weights where there are none. kv_values_per_token: numbers
+    that the KV cache holds for a token.
+    """
+
+    architecture: str
+    vocabulary: int
+    context: int
+    eos_ids: tuple[int, ...]
+    parameters: int
+    weight_bytes: int
+    kv_values_per_token: int
+
+
+def read_checkpoint(directory: Path) -> Checkpoint:
+    """Read config.json, and generation_config.json where it is there.
+
+    Raises PreconditionFailed if config.json is missing, is not JSON, or describes no model of ARCHITECTURES.
+    """
+    path = directory / "config.json"
+    config = read_config(path)
+    architecture = check_architecture(config, path)
+    try:
+        hidden, layers, heads = (
+            int(config[key]) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")
+        )
+        kv_heads = int(config.get("num_key_value_heads") or heads)
+        head = int(config.get("head_dim") or hidden // heads)
+        vocabulary, context = int(config["vocab_size"]), int(config["max_position_embeddings"])
+        attention = hidden * head * (2 * heads + 2 * kv_heads)
+        block = attention + 3 * hidden * int(config["intermediate_size"]) + 2 * hidden
+        embeddings = vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    except (KeyError, TypeError, ValueError) as error:
+        raise PreconditionFailed(f"{path}: {error} is missing or of the wrong type") from error
+    parameters = layers * block + embeddings + hidden
+    weights = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    return Checkpoint(
+        architecture=architecture,
+        vocabulary=vocabulary,
+        context=context,
+        eos_ids=_eos_ids(directory, config, path),
+        parameters=parameters,
+        weight_bytes=weights or 2 * parameters,
+        kv_values_per_token=2 * layers * kv_heads * head,
+    )
+
+
+def check_architecture(config: dict[str, Any], path: Path) -> str:
+    """Return the architecture of a config.json. Raises PreconditionFailed for one that no engine runs."""
+    named = config.get("architectures") or ["none"]
+    if named[0] not in ARCHITECTURES:
+        raise PreconditionFailed(
+            f"{path}: architecture {named[0]} is not one of {', '.join(sorted(ARCHITECTURES))}"
+        )
+    return str(named[0])
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the content of a config.json. Raises PreconditionFailed if it is missing or no JSON object."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise PreconditionFailed(f"{path} is missing: name a Hugging Face model directory") from error
+    except ValueError as error:
+        raise PreconditionFailed(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise PreconditionFailed(f"{path} does not hold an object")
+    return config
+
+
+def _eos_ids(directory: Path, config: dict[str, Any], path: Path) -> tuple[int, ...]:
+    """Return what ends an answer, of both files: chat models name their end of turn in the second alone."""
+    ids: list[int] = []
+    file = directory / "generation_config.json"
+    for source in (config, read_config(file) if file.exists() else {}):
+        named = source.get("eos_token_id")
+        ids += named if isinstance(named, list) else [] if named is None else [named]
+    if not ids:
+        raise PreconditionFailed(f"{path}: eos_token_id is missing: nothing would end an answer")
+    return tuple(dict.fromkeys(ids))

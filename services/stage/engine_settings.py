@@ -1,0 +1,80 @@
+"""Settings of the engines: a section for each, refused beside another engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from services.common.settings import Section
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+EngineName = Literal["onnx", "vllm", "tensorrt_llm"]
+# A stage's and a request's `model` names an adapter as model/task.
+TaskName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=64)]
+
+
+class VllmSettings(Section):
+    """Options of the `vllm` engine; docs/engines.md says what each does."""
+
+    tensor_parallel: Count = 1
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    quantization: str | None = None
+    load_format: Literal["auto", "dummy"] = "auto"
+    max_model_len: Count | None = None
+    max_batched_tokens: Count | None = None
+    gpu_memory_utilization: Share = 0.9
+    kv_cache_gib: Annotated[float, Field(gt=0)] | None = None
+    prefix_caching: bool = True
+    cached_scoring: bool = False
+    top_logprobs: Annotated[int, Field(ge=2)] = 20
+    enforce_eager: bool = False
+    sleep_level: Literal[0, 1, 2] = 0
+    lora: dict[TaskName, Path] = Field(default_factory=dict)
+    max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = 16
+
+
+class TensorrtLlmSettings(Section):
+    """Options of the `tensorrt_llm` engine; docs/engines.md says what each does."""
+
+    tensor_parallel: Count = 1
+    dtype: Literal["auto", "bfloat16", "float16"] = "auto"
+    load_format: Literal["auto", "dummy"] = "auto"
+    max_model_len: Count | None = None
+    max_batched_tokens: Count = 8192
+    gpu_memory_utilization: Share = 0.9
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    prefix_caching: bool = False
+    top_logprobs: Count = 2
+
+
+# Of the onnx engine, which was the only one: they stand beside the model's other settings.
+ONNX_OPTIONS = ("threads", "max_lanes", "cached_sequences")
+# Requests at a time where nothing is said: a CPU gains from a few, a GPU from many.
+_MOST_AT_A_TIME = {"onnx": 8, "vllm": 64, "tensorrt_llm": 64}
+
+
+def check_options(engine: str, given: Collection[str]) -> None:
+    """Raise ValueError, with a sentence, for options that another engine has. given: names that are set."""
+    for section in ("vllm", "tensorrt_llm"):
+        if section in given and section != engine:
+            raise ValueError(
+                f"section {section} is for engine {section}, and this model's is {engine}: remove it"
+            )
+    if engine != "onnx":
+        wrong = [name for name in ONNX_OPTIONS if name in given]
+        if wrong:
+            raise ValueError(
+                f"{wrong[0]} is an option of engine onnx, and this model's is {engine}: remove it, and set "
+                f"what {engine} has in section {engine}"
+            )
+
+
+def most_at_a_time(engine: str, max_batch: int | None) -> int:
+    """Return how many requests an engine computes at a time."""
+    return _MOST_AT_A_TIME[engine] if max_batch is None else max_batch

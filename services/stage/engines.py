@@ -1,0 +1,77 @@
+"""From a model's settings to its engine. An engine's module is imported where it is used, and not before."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from services.common.errors import PreconditionFailed
+from services.stage.engine_settings import TensorrtLlmSettings, VllmSettings, most_at_a_time
+
+if TYPE_CHECKING:
+    from services.stage.engine import Engine
+    from services.stage.settings import ModelSettings
+
+
+def make_engines(model: ModelSettings, max_queue: int) -> dict[str, Engine]:
+    """Return a model's engine by its name, and after it one for each of its adapters, as model/task.
+
+    Raises PreconditionFailed where the model cannot be read, or a package that its engine needs is missing.
+    """
+    try:
+        if model.engine == "vllm":
+            return _vllm(model, max_queue)
+        if model.engine == "tensorrt_llm":
+            return {model.name: _tensorrt_llm(model, max_queue)}
+        return {model.name: _onnx(model, max_queue)}
+    except ModuleNotFoundError as error:
+        extra = {"onnx": "stage", "vllm": "vllm", "tensorrt_llm": "tensorrt-llm"}[model.engine]
+        raise PreconditionFailed(
+            f"{error.name} is not installed, which engine {model.engine} needs: use the image of target "
+            f"stage-{model.engine.replace('_', '-')}, or pip install 'asd[{extra}]'"
+        ) from error
+
+
+def _onnx(model: ModelSettings, max_queue: int) -> Engine:
+    from services.stage.onnx_engine import OnnxEngine, OnnxOptions
+
+    options = OnnxOptions(
+        threads=model.threads,
+        max_batch=most_at_a_time(model.engine, model.max_batch),
+        max_lanes=model.max_lanes,
+        cached_sequences=model.cached_sequences,
+        max_queue=max_queue,
+        default_max_new_tokens=model.default_max_new_tokens,
+        resync=model.resync,
+    )
+    return OnnxEngine(model.name, model.path, options)
+
+
+def _vllm(model: ModelSettings, max_queue: int) -> dict[str, Engine]:
+    from services.stage.scoring_engine import AdapterEngine
+    from services.stage.vllm_engine import VllmOptions, make_engine
+
+    section = model.vllm or VllmSettings()
+    options = VllmOptions(
+        max_batch=most_at_a_time(model.engine, model.max_batch),
+        max_queue=max_queue,
+        default_max_new_tokens=model.default_max_new_tokens,
+        resync=model.resync,
+        **{name: getattr(section, name) for name in VllmSettings.model_fields},
+    )
+    engine = make_engine(model.name, model.path, options)
+    adapters = {f"{model.name}/{task}": AdapterEngine(engine, task) for task in section.lora}
+    return {model.name: engine, **adapters}
+
+
+def _tensorrt_llm(model: ModelSettings, max_queue: int) -> Engine:
+    from services.stage.tensorrt_llm_engine import TensorrtLlmOptions, make_engine
+
+    section = model.tensorrt_llm or TensorrtLlmSettings()
+    options = TensorrtLlmOptions(
+        max_batch=most_at_a_time(model.engine, model.max_batch),
+        max_queue=max_queue,
+        default_max_new_tokens=model.default_max_new_tokens,
+        resync=model.resync,
+        **{name: getattr(section, name) for name in TensorrtLlmSettings.model_fields},
+    )
+    return make_engine(model.name, model.path, options)

@@ -1,0 +1,76 @@
+"""The stage's metrics: what its models hold and do, asked of them at each export."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from opentelemetry.metrics import CallbackOptions, Observation
+
+from services.common import telemetry
+from services.common.telemetry import Attributes, Metrics
+from services.stage.engine import ModelState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from services.stage.engine import EngineStatus
+    from services.stage.residency import Residency
+
+    Read = Callable[[EngineStatus], float]
+
+
+def watch_models(residency: Residency) -> None:
+    """Show the models of a process through OpenTelemetry. Call it after set-up."""
+    meter = telemetry.meter()
+
+    def each_model(read: Read) -> Callable[[CallbackOptions], Iterable[Observation]]:
+        def observe(_: CallbackOptions) -> Iterable[Observation]:
+            return [
+                Observation(read(engine.status()), {Attributes.REQUEST_MODEL: name})
+                for name, engine in residency.engines.items()
+            ]
+
+        return observe
+
+    def process(read: Callable[[], float]) -> Callable[[CallbackOptions], Iterable[Observation]]:
+        return lambda _: [Observation(read())]
+
+    def is_ready(status: EngineStatus) -> bool:
+        return status.state is ModelState.READY
+
+    for name, unit, description, read in (
+        (Metrics.QUEUE_DEPTH, "{request}", "requests that wait", lambda s: s.queued),
+        (Metrics.RUNNING_REQUESTS, "{request}", "requests that are computed", lambda s: s.running),
+        (Metrics.KV_CACHE, "By", "memory of KV caches in use", lambda s: s.kv_cache_bytes),
+        (
+            Metrics.CACHED_SEQUENCES,
+            "{sequence}",
+            "sequences kept for prefix reuse",
+            lambda s: s.cached_sequences,
+        ),
+        (Metrics.MODELS_LOADED, "{model}", "1 where a model is in memory, else 0", is_ready),
+        (
+            Metrics.MODEL_MEMORY,
+            "By",
+            "estimated memory of a model in memory; 0 where it is not",
+            lambda s: s.memory_bytes if is_ready(s) else 0,
+        ),
+    ):
+        meter.create_observable_gauge(name, [each_model(read)], unit, description)
+    for name, description, read in (
+        (Metrics.COMPLETED_REQUESTS, "requests that were answered", lambda s: s.completed),
+        (Metrics.CANCELLED_REQUESTS, "requests that their callers left", lambda s: s.cancelled),
+    ):
+        meter.create_observable_counter(name, [each_model(read)], "{request}", description)
+    meter.create_observable_gauge(
+        Metrics.MODEL_MEMORY_BUDGET,
+        [process(lambda: residency.budget_bytes)],
+        "By",
+        "budget for models in memory; 0: none",
+    )
+    meter.create_observable_gauge(
+        Metrics.IDLE,
+        [process(lambda: residency.idle_ms() / 1000.0)],
+        "s",
+        "time since a call last used a model",
+    )

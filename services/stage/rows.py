@@ -1,0 +1,68 @@
+"""What an engine that keeps its logits to itself shows of them: the likeliest tokens of each place. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import exp, log
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy.typing as npt
+
+    Signals = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One place: a token, and the distribution at temperature 1 that it was chosen from or judged by.
+
+    rank: of the token, 0 for the likeliest. top_ids, top_logprobs: the likeliest tokens, likeliest first.
+    """
+
+    token: int
+    logprob: float
+    rank: int
+    top_ids: tuple[int, ...]
+    top_logprobs: tuple[float, ...]
+
+    @property
+    def own(self) -> Row:
+        """The same place with the model's own choice as the token."""
+        return Row(self.top_ids[0], self.top_logprobs[0], 0, self.top_ids, self.top_logprobs)
+
+
+def make_row(token: int, entries: Mapping[int, tuple[float, int]], most: int) -> Row:
+    """Return the row of a token from (log-probability, rank from 1) by token.
+
+    entries: the `most` likeliest, and the token itself, which may stand among them or beyond.
+    """
+    ranked = sorted((rank, each) for each, (_, rank) in entries.items() if rank <= most)
+    ids = tuple(each for _, each in ranked[:most])
+    logprob, rank = entries[token]
+    return Row(token, logprob, rank - 1, ids, tuple(entries[each][0] for each in ids))
+
+
+def row_signals(rows: Sequence[Row]) -> Signals:
+    """Return (log-probabilities, entropies in nats, top-2 probability margins) of rows, float32 [k] each.
+
+    The margin is exact where two tokens are known, else the least that it can be. The entropy counts all
+    that is not among the likeliest as one token: exact where they are the whole vocabulary, else a lower
+    bound, short of the true value by at most (mass beyond) x ln(tokens beyond).
+    """
+    signals = np.array([_signals(row) for row in rows], np.float32).reshape(-1, 3)
+    return signals[:, 0], signals[:, 1], signals[:, 2]
+
+
+def _signals(row: Row) -> tuple[float, float, float]:
+    probs = [exp(each) for each in row.top_logprobs]
+    entropy = -sum(p * each for p, each in zip(probs, row.top_logprobs, strict=True))
+    beyond = 1.0 - sum(probs)
+    # Less is rounding: log-probabilities travel as float32.
+    if beyond > 1e-6:
+        entropy -= beyond * log(beyond)
+    margin = probs[0] - (probs[1] if len(probs) > 1 else 1.0 - probs[0])
+    return min(row.logprob, 0.0), max(entropy, 0.0), min(max(margin, 0.0), 1.0)

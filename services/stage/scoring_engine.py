@@ -1,0 +1,687 @@
+"""The engine over a GPU library that batches by itself: `vllm` and `tensorrt_llm` are backends of it.
+
+Such a library takes token ids and gives the likeliest tokens of each place, never the logits.
+
+Greedy verification. One pass scores prompt and draft; what agrees is kept, the model's own token follows
+from the same pass, and a further request writes on, reading what the pass left in the prefix cache. After a
+correction the rest of the draft is scored again where it is long enough to be worth a pass.
+
+Sampling. The library draws by itself, so its draw cannot be known from a scoring pass. An exact answer at a
+temperature above 0 is therefore written as if there were no draft, from the request's seed, and what it
+shares with the draft is reported as accepted: the target's own draw, and no time saved. A tolerant one keeps
+the draft's likely tokens and draws on after them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import secrets
+import time
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from services.common.errors import AsdError, InvalidRequest, PreconditionFailed, ResourceExhausted
+from services.stage.answer import AnswerBuilder
+from services.stage.backend import BackendDied, TokenRequest
+from services.stage.draft import DraftFeed
+from services.stage.engine import (
+    DraftPiece,
+    DraftText,
+    EngineStatus,
+    Event,
+    FinishReason,
+    ModelState,
+    PrefillResult,
+    Result,
+    SamplingOptions,
+    TokenChunk,
+    Turn,
+    VerificationResult,
+)
+from services.stage.rows import row_signals
+from services.stage.tokenizer import ChatTokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+    from pathlib import Path
+
+    from services.stage.backend import Backend, Scores
+    from services.stage.checkpoint import Checkpoint
+    from services.stage.rows import Row
+
+logger = logging.getLogger(__name__)
+
+# Text of more characters is encoded beside the event loop, which others wait for. Chosen: some 5 ms.
+_LONG_TEXT = 8_192
+# Draft tokens that make a scoring pass worth its price, where more are to come or after a correction: a pass
+# takes as long as some 4 decoded tokens (section 6 of the design: 46 to 83 ms against 10.6 to 34.3), and only
+# part of what is proposed is kept. Chosen.
+_WORTH = 16
+# Kept tokens of a pass after a correction below which plain decoding takes over. As above.
+_LEAST_KEPT = 6
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringOptions:
+    """How a model is served.
+
+    max_batch: requests in the library at a time; more wait here. max_queue: requests that may wait. context:
+    tokens of prompt and answer at most. resync: whether the rest of a draft is proposed after a correction.
+    kv_bytes: bytes of one number in the KV cache. cache_bytes: set aside for it, where that is known.
+    """
+
+    max_batch: int
+    max_queue: int
+    context: int
+    default_max_new_tokens: int = 160
+    resync: bool = True
+    kv_bytes: int = 2
+    cache_bytes: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """One call under way. ids: chosen so far, those that a stop sequence may yet cut off included."""
+
+    prompt: list[int]
+    most_tokens: int
+    sampling: SamplingOptions
+    answer: AnswerBuilder
+    eos_ids: tuple[int, ...]
+    arrived: float
+    ids: list[int] = field(default_factory=list)
+    emitted: list[range] = field(default_factory=list)
+    finish: FinishReason | None = None
+    has_slot: bool = False
+    started: float = 0.0
+    prefilled: float = 0.0
+    cached: int = 0
+    passes: int = 0
+    proposed: int = 0
+    accepted: int = 0
+
+    def is_over(self) -> bool:
+        """Whether the answer has ended."""
+        return self.finish is not None
+
+    @property
+    def room(self) -> int:
+        """Tokens that the answer may still take."""
+        return self.most_tokens - len(self.ids)
+
+    def take(self, rows: Sequence[Row], has_ended: bool = False) -> TokenChunk | None:
+        """Add tokens up to the one that ends the answer; return the chunk that may go out now, or None."""
+        rows = rows[: self.room]
+        end = next((place for place, row in enumerate(rows) if row.token in self.eos_ids), None)
+        if end is not None or has_ended:
+            self.finish = FinishReason.EOS
+            rows = rows[:end]
+        ids = [row.token for row in rows]
+        self.ids += ids
+        if self.finish is None and self.room <= 0:
+            self.finish = FinishReason.LENGTH
+        chunk = self.answer.extend_known(ids, row_signals(rows)) if ids else None
+        if self.answer.has_stopped:
+            self.finish = FinishReason.STOP
+        return chunk
+
+    def result(self) -> Result:
+        """Return the outcome of a call that has finished."""
+        assert self.finish is not None
+        # What a pass accepted beyond the token that ended the answer was given to nobody.
+        end = self.answer.taken + (self.finish is FinishReason.EOS)
+        lengths = tuple(len(range(places.start, min(places.stop, end))) for places in self.emitted)
+        unused = sum(
+            max(len(places) - 1 - length, 0) for places, length in zip(self.emitted, lengths, strict=True)
+        )
+        now = time.monotonic()
+        return Result(
+            text=self.answer.text,
+            ids=self.answer.ids,
+            finish=self.finish,
+            prompt_tokens=len(self.prompt),
+            cached_prompt_tokens=min(self.cached, len(self.prompt)),
+            proposed_tokens=self.proposed,
+            accepted_tokens=self.accepted - unused,
+            forward_passes=self.passes,
+            accept_lengths=lengths,
+            queue_ms=(self.started - self.arrived) * 1e3,
+            prefill_ms=(self.prefilled - self.started) * 1e3,
+            decode_ms=(now - self.prefilled) * 1e3,
+            total_ms=(now - self.arrived) * 1e3,
+        )
+
+
+class _Draft:
+    """A draft as it comes, and how it fared so far. cursor: its tokens that were accepted."""
+
+    def __init__(self, feed: DraftFeed) -> None:
+        self.feed = feed
+        self.cursor = 0
+        self.agrees = True
+        self._ranks: list[int] = []
+        self._logprobs: list[float] = []
+        self._changed = asyncio.Event()
+        self._error: AsdError | None = None
+
+    def notify(self, error: AsdError | None = None) -> None:
+        """Something has come, or nothing more can."""
+        self._error = self._error or error
+        self._changed.set()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether enough has come for a pass."""
+        fresh = len(self.feed.ids) - self.cursor
+        return self.feed.is_complete or fresh >= _WORTH or (self.feed.is_full and fresh > 0)
+
+    async def wait(self, *, is_whole: bool = False) -> None:
+        """Wait until enough has come, or all. Raises the error of a draft that cannot be read."""
+        while True:
+            if self._error is not None:
+                raise self._error
+            if self.feed.is_complete if is_whole else self.is_due:
+                return
+            self._changed.clear()
+            await self._changed.wait()
+
+    def judge(self, rows: Sequence[Row], accepted: int) -> None:
+        """Keep what a pass shows of the draft's next tokens."""
+        self.cursor += accepted
+        self._ranks += [row.rank for row in rows]
+        self._logprobs += [row.logprob for row in rows]
+
+    def evidence(self) -> VerificationResult:
+        """Return how the draft fared."""
+        return VerificationResult(
+            len(self._ranks),
+            self.cursor,
+            np.array(self._ranks, np.int64),
+            np.array(self._logprobs, np.float32),
+            self.feed.ids_used,
+        )
+
+
+class ScoringEngine:
+    """Runs one model through a backend; see services.stage.engine.Engine for the contract.
+
+    queue_ms is the time until the library was asked; what it lets a request wait is part of prefill_ms.
+    A draft that comes in pieces counts as one proposal in accept_lengths, however many passes score it.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        name: str,
+        directory: Path,
+        checkpoint: Checkpoint,
+        backend: Backend,
+        options: ScoringOptions,
+    ) -> None:
+        self.kind = kind
+        self._name = name
+        self._checkpoint = checkpoint
+        self._backend = backend
+        self._options = options
+        self._tokenizer = ChatTokenizer(directory)
+        self._state = ModelState.UNLOADED
+        self._error = ""
+        self._loading = asyncio.Lock()
+        self._slots = asyncio.Semaphore(options.max_batch)
+        self._waiting = 0
+        self._calls: set[_Call] = set()
+        self._completed = 0
+        self._cancelled = 0
+
+    async def load(self) -> None:
+        """Load the model, or wake it; a loaded one stays as it is."""
+        async with self._loading:
+            if self._state is ModelState.READY:
+                return
+            has_failed = self._state is ModelState.FAILED
+            self._state = ModelState.LOADING
+            try:
+                if has_failed:
+                    await self._backend.close()
+                await self._backend.start()
+            except BaseException as error:
+                self._state, self._error = ModelState.FAILED, str(error) or type(error).__name__
+                if isinstance(error, AsdError) or not isinstance(error, Exception):
+                    raise
+                logger.error("model %s cannot be loaded", self._name, exc_info=error)
+                raise PreconditionFailed(f"model {self._name} cannot be loaded: {error}") from error
+            self._state, self._error = ModelState.READY, ""
+
+    async def unload(self) -> None:
+        """Free the model. Raises ResourceExhausted while calls are under way, those of its adapters too."""
+        async with self._loading:
+            if self._state is not ModelState.READY:
+                return
+            if self._calls:
+                raise ResourceExhausted(
+                    f"model {self._name} has {len(self._calls)} calls under way: try again later"
+                )
+            self._state = ModelState.UNLOADED
+            await self._backend.stop()
+
+    async def close(self) -> None:
+        """End the library's engine and its processes, for good."""
+        async with self._loading:
+            self._state = ModelState.UNLOADED
+            await self._backend.close()
+
+    async def generate(
+        self, turns: tuple[Turn, ...], sampling: SamplingOptions, adapter: str = ""
+    ) -> AsyncGenerator[Event, None]:
+        """Write an answer. adapter: by name; "" for the model itself."""
+        call = await self._admit(turns, sampling)
+        async with self._under_way(call), aclosing(self._decode(call, adapter)) as events:
+            async for event in events:
+                yield event
+
+    async def verify(
+        self,
+        turns: tuple[Turn, ...],
+        sampling: SamplingOptions,
+        draft: DraftText,
+        threshold: float | None,
+        adapter: str = "",
+    ) -> AsyncGenerator[Event, None]:
+        """Accept a prefix of a draft and go on from there."""
+        call = await self._admit(turns, sampling)
+        feed = DraftFeed(call.most_tokens)
+        feed.ids_used = bool(draft.ids) and draft.fingerprint == self._tokenizer.fingerprint
+        if feed.ids_used:
+            self._check_ids(draft.ids, "draft.token_ids")
+            feed.add(draft.ids)
+        elif draft.ids and not draft.text:
+            raise InvalidRequest(
+                f"the draft's ids are of another tokenizer than {self._name}'s, "
+                f"{self._tokenizer.fingerprint}: send its text as well",
+                field="draft.tokenizer_fingerprint",
+            )
+        else:
+            feed.add(await self._encode_text(draft.text))
+        feed.finish(self._end_id(draft.finish))
+        async with (
+            self._under_way(call),
+            aclosing(self._judge(call, _Draft(feed), threshold, adapter)) as events,
+        ):
+            async for event in events:
+                yield event
+
+    async def verify_stream(
+        self,
+        turns: tuple[Turn, ...],
+        sampling: SamplingOptions,
+        pieces: AsyncIterator[DraftPiece | FinishReason],
+        threshold: float | None,
+        adapter: str = "",
+    ) -> AsyncGenerator[Event, None]:
+        """Verify a draft while it is being written, a pass for every 16 tokens that came."""
+        call = await self._admit(turns, sampling)
+        draft = _Draft(DraftFeed(call.most_tokens))
+        reader = asyncio.create_task(self._read_draft(draft, pieces))
+        try:
+            async with (
+                self._under_way(call),
+                aclosing(self._judge(call, draft, threshold, adapter)) as events,
+            ):
+                async for event in events:
+                    yield event
+        finally:
+            reader.cancel()
+
+    async def prefill(self, turns: tuple[Turn, ...], adapter: str = "") -> PrefillResult:
+        """Put a prompt into the prefix cache: the library has no such call, so a token is written."""
+        call = await self._admit(turns, SamplingOptions(max_new_tokens=1))
+        async with self._under_way(call), aclosing(self._decode(call, adapter)) as events:
+            async for _ in events:
+                pass
+        return PrefillResult(len(call.prompt), call.cached, (call.prefilled - call.arrived) * 1e3)
+
+    def status(self) -> EngineStatus:
+        """Say what is loaded, queued and running."""
+        running = [call for call in self._calls if call.has_slot]
+        held = sum(len(call.prompt) + len(call.ids) for call in running)
+        return EngineStatus(
+            state=self._state,
+            parameters=self._checkpoint.parameters,
+            context_length=self._options.context,
+            fingerprint=self._tokenizer.fingerprint,
+            memory_bytes=self.memory_bytes,
+            kv_cache_bytes=held * self._checkpoint.kv_values_per_token * self._options.kv_bytes,
+            queued=self._waiting,
+            running=len(running),
+            cached_sequences=0,
+            completed=self._completed,
+            cancelled=self._cancelled,
+            error=self._error,
+        )
+
+    @property
+    def memory_bytes(self) -> int:
+        """Weights, and the KV cache where its size is set: the library takes further memory for itself."""
+        return self._checkpoint.weight_bytes + self._options.cache_bytes
+
+    async def _admit(self, turns: tuple[Turn, ...], sampling: SamplingOptions) -> _Call:
+        # The library refuses a prompt of the whole context, as it could not write a token after it.
+        most = self._options.context - 1
+        where = "prompt" if len(turns) == 1 else "conversation"
+        size = sum(len(turn.content) for turn in turns)
+        if size > most * self._tokenizer.longest_token:
+            raise InvalidRequest(
+                f"{where} has {size} characters; {self._name} takes at most {most} tokens", field=where
+            )
+        if size > _LONG_TEXT:
+            prompt = await asyncio.to_thread(self._tokenizer.encode_chat, turns)
+        else:
+            prompt = self._tokenizer.encode_chat(turns)
+        room = self._options.context - len(prompt)
+        if room < 1:
+            raise InvalidRequest(
+                f"{where} has {len(prompt)} tokens; {self._name} takes at most {most}", field=where
+            )
+        wanted = sampling.max_new_tokens or self._options.default_max_new_tokens
+        if sampling.temperature > 0 and sampling.seed is None:
+            sampling = replace(sampling, seed=secrets.randbits(63))
+        answer = AnswerBuilder(self._tokenizer.stream(), sampling.stop)
+        return _Call(prompt, min(wanted, room), sampling, answer, self._checkpoint.eos_ids, time.monotonic())
+
+    @asynccontextmanager
+    async def _under_way(self, call: _Call) -> AsyncIterator[None]:
+        """Count a call, give its slot back, and turn what the library raises into our errors."""
+        if self._state is not ModelState.READY:
+            raise PreconditionFailed(f"model {self._name} is not loaded")
+        if self._slots.locked() and self._waiting >= self._options.max_queue:
+            raise ResourceExhausted(
+                f"{self._waiting} requests wait for {self._name} already: try again later"
+            )
+        self._calls.add(call)
+        try:
+            yield
+            self._completed += 1
+        except (GeneratorExit, asyncio.CancelledError):
+            self._cancelled += 1
+            raise
+        except BackendDied as error:
+            self._state, self._error = ModelState.FAILED, str(error)
+            logger.error("the engine of model %s is gone", self._name, exc_info=error)
+            raise AsdError(f"model {self._name} failed on this request") from error
+        except AsdError:
+            raise
+        except Exception as error:
+            logger.error("model %s failed", self._name, exc_info=error)
+            raise AsdError(f"model {self._name} failed on this request") from error
+        finally:
+            self._release(call)
+            self._calls.discard(call)
+
+    async def _acquire(self, call: _Call) -> None:
+        """Wait for a place in the library's batch."""
+        if not call.has_slot:
+            self._waiting += 1
+            try:
+                await self._slots.acquire()
+            finally:
+                self._waiting -= 1
+            call.has_slot = True
+        if not call.started:
+            call.started = time.monotonic()
+
+    def _release(self, call: _Call) -> None:
+        if call.has_slot:
+            call.has_slot = False
+            self._slots.release()
+
+    async def _decode(self, call: _Call, adapter: str) -> AsyncGenerator[Event, None]:
+        """Write on from what there is, to the end."""
+        async with aclosing(self._tokens(call, adapter)) as chunks:
+            async for chunk in chunks:
+                if chunk is not None:
+                    yield chunk
+        for event in _ending(call):
+            yield event
+
+    async def _tokens(self, call: _Call, adapter: str) -> AsyncGenerator[TokenChunk | None, None]:
+        """Write on; yield after each piece, with what may go out."""
+        if call.is_over():
+            return
+        await self._acquire(call)
+        sampling = call.sampling
+        request = TokenRequest(call.room, sampling.temperature, sampling.top_p, sampling.seed, adapter)
+        async with aclosing(self._backend.generate([*call.prompt, *call.ids], request)) as pieces:
+            async for piece in pieces:
+                if not call.prefilled:
+                    call.prefilled, call.cached = time.monotonic(), piece.cached
+                call.passes += len(piece.rows)
+                yield call.take(piece.rows, piece.has_ended)
+                # Only a stop sequence ends an answer before the library does, which is then told.
+                if call.is_over() and not piece.is_last:
+                    break
+        if not call.is_over():
+            raise RuntimeError(f"the library ended an answer after {len(call.ids)} tokens, without a reason")
+
+    async def _judge(
+        self, call: _Call, draft: _Draft, threshold: float | None, adapter: str
+    ) -> AsyncGenerator[Event, None]:
+        """Judge a draft, go on after it, and end."""
+        is_sampled = call.sampling.temperature > 0
+        judge = self._compare if is_sampled and threshold is None else self._verify
+        async with aclosing(judge(call, draft, threshold, adapter)) as events:
+            async for event in events:
+                yield event
+        if not is_sampled and self._options.resync:
+            async with aclosing(self._resync(call, draft, adapter)) as events:
+                async for event in events:
+                    yield event
+        async with aclosing(self._decode(call, adapter)) as events:
+            async for event in events:
+                yield event
+
+    async def _verify(
+        self, call: _Call, draft: _Draft, threshold: float | None, adapter: str
+    ) -> AsyncGenerator[Event, None]:
+        """Keep what the model agrees with, and its own token after that."""
+        feed, chunk = draft.feed, None
+        while not call.is_over():
+            if not draft.is_due:
+                # Others may use the slot while this draft is being written.
+                self._release(call)
+            await draft.wait()
+            # A pass writes a token too, which must fit the context.
+            most = self._options.context - 1 - len(call.prompt) - len(call.ids)
+            proposal = feed.ids[draft.cursor :][:most]
+            if not proposal:
+                break
+            is_whole = feed.is_complete and draft.cursor + len(proposal) == len(feed.ids)
+            scores = await self._score(call, proposal, adapter)
+            accepted = _accepted(proposal, scores.rows, threshold)
+            draft.judge(scores.rows, accepted)
+            call.accepted += accepted
+            kept = list(scores.rows[:accepted])
+            is_over = accepted < len(proposal) or is_whole or len(proposal) == most
+            if is_over and call.sampling.temperature == 0:
+                kept.append(scores.rows[accepted].own if accepted < len(proposal) else scores.following)
+            chunk = call.take(kept)
+            if is_over:
+                break
+            if chunk is not None:
+                yield chunk
+                chunk = None
+        evidence = draft.evidence()
+        if evidence.proposed:
+            # One proposal, however many passes it took: the answer holds nothing else so far.
+            call.emitted.append(range(draft.cursor + 1))
+        yield evidence
+        if chunk is not None:
+            yield chunk
+
+    async def _resync(self, call: _Call, draft: _Draft, adapter: str) -> AsyncGenerator[Event, None]:
+        """Propose what stands in the draft after the token that was corrected, as long as it pays."""
+        place, kept = draft.cursor + 1, _WORTH
+        while not call.is_over() and kept >= _LEAST_KEPT:
+            most = min(call.room, self._options.context - 1 - len(call.prompt) - len(call.ids))
+            proposal = draft.feed.ids[place:][:most]
+            if len(proposal) < _WORTH:
+                return
+            scores = await self._score(call, proposal, adapter)
+            kept = _accepted(proposal, scores.rows, None)
+            call.accepted += kept
+            call.emitted.append(range(len(call.ids), len(call.ids) + kept + 1))
+            own = scores.rows[kept].own if kept < len(proposal) else scores.following
+            place += kept + 1
+            chunk = call.take([*scores.rows[:kept], own])
+            if chunk is not None:
+                yield chunk
+
+    async def _compare(
+        self, call: _Call, draft: _Draft, _threshold: float | None, adapter: str
+    ) -> AsyncGenerator[Event, None]:
+        """Write the sampled answer, and report what it shares with the draft once that is known."""
+        await draft.wait(is_whole=True)
+        ids = draft.feed.ids[: self._options.context - 1 - len(call.prompt)]
+        if ids:
+            rows = (await self._score(call, ids, adapter)).rows
+            draft.judge(rows, 0)
+        held: list[TokenChunk] = []
+        async with aclosing(self._tokens(call, adapter)) as chunks:
+            async for chunk in chunks:
+                if chunk is not None:
+                    held.append(chunk)
+                written = len(call.ids)
+                while draft.cursor < min(written, len(ids)) and ids[draft.cursor] == call.ids[draft.cursor]:
+                    draft.cursor += 1
+                if not call.is_over() and draft.cursor == written < len(ids):
+                    continue
+                if draft.agrees:
+                    draft.agrees = False
+                    is_end = draft.cursor == written < len(ids) and ids[written] in call.eos_ids
+                    draft.cursor += call.finish is FinishReason.EOS and is_end
+                    call.accepted += draft.cursor
+                    yield draft.evidence()
+                for each in held:
+                    yield each
+                held.clear()
+
+    async def _score(self, call: _Call, proposal: list[int], adapter: str) -> Scores:
+        await self._acquire(call)
+        known = [*call.prompt, *call.ids]
+        scores = await self._backend.score([*known, *proposal], len(known), adapter)
+        if not call.prefilled:
+            call.prefilled, call.cached = time.monotonic(), scores.cached
+        call.passes += 1
+        call.proposed += len(proposal)
+        return scores
+
+    async def _encode_text(self, text: str) -> list[int]:
+        if len(text) > _LONG_TEXT:
+            return await asyncio.to_thread(self._tokenizer.encode_text, text)
+        return self._tokenizer.encode_text(text)
+
+    def _check_ids(self, ids: Sequence[int], field_name: str) -> None:
+        checkpoint = self._checkpoint
+        wrong = next((i for i in ids if i >= checkpoint.vocabulary or i in checkpoint.eos_ids), None)
+        if wrong is not None:
+            raise InvalidRequest(
+                f"id {wrong} is not a text token of {self._name}'s tokenizer", field=field_name
+            )
+
+    def _end_id(self, finish: FinishReason) -> int | None:
+        return self._checkpoint.eos_ids[0] if finish is FinishReason.EOS else None
+
+    async def _read_draft(self, draft: _Draft, pieces: AsyncIterator[DraftPiece | FinishReason]) -> None:
+        """Take a draft as it comes."""
+        feed = draft.feed
+        text: str | None = None
+        try:
+            async for piece in pieces:
+                if isinstance(piece, FinishReason):
+                    is_whole = feed.ids_used or feed.reach(await self._encode_text(text or ""))
+                    # After another text than the draft's, its end stands for nothing.
+                    feed.finish(self._end_id(piece) if is_whole else None)
+                    break
+                own = piece.fingerprint == self._tokenizer.fingerprint
+                feed.ids_used |= text is None and own and bool(piece.ids)
+                if feed.ids_used:
+                    self._check_ids(piece.ids, "chunk.token_ids")
+                    feed.add(piece.ids)
+                elif not feed.is_full:
+                    text = (text or "") + piece.text
+                    # The last token may yet become another one.
+                    feed.reach((await self._encode_text(text))[:-1])
+                draft.notify()
+            else:
+                raise InvalidRequest("the draft's stream ended without its end", field="end")
+            draft.notify()
+        except AsdError as error:
+            draft.notify(error)
+        except Exception as error:
+            logger.error("a draft for model %s cannot be read", self._name, exc_info=error)
+            draft.notify(AsdError(f"model {self._name} failed on this request"))
+
+
+class AdapterEngine:
+    """An adapter of a model, served under a name of its own beside it; it loads with the model."""
+
+    def __init__(self, base: ScoringEngine, adapter: str) -> None:
+        self.kind = base.kind
+        self._base = base
+        self._adapter = adapter
+
+    async def load(self) -> None:
+        """Load the model that it adapts."""
+        await self._base.load()
+
+    async def unload(self) -> None:
+        """Do nothing: an adapter is part of its model's memory."""
+
+    def generate(self, turns: tuple[Turn, ...], sampling: SamplingOptions) -> AsyncGenerator[Event, None]:
+        """Write an answer."""
+        return self._base.generate(turns, sampling, self._adapter)
+
+    def verify(
+        self, turns: tuple[Turn, ...], sampling: SamplingOptions, draft: DraftText, threshold: float | None
+    ) -> AsyncGenerator[Event, None]:
+        """Accept a prefix of a draft and go on from there."""
+        return self._base.verify(turns, sampling, draft, threshold, self._adapter)
+
+    def verify_stream(
+        self,
+        turns: tuple[Turn, ...],
+        sampling: SamplingOptions,
+        pieces: AsyncIterator[DraftPiece | FinishReason],
+        threshold: float | None,
+    ) -> AsyncGenerator[Event, None]:
+        """Verify a draft while it is being written."""
+        return self._base.verify_stream(turns, sampling, pieces, threshold, self._adapter)
+
+    async def prefill(self, turns: tuple[Turn, ...]) -> PrefillResult:
+        """Put a prompt into the prefix cache."""
+        return await self._base.prefill(turns, self._adapter)
+
+    def status(self) -> EngineStatus:
+        """Say what its model does; its memory is counted there."""
+        return replace(self._base.status(), memory_bytes=0)
+
+
+def _ending(call: _Call) -> list[Event]:
+    last = call.answer.finish()
+    return [call.result()] if last is None else [last, call.result()]
+
+
+def _accepted(proposal: Sequence[int], rows: Sequence[Row], threshold: float | None) -> int:
+    """Return the length of the prefix that is kept: the model's own choice, or likely enough beside it."""
+    for place, row in enumerate(rows):
+        if threshold is None:
+            fits = proposal[place] == row.top_ids[0]
+        else:
+            fits = row.logprob - row.top_logprobs[0] >= math.log(threshold)
+        if not fits:
+            return place
+    return len(proposal)

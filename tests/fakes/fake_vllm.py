@@ -1,0 +1,380 @@
+"""A stand-in for vLLM 0.25.1 with the signatures of tests/data/vllm_signatures.json.
+
+Behaves as its source says where our engine depends on it: chunks of several tokens, prompt log-probabilities
+that lack what was cached, ranks, refusals, aborts, sleep levels.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tests.fakes.reference_model import ReferenceModel, draw, likeliest
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Iterator
+
+    import pytest
+
+SIGNATURES: dict[str, Any] = json.loads(
+    (Path(__file__).parents[1] / "data" / "vllm_signatures.json").read_text()
+)
+BLOCK = 16
+
+
+class EngineDeadError(Exception):
+    pass
+
+
+class RequestOutputKind(Enum):
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
+
+
+class _Fields:
+    """An object whose fields are those of the signatures: another one is refused."""
+
+    name = ""
+    defaults: dict[str, Any] = {}  # noqa: RUF012
+
+    def __init__(self, **given: Any) -> None:
+        known = set(SIGNATURES[self.name]["fields"])
+        if self.name == "AsyncEngineArgs":
+            known |= set(SIGNATURES["EngineArgs"]["fields"])
+        for key in given:
+            if key not in known:
+                raise TypeError(f"{self.name}.__init__() got an unexpected keyword argument {key!r}")
+        self.__dict__.update(self.defaults | given)
+
+
+class SamplingParams(_Fields):
+    name = "SamplingParams"
+    defaults = {  # noqa: RUF012
+        "n": 1,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "seed": None,
+        "stop_token_ids": None,
+        "ignore_eos": False,
+        "max_tokens": 16,
+        "logprobs": None,
+        "prompt_logprobs": None,
+        "flat_logprobs": False,
+        "detokenize": True,
+        "output_kind": RequestOutputKind.CUMULATIVE,
+        "skip_reading_prefix_cache": None,
+    }
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}.")
+        if not 0 <= self.temperature <= 2 or not 0 < self.top_p <= 1:
+            raise ValueError("temperature or top_p out of range")
+        if self.skip_reading_prefix_cache is None:
+            self.skip_reading_prefix_cache = self.prompt_logprobs is not None
+
+
+class AsyncEngineArgs(_Fields):
+    name = "AsyncEngineArgs"
+    defaults = {"max_logprobs": 20, "enable_prefix_caching": True, "max_model_len": None}  # noqa: RUF012
+
+
+@dataclass(frozen=True)
+class LoRARequest:
+    lora_name: str
+    lora_int_id: int
+    lora_path: str = ""
+
+    def __post_init__(self) -> None:
+        if self.lora_int_id < 1:
+            raise ValueError(f"id must be > 0, got {self.lora_int_id}")
+        assert self.lora_path, "lora_path cannot be empty"
+
+
+@dataclass
+class Logprob:
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+class FlatLogprobs:
+    """A list of dicts that is not made of dicts."""
+
+    def __init__(self) -> None:
+        self._rows: list[list[tuple[int, float, int]]] = []
+
+    def append(self, row: list[tuple[int, float, int]]) -> None:
+        self._rows.append(row)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[int, Logprob]:
+        # A real one raises for a negative index beyond its start, and takes none that is no int.
+        return {token: Logprob(logprob, rank) for token, logprob, rank in self._rows[index]}
+
+
+@dataclass
+class CompletionOutput:
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None
+    logprobs: Any
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass
+class RequestOutput:
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    prompt_logprobs: Any
+    outputs: list[CompletionOutput]
+    finished: bool
+    num_cached_tokens: int | None = None
+
+
+@dataclass
+class FakeVllm:
+    """The library as a test sees it. runner: 1 or 2, the model runner, which decides how rows are cut."""
+
+    runner: int = 1
+    engines: list[AsyncLLM] = field(default_factory=list)
+
+
+_library = FakeVllm()
+
+
+class AsyncLLM:
+    """vLLM's engine. loads: how often weights were read."""
+
+    def __init__(self, args: AsyncEngineArgs) -> None:
+        self.args = args
+        self.model = ReferenceModel(args.model)
+        self.context = args.max_model_len or self.model.context
+        self.running: set[str] = set()
+        self.aborted: list[str] = []
+        self.blocks: set[tuple[int, ...]] = set()
+        self.asleep: set[str] = set()
+        self.has_weights = True
+        self.is_shut = False
+        self.is_dead = False
+        self.loads = 1
+        self.prompts: list[tuple[int, int]] = []
+
+    @classmethod
+    def from_engine_args(
+        cls,
+        engine_args: AsyncEngineArgs,
+        start_engine_loop: bool = True,
+        usage_context: Any = None,
+        stat_loggers: list[Any] | None = None,
+    ) -> AsyncLLM:
+        engine = cls(engine_args)
+        _library.engines.append(engine)
+        return engine
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        self.is_shut = True
+
+    async def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        if not getattr(self.args, "enable_sleep_mode", False):
+            raise ValueError("Sleep mode is not enabled in the model config")
+        self.asleep = {"weights", "kv_cache"}
+        self.has_weights = level == 1
+        self.blocks.clear()
+
+    async def wake_up(self, tags: list[str] | None = None) -> None:
+        self.asleep -= set(tags or ("weights", "kv_cache"))
+
+    async def collective_rpc(
+        self,
+        method: str,
+        timeout: float | None = None,  # noqa: ASYNC109 - as it is there
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        assert method == "reload_weights"
+        assert "weights" not in self.asleep, "memory of the weights is not mapped"
+        self.has_weights = True
+        self.loads += 1
+
+    async def generate(
+        self,
+        prompt: dict[str, Any],
+        sampling_params: SamplingParams,
+        request_id: str,
+        *,
+        prompt_text: str | None = None,
+        lora_request: LoRARequest | None = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
+        trace_headers: dict[str, str] | None = None,
+        priority: int = 0,
+        data_parallel_rank: int | None = None,
+        reasoning_ended: bool | None = None,
+        reasoning_parser_kwargs: dict[str, Any] | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        ids = list(prompt["prompt_token_ids"])
+        self._check(ids, sampling_params, lora_request)
+        self.running.add(request_id)
+        try:
+            await asyncio.sleep(0)
+            for output in self._run(ids, sampling_params, request_id, lora_request):
+                if self.is_dead:
+                    raise EngineDeadError
+                yield output
+                await asyncio.sleep(0)
+        except (asyncio.CancelledError, GeneratorExit):
+            self.aborted.append(request_id)
+            raise
+        finally:
+            self.running.discard(request_id)
+
+    def _check(self, ids: list[int], params: SamplingParams, lora: LoRARequest | None) -> None:
+        if self.is_dead or self.is_shut:
+            raise EngineDeadError
+        assert not self.asleep, "a request while the engine sleeps"
+        assert self.has_weights, "the weights were dropped and not read again"
+        if len(ids) >= self.context:
+            raise ValueError(f"The prompt (length {len(ids)}) is longer than {self.context}")
+        if not ids or max(ids) >= self.model.vocabulary:
+            raise ValueError(f"Token id {max(ids, default=-1)} is out of vocabulary")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(params, name) or 0) > self.args.max_logprobs:
+                raise ValueError(f"Requested {name} above max_logprobs")
+        if lora is not None and not getattr(self.args, "enable_lora", False):
+            raise ValueError(f"Got lora_request {lora} but LoRA is not enabled!")
+
+    def _run(
+        self, ids: list[int], params: SamplingParams, request_id: str, lora: LoRARequest | None
+    ) -> Iterator[RequestOutput]:
+        adapter = 0 if lora is None else lora.lora_int_id
+        cached = self._cached(ids, params, adapter)
+        self.prompts.append((len(ids), cached))
+        sequence = self.model.sequence(adapter)
+        rows = sequence.append(ids)
+        prompt_logprobs = self._prompt_logprobs(ids, rows, params, cached)
+        rng = np.random.default_rng(params.seed)
+        row, tokens, entries = rows[-1], [], []
+        since = 0
+        step = 0
+        while True:
+            step += 1
+            token = draw(row, params.temperature, params.top_p, rng)
+            tokens.append(token)
+            if params.logprobs is not None:
+                entries.append(likeliest(row, token, params.logprobs))
+            finish = None
+            if not params.ignore_eos and token in (params.stop_token_ids or ()):
+                finish = "stop"
+            elif len(tokens) >= (params.max_tokens or 10**9) or len(ids) + len(tokens) >= self.context:
+                finish = "length"
+            if finish:
+                self._fill([*ids, *tokens[:-1]], adapter)
+            # A reader that is slower than the engine gets several tokens at once.
+            if finish or (params.output_kind is RequestOutputKind.DELTA and step % 3):
+                yield RequestOutput(
+                    request_id,
+                    None,
+                    ids,
+                    prompt_logprobs,
+                    [
+                        CompletionOutput(
+                            0,
+                            "",
+                            tokens[since:] if params.output_kind is RequestOutputKind.DELTA else list(tokens),
+                            None,
+                            _entries(entries[since:] if params.output_kind.value == 1 else entries, params),
+                            finish,
+                        )
+                    ],
+                    finish is not None,
+                    cached,
+                )
+                since = len(tokens)
+            if finish:
+                return
+            row = sequence.append([token])[0]
+
+    def _prompt_logprobs(self, ids: list[int], rows: Any, params: SamplingParams, cached: int) -> Any:
+        """Rows of what was computed: the first runner has nonsense for the rest, the second nothing."""
+        if params.prompt_logprobs is None:
+            return None
+        known: Any = FlatLogprobs() if params.flat_logprobs else []
+        known.append([] if params.flat_logprobs else None)
+        first = cached if _library.runner == 2 else 0
+        for place in range(first, len(ids) - 1):
+            row = likeliest(rows[place], ids[place + 1], params.prompt_logprobs)
+            if place < cached:
+                row = [(0, 0.0, 0)]
+            known.append(row if params.flat_logprobs else {t: Logprob(p, r) for t, p, r in row})
+        return known
+
+    def _cached(self, ids: list[int], params: SamplingParams, adapter: int) -> int:
+        if not self.args.enable_prefix_caching or params.skip_reading_prefix_cache:
+            return 0
+        length = 0
+        # The last token is computed in any case: its logits are wanted.
+        while length + BLOCK <= len(ids) - 1 and (adapter, *ids[: length + BLOCK]) in self.blocks:
+            length += BLOCK
+        return length
+
+    def _fill(self, ids: list[int], adapter: int) -> None:
+        for end in range(BLOCK, len(ids) + 1, BLOCK):
+            self.blocks.add((adapter, *ids[:end]))
+
+
+def _entries(rows: list[list[tuple[int, float, int]]], params: SamplingParams) -> Any:
+    if params.logprobs is None:
+        return None
+    if not params.flat_logprobs:
+        return [{token: Logprob(logprob, rank) for token, logprob, rank in row} for row in rows]
+    flat = FlatLogprobs()
+    for row in rows:
+        flat.append(row)
+    return flat
+
+
+def modules() -> dict[str, ModuleType]:
+    """Return the modules of the library, by name."""
+    contents: dict[str, dict[str, Any]] = {
+        "vllm": {
+            "__version__": SIGNATURES["version"],
+            "AsyncEngineArgs": AsyncEngineArgs,
+            "SamplingParams": SamplingParams,
+        },
+        "vllm.sampling_params": {"RequestOutputKind": RequestOutputKind, "SamplingParams": SamplingParams},
+        "vllm.lora": {},
+        "vllm.lora.request": {"LoRARequest": LoRARequest},
+        "vllm.v1": {},
+        "vllm.v1.engine": {},
+        "vllm.v1.engine.async_llm": {"AsyncLLM": AsyncLLM},
+        "vllm.v1.engine.exceptions": {"EngineDeadError": EngineDeadError},
+    }
+    found = {}
+    for name, content in contents.items():
+        found[name] = ModuleType(name)
+        found[name].__dict__.update(content)
+    return found
+
+
+def install(monkeypatch: pytest.MonkeyPatch, runner: int = 1) -> FakeVllm:
+    """Put the stand-in in the library's place; return what a test can look at."""
+    global _library  # noqa: PLW0603
+    _library = FakeVllm(runner)
+    for name, module in modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return _library

@@ -1,0 +1,280 @@
+"""`asd models pull` against a server that answers as the hub does, through the hub's own library."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from services.client import pull as pulling
+from services.client.pull import Pulled, pull
+from services.common.errors import (
+    AsdError,
+    InvalidRequest,
+    NotFound,
+    PreconditionFailed,
+    ResourceExhausted,
+    Unavailable,
+)
+from services.stage.checkpoint import read_checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SMALL = Path(__file__).parents[3] / "models" / "small"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+WEIGHTS = "model.safetensors"
+
+
+class Hub:
+    """A hub with one model, owner/small. refuses: a status, with an error's name, for everything."""
+
+    def __init__(self) -> None:
+        self.files = {path.name: path.read_bytes() for path in SMALL.iterdir() if path.is_file()}
+        self.files["pytorch_model.bin"] = b"the same weights in another form"
+        self.files["original/consolidated.safetensors"] = b"once more"
+        self.refuses: tuple[int, str] | None = None
+        # Bytes after which the next answer with a file breaks off; and what files are damaged, how often.
+        self.breaks_after: int | None = None
+        self.damages: dict[str, int] = {}
+        self.sent: list[tuple[str, str, int]] = []
+        self.tokens: set[str | None] = set()
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+            def do_HEAD(self) -> None:
+                hub.answer(self)
+
+            def do_GET(self) -> None:
+                hub.answer(self)
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+        self._thread.start()
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        self.tokens.add(request.headers.get("Authorization"))
+        if self.refuses is not None:
+            self._send(request, self.refuses[0], b"", {"X-Error-Code": self.refuses[1]})
+        elif request.path.startswith("/api/models/owner/small"):
+            self._send(request, 200, json.dumps(self._info()).encode(), {"Content-Type": "application/json"})
+        elif request.path.startswith(f"/owner/small/resolve/{COMMIT}/"):
+            self._send_file(request, request.path.rpartition("/")[2])
+        else:
+            self._send(request, 404, b"", {"X-Error-Code": "RepoNotFound"})
+
+    def _info(self) -> dict[str, Any]:
+        siblings = []
+        for name, content in self.files.items():
+            entry: dict[str, Any] = {"rfilename": name, "size": len(content)}
+            entry["blobId"] = hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
+            if name.endswith((".safetensors", ".bin")):
+                digest = hashlib.sha256(content).hexdigest()
+                entry["lfs"] = {"size": len(content), "sha256": digest, "pointerSize": 130}
+            siblings.append(entry)
+        return {"_id": "1", "id": "owner/small", "sha": COMMIT, "siblings": siblings, "tags": []}
+
+    def _send_file(self, request: BaseHTTPRequestHandler, name: str) -> None:
+        content = self.files[name]
+        etag = hashlib.sha256(content).hexdigest()
+        if request.command == "GET" and self.damages.get(name):
+            self.damages[name] -= 1
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        start = 0
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
+        asked = request.headers.get("Range")
+        if asked:
+            start = int(asked.removeprefix("bytes=").partition("-")[0])
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        if request.command == "GET":
+            self.sent.append((name, request.command, len(content) - start))
+        self._send(request, 206 if asked else 200, content[start:], headers)
+
+    def _send(
+        self, request: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str]
+    ) -> None:
+        request.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(body))}.items():
+            request.send_header(key, value)
+        request.end_headers()
+        if request.command == "HEAD":
+            return
+        if self.breaks_after is not None and len(body) > self.breaks_after:
+            request.wfile.write(body[: self.breaks_after])
+            self.breaks_after = None
+            request.wfile.flush()
+            request.connection.close()
+            request.close_connection = True
+        else:
+            request.wfile.write(body)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    server = Hub()
+    yield server
+    server.close()
+
+
+def _pull(hub: Hub, folder: Path, **options: Any) -> Pulled:
+    return pull("owner/small", folder, endpoint=hub.endpoint, **options)
+
+
+def test_a_model_comes_whole_and_only_what_a_stage_reads(hub: Hub, tmp_path: Path) -> None:
+    lines: list[str] = []
+    done = _pull(hub, tmp_path, token="hf_secret", say=lines.append)
+    assert done.path == tmp_path / "small"
+    there = {path.name for path in done.path.iterdir() if path.is_file() and not path.name.startswith(".")}
+    assert there == {path.name for path in SMALL.iterdir()}
+    assert all((done.path / name).read_bytes() == hub.files[name] for name in there)
+    assert (done.revision, done.files) == (COMMIT, len(there))
+    assert done.loaded_bytes == done.size_bytes == sum(len(hub.files[name]) for name in there)
+    assert read_checkpoint(done.path).parameters > 300_000
+    assert hub.tokens == {"Bearer hf_secret"}
+    assert lines[0].startswith("config.json (")
+    assert lines[-1].endswith(f"{len(there)} of {len(there)})")
+
+
+def test_a_second_pull_reads_nothing(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _pull(hub, tmp_path)
+    hub.sent.clear()
+    monkeypatch.setattr(pulling, "_matches", None)
+    assert _pull(hub, tmp_path).loaded_bytes == 0
+    assert hub.sent == []
+
+
+def test_a_pull_that_broke_off_goes_on_where_it_stopped(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    # The library keeps what came in steps of 10 MB.
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 16)
+    hub.breaks_after = 300_000
+    try:
+        _pull(hub, tmp_path)
+    except Unavailable:
+        _pull(hub, tmp_path)
+    weights = [size for name, _, size in hub.sent if name == WEIGHTS]
+    whole = len(hub.files[WEIGHTS])
+    assert weights[0] == whole
+    assert len(weights) == 2
+    assert weights[1] < whole
+    assert (tmp_path / "small" / WEIGHTS).read_bytes() == hub.files[WEIGHTS]
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "tokenizer.json"])
+def test_a_damaged_file_is_loaded_again(hub: Hub, tmp_path: Path, name: str) -> None:
+    hub.damages[name] = 1
+    _pull(hub, tmp_path)
+    assert (tmp_path / "small" / name).read_bytes() == hub.files[name]
+    assert [each for each, _, _ in hub.sent].count(name) == 2
+
+
+def test_a_file_that_stays_damaged_is_not_left_there(hub: Hub, tmp_path: Path) -> None:
+    hub.damages[WEIGHTS] = 2
+    with pytest.raises(PreconditionFailed, match=r"model\.safetensors of owner/small came twice"):
+        _pull(hub, tmp_path)
+    assert not (tmp_path / "small" / WEIGHTS).exists()
+
+
+def test_a_file_that_was_changed_here_is_loaded_anew(hub: Hub, tmp_path: Path) -> None:
+    _pull(hub, tmp_path)
+    path = tmp_path / "small" / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-10])
+    hub.sent.clear()
+    _pull(hub, tmp_path)
+    assert [name for name, _, _ in hub.sent] == [WEIGHTS]
+    assert path.read_bytes() == hub.files[WEIGHTS]
+
+
+def test_a_wrong_architecture_is_known_before_the_weights_are_loaded(hub: Hub, tmp_path: Path) -> None:
+    hub.files["config.json"] = json.dumps({"architectures": ["T5ForConditionalGeneration"]}).encode()
+    with pytest.raises(PreconditionFailed, match="architecture T5ForConditionalGeneration is not one of"):
+        _pull(hub, tmp_path)
+    assert [name for name, _, _ in hub.sent] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind", "words"),
+    [
+        (
+            403,
+            "GatedRepo",
+            PreconditionFailed,
+            "is gated: accept its terms at https://huggingface.co/owner/small",
+        ),
+        (401, "GatedRepo", PreconditionFailed, "then set HF_TOKEN"),
+        (401, "RepoNotFound", NotFound, "the hub has no model owner/small, or it is private"),
+        (404, "RevisionNotFound", NotFound, "has no revision 'v9'"),
+        (503, "", Unavailable, "the hub answered 503 for owner/small: try again later"),
+    ],
+)
+def test_what_the_hub_refuses_is_told_with_what_to_do(
+    hub: Hub, tmp_path: Path, status: int, code: str, kind: type[AsdError], words: str
+) -> None:
+    hub.refuses = (status, code)
+    with pytest.raises(kind) as caught:
+        _pull(hub, tmp_path, revision="v9")
+    assert words in caught.value.message
+
+
+def test_a_disk_that_cannot_hold_it_is_told_before_anything_is_loaded(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(pulling.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(ResourceExhausted, match=r"has 0\.0 GB free, and 0\.0 GB are to be loaded"):
+        _pull(hub, tmp_path)
+    assert hub.sent == []
+
+
+def test_a_disk_that_fills_up_is_told(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    with pytest.raises(ResourceExhausted, match="the disk is full; what has come stays"):
+        _pull(hub, tmp_path)
+
+
+def test_no_network_is_told(hub: Hub, tmp_path: Path) -> None:
+    hub.close()
+    with pytest.raises(Unavailable, match="the hub cannot be reached"):
+        _pull(hub, tmp_path)
+
+
+def test_a_model_without_safetensors_is_refused(hub: Hub, tmp_path: Path) -> None:
+    del hub.files[WEIGHTS]
+    with pytest.raises(PreconditionFailed, match="has no safetensors weights"):
+        _pull(hub, tmp_path)
+
+
+def test_a_name_that_is_none_is_refused_without_a_call(hub: Hub, tmp_path: Path) -> None:
+    for name in ("small", "../../etc/passwd", "owner/../x", ""):
+        with pytest.raises(InvalidRequest, match="is not OWNER/NAME"):
+            pull(name, tmp_path, endpoint=hub.endpoint)
+    assert not hub.tokens

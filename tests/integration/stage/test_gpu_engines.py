@@ -1,0 +1,405 @@
+"""What the GPU engines ask of their libraries, and what they make of their answers; stand-ins throughout."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from services.common.errors import AsdError, InvalidRequest, PreconditionFailed, ResourceExhausted
+from services.stage import tensorrt_llm_engine, vllm_engine
+from services.stage.check import main as check_main
+from services.stage.conformance import PROMPTS, Answer, Suite, collect
+from services.stage.engine import DraftPiece, FinishReason, ModelState, SamplingOptions, Turn
+from services.stage.engines import make_engines
+from services.stage.settings import ModelSettings
+from services.stage.tensorrt_llm_engine import TensorrtLlmOptions
+from services.stage.vllm_engine import VllmOptions
+from tests.fakes import fake_tensorrt_llm, fake_vllm
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+MODELS = Path(__file__).parents[3] / "models"
+SMALL = MODELS / "small"
+LONG = Turn("user", "Tell me of " + "Ardia and of Statnor and " * 12)
+
+
+async def _vllm(**options: Any) -> Any:
+    engine = vllm_engine.make_engine("small", SMALL, VllmOptions(**options))
+    await engine.load()
+    return engine
+
+
+async def _tensorrt_llm(**options: Any) -> Any:
+    engine = tensorrt_llm_engine.make_engine("small", SMALL, TensorrtLlmOptions(**options))
+    await engine.load()
+    return engine
+
+
+async def _ask(engine: Any, *turns: Turn, **sampling: Any) -> Answer:
+    return await collect(engine.generate(turns, SamplingOptions(**{"max_new_tokens": 24, **sampling})))
+
+
+async def _verify(engine: Any, answer: Answer, *turns: Turn) -> Answer:
+    draft = Suite(engine).own_draft(answer)
+    return await collect(engine.verify(turns, SamplingOptions(max_new_tokens=24), draft, None), "first")
+
+
+# The calls are the library's.
+
+
+def test_the_vllm_stand_in_has_the_signatures_of_the_wheel() -> None:
+    kinds = {
+        inspect.Parameter.POSITIONAL_OR_KEYWORD: "positional",
+        inspect.Parameter.KEYWORD_ONLY: "keyword",
+    }
+    methods = fake_vllm.SIGNATURES["AsyncLLM"]["methods"]
+    for name, wanted in methods.items():
+        found = {
+            each.name: kinds[each.kind] + "?" * (each.default is not inspect.Parameter.empty)
+            for each in inspect.signature(getattr(fake_vllm.AsyncLLM, name)).parameters.values()
+            if each.name != "self"
+        }
+        assert found == wanted, name
+    assert [each.name for each in fake_vllm.RequestOutputKind] == fake_vllm.SIGNATURES["RequestOutputKind"][
+        "fields"
+    ]
+    for name in ("LoRARequest", "Logprob", "CompletionOutput"):
+        fields = inspect.signature(getattr(fake_vllm, name)).parameters
+        assert set(fields) <= set(fake_vllm.SIGNATURES[name]["fields"]), name
+
+
+def test_every_argument_of_vllms_engine_exists() -> None:
+    options = VllmOptions(
+        quantization="fp8",
+        max_model_len=256,
+        max_batched_tokens=2048,
+        kv_cache_gib=2,
+        sleep_level=1,
+        lora={"math": SMALL},
+    )
+    backend = vllm_engine.make_engine("small", SMALL, options)._backend
+    arguments = backend.arguments()  # type: ignore[attr-defined]
+    known = {
+        *fake_vllm.SIGNATURES["EngineArgs"]["fields"],
+        *fake_vllm.SIGNATURES["AsyncEngineArgs"]["fields"],
+    }
+    assert set(arguments) <= known
+    assert arguments["kv_cache_memory_bytes"] == 2 * 1024**3
+    assert arguments["max_num_batched_tokens"] == 2048
+    assert (arguments["enable_sleep_mode"], arguments["max_loras"]) == (True, 1)
+
+
+@pytest.mark.parametrize("line", ["1.2", "1.3"])
+async def test_every_call_to_tensorrt_llm_exists_in_both_lines(
+    monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    """The stand-in refuses any name that the line's signatures lack, and a positional argument."""
+    library = fake_tensorrt_llm.install(monkeypatch, line)
+    engine = await _tensorrt_llm(prefix_caching=True, kv_cache_dtype="fp8")
+    answer = await _ask(engine, LONG)
+    await _verify(engine, answer, LONG)
+    await _ask(engine, LONG, temperature=0.5, top_p=0.9, seed=3)
+    (llm,) = library.engines
+    assert [each["streaming"] for each in llm.requests] == [True, False, True]
+    with pytest.raises(TypeError, match="priority") if line == "1.2" else pytest.raises(KeyError):
+        llm.generate_async(priority=1)
+
+
+# TensorRT-LLM's traps.
+
+
+async def test_rows_of_a_prompt_are_those_of_the_token_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entry i of the list scores token i + 1: with the place as it is elsewhere, an own answer is refused."""
+    fake_tensorrt_llm.install(monkeypatch)
+    engine = await _tensorrt_llm()
+    answer = await _ask(engine, LONG)
+    evidence = (await _verify(engine, answer, LONG)).verification
+    assert evidence is not None
+    assert evidence.accepted == evidence.proposed > 10
+    assert not evidence.ranks.any()
+
+
+async def test_rows_that_block_reuse_took_fail_the_call(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    library = fake_tensorrt_llm.install(monkeypatch)
+    engine = await _tensorrt_llm(prefix_caching=True)
+    answer = await _ask(engine, LONG)
+    accepted = (await _verify(engine, answer, LONG)).verification
+    assert accepted is not None
+    assert accepted.accepted == accepted.proposed
+    # Without a salt of its own the pass would find the prompt's blocks.
+    monkeypatch.setattr(tensorrt_llm_engine.secrets, "token_hex", lambda _: None)
+    with pytest.raises(AsdError, match="failed on this request"):
+        await _verify(engine, answer, LONG)
+    assert library.engines[0].blocks
+    assert "rows for" in caplog.text
+    assert "a part that was reused is missing" in caplog.text
+
+
+async def test_a_scoring_pass_asks_for_one_token_and_no_reuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = fake_tensorrt_llm.install(monkeypatch)
+    engine = await _tensorrt_llm(prefix_caching=True)
+    answer = await _ask(engine, LONG)
+    await _verify(engine, answer, LONG)
+    generate, score = library.engines[0].requests[:2]
+    assert "cache_salt" not in generate
+    assert score["cache_salt"]
+    assert score["sampling_params"].max_tokens == 1
+    assert score["sampling_params"].ignore_eos
+    assert generate["sampling_params"] is not score["sampling_params"]
+    with pytest.raises(ValueError, match="must be > 0"):
+        library.engines[0].generate_async(
+            inputs={"prompt_token_ids": [5]},
+            sampling_params=fake_tensorrt_llm.SamplingParams(end_id=1, max_tokens=0),
+        )
+
+
+async def test_block_reuse_is_off_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = fake_tensorrt_llm.install(monkeypatch)
+    await _tensorrt_llm()
+    assert not library.engines[0].reuses
+
+
+# Cancelling.
+
+
+@pytest.mark.parametrize("kind", ["vllm", "tensorrt_llm"])
+async def test_a_call_that_is_left_is_aborted_in_the_library(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    library: Any
+    if kind == "vllm":
+        library, engine = fake_vllm.install(monkeypatch), await _vllm()
+    else:
+        library, engine = fake_tensorrt_llm.install(monkeypatch), await _tensorrt_llm()
+    llm = library.engines[0]
+    events = engine.generate((LONG,), SamplingOptions(max_new_tokens=200))
+    await anext(events)
+    assert len(llm.running) == 1
+    await events.aclose()
+    async with asyncio.timeout(5):
+        while llm.running:  # noqa: ASYNC110 - the stand-in has no event
+            await asyncio.sleep(0)
+    assert (len(llm.aborted) if kind == "vllm" else llm.aborted) == 1
+    assert engine.status().cancelled == 1
+    assert (await _ask(engine, LONG)).result.ids
+
+
+# vLLM's cache, sleep, adapters and death.
+
+
+@pytest.mark.parametrize("runner", [1, 2])
+async def test_cached_scoring_reads_the_prompt_and_computes_the_draft(
+    monkeypatch: pytest.MonkeyPatch, runner: int
+) -> None:
+    library = fake_vllm.install(monkeypatch, runner)
+    engine = await _vllm(cached_scoring=True, resync=False)
+    answer = await _ask(engine, LONG)
+    prompt = answer.result.prompt_tokens
+    first = await _verify(engine, answer, LONG)
+    # The answer's own blocks were in the cache: the first try found them, and the pass was done without.
+    assert first.verification is not None
+    assert first.verification.accepted == first.verification.proposed
+    passes = library.engines[0].prompts[1:]
+    assert [cached > 0 for _, cached in passes[:2]] == [True, False]
+    other = await _ask(engine, Turn("user", PROMPTS[1]))
+    again = await _verify(engine, other, LONG)
+    assert again.result.ids == answer.result.ids
+    assert prompt - 2 * fake_vllm.BLOCK < again.result.cached_prompt_tokens < prompt
+    plain = await _vllm(cached_scoring=False)
+    assert (await _verify(plain, other, LONG)).result.cached_prompt_tokens == 0
+
+
+@pytest.mark.parametrize(("level", "loads"), [(1, 1), (2, 2)])
+async def test_a_sleeping_model_wakes(monkeypatch: pytest.MonkeyPatch, level: int, loads: int) -> None:
+    library = fake_vllm.install(monkeypatch)
+    engine = await _vllm(sleep_level=level)
+    before = await _ask(engine, LONG)
+    await engine.unload()
+    (llm,) = library.engines
+    assert llm.asleep
+    await engine.load()
+    assert (await _ask(engine, LONG)).result.ids == before.result.ids
+    assert (len(library.engines), llm.loads, llm.is_shut) == (1, loads, False)
+    await engine.close()
+    assert llm.is_shut
+
+
+async def test_adapters_are_models_of_their_own_over_one_engine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    library = fake_vllm.install(monkeypatch)
+    section = {"lora": {"math": tmp_path, "code": tmp_path}}
+    engines = make_engines(ModelSettings(name="m", path=SMALL, engine="vllm", vllm=section), 8)  # type: ignore[arg-type]
+    assert list(engines) == ["m", "m/math", "m/code"]
+    await engines["m/code"].load()
+    assert engines["m"].status().state is ModelState.READY
+    answers = [(await _ask(each, LONG)).result.ids for each in engines.values()]
+    assert len(set(answers)) == 3
+    assert len(library.engines) == 1
+    assert engines["m/math"].status().memory_bytes == 0 < engines["m"].status().memory_bytes
+    events = engines["m/math"].generate((LONG,), SamplingOptions(max_new_tokens=50))
+    await anext(events)
+    with pytest.raises(ResourceExhausted, match="1 calls under way"):
+        await engines["m"].unload()
+    await events.aclose()
+
+
+async def test_a_dead_engine_is_loaded_anew_by_the_next_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = fake_vllm.install(monkeypatch)
+    engine = await _vllm()
+    before = await _ask(engine, LONG)
+    library.engines[0].is_dead = True
+    with pytest.raises(AsdError, match="failed on this request"):
+        await _ask(engine, LONG)
+    assert engine.status().state is ModelState.FAILED
+    await engine.load()
+    assert (await _ask(engine, LONG)).result.ids == before.result.ids
+    assert len(library.engines) == 2
+
+
+async def test_what_the_library_refuses_is_the_callers_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = fake_vllm.install(monkeypatch)
+    engine = await _vllm()
+    library.engines[0].context = 8
+    with pytest.raises(InvalidRequest, match="longer than 8"):
+        await _ask(engine, LONG)
+    assert engine.status().state is ModelState.READY
+
+
+# Queue and drafts that come.
+
+
+async def test_a_full_queue_refuses_and_serves_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_vllm.install(monkeypatch)
+    engine = await _vllm(max_batch=1, max_queue=2)
+    outcomes = await asyncio.gather(*(_ask(engine, LONG) for _ in range(6)), return_exceptions=True)
+    refused = [each for each in outcomes if isinstance(each, BaseException)]
+    assert [type(each) for each in refused] == [ResourceExhausted] * 3
+    assert (await _ask(engine, LONG)).result.queue_ms < 5
+    status = engine.status()
+    assert (status.running, status.queued, status.completed) == (0, 0, 4)
+
+
+async def test_a_draft_that_is_still_being_written_holds_no_place_in_the_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake_vllm.install(monkeypatch)
+    engine = await _vllm(max_batch=1)
+
+    answer = await _ask(engine, LONG)
+
+    async def pieces() -> AsyncIterator[DraftPiece | FinishReason]:
+        yield DraftPiece(answer.result.ids[:16], "", engine.status().fingerprint)
+        await asyncio.Event().wait()
+        yield FinishReason.EOS
+
+    held = engine.verify_stream((LONG,), SamplingOptions(), pieces(), None)
+    async with asyncio.timeout(10):
+        # It has been in the batch once.
+        assert (await anext(held)).ids
+        waiting = asyncio.ensure_future(anext(held))
+        assert (await _ask(engine, LONG)).result.ids == answer.result.ids
+    assert not waiting.done()
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    await held.aclose()
+
+
+async def test_the_library_itself_ends_an_answer_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that only our side ends goes on for a step, and has to be aborted."""
+    library = fake_vllm.install(monkeypatch)
+    engine = await _vllm()
+    answer = await _ask(engine, Turn("user", PROMPTS[0]), max_new_tokens=60)
+    assert answer.result.finish is FinishReason.EOS
+    assert library.engines[0].aborted == []
+
+
+async def test_the_rest_of_a_draft_is_proposed_again_after_a_correction(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake_vllm.install(monkeypatch)
+    sampling = SamplingOptions(max_new_tokens=60)
+    passes = {}
+    for resync in (False, True):
+        engine = await _vllm(resync=resync)
+        plain = await _ask(engine, LONG, max_new_tokens=60)
+        ids = list(plain.result.ids)
+        assert len(ids) > 50
+        for place in (5, 20):
+            ids[place] = ids[place] % 200 + 10
+        draft = Suite(engine).draft(ids, plain.result.finish)
+        found = await collect(engine.verify((LONG,), sampling, draft, None), "first")
+        assert found.result.ids == plain.result.ids
+        passes[resync] = found.result.forward_passes
+        if resync:
+            # Up to each wrong token and the one in its place; then the rest of the 60 tokens.
+            assert found.result.accept_lengths == (6, 15, 39)
+    assert passes[True] == 3 < passes[False]
+
+
+async def test_what_is_certain_of_a_draft_goes_out_before_all_of_it_has_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake_vllm.install(monkeypatch)
+    engine = await _vllm()
+    answer = await _ask(engine, LONG, max_new_tokens=40)
+    more = asyncio.Event()
+
+    async def pieces() -> AsyncIterator[DraftPiece | FinishReason]:
+        yield DraftPiece(answer.result.ids[:16], "", engine.status().fingerprint)
+        await more.wait()
+        yield DraftPiece(answer.result.ids[16:], "", engine.status().fingerprint)
+        yield answer.result.finish
+
+    events = engine.verify_stream((LONG,), SamplingOptions(max_new_tokens=40), pieces(), None)
+    async with asyncio.timeout(10):
+        chunk = await anext(events)
+        assert chunk.ids == answer.result.ids[:16]
+        more.set()
+        rest = [event async for event in events]
+    assert rest[-1].ids == answer.result.ids
+    assert rest[-1].accept_lengths[0] == 16 + len(answer.result.ids[16:]) + (
+        answer.result.finish is FinishReason.EOS
+    )
+
+
+# Installation.
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: vllm_engine.make_engine("m", SMALL, VllmOptions()), "vllm is not installed: use the image"),
+        (
+            lambda: tensorrt_llm_engine.make_engine("m", SMALL, TensorrtLlmOptions()),
+            "tensorrt_llm is not installed: use the image",
+        ),
+    ],
+)
+async def test_a_missing_library_is_told_in_a_sentence(make: Callable[[], Any], sentence: str) -> None:
+    with pytest.raises(PreconditionFailed, match=sentence):
+        await make().load()
+
+
+def test_asd_engine_check_runs_the_suite(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_vllm.install(monkeypatch)
+    with pytest.raises(SystemExit) as ended:
+        check_main(["check", str(SMALL), "--options", "{max_batch: 1}"])
+    assert ended.value.code == 2
+    assert "max_batch" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        check_main(["check", str(SMALL), "--options", "{prefix_caching: false}", "--json"])
+    outcomes = json.loads(capsys.readouterr().out)["checks"]
+    assert ended.value.code == 0
+    assert len(outcomes) == 18
+    assert not [each for each in outcomes if each["error"]]
