@@ -45,11 +45,18 @@ def write_result(name: str, command: str, figures: Mapping[str, object]) -> Path
 
 
 def update_result(name: str, command: str, figures: Mapping[str, object]) -> Path:
-    """Put figures of a later run into a result file; their own record stands under `later_runs`."""
+    """Put figures of a later run into a result file; their own record stands under `later_runs`.
+
+    A file without a record of its own gets this run's: every file has the shape that write_result gives.
+    """
     path = RESULTS / f"{name}.json"
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    later = {**kept.get("later_runs", {}), **{figure: record(command) for figure in figures}}
-    return _write(name, {**kept, **figures, "later_runs": later})
+    if not path.exists():
+        return write_result(name, command, figures)
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    own = record(command)
+    later = {**kept.pop("later_runs", {}), **dict.fromkeys(figures, own)}
+    whole = {} if own.keys() <= kept.keys() else own
+    return _write(name, {**kept, **figures, **whole, "later_runs": later})
 
 
 def _write(name: str, content: Mapping[str, object]) -> Path:

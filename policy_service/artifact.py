@@ -11,9 +11,9 @@ import json
 from typing import TYPE_CHECKING, Annotated, Literal, Self, get_args
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
-from policy_service.features import FEATURES_VERSION, FeatureSpace
+from policy_service.features import FEATURES_VERSION, FeatureSpace, FinishReason
 from policy_service.partition import Partition
 from policy_service.policy import (
     AbandonRule,
@@ -31,6 +31,8 @@ from policy_service.solver import Move, View
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+
+    from pydantic import SerializerFunctionWrapHandler
 
 DOCUMENT = "policy.json"
 # A row of probabilities is kept to six decimals and may miss 1 by their rounding.
@@ -117,7 +119,10 @@ class AbandonEntry(_Entry):
 
 
 class StageEntry(_Entry):
-    """A `policy.StageFacts`. abandon: when one of its drafts is hopeless, by ascending number of tokens."""
+    """A `policy.StageFacts`. abandon: when one of its drafts is hopeless, by ascending number of tokens.
+
+    finish_reasons: left out where the answers all ended by themselves, as in artifacts that know no others.
+    """
 
     name: Annotated[str, Field(min_length=1)]
     cost: Annotated[float, Field(gt=0)]
@@ -125,6 +130,15 @@ class StageEntry(_Entry):
     accuracy: Probability
     calibration_error: Probability
     abandon: tuple[AbandonEntry, ...] = ()
+    # Not in the repr, of which `fit` makes the version: the outcomes, which are in it, say as much.
+    finish_reasons: Annotated[tuple[FinishReason, ...], Field(min_length=1, repr=False)] = ("eos",)
+
+    @model_serializer(mode="wrap")
+    def _leave_out_the_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
+        content: dict[str, object] = handler(self)
+        if self.finish_reasons == ("eos",):
+            del content["finish_reasons"]
+        return content
 
 
 class QualityValues(_Entry):
@@ -318,7 +332,10 @@ def build_policy(document: PolicyDocument, predictor: Predictor) -> Policy:
     }
     return Policy(
         document.policy_version,
-        [StageFacts(s.name, s.cost, s.latency_ms, s.accuracy, s.calibration_error) for s in document.stages],
+        [
+            StageFacts(s.name, s.cost, s.latency_ms, s.accuracy, s.calibration_error, s.finish_reasons)
+            for s in document.stages
+        ],
         views,
         values,
         FeatureSpace(len(names)),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from policy_service.features import Draft, FeatureSpace, PromptText, Verification
+    from policy_service.features import Draft, FeatureSpace, FinishReason, PromptText, Verification
     from policy_service.partition import Partition
     from policy_service.solver import Expectation, Move, Path, Solution
 
@@ -94,13 +94,17 @@ class Spent:
 
 @dataclass(frozen=True)
 class StageFacts:
-    """A stage as it was when the policy was made. cost: of a whole answer. latency_ms: mean of one."""
+    """A stage as it was when the policy was made. cost: of a whole answer. latency_ms: mean of one.
+
+    finish_reasons: how the answers ended that the predictor was fitted to. It knows nothing of others.
+    """
 
     name: str
     cost: float
     latency_ms: float
     accuracy: float
     calibration_error: float
+    finish_reasons: tuple[FinishReason, ...] = ("eos",)
 
 
 @dataclass(frozen=True)
@@ -117,11 +121,19 @@ class Calibration:
 
     def p_correct(self, score: float) -> float:
         """Return the calibrated probability for a predictor's score."""
-        logit = self.slope * score + self.offset
+        logit = self.log_odds(score)
         if logit >= 0:
             return 1.0 / (1.0 + math.exp(-logit))
         odds = math.exp(max(logit, -700.0))
         return odds / (1.0 + odds)
+
+    def log_odds(self, score: float) -> float:
+        """Return the logarithm of the odds that a predictor's score stands for."""
+        return self.slope * score + self.offset
+
+    def score_for(self, log_odds: float) -> float:
+        """Return the score that stands for these odds: the inverse of `log_odds`."""
+        return (log_odds - self.offset) / self.slope
 
     def bin_of(self, p_correct: float) -> int:
         """Return the bin that a probability lies in."""
@@ -365,19 +377,32 @@ class Policy:
         spent: Spent,
         conditions: Mapping[int, Condition],
     ) -> Decision:
-        """Return whether a stage's answer is good enough, or which later stage to ask."""
+        """Return whether a stage's answer is good enough, or which later stage to ask.
+
+        An answer that ended as hardly any did that the stage's predictor was fitted to, such as one that a
+        limit of tokens cut, tells it nothing: among few tokens, few can be unsure. P(correct) of this stage
+        and of later ones is then what the prompt alone foretells, and no min_quality is certified. A later
+        stage is asked under the same rule, although it will be cut at the same place: what it writes up to
+        there begins an answer that is right more often, and where it agrees, it reads the draft in one pass.
+        """
         index = self._places[stage, origin if verification else None]
         view = self.views[index]
-        features = self._space.answer(
-            self._prompt_features(prompt), prompt, stage, draft, origin, verification
-        )
-        scores, p_correct, stderr = self._predict(index, features)
+        prompt_features = self._prompt_features(prompt)
+        is_known = draft.finish_reason in self.stages[stage].finish_reasons
+        if is_known:
+            features = self._space.answer(prompt_features, prompt, stage, draft, origin, verification)
+            scores, p_correct, stderr = self._predict(index, features)
+        else:
+            scores, p_correct, stderr = self._foretell(index, prompt_features)
         problem = self._problem(objective, conditions)
         score = p_correct[stage]
         point = view.locate(scores, score)
         estimates = _estimates(view, point, p_correct, stderr)
         stop_value = problem.quality_value * score
-        is_certified = view.certified[point.bin] >= problem.min_quality
+        if is_known:
+            is_certified = view.certified[point.bin] >= problem.min_quality
+        else:
+            is_certified = objective.min_quality <= 0.0
         onward = self._solution(problem).onward[index]
         values = {later: point.of(value) for later, value in onward.items()}
         chosen, reason = _choose(values, stop_value, is_certified)
@@ -579,6 +604,25 @@ class Policy:
             stage: head.p_correct(score) for (stage, head), score in zip(heads.items(), scores, strict=True)
         }
         return scores, p_correct, {stage: heads[stage].stderr(p) for stage, p in p_correct.items()}
+
+    def _foretell(
+        self, index: int, features: npt.NDArray[np.float32]
+    ) -> tuple[Sequence[float], dict[int, float], dict[int, float]]:
+        """Return what `_predict` does for a view, by the prompt alone. features: of the prompt.
+
+        The scores are those that the view's own heads would give for the same probabilities, since its cells
+        are cut by its own scores.
+        """
+        scores, p_correct, stderr = self._predict(0, features)
+        heads, known = self.views[index].heads, self.views[0].heads
+        log_odds = {
+            stage: head.log_odds(score) for (stage, head), score in zip(known.items(), scores, strict=True)
+        }
+        return (
+            [head.score_for(log_odds[stage]) for stage, head in heads.items()],
+            {stage: p_correct[stage] for stage in heads},
+            {stage: stderr[stage] for stage in heads},
+        )
 
 
 def _choose(values: Mapping[int, float], stop_value: float, is_certified: bool) -> tuple[int | None, Reason]:

@@ -78,7 +78,7 @@ def read_reports(path: Path) -> Iterator[OutcomeReport]:
             if not line.strip():
                 continue
             try:
-                yield _parse(line)
+                yield parse_report(line)
             except (TypeError, ValueError):
                 logger.warning("%s: line %d is no report and is skipped", path, number)
 
@@ -97,7 +97,8 @@ def last_reports(reports: Iterable[OutcomeReport]) -> list[OutcomeReport]:
     return list({(each.policy_version, each.request_id): each for each in in_time}.values())
 
 
-def _parse(line: str) -> OutcomeReport:
+def parse_report(line: str) -> OutcomeReport:
+    """Return the report of a line. Raises ValueError or TypeError where it is none."""
     report = OutcomeReport(**json.loads(line))
     texts = (report.request_id, report.stage, report.policy_version)
     if not all(isinstance(text, str) for text in texts) or not isinstance(report.correct, bool):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from dataclasses import dataclass
@@ -142,7 +143,8 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
 
     reports: None where the service keeps none. monitor: what the reports are watched by; None: by nothing.
     shadow: None where no candidate decides beside the policy. known_versions: policies of whose answers
-    reports are taken, besides those in force since the start.
+    reports are taken, besides those in force since the start; asked when another one is reported of, since
+    a router may have met a replica that follows the store sooner than this one.
     """
 
     def __init__(
@@ -153,13 +155,14 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         *,
         monitor: DriftMonitor | None = None,
         shadow: Shadow | None = None,
-        known_versions: Collection[str] = (),
+        known_versions: Callable[[], Collection[str]] = tuple,
     ) -> None:
         self._live = _Live(policy, document)
         self._reports = reports
         self._monitor = monitor
         self._shadow = shadow
-        self._known = {policy.version, *known_versions}
+        self._known = {policy.version, *known_versions()}
+        self._known_versions = known_versions
 
     def use(self, policy: Policy, document: PolicyDocument) -> None:
         """Put another policy into force; calls under way end with the one that they began with."""
@@ -265,7 +268,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         live.place(request.stage, "stage")
         if not 0.0 <= request.p_correct <= 1.0:
             raise InvalidRequest(f"p_correct must be 0 to 1, not {request.p_correct:g}", field="p_correct")
-        if request.policy_version not in self._known:
+        if not await self._knows(request.policy_version):
             raise NotFound(
                 f"unknown policy_version {request.policy_version!r}: {live.policy.version} is in force",
                 field="policy_version",
@@ -279,6 +282,11 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
             time.time(),
         )
         return policy_pb2.ReportResponse(reports=await self._reports.add(report))
+
+    async def _knows(self, version: str) -> bool:
+        if version not in self._known:
+            self._known.update(await asyncio.to_thread(self._known_versions))
+        return version in self._known
 
     async def Describe(  # noqa: N802
         self,

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import queue
 import threading
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Protocol
 
 from policy_service.policy import Decision, Plan
@@ -226,9 +227,23 @@ def read_shadow(path: Path) -> Iterator[ShadowRecord]:
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             try:
-                yield ShadowRecord(**json.loads(line))
+                yield parse_shadow(line)
             except (TypeError, ValueError):
                 logger.warning("%s: line %d is no record of a shadow and is skipped", path, number)
+
+
+def parse_shadow(line: str) -> ShadowRecord:
+    """Return the record of a line. Raises TypeError or ValueError where it is none."""
+    record = ShadowRecord(**json.loads(line))
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if field.type == "str":
+            is_fit = isinstance(value, str)
+        else:
+            is_fit = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_fit:
+            raise TypeError(f"{field.name} is no {field.type}")
+    return record
 
 
 def _next_stage(answer: Plan | Decision) -> int | None:

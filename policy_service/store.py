@@ -1,23 +1,25 @@
-"""Versions of a policy in one directory, of which one is in force.
+"""Artifacts on the disk: one that is written in place of another, and versions of which one is in force.
 
-    STORE/policies/<version>/   an artifact, never changed once it is there
+    STORE/policies/<version>/   an artifact, never changed once it is there unless it is damaged
     STORE/current.json          the version in force and those before it
 
-Both come into being by one rename, after their content is on the disk: whoever dies at whatever moment leaves
-the version that was in force.
+Everything comes into being by one rename, after its content is on the disk: whoever dies at whatever moment
+leaves what was in force.
 """
 
 from __future__ import annotations
 
 import asyncio
 import fcntl
+import hashlib
 import json
 import logging
 import os
 import re
 import shutil
 import time
-from contextlib import contextmanager
+import uuid
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
@@ -25,12 +27,22 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from policy_service.artifact import DOCUMENT, PolicyDocument, UnfitArtifact, load_policy, read_document
+from policy_service.artifact import (
+    DOCUMENT,
+    PolicyDocument,
+    UnfitArtifact,
+    build_policy,
+    load_predictor,
+    read_document,
+    write_document,
+)
 from policy_service.features import Draft, PromptText, Verification
 from policy_service.policy import Objective, Policy, Preference, Spent
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+
+    from policy_service.predictor import OnnxPredictor
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +54,23 @@ _LOCK = ".lock"
 _PARTIAL = ".partial-"
 # A version names a directory.
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# Digits of a model's SHA-256 in the name of its file.
+_DIGEST = 12
+_MODEL_WITH_DIGEST = re.compile(rf".+\.[0-9a-f]{{{_DIGEST}}}\.onnx")
+# Writing an artifact takes seconds: what is older was left by a process that was killed. Chosen.
+_ABANDONED_SECONDS = 3600.0
 
 
 class UnfitStore(UnfitArtifact):
     """The store cannot do what was asked; the message says why and what to do."""
+
+
+class LoadedArtifact(NamedTuple):
+    """An artifact's policy, its document, and the predictor that it asks."""
+
+    policy: Policy
+    document: PolicyDocument
+    predictor: OnnxPredictor
 
 
 class LoadedPolicy(NamedTuple):
@@ -137,9 +162,15 @@ class PolicyStore:
         return tuple(sorted(path.name for path in folder.iterdir() if _VERSION.fullmatch(path.name)))
 
     def versions(self) -> list[StoredVersion]:
-        """Return every version: those of the history by their age, then the others. Raises UnfitStore."""
-        pointer = self._read()
-        since = {each.version: each.since for each in pointer.history}
+        """Return every version: those of the history by their age, then the others.
+
+        None is in force where the pointer is missing or damaged. Raises UnfitStore where nothing is kept.
+        """
+        history = self._history()
+        if not history and not self.names():
+            # Says why.
+            self._read()
+        since = {each.version: each.since for each in history}
         listed = []
         for version in (*since, *(name for name in self.names() if name not in since)):
             parent, prompts, problem = "", 0, ""
@@ -147,41 +178,70 @@ class PolicyStore:
                 prompts = read_document(self.artifact(version)).calibration.prompts
                 lineage = read_lineage(self.artifact(version))
                 parent = lineage.parent if lineage else ""
+                load_version(self, version)
             except UnfitArtifact as error:
                 problem = str(error)
-            is_current = version == pointer.history[-1].version
+            is_current = bool(history) and version == history[-1].version
             listed.append(StoredVersion(version, parent, prompts, since.get(version), is_current, problem))
         return listed
 
     def publish(self, artifact: Path) -> PolicyDocument:
         """Copy an artifact into the store and put it into force; return its document.
 
-        Raises UnfitArtifact where it cannot be served, or was made for other stages than the one in force.
+        A version that is there but cannot be served is replaced, and so is a damaged pointer. Raises
+        UnfitArtifact where the artifact cannot be served, or was made for other stages than the one in force.
         """
         if (self.directory / DOCUMENT).exists():
             raise UnfitStore(f"{self.directory} is an artifact, not a store: name another directory")
-        document = read_document(artifact)
+        if self.directory.exists() and not self.directory.is_dir():
+            raise UnfitStore(f"{self.directory} is a file: name a directory")
+        before = _content(artifact)
+        try:
+            return self._publish(artifact)
+        except UnfitArtifact:
+            if _content(artifact) == before:
+                raise
+            # It was replaced while it was copied.
+            return self._publish(artifact)
+
+    def _publish(self, artifact: Path) -> PolicyDocument:
+        document = load_usable(artifact).document
         version = document.policy_version
         if not _VERSION.fullmatch(version):
             raise UnfitStore(f"{artifact}: version {version!r} cannot name a directory")
+        self.directory.mkdir(parents=True, exist_ok=True)
         with self._locked():
-            has_pointer = (self.directory / POINTER).exists()
-            history = self._read().history if has_pointer else ()
-            if history:
-                stages = [stage.name for stage in read_document(self.artifact(history[-1].version)).stages]
-                _check_stages(document, stages, "the policy in force")
+            # Whoever made them held the lock, so nobody writes them now.
+            _remove_partial(self.directory / POLICIES)
+            history = self._history()
+            self._check_cascade(document, history)
             self._copy(artifact, document)
             if not history or history[-1].version != version:
                 self._write((*history, _InForce(version=version, since=self._clock())))
         return document
 
+    def _check_cascade(self, document: PolicyDocument, history: tuple[_InForce, ...]) -> None:
+        """Check a policy against the newest one that can be read; all of a store are of one cascade."""
+        for version in (*(each.version for each in reversed(history)), *self.names()):
+            try:
+                stages = [stage.name for stage in read_document(self.artifact(version)).stages]
+            except UnfitArtifact:
+                continue
+            is_current = bool(history) and version == history[-1].version
+            _check_stages(document, stages, "the policy in force" if is_current else f"policy {version}")
+            return
+
     def rollback(self, to: str | None = None) -> str:
         """Put the version before the present one, or a named one, back into force; return it.
 
-        Raises UnfitStore where there is none, UnfitArtifact where it cannot be served.
+        Raises UnfitStore where there is none, or where it cannot be served.
         """
+        if not self.names():
+            # Says why.
+            self._read()
         with self._locked():
-            history = self._read().history
+            # A named version needs no history, and so mends a damaged pointer.
+            history = self._read().history if to is None else self._history()
             if to is None:
                 if len(history) < 2:
                     raise UnfitStore(
@@ -192,7 +252,13 @@ class PolicyStore:
             else:
                 history = self._back_to(history, to)
             version = history[-1].version
-            load_usable(self.artifact(version))
+            try:
+                load_version(self, version)
+            except UnfitArtifact as error:
+                raise UnfitStore(
+                    f"{error}. Name another one of `asd-policy versions` with --to, or publish {version} "
+                    "again"
+                ) from error
             self._write(history)
         return version
 
@@ -207,18 +273,15 @@ class PolicyStore:
         return (*history, _InForce(version=to, since=self._clock()))
 
     def _copy(self, artifact: Path, document: PolicyDocument) -> None:
-        """Make the version's directory, whole or not at all."""
+        """Make the version's directory, whole or not at all; one that cannot be served gives way."""
         target = self.artifact(document.policy_version)
-        if target.exists():
-            if (target / DOCUMENT).read_bytes() != (artifact / DOCUMENT).read_bytes():
+        if self._is_usable(document.policy_version):
+            if _content(target) != _content(artifact):
                 raise UnfitStore(
                     f"{target} holds another policy of this version, and a version never changes: give "
                     "policy_version another name"
                 )
-            load_usable(target)
             return
-        for left_over in target.parent.glob(f"{_PARTIAL}*"):
-            shutil.rmtree(left_over)
         partial = target.parent / f"{_PARTIAL}{document.policy_version}"
         partial.mkdir(parents=True)
         files = {*(view.model for view in document.views), DOCUMENT}
@@ -233,26 +296,56 @@ class PolicyStore:
                 raise UnfitStore(f"{artifact / name}: {error.strerror}") from error
             _sync(partial / name)
         # The copy, not what was copied: it is what will be served.
-        load_usable(partial)
+        if load_usable(partial).document != document:
+            raise UnfitStore(f"{artifact} was changed while it was copied: publish it again")
         _sync(partial)
+        if target.exists() or target.is_symlink():
+            # Damaged, so nothing is lost if a kill leaves neither: publishing again goes on from there.
+            target.rename(target.parent / f"{_PARTIAL}{uuid.uuid4().hex}")
         partial.rename(target)
         _sync(target.parent)
+        _remove_partial(target.parent)
+
+    def _is_usable(self, version: str) -> bool:
+        try:
+            load_version(self, version)
+        except UnfitArtifact:
+            return False
+        return True
 
     def _read(self) -> _Pointer:
+        """Return what the pointer says. Raises UnfitStore, which says how to mend it."""
         path = self.directory / POINTER
         try:
             return _Pointer.model_validate_json(path.read_bytes())
         except OSError as error:
-            raise UnfitStore(
-                f"no policy was published in {self.directory}: {POINTER}: {error.strerror}. Publish one with "
-                "`asd-policy publish ARTIFACT DIRECTORY`"
-            ) from error
+            problem = f"no policy was published in {self.directory}: {POINTER}: {error.strerror}"
+            cause: Exception = error
         except ValidationError as error:
+            problem = f"{path} does not name a version: {error.errors(include_url=False)[0]['msg']}"
+            cause = error
+        kept = self.names()
+        if kept:
             raise UnfitStore(
-                f"{path} does not name a version: {error.errors(include_url=False)[0]['msg']}"
-            ) from error
+                f"{problem}. Put one of {', '.join(kept)} into force with `asd-policy rollback "
+                f"{self.directory} --to VERSION`, or publish one with `asd-policy publish ARTIFACT "
+                f"{self.directory}`"
+            ) from cause
+        raise UnfitStore(
+            f"{problem}. Publish one with `asd-policy publish ARTIFACT {self.directory}`"
+        ) from cause
+
+    def _history(self) -> tuple[_InForce, ...]:
+        """Return the versions in force so far; none where the pointer is missing or damaged."""
+        try:
+            return self._read().history
+        except UnfitStore:
+            return ()
 
     def _write(self, history: tuple[_InForce, ...]) -> None:
+        if (self.directory / POINTER).exists() and not self._history():
+            # It may be of a later version of asd, which could still read it.
+            shutil.copyfile(self.directory / POINTER, self.directory / f"{POINTER}.damaged")
         content = _Pointer(schema="asd.policies", history=history).model_dump(mode="json", by_alias=True)
         partial = self.directory / f"{POINTER}.partial"
         partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
@@ -263,7 +356,6 @@ class PolicyStore:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Hold the store for writing. The lock ends with the process, however that ends."""
-        self.directory.mkdir(parents=True, exist_ok=True)
         with (self.directory / _LOCK).open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -326,7 +418,7 @@ def open_policy(path: Path, cascade: Sequence[str] = ()) -> tuple[LoadedPolicy, 
     A store whose version in force cannot be served gives the last one before it that can, with an error in
     the log. cascade: stages that the policy must have been made for; empty: any. Raises UnfitArtifact.
     """
-    if not (path / POINTER).exists() and not (path / POLICIES).is_dir():
+    if not is_store(path):
         return _load_for(path, cascade), None
     store = PolicyStore(path)
     *earlier, current = store.history()
@@ -343,6 +435,30 @@ def open_policy(path: Path, cascade: Sequence[str] = ()) -> tuple[LoadedPolicy, 
         raise
 
 
+def is_store(path: Path) -> bool:
+    """Say whether a directory holds versions, whatever state they are in."""
+    return (path / POINTER).exists() or (path / POLICIES).is_dir()
+
+
+def artifact_in(path: Path) -> Path:
+    """Return a path to an artifact, or the directory of a store's version in force.
+
+    Raises UnfitStore where the store has none that can be read.
+    """
+    if not is_store(path):
+        return path
+    store = PolicyStore(path)
+    version = store.current()
+    try:
+        read_document(store.artifact(version))
+    except UnfitArtifact as error:
+        raise UnfitStore(
+            f"version {version}, which is in force in {path}, is damaged: {error}. Publish it again, or put "
+            f"another one into force with `asd-policy rollback {path}`"
+        ) from error
+    return store.artifact(version)
+
+
 def load_version(store: PolicyStore, version: str, cascade: Sequence[str] = ()) -> LoadedPolicy:
     """Return a version of a store. Raises UnfitArtifact where it cannot be served."""
     loaded = _load_for(store.artifact(version), cascade)
@@ -351,12 +467,190 @@ def load_version(store: PolicyStore, version: str, cascade: Sequence[str] = ()) 
     return loaded
 
 
+def load_artifact(directory: Path) -> LoadedArtifact:
+    """Return what an artifact holds, also while `write_artifact` puts another one there.
+
+    Raises UnfitArtifact.
+    """
+    try:
+        return _load(directory)
+    except UnfitArtifact:
+        # The models that the document names may have gone in between.
+        return _load(directory)
+
+
+def _load(directory: Path) -> LoadedArtifact:
+    document = read_document(directory)
+    predictor = load_predictor(directory, document)
+    return LoadedArtifact(build_policy(document, predictor), document, predictor)
+
+
+def check_output(directory: Path) -> None:
+    """Check that an artifact can be written to a directory, before what takes long. Raises UnfitStore."""
+    if is_store(directory):
+        raise UnfitStore(
+            f"{directory} is a store of versions: write to another directory, and publish that with "
+            f"`asd-policy publish DIRECTORY {directory}`"
+        )
+    if directory.exists() and not directory.is_dir():
+        raise UnfitStore(f"{directory} is a file: name a directory")
+    target = directory.resolve()
+    nearest = next(each for each in (target, *target.parents) if each.exists())
+    if not nearest.is_dir():
+        raise UnfitStore(f"{directory}: {nearest} is a file: name another directory")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UnfitStore(f"{directory}: no permission to write in {nearest}: name another directory")
+
+
+def write_artifact(
+    document: PolicyDocument, models: Mapping[str, bytes], directory: Path, lineage: Lineage | None = None
+) -> PolicyDocument:
+    """Put a policy into a directory, in place of one that is there; return its document as written.
+
+    models: by the names in the document's views. Their files get names with their digest, so that old and new
+    ones lie side by side until `policy.json` is replaced, in one rename: at every moment, also after a kill,
+    the directory holds the old policy or the new one. All of it is written to a hidden directory and tried
+    first. Directories above are made. A failure leaves the old policy, and no new directory. Raises
+    UnfitArtifact, OSError.
+    """
+    check_output(directory)
+    target = directory.resolve()
+    files = {name: _name_with_digest(name, content) for name, content in models.items()}
+    views = tuple(view.model_copy(update={"model": files[view.model]}) for view in document.views)
+    document = document.model_copy(update={"views": views})
+    missing = [each for each in target.parents if not each.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Inside one that is there, which may be all that can be written to, or a file system of its own.
+    folder = target if target.exists() else target.parent
+    hidden = f".{target.name}{_PARTIAL}"
+    _remove_abandoned(folder, hidden)
+    partial = folder / f"{hidden}{uuid.uuid4().hex}"
+    try:
+        partial.mkdir()
+        for name, file in files.items():
+            (partial / file).write_bytes(models[name])
+        if lineage is not None:
+            write_lineage(lineage, partial)
+        write_document(document, partial)
+        for path in partial.iterdir():
+            _sync(path)
+        load_usable(partial)
+        _sync(partial)
+        if folder == target or not _rename_new(partial, target):
+            _merge(partial, set(files.values()), target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        for each in missing:
+            with suppress(OSError):
+                each.rmdir()
+        raise
+    shutil.rmtree(partial, ignore_errors=True)
+    return document
+
+
+def _rename_new(partial: Path, target: Path) -> bool:
+    """Rename a directory to a name that was free; return False where another writer was faster."""
+    try:
+        partial.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+        return False
+    _sync(target.parent)
+    return True
+
+
+def _merge(partial: Path, models: set[str], target: Path) -> None:
+    """Move an artifact into a directory that holds another one, so that it is always one of the two."""
+    with _alone(target):
+        try:
+            for name in sorted(models):
+                (partial / name).replace(target / name)
+            _sync(target)
+            before = _models_of(target)
+            # Removed before and written after: it never stands beside another policy than its own.
+            (target / LINEAGE).unlink(missing_ok=True)
+            (partial / DOCUMENT).replace(target / DOCUMENT)
+            _sync(target)
+            if (partial / LINEAGE).exists():
+                (partial / LINEAGE).replace(target / LINEAGE)
+        except BaseException:
+            _remove_models(target, set())
+            raise
+        _remove_models(target, before)
+
+
+def _models_of(directory: Path) -> set[str]:
+    """Return the files of the models that a document names beside it; none where it cannot be read."""
+    try:
+        named = {view.model for view in read_document(directory).views}
+    except UnfitArtifact:
+        return set()
+    return {name for name in named if Path(name).name == name}
+
+
+def _remove_models(directory: Path, before: set[str]) -> None:
+    """Remove models that an artifact does not name: those of the one before, and what a kill left."""
+    kept = _models_of(directory)
+    if not kept:
+        return
+    for path in directory.iterdir():
+        if path.name not in kept and (path.name in before or _MODEL_WITH_DIGEST.fullmatch(path.name)):
+            with suppress(OSError):
+                path.unlink()
+
+
+def _remove_partial(policies: Path) -> None:
+    """Remove what is no version. The caller holds the store."""
+    for path in policies.glob(f"{_PARTIAL}*"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _remove_abandoned(folder: Path, hidden: str) -> None:
+    """Remove what killed writers left. Younger directories may be another writer's."""
+    for path in [each for each in folder.iterdir() if each.name.startswith(hidden)]:
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                shutil.rmtree(path)
+
+
+def _name_with_digest(name: str, content: bytes) -> str:
+    stem = name.removesuffix(".onnx")
+    if _MODEL_WITH_DIGEST.fullmatch(name):
+        stem = stem[: -_DIGEST - 1]
+    return f"{stem}.{hashlib.sha256(content).hexdigest()[:_DIGEST]}.onnx"
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Wait until no other process writes to an artifact. The lock ends with the process."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        # Some network file systems cannot lock a directory; there, one writer at a time is up to the user.
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _content(artifact: Path) -> bytes:
+    """Return an artifact's document as it is; nothing where it cannot be read."""
+    try:
+        return (artifact / DOCUMENT).read_bytes()
+    except OSError:
+        return b""
+
+
 def load_usable(directory: Path) -> LoadedPolicy:
     """Return the policy of an artifact after it planned and decided once in every view.
 
     Raises UnfitArtifact where it did not. What it solved is kept, so that its first request does not wait.
     """
-    policy, document = load_policy(directory)
+    policy, document, _ = load_artifact(directory)
     prompt = PromptText("?")
     signals = np.zeros(1, np.float32)
     draft = Draft("", signals, signals, signals, "eos")

@@ -7,10 +7,11 @@ import importlib.util
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from policy_service.train import lifecycle
 from policy_service.train.console import number_table, result_console
@@ -24,10 +25,25 @@ if TYPE_CHECKING:
 
     from policy_service.train.evaluate import Comparison, Evaluation, Prediction
 
+FAILED, MISUSED, INTERRUPTED = 1, 2, 130
+
+
+class _Commands(TyperGroup):
+    """Commands of which an interrupted one ends with its code; typer's own differs between its versions."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Make and measure policies: collect outcomes of a cascade, fit a policy to them, evaluate it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    epilog="Exit codes: 0 success, 1 failure, 2 wrong usage or a refused request, 130 interrupted.",
 )
 errors = Console(stderr=True)
 
@@ -66,18 +82,28 @@ def _asd_policy(
 def fit(
     train: Outcomes,
     calibration: Annotated[Path, typer.Argument(help="Outcomes of other prompts, to calibrate on.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the artifact.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", help="Directory of the artifact; made if missing. A policy there is replaced."
+        ),
+    ],
     costs: Costs = EMBEDDED,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the trees.")] = 0,
 ) -> None:
-    """Fit a policy to outcomes and write its artifact."""
+    """Fit a policy to outcomes and write its artifact.
+
+    Killed at any moment, it leaves the policy that was in the directory.
+    """
     _check_extra()
+    from policy_service.store import check_output
     from policy_service.train.costs import read_costs
     from policy_service.train.dataset import read_dataset
     from policy_service.train.fit import InputFile, fit_policy
     from policy_service.train.outcomes import check_disjoint
 
     console = result_console()
+    check_output(output)
     stages = read_costs(costs)
     check_disjoint(train, calibration)
     inputs = []
@@ -101,7 +127,7 @@ def evaluate(
         Path | None, typer.Argument(help="Outcomes (Parquet), as `collect` writes them.", show_default=False)
     ] = None,
     artifact: Annotated[
-        Path, typer.Option(help="Directory of the policy.", show_default="the embedded family's")
+        Path, typer.Option(help="Directory of a policy or a store.", show_default="the embedded family's")
     ] = _EMBEDDED_ARTIFACT,
     costs: Costs = EMBEDDED,
     quality_value: Annotated[
@@ -140,11 +166,15 @@ def evaluate(
     if published is not None:
         from policy_service.train.routing.evaluate import RoutingOptions, evaluate_file
         from policy_service.train.routing.report import routing_tables
+        from policy_service.train.routing.table import UnfitOptions
 
         options = RoutingOptions(group == "subject", folds, seed)
         names = [name.strip() for name in ladder.split(",") if name.strip()]
-        with errors.status("reading") as status:
-            routing = evaluate_file(published, names, options, also or [], embeddings, status.update)
+        try:
+            with errors.status("reading") as status:
+                routing = evaluate_file(published, names, options, also or [], embeddings, status.update)
+        except UnfitOptions as error:
+            raise InvalidRequest(str(error)) from error
         if as_json:
             typer.echo(json.dumps(_finite(dataclasses.asdict(routing)), indent=2))
             return
@@ -154,17 +184,16 @@ def evaluate(
             result_console().print(each)
         return
     assert outcomes is not None
-    from policy_service.artifact import load_policy, load_predictor
+    from policy_service.store import artifact_in, load_artifact
     from policy_service.train.costs import read_costs
     from policy_service.train.dataset import read_dataset
     from policy_service.train.evaluate import evaluate_policy
     from policy_service.train.outcomes import file_digest
 
-    policy, document = load_policy(artifact)
+    policy, document, predictor = load_artifact(artifact_in(artifact))
     if file_digest(outcomes) in {document.train.sha256, document.calibration.sha256}:
         raise UnfitOutcomes(f"{outcomes}: policy {policy.version} was made from this file: use other prompts")
     data = read_dataset(outcomes, read_costs(costs))
-    predictor = load_predictor(artifact, document)
     evaluation = evaluate_policy(policy, predictor, data, quality_value or [0.5, 1.0, 2.0, 5.0])
     if as_json:
         typer.echo(json.dumps(_finite(dataclasses.asdict(evaluation)), indent=2))
@@ -178,7 +207,7 @@ def evaluate(
 @app.command()
 def price(
     artifact: Annotated[
-        Path, typer.Option(help="Directory of the policy.", show_default="the embedded family's")
+        Path, typer.Option(help="Directory of a policy or a store.", show_default="the embedded family's")
     ] = _EMBEDDED_ARTIFACT,
     mean_cost: Annotated[
         float | None, typer.Option(min=1e-6, max=1e9, help="Mean cost of a request, at most.")
@@ -192,15 +221,15 @@ def price(
 ) -> None:
     """Say which lambda keeps a mean over requests: give exactly one of the three."""
     _check_extra()
-    from policy_service.artifact import load_policy
     from policy_service.policy import UnmeetableBudget
+    from policy_service.store import artifact_in, load_artifact
     from services.common.errors import InvalidRequest
 
     if [mean_cost, mean_latency_ms, min_accuracy].count(None) != 2:
         raise InvalidRequest("give exactly one of --mean-cost, --mean-latency-ms and --min-accuracy")
     if any(value is not None and math.isnan(value) for value in (mean_cost, mean_latency_ms, min_accuracy)):
         raise InvalidRequest("NaN is no budget: give a number")
-    policy, _ = load_policy(artifact)
+    policy = load_artifact(artifact_in(artifact)).policy
     try:
         value = policy.quality_value_for(
             mean_cost=mean_cost, mean_latency_ms=mean_latency_ms, min_accuracy=min_accuracy
@@ -250,8 +279,9 @@ def collect(
     stage: Annotated[
         list[str],
         typer.Option(
-            help="A stage as NAME=HOST:PORT; repeat it, smallest first. Default: those of `asd up`.",
-            metavar="NAME=TARGET",
+            help="A stage as NAME=HOST:PORT, or NAME=HOST:PORT,HOST:PORT with several replicas; repeat it, "
+            "smallest first. Default: those of `asd up`.",
+            metavar="NAME=TARGET[,TARGET]",
         ),
     ] = EMBEDDED_STAGES,
     split: Annotated[
@@ -260,7 +290,14 @@ def collect(
     prompts: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 1000,
     conversations: Annotated[int, typer.Option(min=0, help="Further ones that are second turns.")] = 0,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the prompts.")] = 0,
-    concurrency: Annotated[int, typer.Option(min=1, help="Prompts under way at once.")] = 4,
+    concurrency: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Prompts under way at once. With more than there are replicas, latencies include waiting.",
+            show_default="one per replica",
+        ),
+    ] = None,
     timeout_ms: Annotated[
         float, typer.Option(min=1, max=86_400_000, help="Deadline of one stage call; a day at most.")
     ] = 60_000,
@@ -268,6 +305,10 @@ def collect(
     """Run every stage on prompts of the suites: its own answer, and how it verifies earlier stages' drafts.
 
     Interrupt it at any time: the same command goes on where it stopped.
+
+    Latencies are those of fresh prompts: where a stage took tokens of a prompt from its prefix cache, as it
+    does to verify a draft for a prompt that it has just answered, none is kept, and `fit --costs` stands in.
+    Stages with `cached_sequences: 0` have every call measured.
     """
     # Before hours of collecting for a fit that cannot run.
     _check_extra()
@@ -276,8 +317,13 @@ def collect(
     from policy_service.train.collect import CollectOptions, collect_outcomes, parse_targets
 
     targets = parse_targets(stage)
-    options = CollectOptions(output, targets, split, prompts, conversations, seed, concurrency, timeout_ms)
-    asyncio.run(collect_outcomes(options, result_console()))
+    at_once = concurrency or min(map(len, targets.values()))
+    options = CollectOptions(output, targets, split, prompts, conversations, seed, at_once, timeout_ms)
+    try:
+        asyncio.run(collect_outcomes(options, result_console()))
+    except KeyboardInterrupt:
+        _say("stopped: the same command goes on from here", "yellow")
+        raise typer.Exit(130) from None
 
 
 def _check_extra() -> None:
@@ -288,7 +334,7 @@ def _check_extra() -> None:
             '.venv/bin/python -m pip install --editable ".[policy-train]"',
             "red",
         )
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
 
 
 def _say(line: str, style: str) -> None:
@@ -348,7 +394,7 @@ lifecycle.register(app)
 
 
 def main() -> None:
-    """Run the command; every expected error is one sentence and exit status 1."""
+    """Run the command; every expected error is one sentence and a code: 2 where the command line is wrong."""
     from services.common.errors import AsdError
 
     try:
@@ -365,8 +411,10 @@ def main() -> None:
 
 
 def _fail(error: Exception) -> NoReturn:
+    from services.common.errors import InvalidRequest, NotFound
+
     message = str(error)
     if isinstance(error, OSError) and error.filename and error.strerror:
         message = f"{error.filename}: {say_why(error)}"
     _say(f"asd-policy: {message}", "red")
-    raise SystemExit(1) from error
+    raise SystemExit(MISUSED if isinstance(error, InvalidRequest | NotFound) else FAILED) from error

@@ -1,5 +1,9 @@
 """Collects outcomes from running stages: every stage's own answer to every prompt, graded, and every
-verification of an earlier stage's draft."""
+verification of an earlier stage's draft.
+
+A latency is that of a fresh prompt, or is left out: a stage with a prefix cache takes the prompt that it has
+just answered from there when it verifies a draft of it, and is too quick.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import itertools
 import json
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -37,16 +41,20 @@ _FINISH_NAMES = {
 }
 _DECIMALS = 3
 
+_Record = dict[str, Any]
+
 
 @dataclass(frozen=True)
 class CollectOptions:
-    """What to collect. targets: host:port by stage, in cascade order. timeout_ms: of one stage call.
+    """What to collect. targets: host:port of every replica, by stage, in cascade order.
 
     prompts: single questions. conversations: those whose question is a second turn, after the prompts.
+    concurrency: prompts under way at once; each keeps to one replica of every stage, by turns, so that up to
+    as many as there are replicas wait for nobody. timeout_ms: of one stage call.
     """
 
     output: Path
-    targets: dict[str, str]
+    targets: dict[str, tuple[str, ...]]
     split: str
     prompts: int
     conversations: int
@@ -63,14 +71,22 @@ class _Written:
     record: dict[str, object]
 
 
-def parse_targets(stages: Sequence[str]) -> dict[str, str]:
-    """Return host:port by stage of NAME=TARGET arguments. Raises InvalidRequest."""
-    targets: dict[str, str] = {}
+def parse_targets(stages: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Return the replicas by stage of NAME=TARGET[,TARGET...] arguments. Raises InvalidRequest."""
+    targets: dict[str, tuple[str, ...]] = {}
     for stage in stages:
-        name, sign, target = stage.partition("=")
-        if not (name and sign and target) or name in targets:
-            raise InvalidRequest(f"--stage {stage}: write NAME=HOST:PORT, each name once", field="stage")
-        targets[name] = target
+        name, sign, rest = stage.partition("=")
+        if not (name and sign and rest) or name in targets:
+            raise InvalidRequest(
+                f"--stage {stage}: write NAME=HOST:PORT[,HOST:PORT...], each name once", field="stage"
+            )
+        replicas = tuple(piece.strip() for piece in rest.split(","))
+        if not all(replicas):
+            raise InvalidRequest(f"--stage {stage}: a replica between commas is empty", field="stage")
+        for replica in replicas:
+            if replicas.count(replica) > 1:
+                raise InvalidRequest(f"--stage {stage}: replica {replica} is there twice", field="stage")
+        targets[name] = replicas
     return targets
 
 
@@ -95,35 +111,50 @@ async def collect_outcomes(options: CollectOptions, console: Console) -> None:
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("collecting", total=len(tasks), completed=len(tasks) - len(todo))
         async with AsyncExitStack() as stack:
-            stages = [
-                _StageCalls(
-                    name,
-                    stage_pb2_grpc.StageServiceStub(await stack.enter_async_context(open_channel(target))),
-                    options.timeout_ms,
-                )
-                for name, target in options.targets.items()
+            replicas = [
+                [
+                    _StageCalls(
+                        name,
+                        stage_pb2_grpc.StageServiceStub(
+                            await stack.enter_async_context(open_channel(target))
+                        ),
+                        options.timeout_ms,
+                    )
+                    for target in targets
+                ]
+                for name, targets in options.targets.items()
             ]
             file = stack.enter_context(partial.open("a", encoding="utf-8"))
             if not done:
                 file.truncate(0)
                 file.write(json.dumps({"schema": SCHEMA, "version": VERSION, "cascade": cascade}) + "\n")
             waiting = iter(todo)
+            warm_calls = 0
 
-            async def work() -> None:
+            async def work(number: int) -> None:
+                nonlocal warm_calls
+                stages = [each[number % len(each)] for each in replicas]
                 for task in waiting:
                     record = await _collect_one(stages, task, options.split)
+                    warm_calls += _count_warm(record)
                     file.write(json.dumps(record, separators=(",", ":")) + "\n")
                     file.flush()
                     progress.advance(bar)
 
             try:
                 async with asyncio.TaskGroup() as group:
-                    for _ in range(options.concurrency):
-                        group.create_task(work())
+                    for number in range(options.concurrency):
+                        group.create_task(work(number))
             except BaseExceptionGroup as errors:
                 raise errors.exceptions[0] from None
     _finish(partial, options.output, cascade, tasks)
     console.print(f"{options.output}: {len(tasks)} prompts")
+    if warm_calls:
+        console.print(
+            f"{warm_calls} calls took prompt tokens from a prefix cache: their latencies are left out, and "
+            "the file of costs stands in for them",
+            soft_wrap=True,
+        )
 
 
 class _StageCalls:
@@ -161,7 +192,7 @@ class _StageCalls:
             "text": result.text,
             "finish_reason": _FINISH_NAMES[result.finish_reason],
             **{name: round_signals(np.array(values, np.float32)) for name, values in signals.items()},
-            "latency_ms": round(result.timing.total_ms, _DECIMALS),
+            "latency_ms": _fresh_latency(result),
         }
         return _Written(draft, record)
 
@@ -184,11 +215,22 @@ class _StageCalls:
             "ranks": list(verification.ranks),
             "forward_passes": result.usage.forward_passes,
             "proposed_again": result.usage.proposed_tokens - verification.proposed_tokens,
-            "latency_ms": round(result.timing.total_ms, _DECIMALS),
+            "latency_ms": _fresh_latency(result),
         }
 
 
-async def _collect_one(stages: Sequence[_StageCalls], task: Task, split: str) -> dict[str, object]:
+def _fresh_latency(result: stage_pb2.StageResult) -> float | None:
+    """Return a call's latency; None where prompt tokens came from the prefix cache."""
+    return None if result.usage.cached_prompt_tokens else round(result.timing.total_ms, _DECIMALS)
+
+
+def _count_warm(record: _Record) -> int:
+    """Return how many calls of a record took prompt tokens from a prefix cache."""
+    calls = [*record["stages"].values(), *record["verifications"].values()]
+    return sum(call.get("latency_ms", 0.0) is None for call in calls)
+
+
+async def _collect_one(stages: Sequence[_StageCalls], task: Task, split: str) -> _Record:
     written = [await stage.generate(task) for stage in stages]
     names = [stage.name for stage in stages]
     verifications = {}

@@ -125,7 +125,13 @@ def _kinds(seed: int) -> dict[str, Callable[[Features, Sequence[str], Labels], _
         ),
         "neural network": lambda features, _, correct: _Sklearn(
             MLPClassifier(
-                (64, 32), alpha=1e-3, batch_size=512, early_stopping=True, max_iter=40, random_state=seed
+                (64, 32),
+                alpha=1e-3,
+                # A batch holds no more than there are, less those that stop it early.
+                batch_size=min(512, max(len(features) // 2, 1)),
+                early_stopping=True,
+                max_iter=40,
+                random_state=seed,
             ),
             features,
             correct,

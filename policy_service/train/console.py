@@ -21,6 +21,13 @@ def result_console() -> Console:
     return console if console.is_terminal else Console(width=_WIDE)
 
 
+def warn(line: str) -> None:
+    """Say on standard error what the user should know beside a result."""
+    Console(stderr=True).print(
+        f"warning: {line}", style="yellow", markup=False, highlight=False, soft_wrap=True
+    )
+
+
 def number_table(title: str, headings: Sequence[str], texts: int = 1) -> Table:
     """Return a table whose first columns, so many of them, are texts; they give way, no number is cut."""
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)

@@ -23,11 +23,11 @@ from policy_service.artifact import (
     Source,
     StageEntry,
     ViewEntry,
-    write_document,
 )
 from policy_service.features import FEATURES_VERSION, FeatureSpace
 from policy_service.predictor import OnnxPredictor
 from policy_service.solver import Move, View, expect, solve_policy
+from policy_service.store import write_artifact
 from policy_service.train.dataset import PREFIXES, view_keys
 from policy_service.train.outcomes import file_digest
 from policy_service.train.partitions import fit_partitions
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from policy_service.features import FinishReason
     from policy_service.partition import Partition
     from policy_service.train.costs import StageCosts
     from policy_service.train.dataset import Dataset, ViewKey
@@ -70,6 +71,9 @@ _BINS_TOGETHER = 4
 _RULES_TRIED = 500
 _STRICTNESS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _QUALITY_VALUES = np.geomspace(0.5, 10_000.0, 120)
+# Share of a stage's training answers that must have ended in a way, for the trees to know such answers.
+# Chosen: of 20,000 prompts, 200.
+_LEAST_FINISH_SHARE = 0.01
 
 
 @dataclass(frozen=True)
@@ -97,11 +101,13 @@ def fit_policy(
     seed: int,
     progress: Callable[[str], None],
 ) -> PolicyDocument:
-    """Write an artifact to a directory and return its document. progress is told what is under way."""
+    """Put an artifact into a directory, as `store.write_artifact` does; return its document.
+
+    progress is told what is under way.
+    """
     keys = view_keys(len(costs))
     names = [stage.name for stage in costs]
     size = FeatureSpace(len(names)).size
-    directory.mkdir(parents=True, exist_ok=True)
     models = []
     for key in keys:
         progress(f"fitting {model_name(key)}")
@@ -127,10 +133,6 @@ def fit_policy(
     views = estimate_views(calibration.data, p_correct, cells, certifying)
     entries = []
     for index, (key, view) in enumerate(zip(keys, views, strict=True)):
-        file = model_name(key)
-        partial = directory / f"{file}.partial"
-        partial.write_bytes(models[index])
-        partial.replace(directory / file)
         entries.append(_view_entry(key, view, partitions[key], calibrated[key], models[index], names))
     prompt_bins = cells.get(keys[0], _bins(p_correct[keys[0]]))
     curve = tabulate(views, np.bincount(prompt_bins) / len(prompt_bins))
@@ -149,6 +151,7 @@ def fit_policy(
             accuracy=round(float(calibration.data.correct[:, place].mean()), 5),
             calibration_error=round(_held_out_error(predictor, keys, place, calibration.data, seed), 5),
             abandon=abandon_rules(train.data, calibration.data, place),
+            finish_reasons=known_finish_reasons(train.data, place),
         )
         for place, stage in enumerate(costs)
     )
@@ -177,12 +180,12 @@ def fit_policy(
         calibration=sources[1],
         views=tuple(entries),
     )
-    write_document(document, directory)
-    return document
+    files = {model_name(key): model for key, model in zip(keys, models, strict=True)}
+    return write_artifact(document, files, directory)
 
 
 def model_name(key: ViewKey) -> str:
-    """Return the file of a view's model: prompt.onnx, stage-1.onnx, stage-1-from-0.onnx."""
+    """Return the name of a view's model: prompt.onnx, stage-1.onnx, stage-1-from-0.onnx."""
     stage, origin = key
     if stage is None:
         return "prompt.onnx"
@@ -349,6 +352,19 @@ def abandon_rules(train: Dataset, calibration: Dataset, stage: int) -> tuple[Aba
             break
         taken = rules
     return taken
+
+
+def known_finish_reasons(data: Dataset, stage: int) -> tuple[FinishReason, ...]:
+    """Return how a stage's answers ended, as far as there are enough that ended so to learn from."""
+    names = FeatureSpace(len(data.cascade)).names
+    answers = data.features[stage, None]
+    is_eos, is_length = (answers[:, names.index(f"draft_is_{reason}")] > 0 for reason in ("eos", "length"))
+    ended: dict[FinishReason, npt.NDArray[np.bool_]] = {
+        "eos": is_eos,
+        "length": is_length,
+        "stop": ~(is_eos | is_length),
+    }
+    return tuple(reason for reason, rows in ended.items() if rows.mean() >= _LEAST_FINISH_SHARE)
 
 
 def _propose_rules(data: Dataset, stage: int, share: float) -> tuple[AbandonEntry, ...]:

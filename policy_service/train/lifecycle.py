@@ -8,21 +8,24 @@ from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from policy_service.train.console import number_table, result_console
-from services.common.errors import PreconditionFailed
+from policy_service.train.console import number_table, result_console, warn
+from policy_service.train.faults import UnfitOutcomes
+from services.common.errors import NotFound, PreconditionFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from rich.table import Table
 
     from policy_service.reports import OutcomeReport
     from policy_service.shadow import ShadowRecord
     from policy_service.train.refit import StageRefit
+
+T = TypeVar("T")
 
 Store = Annotated[Path, typer.Argument(help="Directory of the versions.")]
 Reports = Annotated[list[Path], typer.Argument(help="Files of reports, as policy services write them.")]
@@ -37,28 +40,41 @@ def register(app: typer.Typer) -> None:
 def versions(store: Store) -> None:
     """List the versions of a store and which one is in force."""
     _check_extra("policy", "onnxruntime")
-    from policy_service.store import PolicyStore
+    from policy_service.store import PolicyStore, UnfitStore
 
-    headings = ("version", "parent", "calibration\nprompts", "in force since")
+    headings = ("version", "parent", "calibration\nprompts", "in force since", "")
     table = number_table(f"policies in {store}", headings, texts=2)
-    for each in PolicyStore(store).versions():
+    kept = PolicyStore(store)
+    listed = kept.versions()
+    for each in listed:
         since = (
             "" if each.since is None else datetime.fromtimestamp(each.since, UTC).isoformat(" ", "seconds")
         )
         mark = " *" if each.is_current else ""
-        table.add_row(each.version + mark, each.parent, f"{each.prompts or '–'}", each.problem or since)
+        state = "damaged" if each.problem else ""
+        table.add_row(each.version + mark, each.parent, f"{each.prompts or '–'}", since, state)
     result_console().print(table)
+    for each in listed:
+        if each.problem:
+            warn(f"{each.version} is damaged: {each.problem}. Publishing it again mends it")
+    try:
+        kept.current()
+    except UnfitStore as error:
+        warn(f"none is in force: {error}")
 
 
 def publish(
-    artifact: Annotated[Path, typer.Argument(help="Directory of the policy, as `fit` writes it.")],
+    artifact: Annotated[
+        Path, typer.Argument(help="Directory of the policy, as `fit` writes it, or another store.")
+    ],
     store: Store,
 ) -> None:
     """Copy a policy into a store and put it into force. Services that read the store follow by themselves."""
     _check_extra("policy", "onnxruntime")
-    from policy_service.store import PolicyStore
+    from policy_service.store import PolicyStore, artifact_in
 
-    _print(f"policy {PolicyStore(store).publish(artifact).policy_version} is in force in {store}")
+    document = PolicyStore(store).publish(artifact_in(artifact))
+    _print(f"policy {document.policy_version} is in force in {store}")
 
 
 def rollback(
@@ -71,7 +87,11 @@ def rollback(
     _check_extra("policy", "onnxruntime")
     from policy_service.store import PolicyStore
 
-    _print(f"policy {PolicyStore(store).rollback(to)} is in force in {store}")
+    versions = PolicyStore(store)
+    names = versions.names()
+    if to is not None and names and to not in names:
+        raise NotFound(f"{store} holds no version {to!r}: choose one of {', '.join(names)}", field="to")
+    _print(f"policy {versions.rollback(to)} is in force in {store}")
 
 
 def refit(
@@ -86,11 +106,14 @@ def refit(
     """Refit the calibration of the policy in force to reports of its answers, and show what that changes."""
     _check_extra("policy-train", "onnxruntime", "scipy", "sklearn", "onnx")
     from policy_service.artifact import read_document
-    from policy_service.store import PolicyStore
+    from policy_service.store import PolicyStore, artifact_in, check_output
     from policy_service.train.refit import fit_corrections, write_refitted
 
     versions = PolicyStore(store)
-    parent = versions.artifact(versions.current())
+    versions.current()
+    parent = artifact_in(store)
+    if output is not None:
+        check_output(output)
     document = read_document(parent)
     stages = [stage.name for stage in document.stages]
     refits = fit_corrections(_read(reports), document.policy_version, stages, seed)
@@ -132,6 +155,9 @@ def drift(
     table = number_table(
         f"calibration; alarm at evidence {run_length:g}", ("policy", "stage", *numbers), texts=2
     )
+    if not monitor.versions():
+        _print("nothing was reported yet")
+        return
     for version in monitor.versions():
         for each in monitor.of(version):
             table.add_row(
@@ -151,9 +177,9 @@ def shadow(
     file: Annotated[Path, typer.Argument(help="What a policy service wrote to shadow_path.")],
 ) -> None:
     """Show where a shadow policy would have done otherwise than the live one, and what that would change."""
-    from policy_service.shadow import read_shadow
+    from policy_service.shadow import parse_shadow
 
-    records = list(read_shadow(file))
+    records = _read_lines(file, parse_shadow, "record of a shadow, as a policy service writes to shadow_path")
     pairs = Counter((each.live_version, each.shadow_version) for each in records)
     for (live, candidate), count in pairs.items():
         of_pair = [each for each in records if (each.live_version, each.shadow_version) == (live, candidate)]
@@ -207,9 +233,32 @@ def _shadow_table(title: str, records: Sequence[ShadowRecord]) -> Table:
 
 
 def _read(files: Iterable[Path]) -> list[OutcomeReport]:
-    from policy_service.reports import read_reports
+    from policy_service.reports import parse_report
 
-    return [report for file in files for report in read_reports(file)]
+    what = "report, as a policy service writes to reports_path"
+    return [report for file in files for report in _read_lines(file, parse_report, what)]
+
+
+def _read_lines(file: Path, parse: Callable[[str], T], what: str) -> list[T]:
+    """Return what stands in the lines of a file; those that parse does not take are counted in one warning.
+
+    Raises UnfitOutcomes where there are lines but none that it takes, OSError.
+    """
+    kept: list[T] = []
+    skipped, first = 0, 0
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                kept.append(parse(line))
+            except (TypeError, ValueError, RecursionError):
+                skipped, first = skipped + 1, first or number
+    if skipped and not kept:
+        raise UnfitOutcomes(f"{file}: no line is a {what}: give such a file")
+    if skipped:
+        warn(f"{file}: {skipped} of {skipped + len(kept)} lines skipped, first line {first}: no {what}")
+    return kept
 
 
 def _print(line: str) -> None:

@@ -94,17 +94,22 @@ def read_rows(path: Path) -> Iterator[OutcomeRow]:
                 for record in batch.to_pylist():
                     number += 1
                     yield _parse_row(f"{path}: row {number}", record)
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise UnfitOutcomes(f"{path}: broken after row {number}: {say_why(error)}") from error
 
 
 def read_prompts(path: Path) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yield history and prompt of every row. Raises UnfitOutcomes."""
     with _opened(path) as file:
-        _header(path, file)
-        for batch in file.iter_batches(columns=["history", "prompt"]):
-            histories, prompts = batch["history"].to_pylist(), batch["prompt"].to_pylist()
-            yield from zip((tuple(history or ()) for history in histories), prompts, strict=True)
+        _check_columns(path, file, _header(path, file).cascade)
+        number = 0
+        try:
+            for batch in file.iter_batches(columns=["history", "prompt"]):
+                histories, prompts = batch["history"].to_pylist(), batch["prompt"].to_pylist()
+                number += len(prompts)
+                yield from zip((tuple(history or ()) for history in histories), prompts, strict=True)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise UnfitOutcomes(f"{path}: broken after row {number}: {say_why(error)}") from error
 
 
 def check_disjoint(first: Path, second: Path) -> None:
@@ -129,10 +134,14 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
         file = pq.ParquetFile(path)
     except pa.ArrowInvalid as error:
         raise UnfitOutcomes(f"{path}: not a file of outcomes, or truncated") from error
-    except (OSError, pa.ArrowException) as error:
+    # Names of columns that are no text raise a ValueError, here or later.
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise UnfitOutcomes(f"{path}: {say_why(error)}") from error
     with file:
-        yield file
+        try:
+            yield file
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise UnfitOutcomes(f"{path}: damaged: {say_why(error)}") from error
 
 
 def _header(path: Path, file: pq.ParquetFile) -> _Header:

@@ -12,7 +12,6 @@ Preferences keep their value of quality.
 from __future__ import annotations
 
 import hashlib
-import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,11 +22,10 @@ from policy_service.artifact import (
     build_policy,
     load_predictor,
     read_document,
-    write_document,
 )
 from policy_service.drift import RunningCalibration, logit, sigmoid
 from policy_service.reports import last_reports
-from policy_service.store import Lineage, StageLineage, UnfitStore, write_lineage
+from policy_service.store import Lineage, StageLineage, UnfitStore, write_artifact
 from policy_service.train.fit import tabulate
 
 if TYPE_CHECKING:
@@ -131,21 +129,16 @@ def write_refitted(parent: Path, refits: Iterable[StageRefit], directory: Path) 
             if each.correction is not None
         ),
     )
-    directory.mkdir(parents=True, exist_ok=True)
-    for view in document.views:
-        shutil.copyfile(parent / view.model, directory / view.model)
     refitted = correct_document(
         document,
         {stage.stage: Correction(stage.slope, stage.offset) for stage in lineage.stages},
         # The version names the content: the same reports make the same version.
         hashlib.sha256(lineage.model_dump_json().encode()).hexdigest()[:12],
     )
-    policy = build_policy(refitted, load_predictor(directory, refitted))
+    policy = build_policy(refitted, load_predictor(parent, document))
     curve = tabulate(tuple(each.view for each in policy.views), policy.views[0].prompt_shares)
-    refitted = refitted.model_copy(update={"curve": curve})
-    write_lineage(lineage, directory)
-    write_document(refitted, directory)
-    return refitted
+    models = {view.model: (parent / view.model).read_bytes() for view in document.views}
+    return write_artifact(refitted.model_copy(update={"curve": curve}), models, directory, lineage)
 
 
 def correct_document(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import numpy.typing as npt
 
@@ -118,16 +118,38 @@ def oracle(data: Dataset) -> Run:
     count, stages = data.correct.shape
     best = Run(np.zeros(count, np.int64), np.zeros(count, np.bool_), np.zeros(count), np.zeros(count))
     least = np.full(count, np.inf)
+    for last, keys in _ways(stages):
+        cost = np.sum([data.costs[key] for key in keys], axis=0)
+        latency_ms = np.sum([data.latencies_ms[key] for key in keys], axis=0)
+        # A wrong answer is worth nothing: any right one at any cost comes before it.
+        order = cost + np.where(data.correct[:, last], 0.0, _WRONG)
+        better = order < least
+        least[better] = order[better]
+        best.stage[better] = last
+        best.correct[better] = data.correct[better, last]
+        best.cost[better], best.latency_ms[better] = cost[better], latency_ms[better]
+    return best
+
+
+def least_spent(correct: npt.NDArray[np.bool_], amounts: Mapping[ViewKey, Floats], right: int) -> float:
+    """Return the least mean amount at which `right` prompts of n are right, for whoever knows the outcomes.
+
+    correct: [n, K]. amounts: costs or latencies as Dataset has them. Each prompt goes its cheapest way to any
+    answer, and those whose cheapest way to a right one costs least more go that one. Where fewer than `right`
+    can be right, the least at which as many are as can be.
+    """
+    count, stages = correct.shape
+    answered, answered_right = np.full(count, np.inf), np.full(count, np.inf)
+    for last, keys in _ways(stages):
+        amount = np.sum([amounts[key] for key in keys], axis=0)
+        answered = np.minimum(answered, amount)
+        answered_right = np.where(correct[:, last], np.minimum(answered_right, amount), answered_right)
+    more = np.sort((answered_right - answered)[np.isfinite(answered_right)])
+    return float((answered.sum() + more[:right].sum()) / count)
+
+
+def _ways(stages: int) -> Iterator[tuple[int, list[ViewKey]]]:
+    """Yield the last stage and the calls of every way: stages in order, each verifying the one before."""
     for size in range(1, stages + 1):
         for way in itertools.combinations(range(stages), size):
-            keys = list(zip(way, (None, *way), strict=False))
-            cost = np.sum([data.costs[key] for key in keys], axis=0)
-            latency_ms = np.sum([data.latencies_ms[key] for key in keys], axis=0)
-            # A wrong answer is worth nothing: any right one at any cost comes before it.
-            order = cost + np.where(data.correct[:, way[-1]], 0.0, _WRONG)
-            better = order < least
-            least[better] = order[better]
-            best.stage[better] = way[-1]
-            best.correct[better] = data.correct[better, way[-1]]
-            best.cost[better], best.latency_ms[better] = cost[better], latency_ms[better]
-    return best
+            yield way[-1], list(zip(way, (None, *way), strict=False))

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-from policy_service.train.faults import UnfitOutcomes
 from policy_service.train.routing.embeddings import cached_vectors
 from policy_service.train.routing.ladder import Ladder, LadderLine, ladder_lines
 from policy_service.train.routing.metrics import Routed, measure
 from policy_service.train.routing.router import fit_word_scores, predict_targets, smooth_targets
-from policy_service.train.routing.table import read_answers, read_sizes, read_table
+from policy_service.train.routing.table import UnfitOptions, read_answers, read_sizes, read_table
 from policy_service.train.routing.text import describe_prompts
 
 if TYPE_CHECKING:
@@ -127,6 +126,8 @@ def evaluate_routing(
     if ladder is not None:
         progress("replaying the ladder")
         lines = ladder_lines(table, ladder, look, vectors, folds, options.seed)
+    # What is unseen is resampled: prompts of a subject are right and wrong together.
+    groups = np.unique(table.subjects, return_inverse=True)[1] if options.by_subject else None
     lengths = np.array([float(len(prompt)) for prompt in table.prompts])
     scores = {"prompt length": lengths, "TF-IDF, logistic regression": words, "ours": ours}
     return RoutingEvaluation(
@@ -137,7 +138,7 @@ def evaluate_routing(
         table.others.shape[1],
         f"{options.folds} folds by {'subject' if options.by_subject else 'question'}, seed {options.seed}",
         tuple(float(mean) for mean in table.outcomes[:, :stages].mean(axis=0)),
-        {name: measure(score, gains, options.seed) for name, score in scores.items()},
+        {name: measure(score, gains, options.seed, groups) for name, score in scores.items()},
         _PUBLISHED.get(table.benchmark) if table.ladder == _ROUTELLM_LADDER else None,
         tuple(lines),
     )
@@ -156,8 +157,6 @@ def split_folds(table: RoutingTable, options: RoutingOptions) -> list[tuple[Rows
         return list(splitter.split(kinds, kinds))
     subjects = len(set(table.subjects))
     if subjects < options.folds:
-        raise UnfitOutcomes(
-            f"{subjects} subjects make no {options.folds} folds: fewer --folds, or no --group"
-        )
+        raise UnfitOptions(f"{subjects} subjects make no {options.folds} folds: fewer --folds, or no --group")
     splitter = StratifiedGroupKFold(options.folds, shuffle=True, random_state=options.seed)
     return list(splitter.split(kinds, kinds, groups=table.subjects))

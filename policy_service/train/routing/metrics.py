@@ -59,12 +59,20 @@ def call_share(scores: Floats, gains: Floats, recovery: float) -> float:
     return float(shares[after - 1] + part * (shares[after] - shares[after - 1]))
 
 
-def measure(scores: Floats, gains: Floats, seed: int) -> Routed:
-    """Return the measures of a score. The bootstrap resamples prompts, and fits nothing again."""
+def measure(scores: Floats, gains: Floats, seed: int, groups: npt.NDArray[np.int64] | None = None) -> Routed:
+    """Return the measures of a score. The bootstrap resamples prompts, and fits nothing again.
+
+    groups: [n], number of each prompt's group from 0 on. Whole groups are resampled then, as many as there
+    are: the cluster bootstrap, Davison and Hinkley 1997, section 3.8.
+    """
     rng = np.random.default_rng(seed)
+    members = None if groups is None else [np.flatnonzero(groups == each) for each in range(groups.max() + 1)]
     areas = []
     for _ in range(_RESAMPLES):
-        rows = rng.integers(0, len(gains), len(gains))
+        if members is None:
+            rows = rng.integers(0, len(gains), len(gains))
+        else:
+            rows = np.concatenate([members[each] for each in rng.integers(0, len(members), len(members))])
         # A resample without a gap has no PGR; it takes few prompts or equal models to make one.
         if gains[rows].sum() > 0:
             areas.append(average_recovery(scores[rows], gains[rows]))

@@ -29,6 +29,10 @@ _DESCRIPTIONS = frozenset(
 _LEAST_PROMPTS = 50
 
 
+class UnfitOptions(UnfitOutcomes):
+    """What the command line asks of a file does not fit it; the message names the option."""
+
+
 @dataclass(frozen=True)
 class RoutingTable:
     """Outcomes of n prompts. outcomes: [n, models], of the ladder first, then of the other models.
@@ -63,12 +67,12 @@ def read_table(path: Path, ladder: Sequence[str], also: Sequence[Path] = ()) -> 
     Raises UnfitOutcomes.
     """
     if len(set(ladder)) < 2 or len(set(ladder)) < len(ladder):
-        raise UnfitOutcomes("--ladder needs two or more different models, smallest first")
+        raise UnfitOptions("--ladder needs two or more different models, smallest first")
     rows = _read_rows(path)
     models = _models(rows)
     for name in ladder:
         if name not in models:
-            raise UnfitOutcomes(f"{path}: no model {name}; it has {', '.join(models)}")
+            raise UnfitOptions(f"{path}: no model {name}; it has {', '.join(models)}")
     columns = [*ladder, *(name for name in models if name not in ladder)]
     values = _values(path, rows, columns)
     for each in also:
@@ -93,7 +97,7 @@ def read_table(path: Path, ladder: Sequence[str], also: Sequence[Path] = ()) -> 
         int((~kept).sum()),
     )
     if table.gains.sum() <= 0:
-        raise UnfitOutcomes(f"{path}: {ladder[-1]} is no better than {ladder[0]}: give the smallest first")
+        raise UnfitOptions(f"{path}: {ladder[-1]} is no better than {ladder[0]}: give the smallest first")
     return table
 
 

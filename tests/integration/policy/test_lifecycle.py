@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import grpc
 import pytest
 import yaml
 from opentelemetry.sdk.metrics import MeterProvider
@@ -74,7 +75,7 @@ async def running(store: PolicyStore, reports: Path, shadow: Shadow | None = Non
         ReportLog(reports, monitor.add),
         monitor=monitor,
         shadow=shadow,
-        known_versions=opened.names(),
+        known_versions=opened.names,
     )
     registration = ServiceRegistration(
         "asd.v1.PolicyService",
@@ -206,6 +207,20 @@ async def test_reports_of_a_version_that_nobody_knows_are_refused(store: PolicyS
             )
 
 
+async def test_reports_are_taken_of_a_version_that_only_other_replicas_serve_yet(
+    store: PolicyStore, tmp_path: Path
+):
+    async with running(store, tmp_path / "r.jsonl") as service:
+        first = report("a", 0.5, correct=True, version="v2")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await service.stub.Report(first, timeout=10)
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        store.publish(make_artifact(tmp_path / "v2", "v2"))
+        # The service has not looked at the store since.
+        assert (await service.stub.Decide(decide(-0.4), timeout=10)).policy_version == "v1"
+        assert (await service.stub.Report(first, timeout=10)).reports == 1
+
+
 @pytest.fixture
 def metrics(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemoryMetricReader]:
     reader = InMemoryMetricReader()
@@ -331,7 +346,7 @@ async def test_a_shadow_that_fails_or_hangs_touches_no_answer(
 def test_a_command_that_cannot_says_why(arguments, message, store, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").touch()
-    assert run_cli(monkeypatch, *arguments) == 1
+    assert run_cli(monkeypatch, *arguments) == (2 if "--to" in arguments else 1)
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.err.count("\n") == 1

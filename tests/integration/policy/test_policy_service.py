@@ -17,7 +17,8 @@ from asd.v1 import common_pb2, policy_pb2, policy_pb2_grpc
 from policy_service.artifact import load_policy
 from policy_service.reports import ReportLog, read_reports
 from policy_service.servicer import PolicyServicer
-from services.common.channel import open_channel
+from services.common.channel import call_unary, open_channel
+from services.common.errors import ResourceExhausted
 from services.common.server import ServiceRegistration, start_server
 from suites import split
 
@@ -35,6 +36,7 @@ NAN = float("nan")
 class Service(NamedTuple):
     """A running policy service."""
 
+    target: str
     stub: policy_pb2_grpc.PolicyServiceAsyncStub
     document: PolicyDocument
     reports: Path
@@ -50,8 +52,9 @@ async def service(tmp_path: Path) -> AsyncIterator[Service]:
         lambda server: policy_pb2_grpc.add_PolicyServiceServicer_to_server(servicer, server),
     )
     server, port = await start_server("127.0.0.1:0", [registration])
-    async with open_channel(f"127.0.0.1:{port}") as channel:
-        yield Service(policy_pb2_grpc.PolicyServiceStub(channel), document, reports)
+    target = f"127.0.0.1:{port}"
+    async with open_channel(target) as channel:
+        yield Service(target, policy_pb2_grpc.PolicyServiceStub(channel), document, reports)
     await server.stop(None)
 
 
@@ -226,6 +229,24 @@ def field_at_fault(error: grpc.aio.AioRpcError) -> str:
     bad = error_details_pb2.BadRequest()
     assert status.details[0].Unpack(bad)
     return bad.field_violations[0].field
+
+
+@pytest.mark.parametrize("limit", [2**22, 2**24], ids=["refused by the caller", "refused by the service"])
+@pytest.mark.parametrize("method", ["Plan", "Decide"])
+async def test_a_prompt_of_6_mb_is_refused_with_what_to_change(
+    service: Service, method: str, limit: int
+) -> None:
+    prompt = "x" * 6_000_000
+    request = plan(prompt=prompt) if method == "Plan" else decide(prompt=prompt)
+    async with open_channel(service.target, max_message_bytes=limit) as channel:
+        call = getattr(policy_pb2_grpc.PolicyServiceStub(channel), method)
+        with pytest.raises(ResourceExhausted) as caught:
+            await call_unary(call, request, timeout_ms=10_000, peer="policy")
+    assert caught.value.message == (
+        f"policy: the request has {request.ByteSize()} bytes, and 4194304 are the most that a message may "
+        "have: shorten the prompt or the conversation, or split the batch"
+    )
+    assert (await service.stub.Decide(decide(), timeout=10)).p_correct > 0
 
 
 async def test_a_report_replaces_the_earlier_one_of_its_request(service: Service) -> None:

@@ -154,7 +154,7 @@ def test_a_mean_over_requests_has_its_lambda(budget):
 )
 def test_a_mean_that_cannot_be_kept_says_what_can(arguments, message, monkeypatch, capsys):
     code, errors = _main(monkeypatch, capsys, "price", *arguments)
-    assert code == 1
+    assert code == 2
     assert message in errors
 
 
@@ -203,7 +203,7 @@ def test_costs_that_are_no_text_are_named(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("value", ["nan", "-1", "inf"])
 def test_a_lambda_that_is_no_value_is_refused(value, monkeypatch, capsys):
     code, message = _main(monkeypatch, capsys, "evaluate", "o.parquet", "--lambda", value)
-    assert code == 1
+    assert code == 2
     assert "--lambda must be a number of 0 or more" in message
 
 
@@ -212,5 +212,31 @@ def test_a_lambda_that_is_no_value_is_refused(value, monkeypatch, capsys):
 )
 def test_own_and_published_outcomes_are_not_mixed(arguments, monkeypatch, capsys):
     code, message = _main(monkeypatch, capsys, "evaluate", *arguments)
-    assert code == 1
+    assert code == 2
     assert "give either a file of outcomes" in message
+
+
+def test_a_collection_that_is_interrupted_says_how_it_goes_on(tmp_path, monkeypatch):
+    async def interrupted(options, console):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("policy_service.train.collect.collect_outcomes", interrupted)
+    result = _RUNNER.invoke(app, ["collect", str(tmp_path / "o.parquet")])
+    assert (result.exit_code, result.stderr) == (130, "stopped: the same command goes on from here\n")
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [([], 2), (["--concurrency", "7"], 7)])
+def test_by_default_as_many_prompts_are_under_way_as_have_replicas_of_their_own(
+    arguments, expected, tmp_path, monkeypatch
+):
+    asked = []
+
+    async def collect(options, console):
+        asked.append(options)
+
+    monkeypatch.setattr("policy_service.train.collect.collect_outcomes", collect)
+    stages = ["--stage", "small=a:1,b:1,c:1", "--stage", "large=d:1,e:1"]
+    result = _RUNNER.invoke(app, ["collect", str(tmp_path / "o.parquet"), *stages, *arguments])
+    assert result.exit_code == 0
+    assert [each.concurrency for each in asked] == [expected]
+    assert asked[0].targets == {"small": ("a:1", "b:1", "c:1"), "large": ("d:1", "e:1")}

@@ -176,6 +176,25 @@ def test_the_same_inputs_make_the_same_policy(tmp_path: Path) -> None:
     assert documents[0] == documents[1]
 
 
+def test_a_policy_knows_the_ways_to_end_that_one_answer_in_a_hundred_had(tmp_path: Path) -> None:
+    rng = random.Random(4)
+    records = [record(rng) for _ in range(400)]
+    for place, each in enumerate(records):
+        stages: dict[str, dict[str, object]] = each["stages"]  # type: ignore[assignment]
+        if place < 7:
+            stages["small"]["finish_reason"] = "length" if place < 4 else "stop"
+    train, calibration = (
+        InputFile(path, read_dataset(path, COSTS))
+        for path in (
+            write(tmp_path / "train.parquet", records),
+            write(tmp_path / "calibration.parquet", [record(rng) for _ in range(200)]),
+        )
+    )
+    fit_policy(train, calibration, COSTS, tmp_path / "artifact", 0, lambda _: None)
+    small, large = load_policy(tmp_path / "artifact")[0].stages
+    assert (small.finish_reasons, large.finish_reasons) == (("eos", "length"), ("eos",))
+
+
 def test_bounds_of_a_policy_by_hand(tmp_path: Path) -> None:
     rng = random.Random(2)
     records = [record(rng) for _ in range(4)]
@@ -297,8 +316,9 @@ def test_an_artifact_with_a_foreign_model_is_refused(
 ) -> None:
     for path in made[0].iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "stage-0.onnx").write_bytes((tmp_path / "stage-1.onnx").read_bytes())
-    with pytest.raises(UnfitArtifact, match=r"stage-0\.onnx is not the model"):
+    models = {view.stage: view.model for view in read_document(tmp_path).views if view.origin is None}
+    (tmp_path / models["small"]).write_bytes((tmp_path / models["large"]).read_bytes())
+    with pytest.raises(UnfitArtifact, match=r"stage-0\.[0-9a-f]{12}\.onnx is not the model"):
         load_policy(tmp_path)
 
 

@@ -180,7 +180,7 @@ def test_bins_follow_and_certificates_never_rise(refitted: tuple[Path, Path]):
     parent, made = map(read_document, refitted)
     for old, new in zip(parent.views, made.views, strict=True):
         if old.stage != "medium":
-            assert new == old
+            assert new.model_copy(update={"model": old.model}) == old
             continue
         assert all(a > b for a, b in zip(old.p_correct, new.p_correct, strict=True))
         assert all(a >= b for a, b in zip(old.certified, new.certified, strict=True))

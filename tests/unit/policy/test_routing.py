@@ -220,11 +220,11 @@ def test_what_a_prompt_looks_like_is_finite_and_sees_numbers_and_options():
     assert (plain != asked).sum() > 10
 
 
-def _fail(monkeypatch, capsys, *arguments: str) -> str:
+def _fail(monkeypatch, capsys, *arguments: str, code: int = 1) -> str:
     monkeypatch.setattr(sys, "argv", ["asd-policy", "evaluate", *arguments])
     with pytest.raises(SystemExit) as ended:
         cli.main()
-    assert ended.value.code == 1
+    assert ended.value.code == code
     line = capsys.readouterr().err
     assert line.count("\n") == 1
     return line.removeprefix("asd-policy: ").rstrip("\n")
@@ -242,7 +242,7 @@ def _fail(monkeypatch, capsys, *arguments: str) -> str:
 )
 def test_ladders_that_cannot_be_are_refused(ladder, error, tmp_path, monkeypatch, capsys):
     path = _write(tmp_path / "o.csv.gz", _rows(60))
-    assert error in _fail(monkeypatch, capsys, "--outcomes", str(path), "--ladder", ladder)
+    assert error in _fail(monkeypatch, capsys, "--outcomes", str(path), "--ladder", ladder, code=2)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_more_folds_than_subjects_are_refused(tmp_path):
 
 
 def test_evaluate_without_a_file_says_what_it_needs(monkeypatch, capsys):
-    assert "--outcomes FILE with --ladder" in _fail(monkeypatch, capsys)
+    assert "--outcomes FILE with --ladder" in _fail(monkeypatch, capsys, code=2)
 
 
 def test_an_encoder_that_is_none_is_refused(tmp_path):
@@ -299,3 +299,35 @@ def test_scores_are_no_outcomes(tmp_path):
     path = _write(tmp_path / "o.csv.gz", rows)
     with pytest.raises(UnfitOutcomes, match=r"row 4: huge is 8\.5; an outcome is 0 to 1"):
         read_table(path, ["tiny", "huge"])
+
+
+def test_whole_groups_are_resampled_where_folds_are_by_group():
+    """Groups that gain or lose as one: resampling prompts would take their number for evidence."""
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(10), 50)
+    gains = np.where(rng.random(10) < 0.7, 1.0, 0.0)[groups] + 0.1
+    scores = rng.normal(size=10)[groups] + 0.01 * rng.normal(size=500)
+    by_prompt, by_group = measure(scores, gains, 0), measure(scores, gains, 0, groups)
+    assert by_group.apgr == by_prompt.apgr
+    widths = [each.interval[1] - each.interval[0] for each in (by_prompt, by_group)]
+    # Fifty prompts that say the same: seven times the width, less what is not of the groups.
+    assert widths[1] > 3 * widths[0]
+    # By hand: one prompt a group is the bootstrap of prompts.
+    alone = measure(scores[::50], gains[::50], 0, np.arange(10))
+    assert alone == measure(scores[::50], gains[::50], 0)
+
+
+def test_only_figures_by_subject_have_intervals_by_subject(tmp_path, monkeypatch):
+    from policy_service.train.routing import evaluate
+
+    table = read_table(_write(tmp_path / "o.csv.gz", _rows(120)), ["tiny", "huge"])
+    seen = []
+    monkeypatch.setattr(evaluate, "measure", lambda *given: seen.append(given[3]))
+    for by_subject in (False, True):
+        evaluate_routing(table, RoutingOptions(by_subject, folds=3), None, None, lambda _: None)
+    assert seen[:3] == [None] * 3
+    subjects = np.array(table.subjects)
+    for groups in seen[3:]:
+        for each in range(8):
+            assert len(set(subjects[groups == each])) == 1
+        assert len(set(groups.tolist())) == len(set(table.subjects)) == 8

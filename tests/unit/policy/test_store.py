@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 
 from policy_service.artifact import UnfitArtifact
-from policy_service.store import PolicyStore, PolicyWatch, UnfitStore, follow, load_usable, open_policy
+from policy_service.store import (
+    PolicyStore,
+    PolicyWatch,
+    UnfitStore,
+    artifact_in,
+    follow,
+    load_usable,
+    open_policy,
+)
 from tests.unit.policy.tiny_policy import make_artifact
 
 ROOT = Path(__file__).parents[3]
@@ -328,3 +336,103 @@ def test_a_usable_policy_has_solved_what_its_first_requests_need(tmp_path: Path,
 
     monkeypatch.setattr(module, "solve_policy", solve)
     assert loaded.policy.plan(PromptText("What?"), Objective(), {}).first_stage == 0
+
+
+def test_publishing_mends_a_version_that_is_damaged(store: PolicyStore, tmp_path: Path):
+    break_model(store, "v2")
+    (store.artifact("v1") / "policy.json").write_text("{")
+    assert store.publish(tmp_path / "v2").policy_version == "v2"
+    assert load_usable(store.artifact("v2")).policy.version == "v2"
+    assert store.history() == ("v1", "v2")
+    store.publish(tmp_path / "v1")
+    assert [each.problem for each in store.versions()] == ["", ""]
+    # Nothing is left of what was damaged.
+    assert {path.name for path in (store.directory / "policies").iterdir()} == {"v1", "v2"}
+
+
+def test_a_damaged_version_in_force_keeps_none_from_being_published(store: PolicyStore, tmp_path: Path):
+    (store.artifact("v2") / "policy.json").unlink()
+    other = make_artifact(tmp_path / "other", "other", stages=("small", "medium", "large"))
+    # The cascade is still known from v1.
+    with pytest.raises(UnfitStore, match="but policy v1 is for small, large"):
+        store.publish(other)
+    store.publish(make_artifact(tmp_path / "v3", "v3"))
+    assert store.history() == ("v1", "v2", "v3")
+    with pytest.raises(
+        UnfitStore, match="Name another one of `asd-policy versions` with --to, or publish v2"
+    ):
+        store.rollback()
+    assert store.rollback("v1") == "v1"
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"schema": "asd.policies", "history": []}', "\x00" * 40])
+def test_a_pointer_that_is_damaged_says_what_mends_it_and_that_does(
+    content, store: PolicyStore, tmp_path: Path
+):
+    pointer = store.directory / "current.json"
+
+    def damage() -> None:
+        pointer.unlink()
+        if content is not None:
+            pointer.write_text(content)
+
+    damage()
+    for act in (store.current, store.rollback, lambda: open_policy(store.directory)):
+        with pytest.raises(UnfitStore) as caught:
+            act()
+        assert f"Put one of v1, v2 into force with `asd-policy rollback {store.directory} --to" in str(
+            caught.value
+        )
+        assert f"`asd-policy publish ARTIFACT {store.directory}`" in str(caught.value)
+    assert [(each.version, each.is_current) for each in store.versions()] == [("v1", False), ("v2", False)]
+    assert store.rollback("v1") == "v1"
+    assert store.history() == ("v1",)
+    if content is not None:
+        # What it said is not lost.
+        assert (store.directory / "current.json.damaged").read_text() == content
+    damage()
+    store.publish(tmp_path / "v2")
+    assert store.history() == ("v2",)
+    assert open_policy(store.directory)[0].policy.version == "v2"
+
+
+def test_damaged_versions_are_listed_with_what_is_wrong(store: PolicyStore):
+    break_model(store, "v1")
+    (store.artifact("v2") / "lineage.json").write_text("no")
+    (store.directory / "policies" / "v3").write_text("a file")
+    first, second, third = store.versions()
+    assert (first.since, first.prompts) == (100.0, 300)
+    assert "0-None.onnx is not the model" in first.problem
+    assert second.is_current
+    assert "lineage.json" in second.problem
+    assert "v3" in third.problem
+
+
+def test_what_killed_publishes_left_is_removed_and_versions_stay(store: PolicyStore, tmp_path: Path):
+    policies = store.directory / "policies"
+    (policies / ".partial-v9").mkdir()
+    (policies / ".partial-v9" / "policy.json").write_text("{")
+    # Also where the version is there already, and nothing is copied.
+    store.publish(tmp_path / "v2")
+    assert {path.name for path in policies.iterdir()} == {"v1", "v2"}
+
+
+def test_a_store_that_is_not_there_is_not_made_by_what_fails(tmp_path: Path):
+    nowhere = tmp_path / "nowhere"
+    with pytest.raises(UnfitStore, match="no policy was published"):
+        PolicyStore(nowhere).rollback()
+    with pytest.raises(UnfitStore, match="no policy was published"):
+        PolicyStore(nowhere).versions()
+    spoilt = make_artifact(tmp_path / "v1", "v1")
+    (spoilt / "1-0.onnx").write_bytes(b"x")
+    with pytest.raises(UnfitArtifact, match="is not the model"):
+        PolicyStore(nowhere).publish(spoilt)
+    assert not nowhere.exists()
+
+
+def test_a_store_stands_for_its_version_in_force(store: PolicyStore, tmp_path: Path):
+    assert artifact_in(store.directory) == store.artifact("v2")
+    assert artifact_in(tmp_path / "v1") == tmp_path / "v1"
+    (store.artifact("v2") / "policy.json").unlink()
+    with pytest.raises(UnfitStore, match=r"version v2, which is in force in .* `asd-policy rollback"):
+        artifact_in(store.directory)
