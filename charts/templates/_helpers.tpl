@@ -3,10 +3,12 @@
 {{- .Values.fullnameOverride | default .Release.Name | trunc 24 | trimSuffix "-" -}}
 {{- end -}}
 
-{{/* Image of a component: dict "root" $ "component" "router". */}}
+{{/* Image of a component: dict "root" $ "image" "stage-onnx". */}}
 {{- define "asd.image" -}}
 {{- $image := .root.Values.image -}}
-{{- with $image.registry }}{{ . }}/{{ end }}asd-{{ .component }}:{{ $image.tag | default .root.Chart.AppVersion }}
+{{- $digest := get ($image.digests | default dict) (.image | replace "-" "_" | camelcase | untitle) -}}
+{{- with $image.registry }}{{ . }}/{{ end }}asd-{{ .image }}
+{{- if $digest }}@{{ $digest }}{{ else }}:{{ $image.tag | default .root.Chart.AppVersion }}{{ end -}}
 {{- end -}}
 
 {{/* Labels that select a component's pods: dict "root" $ "component" "stage-small". They never change. */}}
@@ -29,34 +31,42 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- mergeOverwrite (deepCopy .root.Values.stageDefaults) (deepCopy .stage) | toYaml -}}
 {{- end -}}
 
-{{/* What a schema cannot say. */}}
-{{- define "asd.validate" -}}
-{{- $names := list -}}
-{{- range .Values.stages -}}
-{{- if has .name $names -}}
-{{- fail (printf "stages: two are named %q; give each stage its own name" .name) -}}
+{{/* Options of a model's engine, as YAML: the section of values that is the engine's. Takes a stage's model. */}}
+{{- define "asd.engineOptions" -}}
+{{- get . (.engine | camelcase | untitle) | default dict | toYaml -}}
 {{- end -}}
-{{- $names = append $names .name -}}
+
+{{/* Image of an engine: "tensorrt_llm" is served by asd-stage-tensorrt-llm. */}}
+{{- define "asd.engineImage" -}}
+stage-{{ . | replace "_" "-" }}
 {{- end -}}
-{{- $last := -1 -}}
-{{- range $name := .Values.router.staticPlan -}}
-{{- if not (has $name $names) -}}
-{{- fail (printf "router.staticPlan: %q is not among stages (%s); name stages of this cascade, for instance [%s]" $name (join ", " $names) (last $names)) -}}
+
+{{/* Port that probes ask. Kubernetes' gRPC probes cannot speak TLS. dict "root" $ "port" 50050. */}}
+{{- define "asd.probePort" -}}
+{{- ternary 50059 .port .root.Values.tls.enabled -}}
 {{- end -}}
-{{- range $index, $stage := $names -}}
-{{- if eq $stage $name -}}
-{{- if lt $index $last -}}
-{{- fail (printf "router.staticPlan: %q comes after a later stage; name stages in the order of stages (%s)" $name (join ", " $names)) -}}
+
+{{/* Secret with a service's certificate. dict "root" $ "component" "stage-small". */}}
+{{- define "asd.tlsSecret" -}}
+{{- $tls := .root.Values.tls -}}
+{{- if eq $tls.mode "certManager" -}}
+{{- include "asd.fullname" .root }}-{{ .component }}-tls
+{{- else -}}
+{{- $key := ternary "stages" .component (hasPrefix "stage-" .component) -}}
+{{- get $tls.secretNames $key | default $tls.secretName -}}
 {{- end -}}
-{{- $last = $index -}}
 {{- end -}}
+
+{{/* How a service of the release calls another one: its setting `tls`, as YAML; {} where connections are plain. */}}
+{{- define "asd.clientTls" -}}
+{{- if .Values.tls.enabled -}}
+{{- $tls := dict "ca_file" "/tls/ca.crt" -}}
+{{- if .Values.tls.mutual -}}
+{{- $tls = merge $tls (dict "cert_file" "/tls/tls.crt" "key_file" "/tls/tls.key") -}}
 {{- end -}}
-{{- end -}}
-{{- if and .Values.policy.enabled .Values.policy.reportsClaim (gt (int .Values.policy.replicas) 1) -}}
-{{- fail "policy.reportsClaim: several pods cannot keep one file of reports; set policy.replicas=1, or leave the claim out" -}}
-{{- end -}}
-{{- if and .Values.policy.enabled (not .Values.policy.artifactClaim) (ne (join "," $names) "small,medium,large") -}}
-{{- fail (printf "policy.artifactClaim: the image's policy was made for the stages small, medium, large, not for %s; name a claim with a policy for these, or set policy.enabled=false" (join ", " $names)) -}}
+{{- dict "tls" $tls | toYaml -}}
+{{- else -}}
+{}
 {{- end -}}
 {{- end -}}
 
@@ -64,11 +74,45 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 The objects that every component has, but for its Service: ServiceAccount, ConfigMap, PodDisruptionBudget,
 Deployment. dict "root" $ "component" "stage-small" "image" "stage-onnx" "config" a dict "port" 50061
 "settings" the component's values "startupSeconds" 120 "volumes" a list of dicts name, path, claim, writable
-"env" a dict. A claim is mounted read-only where it is not said to be writable.
+"env" a dict. A claim is mounted read-only where it is not said to be writable. Optional: "replicas" a number,
+left out where something else sets it; "wantsCertificate": callers must show one; "guarded": callers must show a
+token; "apiAccess": the pod calls the Kubernetes API; "gpus", "gpuResource", "sharedMemory", "tmpSize",
+"updateStrategy".
 */}}
 {{- define "asd.component" -}}
-{{- $name := printf "%s-%s" (include "asd.fullname" .root) .component -}}
-{{- $config := toYaml .config -}}
+{{- $root := .root -}}
+{{- $settings := .settings -}}
+{{- $name := printf "%s-%s" (include "asd.fullname" $root) .component -}}
+{{- $rollout := $root.Values.rollout -}}
+{{- $tls := $root.Values.tls -}}
+{{- $metricsPort := int $root.Values.telemetry.metricsPort -}}
+{{- $probePort := include "asd.probePort" (dict "root" $root "port" .port) | int -}}
+{{- $served := dict "listen" (printf "0.0.0.0:%d" .port) -}}
+{{- if $tls.enabled -}}
+{{- $shown := dict "cert_file" "/tls/tls.crt" "key_file" "/tls/tls.key" -}}
+{{- if .wantsCertificate -}}
+{{- $shown = merge $shown (dict "client_ca_file" "/tls/ca.crt") -}}
+{{- end -}}
+{{- $served = merge $served (dict "tls" $shown "health_listen" (printf "0.0.0.0:%d" $probePort)) -}}
+{{- end -}}
+{{- if $metricsPort -}}
+{{- $served = merge $served (dict "metrics_listen" (printf "0.0.0.0:%d" $metricsPort)) -}}
+{{- end -}}
+{{- with $settings.maxConnectionAgeSeconds -}}
+{{- $served = merge $served (dict "grpc" (dict "max_connection_age_ms" (mul (int .) 1000))) -}}
+{{- end -}}
+{{- $config := merge $served .config | toYaml -}}
+{{- range $key, $value := $settings.podLabels -}}
+{{- if or (hasPrefix "app.kubernetes.io/" $key) (hasPrefix "helm.sh/" $key) -}}
+{{- fail (printf "%s: podLabels may not set %s, by which the release knows its pods; choose another label" $.component $key) -}}
+{{- end -}}
+{{- end -}}
+{{- $needed := add $rollout.preStopSeconds $settings.drainSeconds | int -}}
+{{- $grace := int $settings.terminationGracePeriodSeconds | default (add $needed 5 | int) -}}
+{{- if lt $grace $needed -}}
+{{- fail (printf "%s: terminationGracePeriodSeconds %d would kill calls that may still go on; set it to %d or more (rollout.preStopSeconds and drainSeconds), or to 0" .component $grace $needed) -}}
+{{- end -}}
+{{- $update := .updateStrategy | default (dict "maxUnavailable" 0 "maxSurge" 1) -}}
 apiVersion: v1
 kind: ServiceAccount
 metadata:
@@ -94,7 +138,10 @@ metadata:
   labels:
     {{- include "asd.labels" . | nindent 4 }}
 spec:
+  # Nodes are drained one pod at a time. minAvailable would keep a component of one pod on its node for good.
   maxUnavailable: 1
+  # A pod that is not ready serves nobody, so that it may not hold up a drain.
+  unhealthyPodEvictionPolicy: AlwaysAllow
   selector:
     matchLabels:
       {{- include "asd.selectorLabels" . | nindent 6 }}
@@ -106,11 +153,18 @@ metadata:
   labels:
     {{- include "asd.labels" . | nindent 4 }}
 spec:
-  replicas: {{ .settings.replicas }}
+  {{- if hasKey . "replicas" }}
+  replicas: {{ .replicas }}
+  {{- end }}
+  # The old pod goes once the new one is ready, and has been for as long as clients' DNS may not know it.
+  minReadySeconds: {{ $rollout.minReadySeconds }}
+  # Kubernetes' default of 600 would call a model that loads for longer a failed rollout.
+  progressDeadlineSeconds: {{ max 600 (add .startupSeconds $rollout.minReadySeconds 300) }}
   strategy:
+    type: RollingUpdate
     rollingUpdate:
-      maxUnavailable: 0
-      maxSurge: 1
+      maxUnavailable: {{ $update.maxUnavailable }}
+      maxSurge: {{ $update.maxSurge }}
   selector:
     matchLabels:
       {{- include "asd.selectorLabels" . | nindent 6 }}
@@ -118,75 +172,114 @@ spec:
     metadata:
       labels:
         {{- include "asd.labels" . | nindent 8 }}
+        {{- with $settings.podLabels }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
       annotations:
         checksum/config: {{ $config | sha256sum }}
+        {{- with $settings.podAnnotations }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
     spec:
       serviceAccountName: {{ $name }}
-      automountServiceAccountToken: false
+      automountServiceAccountToken: {{ .apiAccess | default false }}
       # A Service named asd-router would set ASD_ROUTER_* variables, which are settings of ours.
       enableServiceLinks: false
-      {{- with .root.Values.image.pullSecrets }}
+      {{- with $root.Values.image.pullSecrets }}
       imagePullSecrets:
         {{- range . }}
         - name: {{ . }}
         {{- end }}
       {{- end }}
+      {{- with $settings.priorityClassName }}
+      priorityClassName: {{ . }}
+      {{- end }}
+      {{- with $settings.runtimeClassName }}
+      runtimeClassName: {{ . }}
+      {{- end }}
       # The preStop sleep, the drain, and some time to end.
-      terminationGracePeriodSeconds: {{ add .settings.drainSeconds 8 }}
+      terminationGracePeriodSeconds: {{ $grace }}
       securityContext:
         {{- include "asd.podSecurity" . | nindent 8 }}
+        {{- $writes := false }}
         {{- range .volumes }}
-        {{- if and .claim .writable }}
+        {{- if and .claim .writable }}{{ $writes = true }}{{ end }}
+        {{- end }}
+        {{- if $writes }}
         # The images' user may then write to a volume that came as root's.
         fsGroup: 10001
         fsGroupChangePolicy: OnRootMismatch
         {{- end }}
-        {{- end }}
       containers:
         - name: {{ .image }}
-          image: {{ include "asd.image" (dict "root" .root "component" .image) }}
-          imagePullPolicy: {{ .root.Values.image.pullPolicy }}
+          image: {{ include "asd.image" (dict "root" $root "image" .image) }}
+          imagePullPolicy: {{ $root.Values.image.pullPolicy }}
           args: [--config, /etc/asd/config.yaml]
           securityContext:
             {{- include "asd.containerSecurity" . | nindent 12 }}
           env:
             - name: POD_NAME
               valueFrom: {fieldRef: {fieldPath: metadata.name}}
-            {{- $env := dict "OTEL_RESOURCE_ATTRIBUTES" (printf "k8s.namespace.name=%s,k8s.pod.name=$(POD_NAME)" .root.Release.Namespace) }}
-            {{- with .root.Values.telemetry.endpoint }}
-            {{- $_ := set $env "OTEL_EXPORTER_OTLP_ENDPOINT" . }}
+            {{- $env := dict "OTEL_RESOURCE_ATTRIBUTES" (printf "k8s.namespace.name=%s,k8s.pod.name=$(POD_NAME)" $root.Release.Namespace) }}
+            {{- with $root.Values.telemetry.endpoint }}
+            {{- $env = merge $env (dict "OTEL_EXPORTER_OTLP_ENDPOINT" .) }}
             {{- end }}
-            {{- range $key, $value := merge (dict) .env .root.Values.telemetry.env $env }}
+            {{- range $key, $value := merge (dict) .env $root.Values.telemetry.env $env }}
             - name: {{ $key }}
               value: {{ $value | quote }}
             {{- end }}
           ports:
             - name: grpc
               containerPort: {{ .port }}
+            {{- if $tls.enabled }}
+            - name: health
+              containerPort: {{ $probePort }}
+            {{- end }}
+            {{- if $metricsPort }}
+            - name: metrics
+              containerPort: {{ $metricsPort }}
+            {{- end }}
+          # Serving begins when the model is loaded: until then nothing else is asked.
           startupProbe:
-            grpc: {port: {{ .port }}}
+            grpc: {port: {{ $probePort }}}
             periodSeconds: 1
             timeoutSeconds: 2
             failureThreshold: {{ .startupSeconds }}
           readinessProbe:
-            grpc: {port: {{ .port }}}
+            grpc: {port: {{ $probePort }}}
             periodSeconds: 2
             timeoutSeconds: 2
             failureThreshold: 2
           livenessProbe:
-            grpc: {port: {{ .port }}}
+            grpc: {port: {{ $probePort }}}
             periodSeconds: 10
             timeoutSeconds: 5
             failureThreshold: 3
+          {{- if $rollout.preStopSeconds }}
           lifecycle:
             preStop:
               # Time for clients to hear that the pod is going before it refuses calls.
-              sleep: {seconds: 3}
+              sleep: {seconds: {{ $rollout.preStopSeconds }}}
+          {{- end }}
+          {{- $resources := deepCopy $settings.resources }}
+          {{- if .gpus }}
+          {{- /* Kubernetes takes the limit of such a resource for its request. */}}
+          {{- $resources = merge (dict "limits" (dict .gpuResource .gpus)) $resources }}
+          {{- end }}
           resources:
-            {{- .settings.resources | toYaml | nindent 12 }}
+            {{- $resources | toYaml | nindent 12 }}
           volumeMounts:
             - {name: config, mountPath: /etc/asd, readOnly: true}
             - {name: tmp, mountPath: /tmp}
+            {{- if $tls.enabled }}
+            - {name: tls, mountPath: /tls, readOnly: true}
+            {{- end }}
+            {{- if .guarded }}
+            - {name: auth, mountPath: /auth, readOnly: true}
+            {{- end }}
+            {{- if .sharedMemory }}
+            - {name: shm, mountPath: /dev/shm}
+            {{- end }}
             {{- range .volumes }}
             - {name: {{ .name }}, mountPath: {{ .path }}{{ if and .claim (not .writable) }}, readOnly: true{{ end }}}
             {{- end }}
@@ -194,7 +287,21 @@ spec:
         - name: config
           configMap: {name: {{ $name }}}
         - name: tmp
-          emptyDir: {sizeLimit: 64Mi}
+          emptyDir: {sizeLimit: {{ .tmpSize | default "64Mi" }}}
+        {{- if $tls.enabled }}
+        - name: tls
+          secret: {secretName: {{ include "asd.tlsSecret" . }}}
+        {{- end }}
+        {{- if .guarded }}
+        - name: auth
+          secret:
+            secretName: {{ $root.Values.auth.secretName }}
+            items: [{key: {{ $root.Values.auth.key | quote }}, path: tokens}]
+        {{- end }}
+        {{- with .sharedMemory }}
+        - name: shm
+          emptyDir: {medium: Memory, sizeLimit: {{ . }}}
+        {{- end }}
         {{- range .volumes }}
         - name: {{ .name }}
           {{- if .claim }}
@@ -203,17 +310,35 @@ spec:
           emptyDir: {}
           {{- end }}
         {{- end }}
-      {{- with .settings.nodeSelector }}
+      {{- with $settings.nodeSelector }}
       nodeSelector:
         {{- toYaml . | nindent 8 }}
       {{- end }}
-      {{- with .settings.tolerations }}
+      {{- with $settings.tolerations }}
       tolerations:
         {{- toYaml . | nindent 8 }}
+      {{- end }}
+      {{- with $settings.affinity }}
+      affinity:
+        {{- toYaml . | nindent 8 }}
+      {{- end }}
+      {{- if $settings.topologySpreadConstraints }}
+      topologySpreadConstraints:
+        {{- range $settings.topologySpreadConstraints }}
+        - {{ toYaml . | nindent 10 | trim }}
+          labelSelector:
+            matchLabels:
+              {{- include "asd.selectorLabels" $ | nindent 14 }}
+          # Pods of the version before do not count while they are replaced.
+          matchLabelKeys: [pod-template-hash]
+        {{- end }}
       {{- end }}
 {{- end -}}
 
 {{- define "asd.podSecurity" -}}
+# The images' user.
+runAsUser: 10001
+runAsGroup: 10001
 runAsNonRoot: true
 seccompProfile:
   type: RuntimeDefault
@@ -226,7 +351,9 @@ capabilities:
   drop: [ALL]
 {{- end -}}
 
-{{/* Service of a component: dict "root" $ "component" "stage-small" "port" 50061 "type" "Headless". */}}
+{{/*
+Service of a component: dict "root" $ "component" "stage-small" "port" 50061 "type" "Headless" "annotations" a dict.
+*/}}
 {{- define "asd.service" -}}
 apiVersion: v1
 kind: Service
@@ -234,6 +361,10 @@ metadata:
   name: {{ include "asd.fullname" .root }}-{{ .component }}
   labels:
     {{- include "asd.labels" . | nindent 4 }}
+  {{- with .annotations }}
+  annotations:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
 spec:
   {{- if eq .type "Headless" }}
   # gRPC keeps one connection for many calls, so clients must see the pods to balance over them.
@@ -247,5 +378,31 @@ spec:
     - name: grpc
       port: {{ .port }}
       targetPort: grpc
+      {{- if not .root.Values.tls.enabled }}
       appProtocol: kubernetes.io/h2c
+      {{- end }}
+{{- end -}}
+
+{{/* Autoscaler by CPU: dict "root" $ "component" "router" "settings" the component's values. */}}
+{{- define "asd.autoscaler" -}}
+{{- $name := printf "%s-%s" (include "asd.fullname" .root) .component -}}
+{{- $scaling := .settings.autoscaling -}}
+apiVersion: autoscaling/v2
+kind: HorizontalPodAutoscaler
+metadata:
+  name: {{ $name }}
+  labels:
+    {{- include "asd.labels" . | nindent 4 }}
+spec:
+  scaleTargetRef: {apiVersion: apps/v1, kind: Deployment, name: {{ $name }}}
+  minReplicas: {{ $scaling.minReplicas }}
+  maxReplicas: {{ $scaling.maxReplicas }}
+  metrics:
+    - type: Resource
+      resource:
+        name: cpu
+        target: {type: Utilization, averageUtilization: {{ $scaling.targetCpuPercent }}}
+  behavior:
+    scaleDown:
+      stabilizationWindowSeconds: {{ $scaling.scaleDownSeconds }}
 {{- end -}}

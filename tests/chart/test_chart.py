@@ -1,147 +1,301 @@
-"""Renders the chart with helm and loads what it renders through the services' own settings."""
+"""What holds for every variant of the chart's values, and what a few values make of the objects."""
 
 from __future__ import annotations
 
 import json
-import subprocess
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-import kubernetes_validate
+import jsonschema  # type: ignore[import-untyped]
+import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import yaml
+from kubernetes_validate import utils
 
 from policy_service.settings import PolicySettings
 from services.common.settings import ServiceSettings
+from services.manager.settings import ManagerSettings
 from services.router.settings import RouterSettings
 from services.stage.settings import StageSettings
-from tools.get_helm import find_helm
+from tests.chart.rendering import (
+    CHART,
+    NAMESPACE,
+    RELEASE,
+    ROOT,
+    VARIANTS,
+    Manifest,
+    Variant,
+    config,
+    container,
+    helm,
+    of_kind,
+    pod_spec,
+    render,
+    template,
+)
 
-ROOT = Path(__file__).parents[2]
-FOUR_STAGES = {
-    "stages": [
-        {"name": name, "cost": cost, "model": {"path": f"/models/{name}", "claim": "weights"}}
-        for name, cost in (("s0", 1), ("s1", 2), ("s2", 4.5), ("s3", 9))
-    ],
-    "router": {"staticPlan": ["s1", "s3"]},
-    "policy": {"artifactClaim": "four-stage-policy"},
-}
-EVERYTHING = {
-    "fullnameOverride": "cascade",
-    "global": {"anything": {"of": "a parent chart"}},
-    "image": {"registry": "registry.example/asd", "tag": "1.2.3", "pullSecrets": ["pull"]},
-    "telemetry": {"endpoint": "http://jaeger:4317", "env": {"OTEL_TRACES_SAMPLER": "always_on"}},
-    "router": {
-        "service": {"type": "LoadBalancer"},
-        "nodeSelector": {"pool": "cpu"},
-        "speculation": {"pipelined": False, "adaptive": False},
-    },
-    "policy": {
-        "artifactClaim": "policy",
-        "artifactPollSeconds": 2.5,
-        "reportsClaim": "reports",
-        "drift": {"runLength": 500, "tolerance": 0.05},
-        "shadow": {"artifactClaim": "candidate", "maxMb": 7},
-        "tolerations": [{"key": "spot", "operator": "Exists"}],
-    },
-    "stageDefaults": {
-        "memoryBudgetMb": 512,
-        "nodeSelector": {"pool": "models"},
-        "tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}],
-    },
-}
-ONE_STAGE = {
-    "stages": [
-        {
-            "name": "only",
-            "cost": 1,
-            "model": {"path": "/models/large", "cachedSequences": 0, "preload": False, "resync": False},
-        }
-    ],
-    "router": {"staticPlan": ["only"]},
-    "policy": {"enabled": False},
-}
-VARIANTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "defaults": ({}, ("small", "medium", "large")),
-    "one stage": (ONE_STAGE, ("only",)),
-    "four stages": (FOUR_STAGES, ("s0", "s1", "s2", "s3")),
-    "policy off": ({"policy": {"enabled": False}}, ("small", "medium", "large")),
-    "everything on": (EVERYTHING, ("small", "medium", "large")),
-}
 T = TypeVar("T", bound=ServiceSettings)
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 
-def helm_template(values: dict[str, Any]) -> subprocess.CompletedProcess[str]:
-    command = [str(find_helm()), "template", "demo", str(ROOT / "charts"), "--namespace", "models", "-f", "-"]
-    return subprocess.run(
-        command, input=json.dumps(values), capture_output=True, text=True, timeout=60, check=False
+def with_component(part: str) -> pytest.MarkDecorator:
+    """Parametrize over the variants in which a component is enabled."""
+    return pytest.mark.parametrize(
+        "variant", [name for name, each in VARIANTS.items() if each.effective[part]["enabled"]]
     )
 
 
-@cache
-def render(variant: str) -> list[dict[str, Any]]:
-    run = helm_template(VARIANTS[variant][0])
-    assert run.returncode == 0, run.stderr
-    return [document for document in yaml.safe_load_all(run.stdout) if document]
+# From the chart's kubeVersion on, all that kubernetes-validate knows.
+VERSIONS = [each for each in (v.rpartition(".")[0] for v in utils.all_versions()) if float(each[2:]) >= 30]
+SELECTING = ("Service", "PodDisruptionBudget", "Deployment")
 
 
-def of_kind(variant: str, kind: str) -> dict[str, dict[str, Any]]:
-    return {o["metadata"]["name"]: o for o in render(variant) if o["kind"] == kind}
-
-
-def prefix(variant: str) -> str:
-    return str(VARIANTS[variant][0].get("fullnameOverride", "demo"))
-
-
-def components(variant: str) -> set[str]:
-    stages = {f"{prefix(variant)}-stage-{name}" for name in VARIANTS[variant][1]}
-    enabled = VARIANTS[variant][0].get("policy", {}).get("enabled", True)
-    return stages | {f"{prefix(variant)}-router"} | ({f"{prefix(variant)}-policy"} if enabled else set())
-
-
-def load(settings: type[T], config: str, folder: Path) -> T:
+def load(settings: type[T], variant: str, component: str, folder: Path) -> T:
+    """Return a component's settings as its process would read them."""
     file = folder / "config.yaml"
-    file.write_text(config)
+    file.write_text(yaml.safe_dump(config(variant, component)))
     return settings.load(file)
+
+
+def named(variant: str, part: str) -> str:
+    return f"{VARIANTS[variant].prefix}-{part}"
+
+
+@each_variant
+def test_helm_finds_nothing_to_say_of_it(variant: str) -> None:
+    run = helm("lint --strict", VARIANTS[variant], str(CHART))
+    assert run.returncode == 0, run.stdout
 
 
 @each_variant
 def test_every_component_has_its_objects(variant: str) -> None:
-    for kind in (
-        "Deployment",
-        "Service",
-        "ServiceAccount",
-        "ConfigMap",
-        "PodDisruptionBudget",
-    ):
-        assert set(of_kind(variant, kind)) == components(variant), kind
+    components = VARIANTS[variant].components
+    for kind in ("Deployment", "Service", "ServiceAccount", "ConfigMap", "PodDisruptionBudget"):
+        assert set(of_kind(variant, kind)) == components, kind
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _schemas_are_read_once() -> None:
+    """Each validation would read a megabyte of JSON again."""
+    utils.schema_contents = cache(utils.schema_contents)
+    utils.all_versions = cache(utils.all_versions)
+
+
+@cache
+def crds() -> dict[str, Any]:
+    """Return schemas of what is not Kubernetes' own, by apiVersion/kind: fields that the chart may use."""
+    loaded: dict[str, Any] = json.loads((Path(__file__).parent / "crds.json").read_text())
+    return loaded
+
+
+@cache
+def check(text: str) -> None:
+    """Validate an object for every version; the same one of another variant needs no second time."""
+    manifest = json.loads(text)
+    kind = f"{manifest['apiVersion']}/{manifest['kind']}"
+    if kind in crds():
+        jsonschema.Draft202012Validator({**crds()[kind], "$defs": crds()["$defs"]}).validate(manifest)
+        return
+    for version in VERSIONS:
+        kubernetes_validate.validate(manifest, version, strict=True)
 
 
 @each_variant
 def test_manifests_are_valid_kubernetes(variant: str) -> None:
+    assert len(VERSIONS) >= 6
     for manifest in render(variant):
-        kubernetes_validate.validate(manifest, "1.33", strict=True)
+        check(json.dumps(manifest, sort_keys=True))
+
+
+@pytest.mark.parametrize(
+    "kind", ["v1/Service", "keda.sh/v1alpha1/ScaledObject", "cert-manager.io/v1/Certificate"]
+)
+def test_a_misspelt_field_would_be_found(kind: str) -> None:
+    everything = (each for name in VARIANTS for each in render(name))
+    found = next(each for each in everything if f"{each['apiVersion']}/{each['kind']}" == kind)
+    wrong = {**found, "spec": {**found["spec"], "misspelt": 1}}
+    with pytest.raises(jsonschema.ValidationError, match="misspelt"):
+        check(json.dumps(wrong))
+
+
+@each_variant
+def test_objects_are_told_apart_by_name_and_carry_the_release(variant: str) -> None:
+    manifests = render(variant)
+    names = [(each["kind"], each["metadata"]["name"]) for each in manifests]
+    assert len(set(names)) == len(names)
+    for each in manifests:
+        assert each["metadata"]["name"].startswith(VARIANTS[variant].prefix)
+        assert each["metadata"]["labels"]["app.kubernetes.io/instance"] == RELEASE
+        assert len(each["metadata"]["name"]) <= 63
 
 
 @each_variant
 def test_router_config_loads_and_names_the_services(variant: str, tmp_path: Path) -> None:
-    config = of_kind(variant, "ConfigMap")[f"{prefix(variant)}-router"]["data"]["config.yaml"]
-    settings = load(RouterSettings, config, tmp_path)
-    assert tuple(stage.name for stage in settings.stages) == VARIANTS[variant][1]
+    settings = load(RouterSettings, variant, named(variant, "router"), tmp_path)
+    assert tuple(stage.name for stage in settings.stages) == VARIANTS[variant].stages
     targets = {stage.target for stage in settings.stages}
-    if settings.policy:
-        targets.add(settings.policy.target)
+    targets |= {each.target for each in (settings.policy, settings.manager) if each}
     services = of_kind(variant, "Service")
-    others = components(variant) - {f"{prefix(variant)}-router"}
+    others = VARIANTS[variant].components - {named(variant, "router")}
     assert targets == {f"dns:///{name}:{services[name]['spec']['ports'][0]['port']}" for name in others}
+    assert all(services[name]["spec"]["clusterIP"] == "None" for name in others)
+
+
+@each_variant
+def test_stage_config_loads_and_its_model_is_mounted_or_in_the_image(variant: str, tmp_path: Path) -> None:
+    for name in VARIANTS[variant].stages:
+        full = named(variant, f"stage-{name}")
+        settings = load(StageSettings, variant, full, tmp_path)
+        assert settings.default_name == name
+        [model] = settings.models
+        values = VARIANTS[variant].stage(name)
+        mounts = {m["mountPath"]: m for m in container(variant, full)["volumeMounts"]}
+        if values["model"]["claim"]:
+            assert mounts["/models"]["readOnly"] is True
+        elif model.engine == "onnx":
+            assert (ROOT / str(model.path).lstrip("/") / "config.json").exists()
+        assert model.engine == values["model"]["engine"]
+        image = container(variant, full)["image"]
+        assert f"asd-stage-{model.engine.replace('_', '-')}" in image
+
+
+@with_component("policy")
+def test_policy_config_loads(variant: str, tmp_path: Path) -> None:
+    policy = VARIANTS[variant].effective["policy"]
+    settings = load(PolicySettings, variant, named(variant, "policy"), tmp_path)
+    assert settings.artifact == Path("/artifact" if policy["artifactClaim"] else "/policy")
+    assert settings.reports_path == Path("/reports/reports.jsonl")
+    assert settings.cascade == VARIANTS[variant].stages
+
+
+@with_component("manager")
+def test_manager_config_loads(variant: str, tmp_path: Path) -> None:
+    settings = load(ManagerSettings, variant, named(variant, "manager"), tmp_path)
+    assert settings.namespace == NAMESPACE
+    assert {each.deployment for each in settings.stages} <= set(of_kind(variant, "Deployment"))
+
+
+@each_variant
+def test_selectors_match_one_component_only(variant: str) -> None:
+    pods = {
+        name: o["spec"]["template"]["metadata"]["labels"]
+        for name, o in of_kind(variant, "Deployment").items()
+    }
+    for kind in SELECTING:
+        for name, manifest in of_kind(variant, kind).items():
+            selector = manifest["spec"]["selector"]
+            wanted = selector.get("matchLabels", selector)
+            assert [pod for pod, labels in pods.items() if wanted.items() <= labels.items()] == [name], kind
+
+
+@each_variant
+def test_probes_ask_a_port_where_the_process_serves_health_plainly(variant: str) -> None:
+    for name in of_kind(variant, "Deployment"):
+        serving = container(variant, name)
+        ports = {port["name"]: port["containerPort"] for port in serving["ports"]}
+        settings = config(variant, name)
+        assert settings["listen"] == f"0.0.0.0:{ports['grpc']}"
+        assert len(set(ports.values())) == len(ports)
+        if "tls" in settings:
+            assert settings["health_listen"] == f"0.0.0.0:{ports['health']}"
+        else:
+            assert "health" not in ports
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+            assert serving[probe]["grpc"]["port"] == ports["health" if "tls" in settings else "grpc"]
+        [service_port] = of_kind(variant, "Service")[name]["spec"]["ports"]
+        assert service_port["targetPort"] == "grpc"
+        assert ("appProtocol" in service_port) == ("tls" not in settings)
+
+
+@each_variant
+def test_what_the_settings_name_is_mounted(variant: str) -> None:
+    """Files of certificates and tokens, and the folders that a process writes to."""
+    for name in of_kind(variant, "Deployment"):
+        mounts = tuple(mount["mountPath"] for mount in container(variant, name)["volumeMounts"])
+        files = [text for text in _texts(config(variant, name)) if text.startswith(("/tls/", "/auth/"))]
+        assert all(text.startswith(tuple(f"{mount}/" for mount in mounts)) for text in files), files
+        volumes = {volume["name"] for volume in pod_spec(variant, name)["volumes"]}
+        assert {mount["name"] for mount in container(variant, name)["volumeMounts"]} == volumes
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [text for each in value.values() for text in _texts(each)]
+    if isinstance(value, list):
+        return [text for each in value for text in _texts(each)]
+    return [value] if isinstance(value, str) else []
+
+
+@each_variant
+def test_pods_run_unprivileged(variant: str) -> None:
+    specs = [o["spec"]["template"]["spec"] for o in of_kind(variant, "Deployment").values()]
+    for pod in [*specs, *(o["spec"] for o in of_kind(variant, "Pod").values())]:
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["runAsUser"] == 10001
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert pod["enableServiceLinks"] is False
+        [running] = pod["containers"]
+        security = running["securityContext"]
+        assert security["readOnlyRootFilesystem"] is True
+        assert security["allowPrivilegeEscalation"] is False
+        assert security["capabilities"] == {"drop": ["ALL"]}
+        assert {"cpu", "memory"} <= running["resources"]["requests"].keys()
+        assert "memory" in running["resources"]["limits"]
+
+
+@each_variant
+def test_only_the_manager_may_call_the_kubernetes_api(variant: str) -> None:
+    allowed = {
+        name
+        for name in of_kind(variant, "Deployment")
+        if pod_spec(variant, name)["automountServiceAccountToken"]
+    }
+    assert allowed <= {named(variant, "manager")}
+    assert set(of_kind(variant, "Role")) == allowed
+    assert not of_kind(variant, "ClusterRole")
+    assert not of_kind(variant, "ClusterRoleBinding")
+
+
+@each_variant
+def test_a_pod_outlives_its_drain_and_goes_after_the_next_one_is_there(variant: str) -> None:
+    rollout = VARIANTS[variant].effective["rollout"]
+    for name, deployment in of_kind(variant, "Deployment").items():
+        pod = pod_spec(variant, name)
+        sleep = container(variant, name)["lifecycle"]["preStop"]["sleep"]["seconds"]
+        assert sleep == rollout["preStopSeconds"]
+        drain = config(variant, name)["drain_seconds"]
+        assert pod["terminationGracePeriodSeconds"] > drain + sleep
+        spec = deployment["spec"]
+        assert spec["minReadySeconds"] == rollout["minReadySeconds"]
+        starts = container(variant, name)["startupProbe"]
+        assert spec["progressDeadlineSeconds"] > starts["periodSeconds"] * starts["failureThreshold"]
+        moving = spec["strategy"]["rollingUpdate"]
+        # One pod, and none more while it is replaced: not without being asked for.
+        stage = name.partition("-stage-")[2]
+        asked = (
+            VARIANTS[variant].stage(stage)["updateStrategy"]
+            if stage
+            else {"maxUnavailable": 0, "maxSurge": 1}
+        )
+        assert moving == asked
+        assert of_kind(variant, "PodDisruptionBudget")[name]["spec"]["maxUnavailable"] == 1
+
+
+@each_variant
+def test_the_number_of_pods_is_said_unless_something_else_sets_it(variant: str) -> None:
+    scaled = {
+        o["spec"]["scaleTargetRef"]["name"] for o in of_kind(variant, "HorizontalPodAutoscaler").values()
+    }
+    scaled |= {o["spec"]["scaleTargetRef"]["name"] for o in of_kind(variant, "ScaledObject").values()}
+    managers = [config(variant, each) for each in of_kind(variant, "Deployment") if each.endswith("-manager")]
+    scaled |= {stage["deployment"] for each in managers for stage in each["stages"]}
+    for name, deployment in of_kind(variant, "Deployment").items():
+        assert ("replicas" in deployment["spec"]) == (name not in scaled)
 
 
 def test_router_config_of_the_defaults_holds_the_documented_costs_and_times(tmp_path: Path) -> None:
-    settings = load(
-        RouterSettings, of_kind("defaults", "ConfigMap")["demo-router"]["data"]["config.yaml"], tmp_path
-    )
+    settings = load(RouterSettings, "defaults", "demo-router", tmp_path)
     assert [(s.cost, s.timeout_ms) for s in settings.stages] == [(1.6, 10000), (4.2, 20000), (8.8, 30000)]
     assert settings.static_plan == ("medium",)
     assert settings.policy is not None
@@ -149,53 +303,33 @@ def test_router_config_of_the_defaults_holds_the_documented_costs_and_times(tmp_
 
 
 def test_what_is_switched_off_or_zero_reaches_the_settings(tmp_path: Path) -> None:
-    maps = of_kind("everything on", "ConfigMap")
-    router = load(RouterSettings, maps["cascade-router"]["data"]["config.yaml"], tmp_path)
+    router = load(RouterSettings, "everything on", "cascade-router", tmp_path)
     assert not router.speculation.pipelined
     assert not router.speculation.adaptive
     assert router.speculation.prefill_ahead
-    stage = load(StageSettings, maps["cascade-stage-small"]["data"]["config.yaml"], tmp_path)
+    assert router.grpc.max_connection_age_ms == 0
+    stage = load(StageSettings, "everything on", "cascade-stage-small", tmp_path)
     assert stage.memory_budget_mb == 512
-    only = of_kind("one stage", "ConfigMap")["demo-stage-only"]["data"]["config.yaml"]
-    (model,) = load(StageSettings, only, tmp_path).models
-    assert (model.cached_sequences, model.preload, model.resync) == (0, False, False)
+    assert stage.grpc.max_connection_age_ms == 60_000
+    (model,) = load(StageSettings, "one stage", "demo-stage-only", tmp_path).models
+    assert (model.cached_sequences, model.preload, model.resync, model.max_batch) == (0, False, False, 3)
 
 
-@each_variant
-def test_stage_config_loads_and_its_model_is_mounted_or_in_the_image(variant: str, tmp_path: Path) -> None:
-    for name in VARIANTS[variant][1]:
-        full = f"{prefix(variant)}-stage-{name}"
-        settings = load(StageSettings, of_kind(variant, "ConfigMap")[full]["data"]["config.yaml"], tmp_path)
-        assert settings.default_name == name
-        [model] = settings.models
-        pod = of_kind(variant, "Deployment")[full]["spec"]["template"]["spec"]
-        mounts = {m["mountPath"] for m in pod["containers"][0]["volumeMounts"]}
-        if variant == "four stages":
-            assert "/models" in mounts
-        else:
-            assert (ROOT / str(model.path).lstrip("/") / "config.json").exists()
-
-
-@each_variant
-def test_policy_config_loads(variant: str, tmp_path: Path) -> None:
-    config = of_kind(variant, "ConfigMap").get(f"{prefix(variant)}-policy")
-    if config is None:
-        pytest.skip("no policy service in this variant")
-    settings = load(PolicySettings, config["data"]["config.yaml"], tmp_path)
-    has_claim = bool(VARIANTS[variant][0].get("policy", {}).get("artifactClaim"))
-    assert settings.artifact == Path("/artifact" if has_claim else "/policy")
-    assert settings.reports_path == Path("/reports/reports.jsonl")
-    assert settings.cascade == VARIANTS[variant][1]
+def test_clients_of_router_and_policy_find_new_pods(tmp_path: Path) -> None:
+    """gRPC looks a name up again only when a connection ends."""
+    for part, settings in (("router", RouterSettings), ("policy", PolicySettings)):
+        loaded = load(settings, "defaults", f"demo-{part}", tmp_path)
+        assert loaded.grpc.max_connection_age_ms == 30_000
+        assert loaded.grpc.max_connection_age_grace_ms == 0
 
 
 def test_what_the_policy_learns_from_reaches_its_settings_and_its_volumes(tmp_path: Path) -> None:
-    maps = of_kind("everything on", "ConfigMap")
-    settings = load(PolicySettings, maps["cascade-policy"]["data"]["config.yaml"], tmp_path)
+    settings = load(PolicySettings, "everything on", "cascade-policy", tmp_path)
     assert settings.artifact_poll_seconds == 2.5
     assert (settings.drift_run_length, settings.drift_tolerance) == (500, 0.05)
     assert (settings.shadow_artifact, settings.shadow_max_mb) == (Path("/shadow"), 7)
     assert settings.shadow_path == Path("/reports/shadow.jsonl")
-    pod = of_kind("everything on", "Deployment")["cascade-policy"]["spec"]["template"]["spec"]
+    pod = pod_spec("everything on", "cascade-policy")
     claims = {each["name"]: each.get("persistentVolumeClaim") for each in pod["volumes"]}
     assert claims["reports"] == {"claimName": "reports"}
     assert claims["shadow"] == {"claimName": "candidate", "readOnly": True}
@@ -210,112 +344,22 @@ def test_what_the_policy_learns_from_reaches_its_settings_and_its_volumes(tmp_pa
 
 
 def test_by_default_the_policy_has_no_shadow_and_its_settings_own_values(tmp_path: Path) -> None:
-    maps = of_kind("defaults", "ConfigMap")
-    settings = load(PolicySettings, maps["demo-policy"]["data"]["config.yaml"], tmp_path)
+    settings = load(PolicySettings, "defaults", "demo-policy", tmp_path)
     own = PolicySettings(artifact=Path("/policy"))
     for name in ("artifact_poll_seconds", "drift_run_length", "drift_tolerance", "shadow_artifact"):
         assert getattr(settings, name) == getattr(own, name), name
-    pod = of_kind("defaults", "Deployment")["demo-policy"]["spec"]["template"]["spec"]
+    pod = pod_spec("defaults", "demo-policy")
     assert {"name": "reports", "emptyDir": {}} in pod["volumes"]
     assert "fsGroup" not in pod["securityContext"]
 
 
-@each_variant
-def test_selectors_match_one_component_only(variant: str) -> None:
-    pods = {
-        name: o["spec"]["template"]["metadata"]["labels"]
-        for name, o in of_kind(variant, "Deployment").items()
-    }
-    for kind in ("Service", "PodDisruptionBudget", "Deployment"):
-        for name, manifest in of_kind(variant, kind).items():
-            selector = manifest["spec"]["selector"]
-            wanted = selector.get("matchLabels", selector)
-            assert [pod for pod, labels in pods.items() if wanted.items() <= labels.items()] == [name], kind
-
-
-@each_variant
-def test_probes_ask_the_port_that_the_process_listens_on(variant: str) -> None:
-    for name, deployment in of_kind(variant, "Deployment").items():
-        [container] = deployment["spec"]["template"]["spec"]["containers"]
-        [port] = [p["containerPort"] for p in container["ports"] if p["name"] == "grpc"]
-        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-            assert container[probe]["grpc"]["port"] == port
-        listen = yaml.safe_load(of_kind(variant, "ConfigMap")[name]["data"]["config.yaml"])["listen"]
-        assert listen == f"0.0.0.0:{port}"
-        [service_port] = of_kind(variant, "Service")[name]["spec"]["ports"]
-        assert service_port["targetPort"] == "grpc"
-
-
-@each_variant
-def test_containers_run_unprivileged_and_outlive_their_drain(variant: str) -> None:
-    for name, deployment in of_kind(variant, "Deployment").items():
-        pod = deployment["spec"]["template"]["spec"]
-        assert pod["securityContext"]["runAsNonRoot"] is True
-        [container] = pod["containers"]
-        security = container["securityContext"]
-        assert security["readOnlyRootFilesystem"] is True
-        assert security["allowPrivilegeEscalation"] is False
-        assert security["capabilities"] == {"drop": ["ALL"]}
-        drain = yaml.safe_load(of_kind(variant, "ConfigMap")[name]["data"]["config.yaml"])["drain_seconds"]
-        sleep = container["lifecycle"]["preStop"]["sleep"]["seconds"]
-        assert pod["terminationGracePeriodSeconds"] > drain + sleep
-
-
 def test_a_changed_setting_restarts_the_router_and_nothing_else() -> None:
-    changed = helm_template({"router": {"maxConcurrent": 7}})
+    changed = template(Variant({"router": {"maxConcurrent": 7}}))
     assert changed.returncode == 0, changed.stderr
 
-    def checksums(objects: list[dict[str, Any]]) -> dict[str, str]:
-        return {
-            o["metadata"]["name"]: o["spec"]["template"]["metadata"]["annotations"]["checksum/config"]
-            for o in objects
-            if o["kind"] == "Deployment"
-        }
+    def pods(objects: list[Manifest]) -> dict[str, Any]:
+        return {o["metadata"]["name"]: o["spec"]["template"] for o in objects if o["kind"] == "Deployment"}
 
-    before = checksums(render("defaults"))
-    after = checksums([o for o in yaml.safe_load_all(changed.stdout) if o])
+    before = pods(list(render("defaults")))
+    after = pods([o for o in yaml.safe_load_all(changed.stdout) if o])
     assert {name for name in before if before[name] != after[name]} == {"demo-router"}
-
-
-def test_helm_test_asks_the_router() -> None:
-    pod = of_kind("everything on", "Pod")["cascade-test-ask"]
-    assert pod["metadata"]["annotations"]["helm.sh/hook"] == "test"
-    [container] = pod["spec"]["containers"]
-    assert container["image"] == "registry.example/asd/asd-tools:1.2.3"
-    assert "cascade-router:50050" in container["args"]
-
-
-@pytest.mark.parametrize(
-    ("values", "said"),
-    [
-        ({"ruoter": {}}, "ruoter"),
-        ({"router": {"staticplan": ["small"]}}, "staticplan"),
-        ({"policy": {"enable": False}}, "enable"),
-        ({"stageDefaults": {"replica": 2}}, "replica"),
-        (
-            {"stages": [{"name": "a", "cost": 1, "model": {"path": "/m"}, "timeout": 5}]},
-            "timeout",
-        ),
-        ({"stages": []}, "stages"),
-        ({"stages": [{"name": "Upper", "cost": 1, "model": {"path": "/m"}}]}, "name"),
-        ({"stages": [{"name": "a", "cost": 0, "model": {"path": "/m"}}]}, "cost"),
-        (
-            {
-                "stages": [{"name": "twin", "cost": c, "model": {"path": "/m"}} for c in (1, 2)],
-                "router": {"staticPlan": ["twin"]},
-                "policy": {"enabled": False},
-            },
-            'stages: two are named "twin"; give each stage its own name',
-        ),
-        ({"router": {"staticPlan": ["huge"]}}, '"huge" is not among stages (small, medium, large)'),
-        ({"router": {"staticPlan": ["large", "small"]}}, "in the order of stages"),
-        ({**ONE_STAGE, "policy": {"enabled": True}}, "policy.artifactClaim"),
-        ({"policy": {"enabled": True, "reportsClaim": "r", "replicas": 2}}, "policy.reportsClaim"),
-        ({"policy": {"enabled": True, "drift": {"tolerance": 0}}}, "tolerance"),
-        ({"policy": {"enabled": True, "shadow": {"claim": "c"}}}, "claim"),
-    ],
-)
-def test_wrong_values_are_refused(values: dict[str, Any], said: str) -> None:
-    run = helm_template(values)
-    assert run.returncode != 0
-    assert said in run.stderr

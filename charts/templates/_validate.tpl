@@ -1,0 +1,182 @@
+{{/* What a schema cannot say. Every sentence names the value and says what to change. */}}
+{{- define "asd.validate" -}}
+{{- include "asd.validateCascade" . -}}
+{{- include "asd.validateScaling" . -}}
+{{- include "asd.validateAccess" . -}}
+{{- range .Values.stages -}}
+{{- include "asd.validateStage" (dict "root" $ "name" .name "stage" (include "asd.stage" (dict "root" $ "stage" .) | fromYaml)) -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "asd.validateCascade" -}}
+{{- $names := list -}}
+{{- range .Values.stages -}}
+{{- if has .name $names -}}
+{{- fail (printf "stages: two are named %q; give each stage its own name" .name) -}}
+{{- end -}}
+{{- $names = append $names .name -}}
+{{- end -}}
+{{- $last := -1 -}}
+{{- range $name := .Values.router.staticPlan -}}
+{{- if not (has $name $names) -}}
+{{- fail (printf "router.staticPlan: %q is not among stages (%s); name stages of this cascade, for instance [%s]" $name (join ", " $names) (last $names)) -}}
+{{- end -}}
+{{- range $index, $stage := $names -}}
+{{- if eq $stage $name -}}
+{{- if lt $index $last -}}
+{{- fail (printf "router.staticPlan: %q comes after a later stage; name stages in the order of stages (%s)" $name (join ", " $names)) -}}
+{{- end -}}
+{{- $last = $index -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- $policy := .Values.policy -}}
+{{- if $policy.enabled -}}
+{{- $pods := ternary (int $policy.autoscaling.maxReplicas) (int $policy.replicas) $policy.autoscaling.enabled -}}
+{{- if and $policy.reportsClaim (gt $pods 1) -}}
+{{- fail "policy.reportsClaim: several pods cannot keep one file of reports; set policy.replicas=1 and policy.autoscaling.enabled=false, or leave the claim out" -}}
+{{- end -}}
+{{- if and (not $policy.artifactClaim) (ne (join "," $names) "small,medium,large") -}}
+{{- fail (printf "policy.artifactClaim: the image's policy was made for the stages small, medium, large, not for %s; name a claim with a policy for these, or set policy.enabled=false" (join ", " $names)) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "asd.validateScaling" -}}
+{{- range $key := list "router" "policy" -}}
+{{- $settings := get $.Values $key -}}
+{{- $scaling := $settings.autoscaling -}}
+{{- if $scaling.enabled -}}
+{{- if gt (int $scaling.minReplicas) (int $scaling.maxReplicas) -}}
+{{- fail (printf "%s.autoscaling: minReplicas %d is above maxReplicas %d; raise maxReplicas or lower minReplicas" $key (int $scaling.minReplicas) (int $scaling.maxReplicas)) -}}
+{{- end -}}
+{{- if not (dig "requests" "cpu" "" $settings.resources) -}}
+{{- fail (printf "%s.autoscaling: the share of used CPU is of the requested one; set %s.resources.requests.cpu" $key $key) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- if .Values.manager.enabled -}}
+{{- $sleeps := false -}}
+{{- range .Values.stages -}}
+{{- $stage := include "asd.stage" (dict "root" $ "stage" .) | fromYaml -}}
+{{- if $stage.scaleToZero.idleSeconds }}{{ $sleeps = true }}{{ end -}}
+{{- end -}}
+{{- if not $sleeps -}}
+{{- fail "manager.enabled: no stage may sleep, so that there is nothing to manage; set scaleToZero.idleSeconds of a stage, or manager.enabled=false" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "asd.validateAccess" -}}
+{{- if and .Values.monitoring.podMonitor.enabled (not .Values.telemetry.metricsPort) -}}
+{{- fail "monitoring.podMonitor: pods serve no metrics; set telemetry.metricsPort, for instance to 9464" -}}
+{{- end -}}
+{{- $tls := .Values.tls -}}
+{{- $secrets := $tls.secretNames -}}
+{{- if and $tls.enabled (eq $tls.mode "secret") (not $tls.secretName) -}}
+{{- range $key := list "router" "policy" "stages" "manager" "client" -}}
+{{- $isUsed := or (not (has $key (list "policy" "manager"))) (and (eq $key "policy") $.Values.policy.enabled) (and (eq $key "manager") $.Values.manager.enabled) -}}
+{{- if and $isUsed (not (get $secrets $key)) -}}
+{{- fail (printf "tls: there is no Secret for %s; set tls.secretName or tls.secretNames.%s, or let cert-manager make them with tls.mode=certManager" $key $key) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- if and $tls.enabled (eq $tls.mode "certManager") -}}
+{{- $given := list -}}
+{{- if $tls.secretName }}{{ $given = append $given "tls.secretName" }}{{ end -}}
+{{- range $key, $value := $secrets -}}
+{{- if $value }}{{ $given = append $given (printf "tls.secretNames.%s" $key) }}{{ end -}}
+{{- end -}}
+{{- if $given -}}
+{{- fail (printf "%s: with tls.mode=certManager the release names its Secrets itself; leave it empty, or set tls.mode=secret" (first $given)) -}}
+{{- end -}}
+{{- end -}}
+{{- if and (or $tls.mutual $tls.clientCertificates) (not $tls.enabled) -}}
+{{- fail (printf "tls.%s: there are no certificates without TLS; set tls.enabled=true, or tls.%s=false" (ternary "mutual" "clientCertificates" $tls.mutual) (ternary "mutual" "clientCertificates" $tls.mutual)) -}}
+{{- end -}}
+{{- if and .Values.auth.enabled (not .Values.auth.secretName) -}}
+{{- fail "auth.secretName: the router needs a Secret with the tokens; set auth.secretName, or auth.enabled=false" -}}
+{{- end -}}
+{{- $router := .Values.router -}}
+{{- if and $router.ingress.enabled $router.route.enabled -}}
+{{- fail "router.ingress and router.route: both lead to the router; enable one of them" -}}
+{{- end -}}
+{{- if and $router.ingress.enabled (not $router.ingress.host) -}}
+{{- fail "router.ingress.host: an Ingress needs a host name; set router.ingress.host" -}}
+{{- end -}}
+{{- if and $router.route.enabled (not $router.route.gateway) -}}
+{{- fail "router.route.gateway: a GRPCRoute belongs to a Gateway; set router.route.gateway to its name" -}}
+{{- end -}}
+{{- if and $tls.clientCertificates (or $router.ingress.enabled $router.route.enabled) -}}
+{{- fail "tls.clientCertificates: an Ingress or a Gateway ends the clients' TLS and shows no certificate of theirs; set tls.clientCertificates=false, or let clients reach the router's Service" -}}
+{{- end -}}
+{{- $isOutside := or $router.ingress.enabled $router.route.enabled (has $router.service.type (list "NodePort" "LoadBalancer")) -}}
+{{- if and .Values.networkPolicy.enabled $isOutside (not .Values.networkPolicy.clients) -}}
+{{- fail "networkPolicy.clients: the router is reached from outside its namespace (service type, ingress or route), which the policy would deny; name who may call it" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* dict "root" $ "name" its name "stage" its settings. */}}
+{{- define "asd.validateStage" -}}
+{{- $name := .name -}}
+{{- $stage := .stage -}}
+{{- $model := $stage.model -}}
+{{- $gpus := int $stage.gpus -}}
+{{- $section := $model.engine | camelcase | untitle -}}
+{{- $parallel := dig $section "tensorParallel" 1 $model | int -}}
+{{- if not $model.engine -}}
+{{- fail (printf "stages: %q has no engine; set model.engine to onnx, vllm or tensorrt_llm" $name) -}}
+{{- end -}}
+{{- if eq $model.engine "onnx" -}}
+{{- if $gpus -}}
+{{- fail (printf "stages: %q asks for GPUs, and the engine onnx computes on CPUs; set model.engine to vllm or tensorrt_llm, or gpus to 0" $name) -}}
+{{- end -}}
+{{- else -}}
+{{- if not $gpus -}}
+{{- fail (printf "stages: %q has the engine %s and no GPU; set gpus to %d, its model.%s.tensorParallel" $name $model.engine $parallel $section) -}}
+{{- end -}}
+{{- if mod $gpus $parallel -}}
+{{- fail (printf "stages: %q has gpus %d, which model.%s.tensorParallel %d does not divide; set gpus to %d" $name $gpus $section $parallel $parallel) -}}
+{{- end -}}
+{{- if ne $gpus $parallel -}}
+{{- fail (printf "stages: %q has gpus %d and model.%s.tensorParallel %d, so that %d would be idle; make them equal, and use replicas for further copies" $name $gpus $section $parallel (sub $gpus $parallel)) -}}
+{{- end -}}
+{{- if and (gt $parallel 1) (not $stage.sharedMemory) -}}
+{{- fail (printf "stages: %q is tensor-parallel, and its processes need more than 64 MiB of shared memory; set sharedMemory, for instance to 8Gi" $name) -}}
+{{- end -}}
+{{- end -}}
+{{- if hasKey (dig "limits" dict $stage.resources) $stage.gpuResource -}}
+{{- fail (printf "stages: %q names %s in resources.limits; say how many with gpus instead" $name $stage.gpuResource) -}}
+{{- end -}}
+{{- if and $model.cache.claim $model.cache.size -}}
+{{- fail (printf "stages: %q names a claim for its cache, and a size for a new one; leave model.cache.claim or model.cache.size empty" $name) -}}
+{{- end -}}
+{{- $update := $stage.updateStrategy -}}
+{{- if not (or $update.maxUnavailable $update.maxSurge) -}}
+{{- fail (printf "stages: %q could never be updated; set updateStrategy.maxSurge or updateStrategy.maxUnavailable to 1" $name) -}}
+{{- end -}}
+{{- $scaling := $stage.autoscaling -}}
+{{- $sleep := $stage.scaleToZero -}}
+{{- if and $scaling.enabled $sleep.idleSeconds -}}
+{{- fail (printf "stages: %q is scaled by KEDA and by the manager; set autoscaling.enabled=false, or scaleToZero.idleSeconds=0" $name) -}}
+{{- end -}}
+{{- if $sleep.idleSeconds -}}
+{{- if not .root.Values.manager.enabled -}}
+{{- fail (printf "stages: %q may sleep, and nobody would wake it; set manager.enabled=true, or scaleToZero.idleSeconds=0" $name) -}}
+{{- end -}}
+{{- if gt (int $sleep.minReplicas) (int $sleep.wakeReplicas) -}}
+{{- fail (printf "stages: %q sleeps with %d pods and wakes to %d; raise scaleToZero.wakeReplicas, or lower scaleToZero.minReplicas" $name (int $sleep.minReplicas) (int $sleep.wakeReplicas)) -}}
+{{- end -}}
+{{- end -}}
+{{- if $scaling.enabled -}}
+{{- if gt (int $scaling.minReplicas) (int $scaling.maxReplicas) -}}
+{{- fail (printf "stages: %q: autoscaling.minReplicas %d is above autoscaling.maxReplicas %d; raise maxReplicas or lower minReplicas" $name (int $scaling.minReplicas) (int $scaling.maxReplicas)) -}}
+{{- end -}}
+{{- if not $scaling.prometheusAddress -}}
+{{- fail (printf "stages: %q is scaled by its queue, which KEDA reads from Prometheus; set autoscaling.prometheusAddress, for instance to http://prometheus.monitoring:9090" $name) -}}
+{{- end -}}
+{{- if not (or $scaling.query .root.Values.telemetry.metricsPort) -}}
+{{- fail (printf "stages: %q is scaled by a metric that its pods do not serve; set telemetry.metricsPort, for instance to 9464, or a query of your own in autoscaling.query" $name) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}

@@ -1,0 +1,554 @@
+"""Compares a running cascade with always asking its largest stage, on graded tasks, in one run.
+
+`python benchmark.py --target HOST:PORT`: needs asd installed (the tools image has it). Every task is asked
+both ways, one after the other; which comes first takes turns, since the second finds the prompt in prefix
+caches. The log ends with one line of JSON. `python benchmark.py --render LOG` makes a page of it without asd.
+
+Calls are made as ASD_TLS, ASD_TLS_CA, ASD_TLS_CERT, ASD_TLS_KEY, ASD_TLS_SERVER_NAME, ASD_TOKEN and
+ASD_TOKEN_FILE say, as the `asd` command does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import html
+import itertools
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from services.client.client import CascadeClient
+    from services.client.values import Description
+    from suites import Task
+
+    Result = dict[str, Any]
+
+CASCADE, LARGEST = "cascade", "largest"
+# On a fresh release the router may still be starting.
+READY_SECONDS = 60.0
+# Of the intervals: enough for two digits.
+RESAMPLES = 2000
+UNSET = "unset"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One answer. latency_ms: from the call to the whole answer, seen by the client."""
+
+    is_right: bool
+    stage: str
+    is_early: bool
+    latency_ms: float
+    cost: float
+    plan_source: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A task that was answered both ways."""
+
+    suite: str
+    level: int
+    cascade: Outcome
+    largest: Outcome
+
+
+class Refused(Exception):  # noqa: N818 - an error is named by its cause
+    """The run cannot be made as it was asked for; the message says why."""
+
+
+# Asking.
+
+
+async def measure(client: CascadeClient, options: argparse.Namespace) -> Result:
+    """Return the result of a run. Raises AsdError where the cascade does not answer at all, Refused."""
+    from services.client.values import Objective
+    from suites import split
+
+    described = await _describe(client)
+    stages = [each.stage for each in described.stages]
+    baseline = options.baseline or stages[-1]
+    if baseline not in stages:
+        raise Refused(f"--baseline {baseline}: the cascade has the stages {', '.join(stages)}")
+    version = described.policy.policy_version if described.policy else ""
+    labels = dict(label.split("=", 1) for label in options.label)
+    said = labels.get("policy-version", UNSET)
+    if said not in {UNSET, version or "none"}:
+        raise Refused(f"the label policy-version says {said}, but the policy in force is {version or 'none'}")
+    tasks = list(split("evaluation", options.warmup + options.requests, seed=options.seed))
+    objective = Objective(preference=options.preference)
+    ask = _Asking(client, objective, baseline, len(stages), options.concurrency)
+    await ask.both_ways(tasks[: options.warmup])
+    ask.forget()
+    started, at = time.monotonic(), time.time()
+    await ask.both_ways(tasks[options.warmup :])
+    seconds = time.monotonic() - started
+    if not ask.pairs:
+        raise Refused(f"no task was answered both ways: {dict(ask.failures)}")
+    return {
+        "schema": "asd.benchmark/1",
+        "asd_version": described.version,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at)),
+        "labels": labels,
+        "stages": [{"name": each.stage, "model": each.model, "cost": each.cost} for each in described.stages],
+        "policy_version": version,
+        "preference": options.preference or "balanced",
+        "baseline": baseline,
+        "seed": options.seed,
+        "warmup": options.warmup,
+        "requests": len(ask.pairs),
+        "concurrency": options.concurrency,
+        "seconds": seconds,
+        "requests_per_second": 2 * len(ask.pairs) / seconds,
+        "failures": dict(ask.failures),
+        **compare(ask.pairs),
+    }
+
+
+async def _describe(client: CascadeClient) -> Description:
+    from services.common.errors import Unavailable
+
+    deadline = time.monotonic() + READY_SECONDS
+    while True:
+        try:
+            return await client.describe()
+        except Unavailable:
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(1.0)
+
+
+class _Asking:
+    """Asks tasks both ways, several at once."""
+
+    def __init__(
+        self, client: CascadeClient, objective: Any, baseline: str, stage_count: int, concurrency: int
+    ) -> None:
+        self.pairs: list[Pair] = []
+        self.failures: Counter[str] = Counter()
+        self._client = client
+        self._objective = objective
+        self._baseline = baseline
+        self._last = stage_count - 1
+        self._concurrency = concurrency
+
+    def forget(self) -> None:
+        """Forget what was asked so far."""
+        self.pairs.clear()
+        self.failures.clear()
+
+    async def both_ways(self, tasks: Sequence[Task]) -> None:
+        """Ask each task. A failed call is counted, and its task left out."""
+        waiting: Iterator[tuple[Task, tuple[str, str]]] = zip(
+            tasks, itertools.cycle(((CASCADE, LARGEST), (LARGEST, CASCADE))), strict=False
+        )
+
+        async def work() -> None:
+            for task, ways in waiting:
+                outcomes = {way: await self._ask(task, way) for way in ways}
+                cascade, largest = outcomes[CASCADE], outcomes[LARGEST]
+                if cascade is not None and largest is not None:
+                    self.pairs.append(Pair(task.suite, task.level, cascade, largest))
+
+        await asyncio.gather(*(work() for _ in range(self._concurrency)))
+
+    async def _ask(self, task: Task, way: str) -> Outcome | None:
+        from services.client.values import Request
+        from services.common.errors import AsdError
+        from services.common.status import status_of
+        from suites import grade
+
+        stage = "" if way == CASCADE else self._baseline
+        objective = {"objective": self._objective} if way == CASCADE else {}
+        started = time.perf_counter()
+        try:
+            answer = await self._client.answer(Request(task.prompt, stage=stage, **objective))
+        except AsdError as error:
+            self.failures[f"{way}: {status_of(error).name}"] += 1
+            return None
+        return Outcome(
+            is_right=grade(task, answer.text),
+            stage=answer.stage,
+            is_early=answer.stage_index < self._last,
+            latency_ms=(time.perf_counter() - started) * 1000.0,
+            cost=answer.cost,
+            plan_source=answer.plan_source,
+        )
+
+
+# Figures.
+
+
+def compare(pairs: Sequence[Pair]) -> Result:
+    """Return the figures of both ways, and of the cascade as shares of the largest stage's."""
+    cascade, largest = [pair.cascade for pair in pairs], [pair.largest for pair in pairs]
+    by_suite: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        by_suite.setdefault(pair.suite, []).append(pair)
+    return {
+        CASCADE: _figures(cascade),
+        LARGEST: _figures(largest),
+        "early_stop_share": _mean(each.is_early for each in cascade),
+        "ratios": {
+            "cost": _ratio(pairs, lambda each: each.cost),
+            "mean_latency": _ratio(pairs, lambda each: each.latency_ms),
+            "share_right": _ratio(pairs, lambda each: each.is_right),
+            "p95_latency": {
+                "value": percentile([each.latency_ms for each in cascade], 95)
+                / percentile([each.latency_ms for each in largest], 95)
+            },
+        },
+        "suites": {
+            suite: {
+                "requests": len(some),
+                "early_stop_share": _mean(each.cascade.is_early for each in some),
+                "share_right": _mean(each.cascade.is_right for each in some),
+                "share_right_largest": _mean(each.largest.is_right for each in some),
+                "cost_ratio": _mean(each.cascade.cost for each in some)
+                / _mean(each.largest.cost for each in some),
+            }
+            for suite, some in sorted(by_suite.items())
+        },
+    }
+
+
+def _figures(outcomes: Sequence[Outcome]) -> Result:
+    latencies = sorted(each.latency_ms for each in outcomes)
+    return {
+        "share_right": _mean(each.is_right for each in outcomes),
+        "mean_cost": _mean(each.cost for each in outcomes),
+        "latency_ms": {
+            "mean": statistics.fmean(latencies),
+            **{f"p{share}": percentile(latencies, share) for share in (50, 90, 95, 99)},
+            "percentiles": [round(percentile(latencies, share), 3) for share in range(101)],
+        },
+        "answering_stage": dict(Counter(each.stage for each in outcomes)),
+        "plan_source": dict(Counter(each.plan_source for each in outcomes)),
+    }
+
+
+def _mean(values: Iterator[float]) -> float:
+    return statistics.fmean(values)
+
+
+def _ratio(pairs: Sequence[Pair], read: Callable[[Outcome], float]) -> Result:
+    """Return the ratio of means, cascade / largest, with a 95% interval from resampled tasks."""
+    import numpy as np
+
+    values = np.array([(read(pair.cascade), read(pair.largest)) for pair in pairs], np.float64)
+    if values[:, 1].sum() == 0.0:
+        return {"value": None, "low": None, "high": None}
+    chosen = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    means = np.stack([each[chosen].mean(axis=1) for each in values.T])
+    ratios = means[0, means[1] > 0] / means[1, means[1] > 0]
+    low, high = np.quantile(ratios, (0.025, 0.975))
+    value = values[:, 0].mean() / values[:, 1].mean()
+    return {"value": float(value), "low": float(low), "high": float(high)}
+
+
+def percentile(values: Sequence[float], share: int) -> float:
+    """Return the nearest-rank percentile; the least value for 0."""
+    return sorted(values)[max(math.ceil(share * len(values) / 100) - 1, 0)]
+
+
+# Showing.
+
+
+def summary(result: Result) -> str:
+    """Return a result as text for a log."""
+    rows: list[tuple[str, ...]] = [("", CASCADE, f"always {result['baseline']}", "ratio")]
+    rows += _table(result)
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = [
+        "  ".join(cell.ljust(width) if not place else cell.rjust(width) for place, (cell, width) in cells)
+        for cells in (list(enumerate(zip(row, widths, strict=True))) for row in rows)
+    ]
+    return "\n".join([*lines, "", *_remarks(result)])
+
+
+def _table(result: Result) -> list[tuple[str, ...]]:
+    left, right, ratios = result[CASCADE], result[LARGEST], result["ratios"]
+    latency = left["latency_ms"], right["latency_ms"]
+    return [
+        (
+            "right answers",
+            *(f"{each['share_right']:.1%}" for each in (left, right)),
+            _interval(ratios["share_right"]),
+        ),
+        (
+            "mean cost, units",
+            *(f"{each['mean_cost']:.2f}" for each in (left, right)),
+            _interval(ratios["cost"]),
+        ),
+        ("mean latency, ms", *(f"{each['mean']:.1f}" for each in latency), _interval(ratios["mean_latency"])),
+        *(
+            (
+                f"{name} latency, ms",
+                *(f"{each[name]:.1f}" for each in latency),
+                f"{latency[0][name] / latency[1][name]:.2f}",
+            )
+            for name in ("p50", "p95", "p99")
+        ),
+    ]
+
+
+def _interval(ratio: Result) -> str:
+    if ratio["value"] is None:
+        return "–"
+    return f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+
+
+def _remarks(result: Result) -> list[str]:
+    answered = result[CASCADE]["answering_stage"]
+    mix = ", ".join(f"{stage['name']} {answered.get(stage['name'], 0)}" for stage in result["stages"])
+    lines = [
+        f"{result['early_stop_share']:.1%} of the answers came before the last stage ({mix})",
+        f"{result['requests']} tasks, each asked both ways in turn, {result['concurrency']} at once, "
+        f"seed {result['seed']}; policy {result['policy_version'] or 'none'}; 95% intervals in brackets",
+    ]
+    static = result[CASCADE]["plan_source"].get("static", 0)
+    if static:
+        lines.append(
+            f"{static} of {result['requests']} answers followed the static plan: the policy was away"
+        )
+    if result["failures"]:
+        told = ", ".join(f"{count} × {name}" for name, count in sorted(result["failures"].items()))
+        lines.append(f"FAILED calls: {told}; their tasks are left out of every figure")
+    return lines
+
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c2530; max-width: 860px; margin: 2.5rem auto;
+  padding: 0 1rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2.2rem }
+table { border-collapse: collapse; width: 100% } td, th { padding: .3rem .6rem; text-align: right }
+td:first-child, th:first-child { text-align: left } tr + tr { border-top: 1px solid #dde3ea }
+.cards { display: flex; gap: 1rem; flex-wrap: wrap } .card { flex: 1; min-width: 9rem; background: #f2f5f8;
+border-radius: .5rem; padding: .8rem 1rem } .card b { display: block; font-size: 1.6rem }
+.failed { background: #fde8e4; padding: .6rem 1rem; border-radius: .5rem } small { color: #5a6775 }
+svg text { font: 12px system-ui, sans-serif; fill: #5a6775 }
+@media (prefers-color-scheme: dark) { body { background: #12171d; color: #dde5ee }
+.card { background: #1d252e }
+tr + tr { border-color: #2a343f } .failed { background: #4a211b } }
+"""
+_COLOURS = {CASCADE: "#1273c4", LARGEST: "#c4571d"}
+
+
+def page(result: Result) -> str:
+    """Return a result as one HTML page that loads nothing."""
+    escape = html.escape
+    ratios, labels = result["ratios"], result["labels"]
+    cost, latency = ratios["cost"]["value"], ratios["mean_latency"]["value"]
+    cards = [
+        (f"{result['early_stop_share']:.0%}", "answered before the last stage"),
+        (f"{cost:.0%}", f"of the cost of always asking {result['baseline']}"),
+        (f"{1 / latency:.2f} ×", "as fast, by the mean latency"),
+        (
+            f"{result[CASCADE]['share_right']:.1%}",
+            f"right answers ({result['baseline']}: {result[LARGEST]['share_right']:.1%})",
+        ),
+    ]
+    shown = "".join(f"<div class=card><b>{escape(big)}</b>{escape(small)}</div>" for big, small in cards)
+    head = _html_row(("", CASCADE, f"always {result['baseline']}", "ratio (95% interval)"), "th")
+    suites = [
+        (
+            name,
+            str(each["requests"]),
+            f"{each['share_right']:.1%}",
+            f"{each['share_right_largest']:.1%}",
+            f"{each['early_stop_share']:.1%}",
+            f"{each['cost_ratio']:.2f}",
+        )
+        for name, each in result["suites"].items()
+    ]
+    suite_head = _html_row(
+        ("suite", "tasks", "right", f"{result['baseline']} right", "early stops", "cost ratio"), "th"
+    )
+    facts = {
+        "started": result["started"],
+        "asd": result["asd_version"],
+        "policy": result["policy_version"] or "none",
+        "stages": " → ".join(f"{each['name']} ({each['model'] or 'away'})" for each in result["stages"]),
+        "preference": result["preference"],
+        "warm-up tasks": result["warmup"],
+        **labels,
+    }
+    remarks = "".join(
+        f"<p{' class=failed' if line.startswith('FAILED') else ''}>{escape(line)}</p>"
+        for line in _remarks(result)
+    )
+    # A page may hold "</script>" in a name.
+    data = json.dumps(result).replace("<", "\\u003c")
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>asd benchmark, {escape(result["started"])}</title><style>{_STYLE}</style></head><body>
+<h1>asd benchmark: cascade against always {escape(result["baseline"])}</h1>
+<div class="cards">{shown}</div>
+{remarks}
+<h2>Both ways</h2><table>{head}{"".join(_html_row(row) for row in _table(result))}</table>
+<h2>Latency: share of answers within a time</h2>{_plot(result)}
+<h2>Answering stage</h2>{_bars(result)}
+<h2>By suite</h2><table>{suite_head}{"".join(_html_row(row) for row in suites)}</table>
+<h2>The run</h2><table>{"".join(_html_row((name, str(value))) for name, value in facts.items())}</table>
+<script type="application/json" id="result">{data}</script>
+</body></html>
+"""
+
+
+def _html_row(cells: Sequence[str], tag: str = "td") -> str:
+    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+
+def _plot(result: Result) -> str:
+    """Return the two distributions of latencies; the axis of times is logarithmic."""
+    width, height, left, bottom = 820, 280, 45, 30
+    curves = {way: result[way]["latency_ms"]["percentiles"] for way in (CASCADE, LARGEST)}
+    low = math.log10(max(min(curve[0] for curve in curves.values()), 0.01))
+    high = max(math.log10(max(curve[-1] for curve in curves.values())), low + 0.1)
+
+    def x(milliseconds: float) -> float:
+        place = (math.log10(max(milliseconds, 0.01)) - low) / (high - low)
+        return left + place * (width - left - 10)
+
+    def y(share: float) -> float:
+        return 10 + (1 - share) * (height - bottom - 10)
+
+    parts = []
+    for share in (0.0, 0.5, 0.95, 1.0):
+        parts.append(
+            f'<line x1="{left}" x2="{width - 10}" y1="{y(share):.1f}" y2="{y(share):.1f}" stroke="#8892" />'
+        )
+        parts.append(f'<text x="{left - 6}" y="{y(share) + 4:.1f}" text-anchor="end">{share:.0%}</text>')
+    ticks = [
+        factor * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for factor in (1, 2, 5)
+    ]
+    for tick in ticks:
+        if low <= math.log10(tick) <= high:
+            parts.append(
+                f'<line x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="10" y2="{y(0):.1f}" stroke="#8892" />'
+            )
+            parts.append(f'<text x="{x(tick):.1f}" y="{height - 10}" text-anchor="middle">{tick:g} ms</text>')
+    for place, (way, curve) in enumerate(curves.items()):
+        points = " ".join(f"{x(value):.1f},{y(share / 100):.1f}" for share, value in enumerate(curve))
+        parts.append(f'<polyline fill="none" stroke="{_COLOURS[way]}" stroke-width="2" points="{points}" />')
+        name = way if way == CASCADE else f"always {result['baseline']}"
+        style = f'style="fill:{_COLOURS[way]}"'
+        parts.append(f'<text x="{left + 12}" y="{28 + 18 * place}" {style}>{html.escape(name)}</text>')
+    return f'<svg viewBox="0 0 {width} {height}" width="100%" role="img">{"".join(parts)}</svg>'
+
+
+def _bars(result: Result) -> str:
+    answered = result[CASCADE]["answering_stage"]
+    parts, most = [], max(answered.values())
+    for place, stage in enumerate(result["stages"]):
+        count, top = answered.get(stage["name"], 0), 26 * place
+        width, share = 560 * count / most, count / result["requests"]
+        box = f'y="{top + 2}" width="{width:.1f}" height="20" fill="{_COLOURS[CASCADE]}"'
+        parts.append(f'<text x="110" y="{top + 16}" text-anchor="end">{html.escape(stage["name"])}</text>')
+        parts.append(f'<rect x="120" {box} />')
+        parts.append(f'<text x="{128 + width:.1f}" y="{top + 16}">{share:.1%}</text>')
+    return (
+        f'<svg viewBox="0 0 820 {26 * len(result["stages"])}" width="100%" role="img">{"".join(parts)}</svg>'
+    )
+
+
+def write_files(result: Result, folder: Path) -> None:
+    """Write result.json and report.html."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (folder / "report.html").write_text(page(result), encoding="utf-8")
+
+
+def read_result(file: Path) -> Result:
+    """Return the result in a result.json, or at the end of a log."""
+    text = file.read_text(encoding="utf-8").strip()
+    result: Result = json.loads(text if text.startswith("{") else text.splitlines()[-1])
+    return result
+
+
+# The command.
+
+
+async def _run(options: argparse.Namespace) -> Result:
+    from services.client.connecting import Connection
+
+    files = {
+        name: os.environ.get(f"ASD_{name.upper()}")
+        for name in ("tls_ca", "tls_cert", "tls_key", "token_file")
+    }
+    connection = Connection(
+        tls=os.environ.get("ASD_TLS", "").lower() in {"1", "true", "yes", "on"},
+        tls_server_name=os.environ.get("ASD_TLS_SERVER_NAME", ""),
+        token=os.environ.get("ASD_TOKEN", ""),
+        **{name: Path(value) for name, value in files.items() if value},
+    )
+    async with connection.client(options.target, options.timeout_ms) as client:
+        return await measure(client, options)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the options of a command line."""
+    parser = argparse.ArgumentParser(
+        prog="benchmark.py", description=(__doc__ or "").split("\n", maxsplit=1)[0]
+    )
+    parser.add_argument(
+        "--target", default="", help="the router: HOST:PORT, or dns:///HOST:PORT for all of its pods"
+    )
+    parser.add_argument("--requests", type=int, default=500, help="tasks measured, each asked both ways")
+    parser.add_argument("--warmup", type=int, default=50, help="tasks before, not measured")
+    parser.add_argument("--concurrency", type=int, default=4, help="tasks under way at once")
+    parser.add_argument("--seed", type=int, default=0, help="of the tasks")
+    parser.add_argument("--baseline", default="", help="stage to compare with; default: the last one")
+    parser.add_argument("--preference", choices=("fastest", "balanced", "best"), help="default: the policy's")
+    parser.add_argument("--timeout-ms", type=float, default=60_000.0, help="deadline of one call")
+    parser.add_argument(
+        "--label", action="append", default=[], metavar="NAME=VALUE", help="kept in the result"
+    )
+    parser.add_argument("--out", type=Path, help="folder for result.json and report.html")
+    parser.add_argument("--render", type=Path, metavar="LOG", help="write the page of a log or result")
+    options = parser.parse_args(arguments)
+    if bool(options.target) == bool(options.render):
+        parser.error("give either --target or --render")
+    if min(options.requests, options.concurrency) < 1 or options.warmup < 0 or not options.timeout_ms > 0:
+        parser.error(
+            "--requests and --concurrency must be 1 or more, --warmup 0 or more, --timeout-ms above 0"
+        )
+    if any("=" not in label for label in options.label):
+        parser.error("--label wants NAME=VALUE")
+    return options
+
+
+def main() -> None:
+    """Measure, and print what came of it. Ends with 1 where a call failed: the figures are then partial."""
+    options = parse()
+    if options.render:
+        sys.stdout.write(page(read_result(options.render)))
+        return
+    from services.common.errors import AsdError
+    from services.common.settings import SettingsError
+
+    try:
+        result = asyncio.run(_run(options))
+    except (AsdError, Refused, SettingsError, OSError) as error:
+        sys.exit(f"{options.target}: {error}")
+    if options.out:
+        write_files(result, options.out)
+    sys.stdout.write(f"{summary(result)}\n\n{json.dumps(result)}\n")
+    if result["failures"]:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

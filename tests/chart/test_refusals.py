@@ -1,0 +1,263 @@
+"""Values that are wrong or contradict each other are refused, with a sentence that says what to change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.chart.rendering import CHART, ONE_STAGE, Variant, helm, template
+
+TLS = {"enabled": True, "secretName": "asd-tls"}
+KEDA = {"enabled": True, "prometheusAddress": "http://prometheus:9090"}
+SLEEPS = {"idleSeconds": 60}
+
+
+def stage(**settings: Any) -> dict[str, Any]:
+    """Return values with one stage, of an engine on a GPU unless another one is said."""
+    model = {"engine": "vllm", "path": "/m", **settings.pop("model", {})}
+    entry = {"name": "a", "cost": 1, "gpus": 1, **settings, "model": model}
+    return {"stages": [entry], "router": {"staticPlan": ["a"]}, "policy": {"enabled": False}}
+
+
+SCHEMA = [
+    ({"ruoter": {}}, "ruoter"),
+    ({"router": {"staticplan": ["small"]}}, "staticplan"),
+    ({"policy": {"enable": False}}, "enable"),
+    ({"stageDefaults": {"replica": 2}}, "replica"),
+    ({"stages": [{"name": "a", "cost": 1, "model": {"path": "/m"}, "timeout": 5}]}, "timeout"),
+    ({"stages": []}, "stages"),
+    ({"stages": [{"name": "Upper", "cost": 1, "model": {"path": "/m"}}]}, "name"),
+    ({"stages": [{"name": "a", "cost": 0, "model": {"path": "/m"}}]}, "cost"),
+    ({"policy": {"enabled": True, "drift": {"tolerance": 0}}}, "tolerance"),
+    ({"policy": {"enabled": True, "shadow": {"claim": "c"}}}, "claim"),
+    ({"image": {"digests": {"router": "latest"}}}, "router"),
+    ({"telemetry": {"metricsPort": 50051}}, "metricsPort"),
+    ({"tls": {"mode": "vault"}}, "mode"),
+    ({"auth": {"secret": "tokens"}}, "secret"),
+    ({"manager": {"replicas": 2}}, "replicas"),
+    ({"networkPolicy": {"clients": [{"podSelctor": {}}]}}, "podSelctor"),
+    ({"stageDefaults": {"model": {"vllm": {"lora": {"Law!": "/models/law"}}}}}, "Law!"),
+    ({"router": {"affinity": {"nodeAfinity": {}}}}, "nodeAfinity"),
+    ({"router": {"topologySpreadConstraints": [{"topologyKey": "zone"}]}}, "topologySpreadConstraints"),
+    ({"stageDefaults": {"model": {"engine": "llama.cpp"}}}, "engine"),
+    ({"stageDefaults": {"model": {"vllm": {"tensorparallel": 2}}}}, "tensorparallel"),
+    ({"stageDefaults": {"model": {"cache": {"accessMode": "ReadOnlyMany"}}}}, "accessMode"),
+    ({"stageDefaults": {"autoscaling": {"minReplicas": 0}}}, "minReplicas"),
+    ({"stageDefaults": {"gpuResource": "gpus"}}, "gpuResource"),
+]
+CONTRADICTIONS = {
+    "two stages of one name": (
+        {
+            **ONE_STAGE.values,
+            "stages": [
+                {"name": "twin", "cost": c, "model": {"engine": "onnx", "path": "/m"}} for c in (1, 2)
+            ],
+        },
+        'stages: two are named "twin"; give each stage its own name',
+    ),
+    "unknown stage in the plan": (
+        {"router": {"staticPlan": ["huge"]}},
+        '"huge" is not among stages (small, medium, large); name stages of this cascade, for instance '
+        "[large]",
+    ),
+    "plan out of order": (
+        {"router": {"staticPlan": ["large", "small"]}},
+        "name stages in the order of stages (small, medium, large)",
+    ),
+    "another cascade than the image's policy": (
+        {**ONE_STAGE.values, "policy": {"enabled": True}},
+        "policy.artifactClaim: the image's policy was made for the stages small, medium, large, not for "
+        "only; name a "
+        "claim with a policy for these, or set policy.enabled=false",
+    ),
+    "one file of reports for two": (
+        {"policy": {"reportsClaim": "r", "replicas": 2}},
+        "policy.reportsClaim: several pods cannot keep one file of reports; set policy.replicas=1",
+    ),
+    "one file of reports for many": (
+        {"policy": {"reportsClaim": "r", "autoscaling": {"enabled": True}}},
+        "policy.autoscaling.enabled=false, or leave the claim out",
+    ),
+    "no engine": (
+        stage(model={"engine": ""}),
+        'stages: "a" has no engine; set model.engine to onnx, vllm or tensorrt_llm',
+    ),
+    "onnx on a GPU": (
+        stage(model={"engine": "onnx"}),
+        'stages: "a" asks for GPUs, and the engine onnx computes on CPUs; set model.engine to vllm or '
+        "tensorrt_llm, "
+        "or gpus to 0",
+    ),
+    "vllm without a GPU": (
+        stage(gpus=0),
+        'stages: "a" has the engine vllm and no GPU; set gpus to 1, its model.vllm.tensorParallel',
+    ),
+    "tensor parallelism that does not divide": (
+        stage(gpus=4, sharedMemory="8Gi", model={"vllm": {"tensorParallel": 3}}),
+        'stages: "a" has gpus 4, which model.vllm.tensorParallel 3 does not divide; set gpus to 3',
+    ),
+    "idle GPUs": (
+        stage(
+            gpus=4, sharedMemory="8Gi", model={"engine": "tensorrt_llm", "tensorrtLlm": {"tensorParallel": 2}}
+        ),
+        'stages: "a" has gpus 4 and model.tensorrtLlm.tensorParallel 2, so that 2 would be idle; make '
+        "them equal",
+    ),
+    "too little shared memory": (
+        stage(gpus=2, model={"vllm": {"tensorParallel": 2}}),
+        'stages: "a" is tensor-parallel, and its processes need more than 64 MiB of shared memory; set '
+        "sharedMemory",
+    ),
+    "GPUs said twice": (
+        stage(resources={"limits": {"nvidia.com/gpu": 1}}),
+        'stages: "a" names nvidia.com/gpu in resources.limits; say how many with gpus instead',
+    ),
+    "two caches": (
+        stage(model={"cache": {"claim": "c", "size": "1Gi"}}),
+        'stages: "a" names a claim for its cache, and a size for a new one; leave model.cache.claim or '
+        "model.cache.size empty",
+    ),
+    "no way to update": (
+        stage(updateStrategy={"maxSurge": 0, "maxUnavailable": 0}),
+        'stages: "a" could never be updated; set updateStrategy.maxSurge or '
+        "updateStrategy.maxUnavailable to 1",
+    ),
+    "killed while it drains": (
+        {"router": {"drainSeconds": 60, "terminationGracePeriodSeconds": 30}},
+        "router: terminationGracePeriodSeconds 30 would kill calls that may still go on; set it to 63 or "
+        "more",
+    ),
+    "a label of the release's": (
+        {"router": {"podLabels": {"app.kubernetes.io/name": "other"}}},
+        "router: podLabels may not set app.kubernetes.io/name, by which the release knows its pods; "
+        "choose another",
+    ),
+    "fewer at most than at least": (
+        {"router": {"autoscaling": {"enabled": True, "minReplicas": 5, "maxReplicas": 2}}},
+        "router.autoscaling: minReplicas 5 is above maxReplicas 2; raise maxReplicas or lower minReplicas",
+    ),
+    "fewer pods of a stage at most than at least": (
+        {"stageDefaults": {"autoscaling": {**KEDA, "minReplicas": 9, "query": "q"}}},
+        'stages: "small": autoscaling.minReplicas 9 is above autoscaling.maxReplicas 4',
+    ),
+    "a share of no CPU": (
+        {"policy": {"autoscaling": {"enabled": True}, "resources": {"requests": {"cpu": None}}}},
+        "policy.autoscaling: the share of used CPU is of the requested one; set "
+        "policy.resources.requests.cpu",
+    ),
+    "two that scale": (
+        {
+            "manager": {"enabled": True},
+            "telemetry": {"metricsPort": 9464},
+            "stageDefaults": {"autoscaling": KEDA, "scaleToZero": SLEEPS},
+        },
+        'stages: "small" is scaled by KEDA and by the manager; set autoscaling.enabled=false, or '
+        "scaleToZero.idleSeconds=0",
+    ),
+    "asleep for good": (
+        {"stageDefaults": {"scaleToZero": SLEEPS}},
+        'stages: "small" may sleep, and nobody would wake it; set manager.enabled=true, or '
+        "scaleToZero.idleSeconds=0",
+    ),
+    "nothing to manage": (
+        {"manager": {"enabled": True}},
+        "manager.enabled: no stage may sleep, so that there is nothing to manage; set "
+        "scaleToZero.idleSeconds",
+    ),
+    "more asleep than awake": (
+        {"manager": {"enabled": True}, "stageDefaults": {"scaleToZero": {**SLEEPS, "minReplicas": 3}}},
+        'stages: "small" sleeps with 3 pods and wakes to 1; raise scaleToZero.wakeReplicas',
+    ),
+    "KEDA without Prometheus": (
+        {"stageDefaults": {"autoscaling": {"enabled": True}}},
+        "which KEDA reads from Prometheus; set autoscaling.prometheusAddress, for instance to http://",
+    ),
+    "KEDA without metrics": (
+        {"stageDefaults": {"autoscaling": KEDA}},
+        "is scaled by a metric that its pods do not serve; set telemetry.metricsPort, for instance to 9464",
+    ),
+    "Prometheus without metrics": (
+        {"monitoring": {"podMonitor": {"enabled": True}}},
+        "monitoring.podMonitor: pods serve no metrics; set telemetry.metricsPort, for instance to 9464",
+    ),
+    "TLS without a Secret": (
+        {"tls": {"enabled": True}},
+        "tls: there is no Secret for router; set tls.secretName or tls.secretNames.router, or let "
+        "cert-manager make "
+        "them with tls.mode=certManager",
+    ),
+    "TLS without a Secret for stages": (
+        {"tls": {"enabled": True, "secretNames": {"router": "r", "policy": "p", "client": "c"}}},
+        "tls: there is no Secret for stages; set tls.secretName or tls.secretNames.stages",
+    ),
+    "Secrets beside cert-manager": (
+        {"tls": {**TLS, "mode": "certManager"}},
+        "tls.secretName: with tls.mode=certManager the release names its Secrets itself; leave it empty, "
+        "or set "
+        "tls.mode=secret",
+    ),
+    "certificates without TLS": (
+        {"tls": {"mutual": True}},
+        "tls.mutual: there are no certificates without TLS; set tls.enabled=true, or tls.mutual=false",
+    ),
+    "client certificates behind an Ingress": (
+        {
+            "tls": {**TLS, "clientCertificates": True},
+            "router": {"ingress": {"enabled": True, "host": "a.example"}},
+        },
+        "tls.clientCertificates: an Ingress or a Gateway ends the clients' TLS and shows no certificate "
+        "of theirs; "
+        "set tls.clientCertificates=false",
+    ),
+    "tokens without a Secret": (
+        {"auth": {"enabled": True}},
+        "auth.secretName: the router needs a Secret with the tokens; set auth.secretName, or "
+        "auth.enabled=false",
+    ),
+    "Ingress without a host": (
+        {"router": {"ingress": {"enabled": True}}},
+        "router.ingress.host: an Ingress needs a host name; set router.ingress.host",
+    ),
+    "route without a Gateway": (
+        {"router": {"route": {"enabled": True}}},
+        "router.route.gateway: a GRPCRoute belongs to a Gateway; set router.route.gateway to its name",
+    ),
+    "two ways in": (
+        {
+            "router": {
+                "ingress": {"enabled": True, "host": "a.example"},
+                "route": {"enabled": True, "gateway": "g"},
+            }
+        },
+        "router.ingress and router.route: both lead to the router; enable one of them",
+    ),
+    "a load balancer that may not call": (
+        {"networkPolicy": {"enabled": True}, "router": {"service": {"type": "LoadBalancer"}}},
+        "networkPolicy.clients: the router is reached from outside its namespace (service type, ingress "
+        "or route), "
+        "which the policy would deny; name who may call it",
+    ),
+}
+
+
+@pytest.mark.parametrize(("values", "said"), SCHEMA, ids=[said for _, said in SCHEMA])
+def test_unknown_and_malformed_values_are_refused(values: dict[str, Any], said: str) -> None:
+    run = template(Variant(values))
+    assert run.returncode != 0
+    assert said in run.stderr
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_values_that_contradict_each_other_are_refused_with_a_sentence(case: str) -> None:
+    values, said = CONTRADICTIONS[case]
+    run = template(Variant(values))
+    assert run.returncode != 0
+    assert said in run.stderr
+
+
+def test_a_misspelt_value_is_refused_by_lint_and_install_alike() -> None:
+    for command in ("lint --strict", "install --dry-run=client demo"):
+        run = helm(command, Variant({"router": {"staticplan": []}}), str(CHART))
+        assert run.returncode != 0
+        assert "staticplan" in run.stdout + run.stderr

@@ -1,0 +1,190 @@
+"""The chart's values: each explained, each in the schema, and nothing in the schema that is not explained."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import pytest
+import yaml
+
+from policy_service.settings import PolicySettings
+from services.stage.engine_settings import TensorrtLlmSettings, VllmSettings
+from tests.chart.rendering import CHART, ROOT, VARIANTS, chart_values, helm
+
+SCHEMA: dict[str, Any] = json.loads((CHART / "values.schema.json").read_text())
+
+
+def resolved(schema: dict[str, Any]) -> dict[str, Any]:
+    reference = schema.get("$ref", "")
+    return SCHEMA["definitions"][reference.rpartition("/")[2]] if reference else schema
+
+
+def schemas(schema: dict[str, Any], path: str = "") -> list[tuple[str, dict[str, Any]]]:
+    """Return every schema below one, by its path in the values; what is Kubernetes' own counts as a leaf."""
+    schema = resolved(schema)
+    found = [(path, schema)]
+    if "$comment" in schema:
+        return found
+    for name, each in schema.get("properties", {}).items():
+        found += schemas(each, f"{path}.{name}".lstrip("."))
+    if "items" in schema:
+        found += schemas(schema["items"], f"{path}[]")
+    return found
+
+
+def value_paths(value: Any, path: str = "") -> set[str]:
+    found = {path} if path else set()
+    if isinstance(value, dict):
+        for name, each in value.items():
+            found |= value_paths(each, f"{path}.{name}".lstrip("."))
+    if isinstance(value, list):
+        for each in value:
+            found |= value_paths(each, f"{path}[]")
+    return found
+
+
+def test_the_schema_is_closed_at_every_level() -> None:
+    for path, schema in schemas(SCHEMA):
+        if schema.get("type") != "object" or path == "global":
+            continue
+        assert "additionalProperties" in schema, path
+        if "properties" in schema:
+            assert schema["additionalProperties"] is False, path
+
+
+def test_everything_that_the_schema_knows_stands_in_the_values() -> None:
+    known = value_paths(chart_values())
+    # A stage may repeat what stands in stageDefaults.
+    known |= {path.replace("stageDefaults", "stages[]", 1) for path in known}
+    wanted = {path for path, _ in schemas(SCHEMA) if path and not path.endswith("[]")}
+    assert wanted - known == set()
+
+
+def _entries() -> list[tuple[int, str, bool]]:
+    """Return line number, key and whether a comment stands before it, of every key in values.yaml."""
+    entries = []
+    commented = False
+    for number, line in enumerate((CHART / "values.yaml").read_text().splitlines(), start=1):
+        text = line.strip().removeprefix("- ")
+        if text.startswith("#"):
+            commented = True
+            continue
+        key, colon, value = text.partition(":")
+        # What is a mapping of further lines is explained by what it holds.
+        if colon and (value.strip() or commented):
+            entries.append((number, key, commented))
+        commented = False
+    return entries
+
+
+def test_every_value_is_explained() -> None:
+    explained = {key for _, key, commented in _entries() if commented}
+    missing = [
+        (number, key)
+        for number, key, commented in _entries()
+        # A second stage need not explain again what the first one, or stageDefaults, did; requests and
+        # limits are Kubernetes' own.
+        if not commented and key not in {"requests", "limits"} and not _repeats(number, key, explained)
+    ]
+    assert missing == []
+
+
+def _repeats(number: int, key: str, explained: set[str]) -> bool:
+    lines = (CHART / "values.yaml").read_text().splitlines()
+    return number > lines.index("stages:") and key in explained
+
+
+@pytest.mark.parametrize("name", ["values.yaml", "values-h100.yaml", "values-kind.yaml"])
+def test_lines_fit(name: str) -> None:
+    lines = (CHART / name).read_text().splitlines()
+    assert [line for line in lines if len(line) > 120] == []
+
+
+@pytest.mark.parametrize(
+    ("section", "settings"), [("vllm", VllmSettings), ("tensorrtLlm", TensorrtLlmSettings)]
+)
+def test_every_option_of_an_engine_is_a_value(section: str, settings: Any) -> None:
+    values = chart_values()["stageDefaults"]["model"][section]
+    assert {_snake(key) for key in values} == set(settings.model_fields)
+
+
+def _snake(key: str) -> str:
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in key)
+
+
+def test_the_production_cascade_is_the_one_it_names() -> None:
+    variant = VARIANTS["H100s"]
+    models = [(name, variant.stage(name)) for name in variant.stages]
+    assert [(name, stage["gpus"], stage["model"]["path"]) for name, stage in models] == [
+        ("13b", 1, "/models/Llama-2-13b-chat-hf"),
+        ("34b", 2, "/models/CodeLlama-34b-Instruct-hf"),
+        ("70b", 4, "/models/Llama-2-70b-chat-hf"),
+    ]
+    assert {stage["model"]["engine"] for _, stage in models} == {"tensorrt_llm"}
+    # Its header adds up what it asks for.
+    gpus = sum(stage["gpus"] * stage["replicas"] for _, stage in models)
+    assert f"= {gpus}," in (CHART / "values-h100.yaml").read_text()
+
+
+def test_the_claims_of_the_production_cascade_are_those_of_the_jobs() -> None:
+    claims = {
+        each["metadata"]["name"]
+        for each in yaml.safe_load_all((ROOT / "k8s/storage/claims.yaml").read_text())
+        if each
+    }
+    values = VARIANTS["H100s"].effective
+    assert {values["policy"]["artifactClaim"], values["stageDefaults"]["model"]["claim"]} <= claims
+
+
+def test_the_images_policy_is_the_one_that_the_defaults_ask_for() -> None:
+    fields = PolicySettings.model_fields
+    drift = chart_values()["policy"]["drift"]
+    assert (drift["runLength"], drift["tolerance"]) == (
+        fields["drift_run_length"].default,
+        fields["drift_tolerance"].default,
+    )
+
+
+NOTES = {
+    "defaults": ("helm test demo -n models", "image.registry is not set", "go nowhere yet"),
+    "H100s": ("the stages want 12 GPUs", "--timeout 1860s", "demo-stage-13b-cache, demo-stage-34b-cache"),
+    "everything on": ("From outside: the address of",),
+    "autoscaled": ("KEDA scales small, medium, large", "port 9464"),
+    "scale to zero": ("Stages that sleep when idle: large.", "router.defaultDeadlineMs: 60000"),
+    "TLS": ("get secret asd-tls", "--tls-ca ca.crt --tls-server-name demo-router", "FailedMount"),
+    "locked down": (
+        "get certificates",
+        "get secret demo-client-tls",
+        "--tls-cert tls.crt --tls-key tls.key",
+        "export ASD_TOKEN=...",
+        "Only pods of namespace models",
+        "networkPolicy.metricsClients",
+    ),
+    "tokens": ("Secret tokens", "Tokens travel in the clear"),
+    "ingress": ("asd.example", "must be told to speak GRPC to the pods"),
+    "gateway": ("Gateway public, asd.example",),
+}
+
+
+@pytest.mark.parametrize("variant", NOTES)
+def test_notes_say_what_to_do_next(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBECONFIG", os.devnull)
+    run = helm("install --dry-run=client demo", VARIANTS[variant], str(CHART))
+    assert run.returncode == 0, run.stderr
+    notes = run.stdout.partition("NOTES:")[2]
+    for sentence in NOTES[variant]:
+        assert sentence in notes
+    if variant == "defaults":
+        for word in (
+            "ASD_TOKEN",
+            "--tls",
+            "KEDA",
+            "sleep",
+            "GPUs",
+            "From outside",
+            "Claims",
+            "networkPolicy",
+        ):
+            assert word not in notes

@@ -1,0 +1,125 @@
+"""Prints what Prometheus would read if everything that asd counts had happened.
+
+`python -m tests.monitoring.exported`: the services' own instruments run with the Prometheus exporter.
+OpenTelemetry takes one meter for a process, so this is a process of its own. Stand-ins have the fields that
+instruments read, and nothing else.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from types import SimpleNamespace as Fields
+
+from opentelemetry import metrics
+from opentelemetry.exporter.prometheus import PrometheusMetricReader
+from opentelemetry.sdk.metrics import MeterProvider
+from prometheus_client import CollectorRegistry, generate_latest
+
+import policy_service.instruments
+import services.manager.instruments
+import services.router.instruments
+from services.common import telemetry
+from services.common.errors import Unavailable
+from services.router.domain import DecisionAction, DecisionReason, PlanSource, StageAction
+from services.stage.engine import EngineStatus, ModelState
+from services.stage.instruments import watch_models
+
+
+def main() -> None:
+    """Count everything once and print it."""
+    registry = CollectorRegistry()
+    # As services.common.telemetry serves it.
+    reader = PrometheusMetricReader(scope_info_enabled=False, registry=registry)
+    metrics.set_meter_provider(MeterProvider([reader]))
+    telemetry._state.metered = True
+    _router()
+    _policy()
+    _manager()
+    _stage()
+    sys.stdout.write(generate_latest(registry).decode())
+
+
+def _router() -> None:
+    router = services.router.instruments.Instruments()
+    small, large = Fields(name="small", index=0, model=""), Fields(name="large", index=1, model="")
+    for source in (PlanSource.POLICY, PlanSource.STATIC, PlanSource.FIXED):
+        first, last = _answer(small, StageAction.GENERATE), _answer(large, StageAction.VERIFY)
+        escalated = Fields(action=DecisionAction.ESCALATE, reason=DecisionReason.VALUE)
+        stopped = Fields(action=DecisionAction.STOP, reason=DecisionReason.VALUE)
+        outcome = Fields(plan_source=source, cost=1.0, latency_ms=1.0, policy_ms=1.0)
+        ahead = Fields(stage=large)
+        early = Fields(answer=first, records=(Fields(answer=first, decision=stopped),), prefilled=ahead)
+        late = Fields(
+            answer=last,
+            records=(Fields(answer=first, decision=escalated), Fields(answer=last, decision=stopped)),
+            prefilled=None,
+        )
+        for each in (early, late):
+            router.request_answered(Fields(**vars(outcome), **vars(each)), 2)
+        router.stage_answered(first)
+        router.stage_answered(last)
+    for step in ("plan", "decide"):
+        router.static_plan_used(step)
+    router.stage_failed(small, Unavailable("away"))
+    with suppress(Unavailable), router.request_under_way():
+        raise Unavailable("away")
+    router.watch_sleep([small, large], lambda: frozenset({1}))
+
+
+def _answer(stage: Fields, action: StageAction) -> Fields:
+    usage = Fields(prompt_tokens=1, cached_prompt_tokens=1, completion_tokens=1)
+    timing = Fields(queue_ms=1.0, prefill_ms=1.0, decode_ms=1.0)
+    return Fields(
+        stage=stage,
+        action=action,
+        latency_ms=1.0,
+        result=Fields(usage=usage, timing=timing),
+        verification=Fields(proposed_tokens=1, accepted_tokens=1),
+    )
+
+
+def _policy() -> None:
+    policy = policy_service.instruments.Instruments()
+    calibration = Fields(
+        stage="small",
+        reports=1,
+        expected=0.5,
+        observed=0.5,
+        calibration_error=0.1,
+        evidence=1.0,
+        alarm_at=None,
+    )
+    policy.watch_calibration(lambda: [calibration])
+    policy.shadow_compared("plan", "small", agrees=True)
+    policy.shadow_dropped()
+    policy.shadow_failed()
+
+
+def _manager() -> None:
+    manager = services.manager.instruments.Instruments()
+    manager.scaled("small", "wake")
+    manager.watch(lambda: [Fields(stage="small", wanted=1, ready=1, is_known=True)])
+
+
+def _stage() -> None:
+    status = EngineStatus(
+        state=ModelState.READY,
+        parameters=1,
+        context_length=1,
+        fingerprint="f",
+        memory_bytes=1,
+        kv_cache_bytes=1,
+        queued=1,
+        running=1,
+        cached_sequences=1,
+        completed=1,
+        cancelled=1,
+        error="",
+    )
+    engine = Fields(status=lambda: status)
+    watch_models(Fields(engines={"small": engine}, budget_bytes=1, idle_ms=lambda: 1.0))
+
+
+if __name__ == "__main__":
+    main()
