@@ -1,27 +1,34 @@
 # One target per image: docker build --target router --tag asd-router:0.1.0 .
-# Targets: router, policy, stage-onnx, stage-vllm, stage-tensorrt-llm, tools.
+# Targets: router, policy, manager, stage-onnx, stage-vllm, stage-tensorrt-llm, tools, train.
 
 # What the GPU stages start from: images that hold the library, its CUDA and the compiler that it calls. The
 # engines' calls are checked against these versions (docs/engines.md).
 ARG VLLM_IMAGE=docker.io/vllm/vllm-openai:v0.25.1
 ARG TENSORRT_LLM_IMAGE=nvcr.io/nvidia/tensorrt-llm/release:1.3.0rc24
 
-FROM python:3.11-slim-bookworm AS build
+FROM python:3.11.14-slim-bookworm AS build
 RUN python -m venv /opt/asd
 ENV PATH=/opt/asd/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
 COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY protos protos
 COPY services services
-COPY policy_service policy_service
+COPY policy_service/*.py policy_service/
+COPY policy_service/train policy_service/train
 COPY suites suites
-COPY models models
+# Neither models nor policy: each image takes the files that it serves, below.
+COPY models/__init__.py models/
 RUN pip install .
 
 FROM build AS build-policy
 # The source tree itself, which has no version to pin.
 # hadolint ignore=DL3013
 RUN pip install ".[policy]"
+
+FROM build AS build-manager
+# The source tree itself, which has no version to pin.
+# hadolint ignore=DL3013
+RUN pip install ".[kubernetes]"
 
 FROM build AS build-stage-onnx
 # The source tree itself, which has no version to pin.
@@ -33,7 +40,12 @@ FROM build AS build-tools
 # hadolint ignore=DL3013
 RUN pip install ".[hub]"
 
-FROM python:3.11-slim-bookworm AS base
+FROM build AS build-train
+# The source tree itself, which has no version to pin.
+# hadolint ignore=DL3013
+RUN pip install ".[policy-train]"
+
+FROM python:3.11.14-slim-bookworm AS base
 # Kubernetes proves runAsNonRoot from a number only.
 USER 10001:10001
 ENV PATH=/opt/asd/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp
@@ -49,6 +61,11 @@ COPY --from=build-policy /opt/asd /opt/asd
 COPY policy_service/artifact /policy
 EXPOSE 50051
 ENTRYPOINT ["python", "-m", "policy_service"]
+
+FROM base AS manager
+COPY --from=build-manager /opt/asd /opt/asd
+EXPOSE 50053
+ENTRYPOINT ["python", "-m", "services.manager"]
 
 FROM base AS stage-onnx
 COPY --from=build-stage-onnx /opt/asd /opt/asd
@@ -94,3 +111,8 @@ ENTRYPOINT ["python3", "-m", "services.stage"]
 FROM base AS tools
 COPY --from=build-tools /opt/asd /opt/asd
 ENTRYPOINT ["asd"]
+
+# The `asd-policy` command: the Jobs that collect outcomes and fit a policy run it.
+FROM base AS train
+COPY --from=build-train /opt/asd /opt/asd
+ENTRYPOINT ["asd-policy"]

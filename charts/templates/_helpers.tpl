@@ -249,7 +249,8 @@ spec:
             grpc: {port: {{ $probePort }}}
             periodSeconds: 2
             timeoutSeconds: 2
-            failureThreshold: 2
+            # A busy node may keep a healthy process waiting for seconds.
+            failureThreshold: 4
           livenessProbe:
             grpc: {port: {{ $probePort }}}
             periodSeconds: 10

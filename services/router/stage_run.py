@@ -34,6 +34,7 @@ class StageRun:
         self._draft_stage = draft_stage
         self._clock = clock
         self._started = clock()
+        self._ended: float | None = None
         self._result: StageResult | None = None
         self._verification: Verification | None = None
         # Messages with tokens, and tokens in them, that came before the verification.
@@ -62,6 +63,8 @@ class StageRun:
             self._verification = event
         else:
             self._result = event
+            # A call is closed later where others work on its draft.
+            self._ended = self._clock()
 
     @property
     def has_ended(self) -> bool:
@@ -87,7 +90,6 @@ class StageRun:
         if self._result is not None:
             return self._answer(self._result)
         verification = self._verification
-        latency_ms = (self._clock() - self._started) * 1000.0
         return self._answer(
             StageResult(
                 "".join(self._texts),
@@ -100,9 +102,13 @@ class StageRun:
                     accepted_tokens=verification.accepted_tokens if verification else 0,
                     forward_passes=self._passes_so_far(),
                 ),
-                Timing(total_ms=latency_ms),
+                Timing(total_ms=self._latency_ms()),
             )
         )
+
+    def _latency_ms(self) -> float:
+        """Return the time until the result came, or until now."""
+        return ((self._clock() if self._ended is None else self._ended) - self._started) * 1000.0
 
     def _passes_so_far(self) -> int:
         """Return how many forward passes the messages show, of a call that has sent no result.
@@ -138,7 +144,7 @@ class StageRun:
             result,
             tokens,
             self._verification,
-            (self._clock() - self._started) * 1000.0,
+            self._latency_ms(),
             cost,
             self._draft_stage if self._verification else "",
         )

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from services.router.domain import Stage, StageAction, Tokens, Usage, Verification
+from services.router.domain import (
+    FinishReason,
+    Stage,
+    StageAction,
+    StageResult,
+    Timing,
+    Tokens,
+    Usage,
+    Verification,
+)
 from services.router.stage_run import StageRun
 
 LARGE = Stage("large", 2, 8.0, 1000.0)
@@ -60,3 +69,12 @@ def test_passes_of_a_verification_that_was_given_up_are_those_that_its_messages_
 def test_a_draft_that_was_given_up_took_a_pass_for_each_token():
     usage, _ = given_up(StageAction.GENERATE, 1, 4, 3)
     assert usage == Usage(completion_tokens=8, forward_passes=8)
+
+
+def test_an_answer_took_until_its_result_came_not_until_its_call_is_closed():
+    now = [10.0]
+    run = StageRun(LARGE, StageAction.GENERATE, "", lambda: now[0])
+    now[0] = 10.25
+    run.take(StageResult("x", (1,), "", FinishReason.EOS, Usage(completion_tokens=1), Timing()))
+    now[0] = 12.0
+    assert run.answer().latency_ms == pytest.approx(250.0)

@@ -1,0 +1,1 @@
+"""What the GPU engines take, on models of the true shapes: `python -m benchmarks.gpu`."""

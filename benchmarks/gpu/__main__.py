@@ -1,0 +1,171 @@
+"""Measures the GPU engines: `python -m benchmarks.gpu 13b` (or 34b, 70b; dummy weights of the true shapes).
+
+    python -m benchmarks.gpu 13b                         all parts, into benchmarks/results/gpu.json
+    python -m benchmarks.gpu 70b --parts passes --batches 1,8 --out FILE
+    python -m benchmarks.gpu --tiny                      here, on the stand-in for vLLM; writes nothing
+
+A row per model, engine and device; a later run replaces the figures that it has. HF_HUB_OFFLINE=1 and
+VLLM_USE_FLASHINFER_SAMPLER=0 are set unless they are already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.gpu import device, service
+from benchmarks.gpu.measure import TINY, Plan, passes, residency, speculation
+from benchmarks.gpu.shapes import RESEARCH_MS, SHAPES, make_model
+from benchmarks.record import RESULTS, record
+from services.stage import vllm_engine
+from services.stage.checkpoint import read_checkpoint
+from services.stage.vllm_engine import VllmBackend, VllmOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+PARTS = ("passes", "speculation", "residency", "service")
+SMALL = Path(__file__).parents[2] / "models" / "small"
+_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("shape", nargs="?", choices=[*SHAPES], default="13b")
+    parser.add_argument(
+        "--tiny", action="store_true", help="the embedded small model on the stand-in for vLLM"
+    )
+    parser.add_argument("--model", type=Path, help="a real checkpoint in the place of dummy weights")
+    parser.add_argument("--parts", default=",".join(PARTS), help="some of %(default)s")
+    parser.add_argument("--batches", help="of decoding and speculation, such as 1,8,64")
+    parser.add_argument("--repeats", type=int)
+    parser.add_argument("--sleep-levels", default="1", help="of the part residency, such as 1,2")
+    parser.add_argument("--tensor-parallel", type=int, default=1)
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--top-logprobs", type=int, default=20)
+    parser.add_argument("--cached-scoring", action="store_true")
+    parser.add_argument("--out", type=Path, help="in the place of benchmarks/results/gpu.json")
+    options = parser.parse_args(arguments)
+    for variable, value in _ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    parts = options.parts.split(",")
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"--parts: no part {unknown.pop()}: choose of {', '.join(PARTS)}")
+    plan = TINY if options.tiny else Plan()
+    if options.batches:
+        batches = tuple(int(each) for each in options.batches.split(","))
+        plan = replace(plan, batches=batches, speculation_batches=batches)
+    if options.repeats:
+        plan = replace(plan, repeats=options.repeats)
+    command = " ".join(["python -m benchmarks.gpu", *(sys.argv[1:] if arguments is None else arguments)])
+    with tempfile.TemporaryDirectory() as folder:
+        if options.tiny:
+            _use_stand_in()
+        model = options.model or (
+            SMALL if options.tiny else make_model(options.shape, Path(folder) / "model")
+        )
+        row = asyncio.run(_measure(options, plan, parts, model)) | {"record": record(command)}
+    target = options.out or (None if options.tiny else RESULTS / "gpu.json")
+    if target is None:
+        sys.stdout.write(json.dumps(row, indent=2) + "\n")
+    else:
+        merge(target, row)
+        sys.stdout.write(f"{target}\n")
+
+
+async def _measure(options: argparse.Namespace, plan: Plan, parts: list[str], model: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "tensor_parallel": options.tensor_parallel,
+        "top_logprobs": options.top_logprobs,
+        "cached_scoring": options.cached_scoring,
+        "gpu_memory_utilization": options.gpu_memory_utilization,
+    }
+    if not options.model:
+        settings |= {"load_format": "dummy", "dtype": "bfloat16"}
+    checkpoint = read_checkpoint(model)
+    if not options.tiny:
+        settings["max_model_len"] = min(options.max_model_len, checkpoint.context)
+    largest = max(plan.batches)
+
+    def make(level: int = 0) -> VllmBackend:
+        chosen = VllmOptions(max_batch=largest, sleep_level=level, **settings)
+        return vllm_engine.VllmBackend("m", model, checkpoint, chosen)
+
+    where = device.describe_processor() if options.tiny else device.describe()
+    rate = float(str(where["copy_bytes_per_s"])) * options.tensor_parallel
+    floor = checkpoint.weight_bytes / rate * 1e3
+    row: dict[str, Any] = {
+        "model": "tiny" if options.tiny else options.model.name if options.model else options.shape,
+        "engine": "vllm (stand-in)" if options.tiny else "vllm",
+        **where,
+        "weights": "checkpoint" if options.model or options.tiny else "dummy",
+        "settings": settings,
+        "weight_bytes": checkpoint.weight_bytes,
+        "floor_ms": floor,
+        "research_ms": RESEARCH_MS.get(options.shape),
+    }
+    if {"passes", "speculation", "service"} & set(parts):
+        backend = make()
+        await backend.start()
+        try:
+            if "passes" in parts:
+                row |= await passes(backend, plan)
+                _say("passes", row)
+            if "speculation" in parts:
+                row["speculation"] = await speculation(backend, plan)
+                _say("speculation", row["speculation"])
+            bare = await service.bare(backend, plan) if "service" in parts else {}
+        finally:
+            await backend.close()
+        # The stand-in is in this process alone.
+        if bare and not options.tiny:
+            served = await service.served(model, settings, largest, plan)
+            row["service_ms"] = {str(batch): [bare[batch], served[batch]] for batch in bare}
+            row |= {f"service_overhead_b{batch}": served[batch] / bare[batch] - 1 for batch in bare}
+    if "residency" in parts:
+        levels = [int(each) for each in options.sleep_levels.split(",")]
+        row["residency"] = await residency(make, levels, plan)
+        _say("residency", row["residency"])
+    return row
+
+
+def merge(file: Path, row: dict[str, Any]) -> None:
+    """Put a row into a file of rows: its figures replace those of the same model, engine and device.
+
+    Then derive `escalated_speedup` of every row: the time of an answer of the larger model alone, over that
+    of the 13B on the same device writing it and the larger one verifying it, fully accepted.
+    """
+    content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"rows": []}
+    rows = {(each["model"], each["engine"], each["device"]): each for each in content["rows"]}
+    key = (row["model"], row["engine"], row["device"])
+    rows[key] = rows.get(key, {}) | row
+    for (model, engine, name), each in rows.items():
+        small = rows.get(("13b", engine, name), {})
+        if model != "13b" and "generate64_ms" in small and {"generate64_ms", "verify64_ms"} <= each.keys():
+            each["escalated_speedup"] = each["generate64_ms"] / (small["generate64_ms"] + each["verify64_ms"])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"rows": list(rows.values())}, indent=2) + "\n", encoding="utf-8")
+
+
+def _use_stand_in() -> None:
+    from tests.fakes import fake_vllm
+
+    sys.modules.update(fake_vllm.modules())
+
+
+def _say(part: str, figures: Any) -> None:
+    sys.stderr.write(f"{part}: {json.dumps(figures, default=str)}\n")
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""The programs that a node consists of: found, or built once with Go and kept.
+
+`python -m tests.cluster.build` builds all of them and prints where they are. Versions are those of
+tools/NAME/go.mod. A build that was broken off goes on where it stopped: Go keeps every package it compiled.
+
+Looked for in this order: the folder KUBEBUILDER_ASSETS, what was built before, PATH (only in the minor
+version that go.mod names: another one may not speak with the rest), and then built.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+TOOLS = Path(__file__).parent / "tools"
+
+# Debian's packages of what is not built. Of Ubuntu's the names are the same.
+SYSTEM_PROGRAMS = {
+    "runc": "runc",
+    "nft": "nftables",
+    "conntrack": "conntrack",
+    "ip": "iproute2",
+    "mount": "mount",
+    "unshare": "util-linux",
+    "nsenter": "util-linux",
+    "openssl": "openssl",
+}
+CNI_FOLDERS = (Path("/usr/lib/cni"), Path("/opt/cni/bin"), Path("/usr/libexec/cni"))
+CNI_PACKAGE = "containernetworking-plugins"
+
+
+class MissingProgramError(RuntimeError):
+    """A program is not there and cannot be built; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program built from a Go module of tools/.
+
+    module: of which go.mod names the version; empty for our own. is_static: without libc, for images that
+    hold nothing else. version_arguments: print a version; empty where what is on PATH is never taken.
+    """
+
+    name: str
+    tool: str
+    package: str
+    module: str
+    is_static: bool = True
+    version_arguments: tuple[str, ...] = ()
+
+
+def _kubernetes(name: str, *version_arguments: str) -> Program:
+    package = f"k8s.io/kubernetes/cmd/{name}"
+    # With libc where there is a C compiler, as Go does by itself.
+    return Program(
+        name, "kubernetes", package, "k8s.io/kubernetes", False, version_arguments or ("--version",)
+    )
+
+
+_CONTAINERD = "github.com/containerd/containerd/v2"
+
+PROGRAMS = {
+    program.name: program
+    for program in (
+        _kubernetes("kube-apiserver"),
+        _kubernetes("kube-controller-manager"),
+        _kubernetes("kube-scheduler"),
+        _kubernetes("kubelet"),
+        _kubernetes("kube-proxy"),
+        _kubernetes("kubectl", "version", "--client"),
+        Program(
+            "etcd", "etcd", "go.etcd.io/etcd/server/v3", "go.etcd.io/etcd/server/v3", True, ("--version",)
+        ),
+        Program(
+            "containerd", "containerd", f"{_CONTAINERD}/cmd/containerd", _CONTAINERD, True, ("--version",)
+        ),
+        Program(
+            "containerd-shim-runc-v2",
+            "containerd",
+            f"{_CONTAINERD}/cmd/containerd-shim-runc-v2",
+            _CONTAINERD,
+            True,
+            ("-v",),
+        ),
+        Program("ctr", "containerd", f"{_CONTAINERD}/cmd/ctr", _CONTAINERD, True, ("--version",)),
+        # These go into images.
+        Program("pause", "pause", ".", ""),
+        Program("coredns", "coredns", ".", "github.com/coredns/coredns"),
+        Program(
+            "jaeger",
+            "jaeger",
+            "github.com/jaegertracing/jaeger/cmd/all-in-one",
+            "github.com/jaegertracing/jaeger",
+        ),
+        # For hands.
+        Program(
+            "grpcurl",
+            "grpcurl",
+            "github.com/fullstorydev/grpcurl/cmd/grpcurl",
+            "github.com/fullstorydev/grpcurl",
+        ),
+        Program("ghz", "ghz", "github.com/bojand/ghz/cmd/ghz", "github.com/bojand/ghz"),
+    )
+}
+NODE_PROGRAMS = tuple(name for name in PROGRAMS if name not in {"jaeger", "grpcurl", "ghz"})
+
+
+def say(text: str) -> None:
+    """Print progress."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def cache_dir() -> Path:
+    """Return where built programs and images are kept."""
+    return Path(os.environ.get("ASD_CACHE_DIR") or Path.home() / ".cache" / "asd").absolute() / "cluster"
+
+
+def version_of(program: Program) -> str:
+    """Return the version of a program's module in its go.mod, such as "v1.36.3"; "v0" of our own."""
+    if not program.module:
+        return "v0"
+    text = (TOOLS / program.tool / "go.mod").read_text(encoding="utf-8")
+    found = re.search(rf"^(?:require|\t| )\s*{re.escape(program.module)} (v\S+)", text, re.MULTILINE)
+    if found is None:
+        raise MissingProgramError(f"tools/{program.tool}/go.mod names no version of {program.module}")
+    return found[1]
+
+
+def find_program(name: str) -> Path:
+    """Return a program's path; build it if it is nowhere.
+
+    Raises MissingProgramError where it can neither be found nor built.
+    """
+    program = PROGRAMS[name]
+    assets = os.environ.get("KUBEBUILDER_ASSETS")
+    if assets and (Path(assets) / name).is_file():
+        return Path(assets) / name
+    built = _folder(program) / name
+    if built.is_file():
+        return built
+    on_path = shutil.which(name)
+    if on_path and _has_minor_version(program, on_path):
+        return Path(on_path)
+    _build(program, built)
+    return built
+
+
+def find_all(names: tuple[str, ...] = NODE_PROGRAMS) -> dict[str, Path]:
+    """Return the paths of programs by name; build those that are nowhere."""
+    return {name: find_program(name) for name in names}
+
+
+def check_system() -> Path:
+    """Return the folder of the CNI plugins.
+
+    Raises MissingProgramError if this machine cannot run a node, with all that is missing at once.
+    """
+    if sys.platform != "linux":
+        raise MissingProgramError("a node needs Linux: set KUBECONFIG to a cluster instead")
+    if os.geteuid() != 0:
+        raise MissingProgramError("a node needs root: use sudo, or set KUBECONFIG to a cluster")
+    packages = {package for name, package in SYSTEM_PROGRAMS.items() if shutil.which(name) is None}
+    folder = next((each for each in CNI_FOLDERS if (each / "bridge").is_file()), None)
+    if folder is None:
+        packages.add(CNI_PACKAGE)
+    if packages:
+        install = f"apt-get install --yes --no-install-recommends {' '.join(sorted(packages))}"
+        raise MissingProgramError(f"a node needs further programs; on Debian: {install}")
+    assert folder is not None
+    return folder
+
+
+def _folder(program: Program) -> Path:
+    module = TOOLS / program.tool
+    # A dependency may change without the version.
+    digest = hashlib.sha256()
+    for path in sorted(module.iterdir()):
+        digest.update(path.read_bytes())
+    return cache_dir() / f"{program.tool}-{version_of(program)}-{digest.hexdigest()[:8]}"
+
+
+def _has_minor_version(program: Program, path: str) -> bool:
+    if not program.version_arguments:
+        return False
+    command = [path, *program.version_arguments]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    minor = version_of(program).lstrip("v").rpartition(".")[0]
+    return re.search(rf"\b{re.escape(minor)}\.\d", run.stdout) is not None
+
+
+def _build(program: Program, target: Path) -> None:
+    go = shutil.which("go")
+    if go is None:
+        raise MissingProgramError(
+            f"{program.name} {version_of(program)} is not here and there is no Go to build it: install "
+            "Go 1.26 or later, or put the programs into a folder and name it in KUBEBUILDER_ASSETS"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
+    flags = "-s -w"
+    if program.tool == "kubernetes":
+        version = version_of(program)
+        major, minor, _ = version.lstrip("v").split(".", maxsplit=2)
+        into = "k8s.io/component-base/version"
+        flags += f" -X {into}.gitVersion={version} -X {into}.gitMajor={major} -X {into}.gitMinor={minor}"
+    # Verbose: a line for every package compiled, which is how far it is.
+    command = [go, "build", "-v", "-trimpath", "-buildvcs=false", "-ldflags", flags]
+    command += ["-o", str(unfinished), program.package]
+    environment = {**os.environ, **({"CGO_ENABLED": "0"} if program.is_static else {})}
+    say(f"building {program.name} {version_of(program)} (kept under {target.parent})")
+    output: list[str] = []
+    started = time.monotonic()
+    with subprocess.Popen(
+        command,
+        cwd=TOOLS / program.tool,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        done = threading.Event()
+        ticker = threading.Thread(target=_tell, args=(program.name, output, done, started), daemon=True)
+        ticker.start()
+        assert process.stderr is not None
+        output.extend(process.stderr)
+        process.wait()
+        done.set()
+        ticker.join()
+    if process.returncode != 0:
+        unfinished.unlink(missing_ok=True)
+        raise MissingProgramError(f"Go could not build {program.name}:\n{''.join(output[-20:])}")
+    unfinished.replace(target)
+    say(f"built {program.name} in {time.monotonic() - started:.0f} s")
+
+
+def _tell(name: str, output: list[str], done: threading.Event, started: float) -> None:
+    while not done.wait(15):
+        packages = sum(1 for line in output if not line.startswith("go: "))
+        say(f"  {name}: {time.monotonic() - started:.0f} s, {packages} packages compiled")
+
+
+def main() -> None:
+    """Build what is asked for, or everything, and print the paths."""
+    names = tuple(sys.argv[1:]) or tuple(PROGRAMS)
+    unknown = [name for name in names if name not in PROGRAMS]
+    if unknown:
+        sys.exit(f"no such program: {', '.join(unknown)} (there are {', '.join(PROGRAMS)})")
+    try:
+        for name in names:
+            sys.stdout.write(f"{name}\t{find_program(name)}\n")
+    except MissingProgramError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,3 @@
+module asd/tests/cluster/pause
+
+go 1.26.0

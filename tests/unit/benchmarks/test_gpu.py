@@ -1,0 +1,90 @@
+"""`python -m benchmarks.gpu`: the whole run on the stand-in, and what it makes of its figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu.measure import TINY, Prompts, speculation
+from benchmarks.gpu.shapes import SHAPES, make_model
+from services.stage.checkpoint import read_checkpoint
+from services.stage.engine import Turn
+from services.stage.tokenizer import ChatTokenizer
+from services.stage.vllm_engine import VllmBackend, VllmOptions
+from tests.fakes import fake_vllm
+
+
+def test_a_tiny_run_has_every_figure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu, "_use_stand_in", lambda: fake_vllm.install(monkeypatch))
+    for variable, value in gpu._ENVIRONMENT.items():
+        monkeypatch.setenv(variable, value)
+    file = tmp_path / "gpu.json"
+    gpu.main(["--tiny", "--out", str(file)])
+    (row,) = json.loads(file.read_text())["rows"]
+    assert (row["model"], row["engine"], row["device"]) == ("tiny", "vllm (stand-in)", "cpu")
+    for name in (
+        *("decode_ms_b1", "decode_ms_b2", "floor_ms", "prefill64_ms", "score64_ms"),
+        *("generate16_ms", "verify16_ms", "copy_bytes_per_s"),
+    ):
+        assert row[name] > 0, name
+    assert row["accepted_of_own"] == 16
+    assert len(row["speculation"]) == 2 * 2 * 3
+    assert "error" not in row["residency"]["sleep_level_1"]
+    assert row["record"]["command"] == f"python -m benchmarks.gpu --tiny --out {file}"
+
+
+async def test_a_corrupted_draft_agrees_as_far_as_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = fake_vllm.install(monkeypatch)
+    small = Path(__file__).parents[3] / "models" / "small"
+    backend = VllmBackend("m", small, read_checkpoint(small), VllmOptions())
+    await backend.start()
+    for row in await speculation(backend, TINY):
+        # The prompt is longer than the one that the draft was written for: the model may leave it sooner.
+        assert row["agreed"] <= row["acceptance"] * row["draft_tokens"]
+        assert row["speedup"] == row["plain_ms"] / row["verified_ms"]
+    assert not library.engines[0].running
+    await backend.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    # As published: Llama 2 13B, Code Llama 34B, Llama 2 70B.
+    [("13b", 13_015_864_320), ("34b", 33_743_970_304), ("70b", 68_976_648_192)],
+)
+def test_shapes_are_the_published_ones(tmp_path: Path, name: str, parameters: int) -> None:
+    checkpoint = read_checkpoint(make_model(name, tmp_path))
+    assert checkpoint.parameters == parameters
+    assert checkpoint.weight_bytes == 2 * parameters
+    assert checkpoint.eos_ids == (SHAPES[name].vocabulary - 1,)
+
+
+def test_a_word_is_a_token_so_that_prompts_have_the_wanted_size(tmp_path: Path) -> None:
+    tokenizer = ChatTokenizer(make_model("tiny", tmp_path))
+    ids = Prompts(TINY)(50)
+    assert tokenizer.encode_chat([Turn("user", " ".join(f"w{each}" for each in ids))]) == ids
+
+
+def _row(model: str, device: str = "H100", **figures: Any) -> dict[str, Any]:
+    return {"model": model, "engine": "vllm", "device": device, **figures}
+
+
+def test_rows_are_merged_and_the_speedup_is_of_one_device(tmp_path: Path) -> None:
+    file = tmp_path / "gpu.json"
+    for row in (
+        _row("70b", decode_ms_b1=1.0, generate64_ms=2230.0, verify64_ms=83.0),
+        _row("70b", decode_ms_b1=34.3),
+        _row("13b", "H200", generate64_ms=1.0),
+        _row("13b", generate64_ms=680.0),
+    ):
+        gpu.merge(file, row)
+    rows = {(each["model"], each["device"]): each for each in json.loads(file.read_text())["rows"]}
+    assert len(rows) == 3
+    large = rows["70b", "H100"]
+    assert large["decode_ms_b1"] == 34.3
+    # Section 6 of the design: 2.9 times.
+    assert large["escalated_speedup"] == pytest.approx(2.92, abs=0.01)
+    assert "escalated_speedup" not in rows["13b", "H100"]

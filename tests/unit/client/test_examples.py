@@ -1,0 +1,41 @@
+"""The cascades of docs/examples can be loaded by the services that they are for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from services.client import cascade_file
+from services.client.cascade_file import CascadeFile, Ports, services_of
+from services.router.settings import RouterSettings
+from services.stage.settings import StageSettings
+
+EXAMPLES = sorted((Path(__file__).parents[3] / "docs" / "examples").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+def test_an_example_is_a_cascade(file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # The models are not here.
+    monkeypatch.setattr(cascade_file.Path, "is_file", lambda _: True)
+    cascade = cascade_file.read_cascade(file)
+    router, *stages = services_of(cascade, Ports.from_base(7000, len(cascade.stages)), tmp_path)
+    assert RouterSettings(**router.config).static_plan == cascade.static_plan
+    for service, stage in zip(stages, cascade.stages, strict=True):
+        (model,) = StageSettings(**service.config).models
+        assert (model.engine, model.max_batch, model.path) == ("vllm", 64, stage.path)
+        assert model.vllm == stage.vllm
+        # What `asd models pull OWNER/NAME --to /models` makes of it.
+        assert f"{stage.path.name}" in file.read_text().partition("stages:")[0]
+
+
+def test_adapters_are_relative_to_the_file(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
+    file = tmp_path / "cascade.yaml"
+    file.write_text(
+        "stages: [{name: a, path: m, cost: 1, engine: vllm, vllm: {lora: {math: adapters/math}}}]"
+    )
+    assert isinstance(CascadeFile.load(file), CascadeFile)
+    (_, stage) = services_of(cascade_file.read_cascade(file), Ports.from_base(7000, 1), tmp_path)
+    assert stage.config["models"][0]["vllm"] == {"lora": {"math": str(tmp_path / "adapters" / "math")}}
