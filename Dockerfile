@@ -82,7 +82,7 @@ FROM ${VLLM_IMAGE} AS stage-vllm
 # Into the image's own Python, and only what is missing: its packages stay as its makers tested them.
 # hadolint ignore=DL3013
 RUN --mount=type=bind,target=/src,rw \
-    python3 -m pip install --no-cache-dir --break-system-packages "/src[vllm,hub]"
+    python3 -m pip install --no-cache-dir --break-system-packages "/src[vllm]"
 USER 10001:10001
 # The root is read-only and the user has no name: everything that is compiled or cached goes to /tmp, which is
 # a volume.
@@ -98,7 +98,7 @@ ENTRYPOINT ["python3", "-m", "services.stage"]
 FROM ${TENSORRT_LLM_IMAGE} AS stage-tensorrt-llm
 # hadolint ignore=DL3013
 RUN --mount=type=bind,target=/src,rw \
-    python3 -m pip install --no-cache-dir --break-system-packages "/src[tensorrt-llm,hub]"
+    python3 -m pip install --no-cache-dir --break-system-packages "/src[tensorrt-llm]"
 USER 10001:10001
 ENV HOME=/tmp USER=asd LOGNAME=asd PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     ASD_CACHE_DIR=/tmp/cache TRITON_CACHE_DIR=/tmp/triton TORCHINDUCTOR_CACHE_DIR=/tmp/inductor \

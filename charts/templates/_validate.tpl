@@ -68,8 +68,10 @@
 {{- end -}}
 
 {{- define "asd.validateAccess" -}}
-{{- if and .Values.monitoring.podMonitor.enabled (not .Values.telemetry.metricsPort) -}}
-{{- fail "monitoring.podMonitor: pods serve no metrics; set telemetry.metricsPort, for instance to 9464" -}}
+{{- range $key := list "podMonitor" "rules" -}}
+{{- if and (get $.Values.monitoring $key).enabled (not $.Values.telemetry.metricsPort) -}}
+{{- fail (printf "monitoring.%s: pods serve no metrics; set telemetry.metricsPort, for instance to 9464" $key) -}}
+{{- end -}}
 {{- end -}}
 {{- $tls := .Values.tls -}}
 {{- $secrets := $tls.secretNames -}}

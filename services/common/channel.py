@@ -39,6 +39,14 @@ _RETRY = {
     "backoffMultiplier": 2,
     "retryableStatusCodes": ["UNAVAILABLE"],
 }
+# A name whose only replica was just replaced is known by its old address for a second or two, until it is
+# looked up again. An address that does not answer is given up sooner: its caller may have others.
+_RETRY_NAME = _RETRY | {
+    "maxAttempts": 5,
+    "initialBackoff": "0.1s",
+    "maxBackoff": "2s",
+    "backoffMultiplier": 3,
+}
 
 
 class _EndWithCaller(grpc.aio.UnaryUnaryClientInterceptor):
@@ -165,7 +173,7 @@ def open_channel(
         interceptors.append(_EndWithCaller())
     method: dict[str, object] = {"name": [{}]}
     if retry:
-        method["retryPolicy"] = _RETRY
+        method["retryPolicy"] = _RETRY_NAME if target.startswith("dns:///") else _RETRY
     service_config = {"loadBalancingConfig": [{"round_robin": {}}], "methodConfig": [method]}
     options: list[tuple[str, Any]] = [
         ("grpc.service_config", json.dumps(service_config)),

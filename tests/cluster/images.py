@@ -45,7 +45,7 @@ PAUSE_IMAGE = f"{LIBRARY}/asd-cluster-pause:0"
 COREDNS_IMAGE = f"{LIBRARY}/asd-cluster-coredns:{version_of(PROGRAMS['coredns'])}"
 JAEGER_IMAGE = f"{LIBRARY}/asd-cluster-jaeger:{version_of(PROGRAMS['jaeger'])}"
 
-TARGETS = ("router", "policy", "stage-onnx", "tools")
+TARGETS = ("router", "policy", "manager", "stage-onnx", "tools")
 
 # PATH of python:slim.
 _BASE_ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin"}

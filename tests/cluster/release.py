@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
+# Of the same release as the one that the tests build; as in k8s/jaeger.
+JAEGER_IMAGE = "docker.io/jaegertracing/all-in-one:1.76.0"
 # Every request of the last disruption, with its time: to see which were held up, and by what.
 REQUESTS = ROOT / "build" / "disruption.json"
 
@@ -638,7 +640,7 @@ def cluster() -> Iterator[Cluster]:
     """
     given = os.environ.get("KUBECONFIG", "")
     if given:
-        jaeger = os.environ.get("ASD_JAEGER_IMAGE", images.JAEGER_IMAGE)
+        jaeger = os.environ.get("ASD_JAEGER_IMAGE", JAEGER_IMAGE)
         yield Cluster(Path(given), os.environ.get("ASD_IMAGE_REGISTRY", ""), jaeger)
         return
     node = Node()

@@ -8,6 +8,7 @@ import pytest
 
 from services.common.telemetry import Attributes, Spans
 from tests.cluster.release import (
+    HERE,
     STAGES,
     Cluster,
     Disruption,
@@ -114,6 +115,28 @@ def test_every_replica_gets_requests(
         )
     installed.scale(component, 1)
     assert [each["error"] for each in running.answered() if each["error"]] == []
+
+
+def test_idle_stages_sleep_and_are_woken_by_the_requests_that_need_them(cluster: Cluster) -> None:
+    rule = "stageDefaults.scaleToZero.idleSeconds=5,stageDefaults.scaleToZero.minAwakeSeconds=1"
+    release = Release(
+        cluster,
+        namespace="asd-sleeping",
+        arguments=(f"--values={HERE / 'values.yaml'}", f"--set=manager.enabled=true,{rule}"),
+    )
+    release.install()
+    try:
+        poll(
+            lambda: not any(release.pods(f"stage-{stage}") for stage in STAGES),
+            120.0,
+            lambda: "every stage to sleep",
+        )
+        answer = release.ask("--stage", "large")
+        assert answer["stage"] == "large"
+        assert answer["stages"][-1]["text"].endswith("Answer: 19")
+    finally:
+        release.uninstall()
+        cluster.remove_namespace(release.namespace)
 
 
 def test_the_benchmark_job_runs_to_its_end(installed: Release) -> None:
