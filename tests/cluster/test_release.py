@@ -93,8 +93,9 @@ def test_the_trace_of_a_chain_holds_every_stage_with_its_latency(installed: Rele
     ran = {span.attributes[Attributes.STAGE_NAME]: span for span in spans if span.name == Spans.STAGE}
     assert set(ran) == set(STAGES)
     for name, span in ran.items():
-        (server,) = _served(spans, "asd-stage", below=span)
-        assert server.resource["k8s.pod.name"] in installed.pods(f"stage-{name}")
+        # What is read ahead for a later stage may lie below as well.
+        served = {each.resource["k8s.pod.name"] for each in _served(spans, "asd-stage", below=span)}
+        assert served & installed.pods(f"stage-{name}").keys()
         reported = next(each["latency_ms"] for each in answer["stages"] if each["stage"] == name)
         assert float(span.attributes[Attributes.STAGE_LATENCY_MS]) == pytest.approx(reported)
 
