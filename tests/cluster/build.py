@@ -100,17 +100,9 @@ PROGRAMS = {
             "github.com/jaegertracing/jaeger/cmd/all-in-one",
             "github.com/jaegertracing/jaeger",
         ),
-        # For hands.
-        Program(
-            "grpcurl",
-            "grpcurl",
-            "github.com/fullstorydev/grpcurl/cmd/grpcurl",
-            "github.com/fullstorydev/grpcurl",
-        ),
-        Program("ghz", "ghz", "github.com/bojand/ghz/cmd/ghz", "github.com/bojand/ghz"),
     )
 }
-NODE_PROGRAMS = tuple(name for name in PROGRAMS if name not in {"jaeger", "grpcurl", "ghz"})
+NODE_PROGRAMS = tuple(name for name in PROGRAMS if name != "jaeger")
 
 
 def say(text: str) -> None:
