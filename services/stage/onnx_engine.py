@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from services.common.errors import AsdError, InvalidRequest, PreconditionFailed, ResourceExhausted
+from services.common.errors import AsdError, PreconditionFailed, ResourceExhausted
 from services.stage.answer import AnswerBuilder
 from services.stage.draft import DraftFeed
 from services.stage.engine import (
@@ -44,10 +44,11 @@ from services.stage.engine import (
 from services.stage.onnx_binding import remember_array_formats
 from services.stage.onnx_export import prepare, read_shape
 from services.stage.onnx_lanes import BatchLane, CachedSequence, GenerateLane, SoloLane, VerifyLane, Work
+from services.stage.reading import RequestReader
 from services.stage.tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator
     from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -58,8 +59,6 @@ logger = logging.getLogger(__name__)
 _SWITCH_SECONDS = 0.0002
 # Lanes at most, ready or waiting for a draft, per lane that may compute. Chosen: a cache each.
 _WAITING_LANES = 8
-# Text of more characters is encoded beside the event loop, which others wait for. Chosen: some 5 ms.
-_LONG_TEXT = 8_192
 # A prefix of fewer shared tokens is not worth keeping a generator for: a chat template's own marks.
 _LEAST_SHARED = 8
 
@@ -96,6 +95,9 @@ class OnnxEngine:
         self._options = options
         self._shape = read_shape(directory)
         self._tokenizer = ChatTokenizer(directory)
+        self._reader = RequestReader(
+            name, self._tokenizer, self._shape.context, self._shape.vocabulary, self._shape.eos_ids
+        )
         self._state = ModelState.UNLOADED
         self._error = ""
         self._loading = asyncio.Lock()
@@ -158,19 +160,7 @@ class OnnxEngine:
         work, deliveries = await self._work(turns, sampling)
         work.threshold = threshold
         feed = work.draft = DraftFeed(work.most_tokens)
-        feed.ids_used = bool(draft.ids) and draft.fingerprint == self._tokenizer.fingerprint
-        if feed.ids_used:
-            self._check_ids(draft.ids, "draft.token_ids")
-            feed.add(draft.ids)
-        elif draft.ids and not draft.text:
-            raise InvalidRequest(
-                f"the draft's ids are of another tokenizer than {self._name}'s, "
-                f"{self._tokenizer.fingerprint}: send its text as well",
-                field="draft.tokenizer_fingerprint",
-            )
-        else:
-            feed.add(await self._encode_text(draft.text))
-        feed.finish(self._end_id(draft.finish))
+        await self._reader.read_draft(draft, feed)
         async with aclosing(self._events(work, deliveries)) as events:
             async for event in events:
                 yield event
@@ -186,7 +176,15 @@ class OnnxEngine:
         work, deliveries = await self._work(turns, sampling)
         work.threshold = threshold
         feed = work.draft = DraftFeed(work.most_tokens)
-        reader = asyncio.create_task(self._read_draft(work, feed, pieces, deliveries))
+
+        def notify(error: AsdError | None) -> None:
+            if error is not None:
+                deliveries.put_nowait([error])
+                return
+            with self._wake:
+                self._wake.notify()
+
+        reader = asyncio.create_task(self._reader.follow_draft(pieces, feed, notify))
         try:
             async with aclosing(self._events(work, deliveries)) as events:
                 async for event in events:
@@ -241,23 +239,8 @@ class OnnxEngine:
         return og.Model(config)
 
     async def _work(self, turns: tuple[Turn, ...], sampling: SamplingOptions) -> tuple[Work, _Deliveries]:
-        most = self._shape.context - 1
-        where = "prompt" if len(turns) == 1 else "conversation"
-        size = sum(len(turn.content) for turn in turns)
-        if size > most * self._tokenizer.longest_token:
-            # Known without encoding it, which would take seconds for a few megabytes.
-            raise InvalidRequest(
-                f"{where} has {size} characters; {self._name} takes at most {most} tokens", field=where
-            )
-        if size > _LONG_TEXT:
-            prompt = await asyncio.to_thread(self._tokenizer.encode_chat, turns)
-        else:
-            prompt = self._tokenizer.encode_chat(turns)
+        prompt = await self._reader.read_prompt(turns)
         room = self._shape.context - len(prompt)
-        if room < 1:
-            raise InvalidRequest(
-                f"{where} has {len(prompt)} tokens; {self._name} takes at most {most}", field=where
-            )
         wanted = sampling.max_new_tokens or self._options.default_max_new_tokens
         queue: _Deliveries = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -276,56 +259,6 @@ class OnnxEngine:
         work = Work(prompt, min(wanted, room), sampling, answer, deliver, time.monotonic(), seed)
         work.resync = self._options.resync
         return work, queue
-
-    async def _encode_text(self, text: str) -> list[int]:
-        if len(text) > _LONG_TEXT:
-            return await asyncio.to_thread(self._tokenizer.encode_text, text)
-        return self._tokenizer.encode_text(text)
-
-    def _check_ids(self, ids: Sequence[int], field: str) -> None:
-        wrong = next((i for i in ids if i >= self._shape.vocabulary or i in self._shape.eos_ids), None)
-        if wrong is not None:
-            raise InvalidRequest(f"id {wrong} is not a text token of {self._name}'s tokenizer", field=field)
-
-    def _end_id(self, finish: FinishReason) -> int | None:
-        return self._shape.eos_ids[0] if finish is FinishReason.EOS else None
-
-    async def _read_draft(
-        self,
-        work: Work,
-        feed: DraftFeed,
-        pieces: AsyncIterator[DraftPiece | FinishReason],
-        deliveries: _Deliveries,
-    ) -> None:
-        """Pass a draft on to the model's thread as it comes."""
-        text: str | None = None
-        try:
-            async for piece in pieces:
-                if isinstance(piece, FinishReason):
-                    is_whole = feed.ids_used or feed.reach(await self._encode_text(text or ""))
-                    # After another text than the draft's, its end stands for nothing.
-                    feed.finish(self._end_id(piece) if is_whole else None)
-                    break
-                own = piece.fingerprint == self._tokenizer.fingerprint
-                feed.ids_used |= text is None and own and bool(piece.ids)
-                if feed.ids_used:
-                    self._check_ids(piece.ids, "chunk.token_ids")
-                    feed.add(piece.ids)
-                elif not feed.is_full:
-                    text = (text or "") + piece.text
-                    # The last token may yet become another one.
-                    feed.reach((await self._encode_text(text))[:-1])
-                with self._wake:
-                    self._wake.notify()
-            else:
-                raise InvalidRequest("the draft's stream ended without its end", field="end")
-            with self._wake:
-                self._wake.notify()
-        except AsdError as error:
-            deliveries.put_nowait([error])
-        except Exception as error:
-            logger.error("a draft for model %s cannot be read", self._name, exc_info=error)
-            deliveries.put_nowait([AsdError(f"model {self._name} failed on this request")])
 
     async def _events(self, work: Work, deliveries: _Deliveries) -> AsyncGenerator[Event, None]:
         if self._state is not ModelState.READY:

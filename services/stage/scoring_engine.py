@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from services.common.errors import AsdError, InvalidRequest, PreconditionFailed, ResourceExhausted
+from services.common.errors import AsdError, PreconditionFailed, ResourceExhausted
 from services.stage.answer import AnswerBuilder
 from services.stage.backend import BackendDied, TokenRequest
 from services.stage.draft import DraftFeed
@@ -43,6 +43,7 @@ from services.stage.engine import (
     Turn,
     VerificationResult,
 )
+from services.stage.reading import RequestReader
 from services.stage.rows import row_signals
 from services.stage.tokenizer import ChatTokenizer
 
@@ -56,8 +57,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Text of more characters is encoded beside the event loop, which others wait for. Chosen: some 5 ms.
-_LONG_TEXT = 8_192
 # Draft tokens that make a scoring pass worth its price, where more are to come or after a correction: a pass
 # takes as long as some 4 decoded tokens (section 6 of the design: 46 to 83 ms against 10.6 to 34.3), and only
 # part of what is proposed is kept. Chosen.
@@ -229,6 +228,9 @@ class ScoringEngine:
         self._backend = backend
         self._options = options
         self._tokenizer = ChatTokenizer(directory)
+        self._reader = RequestReader(
+            name, self._tokenizer, options.context, checkpoint.vocabulary, checkpoint.eos_ids
+        )
         self._state = ModelState.UNLOADED
         self._error = ""
         self._loading = asyncio.Lock()
@@ -295,19 +297,7 @@ class ScoringEngine:
         """Accept a prefix of a draft and go on from there."""
         call = await self._admit(turns, sampling)
         feed = DraftFeed(call.most_tokens)
-        feed.ids_used = bool(draft.ids) and draft.fingerprint == self._tokenizer.fingerprint
-        if feed.ids_used:
-            self._check_ids(draft.ids, "draft.token_ids")
-            feed.add(draft.ids)
-        elif draft.ids and not draft.text:
-            raise InvalidRequest(
-                f"the draft's ids are of another tokenizer than {self._name}'s, "
-                f"{self._tokenizer.fingerprint}: send its text as well",
-                field="draft.tokenizer_fingerprint",
-            )
-        else:
-            feed.add(await self._encode_text(draft.text))
-        feed.finish(self._end_id(draft.finish))
+        await self._reader.read_draft(draft, feed)
         async with (
             self._under_way(call),
             aclosing(self._judge(call, _Draft(feed), threshold, adapter)) as events,
@@ -326,7 +316,7 @@ class ScoringEngine:
         """Verify a draft while it is being written, a pass for every 16 tokens that came."""
         call = await self._admit(turns, sampling)
         draft = _Draft(DraftFeed(call.most_tokens))
-        reader = asyncio.create_task(self._read_draft(draft, pieces))
+        reader = asyncio.create_task(self._reader.follow_draft(pieces, draft.feed, draft.notify))
         try:
             async with (
                 self._under_way(call),
@@ -370,23 +360,8 @@ class ScoringEngine:
         return self._checkpoint.weight_bytes + self._options.cache_bytes
 
     async def _admit(self, turns: tuple[Turn, ...], sampling: SamplingOptions) -> _Call:
-        # The library refuses a prompt of the whole context, as it could not write a token after it.
-        most = self._options.context - 1
-        where = "prompt" if len(turns) == 1 else "conversation"
-        size = sum(len(turn.content) for turn in turns)
-        if size > most * self._tokenizer.longest_token:
-            raise InvalidRequest(
-                f"{where} has {size} characters; {self._name} takes at most {most} tokens", field=where
-            )
-        if size > _LONG_TEXT:
-            prompt = await asyncio.to_thread(self._tokenizer.encode_chat, turns)
-        else:
-            prompt = self._tokenizer.encode_chat(turns)
+        prompt = await self._reader.read_prompt(turns)
         room = self._options.context - len(prompt)
-        if room < 1:
-            raise InvalidRequest(
-                f"{where} has {len(prompt)} tokens; {self._name} takes at most {most}", field=where
-            )
         wanted = sampling.max_new_tokens or self._options.default_max_new_tokens
         if sampling.temperature > 0 and sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(63))
@@ -578,52 +553,6 @@ class ScoringEngine:
         call.passes += 1
         call.proposed += len(proposal)
         return scores
-
-    async def _encode_text(self, text: str) -> list[int]:
-        if len(text) > _LONG_TEXT:
-            return await asyncio.to_thread(self._tokenizer.encode_text, text)
-        return self._tokenizer.encode_text(text)
-
-    def _check_ids(self, ids: Sequence[int], field_name: str) -> None:
-        checkpoint = self._checkpoint
-        wrong = next((i for i in ids if i >= checkpoint.vocabulary or i in checkpoint.eos_ids), None)
-        if wrong is not None:
-            raise InvalidRequest(
-                f"id {wrong} is not a text token of {self._name}'s tokenizer", field=field_name
-            )
-
-    def _end_id(self, finish: FinishReason) -> int | None:
-        return self._checkpoint.eos_ids[0] if finish is FinishReason.EOS else None
-
-    async def _read_draft(self, draft: _Draft, pieces: AsyncIterator[DraftPiece | FinishReason]) -> None:
-        """Take a draft as it comes."""
-        feed = draft.feed
-        text: str | None = None
-        try:
-            async for piece in pieces:
-                if isinstance(piece, FinishReason):
-                    is_whole = feed.ids_used or feed.reach(await self._encode_text(text or ""))
-                    # After another text than the draft's, its end stands for nothing.
-                    feed.finish(self._end_id(piece) if is_whole else None)
-                    break
-                own = piece.fingerprint == self._tokenizer.fingerprint
-                feed.ids_used |= text is None and own and bool(piece.ids)
-                if feed.ids_used:
-                    self._check_ids(piece.ids, "chunk.token_ids")
-                    feed.add(piece.ids)
-                elif not feed.is_full:
-                    text = (text or "") + piece.text
-                    # The last token may yet become another one.
-                    feed.reach((await self._encode_text(text))[:-1])
-                draft.notify()
-            else:
-                raise InvalidRequest("the draft's stream ended without its end", field="end")
-            draft.notify()
-        except AsdError as error:
-            draft.notify(error)
-        except Exception as error:
-            logger.error("a draft for model %s cannot be read", self._name, exc_info=error)
-            draft.notify(AsdError(f"model {self._name} failed on this request"))
 
 
 class AdapterEngine:

@@ -1,0 +1,121 @@
+"""Requests as an engine reads them: prompts and drafts to ids of its vocabulary. What all engines share."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from services.common.errors import AsdError, InvalidRequest
+from services.stage.engine import FinishReason
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Sequence
+
+    from services.stage.draft import DraftFeed
+    from services.stage.engine import DraftPiece, DraftText, Turn
+    from services.stage.tokenizer import ChatTokenizer
+
+logger = logging.getLogger(__name__)
+
+# Text of more characters is encoded beside the event loop, which others wait for. Chosen: some 5 ms.
+_LONG_TEXT = 8_192
+
+
+class RequestReader:
+    """Reads for one model. context, vocabulary: sizes in tokens. eos_ids: tokens that end an answer.
+
+    Whatever is wrong with a request is raised as InvalidRequest that names the field.
+    """
+
+    def __init__(
+        self, name: str, tokenizer: ChatTokenizer, context: int, vocabulary: int, eos_ids: Sequence[int]
+    ) -> None:
+        self._name = name
+        self._tokenizer = tokenizer
+        self._context = context
+        self._vocabulary = vocabulary
+        self._eos_ids = tuple(eos_ids)
+
+    async def read_prompt(self, turns: tuple[Turn, ...]) -> list[int]:
+        """Return a prompt's ids: at most one fewer than the context, so that an answer has room."""
+        most = self._context - 1
+        where = "prompt" if len(turns) == 1 else "conversation"
+        size = sum(len(turn.content) for turn in turns)
+        if size > most * self._tokenizer.longest_token:
+            # Known without encoding it, which would take seconds for a few megabytes.
+            raise InvalidRequest(
+                f"{where} has {size} characters; {self._name} takes at most {most} tokens", field=where
+            )
+        if size > _LONG_TEXT:
+            prompt = await asyncio.to_thread(self._tokenizer.encode_chat, turns)
+        else:
+            prompt = self._tokenizer.encode_chat(turns)
+        if len(prompt) > most:
+            raise InvalidRequest(
+                f"{where} has {len(prompt)} tokens; {self._name} takes at most {most}", field=where
+            )
+        return prompt
+
+    async def read_draft(self, draft: DraftText, feed: DraftFeed) -> None:
+        """Put a whole draft into a feed: its ids where they are of this tokenizer, else its text."""
+        feed.ids_used = bool(draft.ids) and draft.fingerprint == self._tokenizer.fingerprint
+        if feed.ids_used:
+            self._check_ids(draft.ids, "draft.token_ids")
+            feed.add(draft.ids)
+        elif draft.ids and not draft.text:
+            raise InvalidRequest(
+                f"the draft's ids are of another tokenizer than {self._name}'s, "
+                f"{self._tokenizer.fingerprint}: send its text as well",
+                field="draft.tokenizer_fingerprint",
+            )
+        else:
+            feed.add(await self._encode_text(draft.text))
+        feed.finish(self._end_id(draft.finish))
+
+    async def follow_draft(
+        self,
+        pieces: AsyncIterator[DraftPiece | FinishReason],
+        feed: DraftFeed,
+        notify: Callable[[AsdError | None], None],
+    ) -> None:
+        """Put a draft into a feed as it comes. notify: is told of each piece, and of an error, its end."""
+        text: str | None = None
+        try:
+            async for piece in pieces:
+                if isinstance(piece, FinishReason):
+                    is_whole = feed.ids_used or feed.reach(await self._encode_text(text or ""))
+                    # After another text than the draft's, its end stands for nothing.
+                    feed.finish(self._end_id(piece) if is_whole else None)
+                    break
+                own = piece.fingerprint == self._tokenizer.fingerprint
+                feed.ids_used |= text is None and own and bool(piece.ids)
+                if feed.ids_used:
+                    self._check_ids(piece.ids, "chunk.token_ids")
+                    feed.add(piece.ids)
+                elif not feed.is_full:
+                    text = (text or "") + piece.text
+                    # The last token may yet become another one.
+                    feed.reach((await self._encode_text(text))[:-1])
+                notify(None)
+            else:
+                raise InvalidRequest("the draft's stream ended without its end", field="end")
+            notify(None)
+        except AsdError as error:
+            notify(error)
+        except Exception as error:
+            logger.error("a draft for model %s cannot be read", self._name, exc_info=error)
+            notify(AsdError(f"model {self._name} failed on this request"))
+
+    async def _encode_text(self, text: str) -> list[int]:
+        if len(text) > _LONG_TEXT:
+            return await asyncio.to_thread(self._tokenizer.encode_text, text)
+        return self._tokenizer.encode_text(text)
+
+    def _check_ids(self, ids: Sequence[int], field: str) -> None:
+        wrong = next((i for i in ids if i >= self._vocabulary or i in self._eos_ids), None)
+        if wrong is not None:
+            raise InvalidRequest(f"id {wrong} is not a text token of {self._name}'s tokenizer", field=field)
+
+    def _end_id(self, finish: FinishReason) -> int | None:
+        return self._eos_ids[0] if finish is FinishReason.EOS else None
