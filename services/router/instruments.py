@@ -165,9 +165,10 @@ class Instruments:
             return
         stage = outcome.answer.stage
         source = outcome.plan_source.name.lower()
-        self._requests.add(1, {Attributes.STAGE_NAME: stage.name, Attributes.PLAN_SOURCE: source})
+        answered = {Attributes.STAGE_NAME: stage.name, Attributes.PLAN_SOURCE: source}
+        self._requests.add(1, answered)
         if stage.index < stage_count - 1:
-            self._early_stops.add(1, {Attributes.STAGE_NAME: stage.name})
+            self._early_stops.add(1, answered)
         for record, following in zip(outcome.records, (*outcome.records[1:], None), strict=True):
             decision = record.decision
             judged = {

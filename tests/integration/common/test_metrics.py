@@ -156,7 +156,10 @@ async def test_a_routers_metrics_follow_what_it_does(router: Any) -> None:
         ("policy", "large"): 1.0,
         ("static", "large"): 1.0,
     }
-    assert values(text, "asd_early_stops_total") == {("medium",): 3.0, ("small",): 1.0}
+    assert values(text, "asd_early_stops_total") == {
+        ("policy", "medium"): 3.0,
+        ("policy", "small"): 1.0,
+    }
     # Escalations, by reason, from and to.
     assert values(text, "asd_escalations_total") == {("value", "small", "medium"): 3.0}
     # Three tokens and the end of each draft were proposed, and all of it accepted.

@@ -192,7 +192,7 @@ async def test_requests_stages_and_tokens_are_counted(world, metered):
     fixed = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi", stage="small"), timeout=5)
     metrics = metered()
     assert counts(metrics["asd.requests"]) == {("policy", "large"): 1, ("fixed", "small"): 1}
-    assert counts(metrics["asd.early_stops"]) == {("small",): 1}
+    assert counts(metrics["asd.early_stops"]) == {("fixed", "small"): 1}
     assert counts(metrics["asd.stage.requests"]) == {("generate", "small"): 2, ("verify", "large"): 1}
     # Three tokens and the end of the sequence, all accepted.
     assert counts(metrics["asd.verify.proposed_tokens"]) == {("large",): 4}
