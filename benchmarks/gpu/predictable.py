@@ -60,6 +60,8 @@ class Weights:
                 part = values[first : first + weight.shape[0]]
                 weight[: len(part)].copy_(part.to(weight.dtype))
             model.model.norm.weight.fill_(1.0)
+        # Where a library keeps another form of the weights, such as on CPUs, it is to make it anew.
+        model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
 
 class PredictableBackend(vllm_engine.VllmBackend):
