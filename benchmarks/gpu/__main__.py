@@ -29,7 +29,7 @@ from services.stage.checkpoint import read_checkpoint
 from services.stage.vllm_engine import VllmBackend, VllmOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 PARTS = ("passes", "speculation", "residency", "service")
 SMALL = Path(__file__).parents[2] / "models" / "small"
@@ -46,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, help="a real checkpoint in the place of dummy weights")
     parser.add_argument("--parts", default=",".join(PARTS), help="some of %(default)s")
     parser.add_argument("--batches", help="of decoding and speculation, such as 1,8,64")
+    parser.add_argument("--speculation-batches", help="of speculation alone")
+    parser.add_argument("--acceptances", help="of speculation, such as 0,0.5,1")
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--sleep-levels", default="1", help="of the part residency, such as 1,2")
     parser.add_argument("--tensor-parallel", type=int, default=1)
@@ -62,8 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--parts: no part {unknown.pop()}: choose of {', '.join(PARTS)}")
     plan = TINY if options.tiny else Plan()
     if options.batches:
-        batches = tuple(int(each) for each in options.batches.split(","))
+        batches = _numbers(options.batches)
         plan = replace(plan, batches=batches, speculation_batches=batches)
+    if options.speculation_batches:
+        plan = replace(plan, speculation_batches=_numbers(options.speculation_batches))
+    if options.acceptances:
+        plan = replace(plan, acceptances=tuple(float(each) for each in options.acceptances.split(",")))
     if options.repeats:
         plan = replace(plan, repeats=options.repeats)
     command = " ".join(["python -m benchmarks.gpu", *(sys.argv[1:] if arguments is None else arguments)])
@@ -73,16 +79,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = options.model or (
             SMALL if options.tiny else make_model(options.shape, Path(folder) / "model")
         )
-        row = asyncio.run(_measure(options, plan, parts, model)) | {"record": record(command)}
-    target = options.out or (None if options.tiny else RESULTS / "gpu.json")
-    if target is None:
-        sys.stdout.write(json.dumps(row, indent=2) + "\n")
-    else:
-        merge(target, row)
-        sys.stdout.write(f"{target}\n")
+        target = options.out or (None if options.tiny else RESULTS / "gpu.json")
+
+        def keep(row: dict[str, Any]) -> None:
+            # After every part: what a later one breaks off is not lost.
+            if target is not None:
+                merge(target, row | {"record": record(command)})
+
+        row = asyncio.run(_measure(options, plan, parts, model, keep))
+    sys.stdout.write(json.dumps(row, indent=2) + "\n" if target is None else f"{target}\n")
 
 
-async def _measure(options: argparse.Namespace, plan: Plan, parts: list[str], model: Path) -> dict[str, Any]:
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(each) for each in text.split(","))
+
+
+async def _measure(
+    options: argparse.Namespace,
+    plan: Plan,
+    parts: list[str],
+    model: Path,
+    keep: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "tensor_parallel": options.tensor_parallel,
         "top_logprobs": options.top_logprobs,
@@ -107,6 +125,7 @@ async def _measure(options: argparse.Namespace, plan: Plan, parts: list[str], mo
         "model": "tiny" if options.tiny else options.model.name if options.model else options.shape,
         "engine": "vllm (stand-in)" if options.tiny else "vllm",
         **where,
+        "tensor_parallel": options.tensor_parallel,
         "weights": "checkpoint" if options.model or options.tiny else "dummy",
         "settings": settings,
         "weight_bytes": checkpoint.weight_bytes,
@@ -119,9 +138,11 @@ async def _measure(options: argparse.Namespace, plan: Plan, parts: list[str], mo
         try:
             if "passes" in parts:
                 row |= await passes(backend, plan)
+                keep(row)
                 _say("passes", row)
             if "speculation" in parts:
                 row["speculation"] = await speculation(backend, plan)
+                keep(row)
                 _say("speculation", row["speculation"])
             bare = await service.bare(backend, plan) if "service" in parts else {}
         finally:
@@ -131,9 +152,11 @@ async def _measure(options: argparse.Namespace, plan: Plan, parts: list[str], mo
             served = await service.served(model, settings, largest, plan)
             row["service_ms"] = {str(batch): [bare[batch], served[batch]] for batch in bare}
             row |= {f"service_overhead_b{batch}": served[batch] / bare[batch] - 1 for batch in bare}
+            keep(row)
     if "residency" in parts:
         levels = [int(each) for each in options.sleep_levels.split(",")]
         row["residency"] = await residency(make, levels, plan)
+        keep(row)
         _say("residency", row["residency"])
     return row
 
@@ -145,11 +168,14 @@ def merge(file: Path, row: dict[str, Any]) -> None:
     of the 13B on the same device writing it and the larger one verifying it, fully accepted.
     """
     content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"rows": []}
-    rows = {(each["model"], each["engine"], each["device"]): each for each in content["rows"]}
-    key = (row["model"], row["engine"], row["device"])
-    rows[key] = rows.get(key, {}) | row
-    for (model, engine, name), each in rows.items():
-        small = rows.get(("13b", engine, name), {})
+
+    def key_of(each: dict[str, Any]) -> tuple[str, str, str, int]:
+        return each["model"], each["engine"], each["device"], each["tensor_parallel"]
+
+    rows = {key_of(each): each for each in content["rows"]}
+    rows[key_of(row)] = rows.get(key_of(row), {}) | row
+    for (model, engine, name, _), each in rows.items():
+        small = rows.get(("13b", engine, name, 1), {})
         if model != "13b" and "generate64_ms" in small and {"generate64_ms", "verify64_ms"} <= each.keys():
             each["escalated_speedup"] = each["generate64_ms"] / (small["generate64_ms"] + each["verify64_ms"])
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,7 @@ from services.client.values import Objective, Request, Sampling
 from services.common.server import ServiceRegistration, start_server
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from services.client.values import Answer
 
@@ -172,9 +172,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = " ".join(
         ["python -m benchmarks.gpu.cascade", *(sys.argv[1:] if arguments is None else arguments)]
     )
-    row = asyncio.run(_measure(stages, options.repeats, concurrencies, options.rounds))
-    row |= {"record": record(command)}
-    _merge(options.out, row)
+
+    def keep(row: dict[str, Any]) -> None:
+        # After every part: what a later one breaks off is not lost.
+        _merge(options.out, row | {"record": record(command)})
+
+    asyncio.run(_measure(stages, options.repeats, concurrencies, options.rounds, keep))
     sys.stdout.write(f"{options.out}\n")
 
 
@@ -187,8 +190,12 @@ def _merge(file: Path, row: dict[str, Any]) -> None:
 
 
 async def _measure(
-    stages: list[Stage], repeats: int, concurrencies: tuple[int, ...], rounds: int
-) -> dict[str, Any]:
+    stages: list[Stage],
+    repeats: int,
+    concurrencies: tuple[int, ...],
+    rounds: int,
+    keep: Callable[[dict[str, Any]], None],
+) -> None:
     row: dict[str, Any] = {
         "stages": [
             f"{stage.shape}@{'+'.join(stage.gpus)}" if stage.gpus else stage.shape for stage in stages
@@ -205,12 +212,12 @@ async def _measure(
         )
         await _warm(running, stages)
         row |= await _latencies(running, [stage.name for stage in stages], repeats)
+        keep(row)
         _say("latencies", row)
         row["throughput"] = await _throughput(
             running, [stage.name for stage in stages], concurrencies, rounds
         )
-        _say("throughput", row["throughput"])
-    return row
+        keep(row)
 
 
 async def _start(
@@ -248,7 +255,7 @@ async def _start(
         section = {
             "load_format": "dummy",
             "dtype": "bfloat16",
-            "max_model_len": 1024,
+            "max_model_len": 2048,
             "max_batched_tokens": 2048,
             "gpu_memory_utilization": SHARES[stage.shape],
             "kv_cache_gib": CACHE_GIB[stage.shape],
@@ -298,26 +305,21 @@ async def _start(
 
 
 async def _load(stages: list[Stage], targets: dict[str, str]) -> dict[str, float]:
-    """Load what shares a GPU one after another, and the GPUs at the same time; return the seconds of each.
+    """Load all at the same time; return the seconds of each.
 
-    vLLM measures what is free as it starts: two of them starting on one GPU would mistake each other's.
+    The size of every KV cache is set, so that none is taken from what another has not claimed yet.
     """
     found: dict[str, float] = {}
-
-    async def load(group: list[Stage]) -> None:
-        for stage in group:
-            async with grpc.aio.insecure_channel(targets[stage.name]) as channel:
-                stub: Any = stage_pb2_grpc.StageServiceStub(channel)
-                begun = time.perf_counter()
-                await stub.Load(stage_pb2.LoadRequest(), timeout=LOAD_S)
-                found[stage.name] = time.perf_counter() - begun
-
-    groups = collections.defaultdict(list)
-    for stage in stages:
-        groups[stage.gpus[:1]].append(stage)
     started = time.perf_counter()
-    await asyncio.gather(*(load(group) for group in groups.values()))
-    return found | {"all": time.perf_counter() - started}
+
+    async def load(stage: Stage) -> None:
+        async with grpc.aio.insecure_channel(targets[stage.name]) as channel:
+            stub: Any = stage_pb2_grpc.StageServiceStub(channel)
+            await stub.Load(stage_pb2.LoadRequest(), timeout=LOAD_S)
+            found[stage.name] = time.perf_counter() - started
+
+    await asyncio.gather(*(load(stage) for stage in stages))
+    return found
 
 
 async def _warm(running: Running, stages: list[Stage]) -> None:

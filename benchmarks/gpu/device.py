@@ -6,6 +6,7 @@ A process of its own, so that nothing of CUDA is left in the one that measures.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -42,8 +43,9 @@ def describe_processor() -> dict[str, object]:
 
 
 def used_bytes() -> int:
-    """Return the memory in use on the first GPU, by the driver; 0 where there is none."""
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+    """Return the memory in use on the first visible GPU, by the driver; 0 where there is none."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", f"--id={first}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError):

@@ -99,8 +99,7 @@ async def _ask(tasks: Sequence[Task], engine: str, dtype: str, at_a_time: int) -
         for name in COSTS:
             model = {"name": name, "path": str(ROOT / "models" / name), **options}
             targets[name] = await start("services.stage", name, {"models": [model]})
-        for target in targets.values():
-            await _load(target)
+        await asyncio.gather(*(_load(target) for target in targets.values()))
         artifact = str(ROOT / "policy_service" / "artifact")
         policy = await start("policy_service", "policy", {"artifact": artifact})
         settings = {
