@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from tools.get_helm import find_helm
+from tools.kubernetes_programs import find_helm
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "charts"

@@ -15,8 +15,8 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from tools.get_helm import find_helm
 from tools.get_promtool import find_promtool
+from tools.kubernetes_programs import find_helm
 
 ROOT = Path(__file__).parents[2]
 ALERTS = ROOT / "charts" / "alerts" / "asd.yaml"
