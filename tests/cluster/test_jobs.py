@@ -66,11 +66,16 @@ def _values(folder: Path, **further: Any) -> str:
 @pytest.fixture(scope="module")
 def secured(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Release]:
     """Give a release whose every connection is encrypted, and that asks who calls."""
-    release = Release(cluster, namespace="asd-jobs", arguments=(f"--values={HERE / 'values.yaml'}",))
+    # Not `asd`: Jobs find a release by its name.
+    release = Release(
+        cluster, name="guarded", namespace="asd-jobs", arguments=(f"--values={HERE / 'values.yaml'}",)
+    )
     namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": release.namespace}}
     cluster.apply(namespace, namespace=release.namespace)
     authority = trustme.CA()
-    services = [f"asd-{name}" for name in ("router", "policy", *(f"stage-{stage}" for stage in STAGES))]
+    services = [
+        f"{release.name}-{name}" for name in ("router", "policy", *(f"stage-{stage}" for stage in STAGES))
+    ]
     cluster.apply(
         _secret("asd-tls", **_certificate(authority, *services)),
         _secret("asd-client", **_certificate(authority, "client"), token=TOKEN),
@@ -145,20 +150,23 @@ def test_a_policy_is_made_of_collected_outcomes_and_served(secured: Release, tmp
         for each in defaults
     ]
     secured.upgrade(_values(tmp_path, policy={"artifactClaim": "asd-policies"}, stages=stages))
-    after = _ask(secured)
-    assert after["policy_version"] == first
-    assert after["plan_source"] == "policy"
+    _await_version(secured, first)
     assert _ask(secured, "--stage=small")["stage"] == "small"
 
     pods = set(secured.pods("policy"))
     second = _published(run_job(secured, "train", "SEED=1"))
     assert second != first
-    poll(
-        lambda: _ask(secured)["policy_version"] == second,
-        60.0,
-        lambda: f"policy {second} to be followed\n{secured.describe()}",
-    )
+    _await_version(secured, second)
     assert set(secured.pods("policy")) == pods
+
+
+def _await_version(secured: Release, version: str) -> None:
+    """Wait until a policy decides: pods that end still answer, and claims are looked at now and then."""
+    poll(
+        lambda: _ask(secured)["policy_version"] == version,
+        60.0,
+        lambda: f"policy {version} to decide\n{secured.describe()}",
+    )
 
 
 def _published(log: str) -> str:
