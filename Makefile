@@ -7,7 +7,7 @@ DEV_EXTRAS := stage,policy,policy-train,bench,dev
 INSTALLED_BY := pyproject.toml hatch_build.py $(wildcard protos/asd/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test e2e lint format bench bench-escalation bench-policy experiments models policy clean
+.PHONY: help install demo up test e2e lint chart-checks format bench bench-escalation bench-policy experiments models policy clean
 
 help: ## Say what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -35,6 +35,9 @@ lint: $(VENV)/.dev ## Check style, types, imports, the contract and the Dockerfi
 	$(BIN)/buf lint
 	$(BIN)/buf breaking --against tools/protocheck/released.txtpb
 	$(BIN)/hadolint Dockerfile
+
+chart-checks: $(VENV)/.dev ## Check the chart's objects with checkov, installed in build/checkov
+	$(BIN)/python -m tests.chart.checks
 
 format: $(VENV)/.dev ## Format the Python code
 	$(BIN)/ruff check --fix .

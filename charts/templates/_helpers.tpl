@@ -1,6 +1,6 @@
 {{/* Name that every object of the release starts with. */}}
 {{- define "asd.fullname" -}}
-{{- .Values.fullnameOverride | default .Release.Name | trunc 24 | trimSuffix "-" -}}
+{{- .Values.fullnameOverride | default .Release.Name -}}
 {{- end -}}
 
 {{/* Image of a component: dict "root" $ "image" "stage-onnx". */}}

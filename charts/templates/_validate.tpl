@@ -1,5 +1,9 @@
 {{/* What a schema cannot say. Every sentence names the value and says what to change. */}}
 {{- define "asd.validate" -}}
+{{- $name := include "asd.fullname" . -}}
+{{- if gt (len $name) 24 -}}
+{{- fail (printf "fullnameOverride: %q has %d characters, and Kubernetes allows 63 for a name that those of stages follow; install under a name of 24 at most, or set fullnameOverride to a shorter one" $name (len $name)) -}}
+{{- end -}}
 {{- include "asd.validateCascade" . -}}
 {{- include "asd.validateScaling" . -}}
 {{- include "asd.validateAccess" . -}}
@@ -68,7 +72,10 @@
 {{- end -}}
 
 {{- define "asd.validateAccess" -}}
-{{- range $key := list "podMonitor" "rules" -}}
+{{- if and .Values.monitoring.podMonitor.enabled .Values.monitoring.serviceMonitor.enabled -}}
+{{- fail "monitoring.podMonitor and monitoring.serviceMonitor: pods would be asked twice; enable one of them" -}}
+{{- end -}}
+{{- range $key := list "podMonitor" "serviceMonitor" "rules" -}}
 {{- if and (get $.Values.monitoring $key).enabled (not $.Values.telemetry.metricsPort) -}}
 {{- fail (printf "monitoring.%s: pods serve no metrics; set telemetry.metricsPort, for instance to 9464" $key) -}}
 {{- end -}}

@@ -17,6 +17,7 @@ from policy_service.train import lifecycle
 from policy_service.train.console import number_table, result_console
 from policy_service.train.costs import EMBEDDED, UnfitCosts
 from policy_service.train.faults import UnfitOutcomes, say_why
+from services.client.connecting import Connection, encrypted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -274,6 +275,7 @@ def compare(
 
 
 @app.command()
+@encrypted
 def collect(
     output: Annotated[Path, typer.Argument(help="File to write, or to go on with (Parquet).")],
     stage: Annotated[
@@ -301,6 +303,8 @@ def collect(
     timeout_ms: Annotated[
         float, typer.Option(min=1, max=86_400_000, help="Deadline of one stage call; a day at most.")
     ] = 60_000,
+    *,
+    connection: Connection,
 ) -> None:
     """Run every stage on prompts of the suites: its own answer, and how it verifies earlier stages' drafts.
 
@@ -315,15 +319,23 @@ def collect(
     import asyncio
 
     from policy_service.train.collect import CollectOptions, collect_outcomes, parse_targets
+    from services.client.client import encryption_advice
+    from services.common.errors import Unavailable
 
     targets = parse_targets(stage)
     at_once = concurrency or min(map(len, targets.values()))
-    options = CollectOptions(output, targets, split, prompts, conversations, seed, at_once, timeout_ms)
+    tls = connection.client_tls()
+    options = CollectOptions(output, targets, split, prompts, conversations, seed, at_once, timeout_ms, tls)
     try:
         asyncio.run(collect_outcomes(options, result_console()))
     except KeyboardInterrupt:
         _say("stopped: the same command goes on from here", "yellow")
         raise typer.Exit(130) from None
+    except Unavailable as error:
+        advice = encryption_advice(error.message, is_encrypted=tls is not None)
+        if not advice:
+            raise
+        raise Unavailable(f"{error.message.partition(':')[0]} {advice}") from error
 
 
 def _check_extra() -> None:
@@ -396,10 +408,11 @@ lifecycle.register(app)
 def main() -> None:
     """Run the command; every expected error is one sentence and a code: 2 where the command line is wrong."""
     from services.common.errors import AsdError
+    from services.common.settings import SettingsError
 
     try:
         app()
-    except (UnfitCosts, UnfitOutcomes, AsdError, OSError) as error:
+    except (UnfitCosts, UnfitOutcomes, AsdError, SettingsError, OSError) as error:
         _fail(error)
     except Exception as error:
         # Its module needs onnxruntime, which a command that raises it has found.
@@ -412,9 +425,11 @@ def main() -> None:
 
 def _fail(error: Exception) -> NoReturn:
     from services.common.errors import InvalidRequest, NotFound
+    from services.common.settings import SettingsError
 
     message = str(error)
     if isinstance(error, OSError) and error.filename and error.strerror:
         message = f"{error.filename}: {say_why(error)}"
     _say(f"asd-policy: {message}", "red")
-    raise SystemExit(MISUSED if isinstance(error, InvalidRequest | NotFound) else FAILED) from error
+    is_misused = isinstance(error, InvalidRequest | NotFound | SettingsError)
+    raise SystemExit(MISUSED if is_misused else FAILED) from error

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from services.common.tls import ClientTls
+
 _FINISH_NAMES = {
     common_pb2.FINISH_REASON_EOS: "eos",
     common_pb2.FINISH_REASON_LENGTH: "length",
@@ -50,7 +52,8 @@ class CollectOptions:
 
     prompts: single questions. conversations: those whose question is a second turn, after the prompts.
     concurrency: prompts under way at once; each keeps to one replica of every stage, by turns, so that up to
-    as many as there are replicas wait for nobody. timeout_ms: of one stage call.
+    as many as there are replicas wait for nobody. timeout_ms: of one stage call. tls: None for plain
+    connections.
     """
 
     output: Path
@@ -61,6 +64,7 @@ class CollectOptions:
     seed: int
     concurrency: int
     timeout_ms: float
+    tls: ClientTls | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ async def collect_outcomes(options: CollectOptions, console: Console) -> None:
                     _StageCalls(
                         name,
                         stage_pb2_grpc.StageServiceStub(
-                            await stack.enter_async_context(open_channel(target))
+                            await stack.enter_async_context(open_channel(target, tls=options.tls))
                         ),
                         options.timeout_ms,
                     )

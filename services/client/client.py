@@ -57,6 +57,20 @@ Sent = TypeVar("Sent")
 Received = TypeVar("Received")
 
 
+def encryption_advice(message: str, *, is_encrypted: bool) -> str:
+    """Return what a refused connection says of its encryption, and what to do: "" where it says nothing.
+
+    message: gRPC's. The words go on from the name of whom was called.
+    """
+    for sign, advice in _UNENCRYPTED:
+        if sign in message:
+            return advice
+    if message.endswith("Socket closed"):
+        wish = "a certificate (--tls-cert, --tls-key)" if is_encrypted else "TLS (--tls-ca)"
+        return f"closes the connection: it may want {wish}"
+    return ""
+
+
 class CascadeClient:
     """Asks a cascade's router. An asynchronous context manager; one instance serves many concurrent calls.
 
@@ -163,12 +177,9 @@ class CascadeClient:
             return error
         if self._channel.get_state() is grpc.ChannelConnectivity.READY:
             return Unavailable(in_plain_words(error.message).removeprefix(f"{self._peer}: "))
-        for sign, advice in _UNENCRYPTED:
-            if sign in error.message:
-                return Unavailable(f"{self._target} {advice}")
-        if error.message.endswith("Socket closed"):
-            wish = "TLS (--tls-ca)" if self._tls is None else "a certificate (--tls-cert, --tls-key)"
-            return Unavailable(f"{self._target} closes the connection: it may want {wish}")
+        advice = encryption_advice(error.message, is_encrypted=self._tls is not None)
+        if advice:
+            return Unavailable(f"{self._target} {advice}")
         return Unavailable(
             f"no cascade answers at {self._target}: start one with `asd up`, or name another with --target"
         )

@@ -36,6 +36,7 @@ async def run(settings: ManagerSettings, cluster: Cluster) -> None:
             each.idle_seconds,
             each.wake_replicas,
             each.min_awake_seconds,
+            each.give_up_seconds,
             each.min_replicas,
         )
         for each in settings.stages

@@ -21,11 +21,13 @@ class Instruments:
     def __init__(self) -> None:
         self._meter = telemetry.meter()
         self._scalings = self._meter.create_counter(
-            Metrics.MANAGER_SCALINGS, unit="{scaling}", description="times a stage was woken or put to sleep"
+            Metrics.MANAGER_SCALINGS,
+            unit="{scaling}",
+            description="times a stage was woken, put to sleep or given up",
         )
 
     def scaled(self, stage: str, direction: str) -> None:
-        """A stage's replicas were set. direction: "wake" or "sleep"."""
+        """A stage's replicas were set. direction: "wake", "sleep" or "give_up"."""
         self._scalings.add(1, {Attributes.STAGE_NAME: stage, Attributes.SCALING: direction})
 
     def watch(self, views: Callable[[], Iterable[StageView]]) -> None:

@@ -32,7 +32,7 @@ class Rule:
     """When a stage sleeps, and what it is woken to.
 
     It is taken down to min_replicas after idle_seconds without use, but not before min_awake_seconds since it
-    was woken, or became ready.
+    was woken, or became ready; and after give_up_seconds in which replicas were wanted and none was ready.
     """
 
     stage: str
@@ -40,6 +40,7 @@ class Rule:
     idle_seconds: float
     wake_replicas: int
     min_awake_seconds: float
+    give_up_seconds: float
     min_replicas: int = 0
 
 
@@ -74,6 +75,9 @@ class _Kept:
     # Since when it has been ready, and when it was last woken.
     ready_since: float | None = None
     woken: float | None = None
+    # Since when replicas have been wanted and none was ready; and what is said of a wait that was given up.
+    waiting_since: float | None = None
+    given_up: str = ""
 
     def may_sleep(self, now: float) -> bool:
         """Return whether it has been idle and awake for long enough."""
@@ -83,9 +87,14 @@ class _Kept:
         since = self.ready_since if self.woken is None else max(self.ready_since, self.woken)
         return now - since >= rule.min_awake_seconds
 
+    def is_hopeless(self, now: float) -> bool:
+        """Return whether it has been waited for too long, and its replicas hold what others could use."""
+        return self.waiting_since is not None and now - self.waiting_since >= self.rule.give_up_seconds
+
 
 class Keeper:
-    """Keeps stages by their rules. clock: monotonic seconds. on_scaled: gets a stage and "wake" or "sleep".
+    """Keeps stages by their rules. clock: monotonic seconds. on_scaled: gets a stage and "wake", "sleep" or
+    "give_up".
 
     A stage whose replicas something else sets is left alone.
     """
@@ -129,6 +138,7 @@ class Keeper:
                     f"stage {stage} is scaled by {kept.view.autoscaler}, not by the manager"
                 )
             kept.woken = self._clock()
+            kept.given_up = ""
             if kept.view.wanted < kept.rule.wake_replicas:
                 await self._scale(kept, kept.rule.wake_replicas, "wake")
             return kept.view
@@ -143,12 +153,28 @@ class Keeper:
                     view.idle_ms = await self._usage.idle_ms(rule.stage, view.ready)
                     if view.wanted > rule.min_replicas and kept.may_sleep(self._clock()):
                         await self._scale(kept, rule.min_replicas, "sleep")
+                elif (
+                    not view.autoscaler
+                    and view.wanted > rule.min_replicas
+                    and kept.is_hopeless(self._clock())
+                ):
+                    await self._give_up(kept)
             except AsdError as error:
                 if error.message != kept.view.error:
                     logger.warning("stage %s: %s", kept.rule.stage, error.message)
                 kept.view.error = error.message
             else:
-                kept.view.error = ""
+                kept.view.error = kept.given_up
+
+    async def _give_up(self, kept: _Kept) -> None:
+        """Take down replicas that do not become ready. Whoever needs the stage next has it woken again."""
+        rule = kept.rule
+        await self._scale(kept, rule.min_replicas, "give_up")
+        kept.given_up = (
+            f"taken down: no replica became ready within {rule.give_up_seconds:g} seconds; see why with "
+            f"kubectl describe of deployment {rule.deployment} and of its pods when it is woken next"
+        )
+        logger.warning("stage %s: %s", rule.stage, kept.given_up)
 
     async def _look(self, kept: _Kept) -> None:
         """Read a stage's replicas. Raises AsdError, and the state is unknown, where that fails."""
@@ -174,6 +200,11 @@ class Keeper:
             kept.ready_since = None
         elif kept.ready_since is None:
             kept.ready_since = self._clock()
+            kept.given_up = ""
+        if scale.ready or not scale.wanted:
+            kept.waiting_since = None
+        elif kept.waiting_since is None:
+            kept.waiting_since = self._clock()
 
     async def _scale(self, kept: _Kept, replicas: int, direction: str) -> None:
         await self._cluster.scale(kept.rule.deployment, replicas)
@@ -181,4 +212,6 @@ class Keeper:
             "%s: stage %s from %d to %d replicas", direction, kept.view.stage, kept.view.wanted, replicas
         )
         kept.view.wanted = replicas
+        # A change of what is wanted is waited for anew.
+        kept.waiting_since = None
         self._on_scaled(kept.view.stage, direction)

@@ -26,6 +26,7 @@ class ManagedStageSettings(Section):
     tls: ClientTls | None = None
     idle_seconds: Positive = 300.0
     min_awake_seconds: Seconds = 60.0
+    give_up_seconds: Positive = 900.0
     wake_replicas: int = Field(default=1, ge=1)
     min_replicas: int = Field(default=0, ge=0)
 

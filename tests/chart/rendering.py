@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from tools.get_helm import find_helm
+from tools.kubernetes_programs import find_helm
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "charts"
@@ -256,7 +256,9 @@ VARIANTS: dict[str, Variant] = {
             }
         }
     ),
-    "scale to zero": Variant(_sleeping(idleSeconds=600, wakeReplicas=2, minAwakeSeconds=30)),
+    "scale to zero": Variant(
+        _sleeping(idleSeconds=600, wakeReplicas=2, minAwakeSeconds=30, giveUpSeconds=45)
+    ),
     "all may sleep": Variant(
         {"manager": {"enabled": True}, "stageDefaults": {"scaleToZero": {"idleSeconds": 60}}}
     ),

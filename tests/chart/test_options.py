@@ -91,6 +91,8 @@ class TestScaling:
         assert (stage.name, stage.deployment) == ("large", "demo-stage-large")
         assert stage.target == "dns:///demo-stage-large:50061"
         assert (stage.idle_seconds, stage.min_awake_seconds) == (600, 30)
+        # Beyond the time that a pod may take to load its model.
+        assert stage.give_up_seconds == 120 + 45
         assert (stage.wake_replicas, stage.min_replicas) == (2, 0)
         router = read(RouterSettings, "scale to zero", "demo-router", tmp_path)
         assert router.manager is not None

@@ -181,6 +181,13 @@ CONTRADICTIONS = {
         {"monitoring": {"podMonitor": {"enabled": True}}},
         "monitoring.podMonitor: pods serve no metrics; set telemetry.metricsPort, for instance to 9464",
     ),
+    "pods monitored twice": (
+        {
+            "telemetry": {"metricsPort": 9464},
+            "monitoring": {"podMonitor": {"enabled": True}, "serviceMonitor": {"enabled": True}},
+        },
+        "monitoring.podMonitor and monitoring.serviceMonitor: pods would be asked twice; enable one of them",
+    ),
     "TLS without a Secret": (
         {"tls": {"enabled": True}},
         "tls: there is no Secret for router; set tls.secretName or tls.secretNames.router, or let "
@@ -254,6 +261,15 @@ def test_values_that_contradict_each_other_are_refused_with_a_sentence(case: str
     run = template(Variant(values))
     assert run.returncode != 0
     assert said in run.stderr
+
+
+def test_a_release_name_that_leaves_no_room_for_those_of_stages_is_refused() -> None:
+    name = "a-release-of-25-chars-now"
+    run = helm(f"template {name}", Variant(), str(CHART))
+    assert run.returncode != 0
+    assert f'fullnameOverride: "{name}" has 25 characters' in run.stderr
+    assert helm(f"template {name[1:].strip('-')}", Variant(), str(CHART)).returncode == 0
+    assert helm(f"template {name}", Variant({"fullnameOverride": "short"}), str(CHART)).returncode == 0
 
 
 def test_a_misspelt_value_is_refused_by_lint_and_install_alike() -> None:

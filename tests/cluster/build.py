@@ -32,6 +32,8 @@ SYSTEM_PROGRAMS = {
     "unshare": "util-linux",
     "nsenter": "util-linux",
     "openssl": "openssl",
+    # Of images.
+    "strip": "binutils",
 }
 CNI_FOLDERS = (Path("/usr/lib/cni"), Path("/opt/cni/bin"), Path("/usr/libexec/cni"))
 CNI_PACKAGE = "containernetworking-plugins"
@@ -133,17 +135,37 @@ def find_program(name: str) -> Path:
     Raises MissingProgramError where it can neither be found nor built.
     """
     program = PROGRAMS[name]
-    assets = os.environ.get("KUBEBUILDER_ASSETS")
-    if assets and (Path(assets) / name).is_file():
-        return Path(assets) / name
+    found = _look_up(program)
+    if found is not None:
+        return found
     built = _folder(program) / name
-    if built.is_file():
-        return built
-    on_path = shutil.which(name)
-    if on_path and _has_minor_version(program, on_path):
-        return Path(on_path)
     _build(program, built)
     return built
+
+
+def _look_up(program: Program) -> Path | None:
+    assets = os.environ.get("KUBEBUILDER_ASSETS")
+    if assets and (Path(assets) / program.name).is_file():
+        return Path(assets) / program.name
+    built = _folder(program) / program.name
+    if built.is_file():
+        return built
+    on_path = shutil.which(program.name)
+    return Path(on_path) if on_path and _has_minor_version(program, on_path) else None
+
+
+def _no_go(program: Program) -> str:
+    return (
+        f"{program.name} {version_of(program)} is not here and there is no Go to build it: install "
+        "Go 1.26 or later, or put the programs into a folder and name it in KUBEBUILDER_ASSETS"
+    )
+
+
+def check_buildable(names: tuple[str, ...]) -> None:
+    """Raise MissingProgramError where a program is nowhere and there is no Go to build it."""
+    for name in names:
+        if shutil.which("go") is None and _look_up(PROGRAMS[name]) is None:
+            raise MissingProgramError(_no_go(PROGRAMS[name]))
 
 
 def find_all(names: tuple[str, ...] = NODE_PROGRAMS) -> dict[str, Path]:
@@ -160,15 +182,25 @@ def check_system() -> Path:
         raise MissingProgramError("a node needs Linux: set KUBECONFIG to a cluster instead")
     if os.geteuid() != 0:
         raise MissingProgramError("a node needs root: use sudo, or set KUBECONFIG to a cluster")
-    packages = {package for name, package in SYSTEM_PROGRAMS.items() if shutil.which(name) is None}
-    folder = next((each for each in CNI_FOLDERS if (each / "bridge").is_file()), None)
-    if folder is None:
-        packages.add(CNI_PACKAGE)
+    packages = missing_packages()
     if packages:
-        install = f"apt-get install --yes --no-install-recommends {' '.join(sorted(packages))}"
+        install = f"apt-get install --yes --no-install-recommends {' '.join(packages)}"
         raise MissingProgramError(f"a node needs further programs; on Debian: {install}")
+    folder = _cni_folder()
     assert folder is not None
     return folder
+
+
+def missing_packages() -> list[str]:
+    """Return Debian's packages of what this machine lacks of SYSTEM_PROGRAMS and CNI plugins."""
+    packages = {package for name, package in SYSTEM_PROGRAMS.items() if shutil.which(name) is None}
+    if _cni_folder() is None:
+        packages.add(CNI_PACKAGE)
+    return sorted(packages)
+
+
+def _cni_folder() -> Path | None:
+    return next((each for each in CNI_FOLDERS if (each / "bridge").is_file()), None)
 
 
 def _folder(program: Program) -> Path:
@@ -192,10 +224,7 @@ def _has_minor_version(program: Program, path: str) -> bool:
 def _build(program: Program, target: Path) -> None:
     go = shutil.which("go")
     if go is None:
-        raise MissingProgramError(
-            f"{program.name} {version_of(program)} is not here and there is no Go to build it: install "
-            "Go 1.26 or later, or put the programs into a folder and name it in KUBEBUILDER_ASSETS"
-        )
+        raise MissingProgramError(_no_go(program))
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}")
     flags = "-s -w"

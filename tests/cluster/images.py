@@ -2,8 +2,8 @@
 
 What an image runs, as whom, with which environment and which files is read from the Dockerfile, so that the
 two cannot drift apart. What a Dockerfile leaves to its base image is put together here: this machine's
-Python and the libraries that it needs, in the places of python:slim, as that image with its standard
-library not compiled. Layers are shared, made once and kept; equal content gives equal layers.
+Python and the libraries that it needs, in the places of python:slim, without symbols as there. Layers are
+shared, made once and kept; equal content gives equal layers.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.cluster.build import PROGRAMS, cache_dir, find_program, say, version_of
+from tools.slim_packages import slim
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -45,7 +46,7 @@ PAUSE_IMAGE = f"{LIBRARY}/asd-cluster-pause:0"
 COREDNS_IMAGE = f"{LIBRARY}/asd-cluster-coredns:{version_of(PROGRAMS['coredns'])}"
 JAEGER_IMAGE = f"{LIBRARY}/asd-cluster-jaeger:{version_of(PROGRAMS['jaeger'])}"
 
-TARGETS = ("router", "policy", "manager", "stage-onnx", "tools")
+TARGETS = ("router", "policy", "manager", "stage-onnx", "tools", "train")
 
 # PATH of python:slim.
 _BASE_ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin"}
@@ -89,7 +90,9 @@ class Target:
     """What a Dockerfile says of an image.
 
     copies: source in the context and place in the image. venv: place of the virtual environment, empty
-    where there is none. extras: of the project, as installed there. sources: what it is built from.
+    where there is none. extras: of the project, as installed there. is_slim: whether packages are slimmed.
+    sources: what it is built from. not_compiled: pattern of the standard library's files that are not
+    compiled; None: none is.
     """
 
     name: str
@@ -103,7 +106,9 @@ class Target:
     venv: str = ""
     extras: frozenset[str] = frozenset()
     is_project: bool = False
+    is_slim: bool = False
     sources: tuple[str, ...] = ()
+    not_compiled: str | None = None
 
 
 @dataclass(frozen=True)
@@ -184,7 +189,14 @@ def _apply(target: Target, word: str, rest: str, stages: dict[str, Target]) -> T
             extras.update(filter(None, map(str.strip, (found[1] or "").split(","))))
             target = replace(target, is_project=True)
         made = re.search(r"-m venv (?:--\S+ )*(\S+)", rest)
-        return replace(target, extras=frozenset(extras), venv=made[1] if made else target.venv)
+        compiled = re.search(r"-m compileall .*-x '([^']*)'", rest)
+        return replace(
+            target,
+            extras=frozenset(extras),
+            is_slim=target.is_slim or "slim_packages.py" in rest,
+            venv=made[1] if made else target.venv,
+            not_compiled=compiled[1] if compiled else target.not_compiled,
+        )
     if word in {"LABEL", "ARG", "SHELL", "STOPSIGNAL"}:
         return target
     raise ImageError(f"Dockerfile, {target.name}: tests/cluster/images.py does not know {word}")
@@ -203,7 +215,12 @@ def _copy(target: Target, rest: str, stages: dict[str, Target]) -> Target:
             )
         sources = [source for source, _ in other.copies]
         return replace(
-            target, venv=place, extras=other.extras, is_project=other.is_project, sources=tuple(sources)
+            target,
+            venv=place,
+            extras=other.extras,
+            is_project=other.is_project,
+            is_slim=other.is_slim,
+            sources=tuple(sources),
         )
     if origin:
         raise ImageError(f"Dockerfile, {target.name}: a copy from another image: {origin}")
@@ -232,7 +249,7 @@ def release_images(folder: Path) -> list[Image]:
             if target is None or not target.venv or not target.is_project:
                 raise ImageError(f"Dockerfile: no target {name} that installs the project")
             layers = [
-                _base_layer(folder),
+                _base_layer(folder, target),
                 *_dependency_layers(folder, target),
                 _project_layer(folder, context, target),
             ]
@@ -389,17 +406,18 @@ def _add_link(tar: tarfile.TarFile, name: str, to: str) -> None:
     tar.addfile(member)
 
 
-def _base_layer(folder: Path) -> Layer:
+def _base_layer(folder: Path, target: Target) -> Layer:
     """Return Python and the libraries that it needs, in the places of python:slim."""
     stdlib = Path(sysconfig.get_path("stdlib"))
     interpreter = Path(sys.executable).resolve()
-    compiled = [interpreter, *sorted((stdlib / "lib-dynload").glob("*.so"))]
-    libraries = _libraries(compiled)
+    modules = sorted((stdlib / "lib-dynload").glob("*.so"))
+    libraries = _libraries([interpreter, *(path for path in modules if not _is_left_out(path))])
     parts = [
         sys.version,
         *(f"{name} {path} {path.stat().st_size}" for name, path in sorted(libraries.items())),
+        str(target.not_compiled),
     ]
-    key = hashlib.sha256("\n".join([*parts, *_NOT_IN_STDLIB]).encode()).hexdigest()[:12]
+    key = _digest(*parts, *_NOT_IN_STDLIB)
 
     def write(tar: tarfile.TarFile) -> None:
         for name in (*_TOP_FOLDERS, "usr/lib", "usr/local", "usr/local/bin", "usr/local/lib"):
@@ -410,27 +428,31 @@ def _base_layer(folder: Path) -> Layer:
         _add_bytes(tar, b"root:x:0:\nnogroup:x:65534:\n", "etc/group")
         _add_bytes(tar, b"hosts: files dns\n", "etc/nsswitch.conf")
         _add(tar, Path("/bin/sh").resolve(), "bin/sh")
-        for name, path in sorted(libraries.items()):
-            _add(tar, path, f"usr/lib/{name}")
         # Where every program looks for its loader. Libraries lie in a folder that the loader always searches.
         _add_link(tar, "lib64/ld-linux-x86-64.so.2", "../usr/lib/ld-linux-x86-64.so.2")
-        _add(tar, interpreter, f"usr/local/bin/{_PYTHON}")
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            made = Path(scratch)
+            for name, path in [*libraries.items(), (_PYTHON, interpreter)]:
+                shutil.copy2(path, made / name)
+                if name.startswith(("libpython", "python")):
+                    _output(["strip", "--strip-unneeded", str(made / name)])
+            for name in sorted(libraries):
+                _add(tar, made / name, f"usr/lib/{name}")
+            _add(tar, made / _PYTHON, f"usr/local/bin/{_PYTHON}")
         _add_link(tar, "usr/local/bin/python3", _PYTHON)
         _add_link(tar, "usr/local/bin/python", "python3")
-        _add_tree(tar, stdlib, f"usr/local/lib/{_PYTHON}", _NOT_IN_STDLIB)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            made = Path(scratch) / "made"
+            shutil.copytree(stdlib, made, ignore=shutil.ignore_patterns(*_NOT_IN_STDLIB))
+            if target.not_compiled is not None:
+                _compile(made, "-x", target.not_compiled)
+            _add(tar, made, f"usr/local/lib/{_PYTHON}")
 
     return _layer(folder, f"base-{key}", write)
 
 
-def _add_tree(tar: tarfile.TarFile, top: Path, name: str, without: Sequence[str]) -> None:
-    _add_folder(tar, name)
-    for path in sorted(top.iterdir()):
-        if any(fnmatch(path.name, pattern) for pattern in without):
-            continue
-        if path.is_dir():
-            _add_tree(tar, path, f"{name}/{path.name}", without)
-        else:
-            _add(tar, path.resolve(), f"{name}/{path.name}")
+def _is_left_out(path: Path) -> bool:
+    return any(fnmatch(path.name, pattern) for pattern in _NOT_IN_STDLIB)
 
 
 def _libraries(programs: Sequence[Path]) -> dict[str, Path]:
@@ -454,11 +476,11 @@ def _libraries(programs: Sequence[Path]) -> dict[str, Path]:
 
 def _dependency_layers(folder: Path, target: Target) -> list[Layer]:
     """Return what the project needs, and what its extras need beyond that."""
-    plain = _dependencies(folder, frozenset())
+    plain = _dependencies(folder, frozenset(), is_slim=target.is_slim)
     site = f"{target.venv.lstrip('/')}/lib/{_PYTHON}/site-packages"
     layers = [_layer(folder, f"{plain.name}-{_digest(site)}", lambda tar: _add_in(tar, plain, site))]
     if target.extras:
-        full = _dependencies(folder, target.extras)
+        full = _dependencies(folder, target.extras, is_slim=target.is_slim)
         further = [path for path in _files(full) if not _same(full / path, plain / path)]
         layers.append(
             _layer(
@@ -470,7 +492,7 @@ def _dependency_layers(folder: Path, target: Target) -> list[Layer]:
     return layers
 
 
-def _dependencies(folder: Path, extras: frozenset[str]) -> Path:
+def _dependencies(folder: Path, extras: frozenset[str], *, is_slim: bool) -> Path:
     """Return a folder with what the project needs, in the versions that the tests run with."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     optional = project["optional-dependencies"]
@@ -480,7 +502,8 @@ def _dependencies(folder: Path, extras: frozenset[str]) -> Path:
     wanted = [*project["dependencies"], *(line for extra in sorted(extras) for line in optional[extra])]
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     pinned = [f"{name}=={version}" for name, version in sorted(_closure(wanted).items())]
-    key = _digest(sys.version, *wanted, *pinned)
+    slimming = (ROOT / "tools" / "slim_packages.py").read_text(encoding="utf-8") if is_slim else ""
+    key = _digest(sys.version, *wanted, *pinned, slimming)
     target = folder / "-".join(["packages", *sorted(extras), key])
     if target.exists():
         return target
@@ -493,6 +516,8 @@ def _dependencies(folder: Path, extras: frozenset[str]) -> Path:
         _output([*command, "--constraint", str(constraints), *wanted], timeout_s=900)
         # Scripts name this machine's Python.
         shutil.rmtree(made / "bin", ignore_errors=True)
+        if is_slim:
+            slim(made)
         _compile(made)
         made.rename(target)
     return target
@@ -521,7 +546,7 @@ def _closure(wanted: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _compile(folder: Path) -> None:
+def _compile(folder: Path, *options: str) -> None:
     """Compile as pip does; the files say nothing of when and where."""
     command = [
         sys.executable,
@@ -532,6 +557,7 @@ def _compile(folder: Path) -> None:
         str(folder),
         "--invalidation-mode",
         "unchecked-hash",
+        *options,
     ]
     subprocess.run([*command, str(folder)], stdout=subprocess.DEVNULL, check=False, timeout=600)
 

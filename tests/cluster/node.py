@@ -27,7 +27,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.cluster import images
-from tests.cluster.build import MissingProgramError, cache_dir, check_system, find_all, say
+from tests.cluster.build import (
+    NODE_PROGRAMS,
+    MissingProgramError,
+    cache_dir,
+    check_buildable,
+    check_system,
+    find_all,
+    missing_packages,
+    say,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -43,6 +52,9 @@ SERVICE_RANGE = "10.96.0.0/16"
 API_SERVICE = "10.96.0.1"
 DNS_SERVICE = "10.96.0.10"
 
+# Volumes that claims find without saying how, in folders of the node: as many as the tests claim.
+VOLUMES = tuple(f"/var/lib/volumes/{number}" for number in range(8))
+
 # The kubelet sets these for the whole machine if they are different. It sees files that say what it wants.
 KUBELET_SYSCTLS = {
     "vm/overcommit_memory": "1",
@@ -55,6 +67,8 @@ KUBELET_SYSCTLS = {
 # Of containers (with and without a cgroup parent) and of the kubelet.
 CGROUPS = ("kubepods", "k8s.io")
 CGROUP_ROOT = Path("/sys/fs/cgroup")
+# Exit status of `check`. Chosen: neither a failure's nor a wrong command line's.
+_CANNOT = 3
 
 
 class NodeError(RuntimeError):
@@ -259,6 +273,7 @@ class Node:
         )
         self._launch("proxy", [binary["kube-proxy"], f"--config={self.folder / 'proxy.yaml'}"])
         self.kubectl("apply", "--filename", "-", stdin=_DNS_OBJECTS)
+        self.kubectl("apply", "--filename", "-", stdin=json.dumps(_storage_objects()))
         for wanted in (
             ("--for=create", f"node/{NODE_NAME}"),
             ("--for=condition=Ready", f"node/{NODE_NAME}"),
@@ -306,6 +321,7 @@ class Node:
             # gone at once, where removing ten thousand files takes half a minute.
             "mount -t tmpfs tmpfs /var/lib",
             "mkdir -m 700 /var/lib/etcd",
+            f"mkdir -p {' '.join(VOLUMES)}",
             "mount -t tmpfs tmpfs /var/log",
             "mkdir /var/log/pods",
             f"mount --bind {folder}/logs/pods /var/log/pods",
@@ -467,6 +483,41 @@ class Node:
                 path.unlink()
 
 
+def check_machine() -> None:
+    """Raise MissingProgramError or NodeError, with a sentence, where this machine cannot run a node."""
+    check_system()
+    check_buildable((*NODE_PROGRAMS, "jaeger"))
+    for parent in _cgroup_parents():
+        probe = parent / f"asd-probe-{os.getpid()}"
+        try:
+            probe.mkdir()
+            probe.rmdir()
+        except OSError as error:
+            raise NodeError(
+                f"a node makes cgroups, and this machine refuses: {probe}: {error.strerror}"
+            ) from error
+    # What the node's process 1 does, and containerd for each container.
+    script = """
+        mount --make-rprivate /
+        mount -t proc proc /proc
+        mount -t tmpfs tmpfs /run
+        mkdir /run/lower /run/upper /run/work /run/merged
+        mount -t overlay overlay -o lowerdir=/run/lower,upperdir=/run/upper,workdir=/run/work /run/merged
+        ip link add node0 type veth peer name node1
+        ip link add cni0 type bridge
+        echo 1 > /proc/sys/net/ipv4/ip_forward
+        nft add table ip asd
+    """
+    command = ["unshare", "--net", "--mount", "--pid", "--uts", "--fork", "--kill-child", "sh", "-ec", script]
+    try:
+        _run(command, timeout_s=30)
+    except NodeError as error:
+        said = str(error).splitlines()[-1]
+        raise NodeError(
+            f"a node has namespaces and mounts of its own, and this machine refuses: {said}"
+        ) from error
+
+
 def leftovers(folder: Path) -> list[str]:
     """Return what a node left on the machine; the logs in its folder are not counted."""
     found = [f"cgroup {path}" for path in _cgroups()]
@@ -570,6 +621,37 @@ def _proxy_config(folder: Path) -> dict[str, object]:
         # Not to be set outside the machine's first network namespace.
         "conntrack": {"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},
     }
+
+
+def _storage_objects() -> dict[str, object]:
+    """Return the default storage class, and a volume of it for each folder."""
+    storage_class = {
+        "apiVersion": "storage.k8s.io/v1",
+        "kind": "StorageClass",
+        "metadata": {
+            "name": "local",
+            "annotations": {"storageclass.kubernetes.io/is-default-class": "true"},
+        },
+        "provisioner": "kubernetes.io/no-provisioner",
+        "volumeBindingMode": "WaitForFirstConsumer",
+    }
+    term = {"matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "In", "values": [NODE_NAME]}]}
+    volumes = [
+        {
+            "apiVersion": "v1",
+            "kind": "PersistentVolume",
+            "metadata": {"name": f"local-{number}"},
+            "spec": {
+                "storageClassName": "local",
+                "capacity": {"storage": "100Gi"},
+                "accessModes": ["ReadWriteOnce", "ReadWriteMany"],
+                "local": {"path": path},
+                "nodeAffinity": {"required": {"nodeSelectorTerms": [term]}},
+            },
+        }
+        for number, path in enumerate(VOLUMES)
+    ]
+    return {"apiVersion": "v1", "kind": "List", "items": [storage_class, *volumes]}
 
 
 _DNS_OBJECTS = f"""
@@ -696,6 +778,13 @@ def _cgroups() -> list[Path]:
     return [parent / name for parent in parents for name in CGROUPS if (parent / name).is_dir()]
 
 
+def _cgroup_parents() -> list[Path]:
+    """Return where a node's cgroups are made: the one hierarchy of version 2, or those of version 1."""
+    if (CGROUP_ROOT / "cgroup.controllers").exists():
+        return [CGROUP_ROOT]
+    return [CGROUP_ROOT / name for name in ("cpu", "memory", "pids") if (CGROUP_ROOT / name).is_dir()]
+
+
 def _busy_cgroups() -> list[Path]:
     found = (path for top in _cgroups() for path in top.rglob("cgroup.procs"))
     return [path.parent for path in found if path.read_text(encoding="ascii").strip()]
@@ -762,6 +851,8 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     starting = commands.add_parser("up", help="start a node that has asd's images")
     starting.add_argument("--bare", action="store_true", help="without asd's images")
+    commands.add_parser("check", help=f"say whether this machine can run one; exit {_CANNOT} where it cannot")
+    commands.add_parser("missing", help="list Debian's packages that one needs and this machine lacks")
     commands.add_parser("down", help="end it and remove all of it but its logs")
     commands.add_parser("images", help="build asd's images anew and load them onto the node")
     gate = commands.add_parser("gate")
@@ -777,6 +868,14 @@ def main() -> None:
             sys.stdout.write(f"export KUBECONFIG={node.kubeconfig}\n")
             say(f"kubectl: {find_all(('kubectl',))['kubectl']}")
             say(f"pods and Services: {' '.join(node.enter('COMMAND'))}")
+        elif options.command == "missing":
+            sys.stdout.write("".join(f"{package}\n" for package in missing_packages()))
+        elif options.command == "check":
+            try:
+                check_machine()
+            except (NodeError, MissingProgramError) as error:
+                say(str(error))
+                sys.exit(_CANNOT)
         elif options.command == "images":
             node.import_images(images.release_archive(cache_dir() / "images"))
         else:

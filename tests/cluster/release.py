@@ -21,10 +21,10 @@ import yaml
 from tests.cluster import images
 from tests.cluster.build import cache_dir, find_program
 from tests.cluster.node import Node
-from tools.get_helm import find_helm
+from tools.kubernetes_programs import find_helm
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -146,8 +146,12 @@ class Release:
     @property
     def tools_image(self) -> str:
         """The image with the client."""
+        return self.image("tools")
+
+    def image(self, name: str) -> str:
+        """Return the image of a target of the Dockerfile."""
         registry = f"{self.cluster.registry}/" if self.cluster.registry else ""
-        return f"{registry}asd-tools:{images.release_tag()}"
+        return f"{registry}asd-{name}:{images.release_tag()}"
 
     def install(self, *arguments: str, timeout_s: float = 240.0) -> None:
         """Install and wait until all is ready."""
@@ -237,8 +241,15 @@ class Release:
         loaded: dict[str, Any] = yaml.safe_load(found["data"]["config.yaml"])
         return loaded
 
-    def run_pod(self, name: str, *command: str, script: Path | None = None) -> None:
-        """Start a pod of the tools image. script: a file that it finds at /script."""
+    def run_pod(
+        self,
+        name: str,
+        *command: str,
+        script: Path | None = None,
+        image: str = "tools",
+        secrets: Mapping[str, str] | None = None,
+    ) -> None:
+        """Start a pod. script: a file that it finds at /script. secrets: where it finds Secrets, by name."""
         volumes: list[dict[str, Any]] = [{"name": "tmp", "emptyDir": {}}]
         mounts = [{"name": "tmp", "mountPath": "/tmp"}]
         objects: list[dict[str, Any]] = []
@@ -249,9 +260,12 @@ class Release:
             )
             volumes.append({"name": "script", "configMap": {"name": name}})
             mounts.append({"name": "script", "mountPath": "/script"})
+        for secret, place in (secrets or {}).items():
+            volumes.append({"name": secret, "secret": {"secretName": secret}})
+            mounts.append({"name": secret, "mountPath": place})
         container = {
             "name": "client",
-            "image": self.tools_image,
+            "image": self.image(image),
             "imagePullPolicy": "IfNotPresent",
             "command": list(command),
             "volumeMounts": mounts,
@@ -276,9 +290,12 @@ class Release:
         objects.append({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec})
         self.cluster.apply(*objects, namespace=self.namespace)
 
-    def ask(self, *arguments: str, name: str = "client-ask") -> dict[str, Any]:
+    def ask(
+        self, *arguments: str, name: str = "client-ask", secrets: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
         """Return the answer that `asd ask` gets in a pod."""
-        self.run_pod(name, "asd", "ask", "--target", self.target, "--json", *arguments, QUESTION)
+        command = ("asd", "ask", "--target", self.target, "--json", *arguments, QUESTION)
+        self.run_pod(name, *command, secrets=secrets)
         try:
             return json.loads(self.finished_log(name))  # type: ignore[no-any-return]
         finally:
@@ -473,29 +490,43 @@ def install_to_answer(release: Release) -> tuple[float, dict[str, Any]]:
 
 def run_benchmark_job(release: Release, requests: int = 100, timeout_s: float = 600.0) -> dict[str, Any]:
     """Run the benchmark Job of k8s/benchmark, and return the JSON that ends its log."""
-    place = f"--namespace={release.namespace}"
-    image, _, tag = release.tools_image.rpartition(":")
+    log = run_job(release, "benchmark", f"REQUESTS={requests}", "WARMUP=10", timeout_s=timeout_s)
+    return json.loads(log.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def run_job(release: Release, folder: str, *parameters: str, timeout_s: float = 300.0) -> str:
+    """Run a Job of k8s/ to its end and remove it; return the log of its last container.
+
+    parameters: NAME=VALUE in the place of those of parameters.env; RELEASE is the release's.
+    """
+    name = f"asd-{folder}"
+    known = (ROOT / "k8s" / folder / "parameters.env").read_text(encoding="utf-8")
+    own = [f"RELEASE={release.name}"] if "RELEASE=" in known else []
     overlay = {
-        "resources": ["base"],
-        "images": [{"name": "asd-tools", "newName": image, "newTag": tag}],
-        "configMapGenerator": [
-            {
-                "name": "asd-benchmark",
-                "behavior": "merge",
-                "literals": [f"RELEASE={release.name}", f"REQUESTS={requests}", "WARMUP=10"],
-            }
-        ],
+        "images": [_image_entry(f"asd-{each}", release.image(each)) for each in ("tools", "train")],
+        "configMapGenerator": [{"name": name, "behavior": "merge", "literals": [*own, *parameters]}],
     }
-    with tempfile.TemporaryDirectory() as folder:
-        shutil.copytree(ROOT / "k8s" / "benchmark", Path(folder) / "base")
-        (Path(folder) / "kustomization.yaml").write_text(yaml.safe_dump(overlay), encoding="utf-8")
-        release.kubectl("apply", "--kustomize", folder)
+    with _overlaid(folder, overlay) as path:
+        release.kubectl("apply", "--kustomize", path)
         try:
-            return json.loads(_job_log(release, "asd-benchmark", timeout_s).splitlines()[-1])  # type: ignore[no-any-return]
+            return _job_log(release, name, timeout_s)
         finally:
-            release.cluster.kubectl(
-                "delete", place, "--kustomize", folder, "--wait=true", "--ignore-not-found"
-            )
+            release.kubectl("delete", "--kustomize", path, "--wait=true", "--ignore-not-found")
+
+
+@contextlib.contextmanager
+def _overlaid(folder: str, overlay: dict[str, Any]) -> Iterator[str]:
+    """Yield a kustomization over a folder of k8s/."""
+    with tempfile.TemporaryDirectory() as scratch:
+        shutil.copytree(ROOT / "k8s" / folder, Path(scratch) / "base")
+        text = yaml.safe_dump({"resources": ["base"], **overlay})
+        (Path(scratch) / "kustomization.yaml").write_text(text, encoding="utf-8")
+        yield scratch
+
+
+def _image_entry(name: str, image: str) -> dict[str, str]:
+    place, _, tag = image.rpartition(":")
+    return {"name": name, "newName": place, "newTag": tag}
 
 
 def _job_log(release: Release, name: str, timeout_s: float) -> str:
@@ -506,7 +537,10 @@ def _job_log(release: Release, name: str, timeout_s: float) -> str:
         if "Complete" in states:
             return release.kubectl("logs", f"job/{name}")
         if "Failed" in states or time.monotonic() > deadline:
-            raise ClusterError(f"Job {name}: {sorted(states) or 'not done in time'}\n{release.describe()}")
+            log = release.kubectl("logs", f"job/{name}", "--all-containers", "--tail=20", "--ignore-errors")
+            raise ClusterError(
+                f"Job {name}: {sorted(states) or 'not done in time'}\n{log}\n{release.describe()}"
+            )
         time.sleep(POLL_SECONDS)
 
 
@@ -524,7 +558,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Jaeger:
-    """A trace store in the cluster, asked through the API server."""
+    """The trace store of k8s/jaeger, asked through the API server."""
 
     cluster: Cluster
     namespace: str = "asd-tracing"
@@ -532,52 +566,29 @@ class Jaeger:
     @property
     def endpoint(self) -> str:
         """Value of telemetry.endpoint."""
-        return f"http://jaeger.{self.namespace}:4317"
+        return f"http://asd-jaeger.{self.namespace}:4317"
 
     def up(self) -> None:
         """Start it and wait until it takes spans."""
-        labels = {"app.kubernetes.io/name": "jaeger"}
-        container = {
-            "name": "jaeger",
-            "image": self.cluster.jaeger_image,
-            "imagePullPolicy": "IfNotPresent",
-            "args": ["--memory.max-traces=20000"],
-            "env": [{"name": "COLLECTOR_OTLP_ENABLED", "value": "true"}],
-            "readinessProbe": {"httpGet": {"path": "/", "port": 14269}, "periodSeconds": 1},
-            "resources": {"requests": {"cpu": "10m", "memory": "128Mi"}, "limits": {"memory": "2Gi"}},
+        place = f"--namespace={self.namespace}"
+        overlay = {
+            "namespace": self.namespace,
+            "images": [_image_entry("jaegertracing/all-in-one", self.cluster.jaeger_image)],
         }
-        ports = [{"name": "otlp", "port": 4317}, {"name": "query", "port": 16686}]
         self.cluster.apply(
             {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": self.namespace}},
-            {
-                "apiVersion": "apps/v1",
-                "kind": "Deployment",
-                "metadata": {"name": "jaeger"},
-                "spec": {
-                    "selector": {"matchLabels": labels},
-                    "template": {
-                        "metadata": {"labels": labels},
-                        "spec": {"containers": [container], "terminationGracePeriodSeconds": 1},
-                    },
-                },
-            },
-            {
-                "apiVersion": "v1",
-                "kind": "Service",
-                "metadata": {"name": "jaeger"},
-                "spec": {"selector": labels, "ports": ports},
-            },
             namespace=self.namespace,
         )
-        place = f"--namespace={self.namespace}"
+        with _overlaid("jaeger", overlay) as path:
+            self.cluster.kubectl("apply", "--kustomize", path)
         try:
             self.cluster.kubectl(
-                "rollout", "status", "deployment/jaeger", place, "--timeout=90s", timeout_s=100
+                "rollout", "status", "deployment/asd-jaeger", place, "--timeout=90s", timeout_s=100
             )
         except ClusterError as error:
             pods = self.cluster.kubectl("describe", "pods", place)
             raise ClusterError(
-                f"{error}\n{pods[-3000:]}\n{self.cluster.kubectl('logs', 'deployment/jaeger', place)}"
+                f"{error}\n{pods[-3000:]}\n{self.cluster.kubectl('logs', 'deployment/asd-jaeger', place)}"
             ) from error
 
     def down(self) -> None:
@@ -604,7 +615,7 @@ class Jaeger:
         return bool(self._ask(f"traces?service={service}&tags={tags}&lookback=1h&limit=1")["data"])
 
     def _ask(self, path: str) -> dict[str, Any]:
-        base = f"/api/v1/namespaces/{self.namespace}/services/jaeger:query/proxy/api"
+        base = f"/api/v1/namespaces/{self.namespace}/services/asd-jaeger:query/proxy/api"
         result: dict[str, Any] = json.loads(self.cluster.kubectl("get", f"--raw={base}/{path}"))
         return result
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -13,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import kubernetes_validate
 import pytest
 import yaml
+
+from tools.kubernetes_programs import find_kubectl
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,14 +30,8 @@ each_job = pytest.mark.parametrize("folder", JOBS)
 
 @cache
 def render(folder: Path) -> tuple[dict[str, Any], ...]:
-    kubectl = shutil.which("kubectl") or shutil.which(
-        "kubectl", path=os.environ.get("KUBEBUILDER_ASSETS", "")
-    )
-    if kubectl is None:
-        pytest.skip("there is no kubectl on PATH or in KUBEBUILDER_ASSETS")
-    run = subprocess.run(
-        [kubectl, "kustomize", str(folder)], capture_output=True, text=True, timeout=60, check=False
-    )
+    command = [str(find_kubectl()), "kustomize", str(folder)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert run.returncode == 0, run.stderr
     return tuple(each for each in yaml.safe_load_all(run.stdout) if each)
 

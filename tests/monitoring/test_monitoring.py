@@ -15,8 +15,8 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from tools.get_helm import find_helm
 from tools.get_promtool import find_promtool
+from tools.kubernetes_programs import find_helm
 
 ROOT = Path(__file__).parents[2]
 ALERTS = ROOT / "charts" / "alerts" / "asd.yaml"
@@ -31,6 +31,7 @@ ON = {
     "telemetry": {"metricsPort": 9464},
     "monitoring": {
         "podMonitor": {"enabled": True},
+        "serviceMonitor": {"enabled": False},
         "rules": {"enabled": True},
         "dashboard": {"enabled": True},
     },
@@ -250,25 +251,37 @@ def test_the_chart_carries_the_dashboard_for_the_sidecar() -> None:
     assert json.loads(found["data"]["asd.json"]) == json.loads(DASHBOARD.read_text())
 
 
-def test_every_pod_is_monitored_once_at_a_port_that_it_has() -> None:
-    rendered = render()
+@pytest.mark.parametrize("kind", ["PodMonitor", "ServiceMonitor"])
+def test_every_pod_is_monitored_once_at_a_port_that_it_has(kind: str) -> None:
+    on = {
+        "podMonitor": {"enabled": kind == "PodMonitor"},
+        "serviceMonitor": {"enabled": kind != "PodMonitor"},
+    }
+    rendered = render(**on)
     deployments = {each["metadata"]["name"]: each for each in rendered if each["kind"] == "Deployment"}
+    services = [each for each in rendered if each["kind"] == "Service"]
     watched = []
-    for monitor in (each["spec"] for each in rendered if each["kind"] == "PodMonitor"):
+    for monitor in (each["spec"] for each in rendered if each["kind"] == kind):
         assert monitor["namespaceSelector"] == {"matchNames": ["models"]}
-        (endpoint,) = monitor["podMetricsEndpoints"]
-        (expression,) = monitor["selector"]["matchExpressions"]
+        (endpoint,) = monitor["podMetricsEndpoints" if kind == "PodMonitor" else "endpoints"]
         for name, deployment in deployments.items():
             template = deployment["spec"]["template"]
             labels = template["metadata"]["labels"]
-            if (
-                monitor["selector"]["matchLabels"].items() <= labels.items()
-                and labels[expression["key"]] in expression["values"]
-            ):
+            # A ServiceMonitor chooses Services, and these their pods.
+            chosen = (
+                [labels]
+                if kind == "PodMonitor"
+                else [
+                    each["metadata"]["labels"]
+                    for each in services
+                    if each["spec"]["selector"].items() <= labels.items()
+                ]
+            )
+            if any(_selects(monitor["selector"], each) for each in chosen):
                 watched.append(name)
                 (container,) = template["spec"]["containers"]
                 ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-                assert ports[endpoint["port"]] == 9464
+                assert ports[endpoint["port" if kind == "PodMonitor" else "targetPort"]] == 9464
         added = {each["targetLabel"]: each["sourceLabels"] for each in endpoint["relabelings"]}
         assert added == {
             "release": ["__meta_kubernetes_pod_label_app_kubernetes_io_instance"],
@@ -277,8 +290,17 @@ def test_every_pod_is_monitored_once_at_a_port_that_it_has() -> None:
     assert sorted(watched) == sorted(deployments)
 
 
-def test_monitors_of_pods_that_serve_no_metrics_are_refused() -> None:
-    run = helm_template({"monitoring": {"podMonitor": {"enabled": True}}})
+def _selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
+    (expression,) = selector["matchExpressions"]
+    return (
+        selector["matchLabels"].items() <= labels.items()
+        and labels[expression["key"]] in expression["values"]
+    )
+
+
+@pytest.mark.parametrize("kind", ["podMonitor", "serviceMonitor"])
+def test_monitors_of_pods_that_serve_no_metrics_are_refused(kind: str) -> None:
+    run = helm_template({"monitoring": {kind: {"enabled": True}}})
     assert run.returncode != 0
     assert "set telemetry.metricsPort, for instance to 9464" in run.stderr
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import itertools
 import json
+import subprocess
+import sys
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +24,13 @@ from policy_service.train.dataset import read_dataset
 from policy_service.train.faults import UnfitOutcomes
 from policy_service.train.outcomes import read_rows
 from services.common.errors import InvalidRequest, Unavailable
-from services.common.server import ServiceRegistration, start_server
+from services.common.server import ServerOptions, ServiceRegistration, start_server
+from services.common.tls import ServerTls
 from services.stage.onnx_engine import OnnxEngine, OnnxOptions
 from services.stage.residency import Residency
 from services.stage.servicer import StageServicer
 from suites import grade, split
+from tests.integration.common.certificates import Authority
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -38,13 +43,13 @@ Targets = dict[str, tuple[str, ...]]
 NOWHERE = ("127.0.0.1:1",)
 
 
-async def serve(stack: AsyncExitStack, servicer: Any) -> str:
+async def serve(stack: AsyncExitStack, servicer: Any, encryption: ServerTls | None = None) -> str:
     """Serve a stage until the stack ends; return its address."""
     registration = ServiceRegistration(
         "asd.v1.StageService",
         lambda server: stage_pb2_grpc.add_StageServiceServicer_to_server(servicer, server),
     )
-    server, port = await start_server("127.0.0.1:0", [registration])
+    server, port = await start_server("127.0.0.1:0", [registration], options=ServerOptions(encryption))
     stack.push_async_callback(server.stop, None)
     return f"127.0.0.1:{port}"
 
@@ -65,6 +70,47 @@ async def targets(request: pytest.FixtureRequest) -> AsyncIterator[Targets]:
 
 def options(output: Path, targets: Targets, prompts: int = 24) -> CollectOptions:
     return CollectOptions(output, targets, "train", prompts, 4, 0, 4, 30_000)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("--tls-ca", "--tls-cert", "--tls-key"), ""),
+        ((), "stage small closes the connection: it may want TLS (--tls-ca)"),
+        (
+            ("--tls-ca",),
+            "stage small closes the connection: it may want a certificate (--tls-cert, --tls-key)",
+        ),
+        (("--tls", "--tls-cert", "--tls-key"), "name a file with it by --tls-ca"),
+        (("--tls-ca", "--tls-cert"), "--tls-cert and --tls-key belong together"),
+    ],
+)
+async def test_stages_that_ask_for_certificates_are_collected_from_with_those_options(
+    tmp_path: Path, given: tuple[str, ...], says: str
+) -> None:
+    authority = Authority(tmp_path)
+    cert, key = authority.issue("stage", "127.0.0.1")
+    own = authority.issue("client", "asd-collect")
+    files = {"--tls-ca": authority.file, "--tls-cert": own[0], "--tls-key": own[1]}
+    options = [f"{name}={files[name]}" if name in files else name for name in given]
+    encryption = ServerTls(cert_file=cert, key_file=key, client_ca_file=authority.file)
+    output = tmp_path / "train.parquet"
+    async with AsyncExitStack() as stack:
+        stages = [
+            f"--stage={name}={await serve(stack, CountingStage(), encryption)}" for name in ("small", "large")
+        ]
+        command = [Path(sys.executable).with_name("asd-policy"), "collect", str(output), *stages]
+        process = await asyncio.create_subprocess_exec(
+            *command, "--prompts=3", *options, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+        )
+        _, said = await process.communicate()
+    if says:
+        assert says in said.decode()
+        assert process.returncode in {1, 2}
+        assert not output.exists()
+    else:
+        assert (process.returncode, said.decode()) == (0, "")
+        assert len(list(read_rows(output))) == 3
 
 
 async def test_outcomes_are_complete_and_graded(targets: Targets, tmp_path: Path) -> None:

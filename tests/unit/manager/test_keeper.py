@@ -17,7 +17,9 @@ from services.manager.settings import ManagerSettings
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-RULE = Rule("large", "asd-large", idle_seconds=300, wake_replicas=2, min_awake_seconds=60)
+RULE = Rule(
+    "large", "asd-large", idle_seconds=300, wake_replicas=2, min_awake_seconds=60, give_up_seconds=900
+)
 
 
 class Cluster:
@@ -175,6 +177,52 @@ async def test_a_stage_that_is_being_put_to_sleep_is_woken_after_that() -> None:
     assert w.cluster.set == [0, 2]
 
 
+async def test_replicas_that_never_become_ready_are_taken_down_and_that_is_said() -> None:
+    w = World(wanted=0, ready=0)
+    await w.keeper.wake("large")
+    await w.after(0, None)
+    # Who goes on asking for it does not begin the wait anew.
+    w.now += 500
+    await w.keeper.wake("large")
+    assert await w.after(399.9, None) == [2]
+    assert await w.after(0.1, None) == [2, 0]
+    assert w.scalings == [("large", "wake"), ("large", "give_up")]
+    (view,) = w.keeper.views()
+    assert view.state is SleepState.ASLEEP
+    assert await w.after(10, None) == [2, 0]
+    assert view.error.startswith("taken down: no replica became ready within 900 seconds")
+
+
+async def test_a_stage_that_was_given_up_is_woken_again_and_has_its_whole_time() -> None:
+    w = World(wanted=2, ready=0)
+    await w.after(0, None)
+    assert await w.after(900, None) == [0]
+    await w.keeper.wake("large")
+    await w.after(0, None)
+    (view,) = w.keeper.views()
+    assert (view.state, view.error) == (SleepState.WAKING, "")
+    assert await w.after(899.9, None) == [0, 2]
+    w.cluster.have(2, 1)
+    assert await w.after(0.1, 0.0) == [0, 2]
+    assert w.state is SleepState.AWAKE
+    # Replicas that were lost are waited for as long, from then on.
+    w.cluster.have(2, 0)
+    assert await w.after(500, None) == [0, 2]
+    assert await w.after(899.9, None) == [0, 2]
+    assert await w.after(0.1, None) == [0, 2, 0]
+
+
+async def test_giving_up_leaves_the_least_replicas_and_what_something_else_scales() -> None:
+    w = World(replace(RULE, min_replicas=1), wanted=2, ready=0)
+    await w.after(0, None)
+    assert await w.after(900, None) == [1]
+    assert await w.after(10_000, None) == [1]
+    w = World(wanted=2, ready=0)
+    w.cluster.have(2, 0, "horizontalpodautoscaler asd-large")
+    await w.after(0, None)
+    assert await w.after(10_000, None) == []
+
+
 async def test_what_something_else_scales_is_left_alone() -> None:
     w = World()
     w.cluster.have(2, 2, "horizontalpodautoscaler asd-large")
@@ -224,6 +272,7 @@ STAGE = {"name": "large", "deployment": "asd-large", "target": "dns:///asd-large
         ([STAGE, {**STAGE, "name": "other"}], "two have the same deployment"),
         ([{**STAGE, "min_replicas": 2}], "min_replicas is above wake_replicas"),
         ([{**STAGE, "idle_seconds": 0}], "greater than 0"),
+        ([{**STAGE, "give_up_seconds": 0}], "greater than 0"),
         ([], "at least 1 item"),
     ],
 )

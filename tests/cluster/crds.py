@@ -1,0 +1,73 @@
+"""Kinds of objects that the chart makes for others: their definitions, as their makers publish them.
+
+They are files of Go modules, which is how they come to a machine without another source. Versions are the
+newest that the Go of the tests can read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.cluster.build import MissingProgramError
+
+
+@dataclass(frozen=True)
+class Definitions:
+    """Definitions in a Go module. files: under its folder."""
+
+    module: str
+    version: str
+    files: tuple[str, ...]
+
+
+_KEDA = "config/crd/bases/keda.sh"
+_GATEWAY = "config/crd/standard/gateway.networking.k8s.io"
+_PROMETHEUS = "example/prometheus-operator-crd/monitoring.coreos.com"
+_CERTIFICATES = "deploy/crds/cert-manager.io"
+DEFINITIONS = (
+    Definitions("github.com/kedacore/keda/v2", "v2.21.0", (f"{_KEDA}_scaledobjects.yaml",)),
+    Definitions("sigs.k8s.io/gateway-api", "v1.6.1", (f"{_GATEWAY}_grpcroutes.yaml",)),
+    Definitions(
+        "github.com/prometheus-operator/prometheus-operator",
+        "v0.85.0",
+        tuple(f"{_PROMETHEUS}_{name}.yaml" for name in ("podmonitors", "servicemonitors", "prometheusrules")),
+    ),
+    Definitions(
+        "github.com/cert-manager/cert-manager",
+        "v1.21.2",
+        tuple(f"{_CERTIFICATES}_{name}.yaml" for name in ("certificates", "issuers")),
+    ),
+)
+
+
+def find_definitions() -> list[Path]:
+    """Return the files, fetched by Go if need be. Raises MissingProgramError where that is not possible."""
+    go = shutil.which("go")
+    if go is None:
+        raise MissingProgramError("there is no Go to fetch the definitions with: install Go 1.26 or later")
+    found = []
+    # Outside of a module, so that none is changed.
+    with tempfile.TemporaryDirectory() as scratch:
+        for each in DEFINITIONS:
+            run = subprocess.run(
+                [go, "mod", "download", "-json", f"{each.module}@{each.version}"],
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=600,
+                cwd=scratch,
+                env={**os.environ, "GOWORK": "off"},
+            )
+            answer = json.loads(run.stdout or "{}")
+            if "Dir" not in answer:
+                raise MissingProgramError(
+                    f"Go cannot fetch {each.module}: {answer.get('Error') or run.stderr}"
+                )
+            found += [Path(answer["Dir"]) / file for file in each.files]
+    return found
