@@ -229,7 +229,8 @@ StageEvent = Tokens | Verification | StageResult
 class Answer:
     """A stage's whole answer with what it shows. latency_ms: from the call to the stage's last message.
 
-    draft_stage: name of the stage whose draft it verified, or "".
+    draft_stage: name of the stage whose draft it verified, or "". is_whole: False where the call was cut off,
+    and the stage's own times are not known.
     """
 
     stage: Stage
@@ -240,6 +241,7 @@ class Answer:
     latency_ms: float
     cost: float
     draft_stage: str = ""
+    is_whole: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from services.router.domain import (
     PlanSource,
     Stage,
 )
-from services.router.load import Load
+from services.router.load import Load, Question
 from services.router.speculation import Speculation
 
 if TYPE_CHECKING:
@@ -106,15 +106,20 @@ class Planner:
                 left_ms *= _SHARE_OF_TIME
             await self._sleepers.until_awake(stage, left_ms)
 
-    def calling(self, stage: Stage) -> AbstractContextManager[None]:
-        """Return what counts its block as a call under way at a stage."""
+    def calling(self, stage: Stage) -> AbstractContextManager[int]:
+        """Return what counts its block as a call under way at a stage, and gives their number."""
         return self._load.calling(stage.index)
 
-    def stage_answered(self, answer: Answer) -> None:
-        """Learn from an answer how long calls wait at its stage, and what its draft was worth."""
+    def stage_answered(self, answer: Answer, depth: int) -> None:
+        """Learn from an answer how long calls wait at its stage, and what its draft was worth.
+
+        depth: calls under way at the stage as it began, itself included.
+        """
         self._times_away.pop(answer.stage.index, None)
-        self._load.waited(answer.stage.index, answer.result.timing.queue_ms)
         self._speculation.verified(answer)
+        if answer.is_whole:
+            timing = answer.result.timing
+            self._load.answered(answer.stage.index, depth, timing.queue_ms, timing.total_ms - timing.queue_ms)
 
     def draft_for(self, progress: Progress, stage: Stage) -> StageResult | None:
         """Return the draft that a stage is to verify; None where it had better write anew."""
@@ -226,36 +231,59 @@ class Planner:
 
     async def _ask_for_plan(self, policy: PolicyClient, progress: Progress, away: Collection[int]) -> Plan:
         """Return the policy's plan; where it begins with a stage that sleeps, the plan without those."""
+        avoided, may_repeat = away, True
         with progress.waiting_for_policy():
-            left_ms = progress.left_ms(MARGIN_MS)
-            plan = await policy.plan(progress.request, self._conditions(away), left_ms)
-            asleep = self._woken({plan.first_stage})
-            if not asleep:
-                return plan
-            conditions = self._conditions(asleep.union(away))
-            return await policy.plan(progress.request, conditions, progress.left_ms(MARGIN_MS))
+            while True:
+                conditions, told_ms = self._conditions(avoided), self._queues_ms()
+                with self._load.asking(Question.PLAN):
+                    plan = await policy.plan(progress.request, conditions, progress.left_ms(MARGIN_MS))
+                asleep = self._woken({plan.first_stage})
+                if asleep and avoided is away:
+                    avoided = asleep.union(away)
+                elif may_repeat and self._has_grown(plan.first_stage, told_ms):
+                    may_repeat = False
+                else:
+                    self._load.chosen(Question.PLAN, plan.first_stage)
+                    return plan
 
     async def _ask_for_decision(self, policy: PolicyClient, progress: Progress) -> Decision:
         """Return the policy's decision; where it goes to a stage that sleeps, the decision without those."""
         answer, spent_cost, spent_ms = progress.answer, progress.spent_cost, progress.spent_ms()
         away: Collection[int] = progress.failed
+        may_repeat = True
         with progress.waiting_for_policy():
             while True:
-                decision = await policy.decide(
-                    progress.request,
-                    answer,
-                    spent_cost,
-                    spent_ms,
-                    self._conditions(away),
-                    progress.left_ms(MARGIN_MS),
-                )
+                conditions, told_ms = self._conditions(away), self._queues_ms()
+                left_ms = progress.left_ms(MARGIN_MS)
+                with self._load.asking(Question.DECIDE):
+                    decision = await policy.decide(
+                        progress.request, answer, spent_cost, spent_ms, conditions, left_ms
+                    )
                 asleep = self._woken({decision.next_stage})
-                if not asleep:
-                    return decision
-                if away is not progress.failed:
+                if asleep and away is not progress.failed:
                     # An answer that is there does not wait for a stage that is not.
                     return decision.stopped(DecisionReason.STAGE_UNAVAILABLE)
-                away = asleep.union(progress.failed)
+                if asleep:
+                    away = asleep.union(progress.failed)
+                elif may_repeat and self._has_grown(decision.next_stage, told_ms):
+                    may_repeat = False
+                else:
+                    self._load.chosen(Question.DECIDE, decision.next_stage)
+                    return decision
+
+    def _queues_ms(self) -> list[float]:
+        """Return the wait to be expected at each stage."""
+        return [self._load.expected_queue_ms(stage.index) for stage in self._stages]
+
+    def _has_grown(self, stage: int | None, told_ms: Sequence[float]) -> bool:
+        """Return whether the line at a stage is longer by an answer or more than the policy was told.
+
+        Requests that came together went there meanwhile: it is worth asking once more.
+        """
+        if stage is None:
+            return False
+        longer_ms = self._load.expected_queue_ms(stage) - told_ms[stage]
+        return longer_ms >= self._load.service_ms(stage) > 0.0
 
     def _woken(self, wanted: Collection[int | None]) -> frozenset[int]:
         """Have those wanted that sleep woken; return every stage that sleeps, or none where no wanted one
