@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from services.common.errors import AsdError
     from services.router.domain import Answer, Outcome, Stage
+    from services.router.speculation import Skip
 
 # From a small stage's verification to all stages after each other; costs are in the default units.
 _COST_BUCKETS = (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 15.0, 20.0, 50.0)
@@ -70,6 +71,9 @@ class Instruments:
         self._escalations = meter.create_counter(
             Metrics.ESCALATIONS, unit="{request}", description="requests handed on to a later stage"
         )
+        self._skips = meter.create_counter(
+            Metrics.DRAFTS_SKIPPED, unit="{draft}", description="drafts that a stage did without"
+        )
         self._prefills = meter.create_counter(
             Metrics.PREFILLS_AHEAD, unit="{request}", description="prompts read ahead of an escalation"
         )
@@ -122,6 +126,11 @@ class Instruments:
         if answer.verification is not None:
             self._proposed.add(answer.verification.proposed_tokens, stage)
             self._accepted.add(answer.verification.accepted_tokens, stage)
+
+    def draft_skipped(self, stage: Stage, reason: Skip) -> None:
+        """A stage works without a draft that it could have had."""
+        if self._enabled:
+            self._skips.add(1, {Attributes.STAGE_NAME: stage.name, Attributes.DRAFT_SKIPPED: reason.value})
 
     def stage_failed(self, stage: Stage, error: AsdError) -> None:
         """A stage call failed."""

@@ -116,7 +116,7 @@ class Planner:
         depth: calls under way at the stage as it began, itself included.
         """
         self._times_away.pop(answer.stage.index, None)
-        self._speculation.verified(answer)
+        self._speculation.answered(answer, depth)
         if answer.is_whole:
             timing = answer.result.timing
             self._load.answered(answer.stage.index, depth, timing.queue_ms, timing.total_ms - timing.queue_ms)
@@ -127,9 +127,17 @@ class Planner:
         if draft is None or progress.plan_source is PlanSource.FIXED:
             # Whether a chain's drafts are worth it was asked once, when it started.
             return draft
-        if self._speculation.is_worthwhile(progress.answer.stage.name, stage.name):
-            return draft
-        return None
+        return None if self._skips(progress, progress.answer.stage, stage) else draft
+
+    def _skips(self, progress: Progress, drafter: Stage, target: Stage) -> bool:
+        """Return whether a target works without a drafter's draft, having noted why."""
+        depth = self._load.queue_depth(target.index) + 1
+        reason = self._speculation.reason_to_skip(drafter.name, target.name, depth)
+        if reason is None:
+            return False
+        progress.skips[target.index] = reason
+        self._observer.draft_skipped(target, reason)
+        return True
 
     def stage_to_warm(self, progress: Progress) -> int | None:
         """Return the stage to warm while the first one drafts; None: none is likely, or it is busy."""
@@ -315,9 +323,7 @@ class Planner:
         is_exact = acceptance is None or acceptance.mode is AcceptanceMode.EXACT
         while chain and not is_exact:
             kept.insert(0, chain.pop())
-        while chain and self._speculation.is_worthwhile(
-            self._stages[chain[-1]].name, self._stages[kept[0]].name
-        ):
+        while chain and not self._skips(progress, self._stages[chain[-1]], self._stages[kept[0]]):
             kept.insert(0, chain.pop())
         # A verification that waits for drafts holds a place that others could use, where calls queue.
         is_free = all(self._load.expected_queue_ms(place) < MIN_QUEUE_MS for place in kept[1:])

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         StageResult,
         Tokens,
     )
+    from services.router.speculation import Skip
 
 
 class StageClient(Protocol):
@@ -87,6 +88,9 @@ class Observer(Protocol):
 
     def stage_answered(self, answer: Answer) -> None:
         """A stage gave a whole answer."""
+
+    def draft_skipped(self, stage: Stage, reason: Skip) -> None:
+        """A stage works without a draft that it could have had."""
 
     def stage_failed(self, stage: Stage, error: AsdError) -> None:
         """A stage call failed."""
