@@ -130,7 +130,7 @@ class Request:
     """What a caller asks.
 
     input: a prompt or the turns of a conversation. stage: name of the fixed stage, or "". chain: names of the
-    stages that work on it in order, or none.
+    stages that work on it in order, or none. task: type of task that adapters are for, or "".
     """
 
     id: str
@@ -141,6 +141,7 @@ class Request:
     session_id: str = ""
     stage: str = ""
     chain: tuple[str, ...] = ()
+    task: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,11 @@ class Instruments:
         self._stage_requests = meter.create_counter(
             Metrics.STAGE_REQUESTS, unit="{request}", description="stage calls that gave an answer"
         )
+        self._tasks = meter.create_counter(
+            Metrics.STAGE_TASKS,
+            unit="{request}",
+            description="stage calls of requests that name a type of task",
+        )
         self._stage_failures = meter.create_counter(
             Metrics.STAGE_FAILURES, unit="{request}", description="stage calls that failed"
         )
@@ -105,8 +110,8 @@ class Instruments:
         if self._enabled:
             self._static_plans.add(1, {Attributes.PLAN_STEP: step})
 
-    def stage_answered(self, answer: Answer) -> None:
-        """A stage gave a whole answer."""
+    def stage_answered(self, answer: Answer, task: str) -> None:
+        """A stage gave an answer to a request of a type of task, or of none ("")."""
         if not self._enabled:
             return
         attributes = {
@@ -114,6 +119,16 @@ class Instruments:
             Attributes.STAGE_ACTION: answer.action.name.lower(),
         }
         self._stage_requests.add(1, attributes)
+        if task and answer.is_whole:
+            # Not the task's name: callers write it, and could make any number of series.
+            is_used = answer.result.model.endswith(f"/{task}")
+            self._tasks.add(
+                1,
+                {
+                    Attributes.STAGE_NAME: answer.stage.name,
+                    Attributes.TASK_ADAPTER: "used" if is_used else "none",
+                },
+            )
         self._stage_duration.record_ms(answer.latency_ms, attributes)
         stage = {Attributes.STAGE_NAME: answer.stage.name}
         self._prompt.add(answer.result.usage.prompt_tokens, stage)

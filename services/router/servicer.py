@@ -190,6 +190,7 @@ def check_request(request: cascade_pb2.GenerateRequest, path: str = "") -> None:
         raise InvalidRequest("stage and chain exclude each other: set one of them", field=f"{path}chain")
     if request.session_id:
         validation.check_session_id(request.session_id, f"{path}session_id")
+    validation.check_task(request.task, f"{path}task")
 
 
 @asynccontextmanager

@@ -34,6 +34,8 @@ def describe_call(span: Traced, progress: Progress, stage: Stage, action: StageA
     span.set(Attributes.STAGE_NAME, stage.name)
     span.set(Attributes.STAGE_INDEX, stage.index)
     span.set(Attributes.STAGE_ACTION, action.name.lower())
+    if request.task:
+        span.set(Attributes.REQUEST_TASK, request.task)
     if stage.index in progress.skips:
         span.set(Attributes.DRAFT_SKIPPED, progress.skips[stage.index].value)
 

@@ -315,6 +315,33 @@ async def test_a_draft_that_a_busy_target_does_without_is_marked_and_counted(wor
     assert counts(metered()["asd.drafts_skipped"]) == {("probe", "large"): 1, ("load", "large"): 1}
 
 
+async def test_whether_a_stage_has_an_adapter_for_a_task_is_marked_and_counted(world, recorded, metered):
+    policy = world.policy(script={"small": "large"})
+    large = world.stage("large", adapters=("math",))
+    w = await world(world.stage("small"), world.stage("medium"), large, policy=policy)
+    for task in ("math", "poetry", ""):
+        await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi", task=task), timeout=5)
+    assert recorded.values("asd.stage", "asd.request.task") == [
+        "math",
+        "math",
+        "poetry",
+        "poetry",
+        None,
+        None,
+    ]
+    assert recorded.values("asd.stage", "gen_ai.response.model")[:4] == [
+        "small",
+        "large/math",
+        "small",
+        "large",
+    ]
+    assert counts(metered()["asd.stage.tasks"]) == {
+        ("small", "none"): 2,
+        ("large", "used"): 1,
+        ("large", "none"): 1,
+    }
+
+
 async def running(stage, count):
     while stage.running < count:
         await asyncio.sleep(0)
