@@ -235,6 +235,9 @@ def ask(
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     session: Annotated[str, typer.Option(help="Key of the conversation, for prefix reuse.")] = "",
     system: Annotated[str, typer.Option(help="Instructions before the prompt.")] = "",
+    task: Annotated[
+        str, typer.Option(help="Type of task, such as math: stages with an adapter for it answer with that.")
+    ] = "",
     timeout_ms: TimeoutOption = 60_000.0,
     as_json: JsonOption = False,
     *,
@@ -271,6 +274,7 @@ def ask(
             session_id=session,
             stage=stage,
             chain=tuple(chain or ()),
+            task=task,
         )
         show = _write_answer if as_json else _show_answer
         return show(connection.client(target, timeout_ms), request)

@@ -101,7 +101,7 @@ def description(value: Description) -> RenderableType:
     for stage in value.stages:
         table.add_row(
             stage.stage,
-            stage.model or "–",
+            " + ".join((stage.model or "–", *stage.adapters)),
             stage.engine or "–",
             f"{stage.parameters:,}" if stage.parameters else "–",
             str(stage.context_length or "–"),

@@ -48,6 +48,7 @@ def request_to(request: Request) -> cascade_pb2.GenerateRequest:
         message.acceptance.CopyFrom(_acceptance_to(request.acceptance))
     _assign(message, "session_id", request.session_id)
     _assign(message, "stage", request.stage)
+    _assign(message, "task", request.task)
     for index, stage in enumerate(request.chain):
         _encode(stage, f"chain[{index}]")
         message.chain.append(stage)
@@ -225,6 +226,7 @@ def description_from(message: cascade_pb2.DescribeResponse) -> Description:
                 available=stage.available,
                 queue_depth=stage.queue_depth,
                 asleep=stage.asleep,
+                adapters=tuple(stage.adapters),
             )
             for stage in message.stages
         ),

@@ -58,7 +58,8 @@ class Request:
     """One question to a cascade: a single user message, or a conversation that ends with one.
 
     stage: the one stage that must answer. chain: stages that work on the answer whatever it shows, the first
-    drafting and each later one verifying. Without either the policy decides.
+    drafting and each later one verifying. Without either the policy decides. task: type of task, such as
+    "math": stages with an adapter for it answer with the adapter.
     """
 
     input: str | tuple[Message, ...]
@@ -68,6 +69,7 @@ class Request:
     session_id: str = ""
     stage: str = ""
     chain: tuple[str, ...] = ()
+    task: str = ""
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,10 @@ class BatchItem:
 
 @dataclass(frozen=True)
 class StageDescription:
-    """A stage of the cascade; what it says of its model is empty while it is away."""
+    """A stage of the cascade; what it says of its model is empty while it is away.
+
+    adapters: types of task that its model has adapters for.
+    """
 
     stage: str
     stage_index: int
@@ -201,6 +206,7 @@ class StageDescription:
     available: bool
     queue_depth: int
     asleep: bool = False
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

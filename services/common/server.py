@@ -38,7 +38,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-MAX_MESSAGE_BYTES = 4 * 1024 * 1024
+# Twice what the router takes from a caller (services.router.servicer): what it sends on has a draft, and what
+# that shows, beside the caller's prompt.
+MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 
 # Host and port; a host with colons stands in brackets. gRPC knows further forms, which are left to it.
 _ADDRESS = re.compile(r"\[?(?P<host>[^\[\]/]*?)\]?:(?P<port>[^:/\]]*)")

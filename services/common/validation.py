@@ -7,6 +7,7 @@ refused where they are not finite, so no NaN gets past this module.
 from __future__ import annotations
 
 import math
+import re
 from typing import TYPE_CHECKING, Any, Protocol
 
 from asd.v1 import common_pb2
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 MAX_SESSION_ID_BYTES = 256
 MAX_STOP_SEQUENCES = 8
+# Names of adapters, as in the stages' settings: they are parts of models' names.
+TASK = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 MAX_TEMPERATURE = 2.0
 # Chosen: above any sensible value, and low enough that sums and products of a few stay exact and finite.
 MAX_COST_UNITS = 1e9
@@ -134,6 +137,16 @@ def check_session_id(session_id: str, path: str = "session_id") -> None:
         size = len(session_id.encode())
         if size > MAX_SESSION_ID_BYTES:
             raise InvalidRequest(f"session_id may have {MAX_SESSION_ID_BYTES} bytes, not {size}", field=path)
+
+
+def check_task(task: str, path: str = "task") -> None:
+    """Check the name of a type of task. Empty is right."""
+    if task and not TASK.fullmatch(task):
+        raise InvalidRequest(
+            "task may have 64 characters of a-z, 0-9, '_', '.' and '-', and must begin with a letter or a "
+            "digit: name it as the stages' adapters are named, such as math, or leave it out",
+            field=path,
+        )
 
 
 def check_draft(draft: common_pb2.Draft, path: str = "draft") -> None:

@@ -45,7 +45,9 @@ async def build(settings: RouterSettings, channels: AsyncExitStack) -> CascadeSe
         with _within(f"stages.{index}"):
             replicas = Replicas(entry.target, clock, tls=entry.tls)
         channels.push_async_callback(replicas.close)
-        stages.append(GrpcStage(stage, replicas, clock))
+        client = GrpcStage(stage, replicas, clock, entry.adapters)
+        channels.push_async_callback(client.close)
+        stages.append(client)
         sleeping.append((stage, replicas))
     policy = None
     if settings.policy is not None:

@@ -24,7 +24,7 @@ class PrefillAhead:
     """
 
     def __init__(
-        self, clock: Callable[[], float], calling: Callable[[Stage], AbstractContextManager[None]]
+        self, clock: Callable[[], float], calling: Callable[[Stage], AbstractContextManager[int]]
     ) -> None:
         self._clock = clock
         self._calling = calling

@@ -82,8 +82,10 @@ class Cascade:
         progress.start(stage, action, drafter, is_final=self._planner.is_final(progress, stage))
         call = call_stage(progress, client, draft, upstream, timeout_ms, self._clock)
         with ExitStack() as calls:
-            for each in (client, *upstream):
-                calls.enter_context(self._planner.calling(each.stage))
+            depths = {
+                each.stage: calls.enter_context(self._planner.calling(each.stage))
+                for each in (client, *upstream)
+            }
             async with call as events:
                 async for event in events:
                     for shown in progress.take(event):
@@ -93,8 +95,8 @@ class Cascade:
         for place, error in progress.new_failures():
             self._note_failure(progress, place, error)
         for answer in progress.new_answers():
-            self._planner.stage_answered(answer)
-            self._observer.stage_answered(answer)
+            self._planner.stage_answered(answer, depths[answer.stage])
+            self._observer.stage_answered(answer, progress.request.task)
 
     def _note_failure(self, progress: Progress, stage: int, error: AsdError) -> None:
         failed = self._stages[stage].stage

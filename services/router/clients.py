@@ -19,6 +19,7 @@ from services.common.errors import (
 )
 from services.common.version import VERSION
 from services.router import convert
+from services.router.adapters import Adapters, tasks_of
 from services.router.domain import (
     Answer,
     Condition,
@@ -35,7 +36,7 @@ from services.router.domain import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Sequence
 
     import grpc
 
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from services.router.replicas import Replicas
 
 Sent = TypeVar("Sent")
+WithModel = TypeVar("WithModel", stage_pb2.StageServiceGenerateRequest, stage_pb2.VerifyRequest)
 Received = TypeVar("Received")
 Response = TypeVar(
     "Response",
@@ -63,13 +65,25 @@ _CALLER_FIELDS = ("prompt", "conversation", "sampling", "acceptance", "session_i
 
 class GrpcStage:
     """Calls a stage service. Raises the AsdError that the stage's status stands for, naming stage and
-    target."""
+    target. adapters: types of task that its model has adapters for; None: the stage is asked. Close it when
+    done."""
 
-    def __init__(self, stage: Stage, replicas: Replicas, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        replicas: Replicas,
+        clock: Callable[[], float],
+        adapters: Collection[str] | None = None,
+    ) -> None:
         self._stage = stage
         self._peer = str(stage)
         self._replicas = replicas
         self._clock = clock
+        self._adapters = Adapters(stage.model, adapters, self._list_models, clock)
+
+    async def close(self) -> None:
+        """End what is under way for itself."""
+        await self._adapters.close()
 
     @property
     def stage(self) -> Stage:
@@ -79,7 +93,6 @@ class GrpcStage:
     def generate(self, request: Request, timeout_ms: float) -> AsyncGenerator[StageEvent, None]:
         """Yield tokens as the stage writes them, and last its result."""
         message = stage_pb2.StageServiceGenerateRequest(
-            model=self._stage.model,
             sampling=convert.sampling_to(request.sampling),
             session_id=request.session_id,
         )
@@ -91,7 +104,6 @@ class GrpcStage:
     ) -> AsyncGenerator[StageEvent, None]:
         """Yield the verification of the draft, then tokens, and last the result."""
         message = stage_pb2.VerifyRequest(
-            model=self._stage.model,
             draft=convert.draft_to(draft),
             sampling=convert.sampling_to(request.sampling),
             acceptance=convert.acceptance_to(request.acceptance),
@@ -104,8 +116,9 @@ class GrpcStage:
         self, request: Request, drafts: AsyncIterator[Tokens | FinishReason], timeout_ms: float
     ) -> AsyncGenerator[StageEvent, None]:
         """Verify a draft that is still being written; yield tokens, its verification, and last the result."""
+        model = await self._adapters.model_for(request.task)
         start = stage_pb2.VerifyStreamStart(
-            model=self._stage.model,
+            model=model,
             sampling=convert.sampling_to(request.sampling),
             acceptance=convert.acceptance_to(request.acceptance),
             session_id=request.session_id,
@@ -120,13 +133,14 @@ class GrpcStage:
             peer=self._peer,
         )
         with self._replicas.calling(replica):
-            async with aclosing(self._events(call)) as events:
+            async with aclosing(self._events(self._heeding(call, request.task, model))) as events:
                 async for event in events:
                     yield event
 
     async def prefill(self, request: Request, timeout_ms: float) -> int:
         """Put the prompt into the prefix cache; return its number of tokens."""
-        message = stage_pb2.PrefillRequest(model=self._stage.model, session_id=request.session_id)
+        model = await self._adapters.model_for(request.task)
+        message = stage_pb2.PrefillRequest(model=model, session_id=request.session_id)
         convert.set_input(message, request.input)
         replica = await self._replicas.choose(_key(request))
         with self._replicas.calling(replica):
@@ -137,13 +151,17 @@ class GrpcStage:
         self,
         request: Request,
         method: Callable[
-            [stage_pb2_grpc.StageServiceAsyncStub], grpc.aio.UnaryStreamMultiCallable[Sent, Received]
+            [stage_pb2_grpc.StageServiceAsyncStub], grpc.aio.UnaryStreamMultiCallable[WithModel, Received]
         ],
-        message: Sent,
+        message: WithModel,
         timeout_ms: float,
     ) -> AsyncGenerator[Received, None]:
-        """Call the request's replica; another one where it is away and has sent nothing."""
+        """Call the request's replica; another one where it is away and has sent nothing.
+
+        Where the stage lacks the adapter that it is asked for, its model answers without.
+        """
         until = self._clock() + timeout_ms / 1000.0
+        message.model = await self._adapters.model_for(request.task)
         tried: list[str] = []
         while True:
             replica = await self._replicas.choose(_key(request), tried)
@@ -161,6 +179,40 @@ class GrpcStage:
                 tried.append(replica.address)
                 if has_begun or not self._replicas.has_other(tried):
                     raise
+            except NotFound:
+                if message.model == self._stage.model:
+                    raise
+                self._adapters.lacks(request.task)
+                message.model = self._stage.model
+
+    async def _heeding(
+        self, call: AsyncGenerator[Received, None], task: str, model: str
+    ) -> AsyncGenerator[Received, None]:
+        """Yield a call's answers; learn where the stage lacks the adapter that it was asked for.
+
+        Its draft has gone into the call: only the next one is asked for without.
+        """
+        try:
+            async with aclosing(call) as responses:
+                async for response in responses:
+                    yield response
+        except NotFound:
+            if model != self._stage.model:
+                self._adapters.lacks(task)
+            raise
+
+    async def _list_models(self) -> list[str]:
+        """Return the names of the stage's models, the default one first."""
+        return [model.name for model in (await self._status()).models]
+
+    async def _status(self) -> stage_pb2.StatusResponse:
+        replica = await self._replicas.choose("")
+        return await call_unary(
+            replica.stub.Status,
+            stage_pb2.StatusRequest(),
+            timeout_ms=DESCRIBE_TIMEOUT_MS,
+            peer=self._peer,
+        )
 
     async def _events(self, call: AsyncGenerator[Response, None]) -> AsyncGenerator[StageEvent, None]:
         """Yield a call's answers as domain values."""
@@ -193,13 +245,7 @@ class GrpcStage:
         """Return what the stage says of itself; what is configured where it does not answer."""
         description = self.describe_away()
         try:
-            replica = await self._replicas.choose("")
-            status = await call_unary(
-                replica.stub.Status,
-                stage_pb2.StatusRequest(),
-                timeout_ms=DESCRIBE_TIMEOUT_MS,
-                peer=self._peer,
-            )
+            status = await self._status()
         except AsdError:
             return description
         models = [model for model in status.models if model.name == self._stage.model] or status.models[:1]
@@ -209,6 +255,7 @@ class GrpcStage:
             description.parameters = model.parameters
             description.context_length = model.context_length
             description.queue_depth = model.queued_requests + model.running_requests
+        description.adapters.extend(tasks_of(self._stage.model, [model.name for model in status.models]))
         description.available = not status.draining
         return description
 

@@ -75,6 +75,7 @@ def request_from(message: cascade_pb2.GenerateRequest, request_id: str) -> Reque
         session_id=message.session_id,
         stage=message.stage,
         chain=tuple(message.chain),
+        task=message.task,
     )
 
 

@@ -130,7 +130,7 @@ class Request:
     """What a caller asks.
 
     input: a prompt or the turns of a conversation. stage: name of the fixed stage, or "". chain: names of the
-    stages that work on it in order, or none.
+    stages that work on it in order, or none. task: type of task that adapters are for, or "".
     """
 
     id: str
@@ -141,6 +141,7 @@ class Request:
     session_id: str = ""
     stage: str = ""
     chain: tuple[str, ...] = ()
+    task: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +230,8 @@ StageEvent = Tokens | Verification | StageResult
 class Answer:
     """A stage's whole answer with what it shows. latency_ms: from the call to the stage's last message.
 
-    draft_stage: name of the stage whose draft it verified, or "".
+    draft_stage: name of the stage whose draft it verified, or "". is_whole: False where the call was cut off,
+    and the stage's own times are not known.
     """
 
     stage: Stage
@@ -240,6 +242,7 @@ class Answer:
     latency_ms: float
     cost: float
     draft_stage: str = ""
+    is_whole: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from services.common.errors import AsdError
     from services.router.domain import Answer, Outcome, Stage
+    from services.router.speculation import Skip
 
 # From a small stage's verification to all stages after each other; costs are in the default units.
 _COST_BUCKETS = (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 15.0, 20.0, 50.0)
@@ -39,6 +40,11 @@ class Instruments:
         )
         self._stage_requests = meter.create_counter(
             Metrics.STAGE_REQUESTS, unit="{request}", description="stage calls that gave an answer"
+        )
+        self._tasks = meter.create_counter(
+            Metrics.STAGE_TASKS,
+            unit="{request}",
+            description="stage calls of requests that name a type of task",
         )
         self._stage_failures = meter.create_counter(
             Metrics.STAGE_FAILURES, unit="{request}", description="stage calls that failed"
@@ -69,6 +75,9 @@ class Instruments:
         )
         self._escalations = meter.create_counter(
             Metrics.ESCALATIONS, unit="{request}", description="requests handed on to a later stage"
+        )
+        self._skips = meter.create_counter(
+            Metrics.DRAFTS_SKIPPED, unit="{draft}", description="drafts that a stage did without"
         )
         self._prefills = meter.create_counter(
             Metrics.PREFILLS_AHEAD, unit="{request}", description="prompts read ahead of an escalation"
@@ -101,8 +110,8 @@ class Instruments:
         if self._enabled:
             self._static_plans.add(1, {Attributes.PLAN_STEP: step})
 
-    def stage_answered(self, answer: Answer) -> None:
-        """A stage gave a whole answer."""
+    def stage_answered(self, answer: Answer, task: str) -> None:
+        """A stage gave an answer to a request of a type of task, or of none ("")."""
         if not self._enabled:
             return
         attributes = {
@@ -110,6 +119,16 @@ class Instruments:
             Attributes.STAGE_ACTION: answer.action.name.lower(),
         }
         self._stage_requests.add(1, attributes)
+        if task and answer.is_whole:
+            # Not the task's name: callers write it, and could make any number of series.
+            is_used = answer.result.model.endswith(f"/{task}")
+            self._tasks.add(
+                1,
+                {
+                    Attributes.STAGE_NAME: answer.stage.name,
+                    Attributes.TASK_ADAPTER: "used" if is_used else "none",
+                },
+            )
         self._stage_duration.record_ms(answer.latency_ms, attributes)
         stage = {Attributes.STAGE_NAME: answer.stage.name}
         self._prompt.add(answer.result.usage.prompt_tokens, stage)
@@ -122,6 +141,11 @@ class Instruments:
         if answer.verification is not None:
             self._proposed.add(answer.verification.proposed_tokens, stage)
             self._accepted.add(answer.verification.accepted_tokens, stage)
+
+    def draft_skipped(self, stage: Stage, reason: Skip) -> None:
+        """A stage works without a draft that it could have had."""
+        if self._enabled:
+            self._skips.add(1, {Attributes.STAGE_NAME: stage.name, Attributes.DRAFT_SKIPPED: reason.value})
 
     def stage_failed(self, stage: Stage, error: AsdError) -> None:
         """A stage call failed."""

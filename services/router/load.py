@@ -3,47 +3,127 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from enum import Enum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-# Weight of the newest wait in the mean. Chosen: some ten calls carry nine tenths of it.
+# Weight of the newest measurement in a mean. Chosen: some ten calls carry nine tenths of it.
 _NEWEST = 0.2
-# Time in which an old mean halves. Chosen: a stage that plans avoid for its queue would otherwise never be
-# asked again, and so never be seen to be idle.
+# Time in which an old mean of waits halves. Chosen: a stage that plans avoid for its queue would otherwise
+# never be asked again, and so never be seen to be idle.
 _HALF_LIFE_S = 5.0
+# Calls that a stage is taken to compute at a time before it has shown it. Chosen: the onnx engine's default.
+# Where it is more, calls beyond it that did not wait say so.
+_FIRST_CAPACITY = 8.0
+# Share of a call's computing time from which on a wait says that the stage was full. Chosen: a call that only
+# waits for the pass under way, where there is room, waits less.
+_FULL = 0.25
+# Least weight of the newest answer of the policy in the shares. Chosen: some forty carry nine tenths.
+_NEWEST_CHOICE = 0.05
+
+
+class Question(Enum):
+    """What the policy is asked. Each kind of answer has stages of its own that it mostly names."""
+
+    PLAN = "plan"
+    DECIDE = "decide"
 
 
 class Load:
-    """Calls under way at each stage, and the wait to be expected there. clock: monotonic seconds."""
+    """Calls under way at each stage, and the wait to be expected there. clock: monotonic seconds.
+
+    Two estimates of the wait, of which the larger holds. The mean of the waits of finished calls knows what
+    other routers do, and comes late. The line of this router's own calls is known at once: what is beyond the
+    stage's capacity waits, at the rate at which the stage finishes calls. Capacity and rate are learned.
+    """
 
     def __init__(self, stage_count: int, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._under_way = [0] * stage_count
         self._mean_ms = [0.0] * stage_count
         self._measured = [0.0] * stage_count
+        self._service_ms = [0.0] * stage_count
+        self._capacity = [_FIRST_CAPACITY] * stage_count
+        self._asking = dict.fromkeys(Question, 0)
+        self._choices = dict.fromkeys(Question, 0)
+        self._shares = {question: [0.0] * stage_count for question in Question}
 
     @contextmanager
-    def calling(self, stage: int) -> Iterator[None]:
-        """Count the block as a call under way at a stage."""
+    def calling(self, stage: int) -> Iterator[int]:
+        """Count the block as a call under way at a stage; give how many there are, this one included."""
         self._under_way[stage] += 1
         try:
-            yield
+            yield self._under_way[stage]
         finally:
             self._under_way[stage] -= 1
 
-    def waited(self, stage: int, queue_ms: float) -> None:
-        """A call waited this long in a stage's queue, by the stage's clock."""
-        old = self.expected_queue_ms(stage)
+    @contextmanager
+    def asking(self, question: Question) -> Iterator[None]:
+        """Count the block as a request that will be a call soon: where, the policy is being asked.
+
+        Until it answers, the request counts at every stage by that stage's share of recent answers. Requests
+        that come together would otherwise all be told of the same short line.
+        """
+        self._asking[question] += 1
+        try:
+            yield
+        finally:
+            self._asking[question] -= 1
+
+    def chosen(self, question: Question, stage: int | None) -> None:
+        """The policy answered a question with a stage to call; None: with none."""
+        self._choices[question] += 1
+        weight = max(_NEWEST_CHOICE, 1.0 / self._choices[question])
+        shares = self._shares[question]
+        for each, share in enumerate(shares):
+            shares[each] = share + weight * ((each == stage) - share)
+
+    def answered(self, stage: int, depth: int, queue_ms: float, service_ms: float) -> None:
+        """A call waited and was computed for so long, by the stage's clock.
+
+        depth: calls of this router under way at the stage as it began, itself included. By Little's law,
+        depth * service / (queue + service) of them were being computed. Where the call had to wait, that is
+        the stage's capacity, or this router's part of it; where it did not, the capacity is at least that.
+        """
+        old = self._faded_ms(stage)
         self._mean_ms[stage] = old + _NEWEST * (queue_ms - old)
         self._measured[stage] = self._clock()
+        if service_ms <= 0.0:
+            return
+        known_ms = self._service_ms[stage] or service_ms
+        mean_ms = known_ms + _NEWEST * (service_ms - known_ms)
+        self._service_ms[stage] = mean_ms
+        computed, capacity = depth * mean_ms / (queue_ms + mean_ms), self._capacity[stage]
+        if queue_ms >= _FULL * mean_ms or computed > capacity:
+            # 1 at least: what others ask of the stage is not in this router's line, and the mean fades.
+            self._capacity[stage] = max(capacity + _NEWEST * (computed - capacity), 1.0)
 
     def queue_depth(self, stage: int) -> int:
         """Return the number of this router's calls under way at a stage."""
         return self._under_way[stage]
 
+    def service_ms(self, stage: int) -> float:
+        """Return the mean time that a stage computes a call, waits not counted; 0 where none has ended."""
+        return self._service_ms[stage]
+
+    def capacity(self, stage: int) -> float:
+        """Return how many of this router's calls a stage is taken to compute at a time, 1 or more."""
+        return self._capacity[stage]
+
     def expected_queue_ms(self, stage: int) -> float:
+        """Return how long a call that comes now will wait, in milliseconds."""
+        return max(self._faded_ms(stage), self._line_ms(stage))
+
+    def _line_ms(self, stage: int) -> float:
+        """Return the wait behind this router's calls, those that are being planned among them."""
+        coming = sum(self._asking[each] * self._shares[each][stage] for each in Question)
+        capacity = self._capacity[stage]
+        waiting = self._under_way[stage] + coming + 1.0 - capacity
+        return max(waiting, 0.0) * self._service_ms[stage] / capacity
+
+    def _faded_ms(self, stage: int) -> float:
         """Return the exponentially weighted mean of the waits, fading while none is measured."""
         mean_ms = self._mean_ms[stage]
         if mean_ms <= 0.0:

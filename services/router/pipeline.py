@@ -15,7 +15,7 @@ from services.router.stage_run import StageRun
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 
-    from services.router.domain import Answer, Request, StageEvent
+    from services.router.domain import Answer, StageEvent
     from services.router.ports import StageClient
     from services.router.progress import Progress
 
@@ -39,9 +39,9 @@ async def call_stage(
     request = progress.request
     action = StageAction.VERIFY if draft or upstream else StageAction.GENERATE
     with Traced(Spans.STAGE) as span:
-        spans.describe_call(span, request, client.stage, action)
+        spans.describe_call(span, progress, client.stage, action)
         if upstream:
-            pipeline = Pipeline(request, upstream, timeout_ms, clock)
+            pipeline = Pipeline(progress, upstream, timeout_ms, clock)
             try:
                 async with aclosing(pipeline.verify(client)) as events:
                     yield events
@@ -60,9 +60,14 @@ class Pipeline:
     """The earlier stages of a chain, drafting for the last one. Close it when the last one has answered."""
 
     def __init__(
-        self, request: Request, clients: Sequence[StageClient], timeout_ms: float, clock: Callable[[], float]
+        self,
+        progress: Progress,
+        clients: Sequence[StageClient],
+        timeout_ms: float,
+        clock: Callable[[], float],
     ) -> None:
-        self._request = request
+        self._progress = progress
+        self._request = progress.request
         self._timeout_ms = timeout_ms
         self._clock = clock
         self._runs: list[StageRun] = []
@@ -105,7 +110,7 @@ class Pipeline:
         pieces: asyncio.Queue[Piece],
     ) -> None:
         with Traced(Spans.STAGE) as span:
-            spans.describe_call(span, self._request, run.stage, run.action)
+            spans.describe_call(span, self._progress, run.stage, run.action)
             timeout_ms = min(self._timeout_ms, client.stage.timeout_ms)
             if drafts is None:
                 call = client.generate(self._request, timeout_ms)

@@ -17,7 +17,7 @@ from services.router.domain import (
     PlanSource,
     Stage,
 )
-from services.router.load import Load
+from services.router.load import Load, Question
 from services.router.speculation import Speculation
 
 if TYPE_CHECKING:
@@ -106,15 +106,20 @@ class Planner:
                 left_ms *= _SHARE_OF_TIME
             await self._sleepers.until_awake(stage, left_ms)
 
-    def calling(self, stage: Stage) -> AbstractContextManager[None]:
-        """Return what counts its block as a call under way at a stage."""
+    def calling(self, stage: Stage) -> AbstractContextManager[int]:
+        """Return what counts its block as a call under way at a stage, and gives their number."""
         return self._load.calling(stage.index)
 
-    def stage_answered(self, answer: Answer) -> None:
-        """Learn from an answer how long calls wait at its stage, and what its draft was worth."""
+    def stage_answered(self, answer: Answer, depth: int) -> None:
+        """Learn from an answer how long calls wait at its stage, and what its draft was worth.
+
+        depth: calls under way at the stage as it began, itself included.
+        """
         self._times_away.pop(answer.stage.index, None)
-        self._load.waited(answer.stage.index, answer.result.timing.queue_ms)
-        self._speculation.verified(answer)
+        self._speculation.answered(answer, depth)
+        if answer.is_whole:
+            timing = answer.result.timing
+            self._load.answered(answer.stage.index, depth, timing.queue_ms, timing.total_ms - timing.queue_ms)
 
     def draft_for(self, progress: Progress, stage: Stage) -> StageResult | None:
         """Return the draft that a stage is to verify; None where it had better write anew."""
@@ -122,9 +127,17 @@ class Planner:
         if draft is None or progress.plan_source is PlanSource.FIXED:
             # Whether a chain's drafts are worth it was asked once, when it started.
             return draft
-        if self._speculation.is_worthwhile(progress.answer.stage.name, stage.name):
-            return draft
-        return None
+        return None if self._skips(progress, progress.answer.stage, stage) else draft
+
+    def _skips(self, progress: Progress, drafter: Stage, target: Stage) -> bool:
+        """Return whether a target works without a drafter's draft, having noted why."""
+        depth = self._load.queue_depth(target.index) + 1
+        reason = self._speculation.reason_to_skip(drafter.name, target.name, depth)
+        if reason is None:
+            return False
+        progress.skips[target.index] = reason
+        self._observer.draft_skipped(target, reason)
+        return True
 
     def stage_to_warm(self, progress: Progress) -> int | None:
         """Return the stage to warm while the first one drafts; None: none is likely, or it is busy."""
@@ -226,36 +239,59 @@ class Planner:
 
     async def _ask_for_plan(self, policy: PolicyClient, progress: Progress, away: Collection[int]) -> Plan:
         """Return the policy's plan; where it begins with a stage that sleeps, the plan without those."""
+        avoided, may_repeat = away, True
         with progress.waiting_for_policy():
-            left_ms = progress.left_ms(MARGIN_MS)
-            plan = await policy.plan(progress.request, self._conditions(away), left_ms)
-            asleep = self._woken({plan.first_stage})
-            if not asleep:
-                return plan
-            conditions = self._conditions(asleep.union(away))
-            return await policy.plan(progress.request, conditions, progress.left_ms(MARGIN_MS))
+            while True:
+                conditions, told_ms = self._conditions(avoided), self._queues_ms()
+                with self._load.asking(Question.PLAN):
+                    plan = await policy.plan(progress.request, conditions, progress.left_ms(MARGIN_MS))
+                asleep = self._woken({plan.first_stage})
+                if asleep and avoided is away:
+                    avoided = asleep.union(away)
+                elif may_repeat and self._has_grown(plan.first_stage, told_ms):
+                    may_repeat = False
+                else:
+                    self._load.chosen(Question.PLAN, plan.first_stage)
+                    return plan
 
     async def _ask_for_decision(self, policy: PolicyClient, progress: Progress) -> Decision:
         """Return the policy's decision; where it goes to a stage that sleeps, the decision without those."""
         answer, spent_cost, spent_ms = progress.answer, progress.spent_cost, progress.spent_ms()
         away: Collection[int] = progress.failed
+        may_repeat = True
         with progress.waiting_for_policy():
             while True:
-                decision = await policy.decide(
-                    progress.request,
-                    answer,
-                    spent_cost,
-                    spent_ms,
-                    self._conditions(away),
-                    progress.left_ms(MARGIN_MS),
-                )
+                conditions, told_ms = self._conditions(away), self._queues_ms()
+                left_ms = progress.left_ms(MARGIN_MS)
+                with self._load.asking(Question.DECIDE):
+                    decision = await policy.decide(
+                        progress.request, answer, spent_cost, spent_ms, conditions, left_ms
+                    )
                 asleep = self._woken({decision.next_stage})
-                if not asleep:
-                    return decision
-                if away is not progress.failed:
+                if asleep and away is not progress.failed:
                     # An answer that is there does not wait for a stage that is not.
                     return decision.stopped(DecisionReason.STAGE_UNAVAILABLE)
-                away = asleep.union(progress.failed)
+                if asleep:
+                    away = asleep.union(progress.failed)
+                elif may_repeat and self._has_grown(decision.next_stage, told_ms):
+                    may_repeat = False
+                else:
+                    self._load.chosen(Question.DECIDE, decision.next_stage)
+                    return decision
+
+    def _queues_ms(self) -> list[float]:
+        """Return the wait to be expected at each stage."""
+        return [self._load.expected_queue_ms(stage.index) for stage in self._stages]
+
+    def _has_grown(self, stage: int | None, told_ms: Sequence[float]) -> bool:
+        """Return whether the line at a stage is longer by an answer or more than the policy was told.
+
+        Requests that came together went there meanwhile: it is worth asking once more.
+        """
+        if stage is None:
+            return False
+        longer_ms = self._load.expected_queue_ms(stage) - told_ms[stage]
+        return longer_ms >= self._load.service_ms(stage) > 0.0
 
     def _woken(self, wanted: Collection[int | None]) -> frozenset[int]:
         """Have those wanted that sleep woken; return every stage that sleeps, or none where no wanted one
@@ -287,9 +323,7 @@ class Planner:
         is_exact = acceptance is None or acceptance.mode is AcceptanceMode.EXACT
         while chain and not is_exact:
             kept.insert(0, chain.pop())
-        while chain and self._speculation.is_worthwhile(
-            self._stages[chain[-1]].name, self._stages[kept[0]].name
-        ):
+        while chain and not self._skips(progress, self._stages[chain[-1]], self._stages[kept[0]]):
             kept.insert(0, chain.pop())
         # A verification that waits for drafts holds a place that others could use, where calls queue.
         is_free = all(self._load.expected_queue_ms(place) < MIN_QUEUE_MS for place in kept[1:])

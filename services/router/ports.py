@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         StageResult,
         Tokens,
     )
+    from services.router.speculation import Skip
 
 
 class StageClient(Protocol):
@@ -85,8 +86,11 @@ class Observer(Protocol):
     def static_plan_used(self, step: str) -> None:
         """The static plan stood in for the policy at a step, "plan" or "decide"."""
 
-    def stage_answered(self, answer: Answer) -> None:
-        """A stage gave a whole answer."""
+    def stage_answered(self, answer: Answer, task: str) -> None:
+        """A stage gave an answer to a request of a type of task, or of none ("")."""
+
+    def draft_skipped(self, stage: Stage, reason: Skip) -> None:
+        """A stage works without a draft that it could have had."""
 
     def stage_failed(self, stage: Stage, error: AsdError) -> None:
         """A stage call failed."""

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[object, object]
 
 MAX_BATCH = 1024
+# gRPC's default, which callers know. Messages between services may be twice as large.
+MAX_REQUEST_BYTES = 4 * 1024 * 1024
 
 
 class CascadeServicer(cascade_pb2_grpc.CascadeServiceServicer):
@@ -178,7 +180,17 @@ class CascadeServicer(cascade_pb2_grpc.CascadeServiceServicer):
 
 
 def check_request(request: cascade_pb2.GenerateRequest, path: str = "") -> None:
-    """Check a request, whether its stage exists excepted. Raises InvalidRequest naming the field."""
+    """Check a request, whether its stage exists excepted.
+
+    Raises InvalidRequest naming the field, ResourceExhausted for a request of more than 4 MiB.
+    """
+    size = request.ByteSize()
+    if size > MAX_REQUEST_BYTES:
+        raise ResourceExhausted(
+            f"the request has {size} bytes, and {MAX_REQUEST_BYTES} are the most that it may have: shorten "
+            "the prompt or the conversation",
+            field=path.removesuffix("."),
+        )
     validation.check_input(request, path)
     if request.HasField("sampling"):
         validation.check_sampling(request.sampling, f"{path}sampling")
@@ -190,6 +202,7 @@ def check_request(request: cascade_pb2.GenerateRequest, path: str = "") -> None:
         raise InvalidRequest("stage and chain exclude each other: set one of them", field=f"{path}chain")
     if request.session_id:
         validation.check_session_id(request.session_id, f"{path}session_id")
+    validation.check_task(request.task, f"{path}task")
 
 
 @asynccontextmanager

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from services.common import validation
 from services.common.auth import AuthSettings
 from services.common.serving import ServerSettings
 from services.common.settings import Section, service_config
 from services.common.tls import ClientTls
 
+
+def _check_task(task: str) -> str:
+    if not validation.TASK.fullmatch(task):
+        raise ValueError(
+            "must be 1 to 64 characters of a-z, 0-9, '_', '.' and '-', the first a letter or a digit"
+        )
+    return task
+
+
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+TaskName = Annotated[str, AfterValidator(_check_task)]
 Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -34,7 +45,11 @@ class ManagerSettings(Section):
 
 
 class StageSettings(Section):
-    """One stage. cost: cost units of a whole answer. model: empty for the stage's default model."""
+    """One stage. cost: cost units of a whole answer. model: empty for the stage's default model.
+
+    adapters: types of task that the model has adapters for, which the stage serves as MODEL/TASK; absent: the
+    stage is asked.
+    """
 
     name: Name
     target: str = Field(min_length=1)
@@ -42,6 +57,13 @@ class StageSettings(Section):
     cost: float = Field(gt=0, allow_inf_nan=False)
     timeout_ms: Milliseconds = 30_000.0
     tls: ClientTls | None = None
+    adapters: tuple[TaskName, ...] | None = None
+
+    @model_validator(mode="after")
+    def _check_adapters(self) -> Self:
+        if self.adapters and not self.model:
+            raise ValueError("adapters: are asked for as MODEL/TASK: set model, too")
+        return self
 
 
 class SpeculationSettings(Section):

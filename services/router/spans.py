@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from services.common.telemetry import OPERATION_CHAT, PROVIDER_NAME, Attributes, Traced
 
 if TYPE_CHECKING:
-    from services.router.domain import Answer, Decision, Outcome, Request, Stage, StageAction
+    from services.router.domain import Answer, Decision, Outcome, Stage, StageAction
     from services.router.progress import Progress
 
 
@@ -19,10 +19,11 @@ def describe_plan(span: Traced, progress: Progress, first: Stage) -> None:
         span.set(Attributes.POLICY_VERSION, progress.policy_version)
 
 
-def describe_call(span: Traced, request: Request, stage: Stage, action: StageAction) -> None:
+def describe_call(span: Traced, progress: Progress, stage: Stage, action: StageAction) -> None:
     """Say which stage is asked for what."""
     if not span.recording:
         return
+    request = progress.request
     span.set(Attributes.OPERATION, OPERATION_CHAT)
     span.set(Attributes.PROVIDER, PROVIDER_NAME)
     span.set(Attributes.REQUEST_MODEL, stage.model or stage.name)
@@ -33,6 +34,10 @@ def describe_call(span: Traced, request: Request, stage: Stage, action: StageAct
     span.set(Attributes.STAGE_NAME, stage.name)
     span.set(Attributes.STAGE_INDEX, stage.index)
     span.set(Attributes.STAGE_ACTION, action.name.lower())
+    if request.task:
+        span.set(Attributes.REQUEST_TASK, request.task)
+    if stage.index in progress.skips:
+        span.set(Attributes.DRAFT_SKIPPED, progress.skips[stage.index].value)
 
 
 def describe_answer(span: Traced, answer: Answer) -> None:

@@ -147,4 +147,5 @@ class StageRun:
             self._latency_ms(),
             cost,
             self._draft_stage if self._verification else "",
+            is_whole=self.has_ended,
         )

@@ -133,6 +133,10 @@ class TestEngines:
         assert (given.max_model_len, given.max_batched_tokens) == (1_000_000, 4096)
         assert (given.prefix_caching, given.enforce_eager, given.sleep_level) == (False, True, 1)
         assert given.lora == {"law": Path("/models/law")}
+        draft, target = read(RouterSettings, "vLLM", "demo-router", tmp_path).stages
+        assert (draft.adapters, draft.model) == (("law",), model.name)
+        # Without an entry, the router asks the stage.
+        assert (target.adapters, target.model) == (None, "")
         (model,) = read(StageSettings, "TensorRT-LLM", "demo-stage-only", tmp_path).models
         assert (model.tensorrt_llm.tensor_parallel, model.tensorrt_llm.kv_cache_dtype) == (2, "fp8")
         assert model.tensorrt_llm.max_model_len == 8192

@@ -22,6 +22,7 @@ import services.router.instruments
 from services.common import telemetry
 from services.common.errors import Unavailable
 from services.router.domain import DecisionAction, DecisionReason, PlanSource, StageAction
+from services.router.speculation import Skip
 from services.stage.engine import EngineStatus, ModelState
 from services.stage.instruments import watch_models
 
@@ -57,10 +58,11 @@ def _router() -> None:
         )
         for each in (early, late):
             router.request_answered(Fields(**vars(outcome), **vars(each)), 2)
-        router.stage_answered(first)
-        router.stage_answered(last)
+        router.stage_answered(first, "math")
+        router.stage_answered(last, "")
     for step in ("plan", "decide"):
         router.static_plan_used(step)
+    router.draft_skipped(large, Skip.LOAD)
     router.stage_failed(small, Unavailable("away"))
     with suppress(Unavailable), router.request_under_way():
         raise Unavailable("away")
@@ -74,7 +76,8 @@ def _answer(stage: Fields, action: StageAction) -> Fields:
         stage=stage,
         action=action,
         latency_ms=1.0,
-        result=Fields(usage=usage, timing=timing),
+        result=Fields(usage=usage, timing=timing, model="small/math"),
+        is_whole=True,
         verification=Fields(proposed_tokens=1, accepted_tokens=1),
     )
 

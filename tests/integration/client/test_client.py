@@ -267,6 +267,8 @@ def test_ask_passes_every_option_on(up):
     assert (plain["stage"], plain["plan_source"]) == ("small", "fixed")
     instructed = ask("--stage", "small", "--system", "Be brief.")
     assert instructed["stages"][0]["prompt_tokens"] > plain["stages"][0]["prompt_tokens"]
+    # Of the embedded models none has an adapter.
+    assert ask("--stage", "small", "--task", "math")["token_ids"] == plain["token_ids"]
     wild = ("--stage", "small", "--temperature", "2", "--max-new-tokens", "40", "--seed")
     story = "Tell me a story about foxes and rivers"
     first, again, other = (ask(*wild, seed, prompt=story)["token_ids"] for seed in ("7", "7", "8"))
@@ -280,6 +282,7 @@ def test_ask_passes_every_option_on(up):
         (["--min-quality", "1.5"], "objective.min_quality"),
         (["--preference", "best", "--lambda", "1"], "objective.preference"),
         (["--session", "s" * 257], "session_id"),
+        (["--task", "Math!"], "task"),
         (["--temperature", "2.5"], "sampling.temperature"),
         (["--stop", "a", "--stop", ""], "sampling.stop[1]"),
         (["--stage", "huge"], "stage"),

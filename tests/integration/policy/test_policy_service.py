@@ -231,19 +231,19 @@ def field_at_fault(error: grpc.aio.AioRpcError) -> str:
     return bad.field_violations[0].field
 
 
-@pytest.mark.parametrize("limit", [2**22, 2**24], ids=["refused by the caller", "refused by the service"])
+@pytest.mark.parametrize("limit", [2**23, 2**24], ids=["refused by the caller", "refused by the service"])
 @pytest.mark.parametrize("method", ["Plan", "Decide"])
-async def test_a_prompt_of_6_mb_is_refused_with_what_to_change(
+async def test_a_prompt_of_9_mb_is_refused_with_what_to_change(
     service: Service, method: str, limit: int
 ) -> None:
-    prompt = "x" * 6_000_000
+    prompt = "x" * 9_000_000
     request = plan(prompt=prompt) if method == "Plan" else decide(prompt=prompt)
     async with open_channel(service.target, max_message_bytes=limit) as channel:
         call = getattr(policy_pb2_grpc.PolicyServiceStub(channel), method)
         with pytest.raises(ResourceExhausted) as caught:
             await call_unary(call, request, timeout_ms=10_000, peer="policy")
     assert caught.value.message == (
-        f"policy: the request has {request.ByteSize()} bytes, and 4194304 are the most that a message may "
+        f"policy: the request has {request.ByteSize()} bytes, and 8388608 are the most that a message may "
         "have: shorten the prompt or the conversation, or split the batch"
     )
     assert (await service.stub.Decide(decide(), timeout=10)).p_correct > 0

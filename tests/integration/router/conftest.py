@@ -23,7 +23,7 @@ from asd.v1 import (
     stage_pb2_grpc,
 )
 from services.common.channel import open_channel
-from services.common.errors import AsdError, Unavailable
+from services.common.errors import AsdError, NotFound, Unavailable
 from services.common.server import ServiceRegistration, start_server
 from services.router.__main__ import build
 from services.router.settings import RouterSettings
@@ -62,6 +62,10 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
     verification_first: bool = False
     # Wait in the queue, as the result tells it.
     queue_ms: float = 0.25
+    # Types of task that it serves its model's adapters for.
+    adapters: tuple[str, ...] = ()
+    # Times that it was asked for its status.
+    statuses: int = 0
     # Runs as each call begins.
     on_call: Callable[[], None] | None = None
     # Per call, the seconds that its deadline left it.
@@ -82,7 +86,8 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
                     tokens=tokens, tokenizer_fingerprint=self.fingerprint
                 )
             if self.sends_result:
-                yield stage_pb2.StageServiceGenerateResponse(result=self._result(0, 0, len(self.pieces) + 1))
+                result = self._result(0, 0, len(self.pieces) + 1, request.model)
+                yield stage_pb2.StageServiceGenerateResponse(result=result)
         except asyncio.CancelledError:
             self.cancelled.set()
             raise
@@ -114,7 +119,7 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
             async for tokens in self._write():
                 yield stage_pb2.VerifyResponse(tokens=tokens)
             passes = 1 + max(len(own) + 1 - accepted, 0)
-            yield stage_pb2.VerifyResponse(result=self._result(proposed, accepted, passes))
+            yield stage_pb2.VerifyResponse(result=self._result(proposed, accepted, passes, request.model))
         except asyncio.CancelledError:
             self.cancelled.set()
             raise
@@ -122,18 +127,21 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
             self.running -= 1
 
     async def Status(self, request, context):
+        self.statuses += 1
         return stage_pb2.StatusResponse(
             models=[
                 stage_pb2.ModelStatus(
-                    name=self.name, engine="fake", parameters=7, context_length=512, queued_requests=1
+                    name=name, engine="fake", parameters=7, context_length=512, queued_requests=1
                 )
+                for name in self._models
             ]
         )
 
     async def VerifyStream(self, request_iterator, context):
         """Emit the first token at once, and the rest when the draft has ended."""
         steps = aiter(request_iterator)
-        self._begin("verify_stream", (await anext(steps)).start, context)
+        start = (await anext(steps)).start
+        self._begin("verify_stream", start, context)
         draft, chunks = [], []
         try:
             first = await anext(self._write())
@@ -168,7 +176,8 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
                     yield stage_pb2.VerifyStreamResponse(tokens=tokens)
                 is_first = False
             passes = 1 + max(len(own) + 1 - accepted, 0)
-            yield stage_pb2.VerifyStreamResponse(result=self._result(len(draft), accepted, passes))
+            result = self._result(len(draft), accepted, passes, start.model)
+            yield stage_pb2.VerifyStreamResponse(result=result)
         except asyncio.CancelledError:
             self.cancelled.set()
             raise
@@ -200,10 +209,18 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
     def text(self) -> str:
         return b"".join(self.pieces).decode()
 
+    @property
+    def _models(self) -> list[str]:
+        return [self.name, *(f"{self.name}/{task}" for task in self.adapters)]
+
     def _begin(self, call, request, context):
         self.calls.append(call)
         self.requests.append(request)
         self.left_s.append(context.time_remaining())
+        if request.model not in {"", *self._models}:
+            raise NotFound(
+                f"no model {request.model!r} here: choose one of {', '.join(self._models)}", field="model"
+            )
         if self.on_call is not None:
             self.on_call()
         self.running += 1
@@ -233,7 +250,7 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
         if self.fail_after is not None and self.fail_after >= len(self.pieces):
             raise self.failure
 
-    def _result(self, proposed, accepted, passes):
+    def _result(self, proposed, accepted, passes, model):
         return stage_pb2.StageResult(
             text=self.text,
             token_ids=[token_id(piece) for piece in self.pieces],
@@ -249,7 +266,7 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
             timing=common_pb2.StageTiming(
                 queue_ms=self.queue_ms, prefill_ms=1, decode_ms=2, total_ms=3 + self.queue_ms
             ),
-            model=self.name,
+            model=model or self.name,
         )
 
 
@@ -387,6 +404,7 @@ async def world():
             dead: tuple[str, ...] = (),
             stage_timeout_ms: float = 5000,
             policy_timeout_ms: float = 2000,
+            stage_settings: dict[str, dict] | None = None,
             **settings,
         ) -> World:
             stages = stages or tuple(FakeStage(name) for name in NAMES)
@@ -408,6 +426,7 @@ async def world():
                 targets[name], servers[name] = f"127.0.0.1:{port}", server
             entries = [
                 {"name": name, "target": targets[name], "cost": COSTS[index], "timeout_ms": stage_timeout_ms}
+                | (stage_settings or {}).get(name, {})
                 for index, name in enumerate(fakes)
             ]
             options = {"static_plan": ("medium",), "stages": entries, **settings}

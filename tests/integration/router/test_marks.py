@@ -14,7 +14,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
-from asd.v1 import cascade_pb2, cascade_pb2_grpc, policy_pb2
+from asd.v1 import cascade_pb2, cascade_pb2_grpc, common_pb2, policy_pb2
 from services.common import telemetry
 from services.common.errors import Unavailable
 
@@ -291,3 +291,57 @@ async def test_unary_calls_stop_with_what_they_were_made_for(world, request, tra
             small.gate.set()
             assert (await call).stage == "small"
         await asyncio.wait_for(ended.wait(), 5)
+
+
+async def test_a_draft_that_a_busy_target_does_without_is_marked_and_counted(world, recorded, metered):
+    large = world.stage("large", pause_after=0)
+    policy = world.policy(script={"small": "large"})
+    w = await world(world.stage("small"), world.stage("medium"), large, policy=policy)
+    actions = []
+    for _ in range(3):
+        large.gate.clear()
+        fixed = [w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi", stage="large")) for _ in range(7)]
+        await running(large, 7)
+        eighth = w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=60)
+        await running(large, 8)
+        large.gate.set()
+        actions.append((await eighth).stages[-1].action)
+        await asyncio.gather(*fixed)
+    # One is written to see how long that takes; a verification takes as long, so the next one is left out.
+    generate, verify = common_pb2.STAGE_ACTION_GENERATE, common_pb2.STAGE_ACTION_VERIFY
+    assert actions == [generate, verify, generate]
+    skipped = [value for value in recorded.values("asd.stage", "asd.draft.skipped") if value]
+    assert skipped == ["probe", "load"]
+    assert counts(metered()["asd.drafts_skipped"]) == {("probe", "large"): 1, ("load", "large"): 1}
+
+
+async def test_whether_a_stage_has_an_adapter_for_a_task_is_marked_and_counted(world, recorded, metered):
+    policy = world.policy(script={"small": "large"})
+    large = world.stage("large", adapters=("math",))
+    w = await world(world.stage("small"), world.stage("medium"), large, policy=policy)
+    for task in ("math", "poetry", ""):
+        await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi", task=task), timeout=5)
+    assert recorded.values("asd.stage", "asd.request.task") == [
+        "math",
+        "math",
+        "poetry",
+        "poetry",
+        None,
+        None,
+    ]
+    assert recorded.values("asd.stage", "gen_ai.response.model")[:4] == [
+        "small",
+        "large/math",
+        "small",
+        "large",
+    ]
+    assert counts(metered()["asd.stage.tasks"]) == {
+        ("small", "none"): 2,
+        ("large", "used"): 1,
+        ("large", "none"): 1,
+    }
+
+
+async def running(stage, count):
+    while stage.running < count:
+        await asyncio.sleep(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
-import time
+import threading
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +21,7 @@ from services.stage.residency import Residency
 from services.stage.servicer import StageServicer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
 ROOT = Path(__file__).parents[3]
 
@@ -49,21 +49,38 @@ class LiveGenerators:
 
     def __init__(self) -> None:
         self._make = onnxruntime_genai.Generator
-        self._alive: weakref.WeakSet[Any] = weakref.WeakSet()
+        # Models' threads make them and let them go.
+        self._lock = threading.RLock()
+        self._alive = 0
+        self._on_end: Callable[[], object] | None = None
         self.made = 0
 
     def __call__(self, *args: Any) -> Any:
         generator = self._make(*args)
-        self._alive.add(generator)
-        self.made += 1
+        with self._lock:
+            self._alive += 1
+            self.made += 1
+        weakref.finalize(generator, self._ended).atexit = False
         return generator
 
     async def sink_to(self, most: int) -> None:
         """Return once no more are alive: a model's thread lets them go after its caller has left."""
-        deadline = time.monotonic() + 10
-        while len(self._alive) > most:
-            assert time.monotonic() < deadline, f"{len(self._alive)} generators are alive, not {most}"
-            await asyncio.sleep(0.001)
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        with self._lock:
+            self._on_end = lambda: loop.call_soon_threadsafe(ended.set)
+        try:
+            while self._alive > most:
+                await ended.wait()
+                ended.clear()
+        finally:
+            with self._lock:
+                self._on_end = None
+
+    def _ended(self) -> None:
+        with self._lock:
+            self._alive -= 1
+            if self._on_end is not None:
+                self._on_end()
 
 
 @pytest.fixture

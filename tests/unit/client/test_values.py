@@ -102,6 +102,7 @@ _FULL = Request(
     Acceptance("tolerant", 0.5),
     "session",
     "medium",
+    task="math",
 )
 
 
@@ -119,7 +120,7 @@ def test_the_router_reads_every_field_of_a_request():
     assert (objective.lambda_, objective.max_cost, objective.max_latency_ms) == (None, 3.5, 250.0)
     assert (objective.min_quality, objective.preference) == (0.75, Preference.BEST)
     assert (read.acceptance.mode, read.acceptance.threshold) == (AcceptanceMode.TOLERANT, 0.5)
-    assert (read.session_id, read.stage) == ("session", "medium")
+    assert (read.session_id, read.stage, read.task) == ("session", "medium", "math")
 
 
 def test_what_a_request_leaves_open_stays_open():
@@ -138,6 +139,7 @@ def test_what_a_request_leaves_open_stays_open():
         (Request("a", Sampling(seed=2**64)), "sampling.seed"),
         (Request("a", Sampling(stop=("x", "\udcff"))), "sampling.stop[1]"),
         (Request("a", session_id="\udcff"), "session_id"),
+        (Request("a", task="\udcff"), "task"),
         (Request("a", stage="\udcff"), "stage"),
     ],
 )

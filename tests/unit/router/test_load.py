@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import heapq
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
 import pytest
 
-from services.router.load import Load
+from services.router.load import Load, Question
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 class Clock:
@@ -34,20 +41,20 @@ def test_a_stage_that_was_never_asked_is_idle(load: Load, clock: Clock) -> None:
 def test_a_new_wait_weighs_a_fifth(load: Load) -> None:
     # 0.2 * 100; 20 + 0.2 * (50 - 20); 26 + 0.2 * (0 - 26).
     for queue_ms, mean_ms in ((100.0, 20.0), (50.0, 26.0), (0.0, 20.8)):
-        load.waited(0, queue_ms)
+        load.answered(0, 1, queue_ms, 0.0)
         assert load.expected_queue_ms(0) == pytest.approx(mean_ms)
     assert load.expected_queue_ms(1) == 0.0
 
 
 def test_equal_waits_are_what_is_expected_in_the_end(load: Load) -> None:
     for _ in range(10):
-        load.waited(1, 30.0)
+        load.answered(1, 1, 30.0, 0.0)
     # 1 - 0.8 ** 10 = 0.89263: ten calls carry nine tenths.
     assert load.expected_queue_ms(1) == pytest.approx(30.0 * 0.8926258176)
 
 
 def test_a_mean_that_nothing_renews_halves_in_five_seconds(load: Load, clock: Clock) -> None:
-    load.waited(0, 400.0)
+    load.answered(0, 1, 400.0, 0.0)
     seen = []
     for _ in range(4):
         seen.append(load.expected_queue_ms(0))
@@ -60,10 +67,10 @@ def test_a_mean_that_nothing_renews_halves_in_five_seconds(load: Load, clock: Cl
 
 
 def test_a_new_wait_is_added_to_what_has_faded(load: Load, clock: Clock) -> None:
-    load.waited(0, 400.0)
+    load.answered(0, 1, 400.0, 0.0)
     clock.now += 5.0
     # 40 are left of the 80: 40 + 0.2 * (100 - 40).
-    load.waited(0, 100.0)
+    load.answered(0, 1, 100.0, 0.0)
     assert load.expected_queue_ms(0) == pytest.approx(52.0)
     # And the fading starts again from here.
     clock.now += 5.0
@@ -82,3 +89,142 @@ def test_a_call_that_fails_is_no_longer_under_way(load: Load) -> None:
     with pytest.raises(RuntimeError), load.calling(1):
         raise RuntimeError
     assert load.queue_depth(1) == 0
+
+
+def under_way(load: Load, stage: int, count: int) -> ExitStack:
+    calls = ExitStack()
+    for _ in range(count):
+        calls.enter_context(load.calling(stage))
+    return calls
+
+
+def test_a_call_is_told_how_many_are_under_way_with_it(load: Load) -> None:
+    with load.calling(0) as first, load.calling(0) as second, load.calling(1) as other:
+        assert (first, second, other) == (1, 2, 1)
+
+
+def test_calls_under_way_beyond_the_capacity_are_waited_for_before_any_wait_was_measured(load: Load) -> None:
+    load.answered(0, 1, 0.0, 40.0)
+    # Eight are taken to be computed at a time: one of them ends every 5 ms.
+    for count, queue_ms in ((0, 0.0), (7, 0.0), (8, 5.0), (9, 10.0), (64, 285.0)):
+        with under_way(load, 0, count):
+            assert load.expected_queue_ms(0) == pytest.approx(queue_ms)
+    assert load.expected_queue_ms(0) == 0.0
+    # Of a stage that has not answered yet, nothing is known.
+    with under_way(load, 1, 64):
+        assert load.expected_queue_ms(1) == 0.0
+
+
+def test_the_longer_of_both_waits_holds(load: Load, clock: Clock) -> None:
+    load.answered(0, 1, 0.0, 40.0)
+    load.answered(0, 1, 500.0, 40.0)
+    assert load.expected_queue_ms(0) == pytest.approx(100.0)
+    with under_way(load, 0, 64):
+        assert load.expected_queue_ms(0) > 285.0
+        clock.now += 1e6
+        faded_ms = load.expected_queue_ms(0)
+    assert faded_ms > 285.0
+    assert load.expected_queue_ms(0) == 0.0
+
+
+def served(places: int, clients: int, calls: int) -> Iterator[tuple[int, float, float]]:
+    """Yield depth, wait and computing time of each call, as they end, of clients that ask again at once.
+
+    A slow reference for a stage: so many calls at a time, first come first served, for 20 to 60 ms each.
+    """
+    free = [0.0] * places
+    ends: list[tuple[float, int, float, float]] = []
+    now = 0.0
+    for call in range(clients + calls):
+        if len(ends) == clients:
+            now, *seen = heapq.heappop(ends)
+            yield seen[0], seen[1], seen[2]
+        # Multiples of the golden ratio spread evenly.
+        service_ms = 20.0 + 40.0 * (call * 0.6180339887 % 1.0)
+        start = max(now, heapq.heappop(free))
+        heapq.heappush(free, start + service_ms)
+        heapq.heappush(ends, (start + service_ms, len(ends) + 1, start - now, service_ms))
+
+
+@pytest.mark.parametrize("places", [1, 4, 8, 64])
+@pytest.mark.parametrize("lines", [1.5, 4.0])
+def test_the_capacity_of_a_stage_is_learned_from_waits(
+    load: Load, clock: Clock, places: int, lines: float
+) -> None:
+    clients = round(places * lines) + 1
+    waits = []
+    for depth, wait_ms, service_ms in served(places, clients, 40 * clients):
+        load.answered(0, depth, wait_ms, service_ms)
+        waits.append(wait_ms)
+    assert load.capacity(0) == pytest.approx(places, rel=0.15)
+    clock.now += 1e6
+    with under_way(load, 0, clients - 1):
+        # The line alone foretells what the next caller waits: as long as callers waited of late.
+        wait_ms = sum(waits[-20 * clients :]) / (20 * clients)
+        assert load.expected_queue_ms(0) == pytest.approx(wait_ms, rel=0.25)
+
+
+def test_where_nobody_waits_the_capacity_is_at_least_what_was_under_way(load: Load) -> None:
+    for call in served(64, 48, 200):
+        load.answered(0, *call)
+    assert 40.0 <= load.capacity(0) <= 48.0
+    # And a quiet hour does not unlearn it.
+    for _ in range(100):
+        load.answered(0, 1, 0.0, 40.0)
+    assert load.capacity(0) >= 40.0
+
+
+def test_a_short_wait_for_the_pass_under_way_does_not_mean_that_a_stage_is_full(load: Load) -> None:
+    for _ in range(100):
+        load.answered(0, 2, 9.0, 40.0)
+    assert load.capacity(0) == 8.0
+
+
+def test_what_others_ask_of_a_stage_does_not_keep_it_avoided(load: Load, clock: Clock) -> None:
+    load.answered(0, 1, 0.0, 40.0)
+    for _ in range(50):
+        load.answered(0, 1, 4000.0, 40.0)
+    assert load.capacity(0) == 1.0
+    assert load.expected_queue_ms(0) == pytest.approx(4000.0, rel=0.01)
+    clock.now += 1e6
+    assert load.expected_queue_ms(0) == 0.0
+
+
+def test_requests_that_are_being_planned_count_where_plans_went_of_late(load: Load) -> None:
+    load.answered(0, 1, 0.0, 40.0)
+    with ExitStack() as asked:
+        for _ in range(32):
+            asked.enter_context(load.asking(Question.PLAN))
+        # Where they will go is not known before the first answer.
+        assert load.expected_queue_ms(0) == 0.0
+        for stage in (0, 0, 0, 1):
+            load.chosen(Question.PLAN, stage)
+        # Three of four: 24, and the next one is the 25th at a stage that computes 8 at a time.
+        assert load.expected_queue_ms(0) == pytest.approx((24 + 1 - 8) * 40.0 / 8)
+        assert load.queue_depth(0) == 0
+    assert load.expected_queue_ms(0) == 0.0
+
+
+def test_answers_to_another_question_say_nothing_of_where_plans_go(load: Load) -> None:
+    load.answered(0, 1, 0.0, 40.0)
+    load.chosen(Question.DECIDE, 0)
+    load.chosen(Question.DECIDE, None)
+    with ExitStack() as asked:
+        for _ in range(40):
+            asked.enter_context(load.asking(Question.PLAN))
+        assert load.expected_queue_ms(0) == 0.0
+        for _ in range(40):
+            asked.enter_context(load.asking(Question.DECIDE))
+        # Half of the decisions stop.
+        assert load.expected_queue_ms(0) == pytest.approx((20 + 1 - 8) * 40.0 / 8)
+
+
+def test_old_plans_are_forgotten(load: Load) -> None:
+    load.answered(1, 1, 0.0, 40.0)
+    for stage in (0,) * 1000 + (1,) * 90:
+        load.chosen(Question.PLAN, stage)
+    with ExitStack() as asked:
+        for _ in range(100):
+            asked.enter_context(load.asking(Question.PLAN))
+        # 1 - 0.95 ** 90 = 0.9901.
+        assert load.expected_queue_ms(1) == pytest.approx((99.01 + 1 - 8) * 5.0, rel=1e-3)

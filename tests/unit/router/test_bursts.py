@@ -1,0 +1,188 @@
+"""Requests that come together, and a policy that weighs the waits that it is told of: where they go."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from services.router.domain import (
+    Answer,
+    Decision,
+    DecisionAction,
+    DecisionReason,
+    FinishReason,
+    Plan,
+    PlanSource,
+    Request,
+    Stage,
+    StageAction,
+    StageResult,
+    Timing,
+    Tokens,
+    Usage,
+    View,
+)
+from services.router.planner import Planner
+from services.router.progress import Progress
+from services.router.speculation import SpeculationOptions
+from services.router.static_plan import StaticPlan
+from services.router.waking import AllAwake
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from services.router.domain import Condition
+
+COSTS, LATENCIES_MS = (1.6, 4.2, 8.8), (20.0, 40.0, 80.0)
+STAGES = [Stage(name, index, COSTS[index], 5000.0) for index, name in enumerate(("small", "medium", "large"))]
+BURST = 64
+
+
+@dataclass
+class Toll:
+    """Takes the stage that is cheapest with its wait: its cost once more for each answer that a call waits
+    for, as the policy service has it. Answers only once everybody who will ask has asked.
+    """
+
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+    everybody: asyncio.Event = field(default_factory=asyncio.Event)
+    # Stages that an escalation may go to.
+    later: Sequence[int] = (1, 2)
+    plans: int = 0
+    decisions: int = 0
+
+    async def plan(self, request: Request, conditions: Sequence[Condition], timeout_ms: float) -> Plan:
+        self.plans += 1
+        self._has_been_asked()
+        await self.gate.wait()
+        return Plan(self._cheapest(range(len(STAGES)), conditions))
+
+    async def decide(
+        self,
+        request: Request,
+        answer: Answer,
+        spent_cost: float,
+        spent_ms: float,
+        conditions: Sequence[Condition],
+        timeout_ms: float,
+    ) -> Decision:
+        self.decisions += 1
+        self._has_been_asked()
+        await self.gate.wait()
+        following = self._cheapest(self.later, conditions)
+        return Decision(DecisionAction.ESCALATE, DecisionReason.VALUE, following, 0.5)
+
+    def _has_been_asked(self) -> None:
+        if self.plans + self.decisions == BURST:
+            self.everybody.set()
+
+    def _cheapest(self, stages: Sequence[int], conditions: Sequence[Condition]) -> int:
+        waits_ms = {each.stage: each.expected_queue_ms for each in conditions}
+
+        def price(stage: int) -> float:
+            return COSTS[stage] * (1.0 + waits_ms.get(STAGES[stage].name, 0.0) / LATENCIES_MS[stage])
+
+        return min(stages, key=price)
+
+
+def make_planner(policy: Toll) -> Planner:
+    observer: Any = None
+    plan = StaticPlan((2,), len(STAGES))
+    return Planner(STAGES, policy, plan, observer, lambda: 0.0, SpeculationOptions(), AllAwake())
+
+
+def make_progress() -> Progress:
+    return Progress(Request("id", "hi"), 60.0, View.OUTCOME, lambda: 0.0)
+
+
+def make_answer(stage: Stage) -> Answer:
+    """Return what an idle stage answers: in its mean latency, without a wait."""
+    timing = Timing(queue_ms=0.0, total_ms=LATENCIES_MS[stage.index])
+    result = StageResult("hi", (1,), "", FinishReason.EOS, Usage(completion_tokens=1), timing)
+    return Answer(stage, StageAction.GENERATE, result, Tokens((1,), "hi"), None, timing.total_ms, stage.cost)
+
+
+async def answer_some(planner: Planner, policy: Toll) -> None:
+    """Have the router see each stage answer, and the policy plan and decide, one request after the other."""
+    for stage in STAGES:
+        for _ in range(20):
+            planner.stage_answered(make_answer(stage), 1)
+    policy.gate.set()
+    for _ in range(20):
+        progress = make_progress()
+        assert await planner.plan(progress) == 0
+        await decide(planner, progress)
+    policy.gate.clear()
+    policy.plans = policy.decisions = 0
+    policy.everybody.clear()
+
+
+async def decide(planner: Planner, progress: Progress) -> Decision:
+    """Have a small answer judged."""
+    progress.plan_source = PlanSource.POLICY
+    progress._answer = make_answer(STAGES[0])
+    return await planner.decide(progress)
+
+
+async def test_a_burst_is_not_all_sent_to_one_stage() -> None:
+    policy = Toll()
+    planner = make_planner(policy)
+    await answer_some(planner, policy)
+    with ExitStack() as calls:
+
+        async def start() -> int:
+            first = await planner.plan(make_progress())
+            calls.enter_context(planner.calling(STAGES[first]))
+            return first
+
+        burst = [asyncio.create_task(start()) for _ in range(BURST)]
+        await policy.everybody.wait()
+        # Everybody was told something before anybody was sent anywhere.
+        policy.gate.set()
+        went = Counter(await asyncio.gather(*burst))
+    # Where no stage is the better choice. Each computes 8 at a time, and the n-th beyond waits n / 8 answers:
+    # 1.6 (1 + (43 - 7) / 8) = 8.8, 4.2 (1 + (16 - 7) / 8) = 8.9, and large costs 8.8 without a line.
+    assert went[0] == pytest.approx(43, abs=4)
+    assert went[1] == pytest.approx(16, abs=4)
+    assert sum(went.values()) == BURST
+    # Who found the line longer than was told asked once more, and nobody twice.
+    assert policy.plans <= 2 * BURST
+
+
+async def test_escalations_that_come_together_are_not_all_sent_to_one_stage() -> None:
+    policy = Toll()
+    planner = make_planner(policy)
+    await answer_some(planner, policy)
+    with ExitStack() as calls:
+
+        async def go_on() -> int | None:
+            following = (await decide(planner, make_progress())).next_stage
+            calls.enter_context(planner.calling(STAGES[following or 0]))
+            return following
+
+        burst = [asyncio.create_task(go_on()) for _ in range(BURST)]
+        await policy.everybody.wait()
+        policy.gate.set()
+        went = Counter(await asyncio.gather(*burst))
+    # Where neither is the better choice: 4.2 (1 + (43 - 7) / 8) = 23.1 and 8.8 (1 + (20 - 7) / 8) = 23.1.
+    assert went[1] == pytest.approx(43, abs=8)
+    assert went[1] + went[2] == BURST
+    assert policy.decisions <= 2 * BURST
+
+
+async def test_requests_that_come_one_by_one_go_where_they_always_went() -> None:
+    policy = Toll()
+    planner = make_planner(policy)
+    await answer_some(planner, policy)
+    policy.gate.set()
+    with ExitStack() as calls:
+        for _ in range(8):
+            first = await planner.plan(make_progress())
+            calls.enter_context(planner.calling(STAGES[first]))
+            assert first == 0
+    assert policy.plans == 8
