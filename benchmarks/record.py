@@ -26,9 +26,11 @@ def record(command: str) -> dict[str, object]:
     """Return what a figure needs to be believed: command, commit, time and machine."""
     return {
         "command": command,
-        # Where the tree was copied to a machine without its history, the caller says which commit it is.
+        # Where a commit's tree was copied to a machine without its history, the caller says which it is.
         "commit": os.environ.get("ASD_COMMIT") or _git("rev-parse", "HEAD"),
-        "changed_files": _git("status", "--porcelain", "--untracked-files=no").splitlines(),
+        "changed_files": []
+        if "ASD_COMMIT" in os.environ
+        else _git("status", "--porcelain", "--untracked-files=no").splitlines(),
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {
             "processor": _processor(),

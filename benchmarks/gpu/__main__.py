@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 PARTS = ("passes", "speculation", "residency", "service")
 SMALL = Path(__file__).parents[2] / "models" / "small"
+# What a later run may have had otherwise.
+_OF_A_PART = ("settings", "versions")
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
 
 
@@ -81,10 +83,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         target = options.out or (None if options.tiny else RESULTS / "gpu.json")
 
-        def keep(row: dict[str, Any]) -> None:
+        def keep(part: str, row: dict[str, Any]) -> None:
             # After every part: what a later one breaks off is not lost.
+            own = {key: row[key] for key in _OF_A_PART} | record(command)
+            kept = {key: value for key, value in row.items() if key not in _OF_A_PART}
             if target is not None:
-                merge(target, row | {"record": record(command)})
+                merge(target, kept | {"records": {part: own}})
 
         row = asyncio.run(_measure(options, plan, parts, model, keep))
     sys.stdout.write(json.dumps(row, indent=2) + "\n" if target is None else f"{target}\n")
@@ -99,7 +103,7 @@ async def _measure(
     plan: Plan,
     parts: list[str],
     model: Path,
-    keep: Callable[[dict[str, Any]], None],
+    keep: Callable[[str, dict[str, Any]], None],
 ) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "tensor_parallel": options.tensor_parallel,
@@ -138,11 +142,11 @@ async def _measure(
         try:
             if "passes" in parts:
                 row |= await passes(backend, plan)
-                keep(row)
+                keep("passes", row)
                 _say("passes", row)
             if "speculation" in parts:
                 row["speculation"] = await speculation(backend, plan)
-                keep(row)
+                keep("speculation", row)
                 _say("speculation", row["speculation"])
             bare = await service.bare(backend, plan) if "service" in parts else {}
         finally:
@@ -152,17 +156,19 @@ async def _measure(
             served = await service.served(model, settings, largest, plan)
             row["service_ms"] = {str(batch): [bare[batch], served[batch]] for batch in bare}
             row |= {f"service_overhead_b{batch}": served[batch] / bare[batch] - 1 for batch in bare}
-            keep(row)
+            keep("service", row)
     if "residency" in parts:
         levels = [int(each) for each in options.sleep_levels.split(",")]
         row["residency"] = await residency(make, levels, plan)
-        keep(row)
+        keep("residency", row)
         _say("residency", row["residency"])
     return row
 
 
 def merge(file: Path, row: dict[str, Any]) -> None:
     """Put a row into a file of rows: its figures replace those of the same model, engine and device.
+
+    `records` says of each part how its figures came about.
 
     Then derive `escalated_speedup` of every row: the time of an answer of the larger model alone, over that
     of the 13B on the same device writing it and the larger one verifying it, fully accepted.
@@ -173,7 +179,8 @@ def merge(file: Path, row: dict[str, Any]) -> None:
         return each["model"], each["engine"], each["device"], each["tensor_parallel"]
 
     rows = {key_of(each): each for each in content["rows"]}
-    rows[key_of(row)] = rows.get(key_of(row), {}) | row
+    old = rows.get(key_of(row), {})
+    rows[key_of(row)] = old | row | {"records": old.get("records", {}) | row["records"]}
     for (model, engine, name, _), each in rows.items():
         small = rows.get(("13b", engine, name, 1), {})
         if model != "13b" and "generate64_ms" in small and {"generate64_ms", "verify64_ms"} <= each.keys():

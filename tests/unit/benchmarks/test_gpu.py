@@ -34,7 +34,8 @@ def test_a_tiny_run_has_every_figure(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert row["accepted_of_own"] == 16
     assert len(row["speculation"]) == 2 * 2 * 3
     assert "error" not in row["residency"]["sleep_level_1"]
-    assert row["record"]["command"] == f"python -m benchmarks.gpu --tiny --out {file}"
+    assert set(row["records"]) == {"passes", "speculation", "residency"}
+    assert row["records"]["passes"]["command"] == f"python -m benchmarks.gpu --tiny --out {file}"
 
 
 async def test_a_corrupted_draft_agrees_as_far_as_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +70,9 @@ def test_a_word_is_a_token_so_that_prompts_have_the_wanted_size(tmp_path: Path) 
 
 
 def _row(model: str, device: str = "H100", **figures: Any) -> dict[str, Any]:
-    return {"model": model, "engine": "vllm", "device": device, **figures}
+    records = {"passes": {"command": f"of {', '.join(figures)}"}}
+    row = {"model": model, "engine": "vllm", "device": device, "tensor_parallel": 1, "records": records}
+    return row | figures
 
 
 def test_rows_are_merged_and_the_speedup_is_of_one_device(tmp_path: Path) -> None:
@@ -79,12 +82,23 @@ def test_rows_are_merged_and_the_speedup_is_of_one_device(tmp_path: Path) -> Non
         _row("70b", decode_ms_b1=34.3),
         _row("13b", "H200", generate64_ms=1.0),
         _row("13b", generate64_ms=680.0),
+        _row("13b", residency={}, records={"residency": {"command": "another"}}),
+        _row("70b", tensor_parallel=2, decode_ms_b1=18.0),
     ):
         gpu.merge(file, row)
-    rows = {(each["model"], each["device"]): each for each in json.loads(file.read_text())["rows"]}
-    assert len(rows) == 3
-    large = rows["70b", "H100"]
+    content = json.loads(file.read_text())["rows"]
+    rows = {(each["model"], each["device"], each["tensor_parallel"]): each for each in content}
+    assert len(rows) == 4
+    large = rows["70b", "H100", 1]
+    assert rows["70b", "H100", 2]["decode_ms_b1"] == 18.0
+    # A later part neither loses what an earlier one found, nor how.
+    small = rows["13b", "H100", 1]
+    assert small["generate64_ms"] == 680.0
+    assert {part: each["command"] for part, each in small["records"].items()} == {
+        "passes": "of generate64_ms",
+        "residency": "another",
+    }
     assert large["decode_ms_b1"] == 34.3
     # Section 6 of the design: 2.9 times.
     assert large["escalated_speedup"] == pytest.approx(2.92, abs=0.01)
-    assert "escalated_speedup" not in rows["13b", "H100"]
+    assert "escalated_speedup" not in small
