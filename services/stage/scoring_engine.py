@@ -85,7 +85,10 @@ class ScoringOptions:
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    """One call under way. ids: chosen so far, those that a stop sequence may yet cut off included."""
+    """One call under way. ids: chosen so far, those that a stop sequence may yet cut off included.
+
+    queued: seconds that it waited for places in the batch; queued_at_first: until the library first answered.
+    """
 
     prompt: list[int]
     most_tokens: int
@@ -97,7 +100,8 @@ class _Call:
     emitted: list[range] = field(default_factory=list)
     finish: FinishReason | None = None
     has_slot: bool = False
-    started: float = 0.0
+    queued: float = 0.0
+    queued_at_first: float = 0.0
     prefilled: float = 0.0
     cached: int = 0
     passes: int = 0
@@ -129,6 +133,11 @@ class _Call:
             self.finish = FinishReason.STOP
         return chunk
 
+    def answered(self, cached: int) -> None:
+        """The library answered; cached: prompt tokens that it took from its prefix cache."""
+        if not self.prefilled:
+            self.prefilled, self.cached, self.queued_at_first = time.monotonic(), cached, self.queued
+
     def result(self) -> Result:
         """Return the outcome of a call that has finished."""
         assert self.finish is not None
@@ -149,9 +158,9 @@ class _Call:
             accepted_tokens=self.accepted - unused,
             forward_passes=self.passes,
             accept_lengths=lengths,
-            queue_ms=(self.started - self.arrived) * 1e3,
-            prefill_ms=(self.prefilled - self.started) * 1e3,
-            decode_ms=(now - self.prefilled) * 1e3,
+            queue_ms=self.queued * 1e3,
+            prefill_ms=(self.prefilled - self.arrived - self.queued_at_first) * 1e3,
+            decode_ms=(now - self.prefilled - (self.queued - self.queued_at_first)) * 1e3,
             total_ms=(now - self.arrived) * 1e3,
         )
 
@@ -209,7 +218,8 @@ class _Draft:
 class ScoringEngine:
     """Runs one model through a backend; see services.stage.engine.Engine for the contract.
 
-    queue_ms is the time until the library was asked; what it lets a request wait is part of prefill_ms.
+    queue_ms is the wait for a place in the batch. What the library lets a request wait is part of prefill_ms,
+    and so is the wait for the beginning of a draft: the stage is not busy with it.
     A draft that comes in pieces counts as one proposal in accept_lengths, however many passes score it.
     """
 
@@ -401,13 +411,14 @@ class ScoringEngine:
         """Wait for a place in the library's batch."""
         if not call.has_slot:
             self._waiting += 1
+            asked = time.monotonic()
             try:
                 await self._slots.acquire()
             finally:
                 self._waiting -= 1
             call.has_slot = True
-        if not call.started:
-            call.started = time.monotonic()
+            # Not what a verification waited for its draft: routers take this for how busy the stage is.
+            call.queued += time.monotonic() - asked
 
     def _release(self, call: _Call) -> None:
         if call.has_slot:
@@ -432,8 +443,7 @@ class ScoringEngine:
         request = TokenRequest(call.room, sampling.temperature, sampling.top_p, sampling.seed, adapter)
         async with aclosing(self._backend.generate([*call.prompt, *call.ids], request)) as pieces:
             async for piece in pieces:
-                if not call.prefilled:
-                    call.prefilled, call.cached = time.monotonic(), piece.cached
+                call.answered(piece.cached)
                 call.passes += len(piece.rows)
                 yield call.take(piece.rows, piece.has_ended)
                 # Only a stop sequence ends an answer before the library does, which is then told.
@@ -548,8 +558,7 @@ class ScoringEngine:
         await self._acquire(call)
         known = [*call.prompt, *call.ids]
         scores = await self._backend.score([*known, *proposal], len(known), adapter)
-        if not call.prefilled:
-            call.prefilled, call.cached = time.monotonic(), scores.cached
+        call.answered(scores.cached)
         call.passes += 1
         call.proposed += len(proposal)
         return scores

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from services.common.errors import AsdError, InvalidRequest, PreconditionFailed, ResourceExhausted
-from services.stage import tensorrt_llm_engine, vllm_engine
+from services.stage import scoring_engine, tensorrt_llm_engine, vllm_engine
 from services.stage.check import main as check_main
 from services.stage.conformance import PROMPTS, Answer, Suite, collect
 from services.stage.engine import DraftPiece, FinishReason, ModelState, SamplingOptions, Turn
@@ -311,6 +313,27 @@ async def test_a_draft_that_is_still_being_written_holds_no_place_in_the_batch(
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
     await held.aclose()
+
+
+async def test_waiting_for_a_draft_is_no_waiting_in_a_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Routers take queue_ms for how busy a stage is."""
+    fake_vllm.install(monkeypatch)
+    engine = await _vllm()
+    answer = await _ask(engine, LONG)
+    late = 0.0
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + late)
+    monkeypatch.setattr(scoring_engine, "time", clock)
+
+    async def pieces() -> AsyncIterator[DraftPiece | FinishReason]:
+        nonlocal late
+        late = 1000.0
+        yield DraftPiece(answer.result.ids, "", engine.status().fingerprint)
+        yield answer.result.finish
+
+    events = engine.verify_stream((LONG,), SamplingOptions(max_new_tokens=24), pieces(), None)
+    result = (await collect(events, "first")).result
+    assert result.total_ms > 1e6
+    assert result.queue_ms < 1e5
 
 
 async def test_the_library_itself_ends_an_answer_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
