@@ -26,9 +26,10 @@ def record(command: str) -> dict[str, object]:
     """Return what a figure needs to be believed: command, commit, time and machine."""
     return {
         "command": command,
-        # Where a commit's tree was copied to a machine without its history, the caller says which it is.
+        # Where a commit's tree was copied to a machine without its history, the caller says which it is
+        # (ASD_COMMIT), and nobody can say what else was changed.
         "commit": os.environ.get("ASD_COMMIT") or _git("rev-parse", "HEAD"),
-        "changed_files": []
+        "changed_files": None
         if "ASD_COMMIT" in os.environ
         else _git("status", "--porcelain", "--untracked-files=no").splitlines(),
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -62,6 +62,8 @@ CACHE_GIB = {"13b": 18.0, "34b": 6.0, "70b": 4.5, "tiny": 0.5}
 # Requests at a time; the largest is also every engine's batch.
 CONCURRENCIES = (1, 8, 16, 32, 64)
 ACCEPTANCES = (1.0, 0.5, 0.0)
+# Of every throughput, where fewer requests come at a time.
+LEAST_ANSWERS = 10
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,10 @@ class Spans(collector_grpc.TraceServiceServicer):
                     }
                 )
         return collector.ExportTraceServiceResponse()
+
+    def is_pipelined(self, trace_id: str) -> bool:
+        """Return whether a stage verified a draft while it was being written."""
+        return any(span["name"].endswith("/VerifyStream") for span in self._spans.get(trace_id, ()))
 
     def timeline(self, trace_id: str) -> list[dict[str, Any]]:
         """Return a trace's spans in the order of their starts, in ms from the first one's."""
@@ -285,7 +291,7 @@ async def _start(
         for name, target in targets.items()
     ]
     ways: dict[str, dict[str, Any]] = {
-        "as shipped": {},
+        **{name: {} for name in _mixes([stage.name for stage in stages])},
         # Acceptance is set: drafts of which nothing is accepted must not stop the others' verification.
         "pipelined": {"adaptive": False},
         "sequential": {"adaptive": False, "pipelined": False},
@@ -299,7 +305,7 @@ async def _start(
             "default_deadline_ms": CALL_MS,
             **({"policy": {"target": policy, "timeout_ms": 1000}} if policy else {}),
         }
-        address = await start("services.router", f"router-{way.replace(' ', '-')}", settings, {})
+        address = await start("services.router", f"router-{len(clients)}", settings, {})
         clients[way] = await stack.enter_async_context(CascadeClient(address, timeout_ms=CALL_MS))
     return Running(clients, questions, spans)
 
@@ -336,9 +342,16 @@ def _chains(names: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 async def _latencies(running: Running, names: list[str], repeats: int) -> dict[str, Any]:
-    """Time every stage alone and every chain at every acceptance, one request at a time, taking turns."""
+    """Time every stage alone and every chain at every acceptance, one request at a time, taking turns.
+
+    Acceptance is that of the first stage's draft: the larger ones agree among themselves.
+    """
     alone = [("pipelined", (name,), 1.0) for name in names]
-    chained = itertools.product(("pipelined", "sequential"), _chains(names), ACCEPTANCES)
+    chained = [
+        (router, chain, acceptance)
+        for router, chain in itertools.product(("pipelined", "sequential"), _chains(names))
+        for acceptance in (ACCEPTANCES if chain[0] == names[0] else ACCEPTANCES[:1])
+    ]
     samples: dict[tuple[str, tuple[str, ...], float], list[tuple[float, Answer]]]
     samples = {key: [] for key in (*alone, *chained)}
     for _ in range(repeats):
@@ -360,6 +373,8 @@ async def _latencies(running: Running, names: list[str], repeats: int) -> dict[s
                 "p50_ms": statistics.median(times),
                 "p95_ms": percentile(times, 0.95),
                 "samples": len(times),
+                # By the spans: the router has the stages of a chain take turns where it sees a queue.
+                "pipelined": sum(running.spans.is_pipelined(answer.trace_id) for _, answer in each),
                 "of_the_largest": statistics.median(times) / mean[names[-1]],
                 "of_its_last": statistics.median(times) / mean[chain[-1]],
                 "accepted_tokens": [record.accepted_tokens for record in last.stages],
@@ -370,10 +385,8 @@ async def _latencies(running: Running, names: list[str], repeats: int) -> dict[s
     return {"latencies": found}
 
 
-async def _throughput(
-    running: Running, names: list[str], concurrencies: tuple[int, ...], rounds: int
-) -> list[dict[str, Any]]:
-    """Answers per second by what is asked, at each number of requests at a time; the ways take turns."""
+def _mixes(names: Sequence[str]) -> dict[str, list[tuple[dict[str, Any], float]]]:
+    """Return what is asked, by name: ways of asking with the acceptance of their drafts, taken in turn."""
     small, large = names[0], names[-1]
     escalated = {"chain": (small, large)}
     mixes: dict[str, list[tuple[dict[str, Any], float]]] = {
@@ -385,18 +398,31 @@ async def _throughput(
     }
     if len(names) == len(NAMES):
         mixes["the policy decides"] = [({"objective": Objective(preference="balanced")}, 1.0)]
+    return mixes
+
+
+async def _throughput(
+    running: Running, names: list[str], concurrencies: tuple[int, ...], rounds: int
+) -> list[dict[str, Any]]:
+    """Answers per second by what is asked, at each number of requests at a time; the ways take turns.
+
+    Every way has a router of its own, as shipped: what one learns of its drafts is not another's.
+    """
     rows = []
     for concurrency in concurrencies:
         base = 0.0
-        for name, mix in mixes.items():
-            count = max(concurrency * rounds, len(mix), 2)
+        for name, mix in _mixes(names).items():
+            least = max(concurrency * rounds, LEAST_ANSWERS)
+            count = -(-least // len(mix)) * len(mix)
             jobs = iter([mix[index % len(mix)] for index in range(count)])
             times: list[float] = []
             stops: collections.Counter[str] = collections.Counter()
 
-            async def work(jobs: Any = jobs, times: Any = times, stops: Any = stops) -> None:
+            async def work(
+                name: str = name, jobs: Any = jobs, times: Any = times, stops: Any = stops
+            ) -> None:
                 for way, acceptance in jobs:
-                    ms, answer = await running.ask("as shipped", way, acceptance)
+                    ms, answer = await running.ask(name, way, acceptance)
                     times.append(ms)
                     stops[answer.stage] += 1
 

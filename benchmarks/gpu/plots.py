@@ -124,10 +124,11 @@ def _throughput(axis: Axes, cascade: dict[str, Any]) -> None:
         color = _BASE if not number else f"C{number - 1}"
         axis.plot(*zip(*points, strict=True), color=color, marker="o", ms=3, label=name)
     axis.set_xscale("log", base=2)
-    axis.set_xticks([1, 8, 64], ["1", "8", "64"])
+    ticks = sorted({each["concurrency"] for each in cascade["throughput"]})
+    axis.set_xticks(ticks, [str(each) for each in ticks])
     axis.set_xlabel("requests at a time")
     axis.set_ylabel("answers per second, times always the 70B's")
-    axis.set_title("13B and 34B on one H200, 70B on another", fontsize=9)
+    axis.set_title(f"{cascade['device']}: {', '.join(cascade['stages'])} (model@GPU)", fontsize=9)
     axis.legend(fontsize=8)
 
 

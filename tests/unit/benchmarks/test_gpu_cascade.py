@@ -1,0 +1,67 @@
+"""The cascade benchmark's own arithmetic: what is accepted follows from a prompt's last token."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.gpu.cascade import ANSWER, LEAST_ANSWERS, Stage, _chains, _mixes
+from benchmarks.gpu.predictable import last_token, successor
+
+VOCABULARY = 32_000
+
+
+def _writes(token: int, count: int, *, jumps: bool) -> list[int]:
+    ids = []
+    for _ in range(count):
+        token = successor(token, VOCABULARY, jumps=jumps)
+        ids.append(token)
+    return ids
+
+
+@pytest.mark.parametrize("block", [0, 13, 26])
+@pytest.mark.parametrize("accepted", [0, 1, 32, ANSWER - 1, None])
+def test_a_prompts_last_token_sets_how_much_of_a_draft_is_accepted(accepted: int | None, block: int) -> None:
+    start = last_token(accepted, block)
+    assert start < VOCABULARY - 1
+    draft = _writes(start, ANSWER, jumps=False)
+    # What a target says after each prefix of the draft.
+    own = [successor(token, VOCABULARY, jumps=True) for token in [start, *draft]]
+    agreed = [ours == theirs for ours, theirs in zip(own, draft, strict=False)]
+    assert (agreed.index(False) if False in agreed else ANSWER) == (ANSWER if accepted is None else accepted)
+
+
+def test_after_a_correction_nothing_of_the_draft_fits_even_moved_along() -> None:
+    start = last_token(8, 3)
+    target, draft = _writes(start, ANSWER, jumps=True), _writes(start, ANSWER, jumps=False)
+    assert target[:8] == draft[:8]
+    assert not set(target[8:]) & set(draft)
+
+
+def test_two_models_that_jump_agree_whatever_the_prompt() -> None:
+    start = last_token(0, 5)
+    assert _writes(start, ANSWER, jumps=True) == _writes(start, ANSWER, jumps=True)
+    assert _writes(start, ANSWER, jumps=True) != _writes(start, ANSWER, jumps=False)
+
+
+def test_no_word_is_followed_by_what_ends_an_answer_or_is_no_word() -> None:
+    following = {successor(token, VOCABULARY, jumps=True) for token in range(VOCABULARY)}
+    assert min(following) >= 3
+    assert max(following) < VOCABULARY - 1
+
+
+def test_stages_are_read_with_their_gpus() -> None:
+    assert Stage.read("large", "70b@1+2") == Stage("large", "70b", ("1", "2"))
+    assert Stage.read("small", "tiny").gpus == ()
+    with pytest.raises(ValueError, match="no shape '7b': choose of 13b"):
+        Stage.read("small", "7b@0")
+
+
+def test_what_is_asked_of_two_and_of_three_stages() -> None:
+    assert _chains(("small", "large")) == [("small", "large")]
+    assert _chains(("small", "medium", "large"))[-1] == ("small", "medium", "large")
+    assert "the policy decides" not in _mixes(("small", "large"))
+    mixes = _mixes(("small", "medium", "large"))
+    assert mixes["the policy decides"]
+    early = [way for way, _ in mixes["four of five stop early"] if way == {"stage": "small"}]
+    assert len(early) / len(mixes["four of five stop early"]) == 0.8
+    assert all(LEAST_ANSWERS % len(mix) == 0 for mix in mixes.values())
