@@ -15,10 +15,15 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 TOOLS = Path(__file__).parent / "tools"
 
@@ -37,6 +42,12 @@ SYSTEM_PROGRAMS = {
 }
 CNI_FOLDERS = (Path("/usr/lib/cni"), Path("/opt/cni/bin"), Path("/usr/libexec/cni"))
 CNI_PACKAGE = "containernetworking-plugins"
+
+# Of the programs and small: whether Go can fetch modules is tried with it.
+_SMALL_MODULE = "golang.org/x/sync"
+# Chosen: a small module takes seconds; a newer Go, which Go fetches by itself where it may, is 70 MB.
+_MODULE_SECONDS = 60.0
+_GO_SECONDS = 300.0
 
 
 class MissingProgramError(RuntimeError):
@@ -120,12 +131,14 @@ def cache_dir() -> Path:
 
 def version_of(program: Program) -> str:
     """Return the version of a program's module in its go.mod, such as "v1.36.3"; "v0" of our own."""
-    if not program.module:
-        return "v0"
-    text = (TOOLS / program.tool / "go.mod").read_text(encoding="utf-8")
-    found = re.search(rf"^(?:require|\t| )\s*{re.escape(program.module)} (v\S+)", text, re.MULTILINE)
+    return _module_version(program.tool, program.module) if program.module else "v0"
+
+
+def _module_version(tool: str, module: str) -> str:
+    text = (TOOLS / tool / "go.mod").read_text(encoding="utf-8")
+    found = re.search(rf"^(?:require|\t| )\s*{re.escape(module)} (v\S+)", text, re.MULTILINE)
     if found is None:
-        raise MissingProgramError(f"tools/{program.tool}/go.mod names no version of {program.module}")
+        raise MissingProgramError(f"tools/{tool}/go.mod names no version of {module}")
     return found[1]
 
 
@@ -161,11 +174,72 @@ def _no_go(program: Program) -> str:
     )
 
 
-def check_buildable(names: tuple[str, ...]) -> None:
-    """Raise MissingProgramError where a program is nowhere and there is no Go to build it."""
-    for name in names:
-        if shutil.which("go") is None and _look_up(PROGRAMS[name]) is None:
-            raise MissingProgramError(_no_go(PROGRAMS[name]))
+def absent_programs(names: tuple[str, ...]) -> list[str]:
+    """Return names and versions of the programs that would have to be built."""
+    programs = [PROGRAMS[name] for name in names]
+    return [f"{each.name} {version_of(each)}" for each in programs if _look_up(each) is None]
+
+
+def check_go(needs: Sequence[str]) -> None:
+    """Raise MissingProgramError where Go cannot make what is needed: it is absent, too old or cut off.
+
+    needs: what is not here, for the sentence; nothing needs no Go.
+    """
+    if not needs:
+        return
+    problem = _problem_of_go()
+    if problem:
+        others = f" and {len(needs) - 1} more" if needs[1:] else ""
+        raise MissingProgramError(f"{needs[0]}{others} would have to come from Go modules: {problem}")
+
+
+def _problem_of_go() -> str:
+    go = shutil.which("go")
+    if go is None:
+        return "there is no Go; install Go 1.26 or later"
+    # In a module's folder: where Go is too old for it, it fetches and becomes a newer one, if it may and can.
+    module = TOOLS / "kubernetes"
+    done, said = _ask([go, "env", "GOVERSION"], module, _GO_SECONDS)
+    wanted = go_version((module / "go.mod").read_text(encoding="utf-8"))
+    if not done or go_version(said) < wanted:
+        least = ".".join(map(str, wanted))
+        return f"{go} is not, and cannot become, Go {least} or later; install that: {said}"
+    small = f"{_SMALL_MODULE}@{_module_version('kubernetes', _SMALL_MODULE)}"
+    # Into an empty folder: what was fetched before says nothing of now.
+    with tempfile.TemporaryDirectory() as scratch:
+        flags = f"{os.environ.get('GOFLAGS', '')} -modcacherw".strip()
+        changed = {"GOMODCACHE": f"{scratch}/modules", "GOFLAGS": flags, "GOWORK": "off"}
+        done, said = _ask([go, "mod", "download", small], Path(scratch), _MODULE_SECONDS, changed)
+    return "" if done else f"Go cannot fetch modules; let it reach the proxy that GOPROXY names: {said}"
+
+
+def go_version(text: str) -> tuple[int, ...]:
+    """Return the version that a text gives of Go, such as (1, 26, 8); () where it gives none.
+
+    text: a version, or go.mod.
+    """
+    found = re.search(r"^(?:devel )?go ?(\d+)\.(\d+)(?:\.(\d+))?", text, re.MULTILINE)
+    return tuple(int(number or 0) for number in found.groups()) if found else ()
+
+
+def _ask(
+    command: list[str], folder: Path, timeout_s: float, changed: dict[str, str] | None = None
+) -> tuple[bool, str]:
+    """Return whether a command succeeded, and the last line that it printed."""
+    try:
+        run = subprocess.run(
+            command,
+            cwd=folder,
+            env={**os.environ, **(changed or {})},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout_s,
+        )
+    except subprocess.TimeoutExpired:
+        return False, f"no answer after {timeout_s:.0f} s"
+    lines = (run.stdout if run.returncode == 0 else run.stderr).strip().splitlines()
+    return run.returncode == 0, lines[-1] if lines else f"exit {run.returncode}"
 
 
 def find_all(names: tuple[str, ...] = NODE_PROGRAMS) -> dict[str, Path]:

@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.cluster.build import MissingProgramError
 
@@ -48,26 +49,36 @@ DEFINITIONS = (
 
 def find_definitions() -> list[Path]:
     """Return the files, fetched by Go if need be. Raises MissingProgramError where that is not possible."""
+    found = []
+    for each in DEFINITIONS:
+        answer = _download(each)
+        if "Dir" not in answer:
+            raise MissingProgramError(f"Go cannot fetch {each.module}: {answer['Error']}")
+        found += [Path(answer["Dir"]) / file for file in each.files]
+    return found
+
+
+def absent_definitions() -> list[str]:
+    """Return the modules, with their versions, that would have to be fetched."""
+    return [
+        f"{each.module} {each.version}" for each in DEFINITIONS if "Dir" not in _download(each, GOPROXY="off")
+    ]
+
+
+def _download(definitions: Definitions, **environment: str) -> dict[str, Any]:
+    """Return what Go says of a module that it was to fetch: `Dir`, where it is, or else `Error`."""
     go = shutil.which("go")
     if go is None:
-        raise MissingProgramError("there is no Go to fetch the definitions with: install Go 1.26 or later")
-    found = []
+        return {"Error": "there is no Go; install Go 1.26 or later"}
     # Outside of a module, so that none is changed.
     with tempfile.TemporaryDirectory() as scratch:
-        for each in DEFINITIONS:
-            run = subprocess.run(
-                [go, "mod", "download", "-json", f"{each.module}@{each.version}"],
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=600,
-                cwd=scratch,
-                env={**os.environ, "GOWORK": "off"},
-            )
-            answer = json.loads(run.stdout or "{}")
-            if "Dir" not in answer:
-                raise MissingProgramError(
-                    f"Go cannot fetch {each.module}: {answer.get('Error') or run.stderr}"
-                )
-            found += [Path(answer["Dir"]) / file for file in each.files]
-    return found
+        run = subprocess.run(
+            [go, "mod", "download", "-json", f"{definitions.module}@{definitions.version}"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
+            cwd=scratch,
+            env={**os.environ, "GOWORK": "off", **environment},
+        )
+    return {"Error": run.stderr, **json.loads(run.stdout or "{}")}

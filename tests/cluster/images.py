@@ -272,6 +272,14 @@ def _forget_others(folder: Path, used: set[str]) -> None:
             path.unlink()
 
 
+def sizes_mb(made: Sequence[Image]) -> dict[str, float]:
+    """Return how large images are, uncompressed, by target; base: the part that all of them have."""
+    sizes = {image.name.removeprefix(f"{LIBRARY}/asd-").partition(":")[0]: image.size for image in made}
+    if made:
+        sizes["base"] = made[0].layers[0].size
+    return {name: round(size / 1e6, 1) for name, size in sizes.items()}
+
+
 def release_archive(folder: Path) -> Path:
     """Return a docker-archive with asd's images, as they are in this working tree."""
     made = release_images(folder)

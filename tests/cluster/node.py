@@ -26,12 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.cluster import images
+from tests.cluster import crds, images
 from tests.cluster.build import (
     NODE_PROGRAMS,
     MissingProgramError,
+    absent_programs,
     cache_dir,
-    check_buildable,
+    check_go,
     check_system,
     find_all,
     missing_packages,
@@ -127,8 +128,7 @@ class Node:
         archives = [images.system_archive(), *archives]
         if self.state is not None:
             raise NodeError(f"a node runs in {self.folder} already: python -m tests.cluster.node down")
-        if busy := _busy_cgroups():
-            raise NodeError(f"another kubelet runs on this machine: {busy[0]} is in use")
+        _check_alone()
         self._clear()
         started = time.monotonic()
         deadline = started + timeout_s
@@ -486,7 +486,7 @@ class Node:
 def check_machine() -> None:
     """Raise MissingProgramError or NodeError, with a sentence, where this machine cannot run a node."""
     check_system()
-    check_buildable((*NODE_PROGRAMS, "jaeger"))
+    _check_alone()
     for parent in _cgroup_parents():
         probe = parent / f"asd-probe-{os.getpid()}"
         try:
@@ -516,6 +516,8 @@ def check_machine() -> None:
         raise NodeError(
             f"a node has namespaces and mounts of its own, and this machine refuses: {said}"
         ) from error
+    # Last, for it asks the network: what the tests would build or fetch.
+    check_go([*absent_programs((*NODE_PROGRAMS, "jaeger")), *crds.absent_definitions()])
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -788,6 +790,12 @@ def _cgroup_parents() -> list[Path]:
 def _busy_cgroups() -> list[Path]:
     found = (path for top in _cgroups() for path in top.rglob("cgroup.procs"))
     return [path.parent for path in found if path.read_text(encoding="ascii").strip()]
+
+
+def _check_alone() -> None:
+    # Two kubelets would remove each other's cgroups.
+    if busy := _busy_cgroups():
+        raise NodeError(f"another kubelet runs on this machine: {busy[0]} is in use")
 
 
 def _remove_cgroups(deadline: float) -> None:

@@ -1,0 +1,131 @@
+"""What is said of a machine before a node is tried on it, without starting one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.cluster import build, crds, node
+from tests.cluster.images import LIBRARY, Image, Layer, sizes_mb
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+NEEDED = ["kubelet v1.36.3", "etcd v3.6.13"]
+MAKES_GO = """#!/bin/sh
+case $1 in
+  env) echo {version} ;;
+  mod) {download} ;;
+esac
+"""
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give the only folder of PATH, empty."""
+    (programs := tmp_path / "programs").mkdir()
+    monkeypatch.setenv("PATH", str(programs))
+    return programs
+
+
+def install_go(folder: Path, version: str, download: str = "exit 0") -> None:
+    (program := folder / "go").write_text(MAKES_GO.format(version=version, download=download))
+    program.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("go1.26.8", (1, 26, 8)),
+        ("go1.19", (1, 19, 0)),
+        ("go1.26rc1", (1, 26, 0)),
+        ("devel go1.27-0123abc", (1, 27, 0)),
+        ("module asd/tests/cluster/pause\n\ngo 1.26.0\n", (1, 26, 0)),
+        ("module example.org/go1.2\n", ()),
+        ("", ()),
+    ],
+)
+def test_a_version_of_go_is_read(text: str, version: tuple[int, ...]) -> None:
+    assert build.go_version(text) == version
+
+
+def test_every_tool_asks_for_the_go_that_is_checked() -> None:
+    modules = sorted(build.TOOLS.glob("*/go.mod"))
+    assert {build.go_version(path.read_text()) for path in modules} == {(1, 26, 0)}
+
+
+@pytest.mark.usefixtures("machine")
+def test_where_nothing_is_needed_go_is_not() -> None:
+    build.check_go([])
+
+
+@pytest.mark.usefixtures("machine")
+def test_a_machine_without_go_is_told_what_it_lacks() -> None:
+    with pytest.raises(build.MissingProgramError, match=r"^kubelet v1\.36\.3 and 1 more .*there is no Go"):
+        build.check_go(NEEDED)
+
+
+def test_an_old_go_is_refused(machine: Path) -> None:
+    install_go(machine, "go1.24.4")
+    with pytest.raises(build.MissingProgramError, match=r"cannot become, Go 1\.26\.0 or later.*: go1\.24\.4"):
+        build.check_go(NEEDED)
+
+
+def test_a_go_that_is_cut_off_is_refused(machine: Path) -> None:
+    install_go(machine, "go1.26.8", "echo dial tcp: no such host >&2; exit 1")
+    with pytest.raises(build.MissingProgramError, match=r"Go cannot fetch modules.*: dial tcp: no such host"):
+        build.check_go(NEEDED)
+
+
+def test_a_go_that_gets_no_answer_is_not_waited_for(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_MODULE_SECONDS", 0.2)
+    install_go(machine, "go1.26.8", "exec /bin/sleep 60")
+    with pytest.raises(build.MissingProgramError, match=r"Go cannot fetch modules.*: no answer after 0 s"):
+        build.check_go(NEEDED)
+
+
+def test_a_new_go_that_fetches_modules_is_enough(machine: Path) -> None:
+    install_go(machine, "go1.26.8")
+    build.check_go(NEEDED)
+
+
+@pytest.mark.usefixtures("machine")
+def test_programs_that_lie_ready_are_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASD_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("KUBEBUILDER_ASSETS", str(tmp_path))
+    (tmp_path / "etcd").touch()
+    assert build.absent_programs(("etcd", "pause")) == ["pause v0"]
+
+
+def test_definitions_are_absent_until_go_has_them(machine: Path) -> None:
+    every = [f"{each.module} {each.version}" for each in crds.DEFINITIONS]
+    assert crds.absent_definitions() == every
+    install_go(machine, "go1.26.8", """echo '{"Error": "module lookup disabled"}'; exit 1""")
+    assert crds.absent_definitions() == every
+    install_go(machine, "go1.26.8", """echo '{"Dir": "/modules/it"}'""")
+    assert crds.absent_definitions() == []
+
+
+def test_another_kubelet_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node, "CGROUP_ROOT", tmp_path)
+    (pod := tmp_path / "memory" / "kubepods" / "pod1").mkdir(parents=True)
+    (pod / "cgroup.procs").write_text("")
+    monkeypatch.setattr(node, "check_system", lambda: None)
+    # Nothing lives in it: what the check says next is of what lies beyond.
+    monkeypatch.setattr(node, "_cgroup_parents", lambda: [tmp_path / "absent" / "deeper"])
+    with pytest.raises(node.NodeError, match="a node makes cgroups"):
+        node.check_machine()
+    (pod / "cgroup.procs").write_text("7\n")
+    with pytest.raises(node.NodeError, match=f"another kubelet runs on this machine: {pod} is in use"):
+        node.check_machine()
+
+
+def test_sizes_of_images_are_given_by_target(tmp_path: Path) -> None:
+    base, small, large = (Layer(tmp_path, str(size), size) for size in (77_000_000, 38_040_000, 2_000_000))
+    made = [
+        Image(f"{LIBRARY}/asd-router:0.1.0", (base, small), {}),
+        Image(f"{LIBRARY}/asd-stage-onnx:0.1.0", (base, small, large), {}),
+    ]
+    assert sizes_mb(made) == {"router": 115.0, "stage-onnx": 117.0, "base": 77.0}
+    assert sizes_mb([]) == {}
