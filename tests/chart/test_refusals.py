@@ -38,6 +38,8 @@ SCHEMA = [
     ({"manager": {"replicas": 2}}, "replicas"),
     ({"networkPolicy": {"clients": [{"podSelctor": {}}]}}, "podSelctor"),
     ({"stageDefaults": {"model": {"vllm": {"lora": {"Law!": "/models/law"}}}}}, "Law!"),
+    ({"stageDefaults": {"model": {"vllm": {"lora": {"a" * 65: "/models/law"}}}}}, "a" * 65),
+    (stage(model={"vllm": {"lora": {"b" * 65: "/models/law"}}}), "b" * 65),
     ({"router": {"affinity": {"nodeAfinity": {}}}}, "nodeAfinity"),
     ({"router": {"topologySpreadConstraints": [{"topologyKey": "zone"}]}}, "topologySpreadConstraints"),
     ({"stageDefaults": {"model": {"engine": "llama.cpp"}}}, "engine"),
