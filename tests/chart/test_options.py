@@ -312,18 +312,24 @@ class TestHelmTest:
         asd = tmp_path / "asd"
         asd.write_text('#!/bin/sh\necho "$ASD_TOKEN|$*"\n')
         asd.chmod(0o755)
-        [asking] = of_kind("tokens", "Pod")["demo-test-ask"]["spec"]["containers"]
-        [script] = asking["args"]
-        run = subprocess.run(
-            [*asking["command"], script.replace("/auth/tokens", str(file))],
-            env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        run = self._run(file, f"{tmp_path}:{os.environ['PATH']}")
+        assert run.returncode == 0, run.stderr
         token, _, arguments = run.stdout.partition("|")
         assert token == "secret-1"
         assert arguments.startswith("ask --target demo-router:50050 --json Max has 9 beads.")
+
+    @pytest.mark.parametrize("tokens", ["", "\n", "# nobody yet\n", "team-a:\n"])
+    def test_a_secret_without_a_token_is_named(self, tokens: str, tmp_path: Path) -> None:
+        (file := tmp_path / "tokens").write_text(tokens)
+        run = self._run(file, os.environ["PATH"])
+        said = "the Secret tokens holds no token under its key tokens: put one on a line\n"
+        assert (run.returncode, run.stderr) == (1, said)
+
+    def _run(self, tokens: Path, path: str) -> subprocess.CompletedProcess[str]:
+        [asking] = of_kind("tokens", "Pod")["demo-test-ask"]["spec"]["containers"]
+        [script] = asking["args"]
+        command = [*asking["command"], script.replace("/auth/tokens", str(tokens))]
+        return subprocess.run(command, env={"PATH": path}, capture_output=True, text=True, check=False)
 
 
 class TestNetwork:
