@@ -1,8 +1,15 @@
 # One target per image: docker build --target router --tag asd-router:0.1.0 .
 # Targets: router, policy, manager, stage-onnx, stage-vllm, stage-tensorrt-llm, tools, train.
 
-# What all other images start from. A registry's digest pins it: --build-arg PYTHON_IMAGE=python@sha256:...; none is
-# written here, as one that nobody can look up from here could not be kept right. Debian's Python 3.11 or later.
+# The images that others start from are named by tag: whoever builds gets the fixes that a registry publishes under it,
+# and perhaps another image each time. Where a build must give the same image again, pin each by the digest that the
+# registry gives (`docker buildx imagetools inspect IMAGE`); a tag beside a digest is for readers only:
+#   docker build --target router --build-arg PYTHON_IMAGE=docker.io/library/python:3.11.14-slim-bookworm@sha256:... .
+#   docker build --target stage-vllm --build-arg VLLM_IMAGE=docker.io/vllm/vllm-openai:v0.25.1@sha256:... .
+#   docker build --target stage-tensorrt-llm \
+#     --build-arg TENSORRT_LLM_IMAGE=nvcr.io/nvidia/tensorrt-llm/release:1.3.0rc24@sha256:... .
+
+# What all other images start from: Debian's Python 3.11 or later.
 ARG PYTHON_IMAGE=docker.io/library/python:3.11.14-slim-bookworm
 # What the GPU stages start from: images that hold the library, its CUDA and the compiler that it calls. The
 # engines' calls are checked against these versions (docs/engines.md).
