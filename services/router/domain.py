@@ -231,7 +231,8 @@ class Answer:
     """A stage's whole answer with what it shows. latency_ms: from the call to the stage's last message.
 
     draft_stage: name of the stage whose draft it verified, or "". is_whole: False where the call was cut off,
-    and the stage's own times are not known.
+    and the stage's own times are not known. is_pipelined: whether the draft was being written meanwhile, and
+    the stage's times have its drafter's in them.
     """
 
     stage: Stage
@@ -243,6 +244,7 @@ class Answer:
     cost: float
     draft_stage: str = ""
     is_whole: bool = True
+    is_pipelined: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,9 +83,10 @@ class Load:
     def answered(self, stage: int, depth: int, queue_ms: float, service_ms: float) -> None:
         """A call waited and was computed for so long, by the stage's clock.
 
-        depth: calls of this router under way at the stage as it began, itself included. By Little's law,
-        depth * service / (queue + service) of them were being computed. Where the call had to wait, that is
-        the stage's capacity, or this router's part of it; where it did not, the capacity is at least that.
+        service_ms: 0 where it is not known. depth: calls of this router under way at the stage as it began,
+        itself included. By Little's law, depth * service / (queue + service) of them were being computed.
+        Where the call had to wait, that is the stage's capacity, or this router's part of it; where it did
+        not, the capacity is at least that.
         """
         old = self._faded_ms(stage)
         self._mean_ms[stage] = old + _NEWEST * (queue_ms - old)

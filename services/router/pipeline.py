@@ -96,7 +96,8 @@ class Pipeline:
     def _start(self, client: StageClient, drafts: AsyncIterator[Piece] | None) -> AsyncIterator[Piece]:
         """Have a stage work on the drafts of the one before it; return what it writes, as a draft."""
         action = StageAction.VERIFY if drafts else StageAction.GENERATE
-        run = StageRun(client.stage, action, self._runs[-1].stage.name if drafts else "", self._clock)
+        drafter = self._runs[-1].stage.name if drafts else ""
+        run = StageRun(client.stage, action, drafter, self._clock, is_pipelined=drafts is not None)
         self._runs.append(run)
         pieces: asyncio.Queue[Piece] = asyncio.Queue()
         self._tasks.append(asyncio.create_task(self._work(client, run, drafts, pieces)))

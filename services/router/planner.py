@@ -119,7 +119,9 @@ class Planner:
         self._speculation.answered(answer, depth)
         if answer.is_whole:
             timing = answer.result.timing
-            self._load.answered(answer.stage.index, depth, timing.queue_ms, timing.total_ms - timing.queue_ms)
+            # A pipelined call mostly waits for its drafter, and takes nobody's place meanwhile.
+            service_ms = 0.0 if answer.is_pipelined else timing.total_ms - timing.queue_ms
+            self._load.answered(answer.stage.index, depth, timing.queue_ms, service_ms)
 
     def draft_for(self, progress: Progress, stage: Stage) -> StageResult | None:
         """Return the draft that a stage is to verify; None where it had better write anew."""

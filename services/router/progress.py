@@ -113,7 +113,7 @@ class Progress:
 
     def start(self, stage: Stage, action: StageAction, drafter: str, *, is_final: bool) -> None:
         """A stage starts on the request, on a drafter's draft where it verifies. is_final: it will stand."""
-        self._run = StageRun(stage, action, drafter, self._clock)
+        self._run = StageRun(stage, action, drafter, self._clock, is_pipelined=bool(self.upstream))
         self._may_abandon = not is_final
         self._delivery.start(is_final=is_final)
 

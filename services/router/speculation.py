@@ -63,7 +63,8 @@ class Speculation:
     drafts save nothing whatever the load. By time: a busy target is bound by its arithmetic, and a pass over
     a draft, or over the prompt once more, takes long; so with 8 calls or more under way there, what a token
     of a verified answer took is compared with what a token of a written one took, at about the same number of
-    calls under way (within a factor of 2).
+    calls under way (within a factor of 2). Pipelined verifications, whose times have their drafter's in them,
+    are no part of the second.
     """
 
     def __init__(self, *, enabled: bool = True) -> None:
@@ -109,6 +110,9 @@ class Speculation:
             _learn(self._shares, (answer.draft_stage, target), share)
         has_draft = answer.action is StageAction.VERIFY
         if depth < _BUSY or not answer.is_whole or has_draft != bool(answer.draft_stage):
+            return
+        if answer.is_pipelined:
+            # Its time is its drafter's as well.
             return
         level = _level(depth)
         if not has_draft:

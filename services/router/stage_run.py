@@ -24,14 +24,25 @@ if TYPE_CHECKING:
 
 
 class StageRun:
-    """Collects what a stage sends. draft_stage: whose draft it verifies, or "". clock: monotonic seconds."""
+    """Collects what a stage sends.
+
+    draft_stage: whose draft it verifies, or "". is_pipelined: whether that is being written meanwhile. clock:
+    monotonic seconds.
+    """
 
     def __init__(
-        self, stage: Stage, action: StageAction, draft_stage: str, clock: Callable[[], float]
+        self,
+        stage: Stage,
+        action: StageAction,
+        draft_stage: str,
+        clock: Callable[[], float],
+        *,
+        is_pipelined: bool = False,
     ) -> None:
         self.stage = stage
         self.action = action
         self._draft_stage = draft_stage
+        self._is_pipelined = is_pipelined
         self._clock = clock
         self._started = clock()
         self._ended: float | None = None
@@ -148,4 +159,5 @@ class StageRun:
             cost,
             self._draft_stage if self._verification else "",
             is_whole=self.has_ended,
+            is_pipelined=self._is_pipelined,
         )

@@ -64,6 +64,22 @@ async def test_a_pipelined_draft_travels_as_it_is_written(world):
     assert chunks[0].tokenizer_fingerprint == w.stages["small"].fingerprint
 
 
+async def test_times_of_stages_that_wait_for_their_drafter_are_not_learned(world):
+    w = await world(*three_stages(world, queue_ms=0.0))
+    w.stages["large"].queue_ms = 50.0
+    load = w.servicer._cascade._planner._load
+    await w.stub.Generate(ask("small", "medium", "large"), timeout=5)
+    assert [w.stages[name].calls for name in ("medium", "large")] == [["verify_stream"]] * 2
+    # 3 ms each by the stages' clocks, of which only the first one's are its own.
+    assert [load.service_ms(place) for place in range(3)] == [3.0, 0.0, 0.0]
+    assert [load.capacity(place) for place in range(3)] == [8.0] * 3
+    # A wait in the queue is one all the same: the stages work one after the other from now on.
+    assert load.expected_queue_ms(2) == pytest.approx(10.0, rel=0.1)
+    await w.stub.Generate(ask("small", "medium", "large"), timeout=5)
+    assert [w.stages[name].calls[1:] for name in ("medium", "large")] == [["verify"]] * 2
+    assert [load.service_ms(place) for place in range(3)] == [3.0] * 3
+
+
 async def test_the_first_committed_token_comes_while_the_draft_is_being_written(world):
     small, medium, large = three_stages(world, pause_after=1)
     w = await world(small, medium, large)

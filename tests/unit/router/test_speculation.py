@@ -76,6 +76,22 @@ def test_a_busy_target_verifies_only_where_that_is_faster_than_writing(pace_ms, 
     assert set(reasons) == {None, Skip.LOAD}
 
 
+def test_pipelined_verifications_are_no_part_of_the_comparison():
+    speculation = Speculation()
+    for _ in range(5):
+        speculation.answered(written(10.0), 64)
+        speculation.answered(verified(5.0), 64)
+        # Most of it is its drafter's time.
+        speculation.answered(replace(verified(30.0), is_pipelined=True), 64)
+    assert asked(speculation, 64, 63) == [None] * 63
+
+
+def test_pipelined_verifications_show_what_drafts_are_worth_all_the_same():
+    speculation = Speculation()
+    speculation.answered(replace(verified(5.0, passes=20), is_pipelined=True), 1)
+    assert speculation.reason_to_skip("small", "large", 1) is Skip.WORTHLESS
+
+
 def test_waits_are_no_part_of_the_comparison():
     speculation = Speculation()
     speculation.answered(written(10.0), 64)
