@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 FRESH_SECONDS = 60.0
 # For how long a stage that did not answer is not asked again. Chosen.
 RETRY_SECONDS = 1.0
+# Share of a call's time that may pass until the stage says which adapters it has. Chosen: in the rest it can
+# answer without.
+_SHARE_OF_TIME = 0.5
 
 
 class Adapters:
@@ -46,8 +49,12 @@ class Adapters:
         # Until when the stage is taken to lack an adapter, by task.
         self._lacking: dict[str, float] = {}
 
-    async def model_for(self, task: str) -> str:
-        """Return the model to ask for a task; without an adapter for it, and for "", the one without."""
+    async def model_for(self, task: str, timeout_ms: float) -> str:
+        """Return the model to ask for a task; without an adapter for it, and for "", the one without.
+
+        timeout_ms: the time that is left for this and the call. Where half of it does not do for the stage to
+        say what it has, it is asked for the model without.
+        """
         if not task:
             return self._model
         if self._is_asked and self._clock() >= self._next_time:
@@ -55,14 +62,17 @@ class Adapters:
                 self._update = asyncio.create_task(self._ask())
             if not self._names:
                 # It may well have the adapter. Where it has some, news can wait.
-                await asyncio.wait([self._update])
+                await asyncio.wait([self._update], timeout=timeout_ms / 1000.0 * _SHARE_OF_TIME)
         if self._clock() < self._lacking.get(task, -math.inf):
             return self._model
         return self._names.get(task, self._model)
 
-    def lacks(self, task: str) -> None:
-        """The stage says that it has no such adapter: for a while, ask its model without."""
-        logger.warning("%s is not there: tasks of that type are answered without", self._names[task])
+    def lacks(self, task: str, name: str) -> None:
+        """The stage says that it has no such adapter: for a while, ask its model without.
+
+        name: what it was asked for. What it said of its models meanwhile may not have that any longer.
+        """
+        logger.warning("%s is not there: tasks of that type are answered without", name)
         self._lacking[task] = self._clock() + FRESH_SECONDS
 
     async def close(self) -> None:

@@ -36,17 +36,25 @@ from services.router.domain import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Sequence
+    from collections.abc import (
+        AsyncGenerator,
+        AsyncIterable,
+        AsyncIterator,
+        Callable,
+        Collection,
+        Iterator,
+        Sequence,
+    )
 
     import grpc
 
-    from asd.v1 import common_pb2, stage_pb2_grpc
+    from asd.v1 import common_pb2
+    from asd.v1.stage_pb2_grpc import StageServiceAsyncStub as Stub
     from services.router.breaker import Breaker
     from services.router.ports import Sleepers
     from services.router.replicas import Replicas
 
 Sent = TypeVar("Sent")
-WithModel = TypeVar("WithModel", stage_pb2.StageServiceGenerateRequest, stage_pb2.VerifyRequest)
 Received = TypeVar("Received")
 Response = TypeVar(
     "Response",
@@ -54,6 +62,7 @@ Response = TypeVar(
     stage_pb2.VerifyResponse,
     stage_pb2.VerifyStreamResponse,
 )
+WithModel = stage_pb2.StageServiceGenerateRequest | stage_pb2.VerifyRequest | stage_pb2.VerifyStreamStart
 
 # For Describe, which asks every service whether it is there. Chosen.
 DESCRIBE_TIMEOUT_MS = 1000.0
@@ -97,7 +106,11 @@ class GrpcStage:
             session_id=request.session_id,
         )
         convert.set_input(message, request.input)
-        return self._events(self._call(request, lambda stub: stub.Generate, message, timeout_ms))
+
+        def call(stub: Stub, left_ms: float) -> AsyncGenerator[stage_pb2.StageServiceGenerateResponse, None]:
+            return call_stream(stub.Generate, message, timeout_ms=left_ms, peer=self._peer)
+
+        return self._events(self._call(request, message, call, timeout_ms))
 
     def verify(
         self, request: Request, draft: StageResult, timeout_ms: float
@@ -110,67 +123,68 @@ class GrpcStage:
             session_id=request.session_id,
         )
         convert.set_input(message, request.input)
-        return self._events(self._call(request, lambda stub: stub.Verify, message, timeout_ms))
 
-    async def verify_stream(
-        self, request: Request, drafts: AsyncIterator[Tokens | FinishReason], timeout_ms: float
+        def call(stub: Stub, left_ms: float) -> AsyncGenerator[stage_pb2.VerifyResponse, None]:
+            return call_stream(stub.Verify, message, timeout_ms=left_ms, peer=self._peer)
+
+        return self._events(self._call(request, message, call, timeout_ms))
+
+    def verify_stream(
+        self, request: Request, drafts: AsyncIterable[Tokens | FinishReason], timeout_ms: float
     ) -> AsyncGenerator[StageEvent, None]:
         """Verify a draft that is still being written; yield tokens, its verification, and last the result."""
-        model = await self._adapters.model_for(request.task)
         start = stage_pb2.VerifyStreamStart(
-            model=model,
             sampling=convert.sampling_to(request.sampling),
             acceptance=convert.acceptance_to(request.acceptance),
             session_id=request.session_id,
         )
         convert.set_input(start, request.input)
-        replica = await self._replicas.choose(_key(request))
-        call = call_exchange(
-            replica.stub.VerifyStream,
-            _steps(start, drafts),
-            is_last=lambda response: response.HasField("result"),
-            timeout_ms=timeout_ms,
-            peer=self._peer,
-        )
-        with self._replicas.calling(replica):
-            async with aclosing(self._events(self._heeding(call, request.task, model))) as events:
-                async for event in events:
-                    yield event
+
+        def call(stub: Stub, left_ms: float) -> AsyncGenerator[stage_pb2.VerifyStreamResponse, None]:
+            return call_exchange(
+                stub.VerifyStream,
+                _steps(start, drafts),
+                is_last=lambda response: response.HasField("result"),
+                timeout_ms=left_ms,
+                peer=self._peer,
+            )
+
+        return self._events(self._call(request, start, call, timeout_ms))
 
     async def prefill(self, request: Request, timeout_ms: float) -> int:
         """Put the prompt into the prefix cache; return its number of tokens."""
-        model = await self._adapters.model_for(request.task)
+        until = self._clock() + timeout_ms / 1000.0
+        model = await self._adapters.model_for(request.task, timeout_ms)
         message = stage_pb2.PrefillRequest(model=model, session_id=request.session_id)
         convert.set_input(message, request.input)
         replica = await self._replicas.choose(_key(request))
+        left_ms = (until - self._clock()) * 1000.0
         with self._replicas.calling(replica):
-            response = await call_unary(replica.stub.Prefill, message, timeout_ms=timeout_ms, peer=self._peer)
+            response = await call_unary(replica.stub.Prefill, message, timeout_ms=left_ms, peer=self._peer)
         return response.prompt_tokens
 
     async def _call(
         self,
         request: Request,
-        method: Callable[
-            [stage_pb2_grpc.StageServiceAsyncStub], grpc.aio.UnaryStreamMultiCallable[WithModel, Received]
-        ],
         message: WithModel,
+        call: Callable[[Stub, float], AsyncGenerator[Received, None]],
         timeout_ms: float,
     ) -> AsyncGenerator[Received, None]:
         """Call the request's replica; another one where it is away and has sent nothing.
 
-        Where the stage lacks the adapter that it is asked for, its model answers without.
+        Where the stage lacks the adapter that it is asked for, its model answers without. message: gets the
+        model to ask for. call: sends the message to a replica, with so many milliseconds left.
         """
         until = self._clock() + timeout_ms / 1000.0
-        message.model = await self._adapters.model_for(request.task)
+        message.model = await self._adapters.model_for(request.task, timeout_ms)
         tried: list[str] = []
         while True:
             replica = await self._replicas.choose(_key(request), tried)
             has_begun = False
             left_ms = (until - self._clock()) * 1000.0
-            call = call_stream(method(replica.stub), message, timeout_ms=left_ms, peer=self._peer)
             try:
                 with self._replicas.calling(replica):
-                    async with aclosing(call) as responses:
+                    async with aclosing(call(replica.stub, left_ms)) as responses:
                         async for response in responses:
                             has_begun = True
                             yield response
@@ -180,26 +194,11 @@ class GrpcStage:
                 if has_begun or not self._replicas.has_other(tried):
                     raise
             except NotFound:
-                if message.model == self._stage.model:
+                # What the caller was sent would come once more.
+                if has_begun or message.model == self._stage.model:
                     raise
-                self._adapters.lacks(request.task)
+                self._adapters.lacks(request.task, message.model)
                 message.model = self._stage.model
-
-    async def _heeding(
-        self, call: AsyncGenerator[Received, None], task: str, model: str
-    ) -> AsyncGenerator[Received, None]:
-        """Yield a call's answers; learn where the stage lacks the adapter that it was asked for.
-
-        Its draft has gone into the call: only the next one is asked for without.
-        """
-        try:
-            async with aclosing(call) as responses:
-                async for response in responses:
-                    yield response
-        except NotFound:
-            if model != self._stage.model:
-                self._adapters.lacks(task)
-            raise
 
     async def _list_models(self) -> list[str]:
         """Return the names of the stage's models, the default one first."""
@@ -504,7 +503,7 @@ def _key(request: Request) -> str:
 
 
 async def _steps(
-    start: stage_pb2.VerifyStreamStart, drafts: AsyncIterator[Tokens | FinishReason]
+    start: stage_pb2.VerifyStreamStart, drafts: AsyncIterable[Tokens | FinishReason]
 ) -> AsyncIterator[stage_pb2.VerifyStreamRequest]:
     """Yield a draft as the steps of a VerifyStream call."""
     yield stage_pb2.VerifyStreamRequest(start=start)

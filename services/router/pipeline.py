@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing, asynccontextmanager
+from itertools import count
 from typing import TYPE_CHECKING
 
 from services.common.errors import AsdError
@@ -72,7 +73,7 @@ class Pipeline:
         self._clock = clock
         self._runs: list[StageRun] = []
         self._tasks: list[asyncio.Task[None]] = []
-        self._drafts: AsyncIterator[Piece] | None = None
+        self._drafts: Draft | None = None
         for client in clients:
             self._drafts = self._start(client, self._drafts)
 
@@ -93,22 +94,22 @@ class Pipeline:
         }
         return [run.unfinished_answer() for run in self._runs], failures
 
-    def _start(self, client: StageClient, drafts: AsyncIterator[Piece] | None) -> AsyncIterator[Piece]:
+    def _start(self, client: StageClient, drafts: Draft | None) -> Draft:
         """Have a stage work on the drafts of the one before it; return what it writes, as a draft."""
         action = StageAction.VERIFY if drafts else StageAction.GENERATE
         drafter = self._runs[-1].stage.name if drafts else ""
         run = StageRun(client.stage, action, drafter, self._clock, is_pipelined=drafts is not None)
         self._runs.append(run)
-        pieces: asyncio.Queue[Piece] = asyncio.Queue()
-        self._tasks.append(asyncio.create_task(self._work(client, run, drafts, pieces)))
-        return _until_end(pieces)
+        written = Draft()
+        self._tasks.append(asyncio.create_task(self._work(client, run, drafts, written)))
+        return written
 
     async def _work(
         self,
         client: StageClient,
         run: StageRun,
-        drafts: AsyncIterator[Piece] | None,
-        pieces: asyncio.Queue[Piece],
+        drafts: Draft | None,
+        written: Draft,
     ) -> None:
         with Traced(Spans.STAGE) as span:
             spans.describe_call(span, self._progress, run.stage, run.action)
@@ -122,19 +123,36 @@ class Pipeline:
                     async for event in events:
                         run.take(event)
                         if isinstance(event, Tokens):
-                            pieces.put_nowait(event)
+                            written.add(event)
                         elif isinstance(event, StageResult):
-                            pieces.put_nowait(event.finish_reason)
+                            written.add(event.finish_reason)
             finally:
                 if not run.has_ended:
                     # The next stage goes on alone from what has come.
-                    pieces.put_nowait(FinishReason.LENGTH)
+                    written.add(FinishReason.LENGTH)
             spans.describe_answer(span, run.unfinished_answer())
 
 
-async def _until_end(pieces: asyncio.Queue[Piece]) -> AsyncIterator[Piece]:
-    while True:
-        piece = await pieces.get()
-        yield piece
-        if isinstance(piece, FinishReason):
-            return
+class Draft:
+    """What a stage has written and still writes. Each reader has it from its beginning, until it ends."""
+
+    def __init__(self) -> None:
+        self._pieces: list[Piece] = []
+        self._grown = asyncio.Event()
+
+    def add(self, piece: Piece) -> None:
+        """Go on with a piece; a FinishReason is the last one."""
+        self._pieces.append(piece)
+        self._grown.set()
+        # Who waits for more waits for the next one.
+        self._grown = asyncio.Event()
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        """Yield the pieces as they come."""
+        for place in count():
+            if place == len(self._pieces):
+                await self._grown.wait()
+            piece = self._pieces[place]
+            yield piece
+            if isinstance(piece, FinishReason):
+                return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterable, Sequence
 
     from services.common.errors import AsdError
     from services.router.domain import (
@@ -40,9 +40,12 @@ class StageClient(Protocol):
         """Yield the verification of the draft, then tokens, and last the result."""
 
     def verify_stream(
-        self, request: Request, drafts: AsyncIterator[Tokens | FinishReason], timeout_ms: float
+        self, request: Request, drafts: AsyncIterable[Tokens | FinishReason], timeout_ms: float
     ) -> AsyncGenerator[StageEvent, None]:
-        """Verify a draft that is still being written; a FinishReason ends it. Tokens may come first."""
+        """Verify a draft that is still being written; a FinishReason ends it. Tokens may come first.
+
+        Each reader of the draft has it from its beginning: another call may need it, too.
+        """
 
     async def prefill(self, request: Request, timeout_ms: float) -> int:
         """Put the prompt into the prefix cache; return its number of tokens."""

@@ -53,6 +53,32 @@ async def test_a_replica_that_is_away_is_replaced_without_an_error(replicated):
     assert sum(len(stage.calls) for index, stage in enumerate(stages) if index != home) == 1
 
 
+async def test_a_replica_that_refuses_is_replaced_in_a_pipeline(world):
+    small, larges = world.stage("small"), [world.stage("large") for _ in range(2)]
+    larges[0].fail_after, larges[0].failure = 0, Unavailable("draining")
+    servers, targets = [], []
+    for stage in larges:
+        server, port = await start_server("127.0.0.1:0", [ServiceRegistration(stage.full_name, stage.add)])
+        servers.append(server)
+        targets.append(f"127.0.0.1:{port}")
+    w = await world(
+        small,
+        larges[0],
+        static_plan=("small",),
+        stage_settings={"large": {"target": ",".join(targets)}},
+    )
+    for session in range(16):
+        request = cascade_pb2.GenerateRequest(prompt="hi", session_id=str(session), chain=["small", "large"])
+        assert (await w.stub.Generate(request, timeout=5)).text == larges[1].text
+    # Some conversations belong to the one that refuses.
+    assert larges[0].calls
+    assert larges[1].calls == ["verify_stream"] * 16
+    assert ["".join(chunk.text for chunk in chunks) for chunks in larges[1].streamed_drafts] == [
+        small.text
+    ] * 16
+    await asyncio.gather(*(server.stop(0) for server in servers))
+
+
 async def test_a_replica_that_refuses_is_replaced(replicated):
     w, stages, _ = replicated
     await w.stub.Generate(ask("a"), timeout=5)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import grpc
 import pytest
 
 from asd.v1 import cascade_pb2
-from services.common.errors import Unavailable
+from services.common.errors import NotFound, Unavailable
 
 GENERATE, PREFILL = "generate", "prefill"
 
@@ -86,16 +88,106 @@ async def test_an_adapter_that_is_not_there_after_all_is_done_without(world):
     assert models(w.stages["medium"]) == ["medium/math", "medium", "medium"]
 
 
-async def test_a_pipelined_target_without_its_adapter_is_asked_without_from_then_on(world):
-    settings = {"large": {"model": "large", "adapters": ["math"]}}
+@pytest.mark.parametrize("gone", ["medium", "large"])
+async def test_a_pipelined_target_without_its_adapter_is_asked_without(world, gone):
+    settings = {gone: {"model": gone, "adapters": ["math"]}}
     w = await world(
         world.stage("small"), world.stage("medium"), world.stage("large"), stage_settings=settings
     )
+    for _ in range(2):
+        response = await w.stub.Generate(ask(chain=["small", "medium", "large"]), timeout=5)
+        assert (response.text, response.stage) == (w.stages["large"].text, "large")
+        assert [record.stage for record in response.stages] == ["small", "medium", "large"]
+    assert models(w.stages[gone]) == [f"{gone}/math", gone, gone]
+
+
+async def test_a_draft_that_went_to_an_adapter_that_is_gone_is_verified_without(world):
+    small, large = world.stage("small"), world.stage("large")
+    verify_stream = large.VerifyStream
+
+    async def late(requests, context):
+        steps = aiter(requests)
+        first = await anext(steps)
+        if first.start.model == "large/math":
+            # The whole draft has come when it is refused.
+            async for step in steps:
+                if step.HasField("end"):
+                    raise NotFound("no such model")
+
+        async def again():
+            yield first
+            async for step in steps:
+                yield step
+
+        async for response in verify_stream(again(), context):
+            yield response
+
+    large.VerifyStream = late
+    settings = {"large": {"model": "large", "adapters": ["math"]}}
+    w = await world(small, world.stage("medium"), large, stage_settings=settings)
+    response = await w.stub.Generate(ask(chain=["small", "large"]), timeout=5)
+    assert response.text == large.text
+    (chunks,) = large.streamed_drafts
+    assert "".join(chunk.text for chunk in chunks) == small.text
+
+
+async def test_an_answer_that_has_begun_is_not_started_again_without_the_adapter(world):
+    medium = world.stage(
+        "medium", adapters=("math",), fail_after=2, failure=NotFound("the model was unloaded")
+    )
+    w = await world(medium)
+    call = w.stub.GenerateStream(cascade_pb2.GenerateStreamRequest(request=ask(stage="medium")), timeout=5)
+    committed = ""
+
+    async def read() -> None:
+        nonlocal committed
+        async for event in call:
+            committed += event.commit.tokens.text
+
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await w.stub.Generate(ask(chain=["small", "large"]), timeout=5)
+        await read()
     assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
-    assert "no model 'large/math' here" in caught.value.details()
-    assert (await w.stub.Generate(ask(chain=["small", "large"]), timeout=5)).stage == "large"
+    assert committed == "one two"
+    assert models(medium) == ["medium/math"]
+
+
+async def test_asking_for_adapters_is_part_of_a_calls_time(world):
+    large = world.stage("large", adapters=("math",))
+    status = large.Status
+
+    async def slow(request, context):
+        await asyncio.sleep(0.3)
+        return await status(request, context)
+
+    large.Status = slow
+    policy = world.policy(script={"small": "large"}, p_escalate=0.9, likely_next="large")
+    small = world.stage("small", pause_after=0)
+    large.on_call = small.gate.set
+    fields = {"stage_timeout_ms": 1000}
+    w = await world(small, world.stage("medium"), large, policy=policy, **fields)
+    await w.stub.Generate(ask(), timeout=8)
+    assert large.calls == [PREFILL, "verify"]
+    pipelined = await world(world.stage("small"), world.stage("medium"), large, **fields)
+    await pipelined.stub.Generate(ask(chain=["small", "large"]), timeout=8)
+    plain = await world(large, static_plan=("large",), **fields)
+    await plain.stub.Generate(ask(stage="large"), timeout=8)
+    assert large.calls[2:] == ["verify_stream", GENERATE]
+    # Of the second that each may take; the verification after the prefill did not ask.
+    assert [left < 0.75 for left in large.left_s] == [True, False, True, True]
+    assert set(models(large)) == {"large/math"}
+
+
+async def test_a_stage_that_is_slow_to_say_what_it_has_answers_without(world):
+    medium = world.stage("medium", adapters=("math",))
+    never = asyncio.Event()
+
+    async def hang(request, context):
+        await never.wait()
+
+    medium.Status = hang
+    w = await world(medium, stage_timeout_ms=400)
+    assert (await w.stub.Generate(ask(stage="medium"), timeout=5)).text == medium.text
+    assert models(medium) == [""]
 
 
 async def test_a_stage_that_does_not_say_what_it_has_answers_without(world):

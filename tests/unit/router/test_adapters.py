@@ -11,6 +11,8 @@ from services.common.errors import Unavailable
 from services.router.adapters import FRESH_SECONDS, RETRY_SECONDS, Adapters, tasks_of
 from services.router.settings import StageSettings
 
+LEFT_MS = 60_000.0
+
 
 class Stage:
     """Lists its models once its gate is open."""
@@ -52,21 +54,21 @@ def test_adapters_are_models_below_the_models_name(model, models, tasks):
 async def test_a_task_is_answered_by_its_adapter_and_others_without():
     stage = Stage("7b", "7b/math")
     found = adapters(stage)
-    assert [await found.model_for(task) for task in ("", "math", "law")] == ["", "7b/math", ""]
+    assert [await found.model_for(task, LEFT_MS) for task in ("", "math", "law")] == ["", "7b/math", ""]
     assert stage.asked == 1
 
 
 async def test_a_stage_that_nobody_names_a_task_to_is_not_asked():
     stage = Stage("7b", "7b/math")
-    assert await adapters(stage).model_for("") == ""
+    assert await adapters(stage).model_for("", LEFT_MS) == ""
     assert stage.asked == 0
 
 
 async def test_settings_stand_in_for_what_the_stage_says():
     stage = Stage("7b", "7b/math")
     found = adapters(stage, "7b", ("code",))
-    assert [await found.model_for(task) for task in ("", "math", "code")] == ["7b", "7b", "7b/code"]
-    assert await adapters(stage, tasks=()).model_for("math") == ""
+    assert [await found.model_for(task, LEFT_MS) for task in ("", "math", "code")] == ["7b", "7b", "7b/code"]
+    assert await adapters(stage, tasks=()).model_for("math", LEFT_MS) == ""
     assert stage.asked == 0
 
 
@@ -74,7 +76,7 @@ async def test_requests_that_come_together_ask_once():
     stage = Stage("7b", "7b/math")
     stage.gate.clear()
     found = adapters(stage)
-    asking = [asyncio.create_task(found.model_for("math")) for _ in range(8)]
+    asking = [asyncio.create_task(found.model_for("math", LEFT_MS)) for _ in range(8)]
     await asyncio.sleep(0)
     # One of them leaves; the others are answered all the same.
     asking.pop(0).cancel()
@@ -86,18 +88,18 @@ async def test_requests_that_come_together_ask_once():
 async def test_what_a_stage_said_is_renewed_without_anybody_waiting():
     stage = Stage("7b", "7b/math")
     found = adapters(stage)
-    assert await found.model_for("law") == ""
+    assert await found.model_for("law", LEFT_MS) == ""
     stage.models = ("7b", "7b/law")
     stage.now += FRESH_SECONDS - 1
-    assert await found.model_for("law") == ""
+    assert await found.model_for("law", LEFT_MS) == ""
     assert stage.asked == 1
     stage.now += 1
     stage.gate.clear()
     # What was known holds meanwhile.
-    assert await found.model_for("math") == "7b/math"
+    assert await found.model_for("math", LEFT_MS) == "7b/math"
     stage.gate.set()
     await found._update
-    assert [await found.model_for(task) for task in ("law", "math")] == ["7b/law", ""]
+    assert [await found.model_for(task, LEFT_MS) for task in ("law", "math")] == ["7b/law", ""]
     assert stage.asked == 2
 
 
@@ -105,29 +107,57 @@ async def test_a_stage_that_does_not_answer_is_asked_again_soon():
     stage = Stage("7b", "7b/math")
     stage.is_away = True
     found = adapters(stage)
-    assert [await found.model_for("math") for _ in range(3)] == [""] * 3
+    assert [await found.model_for("math", LEFT_MS) for _ in range(3)] == [""] * 3
     assert stage.asked == 1
     stage.is_away = False
     stage.now += RETRY_SECONDS
-    assert await found.model_for("math") == "7b/math"
+    assert await found.model_for("math", LEFT_MS) == "7b/math"
 
 
 @pytest.mark.parametrize("tasks", [None, ("math",)])
 async def test_an_adapter_that_is_not_there_is_done_without_for_a_while(tasks):
     stage = Stage("7b", "7b/math")
     found = adapters(stage, "7b", tasks)
-    assert await found.model_for("math") == "7b/math"
-    found.lacks("math")
-    assert await found.model_for("math") == "7b"
+    assert await found.model_for("math", LEFT_MS) == "7b/math"
+    found.lacks("math", "7b/math")
+    assert await found.model_for("math", LEFT_MS) == "7b"
     stage.now += FRESH_SECONDS
-    assert await found.model_for("math") == "7b/math"
+    assert await found.model_for("math", LEFT_MS) == "7b/math"
+
+
+async def test_a_stage_may_drop_an_adapter_while_it_is_asked_for_it(caplog):
+    stage = Stage("7b", "7b/math", "7b/code")
+    found = adapters(stage)
+    assert await found.model_for("math", LEFT_MS) == "7b/math"
+    stage.models = ("7b", "7b/code")
+    stage.now += FRESH_SECONDS
+    name = await found.model_for("math", LEFT_MS)
+    assert name == "7b/math"
+    await found._update
+    found.lacks("math", name)
+    assert await found.model_for("math", LEFT_MS) == ""
+    assert caplog.messages == ["7b/math is not there: tasks of that type are answered without"]
+
+
+async def test_a_stage_that_says_nothing_is_not_waited_for_beyond_the_time_left():
+    stage = Stage("7b", "7b/math")
+    stage.gate.clear()
+    found = adapters(stage)
+    async with asyncio.timeout(5):
+        assert await found.model_for("math", 20.0) == ""
+        # Nor with no time at all.
+        assert await found.model_for("math", -1.0) == ""
+    # It is still being asked: the next request has the answer.
+    stage.gate.set()
+    assert await found.model_for("math", LEFT_MS) == "7b/math"
+    assert stage.asked == 1
 
 
 async def test_closing_ends_what_is_being_asked():
     stage = Stage("7b")
     stage.gate.clear()
     found = adapters(stage)
-    asking = asyncio.create_task(found.model_for("math"))
+    asking = asyncio.create_task(found.model_for("math", LEFT_MS))
     await asyncio.sleep(0)
     await found.close()
     assert await asking == ""
