@@ -96,7 +96,7 @@ class Cascade:
             self._note_failure(progress, place, error)
         for answer in progress.new_answers():
             self._planner.stage_answered(answer, depths[answer.stage])
-            self._observer.stage_answered(answer, progress.request.task)
+            self._observer.stage_answered(answer, progress.request.task, is_adapted=answer.result.is_adapted)
 
     def _note_failure(self, progress: Progress, stage: int, error: AsdError) -> None:
         failed = self._stages[stage].stage

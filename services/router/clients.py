@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from contextlib import aclosing, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from asd.v1 import cascade_pb2, manager_pb2, manager_pb2_grpc, policy_pb2, policy_pb2_grpc, stage_pb2
@@ -110,7 +111,7 @@ class GrpcStage:
         def call(stub: Stub, left_ms: float) -> AsyncGenerator[stage_pb2.StageServiceGenerateResponse, None]:
             return call_stream(stub.Generate, message, timeout_ms=left_ms, peer=self._peer)
 
-        return self._events(self._call(request, message, call, timeout_ms))
+        return self._events(self._call(request, message, call, timeout_ms), message)
 
     def verify(
         self, request: Request, draft: StageResult, timeout_ms: float
@@ -127,7 +128,7 @@ class GrpcStage:
         def call(stub: Stub, left_ms: float) -> AsyncGenerator[stage_pb2.VerifyResponse, None]:
             return call_stream(stub.Verify, message, timeout_ms=left_ms, peer=self._peer)
 
-        return self._events(self._call(request, message, call, timeout_ms))
+        return self._events(self._call(request, message, call, timeout_ms), message)
 
     def verify_stream(
         self, request: Request, drafts: AsyncIterable[Tokens | FinishReason], timeout_ms: float
@@ -149,7 +150,7 @@ class GrpcStage:
                 peer=self._peer,
             )
 
-        return self._events(self._call(request, start, call, timeout_ms))
+        return self._events(self._call(request, start, call, timeout_ms), start)
 
     async def prefill(self, request: Request, timeout_ms: float) -> int:
         """Put the prompt into the prefix cache; return its number of tokens."""
@@ -213,8 +214,11 @@ class GrpcStage:
             peer=self._peer,
         )
 
-    async def _events(self, call: AsyncGenerator[Response, None]) -> AsyncGenerator[StageEvent, None]:
-        """Yield a call's answers as domain values."""
+    async def _events(
+        self, call: AsyncGenerator[Response, None], message: WithModel
+    ) -> AsyncGenerator[StageEvent, None]:
+        """Yield a call's answers as domain values. message: what the stage was sent, with the model asked
+        for."""
         fingerprint = ""
         try:
             async with aclosing(call) as responses:
@@ -230,7 +234,8 @@ class GrpcStage:
                     ):
                         yield convert.verification_from(response.verification)
                     elif kind == "result":
-                        yield convert.result_from(response.result, self._peer)
+                        result = convert.result_from(response.result, self._peer)
+                        yield replace(result, is_adapted=message.model != self._stage.model)
         except (InvalidRequest, NotFound) as error:
             raise self._blame(error) from error
 

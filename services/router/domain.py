@@ -210,7 +210,8 @@ class Timing:
 class StageResult:
     """Outcome of a stage call. token_ids: without the end-of-sequence token.
 
-    accept_lengths: tokens emitted by each pass that scored a proposal.
+    accept_lengths: tokens emitted by each pass that scored a proposal. is_adapted: whether the stage was
+    asked for its adapter for the type of task; the model's name does not tell.
     """
 
     text: str
@@ -221,6 +222,7 @@ class StageResult:
     timing: Timing
     model: str = ""
     accept_lengths: Sequence[int] = ()
+    is_adapted: bool = False
 
 
 StageEvent = Tokens | Verification | StageResult

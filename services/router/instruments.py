@@ -110,8 +110,8 @@ class Instruments:
         if self._enabled:
             self._static_plans.add(1, {Attributes.PLAN_STEP: step})
 
-    def stage_answered(self, answer: Answer, task: str) -> None:
-        """A stage gave an answer to a request of a type of task, or of none ("")."""
+    def stage_answered(self, answer: Answer, task: str, *, is_adapted: bool = False) -> None:
+        """A stage gave an answer to a request of a type of task, or of none (""), with its adapter or not."""
         if not self._enabled:
             return
         attributes = {
@@ -121,12 +121,11 @@ class Instruments:
         self._stage_requests.add(1, attributes)
         if task and answer.is_whole:
             # Not the task's name: callers write it, and could make any number of series.
-            is_used = answer.result.model.endswith(f"/{task}")
             self._tasks.add(
                 1,
                 {
                     Attributes.STAGE_NAME: answer.stage.name,
-                    Attributes.TASK_ADAPTER: "used" if is_used else "none",
+                    Attributes.TASK_ADAPTER: "used" if is_adapted else "none",
                 },
             )
         self._stage_duration.record_ms(answer.latency_ms, attributes)

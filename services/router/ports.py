@@ -89,8 +89,8 @@ class Observer(Protocol):
     def static_plan_used(self, step: str) -> None:
         """The static plan stood in for the policy at a step, "plan" or "decide"."""
 
-    def stage_answered(self, answer: Answer, task: str) -> None:
-        """A stage gave an answer to a request of a type of task, or of none ("")."""
+    def stage_answered(self, answer: Answer, task: str, *, is_adapted: bool) -> None:
+        """A stage gave an answer to a request of a type of task, or of none (""), with its adapter or not."""
 
     def draft_skipped(self, stage: Stage, reason: Skip) -> None:
         """A stage works without a draft that it could have had."""
