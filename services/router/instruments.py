@@ -110,7 +110,7 @@ class Instruments:
         if self._enabled:
             self._static_plans.add(1, {Attributes.PLAN_STEP: step})
 
-    def stage_answered(self, answer: Answer, task: str, *, is_adapted: bool = False) -> None:
+    def stage_answered(self, answer: Answer, task: str, *, is_adapted: bool) -> None:
         """A stage gave an answer to a request of a type of task, or of none (""), with its adapter or not."""
         if not self._enabled:
             return

@@ -58,8 +58,8 @@ def _router() -> None:
         )
         for each in (early, late):
             router.request_answered(Fields(**vars(outcome), **vars(each)), 2)
-        router.stage_answered(first, "math")
-        router.stage_answered(last, "")
+        router.stage_answered(first, "math", is_adapted=True)
+        router.stage_answered(last, "", is_adapted=False)
     for step in ("plan", "decide"):
         router.static_plan_used(step)
     router.draft_skipped(large, Skip.LOAD)
