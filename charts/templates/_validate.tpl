@@ -103,6 +103,14 @@
 {{- if and (or $tls.mutual $tls.clientCertificates) (not $tls.enabled) -}}
 {{- fail (printf "tls.%s: there are no certificates without TLS; set tls.enabled=true, or tls.%s=false" (ternary "mutual" "clientCertificates" $tls.mutual) (ternary "mutual" "clientCertificates" $tls.mutual)) -}}
 {{- end -}}
+{{- $named := $tls.secretName -}}
+{{- range $secret := $secrets }}{{ $named = or $named $secret }}{{ end -}}
+{{- if and $named (not $tls.enabled) -}}
+{{- fail (printf "tls: a Secret is named (%s), and connections would be plain all the same; set tls.enabled=true, or leave tls.secretName and tls.secretNames empty" $named) -}}
+{{- end -}}
+{{- if and .Values.auth.secretName (not .Values.auth.enabled) -}}
+{{- fail (printf "auth: a Secret is named (%s), and the router would answer everybody all the same; set auth.enabled=true, or leave auth.secretName empty" .Values.auth.secretName) -}}
+{{- end -}}
 {{- if and .Values.auth.enabled (not .Values.auth.secretName) -}}
 {{- fail "auth.secretName: the router needs a Secret with the tokens; set auth.secretName, or auth.enabled=false" -}}
 {{- end -}}

@@ -224,6 +224,20 @@ CONTRADICTIONS = {
         "auth.secretName: the router needs a Secret with the tokens; set auth.secretName, or "
         "auth.enabled=false",
     ),
+    "a Secret with tokens that nobody asks for": (
+        {"auth": {"secretName": "x"}},
+        "auth: a Secret is named (x), and the router would answer everybody all the same; set "
+        "auth.enabled=true, or leave auth.secretName empty",
+    ),
+    "a Secret with certificates that nobody shows": (
+        {"tls": {"secretName": "x"}},
+        "tls: a Secret is named (x), and connections would be plain all the same; set tls.enabled=true, or "
+        "leave tls.secretName and tls.secretNames empty",
+    ),
+    "a Secret of one service that nobody shows": (
+        {"tls": {"secretNames": {"policy": "p"}}},
+        "tls: a Secret is named (p), and connections would be plain all the same",
+    ),
     "Ingress without a host": (
         {"router": {"ingress": {"enabled": True}}},
         "router.ingress.host: an Ingress needs a host name; set router.ingress.host",
