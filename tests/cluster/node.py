@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import contextlib
 import ctypes
+import importlib.util
 import json
 import os
 import shutil
@@ -26,7 +27,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.cluster import crds, images
+try:
+    from tests.cluster import crds, images
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"{sys.executable} has no package {error.name}: `make .venv/.dev`, then use .venv/bin/python")
 from tests.cluster.build import (
     NODE_PROGRAMS,
     MissingProgramError,
@@ -68,6 +74,8 @@ KUBELET_SYSCTLS = {
 # Of containers (with and without a cgroup parent) and of the kubelet.
 CGROUPS = ("kubepods", "k8s.io")
 CGROUP_ROOT = Path("/sys/fs/cgroup")
+# Not of the program's own: with these pip builds asd for its images (pyproject.toml's build-system).
+_BUILD_PACKAGES = ("hatchling", "grpc_tools")
 # Exit status of `check`. Chosen: neither a failure's nor a wrong command line's.
 _CANNOT = 3
 
@@ -798,6 +806,24 @@ def _check_alone() -> None:
         raise NodeError(f"another kubelet runs on this machine: {busy[0]} is in use")
 
 
+def _release_archive() -> Path:
+    """Return the archive of asd's images. Raises NodeError where this Python cannot make them."""
+    if lacking := [name for name in _BUILD_PACKAGES if importlib.util.find_spec(name) is None]:
+        raise NodeError(
+            f"{sys.executable} has no package {' and no '.join(lacking)}, of which asd's images are made: "
+            "`make .venv/.dev`, then use .venv/bin/python"
+        )
+    return images.release_archive(cache_dir() / "images")
+
+
+def _where_is_helm() -> str:
+    beside = Path(sys.executable).with_name("helm")
+    found = shutil.which("helm") or (str(beside) if beside.exists() else "")
+    return (
+        found or "none is here; `.venv/bin/python tools/kubernetes_programs.py FOLDER` puts one into a folder"
+    )
+
+
 def _remove_cgroups(deadline: float) -> None:
     def removed() -> bool:
         for top in _cgroups():
@@ -872,9 +898,10 @@ def main() -> None:
         if options.command == "gate":
             _serve_gate(options.pid, options.port_file)
         elif options.command == "up":
-            node.up([] if options.bare else [images.release_archive(cache_dir() / "images")])
+            node.up([] if options.bare else [_release_archive()])
             sys.stdout.write(f"export KUBECONFIG={node.kubeconfig}\n")
             say(f"kubectl: {find_all(('kubectl',))['kubectl']}")
+            say(f"helm: {_where_is_helm()}")
             say(f"pods and Services: {' '.join(node.enter('COMMAND'))}")
         elif options.command == "missing":
             sys.stdout.write("".join(f"{package}\n" for package in missing_packages()))
@@ -884,8 +911,9 @@ def main() -> None:
             except (NodeError, MissingProgramError) as error:
                 say(str(error))
                 sys.exit(_CANNOT)
+            say("this machine can run a node")
         elif options.command == "images":
-            node.import_images(images.release_archive(cache_dir() / "images"))
+            node.import_images(_release_archive())
         else:
             node.down()
     except (NodeError, MissingProgramError) as error:
