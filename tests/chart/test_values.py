@@ -148,8 +148,14 @@ def test_the_images_policy_is_the_one_that_the_defaults_ask_for() -> None:
 
 
 NOTES = {
-    "defaults": ("helm test demo -n models", "image.registry is not set", "go nowhere yet"),
-    "H100s": ("the stages want 12 GPUs", "--timeout 1860s", "demo-stage-13b-cache, demo-stage-34b-cache"),
+    "defaults": (
+        "helm test demo -n models",
+        "image.registry is not set",
+        "go nowhere yet",
+        "Insufficient cpu or memory: lower resources.requests",
+        "delete pod demo-test-ask",
+    ),
+    "H100s": ("The stages want 12 GPUs", "--timeout 1860s", "demo-stage-13b-cache, demo-stage-34b-cache"),
     "everything on": ("From outside: the address of",),
     "autoscaled": ("KEDA scales small, medium, large", "port 9464"),
     "scale to zero": ("Stages that sleep when idle: large.", "router.defaultDeadlineMs: 60000"),
