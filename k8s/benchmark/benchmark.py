@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 CASCADE, LARGEST = "cascade", "largest"
 # On a fresh release the router may still be starting.
 READY_SECONDS = 60.0
+# Chosen: a slow cascade says something within a minute, and a log of 500 tasks stays short.
+PROGRESS_LINES = 20
 # Of the intervals: enough for two digits.
 RESAMPLES = 2000
 UNSET = "unset"
@@ -90,10 +92,10 @@ async def measure(client: CascadeClient, options: argparse.Namespace) -> Result:
     tasks = list(split("evaluation", options.warmup + options.requests, seed=options.seed))
     objective = Objective(preference=options.preference)
     ask = _Asking(client, objective, baseline, len(stages), options.concurrency)
-    await ask.both_ways(tasks[: options.warmup])
+    await ask.both_ways(tasks[: options.warmup], "warm-up")
     ask.forget()
     started, at = time.monotonic(), time.time()
-    await ask.both_ways(tasks[options.warmup :])
+    await ask.both_ways(tasks[options.warmup :], "measured")
     seconds = time.monotonic() - started
     if not ask.pairs:
         raise Refused(f"no task was answered both ways: {dict(ask.failures)}")
@@ -127,6 +129,7 @@ async def _describe(client: CascadeClient) -> Description:
         except Unavailable:
             if time.monotonic() > deadline:
                 raise
+            _say("waiting for the router")
             await asyncio.sleep(1.0)
 
 
@@ -149,8 +152,10 @@ class _Asking:
         self.pairs.clear()
         self.failures.clear()
 
-    async def both_ways(self, tasks: Sequence[Task]) -> None:
-        """Ask each task. A failed call is counted, and its task left out."""
+    async def both_ways(self, tasks: Sequence[Task], what: str) -> None:
+        """Ask each task, and say how far it is. A failed call is counted, and its task left out."""
+        step = max(len(tasks) // PROGRESS_LINES, 1)
+        done = itertools.count(1)
         waiting: Iterator[tuple[Task, tuple[str, str]]] = zip(
             tasks, itertools.cycle(((CASCADE, LARGEST), (LARGEST, CASCADE))), strict=False
         )
@@ -161,6 +166,10 @@ class _Asking:
                 cascade, largest = outcomes[CASCADE], outcomes[LARGEST]
                 if cascade is not None and largest is not None:
                     self.pairs.append(Pair(task.suite, task.level, cascade, largest))
+                count = next(done)
+                if count % step == 0 or count == len(tasks):
+                    failed = f", {self.failures.total()} calls failed" if self.failures else ""
+                    _say(f"{what}: {count} of {len(tasks)} tasks{failed}")
 
         await asyncio.gather(*(work() for _ in range(self._concurrency)))
 
@@ -186,6 +195,12 @@ class _Asking:
             cost=answer.cost,
             plan_source=answer.plan_source,
         )
+
+
+def _say(text: str) -> None:
+    # To the stream of the result, whose JSON must be a log's last line: two streams might mix.
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 # Figures.
@@ -323,7 +338,8 @@ def _remarks(result: Result) -> list[str]:
     static = result[CASCADE]["plan_source"].get("static", 0)
     if static:
         lines.append(
-            f"{static} of {result['requests']} answers followed the static plan: the policy was away"
+            f"{static} of {result['requests']} answers followed the static plan: the policy was away, "
+            "or later than the chart's policy.timeoutMs (100 by default): raise it on a busy node"
         )
     if result["failures"]:
         told = ", ".join(f"{count} × {name}" for name, count in sorted(result["failures"].items()))
@@ -539,11 +555,15 @@ def main() -> None:
     if options.render:
         sys.stdout.write(page(read_result(options.render)))
         return
-    from services.common.errors import AsdError
+    from services.common.errors import AsdError, Unavailable
     from services.common.settings import SettingsError
 
     try:
         result = asyncio.run(_run(options))
+    except Unavailable as error:
+        # Of a Job the target is made of a name that may be another release's.
+        hint = "; is RELEASE in parameters.env your release?" if "RELEASE" in os.environ else ""
+        sys.exit(f"{options.target}: {error}{hint}")
     except (AsdError, Refused, SettingsError, OSError) as error:
         sys.exit(f"{options.target}: {error}")
     if options.out:
