@@ -262,7 +262,7 @@ spec:
               # Time for clients to hear that the pod is going before it refuses calls.
               sleep: {seconds: {{ $rollout.preStopSeconds }}}
           {{- end }}
-          {{- $resources := deepCopy $settings.resources }}
+          {{- $resources := deepCopy ($settings.resources | default dict) }}
           {{- if .gpus }}
           {{- /* Kubernetes takes the limit of such a resource for its request. */}}
           {{- $resources = merge (dict "limits" (dict .gpuResource .gpus)) $resources }}

@@ -4,12 +4,22 @@
 {{- if gt (len $name) 24 -}}
 {{- fail (printf "fullnameOverride: %q has %d characters, and Kubernetes allows 63 for a name that those of stages follow; install under a name of 24 at most, or set fullnameOverride to a shorter one" $name (len $name)) -}}
 {{- end -}}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $name) -}}
+{{- fail (printf "fullnameOverride: %q cannot begin names of Services, which have a letter first and no dots; install under a name such as \"asd\", or set fullnameOverride to one" $name) -}}
+{{- end -}}
+{{- $port := int .Values.telemetry.metricsPort -}}
+{{- $taken := dict "50050" "the router" "50051" "the policy service" "50053" "the manager" "50059" "probes under TLS" "50061" "stages" -}}
+{{- with get $taken (toString $port) -}}
+{{- fail (printf "telemetry.metricsPort: %d is the port of %s; set another one, for instance 9464" $port .) -}}
+{{- end -}}
+{{- include "asd.validateResources" . -}}
 {{- include "asd.validateCascade" . -}}
-{{- include "asd.validateScaling" . -}}
-{{- include "asd.validateAccess" . -}}
 {{- range .Values.stages -}}
 {{- include "asd.validateStage" (dict "root" $ "name" .name "stage" (include "asd.stage" (dict "root" $ "stage" .) | fromYaml)) -}}
 {{- end -}}
+{{- include "asd.validatePolicy" . -}}
+{{- include "asd.validateScaling" . -}}
+{{- include "asd.validateAccess" . -}}
 {{- end -}}
 
 {{- define "asd.validateCascade" -}}
@@ -34,6 +44,12 @@
 {{- end -}}
 {{- end -}}
 {{- end -}}
+{{- end -}}
+
+{{/* After the stages' own mistakes, which are nearer to what was just set. */}}
+{{- define "asd.validatePolicy" -}}
+{{- $names := list -}}
+{{- range .Values.stages }}{{ $names = append $names .name }}{{ end -}}
 {{- $policy := .Values.policy -}}
 {{- if $policy.enabled -}}
 {{- $pods := ternary (int $policy.autoscaling.maxReplicas) (int $policy.replicas) $policy.autoscaling.enabled -}}
@@ -43,6 +59,40 @@
 {{- if and (not $policy.artifactClaim) (ne (join "," $names) "small,medium,large") -}}
 {{- fail (printf "policy.artifactClaim: the image's policy was made for the stages small, medium, large, not for %s; name a claim with a policy for these, or set policy.enabled=false" (join ", " $names)) -}}
 {{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* null takes a block of the chart's values away, and templates read it. */}}
+{{- define "asd.validateResources" -}}
+{{- range $key := list "router" "policy" "manager" "stageDefaults" -}}
+{{- $settings := get $.Values $key -}}
+{{- if not (kindIs "map" $settings.resources) -}}
+{{- fail (printf "%s.resources: null is no setting; to ask for nothing, set %s.resources.requests=null and %s.resources.limits=null" $key $key $key) -}}
+{{- end -}}
+{{- include "asd.validateRequests" (dict "where" $key "resources" $settings.resources) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* dict "where" who asks "resources" its resources. What has another unit than these is Kubernetes' to judge. */}}
+{{- define "asd.validateRequests" -}}
+{{- $where := .where -}}
+{{- $limits := .resources.limits | default dict -}}
+{{- range $name, $request := .resources.requests | default dict -}}
+{{- $limit := get $limits $name -}}
+{{- $wanted := include "asd.quantity" $request -}}
+{{- $most := include "asd.quantity" $limit -}}
+{{- if and $wanted $most (gt (float64 $wanted) (float64 $most)) -}}
+{{- fail (printf "%s: resources.requests.%s %v is above resources.limits.%s %v; raise the limit or lower the request" $where $name $request $name $limit) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* A quantity of Kubernetes as a number, or nothing where it is not a plain one. */}}
+{{- define "asd.quantity" -}}
+{{- $text := toString . -}}
+{{- $units := dict "" 1 "m" 0.001 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 -}}
+{{- if regexMatch "^[0-9]+([.][0-9]+)?([mkMGT]|[KMGT]i)?$" $text -}}
+{{- mulf (float64 (regexFind "^[0-9.]+" $text)) (float64 (get $units (regexFind "[a-zA-Z]+$" $text))) -}}
 {{- end -}}
 {{- end -}}
 
@@ -139,6 +189,7 @@
 {{- $stage := .stage -}}
 {{- $model := $stage.model -}}
 {{- $gpus := int $stage.gpus -}}
+{{- include "asd.validateRequests" (dict "where" (printf "stages: %q" $name) "resources" ($stage.resources | default dict)) -}}
 {{- $section := $model.engine | camelcase | untitle -}}
 {{- $parallel := dig $section "tensorParallel" 1 $model | int -}}
 {{- if not $model.engine -}}
@@ -162,7 +213,7 @@
 {{- fail (printf "stages: %q is tensor-parallel, and its processes need more than 64 MiB of shared memory; set sharedMemory, for instance to 8Gi" $name) -}}
 {{- end -}}
 {{- end -}}
-{{- if hasKey (dig "limits" dict $stage.resources) $stage.gpuResource -}}
+{{- if hasKey (dig "limits" dict ($stage.resources | default dict)) $stage.gpuResource -}}
 {{- fail (printf "stages: %q names %s in resources.limits; say how many with gpus instead" $name $stage.gpuResource) -}}
 {{- end -}}
 {{- if and $model.cache.claim $model.cache.size -}}

@@ -32,7 +32,7 @@ SCHEMA = [
     ({"policy": {"enabled": True, "drift": {"tolerance": 0}}}, "tolerance"),
     ({"policy": {"enabled": True, "shadow": {"claim": "c"}}}, "claim"),
     ({"image": {"digests": {"router": "latest"}}}, "router"),
-    ({"telemetry": {"metricsPort": 50051}}, "metricsPort"),
+    ({"telemetry": {"metricsPort": 65536}}, "metricsPort"),
     ({"tls": {"mode": "vault"}}, "mode"),
     ({"auth": {"secret": "tokens"}}, "secret"),
     ({"manager": {"replicas": 2}}, "replicas"),
@@ -72,6 +72,34 @@ CONTRADICTIONS = {
         "policy.artifactClaim: the image's policy was made for the stages small, medium, large, not for "
         "only; name a "
         "claim with a policy for these, or set policy.enabled=false",
+    ),
+    "a cascade of another policy with no engine": (
+        {"stages": [{"name": "a", "cost": 1, "model": {"path": "/m"}}], "router": {"staticPlan": ["a"]}},
+        'stages: "a" has no engine',
+    ),
+    "no resources of the router": (
+        {"router": {"resources": None}},
+        "router.resources: null is no setting; to ask for nothing, set router.resources.requests=null and "
+        "router.resources.limits=null",
+    ),
+    "no resources of the policy service": ({"policy": {"resources": None}}, "policy.resources: null is no"),
+    "no resources of stages": ({"stageDefaults": {"resources": None}}, "stageDefaults.resources: null is no"),
+    "more CPU asked for than allowed": (
+        {"router": {"resources": {"requests": {"cpu": "1500m"}, "limits": {"cpu": 1}}}},
+        "router: resources.requests.cpu 1500m is above resources.limits.cpu 1; raise the limit or lower the "
+        "request",
+    ),
+    "more memory asked for than allowed": (
+        {"stageDefaults": {"resources": {"requests": {"memory": "1.5Gi"}}}},
+        "stageDefaults: resources.requests.memory 1.5Gi is above resources.limits.memory 1Gi",
+    ),
+    "more memory of one stage asked for than allowed": (
+        stage(resources={"requests": {"memory": "1100M"}}),
+        'stages: "a": resources.requests.memory 1100M is above resources.limits.memory 1Gi',
+    ),
+    "metrics at a port that is taken": (
+        {"telemetry": {"metricsPort": 50050}},
+        "telemetry.metricsPort: 50050 is the port of the router; set another one, for instance 9464",
     ),
     "one file of reports for two": (
         {"policy": {"reportsClaim": "r", "replicas": 2}},
@@ -286,6 +314,24 @@ def test_a_release_name_that_leaves_no_room_for_those_of_stages_is_refused() -> 
     assert f'fullnameOverride: "{name}" has 25 characters' in run.stderr
     assert helm(f"template {name[1:].strip('-')}", Variant(), str(CHART)).returncode == 0
     assert helm(f"template {name}", Variant({"fullnameOverride": "short"}), str(CHART)).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["a.b", "1a"])
+def test_a_release_name_that_services_cannot_have_is_refused(name: str) -> None:
+    run = helm(f"template {name}", Variant(), str(CHART))
+    assert run.returncode != 0
+    assert f'fullnameOverride: "{name}" cannot begin names of Services' in run.stderr
+    assert helm(f"template {name}", Variant({"fullnameOverride": "fine"}), str(CHART)).returncode == 0
+
+
+def test_requests_up_to_the_limit_and_of_unusual_units_are_taken() -> None:
+    for requests, limits in (
+        ({"memory": "512Mi"}, {"memory": "0.5Gi"}),
+        ({"memory": "1e12"}, {"memory": "1Gi"}),
+        ({"cpu": 1}, {"cpu": "1000m"}),
+    ):
+        run = template(Variant({"router": {"resources": {"requests": requests, "limits": limits}}}))
+        assert run.returncode == 0, run.stderr
 
 
 def test_a_misspelt_value_is_refused_by_lint_and_install_alike() -> None:
