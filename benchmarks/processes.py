@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import tempfile
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
+import yaml
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -42,3 +44,15 @@ async def process(
         if child.returncode is None:
             child.terminate()
         await child.wait()
+
+
+@asynccontextmanager
+async def service(
+    module: str, settings: Mapping[str, object], environment: Mapping[str, str] | None = None
+) -> AsyncIterator[str]:
+    """Run a service with these settings, on a port that it chooses; yield its address."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "settings.yaml")
+        file.write_text(yaml.safe_dump({"listen": "127.0.0.1:0", **settings}), encoding="utf-8")
+        async with process(module, "--config", str(file), environment=environment) as (address, _):
+            yield address

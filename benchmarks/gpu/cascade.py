@@ -28,17 +28,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import grpc
-import yaml
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as collector
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as collector_grpc
 
-from asd.v1 import stage_pb2, stage_pb2_grpc
 from benchmarks.gpu import device
 from benchmarks.gpu.measure import TINY, Plan, Prompts
 from benchmarks.gpu.predictable import last_token
+from benchmarks.gpu.service import load_model
 from benchmarks.gpu.shapes import SHAPES, make_model
-from benchmarks.processes import ROOT, process
+from benchmarks.processes import ROOT, service
 from benchmarks.record import RESULTS, percentile, record
 from services.client.client import CascadeClient
 from services.client.values import Objective, Request, Sampling
@@ -52,7 +50,6 @@ if TYPE_CHECKING:
 # The policy artifact's, smallest first.
 NAMES = ("small", "medium", "large")
 COSTS = {"small": 1.6, "medium": 4.2, "large": 8.8}
-LOAD_S = 900.0
 CALL_MS = 300_000.0
 ANSWER = 64
 PROMPT = 128
@@ -247,13 +244,8 @@ async def _start(
         "OTEL_BSP_SCHEDULE_DELAY": "200",
     }
 
-    async def start(module: str, name: str, settings: dict[str, Any], environment: dict[str, str]) -> str:
-        file = folder / f"{name}.yaml"
-        file.write_text(yaml.safe_dump({"listen": "127.0.0.1:0", **settings}))
-        address, _ = await stack.enter_async_context(
-            process(module, "--config", str(file), environment=tracing | environment)
-        )
-        return address
+    async def start(module: str, settings: dict[str, Any], environment: dict[str, str]) -> str:
+        return await stack.enter_async_context(service(module, settings, tracing | environment))
 
     targets = {}
     for stage in stages:
@@ -279,13 +271,13 @@ async def _start(
         if stage.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(stage.gpus)
         settings = {"models": [entry | {"max_batch": batch, "preload": False}]}
-        targets[stage.name] = await start("benchmarks.gpu.predictable", stage.name, settings, environment)
+        targets[stage.name] = await start("benchmarks.gpu.predictable", settings, environment)
     row["load_s"] = await _load(stages, targets)
     _say("load_s", row["load_s"])
     policy = ""
     if len(stages) == len(NAMES):
         artifact = str(ROOT / "policy_service" / "artifact")
-        policy = await start("policy_service", "policy", {"artifact": artifact}, {})
+        policy = await start("policy_service", {"artifact": artifact}, {})
     entries = [
         {"name": name, "target": target, "cost": COSTS[name], "timeout_ms": CALL_MS}
         for name, target in targets.items()
@@ -305,7 +297,7 @@ async def _start(
             "default_deadline_ms": CALL_MS,
             **({"policy": {"target": policy, "timeout_ms": 1000}} if policy else {}),
         }
-        address = await start("services.router", f"router-{len(clients)}", settings, {})
+        address = await start("services.router", settings, {})
         clients[way] = await stack.enter_async_context(CascadeClient(address, timeout_ms=CALL_MS))
     return Running(clients, questions, spans)
 
@@ -319,10 +311,8 @@ async def _load(stages: list[Stage], targets: dict[str, str]) -> dict[str, float
     started = time.perf_counter()
 
     async def load(stage: Stage) -> None:
-        async with grpc.aio.insecure_channel(targets[stage.name]) as channel:
-            stub: Any = stage_pb2_grpc.StageServiceStub(channel)
-            await stub.Load(stage_pb2.LoadRequest(), timeout=LOAD_S)
-            found[stage.name] = time.perf_counter() - started
+        await load_model(targets[stage.name])
+        found[stage.name] = time.perf_counter() - started
 
     await asyncio.gather(*(load(stage) for stage in stages))
     return found

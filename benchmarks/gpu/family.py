@@ -17,15 +17,13 @@ import asyncio
 import json
 import statistics
 import sys
-import tempfile
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from benchmarks.gpu import device
-from benchmarks.processes import ROOT, process
+from benchmarks.gpu.service import load_model
+from benchmarks.processes import ROOT, service
 from benchmarks.record import RESULTS, record
 from services.client.client import CascadeClient
 from services.client.values import Objective, Request
@@ -84,13 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 async def _ask(tasks: Sequence[Task], engine: str, dtype: str, at_a_time: int) -> dict[str, list[Answer]]:
     async with AsyncExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
 
-        async def start(module: str, name: str, settings: dict[str, Any]) -> str:
-            file = folder / f"{name}.yaml"
-            file.write_text(yaml.safe_dump({"listen": "127.0.0.1:0", **settings}))
-            address, _ = await stack.enter_async_context(process(module, "--config", str(file)))
-            return address
+        async def start(module: str, settings: dict[str, Any]) -> str:
+            return await stack.enter_async_context(service(module, settings))
 
         # Three models share a GPU.
         section = {"dtype": dtype, "gpu_memory_utilization": 0.2, "kv_cache_gib": 0.5}
@@ -98,10 +92,11 @@ async def _ask(tasks: Sequence[Task], engine: str, dtype: str, at_a_time: int) -
         targets = {}
         for name in COSTS:
             model = {"name": name, "path": str(ROOT / "models" / name), **options}
-            targets[name] = await start("services.stage", name, {"models": [model]})
-        await asyncio.gather(*(_load(target) for target in targets.values()))
+            targets[name] = await start("services.stage", {"models": [model]})
+        if engine == "vllm":
+            await asyncio.gather(*(load_model(target) for target in targets.values()))
         artifact = str(ROOT / "policy_service" / "artifact")
-        policy = await start("policy_service", "policy", {"artifact": artifact})
+        policy = await start("policy_service", {"artifact": artifact})
         settings = {
             "stages": [
                 {"name": name, "target": target, "cost": COSTS[name], "timeout_ms": CALL_MS}
@@ -111,7 +106,7 @@ async def _ask(tasks: Sequence[Task], engine: str, dtype: str, at_a_time: int) -
             "policy": {"target": policy, "timeout_ms": 1000},
             "default_deadline_ms": CALL_MS,
         }
-        router = await start("services.router", "router", settings)
+        router = await start("services.router", settings)
         client = await stack.enter_async_context(CascadeClient(router, timeout_ms=CALL_MS))
 
         async def ask(task: Task, way: dict[str, Any], places: asyncio.Semaphore) -> Answer:
@@ -125,16 +120,6 @@ async def _ask(tasks: Sequence[Task], engine: str, dtype: str, at_a_time: int) -
             answers[name] = await asyncio.gather(*(ask(task, way, places) for task in tasks))
             sys.stderr.write(f"{name}: {len(tasks)} prompts\n")
         return answers
-
-
-async def _load(target: str) -> None:
-    import grpc
-
-    from asd.v1 import stage_pb2, stage_pb2_grpc
-
-    async with grpc.aio.insecure_channel(target) as channel:
-        stub: Any = stage_pb2_grpc.StageServiceStub(channel)
-        await stub.Load(stage_pb2.LoadRequest(), timeout=600)
 
 
 def _summarise(

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import grpc
+
+from asd.v1 import common_pb2, stage_pb2, stage_pb2_grpc
 from benchmarks.gpu.measure import Plan, Prompts, timed, write
+from benchmarks.processes import service
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from services.stage.backend import Backend
 
 CALL_S = 600.0
+LOAD_S = 900.0
 
 
 async def bare(backend: Backend, plan: Plan) -> dict[int, float]:
@@ -31,12 +36,6 @@ async def bare(backend: Backend, plan: Plan) -> dict[int, float]:
 
 async def served(model: Path, options: dict[str, Any], max_batch: int, plan: Plan) -> dict[int, float]:
     """Return the same through a stage process of its own and gRPC."""
-    import grpc
-    import yaml
-
-    from asd.v1 import common_pb2, stage_pb2, stage_pb2_grpc
-    from benchmarks.processes import process
-
     prompt = Prompts(plan)
     sampling = common_pb2.Sampling(max_new_tokens=plan.decode)
 
@@ -50,20 +49,22 @@ async def served(model: Path, options: dict[str, Any], max_batch: int, plan: Pla
             raise RuntimeError("an answer has another length")
 
     found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder, "stage.yaml")
-        entry = {"name": "m", "path": str(model), "engine": "vllm", "max_batch": max_batch, "vllm": options}
-        # Loaded by a call: a large model takes longer than a process may take to start.
-        entry["preload"] = False
-        config.write_text(yaml.safe_dump({"listen": "127.0.0.1:0", "models": [entry]}))
-        async with (
-            process("services.stage", "--config", str(config)) as (address, _),
-            grpc.aio.insecure_channel(address) as channel,
-        ):
-            stub: Any = stage_pb2_grpc.StageServiceStub(channel)
-            await stub.Load(stage_pb2.LoadRequest(), timeout=CALL_S)
-            for batch in (plan.batches[0], plan.batches[-1]):
-                await asyncio.gather(*(ask(stub) for _ in range(batch)))
-                rounds = [(await timed(*(ask(stub) for _ in range(batch))))[0] for _ in range(plan.repeats)]
-                found[batch] = sorted(rounds)[len(rounds) // 2]
+    entry = {"name": "m", "path": str(model), "engine": "vllm", "max_batch": max_batch, "vllm": options}
+    async with (
+        service("services.stage", {"models": [entry | {"preload": False}]}) as address,
+        grpc.aio.insecure_channel(address) as channel,
+    ):
+        await load_model(address)
+        stub: Any = stage_pb2_grpc.StageServiceStub(channel)
+        for batch in (plan.batches[0], plan.batches[-1]):
+            await asyncio.gather(*(ask(stub) for _ in range(batch)))
+            rounds = [(await timed(*(ask(stub) for _ in range(batch))))[0] for _ in range(plan.repeats)]
+            found[batch] = sorted(rounds)[len(rounds) // 2]
     return found
+
+
+async def load_model(address: str) -> None:
+    """Have a stage load its model: a large one takes longer than a process may take to start."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub: Any = stage_pb2_grpc.StageServiceStub(channel)
+        await stub.Load(stage_pb2.LoadRequest(), timeout=LOAD_S)
