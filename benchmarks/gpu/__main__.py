@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--top-logprobs", type=int, default=20)
-    parser.add_argument("--cached-scoring", action="store_true")
+    parser.add_argument("--cached-scoring", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path, help="in the place of benchmarks/results/gpu.json")
     options = parser.parse_args(arguments)
     for variable, value in _ENVIRONMENT.items():

@@ -95,7 +95,7 @@ class Cascade:
         for place, error in progress.new_failures():
             self._note_failure(progress, place, error)
         for answer in progress.new_answers():
-            self._planner.stage_answered(answer, depths[answer.stage])
+            self._planner.stage_answered(progress, answer, depths[answer.stage])
             self._observer.stage_answered(answer, progress.request.task, is_adapted=answer.result.is_adapted)
 
     def _note_failure(self, progress: Progress, stage: int, error: AsdError) -> None:

@@ -18,7 +18,7 @@ from services.router.domain import (
     Stage,
 )
 from services.router.load import Load, Question
-from services.router.speculation import Speculation
+from services.router.speculation import BUSY, Speculation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -66,7 +66,7 @@ class Planner:
     ) -> None:
         self._sleepers = sleepers
         self._options = options
-        self._speculation = Speculation(enabled=options.adaptive)
+        self._speculation = Speculation(clock, enabled=options.adaptive)
         self._stages = tuple(stages)
         self._policy = policy
         self._static_plan = static_plan
@@ -110,13 +110,13 @@ class Planner:
         """Return what counts its block as a call under way at a stage, and gives their number."""
         return self._load.calling(stage.index)
 
-    def stage_answered(self, answer: Answer, depth: int) -> None:
+    def stage_answered(self, progress: Progress, answer: Answer, depth: int) -> None:
         """Learn from an answer how long calls wait at its stage, and what its draft was worth.
 
         depth: calls under way at the stage as it began, itself included.
         """
         self._times_away.pop(answer.stage.index, None)
-        self._speculation.answered(answer, depth)
+        self._speculation.answered(answer, progress.choices.get(answer.stage.index))
         if answer.is_whole:
             timing = answer.result.timing
             # A pipelined call mostly waits for its drafter, and takes nobody's place meanwhile.
@@ -134,11 +134,11 @@ class Planner:
     def _skips(self, progress: Progress, drafter: Stage, target: Stage) -> bool:
         """Return whether a target works without a drafter's draft, having noted why."""
         depth = self._load.queue_depth(target.index) + 1
-        reason = self._speculation.reason_to_skip(drafter.name, target.name, depth)
-        if reason is None:
+        choice = self._speculation.choose(drafter.name, target.name, depth)
+        progress.choices[target.index] = choice
+        if choice.reason is None:
             return False
-        progress.skips[target.index] = reason
-        self._observer.draft_skipped(target, reason)
+        self._observer.draft_skipped(target, choice.reason)
         return True
 
     def stage_to_warm(self, progress: Progress) -> int | None:
@@ -327,8 +327,11 @@ class Planner:
             kept.insert(0, chain.pop())
         while chain and not self._skips(progress, self._stages[chain[-1]], self._stages[kept[0]]):
             kept.insert(0, chain.pop())
-        # A verification that waits for drafts holds a place that others could use, where calls queue.
-        is_free = all(self._load.expected_queue_ms(place) < MIN_QUEUE_MS for place in kept[1:])
+        # Drafts that come piece by piece take a pass for each piece, and a wait for them holds a place.
+        is_free = all(
+            self._load.queue_depth(place) < BUSY and self._load.expected_queue_ms(place) < MIN_QUEUE_MS
+            for place in kept[1:]
+        )
         if self._options.pipelined and is_free:
             progress.upstream = tuple(kept[:-1])
             return kept[-1]

@@ -34,7 +34,7 @@ from services.router.stage_run import StageRun
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from services.router.speculation import Skip
+    from services.router.speculation import Choice
 
 
 class Progress:
@@ -69,8 +69,8 @@ class Progress:
         self.chain: tuple[int, ...] = ()
         # Of a chain, those that draft while the running stage verifies.
         self.upstream: tuple[int, ...] = ()
-        # Stages that work without a draft that they could have had, by place, and why.
-        self.skips: dict[int, Skip] = {}
+        # What was chosen where a stage could verify a draft, by the stage's place.
+        self.choices: dict[int, Choice] = {}
         # Stage that an escalation likely goes to; rules for giving a draft up, and the stage that goes on.
         self.likely_next: int | None = None
         self.p_escalate = 0.0

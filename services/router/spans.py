@@ -36,8 +36,9 @@ def describe_call(span: Traced, progress: Progress, stage: Stage, action: StageA
     span.set(Attributes.STAGE_ACTION, action.name.lower())
     if request.task:
         span.set(Attributes.REQUEST_TASK, request.task)
-    if stage.index in progress.skips:
-        span.set(Attributes.DRAFT_SKIPPED, progress.skips[stage.index].value)
+    choice = progress.choices.get(stage.index)
+    if choice is not None and choice.reason is not None:
+        span.set(Attributes.DRAFT_SKIPPED, choice.reason.value)
 
 
 def describe_answer(span: Traced, answer: Answer) -> None:

@@ -1,33 +1,51 @@
-"""Whether drafts are worth verifying: how much work they saved of late, by drafter and target. Pure."""
+"""Whether drafts are worth verifying: how much work and time they saved of late. Pure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from services.common.cost import verify_cost
 from services.router.domain import StageAction
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from services.router.domain import Answer
 
-Key = TypeVar("Key")
-
-# Weight of the newest answer in a mean. Chosen: some ten of them carry nine tenths of it.
-_NEWEST = 0.2
 # What a verification takes, as a share of writing anew, from which on drafts are not verified. Chosen: below
 # 1, since the drafting itself takes time too.
 _WORTHLESS = 0.9
-# While drafts are worthless, one in so many is verified all the same, to see whether that changed. Chosen: at
-# ten per cent more per attempt, it costs one per cent.
+# Weight of the newest verification in the mean of that, and their number from which on it says something.
+# Chosen: some forty carry nine tenths, so that a few bad drafts in a row do not turn it; while drafts are
+# worthless few are verified, and some ten do.
+_NEWEST = 0.05
+_NEWEST_WORTHLESS = 0.2
+_LEAST_VERIFIED = 8
+# While drafts are worthless, one in so many is verified all the same, to see whether that changed; each time
+# that it has not, twice as many are left out, up to the most. Chosen: at ten per cent more per attempt, they
+# cost one per cent at first.
 _PROBE_EVERY = 16
+_PROBE_EVERY_AT_MOST = 128
 # Calls under way at a target from which on times are compared as well. Chosen: with fewer, what a pass takes
 # hardly depends on how many tokens it scores, and counting passes says enough.
-_BUSY = 8
-# Of so many drafts for a busy target, one is left out where nothing was written there without one, to see how
-# long that takes. Chosen: where a verification takes a third of the time, it costs three per cent.
-_WRITE_EVERY = 64
+BUSY = 8
+# Weight of the newest call in the mean of how many are under way. As above, some ten.
+_NEWEST_DEPTH = 0.2
+# Answers of a window at least, and of a trial that shows the other way to be slower by the factor. Chosen:
+# fewer say little where their lengths differ.
+_LEAST_ANSWERS = 16
+_LEAST_TRIED = 8
+_CLEARLY_SLOWER = 1.5
+# Windows of the better way before the other one is tried again: at first, and at most, doubling while it
+# stays the better one, and more by as much as it is better. Chosen: a trial takes the time of some three
+# windows of its own way, four per cent of the most.
+_FIRST_WINDOWS = 16
+_MOST_WINDOWS = 64
+# Calls under way that differ by more than this factor are another load: what was learnt is learnt again.
+# Chosen: leaving drafts out moves requests from the drafter to the target, which must not count as one.
+_SAME_LOAD = 4.0
 
 
 class Skip(Enum):
@@ -35,9 +53,9 @@ class Skip(Enum):
 
     # Verifying it would take as many passes as writing anew.
     WORTHLESS = "worthless"
-    # Verifying it would take as long as writing anew, with as many calls under way as now.
+    # Verifying drafts takes longer than writing anew, under a load like the present one.
     LOAD = "load"
-    # To see how long writing takes with as many calls under way as now.
+    # To see how long writing takes under the present load.
     PROBE = "probe"
 
 
@@ -56,78 +74,175 @@ class SpeculationOptions:
     adaptive: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Whether a target verifies a draft: why not, or None; and what to give back with its answer.
+
+    started: by the clock. window: of the target's, 0 where no times are compared.
+    """
+
+    reason: Skip | None = None
+    started: float = 0.0
+    window: int = 0
+
+
 class Speculation:
-    """Means over recent answers. enabled: False, and every draft is verified.
+    """Means over recent answers. enabled: False, and every draft is verified. clock: monotonic seconds.
 
     Two rules. By passes: where verifications of a pair of stages took about as many as writing anew, its
     drafts save nothing whatever the load. By time: a busy target is bound by its arithmetic, and a pass over
-    a draft, or over the prompt once more, takes long; so with 8 calls or more under way there, what a token
-    of a verified answer took is compared with what a token of a written one took, at about the same number of
-    calls under way (within a factor of 2). Pipelined verifications, whose times have their drafter's in them,
-    are no part of the second.
+    a draft, or over the prompt once more, takes long; see `_Trials`.
     """
 
-    def __init__(self, *, enabled: bool = True) -> None:
+    def __init__(self, clock: Callable[[], float], *, enabled: bool = True) -> None:
+        self._clock = clock
         self._enabled = enabled
-        self._shares: dict[tuple[str, str], float] = {}
-        self._skipped: dict[tuple[str, str], int] = {}
-        # Milliseconds per token, by drafter ("": written without one), target and level of load.
-        self._paces: dict[tuple[str, str, int], float] = {}
-        # Drafts for a target, by level of load, since an answer was written there without one.
-        self._unwritten: dict[tuple[str, int], int] = {}
+        self._pairs: dict[tuple[str, str], _Pair] = {}
+        self._trials: dict[str, _Trials] = {}
 
-    def reason_to_skip(self, drafter: str, target: str, depth: int) -> Skip | None:
-        """Return why a target had better write its next answer without a drafter's draft; None: verify it.
+    def choose(self, drafter: str, target: str, depth: int) -> Choice:
+        """Choose whether a target verifies a drafter's draft or writes its next answer without.
 
         depth: calls under way at the target, the next one included.
         """
         if not self._enabled:
-            return None
-        pair = (drafter, target)
-        if self._shares.get(pair, 0.0) >= _WORTHLESS:
-            reason = Skip.WORTHLESS
-        elif depth < _BUSY:
-            return None
-        else:
-            place = (target, _level(depth))
-            count = self._unwritten.get(place, 0)
-            self._unwritten[place] = (count + 1) % _WRITE_EVERY
-            if count == 0:
-                return Skip.PROBE
-            verified = self._paces.get((drafter, *place))
-            written = self._paces.get(("", *place))
-            if verified is None or written is None or verified < _WORTHLESS * written:
-                return None
-            reason = Skip.LOAD
-        self._skipped[pair] = (self._skipped.get(pair, 0) + 1) % _PROBE_EVERY
-        return reason if self._skipped[pair] else None
+            return Choice()
+        pair = self._pairs.get((drafter, target))
+        if pair is not None and pair.is_worthless():
+            return Choice(Skip.WORTHLESS)
+        if depth < BUSY and target not in self._trials:
+            return Choice()
+        return self._trials.setdefault(target, _Trials()).choose(depth, self._clock())
 
-    def answered(self, answer: Answer, depth: int) -> None:
-        """Learn from an answer. depth: calls under way at its stage as it began, itself included."""
+    def answered(self, answer: Answer, choice: Choice | None = None) -> None:
+        """Learn from an answer. choice: what was chosen for it, if anything was."""
         usage, target = answer.result.usage, answer.stage.name
         if answer.verification is not None:
             share = verify_cost(1.0, usage.proposed_tokens, usage.forward_passes, usage.completion_tokens)
-            _learn(self._shares, (answer.draft_stage, target), share)
-        has_draft = answer.action is StageAction.VERIFY
-        if depth < _BUSY or not answer.is_whole or has_draft != bool(answer.draft_stage):
+            self._pairs.setdefault((answer.draft_stage, target), _Pair()).learn(share)
+        if choice is None or not choice.window or not answer.is_whole:
             return
-        if answer.is_pipelined:
-            # Its time is its drafter's as well.
+        if (choice.reason is None) == (answer.action is StageAction.VERIFY):
+            # The token that ends an answer is one of those that it took.
+            tokens = usage.completion_tokens + 1
+            self._trials[target].answered(choice, self._clock() - choice.started, tokens)
+
+
+class _Pair:
+    """What the drafts of one stage are worth to another."""
+
+    def __init__(self) -> None:
+        # Mean of the passes that verifications took, as a share of writing anew.
+        self._share = 0.0
+        self._verified = 0
+        self._is_worthless = False
+        self._left_out = 0
+        self._every = _PROBE_EVERY
+
+    def learn(self, share: float) -> None:
+        """Learn from a verification."""
+        self._verified += 1
+        weight = max(_NEWEST_WORTHLESS if self._is_worthless else _NEWEST, 1.0 / self._verified)
+        self._share += weight * (share - self._share)
+        self._is_worthless = self._share >= _WORTHLESS and self._verified >= _LEAST_VERIFIED
+
+    def is_worthless(self) -> bool:
+        """Return whether the next draft is to be left out."""
+        if not self._is_worthless:
+            self._every = _PROBE_EVERY
+            return False
+        self._left_out += 1
+        if self._left_out < self._every:
+            return True
+        self._left_out = 0
+        self._every = min(2 * self._every, _PROBE_EVERY_AT_MOST)
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class _Pace:
+    """Seconds per token of a window, and the calls that were under way."""
+
+    seconds: float
+    depth: float
+
+    def is_of(self, depth: float) -> bool:
+        """Return whether the load was about this."""
+        return depth / _SAME_LOAD <= self.depth <= depth * _SAME_LOAD
+
+
+class _Trials:
+    """Which of two ways gives answers sooner at a busy target: verifying drafts, or writing without them.
+
+    Both cannot be seen at the same time: a pass over many tokens holds up the answers that are being written
+    beside it, and is itself soon done. So a way holds for a window of answers, at first one of each, then the
+    better one with the other tried again now and then. Compared is the time per token from the choice on, the
+    drafting of chains included: with as many requests under way, that is the throughput. Answers chosen while
+    those of the window before are still under way do not count.
+    """
+
+    def __init__(self) -> None:
+        self._paces: dict[bool, _Pace] = {}
+        self._verifies = True
+        # Windows of the better way that are left; 0 while the other one is tried.
+        self._left = 1
+        self._interval = _FIRST_WINDOWS
+        self._window = 0
+        self._depth = 0.0
+
+    def choose(self, depth: int, now: float) -> Choice:
+        """Choose by the window that holds."""
+        if not self._window:
+            self._open(depth)
+        self._depth += _NEWEST_DEPTH * (depth - self._depth)
+        if not self._verifies and depth < BUSY:
+            # Nothing is to be saved by leaving it out, and nothing is learnt about a busy target.
+            return Choice()
+        counts = self._settling <= 0
+        self._settling -= 1
+        reason = None if self._verifies else Skip.LOAD if self._left else Skip.PROBE
+        return Choice(reason, now, self._window if counts else 0)
+
+    def answered(self, choice: Choice, seconds: float, tokens: int) -> None:
+        """Count an answer that was chosen in the window that holds."""
+        if choice.window != self._window:
             return
-        level = _level(depth)
-        if not has_draft:
-            self._unwritten[target, level] = 1
-        timing = answer.result.timing
-        # The token that ends an answer is one of those that it took.
-        pace = (timing.total_ms - timing.queue_ms) / (usage.completion_tokens + 1)
-        _learn(self._paces, (answer.draft_stage, target, level), pace)
+        self._seconds += seconds
+        self._tokens += tokens
+        self._answers += 1
+        if self._answers >= max(_LEAST_ANSWERS, self._depth) or self._has_failed():
+            self._close()
 
+    def _has_failed(self) -> bool:
+        """Return whether a trial can be ended early: the way that is tried is much slower."""
+        other = self._paces.get(not self._verifies)
+        if self._left or other is None or self._answers < _LEAST_TRIED:
+            return False
+        return self._seconds / self._tokens > _CLEARLY_SLOWER * other.seconds
 
-def _level(depth: int) -> int:
-    """Return one number for 8 to 15 calls under way, one for 16 to 31, and so on."""
-    return depth.bit_length()
+    def _open(self, settling: float) -> None:
+        """Open a window. settling: choices that do not count at first."""
+        self._window += 1
+        self._settling = settling
+        self._seconds, self._tokens, self._answers = 0.0, 0, 0
+        self._depth = self._depth or settling
 
-
-def _learn(means: dict[Key, float], key: Key, value: float) -> None:
-    old = means.get(key, value)
-    means[key] = old + _NEWEST * (value - old)
+    def _close(self) -> None:
+        """Take a window's pace, and choose the way of the next one."""
+        own, held = _Pace(self._seconds / self._tokens, self._depth), self._verifies
+        self._paces[held] = own
+        other = self._paces.get(not held)
+        if other is None or not other.is_of(self._depth):
+            # Nothing is known of the other way under this load.
+            self._verifies, self._left, self._interval = not held, 0, _FIRST_WINDOWS // 2
+        elif self._left == 0:
+            is_better = own.seconds < other.seconds
+            self._interval = _FIRST_WINDOWS if is_better else min(2 * self._interval, _MOST_WINDOWS)
+            ratio = max(own.seconds / other.seconds, other.seconds / own.seconds)
+            self._left = int(self._interval * ratio)
+            self._verifies = held if is_better else not held
+        else:
+            self._left -= 1
+            if self._left == 0:
+                self._verifies = not held
+        self._open(0.0 if self._verifies == held else self._depth)

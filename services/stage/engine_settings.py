@@ -31,7 +31,7 @@ class VllmSettings(Section):
     gpu_memory_utilization: Share = 0.9
     kv_cache_gib: Annotated[float, Field(gt=0)] | None = None
     prefix_caching: bool = True
-    cached_scoring: bool = False
+    cached_scoring: bool = True
     top_logprobs: Annotated[int, Field(ge=2)] = 20
     enforce_eager: bool = False
     sleep_level: Literal[0, 1, 2] = 0

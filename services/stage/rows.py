@@ -34,6 +34,13 @@ class Row:
         """The same place with the model's own choice as the token."""
         return Row(self.top_ids[0], self.top_logprobs[0], 0, self.top_ids, self.top_logprobs)
 
+    def of(self, token: int) -> Row | None:
+        """Return the same place with another token; None where it is not among the likeliest."""
+        if token not in self.top_ids:
+            return None
+        rank = self.top_ids.index(token)
+        return Row(token, self.top_logprobs[rank], rank, self.top_ids, self.top_logprobs)
+
 
 def make_row(token: int, entries: Mapping[int, tuple[float, int]], most: int) -> Row:
     """Return the row of a token from (log-probability, rank from 1) by token.

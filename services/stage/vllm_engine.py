@@ -70,7 +70,7 @@ class VllmOptions:
     gpu_memory_utilization: float = 0.9
     kv_cache_gib: float | None = None
     prefix_caching: bool = True
-    cached_scoring: bool = False
+    cached_scoring: bool = True
     top_logprobs: int = 20
     enforce_eager: bool = False
     sleep_level: int = 0

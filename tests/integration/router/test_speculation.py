@@ -21,6 +21,11 @@ def ask(*chain: str, **fields) -> cascade_pb2.GenerateRequest:
     return cascade_pb2.GenerateRequest(prompt="hi", chain=chain, **fields)
 
 
+async def running(stage, count):
+    while stage.running < count:
+        await asyncio.sleep(0)
+
+
 def three_stages(world, **options):
     return (
         world.stage("small", pieces=(b"one", b" two", b" four"), **options),
@@ -336,6 +341,21 @@ async def test_a_draft_with_hope_is_finished(world, mean_logprob, settings):
     assert (response.stage, response.text) == ("small", w.stages["small"].text)
 
 
+async def test_chains_take_turns_where_their_last_stage_is_busy(world):
+    large = world.stage("large", pause_after=0)
+    w = await world(*three_stages(world)[:2], large)
+    large.gate.clear()
+    fixed = [w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi", stage="large")) for _ in range(8)]
+    await asyncio.wait_for(running(large, 8), 5)
+    chain = w.stub.Generate(ask("small", "large"), timeout=60)
+    await asyncio.wait_for(running(large, 9), 5)
+    large.gate.set()
+    await asyncio.gather(chain, *fixed)
+    assert not large.streamed_drafts
+    await w.stub.Generate(ask("small", "large"), timeout=60)
+    assert large.streamed_drafts
+
+
 @pytest.mark.parametrize("pipelined", [False, True])
 async def test_worthless_drafts_are_no_longer_verified(world, pipelined):
     def stages():
@@ -353,11 +373,12 @@ async def test_worthless_drafts_are_no_longer_verified(world, pipelined):
         # A draft that was asked for is verified.
         assert response.stages[-1].action == (VERIFY if len(response.stages) == 2 else GENERATE)
     assert used[0] == ["small", "large"]
-    assert used.count(["large"]) >= 34
+    # Eight that say nothing yet, and one of sixteen.
+    assert used.count(["large"]) == 31
     # It is tried again from time to time, and used again once it is worth it.
-    assert ["small", "large"] in used[5:]
+    assert ["small", "large"] in used[8:]
     w.stages["small"].pieces = w.stages["large"].pieces
-    for _ in range(64):
+    for _ in range(512):
         response = await w.stub.Generate(ask("small", "large"), timeout=5)
     assert len(response.stages) == 2
     tolerant = common_pb2.Acceptance(mode=common_pb2.ACCEPTANCE_MODE_TOLERANT, threshold=0.5)

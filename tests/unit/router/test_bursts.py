@@ -111,7 +111,7 @@ async def answer_some(planner: Planner, policy: Toll) -> None:
     """Have the router see each stage answer, and the policy plan and decide, one request after the other."""
     for stage in STAGES:
         for _ in range(20):
-            planner.stage_answered(make_answer(stage), 1)
+            planner.stage_answered(make_progress(), make_answer(stage), 1)
     policy.gate.set()
     for _ in range(20):
         progress = make_progress()
