@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 _WORTHLESS = 0.9
 # Weight of the newest verification in the mean of that, and their number from which on it says something.
 # Chosen: some forty carry nine tenths, so that a few bad drafts in a row do not turn it; while drafts are
-# worthless few are verified, and some ten do.
+# worthless few are verified, and some seven do.
 _NEWEST = 0.05
-_NEWEST_WORTHLESS = 0.2
+_NEWEST_WORTHLESS = 0.3
 _LEAST_VERIFIED = 8
 # While drafts are worthless, one in so many is verified all the same, to see whether that changed; each time
 # that it has not, twice as many are left out, up to the most. Chosen: at ten per cent more per attempt, they
@@ -141,6 +141,10 @@ class _Pair:
 
     def learn(self, share: float) -> None:
         """Learn from a verification."""
+        # More than writing anew says no more: it would only take longer to forget.
+        share = min(share, 1.0)
+        if share < _WORTHLESS:
+            self._every = _PROBE_EVERY
         self._verified += 1
         weight = max(_NEWEST_WORTHLESS if self._is_worthless else _NEWEST, 1.0 / self._verified)
         self._share += weight * (share - self._share)
@@ -149,7 +153,6 @@ class _Pair:
     def is_worthless(self) -> bool:
         """Return whether the next draft is to be left out."""
         if not self._is_worthless:
-            self._every = _PROBE_EVERY
             return False
         self._left_out += 1
         if self._left_out < self._every:

@@ -378,7 +378,7 @@ async def test_worthless_drafts_are_no_longer_verified(world, pipelined):
     # It is tried again from time to time, and used again once it is worth it.
     assert ["small", "large"] in used[8:]
     w.stages["small"].pieces = w.stages["large"].pieces
-    for _ in range(512):
+    for _ in range(64):
         response = await w.stub.Generate(ask("small", "large"), timeout=5)
     assert len(response.stages) == 2
     tolerant = common_pb2.Acceptance(mode=common_pb2.ACCEPTANCE_MODE_TOLERANT, threshold=0.5)
