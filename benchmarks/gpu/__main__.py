@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.gpu import device, service
-from benchmarks.gpu.measure import TINY, Plan, passes, residency, speculation
+from benchmarks.gpu.measure import TINY, Plan, passes, prefilled, residency, speculation
 from benchmarks.gpu.shapes import RESEARCH_MS, SHAPES, make_model
 from benchmarks.record import RESULTS, record
 from services.stage import vllm_engine
@@ -31,7 +31,9 @@ from services.stage.vllm_engine import VllmBackend, VllmOptions
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-PARTS = ("passes", "speculation", "residency", "service")
+PARTS = ("passes", "prefilled", "speculation", "residency", "service")
+# Tokens of the longest prompt and answer that are measured.
+LONGEST = 2048
 SMALL = Path(__file__).parents[2] / "models" / "small"
 # What a later run may have had otherwise.
 _OF_A_PART = ("settings", "versions")
@@ -54,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sleep-levels", default="1", help="of the part residency, such as 1,2")
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
-    parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--max-model-len", type=int, default=LONGEST)
     parser.add_argument("--top-logprobs", type=int, default=20)
     parser.add_argument("--cached-scoring", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path, help="in the place of benchmarks/results/gpu.json")
@@ -64,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parts = options.parts.split(",")
     if unknown := set(parts) - set(PARTS):
         parser.error(f"--parts: no part {unknown.pop()}: choose of {', '.join(PARTS)}")
-    plan = TINY if options.tiny else Plan()
+    is_small = options.tiny or (options.model and read_checkpoint(options.model).context < LONGEST)
+    plan = TINY if is_small else Plan()
     if options.batches:
         batches = _numbers(options.batches)
         plan = replace(plan, batches=batches, speculation_batches=batches)
@@ -136,7 +139,7 @@ async def _measure(
         "floor_ms": floor,
         "research_ms": RESEARCH_MS.get(options.shape),
     }
-    if {"passes", "speculation", "service"} & set(parts):
+    if set(parts) - {"residency"}:
         backend = make()
         await backend.start()
         try:
@@ -144,6 +147,11 @@ async def _measure(
                 row |= await passes(backend, plan)
                 keep("passes", row)
                 _say("passes", row)
+            if "prefilled" in parts:
+                found = await prefilled(backend, plan)
+                row |= found
+                keep("prefilled", row)
+                _say("prefilled", found)
             if "speculation" in parts:
                 row["speculation"] = await speculation(backend, plan)
                 keep("speculation", row)

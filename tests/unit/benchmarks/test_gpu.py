@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import projection
 from benchmarks.gpu.measure import TINY, Prompts, speculation
 from benchmarks.gpu.shapes import SHAPES, make_model
 from services.stage.checkpoint import read_checkpoint
@@ -34,7 +35,7 @@ def test_a_tiny_run_has_every_figure(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert row["accepted_of_own"] == 16
     assert len(row["speculation"]) == 2 * 2 * 3
     assert "error" not in row["residency"]["sleep_level_1"]
-    assert set(row["records"]) == {"passes", "speculation", "residency"}
+    assert set(row["records"]) == {"passes", "prefilled", "speculation", "residency"}
     assert row["records"]["passes"]["command"] == f"python -m benchmarks.gpu --tiny --out {file}"
 
 
@@ -102,3 +103,21 @@ def test_rows_are_merged_and_the_speedup_is_of_one_device(tmp_path: Path) -> Non
     # Section 6 of the design: 2.9 times.
     assert large["escalated_speedup"] == pytest.approx(2.92, abs=0.01)
     assert "escalated_speedup" not in small
+
+
+def test_a_projection_adds_up_what_was_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def row(model: str, generate: float, verify: float, gpus: int = 1) -> dict[str, Any]:
+        times = {"generate64_ms": generate, "verify64_ms": verify, "decode_ms_b1": generate / 64}
+        return {"model": model, "device": "H", "tensor_parallel": gpus} | times
+
+    rows = [row("13b", 640.0, 50.0), row("70b", 1600.0, 100.0, 4), row("70b", 2560.0, 140.0, 2)]
+    rows.append({"model": "34b", "device": "H", "tensor_parallel": 1})
+    monkeypatch.setattr(projection, "RESULTS", tmp_path)
+    (tmp_path / "gpu.json").write_text(json.dumps({"rows": rows}))
+    projection.main()
+    *_, line = capsys.readouterr().out.splitlines()
+    # The 34B was not measured, and the fewest GPUs count.
+    assert line.startswith("| H | 13B → 70B on 2 | 2,560 | 780 (3.28 ×) |")
+    assert "| 2,060 (1.24 ×) |" in line
