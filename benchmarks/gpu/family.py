@@ -106,18 +106,21 @@ async def _ask(tasks: Sequence[Task], engine: str, dtype: str, at_a_time: int) -
             "policy": {"target": policy, "timeout_ms": 1000},
             "default_deadline_ms": CALL_MS,
         }
-        router = await start("services.router", settings)
-        client = await stack.enter_async_context(CascadeClient(router, timeout_ms=CALL_MS))
 
-        async def ask(task: Task, way: dict[str, Any], places: asyncio.Semaphore) -> Answer:
+        async def ask(
+            client: CascadeClient, task: Task, way: dict[str, Any], places: asyncio.Semaphore
+        ) -> Answer:
             async with places:
                 return await client.answer(Request(task.prompt, **way))
 
         answers = {}
         for name, way in WAYS.items():
+            # A router for each: what one has seen of the stages' queues is not another's.
+            router = await start("services.router", settings)
+            client = await stack.enter_async_context(CascadeClient(router, timeout_ms=CALL_MS))
             # The policy weighs the stages' queues, which are not what is measured here.
             places = asyncio.Semaphore(1 if "objective" in way else at_a_time)
-            answers[name] = await asyncio.gather(*(ask(task, way, places) for task in tasks))
+            answers[name] = await asyncio.gather(*(ask(client, task, way, places) for task in tasks))
             sys.stderr.write(f"{name}: {len(tasks)} prompts\n")
         return answers
 

@@ -14,17 +14,26 @@ import yaml
 from pydantic import ValidationError
 
 from services.common.errors import AsdError
-from services.stage.conformance import CHECKS, Outcome, Suite, run_check
+from services.stage.conformance import (
+    CHECKS,
+    Outcome,
+    Suite,
+    a_model_can_be_unloaded_and_loaded_again,
+    run_check,
+    status_tells_what_is,
+)
 from services.stage.engines import make_engines
 from services.stage.settings import ModelSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from services.stage.engine import Engine
 
 # Of bfloat16 logits: half a step at 16 is 0.03, about this much of a probability near one half. Chosen.
 _TIE_MARGIN = {"onnx": 0.0, "vllm": 0.02, "tensorrt_llm": 0.02}
+# An adapter's memory is its model's, with which it is loaded and unloaded.
+_OF_A_MODEL = (status_tells_what_is, a_model_can_be_unloaded_and_loaded_again)
 _SIGNAL_TOLERANCE = {"onnx": 2e-3, "vllm": 0.15, "tensorrt_llm": 0.15}
 
 
@@ -43,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check.add_argument("--tie-margin", type=float, help="closer tokens may change places between passes")
     check.add_argument("--signal-tolerance", type=float, help="of log-probabilities between passes")
     check.add_argument("--max-new-tokens", type=int, default=48)
+    check.add_argument(
+        "--beside", choices=list(_TIE_MARGIN), help="another engine whose greedy answers count"
+    )
     check.add_argument("--json", action="store_true", help="one JSON object on standard output")
     options = parser.parse_args(arguments)
     logging.basicConfig(
@@ -52,8 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         section = yaml.safe_load(options.options) or {}
         entry: dict[str, Any] = {"name": "model", "path": options.model, "engine": options.engine}
         entry |= section if options.engine == "onnx" else {options.engine: section}
-        engine = make_engines(ModelSettings(**entry), 256)["model"]
-        outcomes = asyncio.run(_check(engine, options))
+        engines = make_engines(ModelSettings(**entry), 256)
+        other = None
+        if options.beside:
+            entry = {"name": "model", "path": options.model, "engine": options.beside}
+            other = make_engines(ModelSettings(**entry), 256)["model"]
+        outcomes = asyncio.run(_check(engines, other, options))
     except (AsdError, ValidationError, yaml.YAMLError) as error:
         parser.exit(2, f"asd-engine: {error}\n")
     failed = [outcome for outcome in outcomes if outcome.error]
@@ -65,23 +81,45 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(1 if failed else 0)
 
 
-async def _check(engine: Engine, options: argparse.Namespace) -> list[Outcome]:
+async def _check(
+    engines: Mapping[str, Engine], other: Engine | None, options: argparse.Namespace
+) -> list[Outcome]:
+    """Check a model's adapters, and then the model itself."""
     tie, tolerance = options.tie_margin, options.signal_tolerance
-    suite = Suite(
-        engine,
-        max_new_tokens=options.max_new_tokens,
-        tie_margin=_TIE_MARGIN[options.engine] if tie is None else tie,
-        signal_tolerance=_SIGNAL_TOLERANCE[options.engine] if tolerance is None else tolerance,
-    )
-    await engine.load()
+    model, *adapters = engines
+    references = await _answers(other, options.max_new_tokens) if other else None
+    await engines[model].load()
     outcomes = []
     try:
-        for check in CHECKS:
-            outcomes.append(await run_check(suite, check))
-            _say(outcomes[-1], is_quiet=options.json)
+        for name in (*adapters, model):
+            suite = Suite(
+                engines[name],
+                references=references if name == model else None,
+                max_new_tokens=options.max_new_tokens,
+                tie_margin=_TIE_MARGIN[options.engine] if tie is None else tie,
+                signal_tolerance=_SIGNAL_TOLERANCE[options.engine] if tolerance is None else tolerance,
+            )
+            for check in CHECKS:
+                if name != model and check in _OF_A_MODEL:
+                    continue
+                outcome = await run_check(suite, check)
+                if name != model:
+                    outcome = outcome._replace(check=f"{name.removeprefix(f'{model}/')}: {outcome.check}")
+                outcomes.append(outcome)
+                _say(outcome, is_quiet=options.json)
+    finally:
+        await engines[model].unload()
+    return outcomes
+
+
+async def _answers(engine: Engine, tokens: int) -> list[tuple[int, ...]]:
+    """Return an engine's greedy answers to the suite's prompts."""
+    await engine.load()
+    try:
+        suite = Suite(engine, max_new_tokens=tokens)
+        return [(await suite.plain(prompt)).result.ids for prompt in suite.prompts]
     finally:
         await engine.unload()
-    return outcomes
 
 
 def _say(outcome: Outcome, *, is_quiet: bool) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from services.common.errors import AsdError, InvalidRequest, PreconditionFailed, ResourceExhausted
-from services.stage import scoring_engine, tensorrt_llm_engine, vllm_engine
+from services.stage import check, scoring_engine, tensorrt_llm_engine, vllm_engine
 from services.stage.check import main as check_main
 from services.stage.conformance import PROMPTS, Answer, Suite, collect
 from services.stage.engine import DraftPiece, FinishReason, ModelState, SamplingOptions, Turn
@@ -426,3 +426,28 @@ def test_asd_engine_check_runs_the_suite(
     assert ended.value.code == 0
     assert len(outcomes) == 18
     assert not [each for each in outcomes if each["error"]]
+
+
+def test_asd_engine_check_covers_adapters_and_holds_the_model_against_another_engine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    fake_vllm.install(monkeypatch)
+    options = f"{{lora: {{math: {tmp_path}}}}}"
+    with pytest.raises(SystemExit) as ended:
+        check_main(["check", str(SMALL), "--options", options, "--beside", "onnx", "--json"])
+    outcomes = json.loads(capsys.readouterr().out)["checks"]
+    assert [each["check"] for each in outcomes if each["check"].startswith("math: ")] == [
+        f"math: {each['check']}" for each in outcomes[16:-2]
+    ]
+    assert (ended.value.code, len(outcomes), [each for each in outcomes if each["error"]]) == (0, 34, [])
+    # What it is held against matters: another model's answers are not its.
+    monkeypatch.setattr(check, "_answers", lambda *_: _wrong_answers())
+    with pytest.raises(SystemExit) as ended:
+        check_main(["check", str(SMALL), "--beside", "onnx", "--json"])
+    outcomes = json.loads(capsys.readouterr().out)["checks"]
+    assert ended.value.code == 1
+    assert "leaves the reference at token 0" in outcomes[0]["error"]
+
+
+async def _wrong_answers() -> list[tuple[int, ...]]:
+    return [(7,) * 48 for _ in PROMPTS]
