@@ -22,12 +22,14 @@ _SMALL, _LARGE, _BASE, _LIGHT = "#4c78a8", "#e45756", "#444444", "#c9d3df"
 def main() -> None:
     """Read the results and draw them."""
     rows = _read("gpu")
-    cascade = _read("gpu_cascade")[0]
+    cascades = _read("gpu_cascade")
+    three = next(row for row in cascades if len(row["stages"]) == 3)
+    two = next(row for row in cascades if len(row["stages"]) == 2)
     figure, axes = plt.subplots(2, 2, figsize=(11, 8))
     _decoding(axes[0][0], rows)
     _speculation(axes[0][1], rows)
-    _timeline(axes[1][0], cascade)
-    _throughput(axes[1][1], cascade)
+    _timeline(axes[1][0], {"sequential": three, "pipelined": two})
+    _throughput(axes[1][1], two)
     figure.tight_layout()
     figure.savefig(ROOT / "docs" / "results" / "gpu.png", dpi=90)
     plt.close(figure)
@@ -39,14 +41,14 @@ def _read(name: str) -> list[dict[str, Any]]:
 
 
 def _decoding(axis: Axes, rows: list[dict[str, Any]]) -> None:
-    measured = [row for row in rows if "decode_ms_b1" in row and row["tensor_parallel"] == 1]
+    measured = [row for row in rows if "decode_ms_b1" in row]
     for place, row in enumerate(measured):
         axis.bar(place - 0.27, row["research_ms"], 0.26, color=_LIGHT, label="research system" * (not place))
         axis.bar(place, row["decode_ms_b1"], 0.26, color=_SMALL, label="asd, vLLM" * (not place))
         axis.bar(place + 0.27, row["floor_ms"], 0.26, color=_BASE, label="floor" * (not place))
         ratio = row["decode_ms_b1"] / row["floor_ms"]
         axis.text(place, row["decode_ms_b1"] + 1, f"{ratio:.2f} ×", ha="center", fontsize=8)
-    names = [f"{row['model']}\n{'H200' if 'H200' in row['device'] else 'H100'}" for row in measured]
+    names = [f"{row['model']}\n{_card(row)}{_gpus(row)}" for row in measured]
     axis.set_xticks(range(len(measured)), names, fontsize=8)
     axis.set_ylabel("ms per token, batch 1")
     axis.set_title("Decoding; over its bar: times the floor (weights / copy bandwidth)", fontsize=9)
@@ -54,7 +56,7 @@ def _decoding(axis: Axes, rows: list[dict[str, Any]]) -> None:
 
 
 def _speculation(axis: Axes, rows: list[dict[str, Any]]) -> None:
-    for row in rows:
+    for row in (row for row in rows if "H200" in row["device"]):
         for batch in (1, 8, 64):
             points = [
                 (each["acceptance"], each["speedup"])
@@ -75,30 +77,36 @@ def _speculation(axis: Axes, rows: list[dict[str, Any]]) -> None:
     axis.legend(fontsize=8)
 
 
-def _timeline(axis: Axes, cascade: dict[str, Any]) -> None:
-    shapes = dict(
-        zip(("small", "medium", "large"), (_shape(each) for each in cascade["stages"]), strict=False)
-    )
-    wanted = (("sequential", ["small", "medium", "large"]), ("pipelined", ["small", "large"]))
+def _timeline(axis: Axes, cascades: dict[str, dict[str, Any]]) -> None:
     names, place = [], 0.0
-    for way, chain in wanted:
-        (found,) = (
-            each
-            for each in cascade["latencies"]
-            if (each["way"], each["chain"], each["acceptance"]) == (way, chain, 1.0)
+    for way, cascade in cascades.items():
+        found = max(
+            (each for each in cascade["latencies"] if each["way"] == way and each["acceptance"] == 1.0),
+            key=lambda each: len(each["chain"]),
         )
+        shapes = [_shape(each) for each in cascade["stages"]]
         calls = sorted(_stage_calls(found["trace"]), key=lambda span: float(span["end_ms"]))
-        for name, span in zip(chain, calls, strict=True):
-            color = {"small": _SMALL, "medium": "#72b7b2", "large": _LARGE}[name]
+        for shape, span in zip(shapes, calls, strict=True):
+            color = {"13B": _SMALL, "34B": "#72b7b2", "70B": _LARGE}[shape]
             axis.barh(place, span["end_ms"] - span["start_ms"], 0.7, span["start_ms"], color=color)
-            method = span["name"].rpartition("/")[2]
-            names.append((place, f"{shapes[name]} {method}"))
+            names.append((place, f"{shape} {span['name'].rpartition('/')[2]}"))
             place -= 1
-        place -= 0.5
+        alone = next(each["p50_ms"] for each in cascade["latencies"] if each["chain"] == ["large"])
+        text = f"{len(shapes)} stages {way}, {_card(cascade)}; {shapes[-1]} alone: {alone:,.0f} ms"
+        axis.text(8, place + len(shapes) + 0.45, text, fontsize=8)
+        place -= 1
     axis.set_yticks([each for each, _ in names], [name for _, name in names], fontsize=8)
-    alone = next(each["p50_ms"] for each in cascade["latencies"] if each["chain"] == ["large"])
+    axis.set_ylim(place + 0.3, 1)
     axis.set_xlabel("ms")
-    axis.set_title(f"Two traced answers of 64 tokens, all accepted; 70B alone: {alone:.0f} ms", fontsize=9)
+    axis.set_title("Two traced answers of 64 tokens, all accepted", fontsize=9)
+
+
+def _gpus(row: dict[str, Any]) -> str:
+    return f" × {row['tensor_parallel']}" if row["tensor_parallel"] > 1 else ""
+
+
+def _card(row: dict[str, Any]) -> str:
+    return "H200" if "H200" in row["device"] else "H100"
 
 
 def _shape(stage: str) -> str:
@@ -127,8 +135,10 @@ def _throughput(axis: Axes, cascade: dict[str, Any]) -> None:
     ticks = sorted({each["concurrency"] for each in cascade["throughput"]})
     axis.set_xticks(ticks, [str(each) for each in ticks])
     axis.set_xlabel("requests at a time")
-    axis.set_ylabel("answers per second, times always the 70B's")
-    axis.set_title(f"{cascade['device']}: {', '.join(cascade['stages'])} (model@GPU)", fontsize=9)
+    axis.axhline(1.0, color=_BASE, lw=0.8)
+    last = _shape(cascade["stages"][-1])
+    axis.set_ylabel(f"answers per second, beside always the {last}", fontsize=9)
+    axis.set_title(f"Throughput, {_card(cascade)}s: {', '.join(cascade['stages'])} (model@GPU)", fontsize=9)
     axis.legend(fontsize=8)
 
 
