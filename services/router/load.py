@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 # Weight of the newest measurement in a mean. Chosen: some ten calls carry nine tenths of it.
 _NEWEST = 0.2
-# Time in which an old mean of waits halves. Chosen: a stage that plans avoid for its queue would otherwise
-# never be asked again, and so never be seen to be idle.
+# Time in which an old mean of the waits that others cause halves. Chosen: a stage that plans avoid for its
+# queue would otherwise never be asked again, and so never be seen to be idle.
 _HALF_LIFE_S = 5.0
 # Calls that a stage is taken to compute at a time before it has shown it. Chosen: the onnx engine's default.
 # Where it is more, calls beyond it that did not wait say so.
@@ -34,15 +34,16 @@ class Question(Enum):
 class Load:
     """Calls under way at each stage, and the wait to be expected there. clock: monotonic seconds.
 
-    Two estimates of the wait, of which the larger holds. The mean of the waits of finished calls knows what
-    other routers do, and comes late. The line of this router's own calls is known at once: what is beyond the
-    stage's capacity waits, at the rate at which the stage finishes calls. Capacity and rate are learned.
+    Two estimates of the wait, of which the larger holds. The line of this router's own calls is known at
+    once: what is beyond the stage's capacity waits, at the rate at which the stage finishes calls. Capacity
+    and rate are learned. What finished calls waited beyond that is of other routers' doing: its mean comes
+    late, and fades. Waits in the own line are no part of it, or a burst that has passed would count on.
     """
 
     def __init__(self, stage_count: int, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._under_way = [0] * stage_count
-        self._mean_ms = [0.0] * stage_count
+        self._others_ms = [0.0] * stage_count
         self._measured = [0.0] * stage_count
         self._service_ms = [0.0] * stage_count
         self._capacity = [_FIRST_CAPACITY] * stage_count
@@ -88,8 +89,8 @@ class Load:
         Where the call had to wait, that is the stage's capacity, or this router's part of it; where it did
         not, the capacity is at least that.
         """
-        old = self._faded_ms(stage)
-        self._mean_ms[stage] = old + _NEWEST * (queue_ms - old)
+        old, own_ms = self._faded_ms(stage), self._behind_ms(stage, depth)
+        self._others_ms[stage] = old + _NEWEST * (max(queue_ms - own_ms, 0.0) - old)
         self._measured[stage] = self._clock()
         if service_ms <= 0.0:
             return
@@ -120,13 +121,16 @@ class Load:
     def _line_ms(self, stage: int) -> float:
         """Return the wait behind this router's calls, those that are being planned among them."""
         coming = sum(self._asking[each] * self._shares[each][stage] for each in Question)
+        return self._behind_ms(stage, self._under_way[stage] + coming + 1.0)
+
+    def _behind_ms(self, stage: int, depth: float) -> float:
+        """Return how long a call waits in this router's line. depth: calls under way, itself included."""
         capacity = self._capacity[stage]
-        waiting = self._under_way[stage] + coming + 1.0 - capacity
-        return max(waiting, 0.0) * self._service_ms[stage] / capacity
+        return max(depth - capacity, 0.0) * self._service_ms[stage] / capacity
 
     def _faded_ms(self, stage: int) -> float:
-        """Return the exponentially weighted mean of the waits, fading while none is measured."""
-        mean_ms = self._mean_ms[stage]
+        """Return the mean of the waits that others cause, fading while none is measured."""
+        mean_ms = self._others_ms[stage]
         if mean_ms <= 0.0:
             return 0.0
         return float(mean_ms * 0.5 ** ((self._clock() - self._measured[stage]) / _HALF_LIFE_S))

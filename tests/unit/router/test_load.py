@@ -127,6 +127,17 @@ def test_the_longer_of_both_waits_holds(load: Load, clock: Clock) -> None:
     assert load.expected_queue_ms(0) == 0.0
 
 
+@pytest.mark.parametrize("places", [2, 8, 64])
+def test_a_burst_that_has_passed_is_forgotten_at_once(load: Load, places: int) -> None:
+    waits = []
+    for depth, wait_ms, service_ms in served(places, 4 * places, 100 * places):
+        load.answered(0, depth, wait_ms, service_ms)
+        waits.append(wait_ms)
+    assert max(waits) > 100.0
+    # Nothing of this router is under way, and no wait was longer than its own calls made it.
+    assert load.expected_queue_ms(0) < 0.15 * max(waits)
+
+
 def served(places: int, clients: int, calls: int) -> Iterator[tuple[int, float, float]]:
     """Yield depth, wait and computing time of each call, as they end, of clients that ask again at once.
 
