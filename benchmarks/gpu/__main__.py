@@ -59,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-model-len", type=int, default=LONGEST)
     parser.add_argument("--top-logprobs", type=int, default=20)
     parser.add_argument("--cached-scoring", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--cuda-graph-tokens", type=int)
     parser.add_argument("--out", type=Path, help="in the place of benchmarks/results/gpu.json")
     options = parser.parse_args(arguments)
     for variable, value in _ENVIRONMENT.items():
@@ -114,6 +115,8 @@ async def _measure(
         "cached_scoring": options.cached_scoring,
         "gpu_memory_utilization": options.gpu_memory_utilization,
     }
+    if options.cuda_graph_tokens:
+        settings["cuda_graph_tokens"] = options.cuda_graph_tokens
     if not options.model:
         settings |= {"load_format": "dummy", "dtype": "bfloat16"}
     checkpoint = read_checkpoint(model)

@@ -33,6 +33,7 @@ class VllmSettings(Section):
     prefix_caching: bool = True
     cached_scoring: bool = True
     top_logprobs: Annotated[int, Field(ge=2)] = 20
+    cuda_graph_tokens: Count | None = None
     enforce_eager: bool = False
     sleep_level: Literal[0, 1, 2] = 0
     lora: dict[TaskName, Path] = Field(default_factory=dict)

@@ -52,9 +52,10 @@ MISSING = (
 class VllmOptions:
     """How a model is run; docs/engines.md says what each option does.
 
-    max_model_len None: the model's own. kv_cache_gib None: what gpu_memory_utilization leaves. lora: path of
-    an adapter by the type of task that it is for. sleep_level 0: unloading ends the engine's process; 1: it
-    keeps the weights in main memory; 2: it drops them and reads them again.
+    max_model_len None: the model's own. kv_cache_gib None: what gpu_memory_utilization leaves.
+    cuda_graph_tokens None: vLLM's choice. lora: path of an adapter by the type of task that it is for.
+    sleep_level 0: unloading ends the engine's process; 1: it keeps the weights in main memory; 2: it drops
+    them and reads them again.
     """
 
     max_batch: int = 64
@@ -72,6 +73,7 @@ class VllmOptions:
     prefix_caching: bool = True
     cached_scoring: bool = True
     top_logprobs: int = 20
+    cuda_graph_tokens: int | None = None
     enforce_eager: bool = False
     sleep_level: int = 0
     lora: Mapping[str, Path] = field(default_factory=dict)
@@ -294,6 +296,8 @@ class VllmBackend:
             arguments["max_num_batched_tokens"] = options.max_batched_tokens
         if options.kv_cache_gib is not None:
             arguments["kv_cache_memory_bytes"] = int(options.kv_cache_gib * 2**30)
+        if options.cuda_graph_tokens is not None:
+            arguments["max_cudagraph_capture_size"] = options.cuda_graph_tokens
         if options.quantization is not None:
             arguments["quantization"] = options.quantization
         if options.sleep_level:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import itertools
 import json
 import time
 from pathlib import Path
@@ -82,6 +83,7 @@ def test_every_argument_of_vllms_engine_exists() -> None:
         max_model_len=256,
         max_batched_tokens=2048,
         kv_cache_gib=2,
+        cuda_graph_tokens=512,
         sleep_level=1,
         lora={"math": SMALL},
     )
@@ -94,6 +96,7 @@ def test_every_argument_of_vllms_engine_exists() -> None:
     assert set(arguments) <= known
     assert arguments["kv_cache_memory_bytes"] == 2 * 1024**3
     assert arguments["max_num_batched_tokens"] == 2048
+    assert arguments["max_cudagraph_capture_size"] == 512
     assert (arguments["enable_sleep_mode"], arguments["max_loras"]) == (True, 1)
 
 
@@ -217,6 +220,91 @@ async def test_cached_scoring_reads_the_prompt_and_computes_the_draft(
     assert prompt - 2 * fake_vllm.BLOCK < again.result.cached_prompt_tokens < prompt
     plain = await _vllm(cached_scoring=False)
     assert (await _verify(plain, other, LONG)).result.cached_prompt_tokens == 0
+
+
+@pytest.mark.parametrize("marks", range(16))
+async def test_what_is_prefilled_ahead_is_never_computed_again(
+    monkeypatch: pytest.MonkeyPatch, marks: int
+) -> None:
+    library = fake_vllm.install(monkeypatch)
+    engine = await _vllm(resync=False)
+    prompt = Turn("user", LONG.content + "!" * marks)
+    draft = await _ask(await _vllm(), Turn("user", PROMPTS[1]))
+    llm = library.engines[0]
+    prefilled = await engine.prefill((prompt,))
+    answer = await _verify(engine, draft, prompt)
+    size = answer.result.prompt_tokens
+    assert prefilled.prompt_tokens == size
+    (first, _), (scored, cached), *_ = llm.prompts
+    # The first pass is the prompt's but for its last token, the second one takes all whole blocks of that:
+    # also where the prompt itself ends with a block.
+    assert (first, scored) == (size - 1, size + len(draft.result.ids) + 1)
+    assert cached == (size - 1) // fake_vllm.BLOCK * fake_vllm.BLOCK
+    assert answer.result.cached_prompt_tokens == cached
+
+
+@pytest.mark.parametrize("marks", range(16))
+async def test_the_pieces_of_a_draft_are_computed_once(monkeypatch: pytest.MonkeyPatch, marks: int) -> None:
+    library = fake_vllm.install(monkeypatch)
+    writer, engine = await _vllm(), await _vllm(resync=False)
+    prompt = Turn("user", LONG.content + "!" * marks)
+    own = await _ask(writer, prompt, max_new_tokens=60)
+    status = engine.status()
+
+    passes = library.engines[1].prompts
+
+    async def pieces() -> AsyncIterator[DraftPiece | FinishReason]:
+        for count, place in enumerate(range(0, len(own.result.ids), 16)):
+            while len(passes) < count:  # noqa: ASYNC110
+                # Until the piece before has been scored: the stand-in has no event.
+                await asyncio.sleep(0)
+            yield DraftPiece(own.result.ids[place : place + 16], "", status.fingerprint)
+        yield own.result.finish
+
+    events = engine.verify_stream((prompt,), SamplingOptions(max_new_tokens=60), pieces(), None)
+    answer = await collect(events, evidence="any")
+    assert answer.result.ids == own.result.ids
+    assert len(passes) == answer.result.forward_passes > 1
+    # Every pass but the first takes what the one before it computed from the cache, but for part of a block.
+    for (length, _), (_, cached) in itertools.pairwise(passes):
+        assert length - fake_vllm.BLOCK < cached <= length
+
+
+async def test_what_follows_a_correction_is_scored_while_that_keeps_enough(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake_vllm.install(monkeypatch)
+    engine = await _vllm()
+    ids = (await _ask(engine, LONG, max_new_tokens=60)).result.ids
+    # Wrong in the first token, and in every one.
+    once, throughout = [
+        tuple(each if place >= wrong else (each + 1) % 400 + 7 for place, each in enumerate(ids))
+        for wrong in (1, len(ids))
+    ]
+
+    async def is_scored_again(draft: tuple[int, ...]) -> bool:
+        """Verify it; return whether more than the draft was scored."""
+        proposal = Suite(engine).draft(draft, FinishReason.LENGTH)
+        call = engine.verify((LONG,), SamplingOptions(max_new_tokens=60), proposal, None)
+        answer = await collect(call, "first")
+        assert answer.result.ids == ids
+        return answer.result.proposed_tokens > len(draft)
+
+    assert [await is_scored_again(once) for _ in range(3)] == [True] * 3
+    # Three that kept all make up for many; then one in 16 is tried all the same.
+    tried = [await is_scored_again(throughout) for _ in range(80)]
+    last = tried.index(False)
+    assert 5 < last < 40
+    assert [place - last for place in range(last, 80) if tried[place]] == list(range(15, 80 - last, 16))
+
+
+def test_what_follows_a_correction_must_keep_more_where_the_library_is_busy() -> None:
+    worth = scoring_engine._ResyncWorth()
+    for _ in range(50):
+        # Enough tokens for a pass that is as long as four written ones, a small part of what was scored.
+        worth.learn(48, 8)
+    assert worth.is_worth(7)
+    assert [worth.is_worth(8) for _ in range(16)] == [False] * 15 + [True]
 
 
 @pytest.mark.parametrize(("level", "loads"), [(1, 1), (2, 2)])
