@@ -49,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check.add_argument("model", type=Path, help="Hugging Face model directory")
     check.add_argument("--engine", choices=list(_TIE_MARGIN), default="vllm")
     check.add_argument("--options", default="{}", metavar="YAML", help="the engine's section of the settings")
+    check.add_argument("--max-batch", type=int, help="requests in the engine at a time")
     check.add_argument("--tie-margin", type=float, help="closer tokens may change places between passes")
     check.add_argument("--signal-tolerance", type=float, help="of log-probabilities between passes")
     check.add_argument("--max-new-tokens", type=int, default=48)
@@ -64,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         section = yaml.safe_load(options.options) or {}
         entry: dict[str, Any] = {"name": "model", "path": options.model, "engine": options.engine}
         entry |= section if options.engine == "onnx" else {options.engine: section}
+        if options.max_batch is not None:
+            entry["max_batch"] = options.max_batch
         engines = make_engines(ModelSettings(**entry), 256)
         other = None
         if options.beside:

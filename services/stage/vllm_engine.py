@@ -13,6 +13,7 @@ Cached and computed keys differ by rounding, so that a near tie may fall the oth
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import secrets
@@ -99,6 +100,35 @@ def make_engine(name: str, directory: Path, options: VllmOptions) -> ScoringEngi
             cache_bytes=int((options.kv_cache_gib or 0) * 2**30),
         ),
     )
+
+
+def check_adapter(task: str, directory: Path, max_rank: int) -> None:
+    """Raise PreconditionFailed for an adapter that vLLM would fail on at the first request, or score wrongly.
+
+    task: type of task that it is for. max_rank: that the engine is made for.
+    """
+    name = f"adapter {task}: {directory}"
+    try:
+        config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+        rank, modules = int(config["r"]), config["target_modules"]
+        # A pattern, or names.
+        changes = [
+            *([modules] if isinstance(modules, str) else modules),
+            *(config.get("modules_to_save") or ()),
+        ]
+    except OSError as error:
+        raise PreconditionFailed(f"{name}: cannot read adapter_config.json: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise PreconditionFailed(
+            f"{name}: adapter_config.json is not a LoRA adapter's as PEFT writes it: {error!r}"
+        ) from error
+    if rank > max_rank:
+        raise PreconditionFailed(f"{name}: its rank is {rank}: set max_lora_rank, which is {max_rank}, to it")
+    # vLLM applies an adapter of the head to the rows that it samples, not to all that it scores.
+    if changed := [each for each in changes if "lm_head" in each or "embed_tokens" in each]:
+        raise PreconditionFailed(
+            f"{name}: it changes {changed[0]}, which vLLM leaves out in verification: train it without"
+        )
 
 
 class VllmBackend:
@@ -260,6 +290,8 @@ class VllmBackend:
             missing = "" if error.name == "vllm" else f" ({error.name} is missing)"
             raise PreconditionFailed(f"{MISSING}{missing}") from error
         self._vllm = vllm
+        for task, path in self._options.lora.items():
+            check_adapter(task, path, self._options.max_lora_rank)
         self._adapters = {
             task: LoRARequest(lora_name=task, lora_int_id=index, lora_path=str(path))
             for index, (task, path) in enumerate(self._options.lora.items(), start=1)

@@ -322,10 +322,45 @@ async def test_a_sleeping_model_wakes(monkeypatch: pytest.MonkeyPatch, level: in
     assert llm.is_shut
 
 
+ADAPTER = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+
+
+def make_adapter(directory: Path, **changes: Any) -> Path:
+    (directory / "adapter_config.json").write_text(json.dumps(ADAPTER | changes))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"r": 64}, "its rank is 64: set max_lora_rank, which is 16"),
+        (
+            {"target_modules": ["q_proj", "lm_head"]},
+            "changes lm_head, which vLLM leaves out in verification",
+        ),
+        ({"modules_to_save": ["embed_tokens"]}, "changes embed_tokens"),
+        ({"target_modules": None}, "not a LoRA adapter's"),
+        ({"r": "many"}, "not a LoRA adapter's"),
+        (None, "cannot read adapter_config.json: No such file or directory"),
+    ],
+)
+async def test_an_adapter_that_cannot_be_served_is_refused_when_its_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changes: dict[str, Any] | None, sentence: str
+) -> None:
+    library = fake_vllm.install(monkeypatch)
+    if changes is not None:
+        make_adapter(tmp_path, **changes)
+    with pytest.raises(PreconditionFailed, match=sentence) as refused:
+        await _vllm(lora={"math": tmp_path})
+    assert f"adapter math: {tmp_path}" in str(refused.value)
+    assert not library.engines
+
+
 async def test_adapters_are_models_of_their_own_over_one_engine(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     library = fake_vllm.install(monkeypatch)
+    make_adapter(tmp_path)
     section = {"lora": {"math": tmp_path, "code": tmp_path}}
     engines = make_engines(ModelSettings(name="m", path=SMALL, engine="vllm", vllm=section), 8)  # type: ignore[arg-type]
     assert list(engines) == ["m", "m/math", "m/code"]
@@ -520,7 +555,7 @@ def test_asd_engine_check_covers_adapters_and_holds_the_model_against_another_en
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     fake_vllm.install(monkeypatch)
-    options = f"{{lora: {{math: {tmp_path}}}}}"
+    options = f"{{lora: {{math: {make_adapter(tmp_path)}}}}}"
     with pytest.raises(SystemExit) as ended:
         check_main(["check", str(SMALL), "--options", options, "--beside", "onnx", "--json"])
     outcomes = json.loads(capsys.readouterr().out)["checks"]
