@@ -13,21 +13,18 @@ import json
 import random
 import statistics
 import sys
-import tempfile
 import time
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-import yaml
 from rich.console import Console
 from rich.progress import Progress, track
 
 from asd.v1 import common_pb2, stage_pb2, stage_pb2_grpc
 from benchmarks.escalation_plots import draw_plots
-from benchmarks.processes import ROOT, process
+from benchmarks.processes import ROOT, process, service
 from benchmarks.random_stage import random_text
 from benchmarks.record import percentile, update_result, write_result
 from services.client.client import CascadeClient
@@ -76,13 +73,9 @@ class Routers:
 async def running(*, with_policy: bool = True) -> AsyncIterator[Routers]:
     """Run a set of stages with everything on, and sets with parts switched off; a router per way."""
     async with AsyncExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
 
-        async def start(module: str, name: str, settings: dict[str, object]) -> str:
-            file = folder / f"{name}.yaml"
-            file.write_text(yaml.safe_dump({"listen": "127.0.0.1:0", **settings}))
-            address, _ = await stack.enter_async_context(process(module, "--config", str(file)))
-            return address
+        async def start(module: str, settings: dict[str, object]) -> str:
+            return await stack.enter_async_context(service(module, settings))
 
         sets: dict[str, dict[str, object]] = {
             ALL_ON: {},
@@ -94,22 +87,20 @@ async def running(*, with_policy: bool = True) -> AsyncIterator[Routers]:
             way: {
                 name: await start(
                     "services.stage",
-                    f"{name}-{number}",
                     {"models": [{"name": name, "path": str(ROOT / "models" / name), **part}]},
                 )
                 for name in NAMES
             }
-            for number, (way, part) in enumerate(sets.items())
+            for way, part in sets.items()
         }
         noise, _ = await stack.enter_async_context(process("benchmarks.random_stage", "127.0.0.1:0"))
         artifact = str(ROOT / "policy_service" / "artifact")
-        policy = await start("policy_service", "policy", {"artifact": artifact}) if with_policy else ""
+        policy = await start("policy_service", {"artifact": artifact}) if with_policy else ""
 
-        async def router(name: str, stages: dict[str, str], **speculation: bool) -> str:
+        async def router(stages: dict[str, str], **speculation: bool) -> str:
             has_policy = with_policy and tuple(stages) == NAMES
             return await start(
                 "services.router",
-                f"router-{name.replace(' ', '-')}",
                 {
                     "stages": [
                         {"name": each, "target": target, "cost": COSTS.get(each, 1.0)}
@@ -124,19 +115,17 @@ async def running(*, with_policy: bool = True) -> AsyncIterator[Routers]:
         random_first = {"random": noise, "large": stages[ALL_ON]["large"]}
         yield Routers(
             {
-                ALL_ON: await router(ALL_ON, stages[ALL_ON]),
-                SEQUENTIAL: await router(SEQUENTIAL, stages[ALL_ON], pipelined=False),
-                NO_RESYNC: await router(NO_RESYNC, stages[NO_RESYNC]),
-                NO_REUSE: await router(NO_REUSE, stages[NO_REUSE]),
-                BARE: await router("bare", stages[BARE], pipelined=False),
-                NO_PREFILL: await router(NO_PREFILL, stages[ALL_ON], prefill_ahead=False),
-                NO_ABANDON: await router(NO_ABANDON, stages[ALL_ON], early_abandon=False),
-                NOT_ADAPTIVE: await router(NOT_ADAPTIVE, stages[ALL_ON], adaptive=False),
-                "random drafts": await router("random", random_first),
-                "random drafts, sequential": await router("random sequential", random_first, pipelined=False),
-                "random drafts, not adaptive": await router(
-                    "random not adaptive", random_first, pipelined=False, adaptive=False
-                ),
+                ALL_ON: await router(stages[ALL_ON]),
+                SEQUENTIAL: await router(stages[ALL_ON], pipelined=False),
+                NO_RESYNC: await router(stages[NO_RESYNC]),
+                NO_REUSE: await router(stages[NO_REUSE]),
+                BARE: await router(stages[BARE], pipelined=False),
+                NO_PREFILL: await router(stages[ALL_ON], prefill_ahead=False),
+                NO_ABANDON: await router(stages[ALL_ON], early_abandon=False),
+                NOT_ADAPTIVE: await router(stages[ALL_ON], adaptive=False),
+                "random drafts": await router(random_first),
+                "random drafts, sequential": await router(random_first, pipelined=False),
+                "random drafts, not adaptive": await router(random_first, pipelined=False, adaptive=False),
             },
             stages[ALL_ON],
         )

@@ -12,14 +12,12 @@ import argparse
 import asyncio
 import os
 import sys
-import tempfile
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 
-from benchmarks.processes import ROOT, process
+from benchmarks.processes import ROOT, service
 from policy_service.train.collect import CollectOptions, collect_outcomes
 from policy_service.train.outcomes import UnfitOutcomes
 from services.common.errors import AsdError
@@ -32,7 +30,6 @@ _TIMEOUT_MS = 60_000
 def stage_settings(name: str) -> dict[str, object]:
     """Return the settings of a stage whose calls are measured."""
     return {
-        "listen": "127.0.0.1:0",
         "models": [
             {
                 "name": name,
@@ -49,20 +46,13 @@ def stage_settings(name: str) -> dict[str, object]:
 async def collect(options: argparse.Namespace) -> None:
     """Start the embedded family's stages and collect."""
     async with AsyncExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         # As many start at once as there are cores: more would only wait for each other.
         starting = asyncio.Semaphore(os.cpu_count() or 1)
 
         async def start(name: str) -> str:
-            settings = folder / f"{name}.yaml"
             async with starting:
-                address, _ = await stack.enter_async_context(
-                    process("services.stage", "--config", str(settings))
-                )
-            return address
+                return await stack.enter_async_context(service("services.stage", stage_settings(name)))
 
-        for name in NAMES:
-            (folder / f"{name}.yaml").write_text(yaml.safe_dump(stage_settings(name)))
         async with asyncio.TaskGroup() as group:
             tasks = {
                 name: [group.create_task(start(name)) for _ in range(options.replicas)] for name in NAMES
