@@ -41,11 +41,19 @@ class Cascade:
         the deadline, and whatever the first stage or the policy refuses the request with.
         """
         progress = Progress(request, deadline, view, self._clock)
+        try:
+            async with aclosing(self._answer(progress)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            self._planner.ended(progress)
+
+    async def _answer(self, progress: Progress) -> AsyncGenerator[Event, None]:
         stage = await self._planner.plan(progress)
         async with PrefillAhead(self._clock, self._planner.calling) as ahead:
             warm = self._planner.stage_to_warm(progress)
             if warm is not None:
-                ahead.start(request, self._stages[warm], self._planner.warming_ms(progress, warm))
+                ahead.start(progress.request, self._stages[warm], self._planner.warming_ms(progress, warm))
             while True:
                 try:
                     async with aclosing(self._run(progress, self._stages[stage])) as events:

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 # Weight of the newest measurement in a mean. Chosen: some ten calls carry nine tenths of it.
 _NEWEST = 0.2
-# Time in which an old mean of the waits that others cause halves. Chosen: a stage that plans avoid for its
-# queue would otherwise never be asked again, and so never be seen to be idle.
+# Time in which an old mean of the waits that others cause halves, unless it is gone before. Chosen: a stage
+# that plans avoid for its queue would otherwise never be asked again, and so never be seen to be idle.
 _HALF_LIFE_S = 5.0
 # Calls that a stage is taken to compute at a time before it has shown it. Chosen: the onnx engine's default.
 # Where it is more, calls beyond it that did not wait say so.
@@ -133,4 +133,6 @@ class Load:
         mean_ms = self._others_ms[stage]
         if mean_ms <= 0.0:
             return 0.0
-        return float(mean_ms * 0.5 ** ((self._clock() - self._measured[stage]) / _HALF_LIFE_S))
+        elapsed_s = self._clock() - self._measured[stage]
+        faded_ms: float = mean_ms * 0.5 ** (elapsed_s / _HALF_LIFE_S)
+        return max(min(faded_ms, mean_ms - elapsed_s * 1000.0), 0.0)

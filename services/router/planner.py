@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from services.common.cost import is_above
@@ -15,10 +16,12 @@ from services.router.domain import (
     DecisionAction,
     DecisionReason,
     PlanSource,
+    Preference,
     Stage,
 )
 from services.router.load import Load, Question
 from services.router.speculation import BUSY, Speculation
+from services.router.static_plan import StaticPlan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -28,7 +31,6 @@ if TYPE_CHECKING:
     from services.router.ports import Observer, PolicyClient, Sleepers
     from services.router.progress import Progress
     from services.router.speculation import SpeculationOptions
-    from services.router.static_plan import StaticPlan
 
 # Kept from every deadline, for the router's own work and the way back. Chosen: above its own p95.
 MARGIN_MS = 10.0
@@ -105,6 +107,10 @@ class Planner:
             if others and progress.plan_source is not PlanSource.FIXED:
                 left_ms *= _SHARE_OF_TIME
             await self._sleepers.until_awake(stage, left_ms)
+            # How long that took says nothing about drafts.
+            progress.choices = {
+                place: replace(choice, counts=False) for place, choice in progress.choices.items()
+            }
 
     def calling(self, stage: Stage) -> AbstractContextManager[int]:
         """Return what counts its block as a call under way at a stage, and gives their number."""
@@ -116,12 +122,18 @@ class Planner:
         depth: calls under way at the stage as it began, itself included.
         """
         self._times_away.pop(answer.stage.index, None)
-        self._speculation.answered(answer, progress.choices.get(answer.stage.index))
+        self._speculation.answered(answer, progress.choices.pop(answer.stage.index, None))
         if answer.is_whole:
             timing = answer.result.timing
             # A pipelined call mostly waits for its drafter, and takes nobody's place meanwhile.
             service_ms = 0.0 if answer.is_pipelined else timing.total_ms - timing.queue_ms
             self._load.answered(answer.stage.index, depth, timing.queue_ms, service_ms)
+
+    def ended(self, progress: Progress) -> None:
+        """A request has ended, however it did: what was chosen for it and found no answer is known too."""
+        for choice in progress.choices.values():
+            self._speculation.ended(choice)
+        progress.choices.clear()
 
     def draft_for(self, progress: Progress, stage: Stage) -> StageResult | None:
         """Return the draft that a stage is to verify; None where it had better write anew."""
@@ -135,11 +147,18 @@ class Planner:
         """Return whether a target works without a drafter's draft, having noted why."""
         depth = self._load.queue_depth(target.index) + 1
         choice = self._speculation.choose(drafter.name, target.name, depth)
+        self._drop(progress, target.index)
         progress.choices[target.index] = choice
         if choice.reason is None:
             return False
         self._observer.draft_skipped(target, choice.reason)
         return True
+
+    def _drop(self, progress: Progress, place: int) -> None:
+        """Give back what was chosen for a stage, without a word on how long that took."""
+        choice = progress.choices.get(place)
+        if choice is not None:
+            self._speculation.ended(replace(choice, counts=False))
 
     def stage_to_warm(self, progress: Progress) -> int | None:
         """Return the stage to warm while the first one drafts; None: none is likely, or it is busy."""
@@ -183,8 +202,19 @@ class Planner:
         if stage.index == len(self._stages) - 1:
             return True
         return (
-            not progress.follows_policy and self._static_plan.next_after(stage.index, progress.failed) is None
+            not progress.follows_policy
+            and self._plan_without_policy(progress).next_after(stage.index, progress.failed) is None
         )
+
+    def _plan_without_policy(self, progress: Progress) -> StaticPlan:
+        """Return the static plan; the last stage alone where quality was asked for.
+
+        What an earlier one answers cannot be certified without the policy.
+        """
+        objective = progress.request.objective
+        if objective.min_quality is None and objective.preference is not Preference.BEST:
+            return self._static_plan
+        return StaticPlan((len(self._stages) - 1,), len(self._stages))
 
     async def _first_stage(self, progress: Progress) -> int:
         request = progress.request
@@ -224,9 +254,9 @@ class Planner:
         max_cost = request.objective.max_cost
         too_dear = {s.index for s in self._stages if max_cost is not None and s.cost > max_cost}
         excluded = too_dear.union(progress.failed)
-        first = self._static_plan.first(away, excluded)
+        first = self._plan_without_policy(progress).first(away, excluded)
         if first is not None and self._woken({first}):
-            first = self._static_plan.first(away | self._sleepers.asleep, excluded)
+            first = self._plan_without_policy(progress).first(away | self._sleepers.asleep, excluded)
         if first is not None:
             return first
         if progress.failed:
@@ -329,7 +359,7 @@ class Planner:
             kept.insert(0, chain.pop())
         # Drafts that come piece by piece take a pass for each piece, and a wait for them holds a place.
         is_free = all(
-            self._load.queue_depth(place) < BUSY and self._load.expected_queue_ms(place) < MIN_QUEUE_MS
+            self._load.queue_depth(place) + 1 < BUSY and self._load.expected_queue_ms(place) < MIN_QUEUE_MS
             for place in kept[1:]
         )
         if self._options.pipelined and is_free:
@@ -360,10 +390,12 @@ class Planner:
         return self._judge_by_static_plan(progress)
 
     def _judge_by_static_plan(self, progress: Progress) -> Decision:
-        following = self._static_plan.next_after(progress.answer.stage.index, progress.failed)
+        following = self._plan_without_policy(progress).next_after(
+            progress.answer.stage.index, progress.failed
+        )
         asleep = self._woken({following})
         if asleep:
-            following = self._static_plan.next_after(
+            following = self._plan_without_policy(progress).next_after(
                 progress.answer.stage.index, asleep.union(progress.failed)
             )
         if following is None:

@@ -57,10 +57,20 @@ class BatchingStage:
     def under_way(self) -> int:
         return len(self._works)
 
-    def submit(self, prefill: int, decode: int, ended: Callable[[], None]) -> None:
-        """Compute some tokens and write others after them: the first comes with the last computed one."""
-        self._works.append(_Work(prefill, decode, ended))
+    def submit(self, prefill: int, decode: int, ended: Callable[[], None]) -> Callable[[], None]:
+        """Compute some tokens and write others after them: the first comes with the last computed one.
+
+        Return what cancels that.
+        """
+        work = _Work(prefill, decode, ended)
+        self._works.append(work)
         self._step()
+
+        def cancel() -> None:
+            if work in self._works:
+                self._works.remove(work)
+
+        return cancel
 
     def _step(self) -> None:
         if self._is_stepping or not self._works:
@@ -86,7 +96,7 @@ class BatchingStage:
                 writing.append(work)
         for work in writing:
             work.decode -= 1
-            if work.decode <= 0:
+            if work.decode <= 0 and work in self._works:
                 self._works.remove(work)
                 work.ended()
         self._is_stepping = False

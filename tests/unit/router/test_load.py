@@ -53,27 +53,30 @@ def test_equal_waits_are_what_is_expected_in_the_end(load: Load) -> None:
     assert load.expected_queue_ms(1) == pytest.approx(30.0 * 0.8926258176)
 
 
-def test_a_mean_that_nothing_renews_halves_in_five_seconds(load: Load, clock: Clock) -> None:
-    load.answered(0, 1, 400.0, 0.0)
+def test_a_long_mean_that_nothing_renews_halves_in_five_seconds(load: Load, clock: Clock) -> None:
+    load.answered(0, 1, 100_000.0, 0.0)
     seen = []
-    for _ in range(4):
+    for _ in range(3):
         seen.append(load.expected_queue_ms(0))
         # Looking does not keep it fresh.
         assert load.expected_queue_ms(0) == seen[-1]
         clock.now += 5.0
-    assert seen == pytest.approx([80.0, 40.0, 20.0, 10.0])
-    clock.now += 1e6
+    # And is gone after its own length, 20 s: whoever was in that line has been served.
+    assert seen == pytest.approx([20_000.0, 10_000.0, 5_000.0])
+    clock.now += 4.9
+    assert load.expected_queue_ms(0) == pytest.approx(100.0)
+    clock.now += 0.2
     assert load.expected_queue_ms(0) == 0.0
 
 
-def test_a_new_wait_is_added_to_what_has_faded(load: Load, clock: Clock) -> None:
+def test_a_new_wait_is_added_to_what_is_left(load: Load, clock: Clock) -> None:
     load.answered(0, 1, 400.0, 0.0)
-    clock.now += 5.0
-    # 40 are left of the 80: 40 + 0.2 * (100 - 40).
+    clock.now += 0.04
+    # 40 of the 80 are left: 40 + 0.2 * (100 - 40).
     load.answered(0, 1, 100.0, 0.0)
     assert load.expected_queue_ms(0) == pytest.approx(52.0)
-    # And the fading starts again from here.
-    clock.now += 5.0
+    # And it goes on from here.
+    clock.now += 0.026
     assert load.expected_queue_ms(0) == pytest.approx(26.0)
 
 
