@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--engine", choices=["onnx", "vllm"], default="vllm")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of vllm")
-    parser.add_argument("--prompts", type=int, default=1000)
+    parser.add_argument("--prompts", type=int, default=500)
     parser.add_argument(
         "--at-a-time", type=int, default=8, help="requests, but for those that the policy decides"
     )
@@ -60,11 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu_family.json")
     options = parser.parse_args(arguments)
     tasks = list(split("evaluation", options.prompts))
+    # Read first: what cannot be read must not cost the measurement.
+    beside = json.loads(options.beside.read_text(encoding="utf-8")) if options.beside else {}
     answers = asyncio.run(_ask(tasks, options.engine, options.dtype, options.at_a_time))
     texts = {way: [answer.text for answer in each] for way, each in answers.items()}
     if options.answers:
         options.answers.write_text(json.dumps(texts), encoding="utf-8")
-    beside = json.loads(options.beside.read_text(encoding="utf-8")) if options.beside else {}
     own = "python -m benchmarks.gpu.family " + " ".join(sys.argv[1:] if arguments is None else arguments)
     where = device.describe_processor() if options.engine == "onnx" else device.describe()
     entry = {
@@ -146,7 +147,7 @@ def _merge(file: Path, entry: dict[str, Any]) -> None:
     kept = [
         each
         for each in content["rows"]
-        if any(each[key] != entry[key] for key in ("engine", "dtype", "device"))
+        if any(each[key] != entry[key] for key in ("engine", "dtype", "device", "prompts"))
     ]
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"rows": [*kept, entry]}, indent=2) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,18 @@ from benchmarks.processes import ROOT
 from benchmarks.record import RESULTS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from matplotlib.axes import Axes
 
 _SMALL, _LARGE, _BASE, _LIGHT = "#4c78a8", "#e45756", "#444444", "#c9d3df"
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Read the results and draw them."""
+    argparse.ArgumentParser(
+        prog="benchmarks.gpu.plots", description=(__doc__ or "").partition(":")[0]
+    ).parse_args(arguments)
     rows = _read("gpu")
     cascades = _read("gpu_cascade")
     three = next(row for row in cascades if len(row["stages"]) == 3)

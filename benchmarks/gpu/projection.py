@@ -1,11 +1,11 @@
 """What cascades take by measured pieces: `python -m benchmarks.gpu.projection` prints a Markdown table.
 
-An answer of n tokens at batch 1, of which the share a of the first stage's draft is accepted by every later
-one, so that the last stage alone writes the rest:
+An answer of n tokens at batch 1. The share a of the first stage's draft is accepted by the second one, which
+writes the rest; a third one accepts all of the second one's answer:
 
     alone(L)           = generate_n(L)
     cascade(S, L)      = generate_n(S) + verify_n(L) + (1 - a) * n * decode(L)
-    cascade(S, M, L)   = generate_n(S) + verify_n(M) + verify_n(L) + (1 - a) * n * decode(L)
+    cascade(S, M, L)   = generate_n(S) + verify_n(M) + (1 - a) * n * decode(M) + verify_n(L)
 
 generate_n, verify_n and decode are rows of benchmarks/results/gpu.json, of one kind of device: prompts of 256
 tokens, the verified ones computed anew. The services' own time, queues and the network are not in it; what of
@@ -14,6 +14,7 @@ it was measured live is in benchmarks/results/gpu_cascade.json.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from itertools import combinations
@@ -29,8 +30,11 @@ ANSWER = 64
 ACCEPTANCES = (1.0, 0.75, 0.5, 0.0)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table of every kind of device."""
+    argparse.ArgumentParser(
+        prog="benchmarks.gpu.projection", description=(__doc__ or "").partition("\n")[0]
+    ).parse_args(arguments)
     rows = json.loads((RESULTS / "gpu.json").read_text(encoding="utf-8"))["rows"]
     lines = [
         f"| device | chain | alone, ms | {' | '.join(f'{a:.0%} accepted, ms' for a in ACCEPTANCES)} |",
@@ -69,7 +73,7 @@ def name_of(model: str, found: Mapping[str, Mapping[str, Any]]) -> str:
 def projected_ms(found: Mapping[str, Mapping[str, Any]], chain: Sequence[str], acceptance: float) -> float:
     """Return what a chain takes by the formula above. found: rows by model."""
     first, *others = (found[name] for name in chain)
-    written = (1.0 - acceptance) * ANSWER * others[-1]["decode_ms_b1"]
+    written = (1.0 - acceptance) * ANSWER * others[0]["decode_ms_b1"]
     return float(first[f"generate{ANSWER}_ms"] + sum(row[f"verify{ANSWER}_ms"] for row in others) + written)
 
 

@@ -673,7 +673,7 @@ def _onnx_export() -> Any:
         from services.stage import onnx_export
     except ModuleNotFoundError as error:
         raise PreconditionFailed(
-            f"{error.name} is not installed: pip install 'asd[stage]' brings what runs models"
+            f"{error.name} is not installed: pip install '.[stage]' in asd's directory brings it"
         ) from error
     return onnx_export
 

@@ -124,7 +124,7 @@ def _hub() -> Any:
         import huggingface_hub.utils
     except ModuleNotFoundError as error:
         raise PreconditionFailed(
-            f"{error.name} is not installed: pip install 'asd[hub]' brings what loads models"
+            f"{error.name} is not installed: pip install '.[hub]' in asd's directory brings what loads models"
         ) from error
     return huggingface_hub
 

@@ -75,7 +75,7 @@ class ServiceSettings(BaseSettings):
             return cls()
         except ValidationError as error:
             where = str(file) if file else "the environment"
-            raise SettingsError(f"{where}: {_explain(error)}") from error
+            raise SettingsError(f"{where}: {explain(error)}") from error
         except Exception as error:
             # pydantic-settings raises its own error where a variable's JSON does not parse.
             if type(error).__name__ == "SettingsError":
@@ -139,7 +139,8 @@ def _read_yaml(file: Path | None) -> Mapping[str, Any]:
     return content
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError) -> str:
+    """Return what is wrong in one line, entry by entry."""
     return "; ".join(
         f"{'.'.join(str(part) for part in problem['loc']) or 'settings'}: {problem['msg']}"
         for problem in error.errors(include_url=False)

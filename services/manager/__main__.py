@@ -78,7 +78,8 @@ def main() -> None:
         from services.manager.kubernetes_cluster import open_cluster
     except ModuleNotFoundError as error:
         raise SystemExit(
-            f"asd-manager: {error.name} is not installed: pip install 'asd[kubernetes]' brings it"
+            f"asd-manager: {error.name} is not installed: "
+            "pip install '.[kubernetes]' in asd's directory brings it"
         ) from error
     try:
         cluster = open_cluster(settings.namespace, settings.timeout_ms / 1000.0)

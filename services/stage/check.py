@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import json
 import logging
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import ValidationError
 
-from services.common.errors import AsdError
+from services.common.errors import AsdError, InvalidRequest
+from services.common.settings import explain
 from services.stage.conformance import (
     CHECKS,
     Outcome,
@@ -26,7 +28,7 @@ from services.stage.engines import make_engines
 from services.stage.settings import ModelSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from services.stage.engine import Engine
 
@@ -47,23 +49,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="run the whole conformance suite against a model")
     check.add_argument("model", type=Path, help="Hugging Face model directory")
-    check.add_argument("--engine", choices=list(_TIE_MARGIN), default="vllm")
+    check.add_argument("--engine", choices=list(_TIE_MARGIN), default="vllm", help="vllm unless it is given")
     check.add_argument("--options", default="{}", metavar="YAML", help="the engine's section of the settings")
-    check.add_argument("--max-batch", type=int, help="requests in the engine at a time")
-    check.add_argument("--tie-margin", type=float, help="closer tokens may change places between passes")
-    check.add_argument("--signal-tolerance", type=float, help="of log-probabilities between passes")
-    check.add_argument("--max-new-tokens", type=int, default=48)
+    check.add_argument("--max-batch", type=_at_least(1), help="requests in the engine at a time")
+    check.add_argument("--tie-margin", type=_share, help="closer tokens may change places between passes")
+    check.add_argument("--signal-tolerance", type=_share, help="of log-probabilities between passes")
+    check.add_argument("--max-new-tokens", type=_at_least(8), default=48)
     check.add_argument(
         "--beside", choices=list(_TIE_MARGIN), help="another engine whose greedy answers count"
     )
     check.add_argument("--json", action="store_true", help="one JSON object on standard output")
     options = parser.parse_args(arguments)
+    if not options.model.is_dir():
+        parser.error(f"{options.model}: no such directory")
     logging.basicConfig(
         level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s"
     )
     try:
-        section = yaml.safe_load(options.options) or {}
         entry: dict[str, Any] = {"name": "model", "path": options.model, "engine": options.engine}
+        section = _read_section(options.options, entry)
         entry |= section if options.engine == "onnx" else {options.engine: section}
         if options.max_batch is not None:
             entry["max_batch"] = options.max_batch
@@ -73,7 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             entry = {"name": "model", "path": options.model, "engine": options.beside}
             other = make_engines(ModelSettings(**entry), 256)["model"]
         outcomes = asyncio.run(_check(engines, other, options))
-    except (AsdError, ValidationError, yaml.YAMLError) as error:
+    except ValidationError as error:
+        parser.exit(2, f"asd-engine: --options: {explain(error)}\n")
+    except (AsdError, yaml.YAMLError) as error:
         parser.exit(2, f"asd-engine: {error}\n")
     failed = [outcome for outcome in outcomes if outcome.error]
     if options.json:
@@ -82,6 +88,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ties = sum(outcome.near_ties for outcome in outcomes)
         sys.stdout.write(f"{len(outcomes) - len(failed)} of {len(outcomes)} checks pass, {ties} near ties\n")
     sys.exit(1 if failed else 0)
+
+
+def _read_section(text: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an engine's section. Raises InvalidRequest where it is none, or says what arguments say."""
+    section = yaml.safe_load(text) or {}
+    if not isinstance(section, dict):
+        raise InvalidRequest(f"--options {text!r} is no mapping: write it as '{{dtype: float32}}'")
+    if taken := sorted(entry.keys() & section.keys()):
+        raise InvalidRequest(f"--options: {taken[0]} is an argument of its own")
+    return section
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number from {least} on")
+        return int(text)
+
+    return read
+
+
+def _share(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0.0 <= number < 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to below 1")
+    return number
 
 
 async def _check(

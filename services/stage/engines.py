@@ -27,7 +27,7 @@ def make_engines(model: ModelSettings, max_queue: int) -> dict[str, Engine]:
         extra = {"onnx": "stage", "vllm": "vllm", "tensorrt_llm": "tensorrt-llm"}[model.engine]
         raise PreconditionFailed(
             f"{error.name} is not installed, which engine {model.engine} needs: use the image of target "
-            f"stage-{model.engine.replace('_', '-')}, or pip install 'asd[{extra}]'"
+            f"stage-{model.engine.replace('_', '-')}, or pip install '.[{extra}]' in asd's directory"
         ) from error
 
 

@@ -37,6 +37,11 @@ class ModelSettings(Section):
     vllm: VllmSettings | None = None
     tensorrt_llm: TensorrtLlmSettings | None = None
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Types of task that the model has adapters for."""
+        return tuple(self.vllm.lora) if self.vllm else ()
+
     @model_validator(mode="after")
     def _check_options(self) -> Self:
         check_options(self.engine, self.model_fields_set)
@@ -58,8 +63,9 @@ class StageSettings(ServerSettings):
     @model_validator(mode="after")
     def _check_names(self) -> Self:
         names = [model.name for model in self.models]
-        if len(set(names)) < len(names):
-            raise ValueError("models: two have the same name")
+        served = [*names, *(f"{model.name}/{task}" for model in self.models for task in model.tasks)]
+        if len(set(served)) < len(served):
+            raise ValueError("models: two have the same name, adapters counted as MODEL/TASK")
         if self.default_model and self.default_model not in names:
             raise ValueError(f"default_model {self.default_model!r} is not one of {', '.join(names)}")
         return self

@@ -44,8 +44,8 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 MISSING = (
-    "vllm is not installed: use the image of target stage-vllm, or pip install 'asd[vllm]' with Python 3.12 "
-    "on Linux with an NVIDIA GPU"
+    "vllm is not installed: use the image of target stage-vllm, or pip install '.[vllm]' in asd's directory, "
+    "with Python 3.12 on Linux with an NVIDIA GPU"
 )
 
 

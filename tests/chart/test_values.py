@@ -108,6 +108,11 @@ def test_lines_fit(name: str) -> None:
 def test_every_option_of_an_engine_is_a_value(section: str, settings: Any) -> None:
     values = chart_values()["stageDefaults"]["model"][section]
     assert {_snake(key) for key in values} == set(settings.model_fields)
+    # A release is as the documentation says of the engine itself; 0 and "" leave out what is None there.
+    defaults = settings().model_dump()
+    assert {_snake(key): value or None for key, value in values.items()} == {
+        key: value or None for key, value in defaults.items()
+    }
 
 
 def _snake(key: str) -> str:

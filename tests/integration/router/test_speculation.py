@@ -10,6 +10,7 @@ import pytest
 
 from asd.v1 import cascade_pb2, common_pb2, policy_pb2
 from services.common.errors import ResourceExhausted, Unavailable
+from services.router import speculation
 
 FIXED = cascade_pb2.PLAN_SOURCE_FIXED
 CHAINS = [("small", "medium"), ("small", "large"), ("medium", "large"), ("small", "medium", "large")]
@@ -71,7 +72,7 @@ async def test_a_pipelined_draft_travels_as_it_is_written(world):
 
 async def test_times_of_stages_that_wait_for_their_drafter_are_not_learned(world):
     w = await world(*three_stages(world, queue_ms=0.0))
-    w.stages["large"].queue_ms = 50.0
+    w.stages["large"].queue_ms = 50_000.0
     load = w.servicer._cascade._planner._load
     await w.stub.Generate(ask("small", "medium", "large"), timeout=5)
     assert [w.stages[name].calls for name in ("medium", "large")] == [["verify_stream"]] * 2
@@ -79,7 +80,7 @@ async def test_times_of_stages_that_wait_for_their_drafter_are_not_learned(world
     assert [load.service_ms(place) for place in range(3)] == [3.0, 0.0, 0.0]
     assert [load.capacity(place) for place in range(3)] == [8.0] * 3
     # A wait in the queue is one all the same: the stages work one after the other from now on.
-    assert load.expected_queue_ms(2) == pytest.approx(10.0, rel=0.1)
+    assert load.expected_queue_ms(2) == pytest.approx(10_000.0, rel=0.1)
     await w.stub.Generate(ask("small", "medium", "large"), timeout=5)
     assert [w.stages[name].calls[1:] for name in ("medium", "large")] == [["verify"]] * 2
     assert [load.service_ms(place) for place in range(3)] == [3.0] * 3
@@ -230,7 +231,7 @@ async def test_a_busy_target_is_not_warmed(world):
 async def test_stages_that_verify_do_not_work_ahead_where_calls_queue(world, busy, is_pipelined):
     stages = {name: world.stage(name) for name in ("small", "medium", "large")}
     w = await world(*stages.values())
-    stages[busy].queue_ms = 50.0
+    stages[busy].queue_ms = 50_000.0
     await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi", stage=busy), timeout=5)
     for stage in stages.values():
         stage.calls.clear()
@@ -244,7 +245,7 @@ async def test_stages_that_verify_do_not_work_ahead_where_calls_queue(world, bus
 
 async def test_a_target_that_calls_waited_for_is_not_warmed(world):
     policy = world.policy(script={"small": "large"}, p_escalate=0.8, likely_next="large")
-    large = world.stage("large", queue_ms=50.0)
+    large = world.stage("large", queue_ms=50_000.0)
     w = await world(world.stage("small"), world.stage("medium"), large, policy=policy)
     await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=5)
     assert large.calls == ["prefill", "verify"]
@@ -354,6 +355,48 @@ async def test_chains_take_turns_where_their_last_stage_is_busy(world):
     assert not large.streamed_drafts
     await w.stub.Generate(ask("small", "large"), timeout=60)
     assert large.streamed_drafts
+
+
+@pytest.fixture
+def busy_at_once(monkeypatch):
+    """Have one request under way be a load, and one that has ended a window."""
+    monkeypatch.setattr(speculation, "BUSY", 1)
+    monkeypatch.setattr(speculation, "_LEAST_ENDED", 1)
+
+
+@pytest.mark.parametrize(("verify_s", "used"), [(0.5, ["large"]), (0.1, ["small", "large"])])
+async def test_what_answers_took_turns_what_is_chosen(world, clock, busy_at_once, verify_s, used):
+    stages = three_stages(world)
+    w = await world(*stages, speculation={"pipelined": False})
+    large = w.stages["large"]
+    large.on_call = lambda: clock.advance(verify_s if large.calls[-1] == "verify" else 0.3)
+    found = []
+    for _ in range(5):
+        response = await w.stub.Generate(ask("small", "large"), timeout=5)
+        found.append([record.stage for record in response.stages])
+    # Verified, written to see how long that takes, and then the faster way.
+    assert found == [["small", "large"], ["large"], used, used, used]
+
+
+@pytest.mark.parametrize("how", ["fails", "is cancelled"])
+async def test_a_request_without_an_answer_ends_what_was_chosen_for_it(world, busy_at_once, how):
+    large = world.stage("large", pause_after=0)
+    w = await world(*three_stages(world)[:2], large, speculation={"pipelined": False})
+    if how == "fails":
+        large.fail_after = 0
+        large.gate.set()
+        with pytest.raises(grpc.aio.AioRpcError):
+            await w.stub.Generate(ask("small", "large"), timeout=5)
+        large.fail_after = None
+    else:
+        call = w.stub.Generate(ask("small", "large"), timeout=60)
+        await asyncio.wait_for(running(large, 1), 5)
+        call.cancel()
+        await asyncio.wait_for(large.cancelled.wait(), 5)
+        large.gate.set()
+    # The window that it was in is over: the other way is tried.
+    response = await w.stub.Generate(ask("small", "large"), timeout=5)
+    assert [record.stage for record in response.stages] == ["large"]
 
 
 @pytest.mark.parametrize("pipelined", [False, True])

@@ -572,5 +572,26 @@ def test_asd_engine_check_covers_adapters_and_holds_the_model_against_another_en
     assert "leaves the reference at token 0" in outcomes[0]["error"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["README.md"], "README.md: no such directory"),
+        ([str(SMALL), "--options", "threads"], "--options 'threads' is no mapping"),
+        ([str(SMALL), "--engine", "onnx", "--options", "{path: x}"], "path is an argument of its own"),
+        ([str(SMALL), "--options", "{dtyp: x}"], "--options: vllm.dtyp: Extra inputs are not permitted"),
+        ([str(SMALL), "--max-new-tokens", "7"], "'7' is no number from 8 on"),
+        ([str(SMALL), "--max-batch", "0"], "'0' is no number from 1 on"),
+        ([str(SMALL), "--tie-margin", "nan"], "'nan' is no number from 0 to below 1"),
+    ],
+)
+def test_wrong_arguments_of_asd_engine_check_are_told_in_a_sentence(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        check_main(["check", *arguments])
+    assert ended.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
 async def _wrong_answers() -> list[tuple[int, ...]]:
     return [(7,) * 48 for _ in PROMPTS]

@@ -113,11 +113,20 @@ def test_a_projection_adds_up_what_was_measured(
         return {"model": model, "device": "H", "tensor_parallel": gpus} | times
 
     rows = [row("13b", 640.0, 50.0), row("70b", 1600.0, 100.0, 4), row("70b", 2560.0, 140.0, 2)]
-    rows.append({"model": "34b", "device": "H", "tensor_parallel": 1})
+    rows += [row("34b", 1280.0, 60.0), {"model": "34b", "device": "other", "tensor_parallel": 1}]
     monkeypatch.setattr(projection, "RESULTS", tmp_path)
     (tmp_path / "gpu.json").write_text(json.dumps({"rows": rows}))
-    projection.main()
-    *_, line = capsys.readouterr().out.splitlines()
-    # The 34B was not measured, and the fewest GPUs count.
-    assert line.startswith("| H | 13B → 70B on 2 | 2,560 | 780 (3.28 ×) |")
-    assert "| 2,060 (1.24 ×) |" in line
+    projection.main([])
+    lines = capsys.readouterr().out.splitlines()[2:]
+    # The fewest GPUs count, and a device without figures has no line.
+    assert [line.split(" | ")[1] for line in lines] == [
+        "13B → 34B",
+        "13B → 70B on 2",
+        "34B → 70B on 2",
+        "13B → 34B → 70B on 2",
+    ]
+    # All, and half: 640 + 140; + 32 * 40. Of three, the second one writes: 640 + 60 + 140; + 32 * 20.
+    assert "| 2,560 | 780 (3.28 ×) |" in lines[1]
+    assert "| 2,060 (1.24 ×) |" in lines[1]
+    assert "| 2,560 | 840 (3.05 ×) |" in lines[3]
+    assert "| 1,480 (1.73 ×) |" in lines[3]
