@@ -77,6 +77,8 @@ class Stage:
         shape, _, gpus = text.partition("@")
         if shape not in SHAPES:
             raise ValueError(f"{text}: no shape {shape!r}: choose of {', '.join(SHAPES)}")
+        if gpus and not all(gpu.isdigit() for gpu in gpus.split("+")):
+            raise ValueError(f"{text}: GPUs are numbers, such as {shape}@0 or {shape}@0+1")
         return cls(name, shape, tuple(gpus.split("+")) if gpus else ())
 
 

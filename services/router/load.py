@@ -115,7 +115,10 @@ class Load:
         return self._capacity[stage]
 
     def expected_queue_ms(self, stage: int) -> float:
-        """Return how long a call that comes now will wait, in milliseconds."""
+        """Return how long a call that comes now will wait, in milliseconds.
+
+        Not the sum: a capacity that was learned beside other routers has their waits in it already.
+        """
         return max(self._faded_ms(stage), self._line_ms(stage))
 
     def _line_ms(self, stage: int) -> float:

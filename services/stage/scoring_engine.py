@@ -70,9 +70,10 @@ _LEAST_MEAN_KEPT = 4.0
 # H200 scores one in 0.22 ms and writes 64 in 40.
 _BUSY = 8
 _LEAST_MEAN_SHARE = 0.4
-# Weight of the newest pass in these means; while they say no, one answer in so many tries all the same.
-# Chosen.
+# Weight of the newest pass in these means, and their number from which on they say something; while they say
+# no, one answer in so many tries all the same. Chosen.
 _NEWEST = 0.1
+_LEAST_TRIED = 8
 _TRY_EVERY = 16
 
 
@@ -230,20 +231,23 @@ class _ResyncWorth:
     """Whether what follows a correction in drafts is worth scoring: means over the passes of late."""
 
     def __init__(self) -> None:
-        self._kept = self._share = math.inf
-        self._left_out = 0
+        self._kept = self._share = 0.0
+        self._tried = self._left_out = 0
 
     def is_worth(self, running: int) -> bool:
         """Return whether to score it now. running: calls in the library."""
-        if self._share >= _LEAST_MEAN_SHARE if running >= _BUSY else self._kept >= _LEAST_MEAN_KEPT:
+        is_enough = self._share >= _LEAST_MEAN_SHARE if running >= _BUSY else self._kept >= _LEAST_MEAN_KEPT
+        if is_enough or self._tried < _LEAST_TRIED:
             return True
         self._left_out = (self._left_out + 1) % _TRY_EVERY
         return self._left_out == 0
 
     def learn(self, proposed: int, kept: int) -> None:
         """Learn from the first pass after a correction."""
-        self._kept = _mean(self._kept, float(kept))
-        self._share = _mean(self._share, kept / proposed)
+        self._tried += 1
+        weight = max(_NEWEST, 1.0 / self._tried)
+        self._kept += weight * (kept - self._kept)
+        self._share += weight * (kept / proposed - self._share)
 
 
 class ScoringEngine:
@@ -655,11 +659,6 @@ class AdapterEngine:
     def status(self) -> EngineStatus:
         """Say what its model does; its memory is counted there."""
         return replace(self._base.status(), memory_bytes=0)
-
-
-def _mean(old: float, newest: float) -> float:
-    """Return the mean with another value. old: infinite where there was none."""
-    return newest if old == math.inf else old + _NEWEST * (newest - old)
 
 
 def _ending(call: _Call) -> list[Event]:

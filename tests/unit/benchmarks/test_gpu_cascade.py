@@ -54,6 +54,8 @@ def test_stages_are_read_with_their_gpus() -> None:
     assert Stage.read("small", "tiny").gpus == ()
     with pytest.raises(ValueError, match="no shape '7b': choose of 13b"):
         Stage.read("small", "7b@0")
+    with pytest.raises(ValueError, match="13b@x: GPUs are numbers, such as 13b@0"):
+        Stage.read("small", "13b@x")
 
 
 def test_what_is_asked_of_two_and_of_three_stages() -> None:
