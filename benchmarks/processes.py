@@ -56,3 +56,17 @@ async def service(
         file.write_text(yaml.safe_dump({"listen": "127.0.0.1:0", **settings}), encoding="utf-8")
         async with process(module, "--config", str(file), environment=environment) as (address, _):
             yield address
+
+
+@asynccontextmanager
+async def embedded_cascade(port_base: int = 21050) -> AsyncIterator[str]:
+    """Run `asd up`; yield its router's address."""
+    command = [sys.executable, "-m", "services.client.cli", "up", "--json", "--port-base", str(port_base)]
+    child = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, cwd=ROOT)
+    try:
+        assert child.stdout is not None
+        await asyncio.wait_for(child.stdout.readuntil(b"\n"), READY_TIMEOUT)
+        yield f"127.0.0.1:{port_base}"
+    finally:
+        child.terminate()
+        await child.wait()

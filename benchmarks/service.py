@@ -24,7 +24,7 @@ import psutil
 import yaml
 
 from asd.v1 import cascade_pb2, cascade_pb2_grpc, common_pb2, policy_pb2, policy_pb2_grpc
-from benchmarks.processes import READY_TIMEOUT, ROOT, process
+from benchmarks.processes import READY_TIMEOUT, ROOT, embedded_cascade, process
 from benchmarks.record import percentile, write_result
 from services.client.cascade_file import read_cascade
 from services.client.client import CascadeClient
@@ -322,16 +322,8 @@ async def measure_cold_start(runs: int) -> dict[str, object]:
 
 async def measure_cascade(prompts: int) -> dict[str, object]:
     """Measure the cascade beside always asking the largest stage, taking turns."""
-    command = [sys.executable, "-m", "services.client.cli", "up", "--json", "--port-base", "21050"]
-    child = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, cwd=ROOT)
-    try:
-        assert child.stdout is not None
-        await asyncio.wait_for(child.stdout.readuntil(b"\n"), READY_TIMEOUT)
-        async with CascadeClient("127.0.0.1:21050") as client:
-            rows = [row async for row in ask_both_ways(client, choose_tasks(prompts), Objective())]
-    finally:
-        child.terminate()
-        await child.wait()
+    async with embedded_cascade() as address, CascadeClient(address) as client:
+        rows = [row async for row in ask_both_ways(client, choose_tasks(prompts), Objective())]
     summary = asdict(summarise(rows))
     ratio = summary["accuracy"] / summary["accuracy_largest"]
     return {"cascade": {**summary, "accuracy_ratio": round(ratio, 4)}}
