@@ -205,6 +205,7 @@ VARIANTS: dict[str, Variant] = {
                             "maxModelLen": 1_000_000,
                             "maxBatchedTokens": 4096,
                             "kvCacheGib": 2.5,
+                            "cudaGraphTokens": 512,
                             "prefixCaching": False,
                             "enforceEager": True,
                             "sleepLevel": 1,
