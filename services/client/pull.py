@@ -39,7 +39,7 @@ _WANTED = re.compile(
 # What a server needs beside the weights.
 _SPARE_BYTES = 64 << 20
 _RECORD = ".asd-pull.json"
-_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass(frozen=True, slots=True)

@@ -274,7 +274,7 @@ def test_a_model_without_safetensors_is_refused(hub: Hub, tmp_path: Path) -> Non
 
 
 def test_a_name_that_is_none_is_refused_without_a_call(hub: Hub, tmp_path: Path) -> None:
-    for name in ("small", "../../etc/passwd", "owner/../x", ""):
+    for name in ("small", "../../etc/passwd", "owner/../x", "../small", "owner/..", "./small", ""):
         with pytest.raises(InvalidRequest, match="is not OWNER/NAME"):
             pull(name, tmp_path, endpoint=hub.endpoint)
     assert not hub.tokens
