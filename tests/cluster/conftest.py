@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.cluster import node, release
+from tests.cluster import build, node, release
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,6 +27,20 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     asked = (Path(argument.partition("::")[0]).absolute() for argument in config.args)
     is_ours = collection_path.is_relative_to(HERE)
     return True if is_ours and not any(path.is_relative_to(HERE) for path in asked) else None
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Build what a node of our own needs before any test's time runs.
+
+    Kubernetes takes a quarter of an hour on two cores, once for a machine.
+    """
+    if session.config.option.collectonly or os.environ.get("KUBECONFIG"):
+        return
+    if any(item.get_closest_marker("cluster") for item in session.items):
+        # The fixture says what is missing, and what to do.
+        with contextlib.suppress(build.MissingProgramError):
+            for name in build.PROGRAMS:
+                build.find_program(name)
 
 
 @pytest.fixture(scope="session")
