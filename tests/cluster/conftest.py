@@ -30,17 +30,13 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Build what a node of our own needs before any test's time runs.
-
-    Kubernetes takes a quarter of an hour on two cores, once for a machine.
-    """
+    """Build what a node of our own needs before any test's time runs: Kubernetes can take longer than that."""
     if session.config.option.collectonly or os.environ.get("KUBECONFIG"):
         return
     if any(item.get_closest_marker("cluster") for item in session.items):
         # The fixture says what is missing, and what to do.
         with contextlib.suppress(build.MissingProgramError):
-            for name in build.PROGRAMS:
-                build.find_program(name)
+            build.find_all(tuple(build.PROGRAMS))
 
 
 @pytest.fixture(scope="session")
