@@ -30,7 +30,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Build what a node of our own needs before any test's time runs: Kubernetes can take longer than that."""
+    """Build what a node of our own needs before any test is timed: Kubernetes can take longer."""
     if session.config.option.collectonly or os.environ.get("KUBECONFIG"):
         return
     if any(item.get_closest_marker("cluster") for item in session.items):
