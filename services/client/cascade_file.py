@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 from pydantic import Field, ValidationError, model_validator
 
 from services.common.settings import Section, ServiceSettings, SettingsError, service_config
-from services.router.settings import Milliseconds, Name, RouterSettings
+from services.router.settings import Milliseconds, Name, RouterSettings, SpeculationSettings
 from services.stage.engine_settings import (
     Count,
     EngineName,
@@ -70,6 +70,7 @@ class CascadeFile(ServiceSettings):
     stages: tuple[StageEntry, ...] = Field(min_length=1)
     # Empty: the last stage alone.
     static_plan: tuple[str, ...] = ()
+    speculation: SpeculationSettings | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -186,6 +187,7 @@ def _say(problem: ErrorDetails) -> str:
         "": CascadeFile,
         "stages": StageEntry,
         "policy": PolicyEntry,
+        "speculation": SpeculationSettings,
         "vllm": VllmSettings,
         "tensorrt_llm": TensorrtLlmSettings,
     }
@@ -241,6 +243,8 @@ def router_config(cascade: CascadeFile, ports: Ports, *, drain_seconds: float) -
             "target": f"{HOST}:{ports.policy}",
             "timeout_ms": cascade.policy.timeout_ms,
         }
+    if cascade.speculation is not None:
+        config["speculation"] = cascade.speculation.model_dump(mode="json", exclude_unset=True)
     return config
 
 

@@ -45,7 +45,8 @@ def _read(directory: Path, content: str) -> CascadeFile:
         ("- a\n- b", ["mapping"]),
         ("stages: [", ["not YAML"]),
         (_GOOD + "static_pan: [small]", ["static_pan: unknown key: did you mean static_plan?"]),
-        (_GOOD + "zzz: 1", ["zzz: unknown key: known: policy, stages, static_plan"]),
+        (_GOOD + "zzz: 1", ["zzz: unknown key: known: policy, stages, static_plan, speculation"]),
+        (_GOOD + "speculation: {adaptiv: false}", ["speculation.adaptiv", "did you mean adaptive?"]),
         (_GOOD + "policy: {artifact: artifact, timeout: 5}", ["did you mean timeout_ms?"]),
         (_GOOD + "static_plan: [medium]", ["static_plan", "medium", "small, large"]),
         (_GOOD + "static_plan: [large, small]", ["static_plan", "order"]),
@@ -162,6 +163,16 @@ def test_without_a_policy_there_is_no_policy_process(directory):
     services = services_of(_read(directory, _GOOD), Ports.from_base(7000, 2), Path("/run/asd"))
     assert [each.name for each in services] == ["router", "small", "large"]
     assert _load(RouterSettings, services[0].config, directory).policy is None
+
+
+def test_what_works_ahead_can_be_switched_off_for_the_cascade_and_by_a_variable(directory, monkeypatch):
+    cascade = _read(directory, _GOOD + "speculation: {adaptive: false, pipelined: true}")
+    router, *_ = services_of(cascade, Ports.from_base(7000, 2), Path("/run/asd"))
+    loaded = _load(RouterSettings, router.config, directory).speculation
+    assert (loaded.adaptive, loaded.pipelined, loaded.early_abandon) == (False, True, True)
+    monkeypatch.setenv("ASD_ROUTER_SPECULATION__PIPELINED", "false")
+    loaded = _load(RouterSettings, router.config, directory).speculation
+    assert (loaded.adaptive, loaded.pipelined) == (False, False)
 
 
 def test_the_embedded_cascade_is_readable():
