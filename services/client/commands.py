@@ -508,7 +508,7 @@ async def _show_answer(client: CascadeClient, request: Request) -> None:
     async with client as cascade:
         show = _stream_live if output.is_terminal else _stream_plain
         answer = await show(cascade, request, output)
-    console.notes().print(console.answer_line(answer), soft_wrap=True)
+    console.notes().print(console.answer_line(answer, request.task), soft_wrap=True)
 
 
 async def _stream_live(cascade: CascadeClient, request: Request, output: Console) -> Answer:

@@ -59,8 +59,11 @@ def streamed(text: StreamedText, started: StageStarted | None) -> RenderableType
     return Group(shown, Text(f"{started.stage} {doing} …", style="cyan"))
 
 
-def answer_line(answer: Answer) -> Text:
-    """Return one line: who answered, how good it is thought to be, what it took, and why each stage ended."""
+def answer_line(answer: Answer, task: str = "") -> Text:
+    """Return one line: who answered, how good it is thought to be, what it took, and why each stage ended.
+
+    task: of the request.
+    """
     line = Text()
     line.append(answer.stage, style="bold green")
     line.append(
@@ -75,6 +78,8 @@ def answer_line(answer: Answer) -> Text:
         step = f"{record.stage} {_DOING.get(record.action, record.action)}"
         if record.action == "verify":
             step += f" ({record.accepted_tokens} of {record.proposed_tokens} draft tokens accepted)"
+        if task and record.model:
+            step += f" with{'' if record.model.endswith(f'/{task}') else 'out'} an adapter for {task}"
         steps.append(f"{step}, {record.decision}: {record.reason.replace('_', ' ')}")
     line.append(f" · {' → '.join(steps)}", style="dim")
     for record in answer.stages:

@@ -208,6 +208,7 @@ def _record_from(message: cascade_pb2.StageRecord) -> StageRecord:
         decode_ms=timing.decode_ms,
         text=message.text,
         accept_lengths=tuple(message.accept_lengths),
+        model=message.model,
     )
 
 

@@ -79,7 +79,8 @@ class StageRecord:
     `action` is "generate", "verify" or "prefill" (which decides nothing), `decision` "stop" or "escalate",
     `reason` a DecisionReason such as "value" or "static_plan". Counts and times of the stage are 0 where
     the stage failed. `p_correct` is None where the policy was not asked. accept_lengths: tokens emitted by
-    each pass that scored a proposal. cached_prompt_tokens: of prompt_tokens, from the prefix cache.
+    each pass that scored a proposal. cached_prompt_tokens: of prompt_tokens, from the prefix cache. model: as
+    the stage calls it, MODEL/TASK where an adapter answered; "" where no result came.
     """
 
     stage: str
@@ -102,6 +103,7 @@ class StageRecord:
     decode_ms: float
     text: str
     accept_lengths: tuple[int, ...] = ()
+    model: str = ""
 
 
 @dataclass(frozen=True)

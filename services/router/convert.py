@@ -314,6 +314,7 @@ def record_to(record: Record) -> cascade_pb2.StageRecord:
         reason=cast("policy_pb2.DecisionReason.ValueType", decision.reason),
         text=answer.result.text,
         accept_lengths=answer.result.accept_lengths,
+        model=answer.result.model,
     )
 
 

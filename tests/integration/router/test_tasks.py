@@ -7,7 +7,7 @@ import asyncio
 import grpc
 import pytest
 
-from asd.v1 import cascade_pb2
+from asd.v1 import cascade_pb2, common_pb2
 from services.common.errors import NotFound, Unavailable
 
 GENERATE, PREFILL = "generate", "prefill"
@@ -33,6 +33,8 @@ async def test_stages_with_an_adapter_answer_with_it_and_others_without(world):
         PREFILL: "large/math",
         "verify": "large/math",
     }
+    records = [record for record in response.stages if record.action != common_pb2.STAGE_ACTION_PREFILL]
+    assert [record.model for record in records] == ["small", "large/math"]
     plain = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=5)
     assert plain.text == response.text
     assert models(large)[2:] == ["", ""]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -205,6 +206,17 @@ def test_a_stage_that_read_ahead_is_told_beside_the_steps():
     )
     line = console.answer_line(_answer(stages=(ahead, first))).plain
     assert line.endswith("small writes, escalate: value · medium read the prompt ahead, unused")
+
+
+def test_the_closing_line_says_whether_adapters_for_the_task_answered():
+    first, second = _answer().stages
+    answer = _answer(stages=(replace(first, model="small"), replace(second, model="medium/math")))
+    line = console.answer_line(answer, "math").plain
+    assert "small writes without an adapter for math, escalate" in line
+    assert "accepted) with an adapter for math, stop" in line
+    assert "adapter" not in console.answer_line(answer).plain
+    # A stage that failed answered with nothing.
+    assert "adapter" not in console.answer_line(_answer(), "math").plain
 
 
 def test_one_of_a_thing_is_singular():
