@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks import arguments as kinds
 from benchmarks.gpu import device, service
 from benchmarks.gpu.measure import TINY, Plan, passes, prefilled, residency, speculation
 from benchmarks.gpu.shapes import RESEARCH_MS, SHAPES, make_model
@@ -47,35 +48,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--tiny", action="store_true", help="the embedded small model on the stand-in for vLLM"
     )
-    parser.add_argument("--model", type=Path, help="a real checkpoint in the place of dummy weights")
+    parser.add_argument("--model", type=kinds.model, help="a real checkpoint in the place of dummy weights")
     parser.add_argument("--parts", default=",".join(PARTS), help="some of %(default)s")
-    parser.add_argument("--batches", help="of decoding and speculation, such as 1,8,64")
-    parser.add_argument("--speculation-batches", help="of speculation alone")
-    parser.add_argument("--acceptances", help="of speculation, such as 0,0.5,1")
-    parser.add_argument("--repeats", type=int)
-    parser.add_argument("--sleep-levels", default="1", help="of the part residency, such as 1,2")
-    parser.add_argument("--tensor-parallel", type=int, default=1)
-    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
-    parser.add_argument("--max-model-len", type=int, default=LONGEST)
-    parser.add_argument("--top-logprobs", type=int, default=20)
+    parser.add_argument("--batches", type=kinds.counts, help="of decoding and speculation, such as 1,8,64")
+    parser.add_argument("--speculation-batches", type=kinds.counts, help="of speculation alone")
+    parser.add_argument("--acceptances", type=kinds.shares, help="of speculation, such as 0,0.5,1")
+    parser.add_argument("--repeats", type=kinds.count)
+    parser.add_argument(
+        "--sleep-levels", type=kinds.counts, default=(1,), help="of the part residency, such as 1,2"
+    )
+    parser.add_argument("--tensor-parallel", type=kinds.count, default=1)
+    parser.add_argument("--gpu-memory-utilization", type=kinds.share, default=0.9)
+    parser.add_argument("--max-model-len", type=kinds.count, default=LONGEST)
+    parser.add_argument("--top-logprobs", type=kinds.count, default=20)
     parser.add_argument("--cached-scoring", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--cuda-graph-tokens", type=int)
+    parser.add_argument("--cuda-graph-tokens", type=kinds.count)
     parser.add_argument("--out", type=Path, help="in the place of benchmarks/results/gpu.json")
     options = parser.parse_args(arguments)
-    for variable, value in _ENVIRONMENT.items():
-        os.environ.setdefault(variable, value)
     parts = options.parts.split(",")
     if unknown := set(parts) - set(PARTS):
         parser.error(f"--parts: no part {unknown.pop()}: choose of {', '.join(PARTS)}")
+    if not set(options.sleep_levels) <= {1, 2}:
+        parser.error("--sleep-levels: there are 1 and 2")
+    for variable, value in _ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
     is_small = options.tiny or (options.model and read_checkpoint(options.model).context < LONGEST)
     plan = TINY if is_small else Plan()
     if options.batches:
-        batches = _numbers(options.batches)
-        plan = replace(plan, batches=batches, speculation_batches=batches)
+        plan = replace(plan, batches=options.batches, speculation_batches=options.batches)
     if options.speculation_batches:
-        plan = replace(plan, speculation_batches=_numbers(options.speculation_batches))
+        plan = replace(plan, speculation_batches=options.speculation_batches)
     if options.acceptances:
-        plan = replace(plan, acceptances=tuple(float(each) for each in options.acceptances.split(",")))
+        plan = replace(plan, acceptances=options.acceptances)
     if options.repeats:
         plan = replace(plan, repeats=options.repeats)
     command = " ".join(["python -m benchmarks.gpu", *(sys.argv[1:] if arguments is None else arguments)])
@@ -96,10 +100,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         row = asyncio.run(_measure(options, plan, parts, model, keep))
     sys.stdout.write(json.dumps(row, indent=2) + "\n" if target is None else f"{target}\n")
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(each) for each in text.split(","))
 
 
 async def _measure(
@@ -169,8 +169,7 @@ async def _measure(
             row |= {f"service_overhead_b{batch}": served[batch] / bare[batch] - 1 for batch in bare}
             keep("service", row)
     if "residency" in parts:
-        levels = [int(each) for each in options.sleep_levels.split(",")]
-        row["residency"] = await residency(make, levels, plan)
+        row["residency"] = await residency(make, options.sleep_levels, plan)
         keep("residency", row)
         _say("residency", row["residency"])
     return row

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as collector
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as collector_grpc
 
+from benchmarks import arguments as kinds
 from benchmarks.gpu import device
 from benchmarks.gpu.measure import TINY, Plan, Prompts
 from benchmarks.gpu.predictable import last_token
@@ -161,11 +162,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="benchmarks.gpu.cascade", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("stages", nargs="+", metavar="SHAPE@GPU", help="two or three, smallest first")
-    parser.add_argument("--repeats", type=int, default=5, help="of every latency")
-    parser.add_argument("--concurrencies", default=",".join(map(str, CONCURRENCIES)))
-    parser.add_argument("--rounds", type=int, default=4, help="timed requests of each of those at a time")
+    parser.add_argument("--repeats", type=kinds.count, default=5, help="of every latency")
+    parser.add_argument("--concurrencies", type=kinds.counts, default=CONCURRENCIES)
     parser.add_argument(
-        "--rounds-to-learn", type=int, default=5, help="before them, for the router to learn from"
+        "--rounds", type=kinds.count, default=4, help="timed requests of each of those at a time"
+    )
+    parser.add_argument(
+        "--rounds-to-learn", type=kinds.count, default=5, help="before them, for the router to learn from"
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu_cascade.json")
     options = parser.parse_args(arguments)
@@ -176,7 +179,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         stages = [Stage.read(name, text) for name, text in zip(names, options.stages, strict=True)]
     except ValueError as error:
         parser.error(str(error))
-    concurrencies = tuple(int(each) for each in options.concurrencies.split(","))
     command = " ".join(
         ["python -m benchmarks.gpu.cascade", *(sys.argv[1:] if arguments is None else arguments)]
     )
@@ -185,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # After every part: what a later one breaks off is not lost.
         _merge(options.out, row | {"record": record(command)})
 
-    asyncio.run(_measure(stages, options, concurrencies, keep))
+    asyncio.run(_measure(stages, options, options.concurrencies, keep))
     sys.stdout.write(f"{options.out}\n")
 
 

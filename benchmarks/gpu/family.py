@@ -21,6 +21,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks import arguments as kinds
 from benchmarks.gpu import device
 from benchmarks.gpu.service import load_model
 from benchmarks.processes import ROOT, service
@@ -51,23 +52,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--engine", choices=["onnx", "vllm"], default="vllm")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of vllm")
-    parser.add_argument("--prompts", type=int, default=500)
+    parser.add_argument("--prompts", type=kinds.count, default=500)
     parser.add_argument(
-        "--at-a-time", type=int, default=8, help="requests, but for those that the policy decides"
+        "--at-a-time", type=kinds.count, default=8, help="requests, but for those that the policy decides"
     )
     parser.add_argument("--answers", type=Path, help="write the answers here")
-    parser.add_argument("--beside", type=Path, help="compare with these")
+    parser.add_argument("--beside", type=kinds.file, help="compare with these")
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu_family.json")
     options = parser.parse_args(arguments)
     tasks = list(split("evaluation", options.prompts))
-    # Read first: what cannot be read must not cost the measurement.
+    # First: what is missing must not cost the measurement.
+    where = device.describe_processor() if options.engine == "onnx" else device.describe()
     beside = json.loads(options.beside.read_text(encoding="utf-8")) if options.beside else {}
     answers = asyncio.run(_ask(tasks, options.engine, options.dtype, options.at_a_time))
     texts = {way: [answer.text for answer in each] for way, each in answers.items()}
     if options.answers:
         options.answers.write_text(json.dumps(texts), encoding="utf-8")
     own = "python -m benchmarks.gpu.family " + " ".join(sys.argv[1:] if arguments is None else arguments)
-    where = device.describe_processor() if options.engine == "onnx" else device.describe()
     entry = {
         "engine": options.engine,
         "dtype": options.dtype if options.engine == "vllm" else "float32",

@@ -130,3 +130,21 @@ def test_a_projection_adds_up_what_was_measured(
     assert "| 2,060 (1.24 ×) |" in lines[1]
     assert "| 2,560 | 840 (3.05 ×) |" in lines[3]
     assert "| 1,480 (1.73 ×) |" in lines[3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--batches", "1,a"], "--batches: 'a' is not a whole number of 1 or more"),
+        (["--speculation-batches", "0"], "'0' is not a whole number"),
+        (["--acceptances", "0,1.5"], "--acceptances: '1.5' is not a number from 0 to 1"),
+        (["--gpu-memory-utilization", "x"], "'x' is not a number"),
+        (["--model", "/nowhere"], "config.json is missing"),
+        (["--sleep-levels", "1,7"], "--sleep-levels: there are 1 and 2"),
+        (["--parts", "pass"], "no part pass: choose of passes"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_measured(capsys, arguments, words):
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main(["--tiny", *arguments])
+    assert words in capsys.readouterr().err
