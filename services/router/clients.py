@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from asd.v1.stage_pb2_grpc import StageServiceAsyncStub as Stub
     from services.router.breaker import Breaker
     from services.router.ports import Sleepers
-    from services.router.replicas import Replicas
+    from services.router.replicas import Replica, Replicas
 
 Sent = TypeVar("Sent")
 Received = TypeVar("Received")
@@ -170,11 +170,12 @@ class GrpcStage:
         message: WithModel,
         call: Callable[[Stub, float], AsyncGenerator[Received, None]],
         timeout_ms: float,
-    ) -> AsyncGenerator[Received, None]:
+    ) -> AsyncGenerator[tuple[Replica, Received], None]:
         """Call the request's replica; another one where it is away and has sent nothing.
 
-        Where the stage lacks the adapter that it is asked for, its model answers without. message: gets the
-        model to ask for. call: sends the message to a replica, with so many milliseconds left.
+        Yields which one it is with each of its messages. Where the stage lacks the adapter that it is asked
+        for, its model answers without. message: gets the model to ask for. call: sends the message to a
+        replica, with so many milliseconds left.
         """
         until = self._clock() + timeout_ms / 1000.0
         message.model = await self._adapters.model_for(request.task, timeout_ms)
@@ -188,7 +189,7 @@ class GrpcStage:
                     async with aclosing(call(replica.stub, left_ms)) as responses:
                         async for response in responses:
                             has_begun = True
-                            yield response
+                            yield replica, response
                 return
             except Unavailable:
                 tried.append(replica.address)
@@ -215,14 +216,14 @@ class GrpcStage:
         )
 
     async def _events(
-        self, call: AsyncGenerator[Response, None], message: WithModel
+        self, call: AsyncGenerator[tuple[Replica, Response], None], message: WithModel
     ) -> AsyncGenerator[StageEvent, None]:
         """Yield a call's answers as domain values. message: what the stage was sent, with the model asked
         for."""
         fingerprint = ""
         try:
             async with aclosing(call) as responses:
-                async for response in responses:
+                async for replica, response in responses:
                     kind = response.WhichOneof("event")
                     if not isinstance(response, stage_pb2.VerifyResponse):
                         # It comes with the first message, whatever that is.
@@ -235,7 +236,12 @@ class GrpcStage:
                         yield convert.verification_from(response.verification)
                     elif kind == "result":
                         result = convert.result_from(response.result, self._peer)
-                        yield replace(result, is_adapted=message.model != self._stage.model)
+                        yield replace(
+                            result,
+                            is_adapted=message.model != self._stage.model,
+                            replica=replica.address,
+                            others=max(response.result.calls_under_way - replica.calls, 0),
+                        )
         except (InvalidRequest, NotFound) as error:
             raise self._blame(error) from error
 

@@ -211,7 +211,8 @@ class StageResult:
     """Outcome of a stage call. token_ids: without the end-of-sequence token.
 
     accept_lengths: tokens emitted by each pass that scored a proposal. is_adapted: whether the stage was
-    asked for its adapter for the type of task; the model's name does not tell.
+    asked for its adapter for the type of task; the model's name does not tell. replica: its address. others:
+    calls under way there as the answer ended that are not of this router.
     """
 
     text: str
@@ -223,6 +224,8 @@ class StageResult:
     model: str = ""
     accept_lengths: Sequence[int] = ()
     is_adapted: bool = False
+    replica: str = ""
+    others: int = 0
 
 
 StageEvent = Tokens | Verification | StageResult

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
 
 # Weight of the newest measurement in a mean. Chosen: some ten calls carry nine tenths of it.
 _NEWEST = 0.2
-# Time in which an old mean of the waits that others cause halves, unless it is gone before. Chosen: a stage
-# that plans avoid for its queue would otherwise never be asked again, and so never be seen to be idle.
+# Time in which what was heard of others halves: the mean of the waits that they cause, unless it is gone
+# before, and their calls. Chosen: a stage that plans avoid for its queue would otherwise never be asked
+# again, and so never be seen to be idle.
 _HALF_LIFE_S = 5.0
 # Calls that a stage is taken to compute at a time before it has shown it. Chosen: the onnx engine's default.
 # Where it is more, calls beyond it that did not wait say so.
@@ -47,6 +48,8 @@ class Load:
         self._measured = [0.0] * stage_count
         self._service_ms = [0.0] * stage_count
         self._capacity = [_FIRST_CAPACITY] * stage_count
+        # Calls of others at each replica, by its address, and when that was said.
+        self._others: list[dict[str, tuple[int, float]]] = [{} for _ in range(stage_count)]
         self._asking = dict.fromkeys(Question, 0)
         self._choices = dict.fromkeys(Question, 0)
         self._shares = {question: [0.0] * stage_count for question in Question}
@@ -102,6 +105,20 @@ class Load:
             # 1 at least: what others ask of the stage is not in this router's line, and the mean fades.
             self._capacity[stage] = max(capacity + _NEWEST * (computed - capacity), 1.0)
 
+    def heard(self, stage: int, replica: str, others: int) -> None:
+        """A replica of a stage has calls of others under way."""
+        now = self._clock()
+        known = self._others[stage]
+        known[replica] = others, now
+        for address in [each for each, said in known.items() if _left_of(said, now) < 0.5]:
+            del known[address]
+
+    def depth(self, stage: int) -> int:
+        """Return how many calls are under way at a stage: this router's, and others' as last heard."""
+        now = self._clock()
+        others = sum(_left_of(said, now) for said in self._others[stage].values())
+        return self._under_way[stage] + round(others)
+
     def queue_depth(self, stage: int) -> int:
         """Return the number of this router's calls under way at a stage."""
         return self._under_way[stage]
@@ -139,3 +156,10 @@ class Load:
         elapsed_s = self._clock() - self._measured[stage]
         faded_ms: float = mean_ms * 0.5 ** (elapsed_s / _HALF_LIFE_S)
         return max(min(faded_ms, mean_ms - elapsed_s * 1000.0), 0.0)
+
+
+def _left_of(said: tuple[int, float], now: float) -> float:
+    """Return how many of the calls that were under way at a time are taken to be so still."""
+    calls, when = said
+    left: float = calls * 0.5 ** ((now - when) / _HALF_LIFE_S)
+    return left

@@ -128,6 +128,7 @@ class Planner:
             # A pipelined call mostly waits for its drafter, and takes nobody's place meanwhile.
             service_ms = 0.0 if answer.is_pipelined else timing.total_ms - timing.queue_ms
             self._load.answered(answer.stage.index, depth, timing.queue_ms, service_ms)
+            self._load.heard(answer.stage.index, answer.result.replica, answer.result.others)
 
     def ended(self, progress: Progress) -> None:
         """A request has ended, however it did: what was chosen for it and found no answer is known too."""
@@ -145,7 +146,7 @@ class Planner:
 
     def _skips(self, progress: Progress, drafter: Stage, target: Stage) -> bool:
         """Return whether a target works without a drafter's draft, having noted why."""
-        depth = self._load.queue_depth(target.index) + 1
+        depth = self._load.depth(target.index) + 1
         choice = self._speculation.choose(drafter.name, target.name, depth)
         self._drop(progress, target.index)
         progress.choices[target.index] = choice
@@ -171,7 +172,7 @@ class Planner:
         if stage in self._sleepers.asleep:
             self._sleepers.wake(self._stages[stage])
             return None
-        is_busy = self._load.queue_depth(stage) or self._load.expected_queue_ms(stage) >= MIN_QUEUE_MS
+        is_busy = self._load.depth(stage) or self._load.expected_queue_ms(stage) >= MIN_QUEUE_MS
         return None if is_busy else stage
 
     async def plan(self, progress: Progress) -> int:
@@ -359,7 +360,7 @@ class Planner:
             kept.insert(0, chain.pop())
         # Drafts that come piece by piece take a pass for each piece, and a wait for them holds a place.
         is_free = all(
-            self._load.queue_depth(place) + 1 < BUSY and self._load.expected_queue_ms(place) < MIN_QUEUE_MS
+            self._load.depth(place) + 1 < BUSY and self._load.expected_queue_ms(place) < MIN_QUEUE_MS
             for place in kept[1:]
         )
         if self._options.pipelined and is_free:

@@ -114,7 +114,7 @@ class Speculation:
     def choose(self, drafter: str, target: str, depth: int) -> Choice:
         """Choose whether a target verifies a drafter's draft or writes its next answer without.
 
-        depth: calls under way at the target, the next one included.
+        depth: calls under way at the target, the next one and those of other routers included.
         """
         if not self._enabled:
             return Choice()
@@ -220,7 +220,7 @@ class _Trials:
         self._open(has_turned=False)
 
     def choose(self, depth: int, now: float) -> Choice:
-        """Choose by the window that holds. depth: calls under way at the target, the next one included."""
+        """Choose by the window that holds. depth: as in Speculation.choose."""
         load = max(depth, self._own + self._others + 1)
         self._load += (_NEWEST_LOAD if self._load else 1.0) * (load - self._load)
         self._own += 1

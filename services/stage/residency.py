@@ -60,6 +60,10 @@ class Residency:
         """The bound on the memory of loaded models; 0: none."""
         return self._budget
 
+    def calls_under_way(self) -> int:
+        """Return how many calls use a model now, whichever it is."""
+        return sum(place.users for place in self._places.values())
+
     def idle_ms(self) -> float:
         """Return the time since a call last used a model, or since this was made; 0 while calls are under
         way."""

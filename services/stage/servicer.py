@@ -92,7 +92,7 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
                     if isinstance(event, TokenChunk):
                         response.tokens.CopyFrom(_chunk(event))
                     elif isinstance(event, Result):
-                        response.result.CopyFrom(_result(event, name, fingerprint))
+                        response.result.CopyFrom(self._result(event, name, fingerprint))
                     yield response
                     first = ""
 
@@ -121,7 +121,7 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
                     elif isinstance(event, TokenChunk):
                         yield stage_pb2.VerifyResponse(tokens=_chunk(event))
                     else:
-                        yield stage_pb2.VerifyResponse(result=_result(event, name, fingerprint))
+                        yield stage_pb2.VerifyResponse(result=self._result(event, name, fingerprint))
 
     async def VerifyStream(  # noqa: N802
         self,
@@ -144,7 +144,7 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
                     elif isinstance(event, TokenChunk):
                         response.tokens.CopyFrom(_chunk(event))
                     else:
-                        response.result.CopyFrom(_result(event, name, fingerprint))
+                        response.result.CopyFrom(self._result(event, name, fingerprint))
                     yield response
                     first = ""
 
@@ -214,6 +214,31 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
             return (Turn("user", request.prompt),)
         return tuple(Turn(_ROLES[turn.role], turn.content) for turn in request.conversation.messages)
 
+    def _result(self, result: Result, model: str, fingerprint: str) -> stage_pb2.StageResult:
+        return stage_pb2.StageResult(
+            text=result.text,
+            token_ids=result.ids,
+            tokenizer_fingerprint=fingerprint,
+            finish_reason=_FINISH[result.finish],
+            usage=common_pb2.Usage(
+                prompt_tokens=result.prompt_tokens,
+                cached_prompt_tokens=result.cached_prompt_tokens,
+                completion_tokens=len(result.ids),
+                proposed_tokens=result.proposed_tokens,
+                accepted_tokens=result.accepted_tokens,
+                forward_passes=result.forward_passes,
+            ),
+            timing=common_pb2.StageTiming(
+                queue_ms=result.queue_ms,
+                prefill_ms=result.prefill_ms,
+                decode_ms=result.decode_ms,
+                total_ms=result.total_ms,
+            ),
+            model=model,
+            accept_lengths=result.accept_lengths,
+            calls_under_way=self._residency.calls_under_way(),
+        )
+
     def _refuse_while_draining(self) -> None:
         if self._draining:
             raise Unavailable("this stage is shutting down: ask another replica")
@@ -280,31 +305,6 @@ def _verification(result: VerificationResult) -> stage_pb2.Verification:
         ranks=result.ranks.tolist(),
         target_logprobs=result.target_logprobs.tolist(),
         ids_used=result.ids_used,
-    )
-
-
-def _result(result: Result, model: str, fingerprint: str) -> stage_pb2.StageResult:
-    return stage_pb2.StageResult(
-        text=result.text,
-        token_ids=result.ids,
-        tokenizer_fingerprint=fingerprint,
-        finish_reason=_FINISH[result.finish],
-        usage=common_pb2.Usage(
-            prompt_tokens=result.prompt_tokens,
-            cached_prompt_tokens=result.cached_prompt_tokens,
-            completion_tokens=len(result.ids),
-            proposed_tokens=result.proposed_tokens,
-            accepted_tokens=result.accepted_tokens,
-            forward_passes=result.forward_passes,
-        ),
-        timing=common_pb2.StageTiming(
-            queue_ms=result.queue_ms,
-            prefill_ms=result.prefill_ms,
-            decode_ms=result.decode_ms,
-            total_ms=result.total_ms,
-        ),
-        model=model,
-        accept_lengths=result.accept_lengths,
     )
 
 

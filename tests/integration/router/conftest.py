@@ -62,6 +62,8 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
     verification_first: bool = False
     # Wait in the queue, as the result tells it.
     queue_ms: float = 0.25
+    # Calls of other routers that it says are under way.
+    others: int = 0
     # Types of task that it serves its model's adapters for.
     adapters: tuple[str, ...] = ()
     # Times that it was asked for its status.
@@ -267,6 +269,7 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
                 queue_ms=self.queue_ms, prefill_ms=1, decode_ms=2, total_ms=3 + self.queue_ms
             ),
             model=model or self.name,
+            calls_under_way=self.running + self.others,
         )
 
 

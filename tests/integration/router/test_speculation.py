@@ -357,6 +357,20 @@ async def test_chains_take_turns_where_their_last_stage_is_busy(world):
     assert large.streamed_drafts
 
 
+@pytest.mark.parametrize(("others", "is_busy"), [(0, False), (40, True)])
+async def test_calls_of_other_routers_make_a_target_busy(world, others, is_busy):
+    large = world.stage("large", others=others)
+    w = await world(*three_stages(world)[:2], large)
+    for _ in range(60):
+        await w.stub.Generate(ask("small", "large"), timeout=60)
+    # The first answer tells of them.
+    assert large.calls[0] == "verify_stream"
+    assert ("verify_stream" in large.calls[1:]) is not is_busy
+    # How long writing takes is seen after a window of as many as are under way.
+    assert ("generate" in large.calls) is is_busy
+    assert "generate" not in large.calls[:38]
+
+
 @pytest.fixture
 def busy_at_once(monkeypatch):
     """Have one request under way be a load, and one that has ended a window."""

@@ -74,11 +74,14 @@ async def hold_all(stub: Any) -> list[Any]:
     return [await hold(stub) for _ in range(8)]
 
 
-async def release(call: Any) -> None:
+async def release(call: Any) -> stage_pb2.StageResult:
+    """Return what a held call ends with."""
     await call.write(END)
     await call.done_writing()
-    while await call.read() is not grpc.aio.EOF:
-        pass
+    last = stage_pb2.VerifyStreamResponse()
+    while (response := await call.read()) is not grpc.aio.EOF:
+        last = response
+    return last.result
 
 
 async def result(call: Any) -> stage_pb2.StageResult:
@@ -129,6 +132,20 @@ async def test_a_model_is_as_recently_used_as_its_last_call_ended(start: Callabl
         await release(held)
         loaded = await stage.stub.Load(stage_pb2.LoadRequest(model="c"))
     assert loaded.unloaded_models == ["b"]
+
+
+async def test_an_answer_says_how_many_calls_are_under_way(start: Callable[..., Any]) -> None:
+    """Of all callers, and of all models: they share the machine."""
+    stage = await start("a", "b")
+    draft = common_pb2.Draft(text="Answer: yes", finish_reason=common_pb2.FINISH_REASON_EOS)
+    async with asyncio.timeout(CALL_S):
+        held = [await hold(stage.stub, "a") for _ in range(2)]
+        ask = {"prompt": "True or false? 3 is more than 2.", "model": "b"}
+        assert (await result(stage.stub.Generate(Generate(**ask)))).calls_under_way == 3
+        verify = stage_pb2.VerifyRequest(draft=draft, **ask)
+        assert (await result(stage.stub.Verify(verify))).calls_under_way == 3
+        assert [(await release(call)).calls_under_way for call in held] == [2, 1]
+        assert (await result(stage.stub.Generate(Generate(**ask)))).calls_under_way == 1
 
 
 async def test_a_queue_holds_as_many_as_the_settings_say(start: Callable[..., Any]) -> None:

@@ -46,6 +46,23 @@ def test_a_new_wait_weighs_a_fifth(load: Load) -> None:
     assert load.expected_queue_ms(1) == 0.0
 
 
+def test_calls_of_others_count_until_they_were_heard_of_long_ago(load: Load, clock: Clock) -> None:
+    with load.calling(1):
+        load.heard(1, "10.0.0.1:50060", 12)
+        load.heard(1, "10.0.0.2:50060", 9)
+        assert (load.depth(1), load.queue_depth(1), load.depth(0)) == (22, 1, 0)
+        load.heard(1, "10.0.0.2:50060", 0)
+        assert load.depth(1) == 13
+    seen = []
+    for _ in range(5):
+        clock.now += 5.0
+        seen.append(load.depth(1))
+    assert seen == [6, 3, 2, 1, 0]
+    # A replica that has gone stays in no sum.
+    load.heard(1, "10.0.0.3:50060", 4)
+    assert load.depth(1) == 4
+
+
 def test_equal_waits_are_what_is_expected_in_the_end(load: Load) -> None:
     for _ in range(10):
         load.answered(1, 1, 30.0, 0.0)

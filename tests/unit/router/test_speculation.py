@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import ExitStack
 from dataclasses import replace
+from random import Random
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,6 +21,7 @@ from services.router.domain import (
     Usage,
     Verification,
 )
+from services.router.load import Load
 from services.router.speculation import Choice, Skip, Speculation
 from tests.unit.router.batching import BatchingStage, Clock
 
@@ -301,28 +304,35 @@ def throughput(
     drafter: str = "13b",
     deadline_s: float | None = None,
     has_draft: bool = False,
+    routers: int = 1,
 ) -> float:
     """Return answers per simulated second. kept: tokens of each draft; None: asks the 70B alone.
 
-    has_draft: the small stage has drafted before anything is chosen, as where a policy escalates.
+    has_draft: the small stage has drafted before anything is chosen, as where a policy escalates. routers:
+    each has some of the requests, and hears of the others' with the answers.
     """
-    clock = Clock()
+    clock, chance = Clock(), Random(7)
     small, large = (
         BatchingStage(clock, pass_ms=speeds[0], token_ms=speeds[1], sequence_ms=speeds[2])
         for speeds in (SPEEDS[drafter], SPEEDS["70b"])
     )
-    speculation = Speculation(lambda: clock.now_ms / 1e3, enabled=adaptive)
+    known = [
+        (Speculation(lambda: clock.now_ms / 1e3, enabled=adaptive), Load(1, lambda: clock.now_ms / 1e3))
+        for _ in range(routers)
+    ]
     ended: list[float] = []
 
-    def choose() -> Choice:
-        if kept is None:
-            return Choice(Skip.WORTHLESS)
-        return speculation.choose("small", "large", large.under_way + 1)
-
     def request() -> None:
+        speculation, load = chance.choice(known)
+        calls = ExitStack()
         over = False
         cancel: Callable[[], None] = lambda: None  # noqa: E731 - what is under way changes
         choice: Choice | None = None
+
+        def choose() -> Choice:
+            if kept is None:
+                return Choice(Skip.WORTHLESS)
+            return speculation.choose("small", "large", load.depth(0) + 1)
 
         def submit(stage: BatchingStage, prefill: int, decode: int, then: Callable[[], None]) -> None:
             nonlocal cancel
@@ -331,6 +341,8 @@ def throughput(
         def end(passes: int, is_verified: bool) -> None:
             nonlocal over
             over = True
+            load.heard(0, "gpu", large.under_way + 1 - load.queue_depth(0))
+            calls.close()
             speculation.answered(answer(passes=passes, is_verified=is_verified), choice)
             ended.append(clock.now_ms)
             request()
@@ -341,6 +353,7 @@ def throughput(
                 return
             over = True
             cancel()
+            calls.close()
             if choice is not None:
                 speculation.ended(choice)
             request()
@@ -348,6 +361,7 @@ def throughput(
         def verify() -> None:
             nonlocal choice
             choice = choice or choose()
+            calls.enter_context(load.calling(0))
             left = 63 - (kept or 0)
             if choice.reason is not None:
                 submit(large, PROMPT, 64, lambda: end(64, is_verified=False))
@@ -374,20 +388,24 @@ def throughput(
     return sum(when > 150_000.0 for when in ended) / 250.0
 
 
+@pytest.mark.parametrize("routers", [1, 4])
 @pytest.mark.parametrize("at_a_time", [16, 64])
 @pytest.mark.parametrize("kept", [0, 16, 32, 48, 64])
-def test_a_chain_never_loses_to_its_last_stage_alone(kept: int, at_a_time: int) -> None:
-    alone, chain = throughput(None, at_a_time), throughput(kept, at_a_time)
+def test_a_chain_never_loses_to_its_last_stage_alone(kept: int, at_a_time: int, routers: int) -> None:
+    alone, chain = throughput(None, at_a_time), throughput(kept, at_a_time, routers=routers)
     # What trying the other way now and then costs.
     assert chain > 0.97 * alone
 
 
+@pytest.mark.parametrize("routers", [1, 4])
 @pytest.mark.parametrize("at_a_time", [16, 64])
 @pytest.mark.parametrize("drafter", ["13b", "34b"])
-def test_a_chain_keeps_what_it_gains_under_load(drafter: str, at_a_time: int) -> None:
+def test_a_chain_keeps_what_it_gains_under_load(drafter: str, at_a_time: int, routers: int) -> None:
     always = throughput(64, at_a_time, drafter=drafter, adaptive=False)
     assert always > 1.4 * throughput(None, at_a_time)
-    assert throughput(64, at_a_time, drafter=drafter) > 0.93 * always
+    # Of several routers, one gains by writing where the others verify, and leaves them the drafter.
+    least = 0.93 if routers == 1 else 0.88
+    assert throughput(64, at_a_time, drafter=drafter, routers=routers) > least * always
 
 
 def test_without_the_rule_a_chain_loses_under_load() -> None:
