@@ -25,7 +25,7 @@ test: $(VENV)/.dev ## Run the tests
 	$(BIN)/pytest
 
 e2e: $(VENV)/.dev ## Test a release on a real cluster: KUBECONFIG's, or a node of its own (Linux, root, Go)
-	PATH="$$PATH:/usr/local/sbin:/usr/sbin:/sbin" $(BIN)/pytest tests/cluster
+	$(BIN)/pytest tests/cluster
 
 lint: $(VENV)/.dev ## Check style, types, imports, the contract and the Dockerfile
 	$(BIN)/ruff check .

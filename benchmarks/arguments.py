@@ -36,6 +36,13 @@ def share(text: str) -> float:
     return number
 
 
+def part(text: str) -> float:
+    """Return a number above 0, up to 1."""
+    if share(text) == 0.0:
+        raise ArgumentTypeError(f"{text!r} is not above 0")
+    return share(text)
+
+
 def shares(text: str) -> tuple[float, ...]:
     """Return numbers from 0 to 1, from a list with commas."""
     return tuple(share(each) for each in text.split(","))

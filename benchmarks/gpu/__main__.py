@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--sleep-levels", type=kinds.counts, default=(1,), help="of the part residency, such as 1,2"
     )
     parser.add_argument("--tensor-parallel", type=kinds.count, default=1)
-    parser.add_argument("--gpu-memory-utilization", type=kinds.share, default=0.9)
+    parser.add_argument("--gpu-memory-utilization", type=kinds.part, default=0.9)
     parser.add_argument("--max-model-len", type=kinds.count, default=LONGEST)
     parser.add_argument("--top-logprobs", type=kinds.count, default=20)
     parser.add_argument("--cached-scoring", action=argparse.BooleanOptionalAction, default=True)
@@ -70,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--parts: no part {unknown.pop()}: choose of {', '.join(PARTS)}")
     if not set(options.sleep_levels) <= {1, 2}:
         parser.error("--sleep-levels: there are 1 and 2")
+    if options.top_logprobs < 2:
+        parser.error("--top-logprobs: must be 2 or more")
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     is_small = options.tiny or (options.model and read_checkpoint(options.model).context < LONGEST)

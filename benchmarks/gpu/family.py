@@ -63,6 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tasks = list(split("evaluation", options.prompts))
     # First: what is missing must not cost the measurement.
     where = device.describe_processor() if options.engine == "onnx" else device.describe()
+    for file in (options.answers, options.out):
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
     beside = json.loads(options.beside.read_text(encoding="utf-8")) if options.beside else {}
     answers = asyncio.run(_ask(tasks, options.engine, options.dtype, options.at_a_time))
     texts = {way: [answer.text for answer in each] for way, each in answers.items()}

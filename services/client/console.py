@@ -79,7 +79,7 @@ def answer_line(answer: Answer, task: str = "") -> Text:
         if record.action == "verify":
             step += f" ({record.accepted_tokens} of {record.proposed_tokens} draft tokens accepted)"
         if task and record.model:
-            step += f" with{'' if record.model.endswith(f'/{task}') else 'out'} an adapter for {task}"
+            step += f" with{'' if record.adapted else 'out'} an adapter for {task}"
         steps.append(f"{step}, {record.decision}: {record.reason.replace('_', ' ')}")
     line.append(f" · {' → '.join(steps)}", style="dim")
     for record in answer.stages:

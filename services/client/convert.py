@@ -209,6 +209,7 @@ def _record_from(message: cascade_pb2.StageRecord) -> StageRecord:
         text=message.text,
         accept_lengths=tuple(message.accept_lengths),
         model=message.model,
+        adapted=message.adapted,
     )
 
 

@@ -80,7 +80,7 @@ class StageRecord:
     `reason` a DecisionReason such as "value" or "static_plan". Counts and times of the stage are 0 where
     the stage failed. `p_correct` is None where the policy was not asked. accept_lengths: tokens emitted by
     each pass that scored a proposal. cached_prompt_tokens: of prompt_tokens, from the prefix cache. model: as
-    the stage calls it, MODEL/TASK where an adapter answered; "" where no result came.
+    the stage calls it; "" where no result came. adapted: whether its adapter for the type of task answered.
     """
 
     stage: str
@@ -104,6 +104,7 @@ class StageRecord:
     text: str
     accept_lengths: tuple[int, ...] = ()
     model: str = ""
+    adapted: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import grpc
 
 from services.common import telemetry
-from services.common.errors import AsdError, BudgetSpent, Unavailable
+from services.common.errors import AsdError, BrokenOff, BudgetSpent
 from services.common.server import MAX_MESSAGE_BYTES
 from services.common.status import from_rpc_error
 from services.common.tls import watched_channel_credentials
@@ -257,7 +257,7 @@ async def call_exchange(
     """Yield the answers of a call that streams both ways; cancel it when the caller stops.
 
     is_last: whether an answer completes the call, which the peer may do before it has read every request.
-    Other arguments and errors: call_unary.
+    Other arguments and errors: call_unary; and BrokenOff.
     """
     _check_time(timeout_ms, peer)
     call = method(requests, timeout=timeout_ms / 1000.0)
@@ -271,7 +271,7 @@ async def call_exchange(
             # The peer had ended the call, and how is lost: grpc.aio puts this in the place of its status.
             if is_complete:
                 return
-            raise Unavailable(f"{peer or 'the service'} broke the call off") from error
+            raise BrokenOff(f"{peer or 'the service'} broke the call off") from error
         raise _explained(error, timeout_ms, peer) from error
     finally:
         call.cancel()

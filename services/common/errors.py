@@ -7,6 +7,7 @@ AsdError                    anything else: INTERNAL
 ├── Unauthenticated         no token, or an unknown one
 ├── ResourceExhausted       queue or KV cache full
 ├── Unavailable             stage or policy unreachable, or draining
+│   └── BrokenOff           it ended the call, and why is not known
 └── BudgetSpent             the deadline or a time budget passed
 
 services.common.status holds the table from these to gRPC status codes.
@@ -47,6 +48,10 @@ class ResourceExhausted(AsdError):
 
 class Unavailable(AsdError):
     """A service is unreachable or draining; the same request may succeed elsewhere or later."""
+
+
+class BrokenOff(Unavailable):
+    """A service ended a call while it was still being sent; what it said of the reason is lost."""
 
 
 class BudgetSpent(AsdError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -38,6 +39,8 @@ async def build(settings: RouterSettings, channels: AsyncExitStack) -> CascadeSe
     """Return the servicer that the settings describe; its channels close with the stack."""
     clock = time.monotonic
     names = [stage.name for stage in settings.stages]
+    # 0 would be nobody.
+    caller = secrets.randbits(63) + 1
     stages: list[GrpcStage] = []
     sleeping: list[tuple[Stage, Replicated]] = []
     for index, entry in enumerate(settings.stages):
@@ -45,7 +48,7 @@ async def build(settings: RouterSettings, channels: AsyncExitStack) -> CascadeSe
         with _within(f"stages.{index}"):
             replicas = Replicas(entry.target, clock, tls=entry.tls)
         channels.push_async_callback(replicas.close)
-        client = GrpcStage(stage, replicas, clock, entry.adapters)
+        client = GrpcStage(stage, replicas, clock, caller, entry.adapters)
         channels.push_async_callback(client.close)
         stages.append(client)
         sleeping.append((stage, replicas))

@@ -12,6 +12,7 @@ from asd.v1 import cascade_pb2, manager_pb2, manager_pb2_grpc, policy_pb2, polic
 from services.common.channel import call_exchange, call_stream, call_unary
 from services.common.errors import (
     AsdError,
+    BrokenOff,
     BudgetSpent,
     InvalidRequest,
     NotFound,
@@ -28,6 +29,7 @@ from services.router.domain import (
     DecisionAction,
     DecisionReason,
     FinishReason,
+    Others,
     Plan,
     Request,
     Stage,
@@ -75,17 +77,19 @@ _CALLER_FIELDS = ("prompt", "conversation", "sampling", "acceptance", "session_i
 
 class GrpcStage:
     """Calls a stage service. Raises the AsdError that the stage's status stands for, naming stage and
-    target. adapters: types of task that its model has adapters for; None: the stage is asked. Close it when
-    done."""
+    target. caller: this router's random number. adapters: types of task that its model has adapters for;
+    None: the stage is asked. Close it when done."""
 
     def __init__(
         self,
         stage: Stage,
         replicas: Replicas,
         clock: Callable[[], float],
+        caller: int,
         adapters: Collection[str] | None = None,
     ) -> None:
         self._stage = stage
+        self._caller = caller
         self._peer = str(stage)
         self._replicas = replicas
         self._clock = clock
@@ -156,7 +160,7 @@ class GrpcStage:
         """Put the prompt into the prefix cache; return its number of tokens."""
         until = self._clock() + timeout_ms / 1000.0
         model = await self._adapters.model_for(request.task, timeout_ms)
-        message = stage_pb2.PrefillRequest(model=model, session_id=request.session_id)
+        message = stage_pb2.PrefillRequest(model=model, session_id=request.session_id, caller=self._caller)
         convert.set_input(message, request.input)
         replica = await self._replicas.choose(_key(request))
         left_ms = (until - self._clock()) * 1000.0
@@ -173,13 +177,16 @@ class GrpcStage:
     ) -> AsyncGenerator[tuple[Replica, Received], None]:
         """Call the request's replica; another one where it is away and has sent nothing.
 
-        Yields which one it is with each of its messages. Where the stage lacks the adapter that it is asked
+        A call that it broke off, so that why is lost, is made once more. Yields which replica it is with each
+        of its messages. Where the stage lacks the adapter that it is asked
         for, its model answers without. message: gets the model to ask for. call: sends the message to a
         replica, with so many milliseconds left.
         """
         until = self._clock() + timeout_ms / 1000.0
         message.model = await self._adapters.model_for(request.task, timeout_ms)
+        message.caller = self._caller
         tried: list[str] = []
+        was_broken_off = False
         while True:
             replica = await self._replicas.choose(_key(request), tried)
             has_begun = False
@@ -191,7 +198,10 @@ class GrpcStage:
                             has_begun = True
                             yield replica, response
                 return
-            except Unavailable:
+            except Unavailable as error:
+                if isinstance(error, BrokenOff) and not (has_begun or was_broken_off):
+                    was_broken_off = True
+                    continue
                 tried.append(replica.address)
                 if has_begun or not self._replicas.has_other(tried):
                     raise
@@ -239,8 +249,12 @@ class GrpcStage:
                         yield replace(
                             result,
                             is_adapted=message.model != self._stage.model,
-                            replica=replica.address,
-                            others=max(response.result.calls_under_way - replica.calls, 0),
+                            others=Others(
+                                replica.address,
+                                response.result.others_under_way,
+                                self._replicas.count,
+                                self._clock(),
+                            ),
                         )
         except (InvalidRequest, NotFound) as error:
             raise self._blame(error) from error

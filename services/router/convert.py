@@ -315,6 +315,7 @@ def record_to(record: Record) -> cascade_pb2.StageRecord:
         text=answer.result.text,
         accept_lengths=answer.result.accept_lengths,
         model=answer.result.model,
+        adapted=answer.result.is_adapted,
     )
 
 

@@ -207,12 +207,24 @@ class Timing:
 
 
 @dataclass(frozen=True, slots=True)
+class Others:
+    """Calls of others than this router under way at a replica, as an answer from there ended.
+
+    replica: its address. replicas: how many the stage has. when: by the router's clock, in seconds.
+    """
+
+    replica: str
+    calls: int
+    replicas: int
+    when: float
+
+
+@dataclass(frozen=True, slots=True)
 class StageResult:
     """Outcome of a stage call. token_ids: without the end-of-sequence token.
 
     accept_lengths: tokens emitted by each pass that scored a proposal. is_adapted: whether the stage was
-    asked for its adapter for the type of task; the model's name does not tell. replica: its address. others:
-    calls under way there as the answer ended that are not of this router.
+    asked for its adapter for the type of task; the model's name does not tell.
     """
 
     text: str
@@ -224,8 +236,7 @@ class StageResult:
     model: str = ""
     accept_lengths: Sequence[int] = ()
     is_adapted: bool = False
-    replica: str = ""
-    others: int = 0
+    others: Others | None = None
 
 
 StageEvent = Tokens | Verification | StageResult

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from services.router.domain import Others
+
 # Weight of the newest measurement in a mean. Chosen: some ten calls carry nine tenths of it.
 _NEWEST = 0.2
 # Time in which what was heard of others halves: the mean of the waits that they cause, unless it is gone
 # before, and their calls. Chosen: a stage that plans avoid for its queue would otherwise never be asked
-# again, and so never be seen to be idle.
+# again, and so never be seen to be idle; and one that is seldom asked says little of now.
 _HALF_LIFE_S = 5.0
 # Calls that a stage is taken to compute at a time before it has shown it. Chosen: the onnx engine's default.
 # Where it is more, calls beyond it that did not wait say so.
@@ -48,8 +50,9 @@ class Load:
         self._measured = [0.0] * stage_count
         self._service_ms = [0.0] * stage_count
         self._capacity = [_FIRST_CAPACITY] * stage_count
-        # Calls of others at each replica, by its address, and when that was said.
-        self._others: list[dict[str, tuple[int, float]]] = [{} for _ in range(stage_count)]
+        # By the replica's address.
+        self._others: list[dict[str, Others]] = [{} for _ in range(stage_count)]
+        self._replicas = [1] * stage_count
         self._asking = dict.fromkeys(Question, 0)
         self._choices = dict.fromkeys(Question, 0)
         self._shares = {question: [0.0] * stage_count for question in Question}
@@ -105,23 +108,28 @@ class Load:
             # 1 at least: what others ask of the stage is not in this router's line, and the mean fades.
             self._capacity[stage] = max(capacity + _NEWEST * (computed - capacity), 1.0)
 
-    def heard(self, stage: int, replica: str, others: int) -> None:
-        """A replica of a stage has calls of others under way."""
-        now = self._clock()
+    def heard(self, stage: int, others: Others) -> None:
+        """An answer told of calls of others at a replica. Answers of a chain may be heard of out of order."""
         known = self._others[stage]
-        known[replica] = others, now
-        for address in [each for each, said in known.items() if _left_of(said, now) < 0.5]:
-            del known[address]
+        last = known.get(others.replica)
+        if last is not None and last.when > others.when:
+            return
+        known[others.replica] = others
+        self._replicas[stage] = max(others.replicas, 1)
+        for each in [each for each in known.values() if self._left_of(each) < 0.5]:
+            del known[each.replica]
 
-    def depth(self, stage: int) -> int:
-        """Return how many calls are under way at a stage: this router's, and others' as last heard."""
-        now = self._clock()
-        others = sum(_left_of(said, now) for said in self._others[stage].values())
-        return self._under_way[stage] + round(others)
-
-    def queue_depth(self, stage: int) -> int:
+    def own_calls(self, stage: int) -> int:
         """Return the number of this router's calls under way at a stage."""
         return self._under_way[stage]
+
+    def calls(self, stage: int) -> int:
+        """Return how many calls are under way at a stage: this router's, and others' as last heard."""
+        return self._under_way[stage] + round(sum(map(self._left_of, self._others[stage].values())))
+
+    def replicas(self, stage: int) -> int:
+        """Return how many replicas a stage had as an answer of it last came; 1 before the first one."""
+        return self._replicas[stage]
 
     def service_ms(self, stage: int) -> float:
         """Return the mean time that a stage computes a call, waits not counted; 0 where none has ended."""
@@ -157,9 +165,7 @@ class Load:
         faded_ms: float = mean_ms * 0.5 ** (elapsed_s / _HALF_LIFE_S)
         return max(min(faded_ms, mean_ms - elapsed_s * 1000.0), 0.0)
 
-
-def _left_of(said: tuple[int, float], now: float) -> float:
-    """Return how many of the calls that were under way at a time are taken to be so still."""
-    calls, when = said
-    left: float = calls * 0.5 ** ((now - when) / _HALF_LIFE_S)
-    return left
+    def _left_of(self, others: Others) -> float:
+        """Return how many of the calls that were under way at a time are taken to be so still."""
+        left: float = others.calls * 0.5 ** ((self._clock() - others.when) / _HALF_LIFE_S)
+        return left

@@ -128,7 +128,8 @@ class Planner:
             # A pipelined call mostly waits for its drafter, and takes nobody's place meanwhile.
             service_ms = 0.0 if answer.is_pipelined else timing.total_ms - timing.queue_ms
             self._load.answered(answer.stage.index, depth, timing.queue_ms, service_ms)
-            self._load.heard(answer.stage.index, answer.result.replica, answer.result.others)
+            if answer.result.others is not None:
+                self._load.heard(answer.stage.index, answer.result.others)
 
     def ended(self, progress: Progress) -> None:
         """A request has ended, however it did: what was chosen for it and found no answer is known too."""
@@ -146,8 +147,8 @@ class Planner:
 
     def _skips(self, progress: Progress, drafter: Stage, target: Stage) -> bool:
         """Return whether a target works without a drafter's draft, having noted why."""
-        depth = self._load.depth(target.index) + 1
-        choice = self._speculation.choose(drafter.name, target.name, depth)
+        calls, replicas = self._load.calls(target.index) + 1, self._load.replicas(target.index)
+        choice = self._speculation.choose(drafter.name, target.name, calls, replicas)
         self._drop(progress, target.index)
         progress.choices[target.index] = choice
         if choice.reason is None:
@@ -172,8 +173,13 @@ class Planner:
         if stage in self._sleepers.asleep:
             self._sleepers.wake(self._stages[stage])
             return None
-        is_busy = self._load.depth(stage) or self._load.expected_queue_ms(stage) >= MIN_QUEUE_MS
-        return None if is_busy else stage
+        # Any call of this router, since requests that come together would all warm it.
+        is_busy = self._load.own_calls(stage) or self._is_crowded(stage)
+        return None if is_busy or self._load.expected_queue_ms(stage) >= MIN_QUEUE_MS else stage
+
+    def _is_crowded(self, stage: int) -> bool:
+        """Return whether a replica of a stage would have BUSY calls with the next one, whoever makes them."""
+        return self._load.calls(stage) + 1 >= BUSY * self._load.replicas(stage)
 
     async def plan(self, progress: Progress) -> int:
         """Return the stage to ask first. Raises NotFound for an unknown fixed one, Unavailable if all
@@ -360,7 +366,7 @@ class Planner:
             kept.insert(0, chain.pop())
         # Drafts that come piece by piece take a pass for each piece, and a wait for them holds a place.
         is_free = all(
-            self._load.depth(place) + 1 < BUSY and self._load.expected_queue_ms(place) < MIN_QUEUE_MS
+            not self._is_crowded(place) and self._load.expected_queue_ms(place) < MIN_QUEUE_MS
             for place in kept[1:]
         )
         if self._options.pipelined and is_free:
@@ -413,7 +419,7 @@ class Planner:
         """Return the conditions of the stages that are away or busy: the policy takes others as idle."""
         conditions = []
         for index, stage in enumerate(self._stages):
-            depth, queue_ms = self._load.queue_depth(index), self._load.expected_queue_ms(index)
+            depth, queue_ms = self._load.own_calls(index), self._load.expected_queue_ms(index)
             if index in away or depth or queue_ms >= MIN_QUEUE_MS:
                 conditions.append(Condition(stage.name, index not in away, depth, queue_ms))
         return conditions

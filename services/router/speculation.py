@@ -29,7 +29,7 @@ _LEAST_VERIFIED = 8
 # cost one per cent at first.
 _PROBE_EVERY = 16
 _PROBE_EVERY_AT_MOST = 128
-# Requests under way to a target from which on times are compared as well. Chosen: with fewer, what a pass
+# Requests under way to a replica from which on times are compared as well. Chosen: with fewer, what a pass
 # takes hardly depends on how many tokens it scores, and counting passes says enough.
 BUSY = 8
 # Weight of the newest request in the mean of how many are under way. Chosen: some ten carry nine tenths.
@@ -111,17 +111,17 @@ class Speculation:
         self._pairs: dict[tuple[str, str], _Pair] = {}
         self._trials: dict[str, _Trials] = {}
 
-    def choose(self, drafter: str, target: str, depth: int) -> Choice:
+    def choose(self, drafter: str, target: str, calls: int, replicas: int = 1) -> Choice:
         """Choose whether a target verifies a drafter's draft or writes its next answer without.
 
-        depth: calls under way at the target, the next one and those of other routers included.
+        calls: under way at the target, over its replicas, the next one and those of other routers included.
         """
         if not self._enabled:
             return Choice()
         pair = self._pairs.get((drafter, target))
         if pair is not None and pair.is_worthless():
             return Choice(Skip.WORTHLESS)
-        return self._trials.setdefault(target, _Trials(target)).choose(depth, self._clock())
+        return self._trials.setdefault(target, _Trials(target)).choose(calls, replicas, self._clock())
 
     def answered(self, answer: Answer, choice: Choice | None = None) -> None:
         """Learn from an answer. choice: what was chosen for it, if anything was; its request has ended."""
@@ -219,14 +219,14 @@ class _Trials:
         self._window = self._turned = 0
         self._open(has_turned=False)
 
-    def choose(self, depth: int, now: float) -> Choice:
-        """Choose by the window that holds. depth: as in Speculation.choose."""
-        load = max(depth, self._own + self._others + 1)
+    def choose(self, calls: int, replicas: int, now: float) -> Choice:
+        """Choose by the window that holds. calls, replicas: as in Speculation.choose."""
+        load = max(calls, self._own + self._others + 1)
         self._load += (_NEWEST_LOAD if self._load else 1.0) * (load - self._load)
         self._own += 1
         self._chosen += 1
         is_settled = not self._others or self._chosen > _LONGEST_SETTLING * self._load
-        if load < BUSY:
+        if load < BUSY * replicas:
             # Nothing is to be saved by leaving it out, and nothing is learnt about a busy target.
             return Choice(None, self._target, now, self._window)
         reason = None if self._verifies else Skip.LOAD if self._left else Skip.PROBE

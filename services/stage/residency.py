@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -49,6 +50,8 @@ class Residency:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._places = {name: _Place(engine) for name, engine in engines.items()}
+        # Calls under way, by caller.
+        self._calls: Counter[int] = Counter()
         self._default = default
         self._budget = budget_bytes
         self._clock = clock
@@ -60,9 +63,12 @@ class Residency:
         """The bound on the memory of loaded models; 0: none."""
         return self._budget
 
-    def calls_under_way(self) -> int:
-        """Return how many calls use a model now, whichever it is."""
-        return sum(place.users for place in self._places.values())
+    def others_of(self, caller: int) -> int:
+        """Return how many calls of other callers use a model now, whichever it is.
+
+        caller: one with a call under way; 0: one that did not say who it is, as any other that did not.
+        """
+        return self._calls.total() - (self._calls[caller] if caller else 1)
 
     def idle_ms(self) -> float:
         """Return the time since a call last used a model, or since this was made; 0 while calls are under
@@ -87,13 +93,14 @@ class Residency:
         )
 
     @asynccontextmanager
-    async def use(self, name: str) -> AsyncIterator[tuple[str, Engine]]:
-        """Hold a model for one call, loading it first if need be. "" names the default model.
+    async def use(self, name: str, caller: int = 0) -> AsyncIterator[tuple[str, Engine]]:
+        """Hold a model for one call of a caller, loading it first if need be. "" names the default model.
 
         Raises NotFound for an unknown name, and as `load` does.
         """
         name, place = self._find(name)
         place.users += 1
+        self._calls[caller] += 1
         try:
             place.used = self._clock()
             if place.engine.status().state is not ModelState.READY:
@@ -102,6 +109,9 @@ class Residency:
         finally:
             place.users -= 1
             place.used = self._clock()
+            self._calls[caller] -= 1
+            if not self._calls[caller]:
+                del self._calls[caller]
 
     async def load(self, name: str) -> Loaded:
         """Load a model, unloading others where the budget asks for it.

@@ -84,7 +84,7 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
         """Write an answer and stream its tokens."""
         turns = self._admit(request)
         sampling = _sampling(request.sampling)
-        async with self._residency.use(request.model) as (name, engine):
+        async with self._residency.use(request.model, request.caller) as (name, engine):
             fingerprint = first = engine.status().fingerprint
             async with aclosing(engine.generate(turns, sampling)) as events:
                 async for event in events:
@@ -92,7 +92,8 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
                     if isinstance(event, TokenChunk):
                         response.tokens.CopyFrom(_chunk(event))
                     elif isinstance(event, Result):
-                        response.result.CopyFrom(self._result(event, name, fingerprint))
+                        others = self._residency.others_of(request.caller)
+                        response.result.CopyFrom(_result(event, name, fingerprint, others))
                     yield response
                     first = ""
 
@@ -112,7 +113,7 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
             fingerprint=request.draft.tokenizer_fingerprint,
             finish=_FINISH_BACK[request.draft.finish_reason],
         )
-        async with self._residency.use(request.model) as (name, engine):
+        async with self._residency.use(request.model, request.caller) as (name, engine):
             fingerprint = engine.status().fingerprint
             async with aclosing(engine.verify(turns, sampling, draft, threshold)) as events:
                 async for event in events:
@@ -121,7 +122,8 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
                     elif isinstance(event, TokenChunk):
                         yield stage_pb2.VerifyResponse(tokens=_chunk(event))
                     else:
-                        yield stage_pb2.VerifyResponse(result=self._result(event, name, fingerprint))
+                        others = self._residency.others_of(request.caller)
+                        yield stage_pb2.VerifyResponse(result=_result(event, name, fingerprint, others))
 
     async def VerifyStream(  # noqa: N802
         self,
@@ -134,7 +136,7 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
         turns = self._admit(start, "start.")
         sampling = _sampling(start.sampling, "start.sampling")
         threshold = _threshold(start, "start.acceptance")
-        async with self._residency.use(start.model) as (name, engine):
+        async with self._residency.use(start.model, start.caller) as (name, engine):
             fingerprint = first = engine.status().fingerprint
             async with aclosing(engine.verify_stream(turns, sampling, _pieces(steps), threshold)) as events:
                 async for event in events:
@@ -144,7 +146,8 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
                     elif isinstance(event, TokenChunk):
                         response.tokens.CopyFrom(_chunk(event))
                     else:
-                        response.result.CopyFrom(self._result(event, name, fingerprint))
+                        others = self._residency.others_of(start.caller)
+                        response.result.CopyFrom(_result(event, name, fingerprint, others))
                     yield response
                     first = ""
 
@@ -155,7 +158,7 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
     ) -> stage_pb2.PrefillResponse:
         """Put a prompt into the prefix cache."""
         turns = self._admit(request)
-        async with self._residency.use(request.model) as (_, engine):
+        async with self._residency.use(request.model, request.caller) as (_, engine):
             result = await engine.prefill(turns)
         return stage_pb2.PrefillResponse(
             prompt_tokens=result.prompt_tokens,
@@ -213,31 +216,6 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
         if request.WhichOneof("input") == "prompt":
             return (Turn("user", request.prompt),)
         return tuple(Turn(_ROLES[turn.role], turn.content) for turn in request.conversation.messages)
-
-    def _result(self, result: Result, model: str, fingerprint: str) -> stage_pb2.StageResult:
-        return stage_pb2.StageResult(
-            text=result.text,
-            token_ids=result.ids,
-            tokenizer_fingerprint=fingerprint,
-            finish_reason=_FINISH[result.finish],
-            usage=common_pb2.Usage(
-                prompt_tokens=result.prompt_tokens,
-                cached_prompt_tokens=result.cached_prompt_tokens,
-                completion_tokens=len(result.ids),
-                proposed_tokens=result.proposed_tokens,
-                accepted_tokens=result.accepted_tokens,
-                forward_passes=result.forward_passes,
-            ),
-            timing=common_pb2.StageTiming(
-                queue_ms=result.queue_ms,
-                prefill_ms=result.prefill_ms,
-                decode_ms=result.decode_ms,
-                total_ms=result.total_ms,
-            ),
-            model=model,
-            accept_lengths=result.accept_lengths,
-            calls_under_way=self._residency.calls_under_way(),
-        )
 
     def _refuse_while_draining(self) -> None:
         if self._draining:
@@ -305,6 +283,32 @@ def _verification(result: VerificationResult) -> stage_pb2.Verification:
         ranks=result.ranks.tolist(),
         target_logprobs=result.target_logprobs.tolist(),
         ids_used=result.ids_used,
+    )
+
+
+def _result(result: Result, model: str, fingerprint: str, others: int) -> stage_pb2.StageResult:
+    return stage_pb2.StageResult(
+        text=result.text,
+        token_ids=result.ids,
+        tokenizer_fingerprint=fingerprint,
+        finish_reason=_FINISH[result.finish],
+        usage=common_pb2.Usage(
+            prompt_tokens=result.prompt_tokens,
+            cached_prompt_tokens=result.cached_prompt_tokens,
+            completion_tokens=len(result.ids),
+            proposed_tokens=result.proposed_tokens,
+            accepted_tokens=result.accepted_tokens,
+            forward_passes=result.forward_passes,
+        ),
+        timing=common_pb2.StageTiming(
+            queue_ms=result.queue_ms,
+            prefill_ms=result.prefill_ms,
+            decode_ms=result.decode_ms,
+            total_ms=result.total_ms,
+        ),
+        model=model,
+        accept_lengths=result.accept_lengths,
+        others_under_way=others,
     )
 
 

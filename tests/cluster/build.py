@@ -40,6 +40,8 @@ SYSTEM_PROGRAMS = {
     # Of images.
     "strip": "binutils",
 }
+# `su` leaves them off the path.
+ROOT_FOLDERS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 CNI_FOLDERS = (Path("/usr/lib/cni"), Path("/opt/cni/bin"), Path("/usr/libexec/cni"))
 CNI_PACKAGE = "containernetworking-plugins"
 
@@ -265,9 +267,15 @@ def check_system() -> Path:
     return folder
 
 
+def system_path() -> str:
+    """Return where programs are looked for: on the caller's path, and where root has them."""
+    return ":".join([os.environ.get("PATH", os.defpath), *ROOT_FOLDERS])
+
+
 def missing_packages() -> list[str]:
     """Return Debian's packages of what this machine lacks of SYSTEM_PROGRAMS and CNI plugins."""
-    packages = {package for name, package in SYSTEM_PROGRAMS.items() if shutil.which(name) is None}
+    path = system_path()
+    packages = {package for name, package in SYSTEM_PROGRAMS.items() if shutil.which(name, path=path) is None}
     if _cni_folder() is None:
         packages.add(CNI_PACKAGE)
     return sorted(packages)

@@ -43,6 +43,7 @@ from tests.cluster.build import (
     find_all,
     missing_packages,
     say,
+    system_path,
 )
 
 if TYPE_CHECKING:
@@ -309,7 +310,12 @@ class Node:
         ]
         with (self.logs / "init.log").open("wb") as log:
             parent = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=os.environ | {"PATH": system_path()},
             )
         self._parts["init"] = parent
         self._wait("init", (self.folder / "inside").exists, deadline)
@@ -755,6 +761,7 @@ def _openssl(*arguments: str) -> None:
 def _run(
     command: Sequence[str], *, timeout_s: float, stdin: str | None = None, env: dict[str, str] | None = None
 ) -> str:
+    env = os.environ | {"PATH": system_path()} if env is None else env
     try:
         run = subprocess.run(
             command, input=stdin, capture_output=True, text=True, check=False, timeout=timeout_s, env=env

@@ -146,7 +146,7 @@ def test_the_benchmark_job_runs_to_its_end(installed: Release) -> None:
 def _complete_trace(
     jaeger: Jaeger, trace_id: str, services: set[str], stage_pods: dict[str, set[str]]
 ) -> list[Span]:
-    """Return a trace's spans once every service and parent is there, and a pod's below the span of its stage.
+    """Return a trace's spans once all services and parents are there, and a pod below the span of each stage.
 
     stage_pods: the names of each stage's pods. Processes send every few seconds, each at its own times, and a
     stage that was drafting may end after the answer. Below a stage's span lie other stages' too: those that
@@ -170,8 +170,12 @@ def _complete_trace(
         return not served.isdisjoint(stage_pods.get(span.attributes[Attributes.STAGE_NAME], ()))
 
     def shown() -> str:
-        tree = "\n".join(f"{each.service} {each.name} {each.id} of {each.parent or '-'}" for each in spans)
-        return f"the whole trace {trace_id} of {sorted(services | stage_pods.keys())}; there is\n{tree}"
+        tree = "\n".join(
+            f"{each.service} {each.name} {each.id} of {each.parent or '-'}"
+            f" {each.attributes.get(Attributes.STAGE_NAME, '')} {each.resource.get('k8s.pod.name', '')}"
+            for each in spans
+        )
+        return f"the whole trace {trace_id} of {sorted(services)} and {stage_pods}; there is\n{tree}"
 
     poll(is_complete, 30.0, shown)
     return spans

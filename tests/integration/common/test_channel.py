@@ -11,7 +11,7 @@ import pytest
 
 from asd.v1 import common_pb2, stage_pb2, stage_pb2_grpc
 from services.common.channel import call_exchange, call_stream, call_unary, open_channel
-from services.common.errors import AsdError, BudgetSpent, ResourceExhausted, Unavailable
+from services.common.errors import AsdError, BrokenOff, BudgetSpent, ResourceExhausted, Unavailable
 from services.common.server import ServiceRegistration, start_server
 
 if TYPE_CHECKING:
@@ -205,5 +205,5 @@ async def test_a_call_that_ends_without_a_result_never_looks_like_a_fault_here(c
     for _ in range(200):
         try:
             assert await exchange(stub) == []
-        except Unavailable as error:
+        except BrokenOff as error:
             assert "broke the call off" in str(error)  # noqa: PT017

@@ -90,7 +90,8 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
             if self.sends_result:
                 result = self._result(0, 0, len(self.pieces) + 1, request.model)
                 yield stage_pb2.StageServiceGenerateResponse(result=result)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):
+            # The latter where a message was being sent.
             self.cancelled.set()
             raise
         finally:
@@ -122,7 +123,8 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
                 yield stage_pb2.VerifyResponse(tokens=tokens)
             passes = 1 + max(len(own) + 1 - accepted, 0)
             yield stage_pb2.VerifyResponse(result=self._result(proposed, accepted, passes, request.model))
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):
+            # The latter where a message was being sent.
             self.cancelled.set()
             raise
         finally:
@@ -180,7 +182,8 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
             passes = 1 + max(len(own) + 1 - accepted, 0)
             result = self._result(len(draft), accepted, passes, start.model)
             yield stage_pb2.VerifyStreamResponse(result=result)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):
+            # The latter where a message was being sent.
             self.cancelled.set()
             raise
         finally:
@@ -269,7 +272,7 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
                 queue_ms=self.queue_ms, prefill_ms=1, decode_ms=2, total_ms=3 + self.queue_ms
             ),
             model=model or self.name,
-            calls_under_way=self.running + self.others,
+            others_under_way=self.others,
         )
 
 

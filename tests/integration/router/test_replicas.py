@@ -43,6 +43,23 @@ async def test_a_conversation_stays_on_the_replica_that_holds_its_prefix(replica
     assert sum(bool(stage.calls) for stage in stages) > 1
 
 
+async def test_calls_of_others_are_known_of_each_replica(replicated):
+    w, stages, _ = replicated
+    for stage, others in zip(stages, (30, 50, 90), strict=True):
+        stage.others = others
+    session = 0
+    while not all(stage.calls for stage in stages):
+        session += 1
+        await w.stub.Generate(ask(str(session)), timeout=5)
+    load = w.servicer._cascade._planner._load
+    # Some less than what was heard, for that was a while ago.
+    assert 160 <= load.calls(0) <= 170
+    assert load.replicas(0) == 3
+    callers = {request.caller for stage in stages for request in stage.requests}
+    assert len(callers) == 1
+    assert callers != {0}
+
+
 async def test_a_replica_that_is_away_is_replaced_without_an_error(replicated):
     w, stages, servers = replicated
     await w.stub.Generate(ask("a"), timeout=5)

@@ -9,8 +9,8 @@ import grpc
 import pytest
 
 from asd.v1 import cascade_pb2, common_pb2, policy_pb2
-from services.common.errors import ResourceExhausted, Unavailable
-from services.router import speculation
+from services.common.errors import BrokenOff, ResourceExhausted, Unavailable
+from services.router import clients, speculation
 
 FIXED = cascade_pb2.PLAN_SOURCE_FIXED
 CHAINS = [("small", "medium"), ("small", "large"), ("medium", "large"), ("small", "medium", "large")]
@@ -120,6 +120,30 @@ async def test_a_target_that_fails_ends_the_drafting(world):
     await idle(small)
 
 
+@pytest.mark.parametrize("times", [1, 2])
+async def test_a_verification_whose_end_is_lost_is_asked_for_once_more(world, monkeypatch, times):
+    """As where a stage refuses it while the draft is still being sent."""
+    exchange, left = clients.call_exchange, [times]
+
+    async def broken_off(*arguments, **options):
+        if left[0]:
+            left[0] -= 1
+            raise BrokenOff("the stage broke the call off")
+        async for response in exchange(*arguments, **options):
+            yield response
+
+    monkeypatch.setattr(clients, "call_exchange", broken_off)
+    w = await world(*three_stages(world))
+    call = w.stub.Generate(ask("small", "large"), timeout=5)
+    if times == 1:
+        assert (await call).text == w.stages["large"].text
+        assert w.stages["large"].calls == ["verify_stream"]
+        return
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
 async def test_a_drafter_that_dies_leaves_its_target_to_write_alone(world):
     small, medium, large = three_stages(world, fail_after=1)
     w = await world(small, medium, large)
@@ -225,6 +249,17 @@ async def test_a_busy_target_is_not_warmed(world):
     assert large.calls == ["generate"]
     large.gate.set()
     await busy
+
+
+@pytest.mark.parametrize(("others", "first"), [(5, ["prefill"]), (20, [])])
+async def test_a_target_with_many_calls_of_others_is_not_warmed(world, others, first):
+    policy = world.policy(script={"small": "large"}, p_escalate=0.8, likely_next="large")
+    large = world.stage("large", others=others)
+    w = await world(world.stage("small"), world.stage("medium"), large, policy=policy)
+    await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi", stage="large"), timeout=5)
+    large.calls.clear()
+    await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=5)
+    assert large.calls == [*first, "verify"]
 
 
 @pytest.mark.parametrize(("busy", "is_pipelined"), [("small", True), ("medium", False), ("large", False)])

@@ -34,7 +34,7 @@ async def test_stages_with_an_adapter_answer_with_it_and_others_without(world):
         "verify": "large/math",
     }
     records = [record for record in response.stages if record.action != common_pb2.STAGE_ACTION_PREFILL]
-    assert [record.model for record in records] == ["small", "large/math"]
+    assert [(record.model, record.adapted) for record in records] == [("small", False), ("large/math", True)]
     plain = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=5)
     assert plain.text == response.text
     assert models(large)[2:] == ["", ""]

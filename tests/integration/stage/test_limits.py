@@ -60,10 +60,10 @@ async def start() -> AsyncIterator[Callable[..., Any]]:
         yield serve
 
 
-async def hold(stub: Any, model: str = "") -> Any:
+async def hold(stub: Any, model: str = "", caller: int = 0) -> Any:
     """Return a call that a model works on, and that ends when END is written to it."""
     call = stub.VerifyStream(timeout=CALL_S)
-    start = stage_pb2.VerifyStreamStart(prompt=START.start.prompt, model=model)
+    start = stage_pb2.VerifyStreamStart(prompt=START.start.prompt, model=model, caller=caller)
     await call.write(Step(start=start))
     assert (await call.read()).HasField("tokens")
     return call
@@ -134,18 +134,19 @@ async def test_a_model_is_as_recently_used_as_its_last_call_ended(start: Callabl
     assert loaded.unloaded_models == ["b"]
 
 
-async def test_an_answer_says_how_many_calls_are_under_way(start: Callable[..., Any]) -> None:
-    """Of all callers, and of all models: they share the machine."""
+async def test_an_answer_says_how_many_calls_of_others_are_under_way(start: Callable[..., Any]) -> None:
+    """Whichever model they use: they share the machine."""
     stage = await start("a", "b")
     draft = common_pb2.Draft(text="Answer: yes", finish_reason=common_pb2.FINISH_REASON_EOS)
     async with asyncio.timeout(CALL_S):
-        held = [await hold(stage.stub, "a") for _ in range(2)]
+        held = [await hold(stage.stub, "a", caller) for caller in (7, 7, 8, 0, 0)]
         ask = {"prompt": "True or false? 3 is more than 2.", "model": "b"}
-        assert (await result(stage.stub.Generate(Generate(**ask)))).calls_under_way == 3
-        verify = stage_pb2.VerifyRequest(draft=draft, **ask)
-        assert (await result(stage.stub.Verify(verify))).calls_under_way == 3
-        assert [(await release(call)).calls_under_way for call in held] == [2, 1]
-        assert (await result(stage.stub.Generate(Generate(**ask)))).calls_under_way == 1
+        for caller, others in ((7, 3), (8, 4), (9, 5), (0, 5)):
+            own = await result(stage.stub.Generate(Generate(**ask, caller=caller)))
+            assert own.others_under_way == others
+            verify = stage_pb2.VerifyRequest(draft=draft, **ask, caller=caller)
+            assert (await result(stage.stub.Verify(verify))).others_under_way == others
+        assert [(await release(call)).others_under_way for call in held] == [3, 3, 2, 1, 0]
 
 
 async def test_a_queue_holds_as_many_as_the_settings_say(start: Callable[..., Any]) -> None:

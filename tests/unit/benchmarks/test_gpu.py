@@ -139,6 +139,8 @@ def test_a_projection_adds_up_what_was_measured(
         (["--speculation-batches", "0"], "'0' is not a whole number"),
         (["--acceptances", "0,1.5"], "--acceptances: '1.5' is not a number from 0 to 1"),
         (["--gpu-memory-utilization", "x"], "'x' is not a number"),
+        (["--gpu-memory-utilization", "0"], "'0' is not above 0"),
+        (["--top-logprobs", "1"], "--top-logprobs: must be 2 or more"),
         (["--model", "/nowhere"], "config.json is missing"),
         (["--sleep-levels", "1,7"], "--sleep-levels: there are 1 and 2"),
         (["--parts", "pass"], "no part pass: choose of passes"),

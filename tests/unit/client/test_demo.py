@@ -210,7 +210,9 @@ def test_a_stage_that_read_ahead_is_told_beside_the_steps():
 
 def test_the_closing_line_says_whether_adapters_for_the_task_answered():
     first, second = _answer().stages
-    answer = _answer(stages=(replace(first, model="small"), replace(second, model="medium/math")))
+    answer = _answer(
+        stages=(replace(first, model="small"), replace(second, model="medium/math", adapted=True))
+    )
     line = console.answer_line(answer, "math").plain
     assert "small writes without an adapter for math, escalate" in line
     assert "accepted) with an adapter for math, stop" in line

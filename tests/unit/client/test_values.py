@@ -188,6 +188,7 @@ _RESPONSE = cascade_pb2.GenerateResponse(
             reason=policy_pb2.DECISION_REASON_LAST_STAGE,
             text="42",
             model="medium/math",
+            adapted=True,
         ),
     ],
 )
@@ -219,7 +220,8 @@ def test_an_answer_has_every_field_of_the_message():
     assert (first.queue_ms, first.prefill_ms, first.decode_ms, first.text) == (1.0, 2.0, 3.0, "41")
     assert (second.action, second.decision, second.reason) == ("verify", "stop", "last_stage")
     assert (second.proposed_tokens, second.accepted_tokens, second.p_correct) == (3, 1, None)
-    assert (first.model, second.model) == ("", "medium/math")
+    assert (first.model, first.adapted) == ("", False)
+    assert (second.model, second.adapted) == ("medium/math", True)
 
 
 def test_an_enum_of_a_newer_server_becomes_its_number():

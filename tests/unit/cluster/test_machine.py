@@ -91,6 +91,19 @@ def test_a_new_go_that_fetches_modules_is_enough(machine: Path) -> None:
 
 
 @pytest.mark.usefixtures("machine")
+def test_programs_that_only_root_has_on_its_path_are_found(
+    machine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (own := tmp_path / "sbin").mkdir()
+    (own / "bridge").touch()
+    monkeypatch.setattr(build, "ROOT_FOLDERS", (str(own),))
+    monkeypatch.setattr(build, "CNI_FOLDERS", (own,))
+    assert "conntrack" in build.missing_packages()
+    for name in build.SYSTEM_PROGRAMS:
+        (own / name).touch(0o755)
+    assert build.missing_packages() == []
+
+
 def test_programs_that_lie_ready_are_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ASD_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("KUBEBUILDER_ASSETS", str(tmp_path))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from services.router.domain import Others
 from services.router.load import Load, Question
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def load(clock: Clock) -> Load:
 def test_a_stage_that_was_never_asked_is_idle(load: Load, clock: Clock) -> None:
     clock.now += 1000.0
     assert [load.expected_queue_ms(stage) for stage in (0, 1)] == [0.0, 0.0]
-    assert [load.queue_depth(stage) for stage in (0, 1)] == [0, 0]
+    assert [load.own_calls(stage) for stage in (0, 1)] == [0, 0]
 
 
 def test_a_new_wait_weighs_a_fifth(load: Load) -> None:
@@ -46,21 +47,36 @@ def test_a_new_wait_weighs_a_fifth(load: Load) -> None:
     assert load.expected_queue_ms(1) == 0.0
 
 
+def heard(
+    load: Load, clock: Clock, replica: str, calls: int, *, replicas: int = 2, ago_s: float = 0.0
+) -> None:
+    load.heard(1, Others(replica, calls, replicas, clock.now - ago_s))
+
+
 def test_calls_of_others_count_until_they_were_heard_of_long_ago(load: Load, clock: Clock) -> None:
     with load.calling(1):
-        load.heard(1, "10.0.0.1:50060", 12)
-        load.heard(1, "10.0.0.2:50060", 9)
-        assert (load.depth(1), load.queue_depth(1), load.depth(0)) == (22, 1, 0)
-        load.heard(1, "10.0.0.2:50060", 0)
-        assert load.depth(1) == 13
+        heard(load, clock, "10.0.0.1:50060", 12)
+        heard(load, clock, "10.0.0.2:50060", 9)
+        assert (load.calls(1), load.own_calls(1), load.replicas(1)) == (22, 1, 2)
+        assert (load.calls(0), load.replicas(0)) == (0, 1)
+        heard(load, clock, "10.0.0.2:50060", 0)
+        assert load.calls(1) == 13
     seen = []
     for _ in range(5):
         clock.now += 5.0
-        seen.append(load.depth(1))
+        seen.append(load.calls(1))
     assert seen == [6, 3, 2, 1, 0]
     # A replica that has gone stays in no sum.
-    load.heard(1, "10.0.0.3:50060", 4)
-    assert load.depth(1) == 4
+    heard(load, clock, "10.0.0.3:50060", 4, replicas=3)
+    assert (load.calls(1), load.replicas(1)) == (4, 3)
+
+
+def test_what_is_heard_late_of_calls_of_others_is_old(load: Load, clock: Clock) -> None:
+    heard(load, clock, "10.0.0.1:50060", 8, ago_s=5.0)
+    assert load.calls(1) == 4
+    heard(load, clock, "10.0.0.1:50060", 2)
+    heard(load, clock, "10.0.0.1:50060", 64, ago_s=1.0)
+    assert load.calls(1) == 2
 
 
 def test_equal_waits_are_what_is_expected_in_the_end(load: Load) -> None:
@@ -100,15 +116,15 @@ def test_a_new_wait_is_added_to_what_is_left(load: Load, clock: Clock) -> None:
 def test_calls_under_way_are_counted_per_stage(load: Load) -> None:
     with load.calling(0):
         with load.calling(0), load.calling(1):
-            assert [load.queue_depth(stage) for stage in (0, 1)] == [2, 1]
-        assert [load.queue_depth(stage) for stage in (0, 1)] == [1, 0]
-    assert load.queue_depth(0) == 0
+            assert [load.own_calls(stage) for stage in (0, 1)] == [2, 1]
+        assert [load.own_calls(stage) for stage in (0, 1)] == [1, 0]
+    assert load.own_calls(0) == 0
 
 
 def test_a_call_that_fails_is_no_longer_under_way(load: Load) -> None:
     with pytest.raises(RuntimeError), load.calling(1):
         raise RuntimeError
-    assert load.queue_depth(1) == 0
+    assert load.own_calls(1) == 0
 
 
 def under_way(load: Load, stage: int, count: int) -> ExitStack:
@@ -232,7 +248,7 @@ def test_requests_that_are_being_planned_count_where_plans_went_of_late(load: Lo
             load.chosen(Question.PLAN, stage)
         # Three of four: 24, and the next one is the 25th at a stage that computes 8 at a time.
         assert load.expected_queue_ms(0) == pytest.approx((24 + 1 - 8) * 40.0 / 8)
-        assert load.queue_depth(0) == 0
+        assert load.own_calls(0) == 0
     assert load.expected_queue_ms(0) == 0.0
 
 
