@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import grpc
@@ -253,17 +254,22 @@ async def call_exchange(
     is_last: Callable[[Response], bool],
     timeout_ms: float,
     peer: str = "",
+    hold_s: float = 0.0,
 ) -> AsyncGenerator[Response, None]:
     """Yield the answers of a call that streams both ways; cancel it when the caller stops.
 
     is_last: whether an answer completes the call, which the peer may do before it has read every request.
-    Other arguments and errors: call_unary; and BrokenOff.
+    hold_s: for how long at most what follows the first request is held until the peer answers. Other
+    arguments and errors: call_unary; and BrokenOff where the peer ended the call in the midst of sending.
+    What it refuses is told if it refuses it while all is held.
     """
     _check_time(timeout_ms, peer)
-    call = method(requests, timeout=timeout_ms / 1000.0)
+    has_answered = asyncio.Event()
+    call = method(_held(requests, has_answered, hold_s), timeout=timeout_ms / 1000.0)
     is_complete = False
     try:
         async for response in call:
+            has_answered.set()
             is_complete = is_last(response)
             yield response
     except grpc.aio.AioRpcError as error:
@@ -275,6 +281,18 @@ async def call_exchange(
         raise _explained(error, timeout_ms, peer) from error
     finally:
         call.cancel()
+
+
+async def _held(
+    requests: AsyncIterator[Request], until: asyncio.Event, hold_s: float
+) -> AsyncIterator[Request]:
+    """Yield a request; the others once something has happened, or after a while."""
+    async for request in requests:
+        yield request
+        if hold_s:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(until.wait(), hold_s)
+            hold_s = 0.0
 
 
 def _could_not_send(error: grpc.aio.AioRpcError) -> bool:

@@ -11,6 +11,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from services.common.errors import (
     AsdError,
+    BrokenOff,
     BudgetSpent,
     InvalidRequest,
     NotFound,
@@ -30,6 +31,7 @@ STATUS_TABLE: tuple[tuple[type[AsdError], grpc.StatusCode], ...] = (
     (PreconditionFailed, grpc.StatusCode.FAILED_PRECONDITION),
     (Unauthenticated, grpc.StatusCode.UNAUTHENTICATED),
     (ResourceExhausted, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (BrokenOff, grpc.StatusCode.UNAVAILABLE),
     (Unavailable, grpc.StatusCode.UNAVAILABLE),
     (BudgetSpent, grpc.StatusCode.DEADLINE_EXCEEDED),
     (AsdError, grpc.StatusCode.INTERNAL),

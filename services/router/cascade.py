@@ -61,14 +61,20 @@ class Cascade:
                             yield event
                 except (Unavailable, ResourceExhausted, BudgetSpent) as error:
                     self._note_failure(progress, stage, error)
-                    if progress.keep_earlier_answer(error):
+                    if not progress.has_earlier_answer():
+                        stage = await self._replace(progress, stage, error)
+                        continue
+                    following = await self._next_instead(progress, stage, error)
+                    if following is None:
+                        progress.keep_earlier_answer(error)
                         break
-                    stage = await self._replace(progress, stage, error)
-                    continue
-                decision = await self._planner.decide(progress)
-                if decision.next_stage is None:
-                    break
-                stage = decision.next_stage
+                    for event in progress.go_back():
+                        yield event
+                else:
+                    following = (await self._planner.decide(progress)).next_stage
+                    if following is None:
+                        break
+                stage = following
                 await ahead.settle(stage)
             progress.warmed(await ahead.close())
         for event in progress.settle():
@@ -117,6 +123,13 @@ class Cascade:
         if isinstance(error, BudgetSpent):
             return progress.left_ms(MARGIN_MS) > 0
         return isinstance(error, Unavailable)
+
+    async def _next_instead(self, progress: Progress, stage: int, error: AsdError) -> int | None:
+        """Return the stage to escalate to instead of one that failed; None: the earlier answer stands."""
+        progress.failed[stage] = error
+        if progress.has_committed or progress.left_ms(MARGIN_MS) <= 0:
+            return None
+        return (await self._planner.decide(progress)).next_stage
 
     async def _replace(self, progress: Progress, stage: int, error: AsdError) -> int:
         """Return a stage to ask instead of one that is away. Raises the error where none may be."""

@@ -70,6 +70,10 @@ WithModel = stage_pb2.StageServiceGenerateRequest | stage_pb2.VerifyRequest | st
 # For Describe, which asks every service whether it is there. Chosen.
 DESCRIBE_TIMEOUT_MS = 1000.0
 
+# For how long the draft is held of a verification that was broken off before. Chosen: refusals come within
+# milliseconds.
+_HOLD_SECONDS = 0.05
+
 # Fields of a stage's request that the caller wrote. A stage that refuses another one refuses the router's
 # work.
 _CALLER_FIELDS = ("prompt", "conversation", "sampling", "acceptance", "session_id")
@@ -112,7 +116,9 @@ class GrpcStage:
         )
         convert.set_input(message, request.input)
 
-        def call(stub: Stub, left_ms: float) -> AsyncGenerator[stage_pb2.StageServiceGenerateResponse, None]:
+        def call(
+            stub: Stub, left_ms: float, _: float
+        ) -> AsyncGenerator[stage_pb2.StageServiceGenerateResponse, None]:
             return call_stream(stub.Generate, message, timeout_ms=left_ms, peer=self._peer)
 
         return self._events(self._call(request, message, call, timeout_ms), message)
@@ -129,7 +135,7 @@ class GrpcStage:
         )
         convert.set_input(message, request.input)
 
-        def call(stub: Stub, left_ms: float) -> AsyncGenerator[stage_pb2.VerifyResponse, None]:
+        def call(stub: Stub, left_ms: float, _: float) -> AsyncGenerator[stage_pb2.VerifyResponse, None]:
             return call_stream(stub.Verify, message, timeout_ms=left_ms, peer=self._peer)
 
         return self._events(self._call(request, message, call, timeout_ms), message)
@@ -145,13 +151,16 @@ class GrpcStage:
         )
         convert.set_input(start, request.input)
 
-        def call(stub: Stub, left_ms: float) -> AsyncGenerator[stage_pb2.VerifyStreamResponse, None]:
+        def call(
+            stub: Stub, left_ms: float, hold_s: float
+        ) -> AsyncGenerator[stage_pb2.VerifyStreamResponse, None]:
             return call_exchange(
                 stub.VerifyStream,
                 _steps(start, drafts),
                 is_last=lambda response: response.HasField("result"),
                 timeout_ms=left_ms,
                 peer=self._peer,
+                hold_s=hold_s,
             )
 
         return self._events(self._call(request, start, call, timeout_ms), start)
@@ -172,35 +181,36 @@ class GrpcStage:
         self,
         request: Request,
         message: WithModel,
-        call: Callable[[Stub, float], AsyncGenerator[Received, None]],
+        call: Callable[[Stub, float, float], AsyncGenerator[Received, None]],
         timeout_ms: float,
     ) -> AsyncGenerator[tuple[Replica, Received], None]:
         """Call the request's replica; another one where it is away and has sent nothing.
 
-        A call that it broke off, so that why is lost, is made once more. Yields which replica it is with each
-        of its messages. Where the stage lacks the adapter that it is asked
-        for, its model answers without. message: gets the model to ask for. call: sends the message to a
-        replica, with so many milliseconds left.
+        A call that the replica breaks off before it has sent anything is made once more, there and with the
+        draft held for a moment, since why it did so was lost. Yields which replica it is with each of its
+        messages. Where the stage lacks the adapter that it is asked for, its model answers without. message:
+        gets the model to ask for. call: sends the message to a replica, with so many milliseconds left, and
+        holds a draft for so many seconds.
         """
         until = self._clock() + timeout_ms / 1000.0
         message.model = await self._adapters.model_for(request.task, timeout_ms)
         message.caller = self._caller
         tried: list[str] = []
-        was_broken_off = False
+        hold_s = 0.0
         while True:
             replica = await self._replicas.choose(_key(request), tried)
             has_begun = False
             left_ms = (until - self._clock()) * 1000.0
             try:
                 with self._replicas.calling(replica):
-                    async with aclosing(call(replica.stub, left_ms)) as responses:
+                    async with aclosing(call(replica.stub, left_ms, hold_s)) as responses:
                         async for response in responses:
                             has_begun = True
                             yield replica, response
                 return
             except Unavailable as error:
-                if isinstance(error, BrokenOff) and not (has_begun or was_broken_off):
-                    was_broken_off = True
+                if isinstance(error, BrokenOff) and not (has_begun or hold_s):
+                    hold_s = _HOLD_SECONDS
                     continue
                 tried.append(replica.address)
                 if has_begun or not self._replicas.has_other(tried):
@@ -252,7 +262,7 @@ class GrpcStage:
                             others=Others(
                                 replica.address,
                                 response.result.others_under_way,
-                                self._replicas.count,
+                                self._replicas.addresses,
                                 self._clock(),
                             ),
                         )

@@ -81,21 +81,25 @@ class Delivery:
         else:
             yield Drafted(unseen)
 
-    def can_settle_earlier(self) -> bool:
+    def can_go_back(self) -> bool:
         """Return whether the answer before the running stage can still be given: nothing else was
         committed."""
         return self._committed <= self._agreed_with_earlier()
+
+    def go_back(self) -> Iterator[Event]:
+        """The running stage failed: drop what is not of the answer before it. Only where can_go_back."""
+        yield from self._drop_after(self._agreed_with_earlier())
 
     def settle(self, tokens: Tokens, *, is_earlier: bool = False) -> Iterator[Event]:
         """An answer stands: commit all of it.
 
         tokens: the whole answer. is_earlier: it is the one from before the running stage, which failed; only
-        where can_settle_earlier.
+        where can_go_back.
         """
         if self._view is View.OUTCOME:
             return
         if is_earlier:
-            yield from self._drop_after(self._agreed_with_earlier())
+            yield from self.go_back()
         self._skip_tokens, self._skip_bytes = self._token_bounds[-1], self._byte_bounds[-1]
         rest = self._unseen(tokens)
         if rest is not None:

@@ -7,7 +7,7 @@ from enum import Enum, IntEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
 
 class Role(IntEnum):
@@ -210,12 +210,12 @@ class Timing:
 class Others:
     """Calls of others than this router under way at a replica, as an answer from there ended.
 
-    replica: its address. replicas: how many the stage has. when: by the router's clock, in seconds.
+    replica: its address. replicas: those of all that the stage has. when: by the router's clock, in seconds.
     """
 
     replica: str
     calls: int
-    replicas: int
+    replicas: Collection[str]
     when: float
 
 

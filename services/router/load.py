@@ -115,9 +115,9 @@ class Load:
         if last is not None and last.when > others.when:
             return
         known[others.replica] = others
-        self._replicas[stage] = max(others.replicas, 1)
-        for each in [each for each in known.values() if self._left_of(each) < 0.5]:
-            del known[each.replica]
+        self._replicas[stage] = max(len(others.replicas), 1)
+        for gone in known.keys() - {others.replica, *others.replicas}:
+            del known[gone]
 
     def own_calls(self, stage: int) -> int:
         """Return the number of this router's calls under way at a stage."""

@@ -86,6 +86,11 @@ class Planner:
         seconds = min(AWAY_SECONDS * 2.0**times, _LONGEST_AWAY_SECONDS)
         self._away_until[stage.index] = self._clock() + seconds
 
+    def _away(self) -> frozenset[int]:
+        """Return the stages that are avoided now."""
+        now = self._clock()
+        return frozenset(index for index, until in self._away_until.items() if until > now)
+
     def warming_ms(self, progress: Progress, place: int) -> float:
         """Return how long a stage may take to read a prompt ahead."""
         return min(progress.left_ms(MARGIN_MS) * _SHARE_FOR_WARMING, self._stages[place].timeout_ms)
@@ -122,6 +127,7 @@ class Planner:
         depth: calls under way at the stage as it began, itself included.
         """
         self._times_away.pop(answer.stage.index, None)
+        self._away_until.pop(answer.stage.index, None)
         self._speculation.answered(answer, progress.choices.pop(answer.stage.index, None))
         if answer.is_whole:
             timing = answer.result.timing
@@ -178,7 +184,7 @@ class Planner:
         return None if is_busy or self._load.expected_queue_ms(stage) >= MIN_QUEUE_MS else stage
 
     def _is_crowded(self, stage: int) -> bool:
-        """Return whether a replica of a stage would have BUSY calls with the next one, whoever makes them."""
+        """Return whether a stage would have BUSY calls per replica with the next one, whoever makes them."""
         return self._load.calls(stage) + 1 >= BUSY * self._load.replicas(stage)
 
     async def plan(self, progress: Progress) -> int:
@@ -196,7 +202,9 @@ class Planner:
             # A draft that was given up is no answer to stop with.
             if decision.next_stage is not None and decision.reason is not DecisionReason.ABANDONED:
                 left_ms = progress.left_ms(MARGIN_MS)
-                if left_ms <= 0 or (decision.expected_ms or 0.0) > left_ms:
+                if decision.next_stage in progress.failed:
+                    decision = decision.stopped(DecisionReason.STAGE_UNAVAILABLE)
+                elif left_ms <= 0 or (decision.expected_ms or 0.0) > left_ms:
                     decision = decision.stopped(DecisionReason.DEADLINE)
             progress.judged(decision)
             spans.describe_decision(span, progress, decision)
@@ -235,8 +243,7 @@ class Planner:
         if request.chain:
             progress.plan_source = PlanSource.FIXED
             return self._start_chain(progress)
-        now = self._clock()
-        away = {index for index, until in self._away_until.items() if until > now}
+        away = self._away()
         if self._policy is not None and progress.follows_policy:
             try:
                 plan = await self._ask_for_plan(self._policy, progress, away.union(progress.failed))
@@ -296,7 +303,7 @@ class Planner:
     async def _ask_for_decision(self, policy: PolicyClient, progress: Progress) -> Decision:
         """Return the policy's decision; where it goes to a stage that sleeps, the decision without those."""
         answer, spent_cost, spent_ms = progress.answer, progress.spent_cost, progress.spent_ms()
-        away: Collection[int] = progress.failed
+        known = away = self._away().union(progress.failed)
         may_repeat = True
         with progress.waiting_for_policy():
             while True:
@@ -307,11 +314,11 @@ class Planner:
                         progress.request, answer, spent_cost, spent_ms, conditions, left_ms
                     )
                 asleep = self._woken({decision.next_stage})
-                if asleep and away is not progress.failed:
+                if asleep and away is not known:
                     # An answer that is there does not wait for a stage that is not.
                     return decision.stopped(DecisionReason.STAGE_UNAVAILABLE)
                 if asleep:
-                    away = asleep.union(progress.failed)
+                    away = asleep.union(known)
                 elif may_repeat and self._has_grown(decision.next_stage, told_ms):
                     may_repeat = False
                 else:
@@ -397,14 +404,12 @@ class Planner:
         return self._judge_by_static_plan(progress)
 
     def _judge_by_static_plan(self, progress: Progress) -> Decision:
-        following = self._plan_without_policy(progress).next_after(
-            progress.answer.stage.index, progress.failed
-        )
+        plan, judged = self._plan_without_policy(progress), progress.answer.stage.index
+        away = self._away().union(progress.failed)
+        following = plan.next_after(judged, away)
         asleep = self._woken({following})
         if asleep:
-            following = self._plan_without_policy(progress).next_after(
-                progress.answer.stage.index, asleep.union(progress.failed)
-            )
+            following = plan.next_after(judged, asleep.union(away))
         if following is None:
             return Decision(DecisionAction.STOP, DecisionReason.STATIC_PLAN)
         decision = Decision(DecisionAction.ESCALATE, DecisionReason.STATIC_PLAN, following)

@@ -196,24 +196,31 @@ class Progress:
         return self._delivery.has_committed
 
     def judged(self, decision: Decision) -> None:
-        """Record a decision on the latest answer."""
+        """Record a decision on the latest answer, in the place of an earlier one on it."""
+        if self._records and self._records[-1].answer is self.answer:
+            del self._records[-1]
         self._records.append(Record(self.answer, decision))
         if decision.policy_version:
             self.policy_version = decision.policy_version
 
-    def keep_earlier_answer(self, error: AsdError) -> bool:
-        """Let the earlier answer stand after the running stage failed; return whether that can be done."""
+    def has_earlier_answer(self) -> bool:
+        """Return whether an earlier answer can be given in the place of the running stage's."""
         # Who names the stages wants the last one's answer.
         is_fixed = self.plan_source is PlanSource.FIXED
         # A draft that was given up is no answer.
-        if is_fixed or self._is_fragment or not self._records or not self._delivery.can_settle_earlier():
-            return False
+        return not (is_fixed or self._is_fragment) and bool(self._records) and self._delivery.can_go_back()
+
+    def go_back(self) -> Iterator[Event]:
+        """The running stage failed, and another one goes on from the earlier answer."""
+        return self._delivery.go_back()
+
+    def keep_earlier_answer(self, error: AsdError) -> None:
+        """Let the earlier answer stand after the running stage failed."""
         reason = (
             DecisionReason.DEADLINE if isinstance(error, BudgetSpent) else DecisionReason.STAGE_UNAVAILABLE
         )
         self._records[-1] = self._records[-1].stopped(reason)
         self._is_earlier = True
-        return True
 
     def settle(self) -> Iterator[Event]:
         """Return what commits the answer that stands."""

@@ -74,9 +74,9 @@ class Replicas:
             self._follow([address.strip() for address in target.split(",")])
 
     @property
-    def count(self) -> int:
-        """How many replicas are known."""
-        return len(self._replicas)
+    def addresses(self) -> tuple[str, ...]:
+        """The addresses that are known."""
+        return tuple(self._replicas)
 
     async def choose(self, key: str, tried: Collection[str] = ()) -> Replica:
         """Return the replica to call for a key, of those that were not tried.

@@ -29,7 +29,7 @@ _LEAST_VERIFIED = 8
 # cost one per cent at first.
 _PROBE_EVERY = 16
 _PROBE_EVERY_AT_MOST = 128
-# Requests under way to a replica from which on times are compared as well. Chosen: with fewer, what a pass
+# Requests under way per replica from which on times are compared as well. Chosen: with fewer, what a pass
 # takes hardly depends on how many tokens it scores, and counting passes says enough.
 BUSY = 8
 # Weight of the newest request in the mean of how many are under way. Chosen: some ten carry nine tenths.

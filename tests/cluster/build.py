@@ -269,7 +269,7 @@ def check_system() -> Path:
 
 def system_path() -> str:
     """Return where programs are looked for: on the caller's path, and where root has them."""
-    return ":".join([os.environ.get("PATH", os.defpath), *ROOT_FOLDERS])
+    return ":".join([os.environ.get("PATH") or os.defpath, *ROOT_FOLDERS])
 
 
 def missing_packages() -> list[str]:

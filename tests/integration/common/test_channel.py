@@ -169,16 +169,19 @@ class Hasty(Flaky):
     """Ends a call before it has read what the caller still sends, with its result where it has one."""
 
     has_result: bool = True
+    refusal: AsdError | None = None
 
     async def VerifyStream(  # noqa: N802
         self, requests: AsyncIterator[stage_pb2.VerifyStreamRequest], context: object
     ) -> AsyncIterator[stage_pb2.VerifyResponse]:
         await anext(requests)
+        if self.refusal is not None:
+            raise self.refusal
         if self.has_result:
             yield stage_pb2.VerifyResponse(result=stage_pb2.StageResult(text="whole"))
 
 
-async def exchange(stub: Any) -> list[str]:
+async def exchange(stub: Any, hold_s: float = 0.0) -> list[str]:
     async def requests() -> AsyncIterator[stage_pb2.VerifyStreamRequest]:
         for _ in range(40):
             yield stage_pb2.VerifyStreamRequest()
@@ -189,8 +192,16 @@ async def exchange(stub: Any) -> list[str]:
         requests(),
         is_last=lambda response: response.HasField("result"),
         timeout_ms=CALL_S * 1e3,
+        hold_s=hold_s,
     )
     return [response.result.text async for response in answers]
+
+
+async def test_a_refusal_that_comes_while_requests_are_held_is_told(connect: Connect) -> None:
+    stub = await connect(Hasty(refusal=ResourceExhausted("the queue is full")))
+    for _ in range(200):
+        with pytest.raises(ResourceExhausted, match="the queue is full"):
+            await exchange(stub, hold_s=5.0)
 
 
 async def test_an_answer_that_ends_before_its_draft_is_whole(connect: Connect) -> None:

@@ -278,7 +278,10 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
 
 @dataclass
 class FakePolicy(policy_pb2_grpc.PolicyServiceServicer):
-    """Plans a stage and decides by a script: stage name to the next stage's name, or to None for a stop."""
+    """Plans a stage and decides by a script: stage name to the next stage's name, or to None for a stop.
+
+    Of several next stages it takes the first that is not away; one alone it names whatever its condition.
+    """
 
     first: str = "small"
     script: dict = field(default_factory=dict)
@@ -330,6 +333,9 @@ class FakePolicy(policy_pb2_grpc.PolicyServiceServicer):
         if self.decide_response is not None:
             return self.decide_response
         next_stage = self.script.get(request.stage)
+        if isinstance(next_stage, tuple):
+            away = {each.stage for each in request.conditions if not each.available}
+            next_stage = next((name for name in next_stage if name not in away), None)
         return policy_pb2.DecideResponse(
             action=policy_pb2.DECISION_ACTION_ESCALATE if next_stage else policy_pb2.DECISION_ACTION_STOP,
             next_stage=next_stage or "",

@@ -9,6 +9,8 @@ import grpc
 import pytest
 
 from asd.v1 import cascade_pb2, common_pb2, policy_pb2
+from services.client.convert import event_from
+from services.client.values import StreamedText
 from services.common.errors import (
     InvalidRequest,
     NotFound,
@@ -246,6 +248,66 @@ async def test_escalation_to_a_stage_that_is_away_keeps_the_answer(world, dead):
         assert events[-1].response.text == "one two three"
         assert events[-2].commit.committed_tokens == 3
         assert events[-2].commit.HasField("tokens") is not drafts
+
+
+OTHER = (b"one", b" other", b" x")
+AWAY = {
+    "dead": {},
+    "refuses": {"fail_after": 0},
+    "full": {"fail_after": 0, "failure": ResourceExhausted("the queue is full")},
+    "dies": {"fail_after": 2},
+    "dies after a change": {"pieces": OTHER, "fail_after": 2},
+    "hangs": {"pause_after": 0},
+    "hangs after a change": {"pieces": OTHER, "pause_after": 2},
+}
+
+
+@pytest.mark.parametrize("options", AWAY.values(), ids=AWAY)
+@pytest.mark.parametrize("has_policy", [True, False])
+async def test_an_escalation_goes_past_a_stage_that_is_away(world, options, has_policy):
+    policy = world.policy(script={"small": ("medium", "large")}) if has_policy else None
+    medium = world.stage("medium", **options)
+    w = await world(
+        *(world.stage("small"), medium, world.stage("large", pieces=(b"one", b" two", b" five"))),
+        policy=policy,
+        static_plan=("small", "medium", "large"),
+        dead=() if options else ("medium",),
+        stage_settings={"medium": {"timeout_ms": 200}},
+    )
+    response = await w.stub.Generate(ASK, timeout=20)
+    assert (response.stage, response.text) == ("large", "one two five")
+    assert [(r.stage, r.decision) for r in response.stages] == [
+        ("small", policy_pb2.DECISION_ACTION_ESCALATE),
+        ("large", policy_pb2.DECISION_ACTION_STOP),
+    ]
+    verified = w.stages["large"].requests[-1]
+    assert verified.draft.text == "one two three"
+    for drafts in (False, True):
+        # The stage is tried again, and what is shown of it is taken back.
+        w.servicer._cascade._planner._away_until.clear()
+        text = StreamedText()
+        for event in await stream(w, drafts):
+            text = text.after(event_from(event))
+        assert (text.final, text.draft) == ("one two five", "")
+
+
+async def test_a_stage_that_hangs_is_not_escalated_to_for_a_while(world, clock):
+    policy = world.policy(script={"small": ("medium", "large")})
+    medium = world.stage("medium", pause_after=0)
+    w = await world(
+        *(world.stage("small"), medium, world.stage("large")),
+        policy=policy,
+        stage_settings={"medium": {"timeout_ms": 200}},
+    )
+    for _ in range(3):
+        assert (await w.stub.Generate(ASK, timeout=20)).stage == "large"
+    assert len(medium.calls) == 1
+    clock.now += 1.1
+    medium.gate.set()
+    medium.pause_after = None
+    assert (await w.stub.Generate(ASK, timeout=20)).stage == "medium"
+    # It has answered, so that it is asked from now on.
+    assert (await w.stub.Generate(ASK, timeout=20)).stage == "medium"
 
 
 @pytest.mark.parametrize("drafts", [False, True])

@@ -120,28 +120,35 @@ async def test_a_target_that_fails_ends_the_drafting(world):
     await idle(small)
 
 
-@pytest.mark.parametrize("times", [1, 2])
-async def test_a_verification_whose_end_is_lost_is_asked_for_once_more(world, monkeypatch, times):
+@pytest.mark.parametrize(("times", "has_begun"), [(1, False), (2, False), (1, True)])
+async def test_a_verification_whose_end_is_lost_is_asked_for_once_more(world, monkeypatch, times, has_begun):
     """As where a stage refuses it while the draft is still being sent."""
-    exchange, left = clients.call_exchange, [times]
+    exchange, left, held = clients.call_exchange, [times], []
 
     async def broken_off(*arguments, **options):
-        if left[0]:
-            left[0] -= 1
+        is_lost = left[0] > 0
+        left[0] -= 1
+        held.append(options["hold_s"] > 0.0)
+        if is_lost and not has_begun:
             raise BrokenOff("the stage broke the call off")
         async for response in exchange(*arguments, **options):
             yield response
+            if is_lost:
+                raise BrokenOff("the stage broke the call off")
 
     monkeypatch.setattr(clients, "call_exchange", broken_off)
     w = await world(*three_stages(world))
     call = w.stub.Generate(ask("small", "large"), timeout=5)
-    if times == 1:
+    if times == 1 and not has_begun:
         assert (await call).text == w.stages["large"].text
         assert w.stages["large"].calls == ["verify_stream"]
+        # The draft waits, so that the reason is heard this time.
+        assert held == [False, True]
         return
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
     assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert w.stages["large"].calls == ["verify_stream"] * has_begun
 
 
 async def test_a_drafter_that_dies_leaves_its_target_to_write_alone(world):
@@ -260,6 +267,8 @@ async def test_a_target_with_many_calls_of_others_is_not_warmed(world, others, f
     large.calls.clear()
     await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=5)
     assert large.calls == [*first, "verify"]
+    (caller,) = {request.caller for request in large.requests}
+    assert caller
 
 
 @pytest.mark.parametrize(("busy", "is_pipelined"), [("small", True), ("medium", False), ("large", False)])

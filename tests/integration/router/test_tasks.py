@@ -100,7 +100,10 @@ async def test_a_pipelined_target_without_its_adapter_is_asked_without(world, go
         response = await w.stub.Generate(ask(chain=["small", "medium", "large"]), timeout=5)
         assert (response.text, response.stage) == (w.stages["large"].text, "large")
         assert [record.stage for record in response.stages] == ["small", "medium", "large"]
-    assert models(w.stages[gone]) == [f"{gone}/math", gone, gone]
+    asked = models(w.stages[gone])
+    assert asked[-2:] == [gone, gone]
+    # Once more where the refusal was lost in sending.
+    assert asked[:-2] in ([f"{gone}/math"], [f"{gone}/math"] * 2)
 
 
 async def test_a_draft_that_went_to_an_adapter_that_is_gone_is_verified_without(world):

@@ -90,7 +90,6 @@ def test_a_new_go_that_fetches_modules_is_enough(machine: Path) -> None:
     build.check_go(NEEDED)
 
 
-@pytest.mark.usefixtures("machine")
 def test_programs_that_only_root_has_on_its_path_are_found(
     machine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,6 +103,7 @@ def test_programs_that_only_root_has_on_its_path_are_found(
     assert build.missing_packages() == []
 
 
+@pytest.mark.usefixtures("machine")
 def test_programs_that_lie_ready_are_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ASD_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("KUBEBUILDER_ASSETS", str(tmp_path))

@@ -47,36 +47,51 @@ def test_a_new_wait_weighs_a_fifth(load: Load) -> None:
     assert load.expected_queue_ms(1) == 0.0
 
 
+ONE, OTHER = "10.0.0.1:50060", "10.0.0.2:50060"
+
+
 def heard(
-    load: Load, clock: Clock, replica: str, calls: int, *, replicas: int = 2, ago_s: float = 0.0
+    load: Load,
+    clock: Clock,
+    replica: str,
+    calls: int,
+    *,
+    replicas: tuple[str, ...] = (ONE, OTHER),
+    ago_s: float = 0.0,
 ) -> None:
     load.heard(1, Others(replica, calls, replicas, clock.now - ago_s))
 
 
 def test_calls_of_others_count_until_they_were_heard_of_long_ago(load: Load, clock: Clock) -> None:
     with load.calling(1):
-        heard(load, clock, "10.0.0.1:50060", 12)
-        heard(load, clock, "10.0.0.2:50060", 9)
+        heard(load, clock, ONE, 12)
+        heard(load, clock, OTHER, 9)
         assert (load.calls(1), load.own_calls(1), load.replicas(1)) == (22, 1, 2)
         assert (load.calls(0), load.replicas(0)) == (0, 1)
-        heard(load, clock, "10.0.0.2:50060", 0)
+        heard(load, clock, OTHER, 0)
         assert load.calls(1) == 13
     seen = []
     for _ in range(5):
         clock.now += 5.0
         seen.append(load.calls(1))
     assert seen == [6, 3, 2, 1, 0]
-    # A replica that has gone stays in no sum.
-    heard(load, clock, "10.0.0.3:50060", 4, replicas=3)
-    assert (load.calls(1), load.replicas(1)) == (4, 3)
+
+
+def test_a_replica_that_has_gone_stays_in_no_sum(load: Load, clock: Clock) -> None:
+    heard(load, clock, ONE, 12)
+    heard(load, clock, OTHER, 4, replicas=(OTHER,))
+    assert (load.calls(1), load.replicas(1)) == (4, 1)
 
 
 def test_what_is_heard_late_of_calls_of_others_is_old(load: Load, clock: Clock) -> None:
-    heard(load, clock, "10.0.0.1:50060", 8, ago_s=5.0)
+    heard(load, clock, ONE, 8, ago_s=5.0)
     assert load.calls(1) == 4
-    heard(load, clock, "10.0.0.1:50060", 2)
-    heard(load, clock, "10.0.0.1:50060", 64, ago_s=1.0)
+    heard(load, clock, ONE, 2)
+    heard(load, clock, ONE, 64, ago_s=1.0)
     assert load.calls(1) == 2
+    heard(load, clock, ONE, 0)
+    heard(load, clock, ONE, 64, ago_s=1.0)
+    assert load.calls(1) == 0
 
 
 def test_equal_waits_are_what_is_expected_in_the_end(load: Load) -> None:

@@ -353,7 +353,9 @@ def throughput(
         def end(passes: int, is_verified: bool) -> None:
             nonlocal over
             over = True
-            load.heard(0, Others("gpu", large.under_way + 1 - load.own_calls(0), 1, clock.now_ms / 1e3))
+            load.heard(
+                0, Others("gpu", large.under_way + 1 - load.own_calls(0), ("gpu",), clock.now_ms / 1e3)
+            )
             calls.close()
             speculation.answered(answer(passes=passes, is_verified=is_verified), choice)
             ended.append(clock.now_ms)
