@@ -57,6 +57,13 @@ def model(text: str) -> Path:
     return Path(text)
 
 
+def output(text: str) -> Path:
+    """Return where a file can be written."""
+    if Path(text).is_dir():
+        raise ArgumentTypeError(f"{text} is a directory: name a file")
+    return Path(text)
+
+
 def file(text: str) -> Path:
     """Return a file that is there."""
     if not Path(text).is_file():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -50,7 +49,7 @@ async def run(settings: PolicySettings, servicer: PolicyServicer, watch: PolicyW
 
 def main() -> None:
     """Serve until SIGTERM. Exit with a message where the artifact or the reports cannot be used."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     settings = PolicySettings.from_arguments()
     try:
         loaded, store = open_policy(settings.artifact, settings.cascade)

@@ -43,35 +43,7 @@ _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("shape", nargs="?", choices=[*SHAPES], default="13b")
-    parser.add_argument(
-        "--tiny", action="store_true", help="the embedded small model on the stand-in for vLLM"
-    )
-    parser.add_argument("--model", type=kinds.model, help="a real checkpoint in the place of dummy weights")
-    parser.add_argument("--parts", default=",".join(PARTS), help="some of %(default)s")
-    parser.add_argument("--batches", type=kinds.counts, help="of decoding and speculation, such as 1,8,64")
-    parser.add_argument("--speculation-batches", type=kinds.counts, help="of speculation alone")
-    parser.add_argument("--acceptances", type=kinds.shares, help="of speculation, such as 0,0.5,1")
-    parser.add_argument("--repeats", type=kinds.count)
-    parser.add_argument(
-        "--sleep-levels", type=kinds.counts, default=(1,), help="of the part residency, such as 1,2"
-    )
-    parser.add_argument("--tensor-parallel", type=kinds.count, default=1)
-    parser.add_argument("--gpu-memory-utilization", type=kinds.part, default=0.9)
-    parser.add_argument("--max-model-len", type=kinds.count, default=LONGEST)
-    parser.add_argument("--top-logprobs", type=kinds.count, default=20)
-    parser.add_argument("--cached-scoring", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--cuda-graph-tokens", type=kinds.count)
-    parser.add_argument("--out", type=Path, help="in the place of benchmarks/results/gpu.json")
-    options = parser.parse_args(arguments)
-    parts = options.parts.split(",")
-    if unknown := set(parts) - set(PARTS):
-        parser.error(f"--parts: no part {unknown.pop()}: choose of {', '.join(PARTS)}")
-    if not set(options.sleep_levels) <= {1, 2}:
-        parser.error("--sleep-levels: there are 1 and 2")
-    if options.top_logprobs < 2:
-        parser.error("--top-logprobs: must be 2 or more")
+    options, parts = _read(arguments)
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     is_small = options.tiny or (options.model and read_checkpoint(options.model).context < LONGEST)
@@ -102,6 +74,45 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         row = asyncio.run(_measure(options, plan, parts, model, keep))
     sys.stdout.write(json.dumps(row, indent=2) + "\n" if target is None else f"{target}\n")
+
+
+def _read(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Return the options and the parts to measure; exit with a sentence where they make no sense."""
+    parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("shape", nargs="?", choices=[*SHAPES], help="Default: 13b")
+    parser.add_argument(
+        "--tiny", action="store_true", help="the embedded small model on the stand-in for vLLM"
+    )
+    parser.add_argument("--model", type=kinds.model, help="a real checkpoint in the place of dummy weights")
+    parser.add_argument("--parts", help=f"some of {','.join(PARTS)} (the last not with --tiny). Default: all")
+    parser.add_argument("--batches", type=kinds.counts, help="of decoding and speculation, such as 1,8,64")
+    parser.add_argument("--speculation-batches", type=kinds.counts, help="of speculation alone")
+    parser.add_argument("--acceptances", type=kinds.shares, help="of speculation, such as 0,0.5,1")
+    parser.add_argument("--repeats", type=kinds.count)
+    parser.add_argument(
+        "--sleep-levels", type=kinds.counts, default=(1,), help="of the part residency, such as 1,2"
+    )
+    parser.add_argument("--tensor-parallel", type=kinds.count, default=1)
+    parser.add_argument("--gpu-memory-utilization", type=kinds.part, default=0.9)
+    parser.add_argument("--max-model-len", type=kinds.count, default=LONGEST)
+    parser.add_argument("--top-logprobs", type=kinds.count, default=20)
+    parser.add_argument("--cached-scoring", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--cuda-graph-tokens", type=kinds.count)
+    parser.add_argument("--out", type=kinds.output, help="in the place of benchmarks/results/gpu.json")
+    options = parser.parse_args(arguments)
+    if options.tiny and (options.shape or options.model):
+        parser.error("--tiny is the small model: leave out the shape and --model")
+    options.shape = options.shape or "13b"
+    # The stand-in is in this process alone: there is no service to ask.
+    possible = [part for part in PARTS if not (options.tiny and part == "service")]
+    parts = options.parts.split(",") if options.parts else possible
+    if unknown := set(parts) - set(possible):
+        parser.error(f"--parts: no part {unknown.pop()}: choose of {', '.join(possible)}")
+    if not set(options.sleep_levels) <= {1, 2}:
+        parser.error("--sleep-levels: there are 1 and 2")
+    if options.top_logprobs < 2:
+        parser.error("--top-logprobs: must be 2 or more")
+    return options, parts
 
 
 async def _measure(
@@ -164,8 +175,7 @@ async def _measure(
             bare = await service.bare(backend, plan) if "service" in parts else {}
         finally:
             await backend.close()
-        # The stand-in is in this process alone.
-        if bare and not options.tiny:
+        if bare:
             served = await service.served(model, settings, largest, plan)
             row["service_ms"] = {str(batch): [bare[batch], served[batch]] for batch in bare}
             row |= {f"service_overhead_b{batch}": served[batch] / bare[batch] - 1 for batch in bare}

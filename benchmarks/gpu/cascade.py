@@ -170,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--rounds-to-learn", type=kinds.count, default=5, help="before them, for the router to learn from"
     )
-    parser.add_argument("--out", type=Path, default=RESULTS / "gpu_cascade.json")
+    parser.add_argument("--out", type=kinds.output, default=RESULTS / "gpu_cascade.json")
     options = parser.parse_args(arguments)
     names = NAMES if len(options.stages) == len(NAMES) else (NAMES[0], NAMES[-1])
     if len(options.stages) != len(names):

@@ -18,7 +18,6 @@ import json
 import statistics
 import sys
 from contextlib import AsyncExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import arguments as kinds
@@ -32,6 +31,7 @@ from suites import grade, split
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from services.client.values import Answer
     from suites import Task
@@ -56,9 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--at-a-time", type=kinds.count, default=8, help="requests, but for those that the policy decides"
     )
-    parser.add_argument("--answers", type=Path, help="write the answers here")
+    parser.add_argument("--answers", type=kinds.output, help="write the answers here")
     parser.add_argument("--beside", type=kinds.file, help="compare with these")
-    parser.add_argument("--out", type=Path, default=RESULTS / "gpu_family.json")
+    parser.add_argument("--out", type=kinds.output, default=RESULTS / "gpu_family.json")
     options = parser.parse_args(arguments)
     tasks = list(split("evaluation", options.prompts))
     # First: what is missing must not cost the measurement.

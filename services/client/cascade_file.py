@@ -6,13 +6,14 @@ Pure but for reading the file: nothing is started here.
 from __future__ import annotations
 
 import difflib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from services.common.settings import Section, ServiceSettings, SettingsError, service_config
+from services.common.settings import Section, ServiceSettings, SettingsError, explain, service_config
 from services.router.settings import Milliseconds, Name, RouterSettings, SpeculationSettings
 from services.stage.engine_settings import (
     Count,
@@ -130,7 +131,9 @@ def read_cascade(file: Path) -> CascadeFile:
         # The rules about names of stages are the router's.
         RouterSettings(**router_config(cascade, Ports.from_base(1, len(cascade.stages)), drain_seconds=0))
     except ValidationError as error:
-        raise SettingsError(f"{file}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
+        variables = [name for name in os.environ if name.upper().startswith("ASD_ROUTER_")]
+        beside = f" with {', '.join(sorted(variables))}" if variables else ""
+        raise SettingsError(f"{file}{beside}: {explain(error)}") from error
     base = file.resolve().parent
     stages = []
     for index, stage in enumerate(cascade.stages):
@@ -180,6 +183,10 @@ def _explain(file: Path, problems: Sequence[ErrorDetails]) -> str:
 def _say(problem: ErrorDetails) -> str:
     if problem["type"] == "missing":
         return "is required"
+    if problem["type"] in {"model_type", "model_attributes_type", "dict_type"}:
+        return "must be a mapping, such as {key: value}"
+    if problem["type"] == "tuple_type":
+        return "must be a list, such as [first, second]"
     if problem["type"] != "extra_forbidden":
         return problem["msg"].removeprefix("Value error, ")
     *place, key = problem["loc"]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import sys
 from contextlib import aclosing, suppress
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from typer.core import TyperGroup
 
 from services.client.connecting import Connection, connected, encrypted
 from services.client.interrupts import INTERRUPTED, Unwinding
+from services.common.addresses import check_target
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -97,7 +97,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 models_app = typer.Typer(
-    help="The models of a cascade on this machine: list them, or prepare them.", invoke_without_command=True
+    help="The models of a cascade on this machine. Alone it lists them.", invoke_without_command=True
 )
 app.add_typer(models_app, name="models")
 
@@ -111,8 +111,11 @@ class PreferenceOption(StrEnum):
 
 
 def _check_target(target: str | None) -> str | None:
-    if target is not None and not re.fullmatch(r"\S+:\d{1,5}", target):
-        raise typer.BadParameter(f"{target!r} is not HOST:PORT")
+    if target is not None:
+        try:
+            check_target(target)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
     return target
 
 
@@ -205,7 +208,7 @@ def ask(
     ] = None,
     max_cost: Annotated[float | None, typer.Option(help="Budget, in cost units.")] = None,
     max_latency_ms: Annotated[
-        float | None, typer.Option(help="The answer should be there by then, in milliseconds.")
+        float | None, typer.Option(help="The answer should be there by then, in milliseconds; no promise.")
     ] = None,
     min_quality: Annotated[
         float | None,

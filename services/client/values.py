@@ -71,6 +71,13 @@ class Request:
     chain: tuple[str, ...] = ()
     task: str = ""
 
+    def __post_init__(self) -> None:
+        # What protobuf says of a wrong type names no field, and a string is a sequence of strings.
+        for name, kind in (("stage", str), ("chain", (tuple, list)), ("task", str), ("session_id", str)):
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} is a {'string' if kind is str else 'tuple of names'}, not {value!r}")
+
 
 @dataclass(frozen=True)
 class StageRecord:

@@ -18,6 +18,17 @@ async def resolve_addresses(name: str) -> list[str]:
     return sorted(f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}" for ip in ips)
 
 
+def check_target(target: str) -> str:
+    """Return a target as it is. Raises ValueError where an address of it has no port that there is."""
+    if target.partition(":")[0] in {"unix", "unix-abstract", "ipv4", "ipv6", "xds"}:
+        return target
+    for address in target.removeprefix("dns:///").split(","):
+        host, _, port = address.strip().rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise ValueError(f"{address.strip()!r} is not HOST:PORT, with a port from 1 to 65535")
+    return target
+
+
 def host_of(target: str) -> str:
     """Return the host of a target such as "dns:///host:port" or "host:port"; "" where there is no one
     host."""

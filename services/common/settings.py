@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 # Kubernetes adds such variables for every Service of a namespace, so a Service named asd-router yields
 # ASD_ROUTER_PORT and its like. They are not ours.
@@ -123,11 +123,24 @@ def service_config(env_prefix: str) -> SettingsConfigDict:
     )
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice: the last one would win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and names.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value} is there twice", key.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(file: Path | None) -> Mapping[str, Any]:
     if file is None:
         return {}
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - it is a safe one
     except OSError as error:
         raise SettingsError(f"{file}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -142,6 +155,7 @@ def _read_yaml(file: Path | None) -> Mapping[str, Any]:
 def explain(error: ValidationError) -> str:
     """Return what is wrong in one line, entry by entry."""
     return "; ".join(
-        f"{'.'.join(str(part) for part in problem['loc']) or 'settings'}: {problem['msg']}"
+        f"{'.'.join(str(part) for part in problem['loc']) or 'settings'}: "
+        f"{problem['msg'].removeprefix('Value error, ')}"
         for problem in error.errors(include_url=False)
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -71,7 +70,7 @@ async def _keep(keeper: Keeper, poll_seconds: float) -> None:
 
 def main() -> None:
     """Read the settings and serve."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     settings = ManagerSettings.from_arguments()
     telemetry.setup_telemetry("asd-manager", settings.metrics_listen)
     try:

@@ -282,7 +282,7 @@ class GrpcStage:
             status = await self._status()
         except AsdError:
             return description
-        models = [model for model in status.models if model.name == self._stage.model] or status.models[:1]
+        models = [model for model in status.models if self._stage.model in {"", model.name}][:1]
         for model in models:
             description.model = model.name
             description.engine = model.engine
@@ -290,7 +290,7 @@ class GrpcStage:
             description.context_length = model.context_length
             description.queue_depth = model.queued_requests + model.running_requests
         description.adapters.extend(tasks_of(self._stage.model, [model.name for model in status.models]))
-        description.available = not status.draining
+        description.available = bool(models) and not status.draining
         return description
 
     def _blame(self, error: InvalidRequest | NotFound) -> AsdError:

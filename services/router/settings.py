@@ -7,6 +7,7 @@ from typing import Annotated, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from services.common import validation
+from services.common.addresses import check_target
 from services.common.auth import AuthSettings
 from services.common.serving import ServerSettings
 from services.common.settings import Section, service_config
@@ -23,13 +24,14 @@ def _check_task(task: str) -> str:
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 TaskName = Annotated[str, AfterValidator(_check_task)]
+Target = Annotated[str, AfterValidator(check_target)]
 Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class PolicySettings(Section):
     """Where the policy service is, and for how long one of its calls is waited for."""
 
-    target: str = Field(min_length=1)
+    target: Target
     timeout_ms: Milliseconds = 100.0
     tls: ClientTls | None = None
 
@@ -38,7 +40,7 @@ class ManagerSettings(Section):
     """Where the manager is that wakes stages, for how long one of its calls is waited for, and how often it
     is asked which stages sleep."""
 
-    target: str = Field(min_length=1)
+    target: Target
     timeout_ms: Milliseconds = 2_000.0
     poll_ms: Milliseconds = 1_000.0
     tls: ClientTls | None = None
@@ -52,7 +54,7 @@ class StageSettings(Section):
     """
 
     name: Name
-    target: str = Field(min_length=1)
+    target: Target
     model: str = ""
     cost: float = Field(gt=0, allow_inf_nan=False)
     timeout_ms: Milliseconds = 30_000.0

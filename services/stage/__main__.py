@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 
 from asd.v1 import stage_pb2_grpc
 from services.common import telemetry
@@ -53,7 +52,7 @@ async def run(settings: StageSettings) -> None:
 
 def main() -> None:
     """Read the settings and serve."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     settings = StageSettings.from_arguments()
     telemetry.setup_telemetry("asd-stage", settings.metrics_listen)
     try:

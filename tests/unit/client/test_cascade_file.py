@@ -48,6 +48,9 @@ def _read(directory: Path, content: str) -> CascadeFile:
         (_GOOD + "zzz: 1", ["zzz: unknown key: known: policy, stages, static_plan, speculation"]),
         (_GOOD + "speculation: {adaptiv: false}", ["speculation.adaptiv", "did you mean adaptive?"]),
         (_GOOD + "policy: {artifact: artifact, timeout: 5}", ["did you mean timeout_ms?"]),
+        (_GOOD + "speculation: yes", ["speculation: must be a mapping, such as"]),
+        (_GOOD + "static_plan: small", ["static_plan: must be a list, such as"]),
+        (_GOOD + "static_plan: [small]\nstatic_plan: [large]", ["not YAML", "static_plan is there twice"]),
         (_GOOD + "static_plan: [medium]", ["static_plan", "medium", "small, large"]),
         (_GOOD + "static_plan: [large, small]", ["static_plan", "order"]),
         (_GOOD.replace("large,", "small,", 1), ["names must differ"]),
@@ -90,8 +93,15 @@ def test_each_wrong_entry_has_its_line_and_lists_are_not_blamed_for_their_entrie
         f"{directory / 'cascade.yaml'}:",
         "  stages.0.cost: is required",
         "  stages.0.cots: unknown key: did you mean cost?",
-        "  static_plan: Input should be a valid tuple",
+        "  static_plan: must be a list, such as [first, second]",
     ]
+
+
+def test_variables_that_count_too_are_named(directory, monkeypatch):
+    monkeypatch.setenv("ASD_ROUTER_SPECULATION__PIPELIND", "false")
+    with pytest.raises(SettingsError) as refused:
+        _read(directory, _GOOD)
+    assert "cascade.yaml with ASD_ROUTER_SPECULATION__PIPELIND: speculation.pipelind: " in str(refused.value)
 
 
 def test_an_absolute_path_is_not_called_relative(directory):

@@ -224,6 +224,19 @@ def test_an_answer_has_every_field_of_the_message():
     assert (second.model, second.adapted) == ("medium/math", True)
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"chain": "small"}, "chain is a tuple of names, not 'small'"),
+        ({"stage": 3}, "stage is a string, not 3"),
+        ({"task": None}, "task is a string, not None"),
+    ],
+)
+def test_requests_of_other_types_name_their_field(fields, words):
+    with pytest.raises(TypeError, match=words):
+        Request("hi", **fields)
+
+
 def test_an_enum_of_a_newer_server_becomes_its_number():
     assert convert.answer_from(cascade_pb2.GenerateResponse(plan_source=99)).plan_source == "99"
 

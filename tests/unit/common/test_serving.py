@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from policy_service.settings import PolicySettings
-from services.common.addresses import host_of, is_loopback
+from services.common.addresses import check_target, host_of, is_loopback
 from services.common.channel import open_channel
 from services.common.server import ServerOptions
 from services.common.tls import ServerTls
@@ -85,3 +85,19 @@ def test_a_name_is_looked_up_again_within_a_second(monkeypatch: pytest.MonkeyPat
 )
 def test_a_targets_host_and_whether_it_is_here(target: str, host: str, loopback: bool) -> None:
     assert (host_of(target), is_loopback(target)) == (host, loopback)
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["a:1", "a:1, b:65535", "dns:///a:50061", "dns://8.8.8.8/a:50061", "[::1]:50061", "unix:/run/asd"],
+)
+def test_targets_that_can_be_called_are_taken(target):
+    assert check_target(target) == target
+
+
+@pytest.mark.parametrize(
+    "target", ["", "localhost", "a:abc", "a:0", "a:65536", "a:99999", ":50061", "a:1,b", "dns:///a", "a:-1"]
+)
+def test_targets_without_a_port_that_there_is_are_refused(target):
+    with pytest.raises(ValueError, match="is not HOST:PORT, with a port from 1 to 65535"):
+        check_target(target)
