@@ -116,7 +116,7 @@ class Cascade:
         failed = self._stages[stage].stage
         self._observer.stage_failed(failed, error)
         if self._is_away(progress, error):
-            self._planner.stage_is_away(failed)
+            self._planner.stage_is_away(failed, is_silent=isinstance(error, BudgetSpent))
 
     def _is_away(self, progress: Progress, error: AsdError) -> bool:
         """Whether another stage may still answer: the failed one is unreachable, or silent for too long."""

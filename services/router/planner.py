@@ -76,13 +76,17 @@ class Planner:
         self._clock = clock
         self._by_name = {stage.name: stage.index for stage in stages}
         self._away_until: dict[int, float] = {}
-        self._times_away: dict[int, int] = {}
+        self._times_silent: dict[int, int] = {}
         self._load = Load(len(self._stages), clock)
 
-    def stage_is_away(self, stage: Stage) -> None:
-        """Avoid a stage for a while, longer each time until it answers."""
-        times = self._times_away.get(stage.index, 0)
-        self._times_away[stage.index] = times + 1
+    def stage_is_away(self, stage: Stage, *, is_silent: bool) -> None:
+        """Avoid a stage for a while; one that is silent longer each time, until it answers.
+
+        One that cannot be reached says so at once, so that trying it costs little.
+        """
+        times = self._times_silent.get(stage.index, 0) if is_silent else 0
+        if is_silent:
+            self._times_silent[stage.index] = times + 1
         seconds = min(AWAY_SECONDS * 2.0**times, _LONGEST_AWAY_SECONDS)
         self._away_until[stage.index] = self._clock() + seconds
 
@@ -126,7 +130,7 @@ class Planner:
 
         depth: calls under way at the stage as it began, itself included.
         """
-        self._times_away.pop(answer.stage.index, None)
+        self._times_silent.pop(answer.stage.index, None)
         self._away_until.pop(answer.stage.index, None)
         self._speculation.answered(answer, progress.choices.pop(answer.stage.index, None))
         if answer.is_whole:

@@ -303,10 +303,34 @@ async def test_a_stage_that_hangs_is_not_escalated_to_for_a_while(world, clock):
         assert (await w.stub.Generate(ASK, timeout=20)).stage == "large"
     assert len(medium.calls) == 1
     clock.now += 1.1
+    assert (await w.stub.Generate(ASK, timeout=20)).stage == "large"
+    assert len(medium.calls) == 2
+    # Twice as long this time.
+    clock.now += 1.1
+    assert (await w.stub.Generate(ASK, timeout=20)).stage == "large"
+    assert len(medium.calls) == 2
+    clock.now += 1.1
     medium.gate.set()
     medium.pause_after = None
     assert (await w.stub.Generate(ASK, timeout=20)).stage == "medium"
     # It has answered, so that it is asked from now on.
+    assert (await w.stub.Generate(ASK, timeout=20)).stage == "medium"
+
+
+async def test_a_stage_that_refuses_is_tried_every_second(world, clock):
+    """So that one that was restarted is asked again at once, however long it was away."""
+    policy = world.policy(script={"small": ("medium", "large")})
+    medium = world.stage("medium", fail_after=0)
+    w = await world(*(world.stage("small"), medium, world.stage("large")), policy=policy)
+    for _ in range(5):
+        tried = []
+        for _ in range(2):
+            medium.calls.clear()
+            assert (await w.stub.Generate(ASK, timeout=20)).stage == "large"
+            tried.append(bool(medium.calls))
+        assert tried == [True, False]
+        clock.now += 1.1
+    medium.fail_after = None
     assert (await w.stub.Generate(ASK, timeout=20)).stage == "medium"
 
 
