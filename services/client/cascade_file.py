@@ -131,7 +131,7 @@ def read_cascade(file: Path) -> CascadeFile:
         # The rules about names of stages are the router's.
         RouterSettings(**router_config(cascade, Ports.from_base(1, len(cascade.stages)), drain_seconds=0))
     except ValidationError as error:
-        variables = [name for name in os.environ if name.upper().startswith("ASD_ROUTER_")]
+        variables = RouterSettings.variables_in(os.environ)
         beside = f" with {', '.join(sorted(variables))}" if variables else ""
         raise SettingsError(f"{file}{beside}: {explain(error)}") from error
     base = file.resolve().parent

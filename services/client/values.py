@@ -75,7 +75,7 @@ class Request:
         # What protobuf says of a wrong type names no field, and a string is a sequence of strings.
         for name, kind in (("stage", str), ("chain", (tuple, list)), ("task", str), ("session_id", str)):
             value = getattr(self, name)
-            if not isinstance(value, kind):
+            if not isinstance(value, kind) or not all(isinstance(each, str) for each in value):
                 raise TypeError(f"{name} is a {'string' if kind is str else 'tuple of names'}, not {value!r}")
 
 

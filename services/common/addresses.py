@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+# A name or an address, that of IPv6 in brackets; or one to be asked of a name server ("dns://8.8.8.8/host:port").
+_ADDRESS = re.compile(r"(dns://[^\s/]+/)?([^\s:/\[\]]+|\[[0-9a-fA-F:.%]+\]):[0-9]{1,5}")
 
 
 async def resolve_addresses(name: str) -> list[str]:
@@ -20,11 +24,11 @@ async def resolve_addresses(name: str) -> list[str]:
 
 def check_target(target: str) -> str:
     """Return a target as it is. Raises ValueError where an address of it has no port that there is."""
-    if target.partition(":")[0] in {"unix", "unix-abstract", "ipv4", "ipv6", "xds"}:
+    scheme, _, rest = target.partition(":")
+    if scheme in {"unix", "unix-abstract", "ipv4", "ipv6", "xds"} and rest:
         return target
     for address in target.removeprefix("dns:///").split(","):
-        host, _, port = address.strip().rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        if not _ADDRESS.fullmatch(address.strip(" ")) or not 0 < int(address.rpartition(":")[2]) < 65536:
             raise ValueError(f"{address.strip()!r} is not HOST:PORT, with a port from 1 to 65535")
     return target
 

@@ -9,14 +9,19 @@ import re
 from contextvars import ContextVar
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from services.common.addresses import check_target
+
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
+
+# What a channel is opened to.
+Target = Annotated[str, AfterValidator(check_target)]
 
 # Kubernetes adds such variables for every Service of a namespace, so a Service named asd-router yields
 # ASD_ROUTER_PORT and its like. They are not ours.
@@ -97,15 +102,21 @@ class ServiceSettings(BaseSettings):
             parser.exit(2, f"{parser.prog}: {error}\n")
 
     @classmethod
+    def variables_in(cls, environment: Iterable[str]) -> list[str]:
+        """Return the variables of an environment that are meant for these settings."""
+        prefix = str(cls.model_config.get("env_prefix") or "")
+        return [
+            variable
+            for variable in environment
+            if prefix and variable.upper().startswith(prefix) and not _SERVICE_LINK.search(variable.upper())
+        ]
+
+    @classmethod
     def _refuse_unknown_variables(cls, environment: Iterable[str]) -> None:
         prefix = str(cls.model_config.get("env_prefix") or "")
-        if not prefix:
-            return
         known = {f"{prefix}{name}".upper() for name in cls.model_fields}
-        for variable in environment:
+        for variable in cls.variables_in(environment):
             name = variable.upper()
-            if not name.startswith(prefix) or _SERVICE_LINK.search(name):
-                continue
             if name.split("__", maxsplit=1)[0] not in known:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
@@ -126,14 +137,17 @@ def service_config(env_prefix: str) -> SettingsConfigDict:
 class _Loader(yaml.SafeLoader):
     """Refuses a key that is there twice: the last one would win without a word."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen = set()
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and names.count(key.value) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value} is there twice", key.start_mark
-                )
-        return super().construct_mapping(node, deep)
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"{key.value} is there twice", key.start_mark
+                    )
+                seen.add((key.tag, key.value))
+        return node
 
 
 def _read_yaml(file: Path | None) -> Mapping[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from services.common.serving import ServerSettings
-from services.common.settings import Section, service_config
+from services.common.settings import Section, Target, service_config
 from services.common.tls import ClientTls
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -22,7 +22,7 @@ class ManagedStageSettings(Section):
 
     name: str = Field(min_length=1)
     deployment: str = Field(min_length=1)
-    target: str = Field(min_length=1)
+    target: Target
     tls: ClientTls | None = None
     idle_seconds: Positive = 300.0
     min_awake_seconds: Seconds = 60.0

@@ -61,6 +61,7 @@ class Cascade:
                             yield event
                 except (Unavailable, ResourceExhausted, BudgetSpent) as error:
                     self._note_failure(progress, stage, error)
+                    self._planner.failed(progress, stage)
                     if not progress.has_earlier_answer():
                         stage = await self._replace(progress, stage, error)
                         continue
@@ -91,7 +92,7 @@ class Cascade:
         action = StageAction.VERIFY if draft or upstream else StageAction.GENERATE
         if progress.view is not View.OUTCOME:
             yield StageStarted(stage, action)
-        timeout_ms = self._planner.timeout_ms(progress, stage)
+        timeout_ms = progress.call_ms = self._planner.timeout_ms(progress, stage)
         drafter = upstream[-1].stage.name if upstream else progress.drafter
         progress.start(stage, action, drafter, is_final=self._planner.is_final(progress, stage))
         call = call_stage(progress, client, draft, upstream, timeout_ms, self._clock)
@@ -115,8 +116,11 @@ class Cascade:
     def _note_failure(self, progress: Progress, stage: int, error: AsdError) -> None:
         failed = self._stages[stage].stage
         self._observer.stage_failed(failed, error)
-        if self._is_away(progress, error):
-            self._planner.stage_is_away(failed, is_silent=isinstance(error, BudgetSpent))
+        is_silent = isinstance(error, BudgetSpent)
+        if self._is_away(progress, error) and (
+            not is_silent or self._planner.was_given_time(progress, failed)
+        ):
+            self._planner.stage_is_away(failed, is_silent=is_silent)
 
     def _is_away(self, progress: Progress, error: AsdError) -> bool:
         """Whether another stage may still answer: the failed one is unreachable, or silent for too long."""
@@ -129,7 +133,11 @@ class Cascade:
         progress.failed[stage] = error
         if progress.has_committed or progress.left_ms(MARGIN_MS) <= 0:
             return None
-        return (await self._planner.decide(progress)).next_stage
+        try:
+            return (await self._planner.decide(progress)).next_stage
+        except AsdError:
+            # There is an answer.
+            return None
 
     async def _replace(self, progress: Progress, stage: int, error: AsdError) -> int:
         """Return a stage to ask instead of one that is away. Raises the error where none may be."""

@@ -38,6 +38,9 @@ MARGIN_MS = 10.0
 # one attempt per second costs nothing where the stage is gone, and half a deadline where it hangs.
 AWAY_SECONDS = 1.0
 _LONGEST_AWAY_SECONDS = 30.0
+# A call that runs out of time says that the stage hangs where it had so many times what calls take there.
+# Chosen: answers differ in length.
+_USUAL_TIMES = 4.0
 # Share of the time left that a stage may take whose answer others could still replace. Chosen.
 _SHARE_OF_TIME = 0.5
 # Share of the time left that an escalation may lose to a prompt that is read ahead. Chosen.
@@ -82,13 +85,28 @@ class Planner:
     def stage_is_away(self, stage: Stage, *, is_silent: bool) -> None:
         """Avoid a stage for a while; one that is silent longer each time, until it answers.
 
-        One that cannot be reached says so at once, so that trying it costs little.
+        One that cannot be reached says so at once, so that trying it costs little. Calls that fail together
+        are one time.
         """
+        now = self._clock()
+        if self._away_until.get(stage.index, now) > now:
+            return
         times = self._times_silent.get(stage.index, 0) if is_silent else 0
         if is_silent:
             self._times_silent[stage.index] = times + 1
         seconds = min(AWAY_SECONDS * 2.0**times, _LONGEST_AWAY_SECONDS)
-        self._away_until[stage.index] = self._clock() + seconds
+        self._away_until[stage.index] = now + seconds
+
+    def was_given_time(self, progress: Progress, stage: Stage) -> bool:
+        """Return whether a call that has run out of time had enough for a stage that works."""
+        usual_ms = self._load.service_ms(stage.index) + self._load.expected_queue_ms(stage.index)
+        return progress.call_ms >= min(stage.timeout_ms, _USUAL_TIMES * usual_ms)
+
+    def failed(self, progress: Progress, stage: int) -> None:
+        """A stage has failed a request: what was chosen for it has found no answer."""
+        choice = progress.choices.pop(stage, None)
+        if choice is not None:
+            self._speculation.ended(choice)
 
     def _away(self) -> frozenset[int]:
         """Return the stages that are avoided now."""
@@ -130,10 +148,10 @@ class Planner:
 
         depth: calls under way at the stage as it began, itself included.
         """
-        self._times_silent.pop(answer.stage.index, None)
-        self._away_until.pop(answer.stage.index, None)
         self._speculation.answered(answer, progress.choices.pop(answer.stage.index, None))
         if answer.is_whole:
+            self._times_silent.pop(answer.stage.index, None)
+            self._away_until.pop(answer.stage.index, None)
             timing = answer.result.timing
             # A pipelined call mostly waits for its drafter, and takes nobody's place meanwhile.
             service_ms = 0.0 if answer.is_pipelined else timing.total_ms - timing.queue_ms
@@ -203,6 +221,10 @@ class Planner:
         """Judge the latest answer. An escalation that does not fit the deadline is not started."""
         with Traced(Spans.DECIDE) as span:
             decision = await self._judge(progress)
+            is_last = progress.answer.stage.index == len(self._stages) - 1
+            if decision.reason is DecisionReason.LAST_STAGE and not is_last:
+                # To the policy, one that is away is not there.
+                decision = decision.stopped(DecisionReason.STAGE_UNAVAILABLE)
             # A draft that was given up is no answer to stop with.
             if decision.next_stage is not None and decision.reason is not DecisionReason.ABANDONED:
                 left_ms = progress.left_ms(MARGIN_MS)
@@ -415,7 +437,9 @@ class Planner:
         if asleep:
             following = plan.next_after(judged, asleep.union(away))
         if following is None:
-            return Decision(DecisionAction.STOP, DecisionReason.STATIC_PLAN)
+            is_last = plan.next_after(judged) is None
+            reason = DecisionReason.STATIC_PLAN if is_last else DecisionReason.STAGE_UNAVAILABLE
+            return Decision(DecisionAction.STOP, reason)
         decision = Decision(DecisionAction.ESCALATE, DecisionReason.STATIC_PLAN, following)
         max_cost = progress.request.objective.max_cost
         # A verified answer never costs more than one written anew.

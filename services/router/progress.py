@@ -50,6 +50,8 @@ class Progress:
         # Stages that did not answer, with why.
         self.failed: dict[int, AsdError] = {}
         self.policy_ms = 0.0
+        # Time that the running stage was given, in milliseconds.
+        self.call_ms = 0.0
         self.spent_cost = 0.0
         self._deadline = deadline
         self._clock = clock

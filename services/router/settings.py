@@ -7,10 +7,9 @@ from typing import Annotated, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from services.common import validation
-from services.common.addresses import check_target
 from services.common.auth import AuthSettings
 from services.common.serving import ServerSettings
-from services.common.settings import Section, service_config
+from services.common.settings import Section, Target, service_config
 from services.common.tls import ClientTls
 
 
@@ -24,7 +23,6 @@ def _check_task(task: str) -> str:
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 TaskName = Annotated[str, AfterValidator(_check_task)]
-Target = Annotated[str, AfterValidator(check_target)]
 Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 

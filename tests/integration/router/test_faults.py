@@ -317,6 +317,82 @@ async def test_a_stage_that_hangs_is_not_escalated_to_for_a_while(world, clock):
     assert (await w.stub.Generate(ASK, timeout=20)).stage == "medium"
 
 
+async def test_calls_that_hang_together_are_one_time(world, clock):
+    medium = world.stage("medium", pause_after=0)
+    w = await world(
+        *(world.stage("small"), medium, world.stage("large")),
+        policy=world.policy(script={"small": ("medium", "large")}),
+        stage_settings={"medium": {"timeout_ms": 200}},
+    )
+    answers = await asyncio.gather(*(w.stub.Generate(ASK, timeout=20) for _ in range(6)))
+    assert {answer.stage for answer in answers} == {"large"}
+    assert len(medium.calls) == 6
+    medium.calls.clear()
+    clock.now += 1.1
+    assert (await w.stub.Generate(ASK, timeout=20)).stage == "large"
+    assert len(medium.calls) == 1
+
+
+async def test_a_caller_in_a_hurry_does_not_take_a_stage_from_others(world):
+    medium = world.stage("medium")
+    w = await world(
+        *(world.stage("small"), medium, world.stage("large")),
+        policy=world.policy(script={"small": ("medium", "large")}),
+    )
+    assert (await w.stub.Generate(ASK, timeout=20)).stage == "medium"
+    # As seen so far, it takes a second.
+    w.servicer._cascade._planner._load._service_ms[1] = 1000.0
+    medium.pause_after = 0
+    assert (await w.stub.Generate(ASK, timeout=0.5)).stage == "large"
+    medium.pause_after = None
+    assert (await w.stub.Generate(ASK, timeout=20)).stage == "medium"
+
+
+async def test_a_drafter_that_dies_after_some_tokens_is_avoided(world):
+    w = await world(world.stage("small", fail_after=2), world.stage("medium"), world.stage("large"))
+    await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi", chain=["small", "large"]), timeout=5)
+    assert w.servicer._cascade._planner._away() == {0}
+
+
+async def test_a_policy_that_refuses_after_a_failure_leaves_the_earlier_answer(world):
+    policy = world.policy(script={"small": ("medium", "large")})
+
+    def refuse_the_second(kind):
+        if len(policy.decisions) == 2:
+            policy.decide_failure = ResourceExhausted("the queue is full")
+
+    policy.on_call = refuse_the_second
+    w = await world(
+        world.stage("small"), world.stage("medium", fail_after=0), world.stage("large"), policy=policy
+    )
+    response = await w.stub.Generate(ASK, timeout=5)
+    assert (response.stage, response.text) == ("small", "one two three")
+    assert response.stages[0].reason == policy_pb2.DECISION_REASON_STAGE_UNAVAILABLE
+
+
+async def test_a_stage_that_no_available_one_follows_is_not_called_the_last(world):
+    policy = world.policy()
+    policy.decide_response = policy_pb2.DecideResponse(
+        action=policy_pb2.DECISION_ACTION_STOP,
+        reason=policy_pb2.DECISION_REASON_LAST_STAGE,
+        policy_version="v7",
+    )
+    w = await world(policy=policy)
+    response = await w.stub.Generate(ASK, timeout=5)
+    assert response.stages[0].reason == policy_pb2.DECISION_REASON_STAGE_UNAVAILABLE
+    policy.first = "large"
+    response = await w.stub.Generate(ASK, timeout=5)
+    assert response.stages[0].reason == policy_pb2.DECISION_REASON_LAST_STAGE
+
+
+async def test_without_a_policy_a_stage_that_is_avoided_is_what_stops(world):
+    w = await world(static_plan=("small", "large"), dead=("large",))
+    for _ in range(2):
+        response = await w.stub.Generate(ASK, timeout=5)
+        assert response.stage == "small"
+        assert response.stages[-1].reason == policy_pb2.DECISION_REASON_STAGE_UNAVAILABLE
+
+
 async def test_a_stage_that_refuses_is_tried_every_second(world, clock):
     """So that one that was restarted is asked again at once, however long it was away."""
     policy = world.policy(script={"small": ("medium", "large")})

@@ -97,7 +97,17 @@ def test_each_wrong_entry_has_its_line_and_lists_are_not_blamed_for_their_entrie
     ]
 
 
+def test_a_key_of_a_merged_mapping_may_be_there_again(directory):
+    content = """
+stages:
+  - &small {name: small, path: models/small, cost: 1.5}
+  - {<<: *small, name: large, path: models/large, cost: 8.0}
+"""
+    assert [stage.name for stage in _read(directory, content).stages] == ["small", "large"]
+
+
 def test_variables_that_count_too_are_named(directory, monkeypatch):
+    monkeypatch.setenv("ASD_ROUTER_SERVICE_HOST", "10.0.0.7")
     monkeypatch.setenv("ASD_ROUTER_SPECULATION__PIPELIND", "false")
     with pytest.raises(SettingsError) as refused:
         _read(directory, _GOOD)

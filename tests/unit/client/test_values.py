@@ -228,6 +228,7 @@ def test_an_answer_has_every_field_of_the_message():
     ("fields", "words"),
     [
         ({"chain": "small"}, "chain is a tuple of names, not 'small'"),
+        ({"chain": ("small", 2)}, "chain is a tuple of names"),
         ({"stage": 3}, "stage is a string, not 3"),
         ({"task": None}, "task is a string, not None"),
     ],

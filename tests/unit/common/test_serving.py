@@ -96,7 +96,11 @@ def test_targets_that_can_be_called_are_taken(target):
 
 
 @pytest.mark.parametrize(
-    "target", ["", "localhost", "a:abc", "a:0", "a:65536", "a:99999", ":50061", "a:1,b", "dns:///a", "a:-1"]
+    "target",
+    [
+        *["", "localhost", "a:abc", "a:0", "a:65536", "a:99999", ":50061", "a:1,b", "dns:///a", "a:-1"],
+        *["::1", "fe80::1:50061", "my host:50061", "a:1\n", "http://a:80", "unix:", "a:٣"],
+    ],
 )
 def test_targets_without_a_port_that_there_is_are_refused(target):
     with pytest.raises(ValueError, match="is not HOST:PORT, with a port from 1 to 65535"):
