@@ -17,18 +17,22 @@ def ask(session: str) -> cascade_pb2.GenerateRequest:
     return cascade_pb2.GenerateRequest(prompt="hi", session_id=session, stage="small")
 
 
-@pytest.fixture
-async def replicated(world):
-    """Return a router whose stage has three replicas, the replicas, and their servers."""
-    stages = [world.stage("small") for _ in range(3)]
+async def serve(stages) -> tuple[list, str]:
+    """Return a server for each replica of a stage, and their target."""
     servers, targets = [], []
     for stage in stages:
         server, port = await start_server("127.0.0.1:0", [ServiceRegistration(stage.full_name, stage.add)])
         servers.append(server)
         targets.append(f"127.0.0.1:{port}")
-    w = await world(
-        static_plan=("small",), stages=({"name": "small", "target": ",".join(targets), "cost": 1.6},)
-    )
+    return servers, ",".join(targets)
+
+
+@pytest.fixture
+async def replicated(world):
+    """Return a router whose stage has three replicas, the replicas, and their servers."""
+    stages = [world.stage("small") for _ in range(3)]
+    servers, target = await serve(stages)
+    w = await world(static_plan=("small",), stages=({"name": "small", "target": target, "cost": 1.6},))
     yield w, stages, servers
     await asyncio.gather(*(server.stop(0) for server in servers))
 
@@ -61,16 +65,12 @@ async def test_calls_of_others_are_known_of_each_replica(clock, replicated):
 
 async def test_a_target_is_busy_by_the_calls_at_each_replica(world):
     larges = [world.stage("large", others=5) for _ in range(2)]
-    servers, targets = [], []
-    for stage in larges:
-        server, port = await start_server("127.0.0.1:0", [ServiceRegistration(stage.full_name, stage.add)])
-        servers.append(server)
-        targets.append(f"127.0.0.1:{port}")
+    servers, target = await serve(larges)
     w = await world(
         world.stage("small"),
         larges[0],
         static_plan=("small",),
-        stage_settings={"large": {"target": ",".join(targets)}},
+        stage_settings={"large": {"target": target}},
     )
     for session in range(60):
         request = cascade_pb2.GenerateRequest(prompt="hi", session_id=str(session), chain=["small", "large"])
@@ -93,16 +93,12 @@ async def test_a_replica_that_is_away_is_replaced_without_an_error(replicated):
 async def test_a_replica_that_refuses_is_replaced_in_a_pipeline(world):
     small, larges = world.stage("small"), [world.stage("large") for _ in range(2)]
     larges[0].fail_after, larges[0].failure = 0, Unavailable("draining")
-    servers, targets = [], []
-    for stage in larges:
-        server, port = await start_server("127.0.0.1:0", [ServiceRegistration(stage.full_name, stage.add)])
-        servers.append(server)
-        targets.append(f"127.0.0.1:{port}")
+    servers, target = await serve(larges)
     w = await world(
         small,
         larges[0],
         static_plan=("small",),
-        stage_settings={"large": {"target": ",".join(targets)}},
+        stage_settings={"large": {"target": target}},
     )
     for session in range(16):
         request = cascade_pb2.GenerateRequest(prompt="hi", session_id=str(session), chain=["small", "large"])
