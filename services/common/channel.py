@@ -265,7 +265,8 @@ async def call_exchange(
     """
     _check_time(timeout_ms, peer)
     has_answered = asyncio.Event()
-    call = method(_held(requests, has_answered, hold_s), timeout=timeout_ms / 1000.0)
+    sent = _held(requests, has_answered, hold_s) if hold_s else requests
+    call = method(sent, timeout=timeout_ms / 1000.0)
     is_complete = False
     try:
         async for response in call:
@@ -287,12 +288,13 @@ async def _held(
     requests: AsyncIterator[Request], until: asyncio.Event, hold_s: float
 ) -> AsyncIterator[Request]:
     """Yield a request; the others once something has happened, or after a while."""
+    is_first = True
     async for request in requests:
         yield request
-        if hold_s:
+        if is_first:
+            is_first = False
             with suppress(TimeoutError):
                 await asyncio.wait_for(until.wait(), hold_s)
-            hold_s = 0.0
 
 
 def _could_not_send(error: grpc.aio.AioRpcError) -> bool:

@@ -9,7 +9,6 @@ from services.common.errors import AsdError, BudgetSpent, ResourceExhausted, Una
 from services.router.ahead import PrefillAhead
 from services.router.domain import Event, PlanSource, Request, StageAction, StageStarted, View
 from services.router.pipeline import call_stage
-from services.router.planner import MARGIN_MS
 from services.router.progress import Progress
 
 if TYPE_CHECKING:
@@ -61,20 +60,13 @@ class Cascade:
                             yield event
                 except (Unavailable, ResourceExhausted, BudgetSpent) as error:
                     self._note_failure(progress, stage, error)
-                    self._planner.failed(progress, stage)
-                    if not progress.has_earlier_answer():
-                        stage = await self._replace(progress, stage, error)
-                        continue
-                    following = await self._next_instead(progress, stage, error)
-                    if following is None:
-                        progress.keep_earlier_answer(error)
-                        break
+                    following = await self._instead_of(progress, stage, error)
                     for event in progress.go_back():
                         yield event
                 else:
                     following = (await self._planner.decide(progress)).next_stage
-                    if following is None:
-                        break
+                if following is None:
+                    break
                 stage = following
                 await ahead.settle(stage)
             progress.warmed(await ahead.close())
@@ -116,33 +108,21 @@ class Cascade:
     def _note_failure(self, progress: Progress, stage: int, error: AsdError) -> None:
         failed = self._stages[stage].stage
         self._observer.stage_failed(failed, error)
-        is_silent = isinstance(error, BudgetSpent)
-        if self._is_away(progress, error) and (
-            not is_silent or self._planner.was_given_time(progress, failed)
-        ):
-            self._planner.stage_is_away(failed, is_silent=is_silent)
+        self._planner.stage_failed(progress, failed, error)
 
-    def _is_away(self, progress: Progress, error: AsdError) -> bool:
-        """Whether another stage may still answer: the failed one is unreachable, or silent for too long."""
-        if isinstance(error, BudgetSpent):
-            return progress.left_ms(MARGIN_MS) > 0
-        return isinstance(error, Unavailable)
+    async def _instead_of(self, progress: Progress, stage: int, error: AsdError) -> int | None:
+        """Return the stage to ask instead of one that failed; None: the earlier answer stands.
 
-    async def _next_instead(self, progress: Progress, stage: int, error: AsdError) -> int | None:
-        """Return the stage to escalate to instead of one that failed; None: the earlier answer stands."""
-        progress.failed[stage] = error
-        if progress.has_committed or progress.left_ms(MARGIN_MS) <= 0:
-            return None
-        try:
-            return (await self._planner.decide(progress)).next_stage
-        except AsdError:
-            # There is an answer.
-            return None
-
-    async def _replace(self, progress: Progress, stage: int, error: AsdError) -> int:
-        """Return a stage to ask instead of one that is away. Raises the error where none may be."""
+        Raises the error where neither may be.
+        """
+        if progress.has_earlier_answer():
+            progress.failed[stage] = error
+            following = await self._planner.decide_again(progress)
+            if following is None:
+                progress.keep_earlier_answer(error)
+            return following
         is_fixed = progress.plan_source is PlanSource.FIXED
-        if not self._is_away(progress, error) or is_fixed or progress.has_committed:
+        if is_fixed or progress.has_committed or not self._planner.may_be_replaced(progress, error):
             raise error
         progress.failed[stage] = error
         return await self._planner.plan(progress)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from services.common.cost import is_above
-from services.common.errors import BudgetSpent, InvalidRequest, NotFound, Unavailable
+from services.common.errors import AsdError, BudgetSpent, InvalidRequest, NotFound, Unavailable
 from services.common.telemetry import Spans, Traced
 from services.router import spans
 from services.router.domain import (
@@ -82,31 +82,39 @@ class Planner:
         self._times_silent: dict[int, int] = {}
         self._load = Load(len(self._stages), clock)
 
-    def stage_is_away(self, stage: Stage, *, is_silent: bool) -> None:
-        """Avoid a stage for a while; one that is silent longer each time, until it answers.
+    def stage_failed(self, progress: Progress, stage: Stage, error: AsdError) -> None:
+        """A stage has failed a request: avoid it for a while if others may find it so, too."""
+        choice = progress.choices.pop(stage.index, None)
+        if choice is not None:
+            self._speculation.ended(choice)
+        if not self.may_be_replaced(progress, error):
+            return
+        if not isinstance(error, BudgetSpent):
+            self._avoid(stage, AWAY_SECONDS)
+        elif self._was_given_time(progress, stage):
+            times = self._times_silent.get(stage.index, 0)
+            if self._avoid(stage, min(AWAY_SECONDS * 2.0**times, _LONGEST_AWAY_SECONDS)):
+                self._times_silent[stage.index] = times + 1
 
-        One that cannot be reached says so at once, so that trying it costs little. Calls that fail together
-        are one time.
-        """
+    def may_be_replaced(self, progress: Progress, error: AsdError) -> bool:
+        """Return whether another stage may still answer: one was unreachable, or silent for too long."""
+        if isinstance(error, BudgetSpent):
+            return progress.left_ms(MARGIN_MS) > 0
+        return isinstance(error, Unavailable)
+
+    def _avoid(self, stage: Stage, seconds: float) -> bool:
+        """Avoid a stage for a while; return whether it was not avoided already: calls that fail together are
+        one time."""
         now = self._clock()
         if self._away_until.get(stage.index, now) > now:
-            return
-        times = self._times_silent.get(stage.index, 0) if is_silent else 0
-        if is_silent:
-            self._times_silent[stage.index] = times + 1
-        seconds = min(AWAY_SECONDS * 2.0**times, _LONGEST_AWAY_SECONDS)
+            return False
         self._away_until[stage.index] = now + seconds
+        return True
 
-    def was_given_time(self, progress: Progress, stage: Stage) -> bool:
+    def _was_given_time(self, progress: Progress, stage: Stage) -> bool:
         """Return whether a call that has run out of time had enough for a stage that works."""
         usual_ms = self._load.service_ms(stage.index) + self._load.expected_queue_ms(stage.index)
         return progress.call_ms >= min(stage.timeout_ms, _USUAL_TIMES * usual_ms)
-
-    def failed(self, progress: Progress, stage: int) -> None:
-        """A stage has failed a request: what was chosen for it has found no answer."""
-        choice = progress.choices.pop(stage, None)
-        if choice is not None:
-            self._speculation.ended(choice)
 
     def _away(self) -> frozenset[int]:
         """Return the stages that are avoided now."""
@@ -235,6 +243,16 @@ class Planner:
             progress.judged(decision)
             spans.describe_decision(span, progress, decision)
             return decision
+
+    async def decide_again(self, progress: Progress) -> int | None:
+        """Return the stage to escalate to after one has failed; None: the earlier answer stands."""
+        if progress.has_committed or progress.left_ms(MARGIN_MS) <= 0:
+            return None
+        try:
+            return (await self.decide(progress)).next_stage
+        except AsdError:
+            # There is an answer.
+            return None
 
     def is_final(self, progress: Progress, stage: Stage) -> bool:
         """Return whether a stage's answer will stand, whatever it shows."""

@@ -213,8 +213,8 @@ class Progress:
         return not (is_fixed or self._is_fragment) and bool(self._records) and self._delivery.can_go_back()
 
     def go_back(self) -> Iterator[Event]:
-        """The running stage failed, and another one goes on from the earlier answer."""
-        return self._delivery.go_back()
+        """Drop what is not of the earlier answer, where there is one: the running stage has failed."""
+        return self._delivery.go_back() if self.has_earlier_answer() else iter(())
 
     def keep_earlier_answer(self, error: AsdError) -> None:
         """Let the earlier answer stand after the running stage failed."""

@@ -115,6 +115,7 @@ class Speculation:
         """Choose whether a target verifies a drafter's draft or writes its next answer without.
 
         calls: under way at the target, over its replicas, the next one and those of other routers included.
+        replicas: how many it has.
         """
         if not self._enabled:
             return Choice()
