@@ -56,8 +56,6 @@ NO_PREFILL, NO_ABANDON, NOT_ADAPTIVE = "prefill-ahead off", "early abandon off",
 POLICY: tuple[str, ...] = ()
 # Of a conversation.
 TURNS = 3
-# Cascades that answer side by side where time is not measured.
-SIDE_BY_SIDE = 2
 _console = Console(stderr=True)
 
 
@@ -414,10 +412,10 @@ async def measure_policy_parts(clients: Clients, tasks: Sequence[Task]) -> dict[
     }
 
 
-async def measure_exactness(tasks: Sequence[Task]) -> dict[str, object]:
+async def measure_exactness(tasks: Sequence[Task], side_by_side: int) -> dict[str, object]:
     """Whether every pair and chain, and what the policy decides, answers as the answering stage alone does.
 
-    With every part switched off in turn. Time plays no part: cascades answer side by side.
+    With every part switched off in turn. Time plays no part: so many cascades answer side by side.
     """
     mismatches: collections.Counter[str] = collections.Counter()
     with Progress(*Progress.get_default_columns(), console=_console) as progress:
@@ -431,8 +429,8 @@ async def measure_exactness(tasks: Sequence[Task]) -> dict[str, object]:
                     progress.advance(bar)
 
         async with asyncio.TaskGroup() as group:
-            for place in range(SIDE_BY_SIDE):
-                group.create_task(work(tasks[place::SIDE_BY_SIDE]))
+            for place in range(side_by_side):
+                group.create_task(work(tasks[place::side_by_side]))
     return {
         "exactness_prompts": len(tasks),
         "exactness_answers": len(tasks) * len(mismatches),
@@ -604,8 +602,11 @@ MEASUREMENTS = (
 )
 
 
-async def measure(names: Iterable[str], share: float) -> dict[str, object]:
-    """Run measurements one after the other; return all figures. share: of the prompts."""
+async def measure(names: Iterable[str], share: float, side_by_side: int) -> dict[str, object]:
+    """Run measurements one after the other; return all figures.
+
+    share: of the prompts. side_by_side: cascades that answer where time is not measured.
+    """
     tasks = list(split("evaluation", max(round(2000 * share), 4)))
     few = tasks[: max(round(200 * share), 4)]
     figures: dict[str, object] = {}
@@ -619,7 +620,7 @@ async def measure(names: Iterable[str], share: float) -> dict[str, object]:
             "policy_parts": lambda: measure_policy_parts(clients, few),
             "evidence": lambda: measure_evidence(routers.stages, tasks),
             "conversations": lambda: measure_conversations(clients, tasks[: 3 * len(few)]),
-            "exactness": lambda: measure_exactness(tasks),
+            "exactness": lambda: measure_exactness(tasks, side_by_side),
         }
         # Warm every model: the first pass of each pays for memory.
         for router in routers.routers:
@@ -640,8 +641,11 @@ def main() -> None:
     )
     parser.add_argument("--keep", action="store_true", help="with names: replace older figures")
     parser.add_argument("--share", type=float, default=1.0, help="of the prompts; below 1 nothing is kept")
+    parser.add_argument(
+        "--side-by-side", type=int, default=2, help="cascades at work where time is not measured (exactness)"
+    )
     options = parser.parse_args()
-    figures = run_service(measure(options.only or MEASUREMENTS, options.share))
+    figures = run_service(measure(options.only or MEASUREMENTS, options.share, options.side_by_side))
     print(json.dumps(figures, indent=2))
     if not options.only and options.share >= 1.0:
         print(write_result("escalation", "make bench-escalation", figures), file=sys.stderr)
