@@ -12,11 +12,11 @@ import socket
 import sys
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import grpc
 import uvloop
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from services.common import telemetry
@@ -25,12 +25,10 @@ from services.common.errors import AsdError, InvalidRequest, Unavailable
 from services.common.status import DETAILS_KEY, public_message, status_of, to_rpc_status
 from services.common.tls import server_credentials
 from services.common.watched_files import UnusableFile
-from services.common.wire import find_invalid_text
+from services.common.wire import NOT_A_MESSAGE, check_entries, find_invalid_text
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-
-    from google.protobuf.descriptor import Descriptor
 
     from services.common.tls import ServerTls
 
@@ -378,16 +376,18 @@ async def _decode_each(decode: Callable[[bytes], Any], raws: AsyncIterator[bytes
 
 
 def _decode(decode: Callable[[bytes], Any], raw: bytes) -> Any:
+    """Return the message. Nothing of one that holds too much is decoded: that alone would stop all calls."""
+    # Of generated code: the message type's FromString.
+    descriptor = getattr(getattr(decode, "__self__", None), "DESCRIPTOR", None)
+    if descriptor is not None:
+        check_entries(raw, descriptor)
     try:
         return decode(raw)
     except DecodeError as error:
-        message_type = getattr(decode, "__self__", None)
-        field = ""
-        if isinstance(message_type, type) and issubclass(message_type, Message):
-            field = find_invalid_text(raw, cast("Descriptor", message_type.DESCRIPTOR))
+        field = "" if descriptor is None else find_invalid_text(raw, descriptor)
         if field:
             raise InvalidRequest(f"{field} is not valid UTF-8", field=field) from error
-        raise InvalidRequest("the request's bytes are not a message of the method's request type") from error
+        raise InvalidRequest(f"{NOT_A_MESSAGE}, or a text in them is not valid UTF-8") from error
 
 
 async def _abort(error: Exception, context: grpc.aio.ServicerContext[Any, Any]) -> None:

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from asd.v1 import common_pb2
 from services.common.errors import InvalidRequest
+from services.common.wire import MAX_ENTRIES
 
 if TYPE_CHECKING:
     from google.protobuf.internal.enum_type_wrapper import _EnumTypeWrapper as EnumTypeWrapper
 
 MAX_SESSION_ID_BYTES = 256
-MAX_STOP_SEQUENCES = 8
+MAX_STOP_SEQUENCES = MAX_ENTRIES["asd.v1.Sampling.stop"]
 # Names of adapters, as in the stages' settings: they are parts of models' names.
 TASK = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 MAX_TEMPERATURE = 2.0

@@ -15,6 +15,7 @@ from services.common.errors import AsdError, InvalidRequest, ResourceExhausted, 
 from services.common.server import ServiceRegistration
 from services.common.status import public_message, status_of
 from services.common.telemetry import Spans, Traced, current_trace_id
+from services.common.wire import MAX_ENTRIES
 from services.router import convert, spans
 from services.router.domain import Event, Outcome, Request, View
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     Context = grpc.aio.ServicerContext[object, object]
 
-MAX_BATCH = 1024
+MAX_BATCH = MAX_ENTRIES["asd.v1.GenerateBatchRequest.requests"]
 # gRPC's default, which callers know. Messages between services may be twice as large.
 MAX_REQUEST_BYTES = 4 * 1024 * 1024
 

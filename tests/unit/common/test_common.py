@@ -1,16 +1,14 @@
-"""Errors, status, cost, wire format and settings."""
+"""Errors, status, cost and settings."""
 
 from __future__ import annotations
 
 import grpc
 import pytest
 
-from asd.v1 import cascade_pb2
 from services.common import errors
 from services.common.cost import verify_cost
 from services.common.settings import Section, ServiceSettings, SettingsError, service_config
 from services.common.status import STATUS_TABLE, public_message, status_of, to_rpc_status
-from services.common.wire import find_invalid_text
 
 
 def test_every_error_has_a_row():
@@ -38,14 +36,6 @@ def test_foreign_errors_keep_their_text_from_callers():
 )
 def test_verify_cost(proposed, passes, tokens, expected):
     assert verify_cost(10.0, proposed, passes, tokens) == pytest.approx(expected)
-
-
-def test_invalid_text_is_found_at_its_place():
-    message = cascade_pb2.GenerateRequest(stage="ok")
-    message.sampling.stop.extend(["a", "@@"])
-    raw = message.SerializeToString().replace(b"@@", b"\xff\xfe")
-    assert find_invalid_text(raw, cascade_pb2.GenerateRequest.DESCRIPTOR) == "sampling.stop[1]"
-    assert find_invalid_text(b"\xff\xff", cascade_pb2.GenerateRequest.DESCRIPTOR) == ""
 
 
 class Inner(Section):
