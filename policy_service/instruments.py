@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from opentelemetry.metrics import CallbackOptions, Observation
-
 from services.common import telemetry
 from services.common.telemetry import Attributes, Metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+
+    from opentelemetry.metrics import CallbackOptions, Observation
 
     from policy_service.drift import StageCalibration
 
@@ -34,7 +34,8 @@ class Instruments:
         def gauge(name: str, unit: str, description: str, read: Read) -> None:
             def observe(_: CallbackOptions) -> Iterable[Observation]:
                 return [
-                    Observation(read(each), {Attributes.STAGE_NAME: each.stage}) for each in calibration()
+                    telemetry.observation(read(each), {Attributes.STAGE_NAME: each.stage})
+                    for each in calibration()
                 ]
 
             self._meter.create_observable_gauge(name, [observe], unit, description)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self, SupportsIndex
 
 from opentelemetry import metrics, trace
 from opentelemetry.trace import Status, StatusCode
@@ -371,6 +371,15 @@ def shutdown_telemetry() -> None:
 def meter() -> metrics.Meter:
     """Return the meter that asd's instruments belong to; theirs cost nothing where metrics are off."""
     return metrics.get_meter(INSTRUMENTATION, VERSION)
+
+
+def observation(value: float, attributes: Mapping[str, AttributeValue] | None = None) -> metrics.Observation:
+    """Return what a callback observed, as a plain number.
+
+    The exporters take `int` and `float` alone. protobuf 7 refuses a bool or a number of numpy's, and one of
+    them is enough for all metrics of the process to be lost.
+    """
+    return metrics.Observation(int(value) if isinstance(value, SupportsIndex) else float(value), attributes)
 
 
 def duration_histogram(name: str, description: str) -> DurationHistogram:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from opentelemetry.metrics import CallbackOptions, Observation
-
 from services.common import telemetry
 from services.common.telemetry import Attributes, Metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+
+    from opentelemetry.metrics import CallbackOptions, Observation
 
     from services.manager.keeper import StageView
 
@@ -36,7 +36,7 @@ class Instruments:
         def gauge(name: str, description: str, read: Callable[[StageView], int]) -> None:
             def observe(_: CallbackOptions) -> Iterable[Observation]:
                 return [
-                    Observation(read(each), {Attributes.STAGE_NAME: each.stage})
+                    telemetry.observation(read(each), {Attributes.STAGE_NAME: each.stage})
                     for each in views()
                     if each.is_known
                 ]

@@ -5,8 +5,6 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from opentelemetry.metrics import CallbackOptions, Observation
-
 from services.common import telemetry
 from services.common.status import status_of
 from services.common.telemetry import OPERATION_CHAT, PROVIDER_NAME, Attributes, Metrics
@@ -14,6 +12,8 @@ from services.router.domain import DecisionAction
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from opentelemetry.metrics import CallbackOptions, Observation
 
     from services.common.errors import AsdError
     from services.router.domain import Answer, Outcome, Stage
@@ -174,7 +174,7 @@ class Instruments:
         def observe(_: CallbackOptions) -> Iterable[Observation]:
             places = asleep()
             return [
-                Observation(int(stage.index in places), {Attributes.STAGE_NAME: stage.name})
+                telemetry.observation(int(stage.index in places), {Attributes.STAGE_NAME: stage.name})
                 for stage in stages
             ]
 

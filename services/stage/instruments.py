@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from opentelemetry.metrics import CallbackOptions, Observation
-
 from services.common import telemetry
 from services.common.telemetry import Attributes, Metrics
 from services.stage.engine import ModelState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+
+    from opentelemetry.metrics import CallbackOptions, Observation
 
     from services.stage.engine import EngineStatus
     from services.stage.residency import Residency
@@ -26,14 +26,14 @@ def watch_models(residency: Residency) -> None:
     def each_model(read: Read) -> Callable[[CallbackOptions], Iterable[Observation]]:
         def observe(_: CallbackOptions) -> Iterable[Observation]:
             return [
-                Observation(read(engine.status()), {Attributes.REQUEST_MODEL: name})
+                telemetry.observation(read(engine.status()), {Attributes.REQUEST_MODEL: name})
                 for name, engine in residency.engines.items()
             ]
 
         return observe
 
     def process(read: Callable[[], float]) -> Callable[[CallbackOptions], Iterable[Observation]]:
-        return lambda _: [Observation(read())]
+        return lambda _: [telemetry.observation(read())]
 
     def is_ready(status: EngineStatus) -> bool:
         return status.state is ModelState.READY

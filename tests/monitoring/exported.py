@@ -1,8 +1,9 @@
-"""Prints what Prometheus would read if everything that asd counts had happened.
+"""Exports what there would be if everything that asd counts had happened.
 
-`python -m tests.monitoring.exported`: the services' own instruments run with the Prometheus exporter.
-OpenTelemetry takes one meter for a process, so this is a process of its own. Stand-ins have the fields that
-instruments read, and nothing else.
+`python -m tests.monitoring.exported`: the services' own instruments run with the Prometheus exporter, and
+what it reads is printed. With the argument `otlp` they run, with a span of each name, as OTEL_* variables
+say. OpenTelemetry takes one meter for a process, so this is a process of its own. Stand-ins have the fields
+that instruments read, and nothing else.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import services.manager.instruments
 import services.router.instruments
 from services.common import telemetry
 from services.common.errors import Unavailable
+from services.common.telemetry import Spans, Traced
 from services.router.domain import DecisionAction, DecisionReason, PlanSource, StageAction
 from services.router.speculation import Skip
 from services.stage.engine import EngineStatus, ModelState
@@ -28,17 +30,30 @@ from services.stage.instruments import watch_models
 
 
 def main() -> None:
-    """Count everything once and print it."""
+    """Count everything once and print or send it."""
+    if sys.argv[1:] == ["otlp"]:
+        telemetry.setup_telemetry("asd-all")
+        _count()
+        for name, span in vars(Spans).items():
+            if name.isupper():
+                with Traced(span):
+                    pass
+        telemetry.shutdown_telemetry()
+        return
     registry = CollectorRegistry()
     # As services.common.telemetry serves it.
     reader = PrometheusMetricReader(scope_info_enabled=False, registry=registry)
     metrics.set_meter_provider(MeterProvider([reader]))
     telemetry._state.metered = True
+    _count()
+    sys.stdout.write(generate_latest(registry).decode())
+
+
+def _count() -> None:
     _router()
     _policy()
     _manager()
     _stage()
-    sys.stdout.write(generate_latest(registry).decode())
 
 
 def _router() -> None:

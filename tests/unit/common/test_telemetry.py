@@ -6,6 +6,7 @@ import asyncio
 import os
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
@@ -16,7 +17,7 @@ from opentelemetry.trace import StatusCode
 
 from services.common import telemetry
 from services.common.errors import Unavailable
-from services.common.telemetry import Attributes, Traced, duration_histogram
+from services.common.telemetry import Attributes, Traced, duration_histogram, observation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -160,3 +161,14 @@ def test_an_exporter_that_asd_lacks_is_refused(
         telemetry.setup_tracing("asd-test")
     assert f"{variable}={value}" in str(caught.value)
     assert not telemetry.tracing_enabled()
+
+
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [(True, 1), (np.bool_(True), 1.0), (np.int64(3), 3), (np.float32(0.5), 0.5), (2, 2), (0.25, 0.25)],
+)
+def test_what_is_observed_is_a_plain_number(value: float, number: float) -> None:
+    """Exporters of protobuf 7 lose all metrics of a process over one that is not."""
+    seen = observation(value, {"stage": "small"})
+    assert (type(seen.value), seen.value) == (type(number), number)
+    assert seen.attributes == {"stage": "small"}
