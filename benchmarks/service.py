@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnxruntime_genai as og
 import psutil
 import yaml
 
@@ -31,12 +30,16 @@ from services.client.client import CascadeClient
 from services.client.demo import ask_both_ways, choose_tasks, summarise
 from services.client.values import Objective
 from services.common.channel import open_channel
+from services.common.privacy import report_nothing
 from services.common.server import run_service
 from services.stage.engine import Result, SamplingOptions, TokenChunk, Turn
 from services.stage.onnx_engine import OnnxEngine, OnnxOptions
 from services.stage.onnx_export import prepare, read_shape
 from services.stage.tokenizer import ChatTokenizer
 from suites import split
+
+report_nothing()
+import onnxruntime_genai as og  # noqa: E402 - it reads the environment as it is imported
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable

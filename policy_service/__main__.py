@@ -17,6 +17,7 @@ from policy_service.settings import PolicySettings
 from policy_service.shadow import Shadow
 from policy_service.store import PolicyWatch, follow, open_policy
 from services.common import telemetry
+from services.common.privacy import report_nothing
 from services.common.server import ServiceRegistration, run_service, serve
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ async def run(settings: PolicySettings, servicer: PolicyServicer, watch: PolicyW
 
 def main() -> None:
     """Serve until SIGTERM. Exit with a message where the artifact or the reports cannot be used."""
+    report_nothing()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     settings = PolicySettings.from_arguments()
     try:

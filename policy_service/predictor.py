@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import onnxruntime as ort
+from services.common.privacy import report_nothing
+
+report_nothing()
+import onnxruntime as ort  # noqa: E402 - it reads the environment as it is imported
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -57,6 +57,15 @@ stage-{{ . | replace "_" "-" }}
 {{- end -}}
 {{- end -}}
 
+{{/* Variables by which libraries do not report their use to their makers (services/common/privacy.py), as YAML. */}}
+{{- define "asd.privacy" -}}
+ORT_DISABLE_TELEMETRY: "1"
+VLLM_NO_USAGE_STATS: "1"
+TRTLLM_NO_USAGE_STATS: "1"
+HF_HUB_DISABLE_TELEMETRY: "1"
+DO_NOT_TRACK: "1"
+{{- end -}}
+
 {{/* How a service of the release calls another one: its setting `tls`, as YAML; {} where connections are plain. */}}
 {{- define "asd.clientTls" -}}
 {{- if .Values.tls.enabled -}}
@@ -224,6 +233,7 @@ spec:
             {{- with $root.Values.telemetry.endpoint }}
             {{- $env = merge $env (dict "OTEL_EXPORTER_OTLP_ENDPOINT" .) }}
             {{- end }}
+            {{- $env = merge $env (include "asd.privacy" . | fromYaml) }}
             {{- range $key, $value := merge (dict) .env $root.Values.telemetry.env $env }}
             - name: {{ $key }}
               value: {{ $value | quote }}

@@ -18,6 +18,7 @@ from policy_service.train.console import number_table, result_console
 from policy_service.train.costs import EMBEDDED, UnfitCosts
 from policy_service.train.faults import UnfitOutcomes, say_why
 from services.client.connecting import Connection, encrypted
+from services.common.privacy import report_nothing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -407,6 +408,7 @@ lifecycle.register(app)
 
 def main() -> None:
     """Run the command; every expected error is one sentence and a code: 2 where the command line is wrong."""
+    report_nothing()
     from services.common.errors import AsdError
     from services.common.settings import SettingsError
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from services.client import interrupts
+from services.common.privacy import report_nothing
 
 
 def main() -> None:
@@ -14,6 +15,9 @@ def main() -> None:
 
     # Failures are ours to tell: gRPC would tell each handshake's on standard error.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+    # For the processes that are started, too.
+    report_nothing()
 
     from services.client.commands import app
 

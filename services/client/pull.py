@@ -25,6 +25,7 @@ from services.common.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from services.common.privacy import report_nothing
 from services.stage.checkpoint import check_architecture, read_config
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ def pull(
 
 
 def _hub() -> Any:
+    report_nothing()
     try:
         import huggingface_hub
         import huggingface_hub.errors

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from services.common import telemetry
 from services.common.errors import AsdError
+from services.common.privacy import report_nothing
 from services.common.server import run_service, serve
 from services.manager.instruments import Instruments
 from services.manager.keeper import Keeper, Rule
@@ -70,6 +71,7 @@ async def _keep(keeper: Keeper, poll_seconds: float) -> None:
 
 def main() -> None:
     """Read the settings and serve."""
+    report_nothing()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     settings = ManagerSettings.from_arguments()
     telemetry.setup_telemetry("asd-manager", settings.metrics_listen)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from services.common import telemetry
 from services.common.auth import TokenInterceptor
 from services.common.channel import open_channel
+from services.common.privacy import report_nothing
 from services.common.server import run_service, serve
 from services.common.watched_files import UnusableFile
 from services.router.breaker import Breaker
@@ -129,6 +130,7 @@ def _within(section: str) -> Iterator[None]:
 
 def main() -> None:
     """Read the settings and serve."""
+    report_nothing()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     settings = RouterSettings.from_arguments()
     telemetry.setup_telemetry("asd-router", settings.metrics_listen)

@@ -7,6 +7,7 @@ import logging
 from asd.v1 import stage_pb2_grpc
 from services.common import telemetry
 from services.common.errors import AsdError
+from services.common.privacy import report_nothing
 from services.common.server import ServiceRegistration, run_service, serve
 from services.stage.engines import make_engines
 from services.stage.instruments import watch_models
@@ -52,6 +53,7 @@ async def run(settings: StageSettings) -> None:
 
 def main() -> None:
     """Read the settings and serve."""
+    report_nothing()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     settings = StageSettings.from_arguments()
     telemetry.setup_telemetry("asd-stage", settings.metrics_listen)

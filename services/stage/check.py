@@ -15,6 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from services.common.errors import AsdError, InvalidRequest
+from services.common.privacy import report_nothing
 from services.common.settings import explain
 from services.stage.conformance import (
     CHECKS,
@@ -41,6 +42,7 @@ _SIGNAL_TOLERANCE = {"onnx": 2e-3, "vllm": 0.15, "tensorrt_llm": 0.15}
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
+    report_nothing()
     parser = argparse.ArgumentParser(
         prog="asd-engine",
         description="Check an engine against what asd's stages need of it.",

@@ -1,4 +1,4 @@
-"""What onnxruntime-genai's Python binding needs before its first use, for speed."""
+"""onnxruntime-genai's Python binding, and what it needs before its first use."""
 
 from __future__ import annotations
 
@@ -7,6 +7,16 @@ import importlib
 from typing import Any
 
 import numpy as np
+
+from services.common.privacy import report_nothing
+
+
+def load_binding() -> Any:
+    """Return the module `onnxruntime_genai`, which takes a while at first."""
+    report_nothing()
+    import onnxruntime_genai
+
+    return onnxruntime_genai
 
 
 def remember_array_formats() -> None:
@@ -17,8 +27,7 @@ def remember_array_formats() -> None:
     array: what it finds in this call remembers what it parsed. Where NumPy has moved the parser, nothing
     changes. Remove once the binding is made with nanobind, or pybind11 knows plain formats itself.
     """
-    import onnxruntime_genai as og
-
+    og = load_binding()
     try:
         internal: Any = importlib.import_module("numpy._core._internal")
         parse = internal._dtype_from_pep3118

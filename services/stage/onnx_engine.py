@@ -41,7 +41,7 @@ from services.stage.engine import (
     SamplingOptions,
     Turn,
 )
-from services.stage.onnx_binding import remember_array_formats
+from services.stage.onnx_binding import load_binding, remember_array_formats
 from services.stage.onnx_export import prepare, read_shape
 from services.stage.onnx_lanes import BatchLane, CachedSequence, GenerateLane, SoloLane, VerifyLane, Work
 from services.stage.reading import RequestReader
@@ -230,8 +230,7 @@ class OnnxEngine:
         return 4 * (self._shape.parameters + head) + caches
 
     def _open(self) -> Any:
-        import onnxruntime_genai as og
-
+        og = load_binding()
         remember_array_formats()
         config = og.Config(str(prepare(self._directory)))
         overlay = {"decoder": {"session_options": {"intra_op_num_threads": self._options.threads}}}
@@ -437,15 +436,13 @@ class OnnxEngine:
                 self._pool.remove(min(self._pool, key=lambda s: s.used))
 
     def _new_sequence(self) -> CachedSequence:
-        import onnxruntime_genai as og
-
+        og = load_binding()
         parameters = og.GeneratorParams(self._model)
         parameters.set_search_options(max_length=self._shape.context, do_sample=False)
         return CachedSequence(og.Generator(self._model, parameters))
 
     def _new_batch(self, works: list[Work]) -> Any:
-        import onnxruntime_genai as og
-
+        og = load_binding()
         longest = max(len(work.prompt) for work in works)
         parameters = og.GeneratorParams(self._model)
         parameters.set_search_options(

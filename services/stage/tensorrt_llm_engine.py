@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from services.common.errors import AsdError, InvalidRequest, PreconditionFailed
+from services.common.privacy import report_nothing
 from services.stage.backend import BackendDied, Piece, Scores
 from services.stage.checkpoint import read_checkpoint
 from services.stage.rows import Row, make_row
@@ -227,6 +228,7 @@ class TensorrtLlmBackend:
         return make_row(token, {each: (e.logprob, e.rank) for each, e in entries.items()}, self._top)
 
     def _open(self) -> Any:
+        report_nothing()
         try:
             import tensorrt_llm
             from tensorrt_llm.llmapi import KvCacheConfig

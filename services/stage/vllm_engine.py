@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from services.common.errors import AsdError, InvalidRequest, PreconditionFailed
+from services.common.privacy import report_nothing
 from services.stage.backend import BackendDied, Piece, Scores
 from services.stage.checkpoint import read_checkpoint
 from services.stage.rows import Row, make_row
@@ -41,7 +42,6 @@ logger = logging.getLogger(__name__)
 _ENVIRONMENT = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
-    "VLLM_NO_USAGE_STATS": "1",
 }
 MISSING = (
     "vllm is not installed: use the image of target stage-vllm, or pip install '.[vllm]' in asd's directory, "
@@ -282,6 +282,7 @@ class VllmBackend:
     def _open(self) -> Any:
         for variable, value in _ENVIRONMENT.items():
             os.environ.setdefault(variable, value)
+        report_nothing()
         try:
             import vllm
             from vllm.lora.request import LoRARequest

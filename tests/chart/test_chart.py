@@ -14,6 +14,7 @@ import yaml
 from kubernetes_validate import utils
 
 from policy_service.settings import PolicySettings
+from services.common.privacy import SWITCHES
 from services.common.settings import ServiceSettings
 from services.manager.settings import ManagerSettings
 from services.router.settings import RouterSettings
@@ -242,6 +243,13 @@ def test_pods_run_unprivileged(variant: str) -> None:
         assert security["capabilities"] == {"drop": ["ALL"]}
         assert {"cpu", "memory"} <= running["resources"]["requests"].keys()
         assert "memory" in running["resources"]["limits"]
+
+
+@each_variant
+def test_no_library_reports_its_use(variant: str) -> None:
+    for name in of_kind(variant, "Deployment"):
+        environment = {each["name"]: each.get("value") for each in container(variant, name)["env"]}
+        assert SWITCHES.items() <= environment.items(), name
 
 
 @each_variant

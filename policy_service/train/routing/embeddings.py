@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from policy_service.train.faults import UnfitOutcomes
+from services.common.privacy import report_nothing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -51,6 +52,7 @@ def embed_prompts(prompts: Sequence[str], model: Path, progress: Callable[[str],
     model: a zip (a .jar is one) that holds one .onnx with the inputs input_ids, attention_mask and
     token_type_ids, and one tokenizer.json. Raises UnfitOutcomes.
     """
+    report_nothing()
     import onnxruntime
 
     try:

@@ -1,0 +1,31 @@
+"""Keeps the libraries that asd uses from reporting to their makers how they are used."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+# The libraries' own switches.
+SWITCHES: Mapping[str, str] = {
+    # onnxruntime (1.32) and onnxruntime-genai (0.18): an id of the device and a store of events in the user's
+    # cache, and uploads to mobile.events.data.microsoft.com. Their `disable_telemetry_events` comes too late:
+    # all of this is there once it can be called.
+    "ORT_DISABLE_TELEMETRY": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "TRTLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    # Of several libraries (https://donottrack.sh).
+    "DO_NOT_TRACK": "1",
+}
+
+
+def report_nothing() -> None:
+    """Switch the reports off, in this process and in those that it starts. What the environment says wins.
+
+    Call it before one of these libraries is imported: they read the environment as they begin.
+    """
+    for variable, value in SWITCHES.items():
+        os.environ.setdefault(variable, value)
