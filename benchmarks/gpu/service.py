@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-import grpc
-
 from asd.v1 import common_pb2, stage_pb2, stage_pb2_grpc
 from benchmarks.gpu.measure import Plan, Prompts, timed, write
 from benchmarks.processes import service
+from services.common.channel import open_channel
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,7 +51,7 @@ async def served(model: Path, options: dict[str, Any], max_batch: int, plan: Pla
     entry = {"name": "m", "path": str(model), "engine": "vllm", "max_batch": max_batch, "vllm": options}
     async with (
         service("services.stage", {"models": [entry | {"preload": False}]}) as address,
-        grpc.aio.insecure_channel(address) as channel,
+        open_channel(address, retry=False) as channel,
     ):
         await load_model(address)
         stub: Any = stage_pb2_grpc.StageServiceStub(channel)
@@ -65,6 +64,6 @@ async def served(model: Path, options: dict[str, Any], max_batch: int, plan: Pla
 
 async def load_model(address: str) -> None:
     """Have a stage load its model: a large one takes longer than a process may take to start."""
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with open_channel(address, retry=False) as channel:
         stub: Any = stage_pb2_grpc.StageServiceStub(channel)
         await stub.Load(stage_pb2.LoadRequest(), timeout=LOAD_S)

@@ -20,6 +20,7 @@ from opentelemetry import metrics, trace
 from opentelemetry.trace import Status, StatusCode
 
 from services.common.errors import AsdError
+from services.common.proxy import proxy_arguments
 from services.common.version import VERSION
 
 if TYPE_CHECKING:
@@ -286,7 +287,7 @@ def setup_tracing(service_name: str) -> bool:
     if kind == "otlp":
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 
-        exporter = OTLPSpanExporter()
+        exporter = OTLPSpanExporter(channel_options=proxy_arguments())  # type: ignore[arg-type]
     else:
         import sys
 
@@ -333,7 +334,7 @@ def _periodic_reader(kind: str) -> MetricReader:
     if kind == "otlp":
         from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
 
-        exporter = OTLPMetricExporter()
+        exporter = OTLPMetricExporter(channel_options=proxy_arguments())  # type: ignore[arg-type]
     else:
         import sys
 

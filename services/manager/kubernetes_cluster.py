@@ -112,7 +112,9 @@ def open_cluster(namespace: str, timeout_s: float) -> KubernetesCluster:
         config.load_incluster_config(  # type: ignore[no-untyped-call]
             client_configuration=configuration
         )
-        own = _NAMESPACE_FILE.read_text(encoding="utf-8").strip()
+        # The cluster's own API is not asked through a proxy that is there for what leaves the cluster.
+        configuration.proxy = None
+        own = namespace or _NAMESPACE_FILE.read_text(encoding="utf-8").strip()
     except (config.ConfigException, OSError):
         try:
             config.load_kube_config(client_configuration=configuration)  # type: ignore[no-untyped-call]

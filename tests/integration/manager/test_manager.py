@@ -23,7 +23,7 @@ from services.common.errors import PreconditionFailed, Unavailable
 from services.common.server import ServerOptions, ServiceRegistration, start_server
 from services.common.tls import ClientTls, ServerTls
 from services.manager.cluster import Scale
-from services.manager.kubernetes_cluster import KubernetesCluster
+from services.manager.kubernetes_cluster import KubernetesCluster, open_cluster
 from services.manager.usage import StageUsage
 from tests.integration.common.certificates import Authority
 from tests.integration.common.conftest import CALL_S, PROCESS_S, running
@@ -162,6 +162,23 @@ async def test_what_the_api_refuses_is_said(
     api[0].status = status
     with pytest.raises(kind, match=says):
         await cluster.read(["asd-large"])
+
+
+async def test_the_clusters_own_api_is_asked_past_a_proxy(
+    api: tuple[KubernetesApi, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy"):
+        monkeypatch.setenv(variable, f"http://127.0.0.1:{free_port()}")
+    for variable in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+
+    def in_a_pod(client_configuration: client.Configuration) -> None:
+        client_configuration.host = api[1]
+
+    monkeypatch.setattr("kubernetes.config.load_incluster_config", in_a_pod)
+    cluster = open_cluster("models", CALL_S)
+    assert await cluster.read(["asd-large"]) == {"asd-large": Scale(1, 1)}
+    cluster.close()
 
 
 async def test_an_api_that_is_away_is_unavailable() -> None:
