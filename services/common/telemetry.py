@@ -346,7 +346,9 @@ def _serve_metrics(listen: str) -> MetricReader:
     """Serve /metrics in a thread of its own, and return what it shows. Raises SystemExit where the address
     cannot be listened on."""
     from opentelemetry.exporter.prometheus import PrometheusMetricReader
-    from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+    from prometheus_client import CollectorRegistry, ProcessCollector
+
+    from services.common.metrics_server import serve_registry
 
     host, colon, port = listen.rpartition(":")
     registry = CollectorRegistry()
@@ -354,9 +356,13 @@ def _serve_metrics(listen: str) -> MetricReader:
     try:
         if not colon:
             raise ValueError(listen)
-        start_http_server(int(port), host.strip("[]") or "0.0.0.0", registry)  # noqa: S104
+        serve_registry(registry, host.strip("[]"), int(port))
     except (OSError, OverflowError, ValueError) as error:
-        reason = str(error.strerror).lower() if isinstance(error, OSError) else "not host:port"
+        reason = "not host:port"
+        if isinstance(error, OSError):
+            # The standard library adds the address. A host that is not known has a negative number.
+            is_system = error.errno is not None and error.errno > 0
+            reason = (os.strerror(error.errno or 0) if is_system else str(error.strerror)).lower()
         raise SystemExit(f"asd: metrics_listen: cannot listen on {listen}: {reason}") from error
     return PrometheusMetricReader(scope_info_enabled=False, registry=registry)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import shutil
+import socket
 import subprocess
 import urllib.request
 from contextlib import AsyncExitStack
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
 from asd.v1 import (
@@ -314,4 +316,33 @@ async def test_an_address_that_is_taken_is_said_at_the_start(tmp_path: Path) -> 
     assert line == f"asd: metrics_listen: cannot listen on 127.0.0.1:{port}: address already in use"
     code, line = await failing("services.router", router_config(metrics_listen="9464"), tmp_path)
     assert (code, line) == (1, "asd: metrics_listen: cannot listen on 9464: not host:port")
+    code, line = await failing("services.router", router_config(metrics_listen="no.such:99"), tmp_path)
+    assert code == 1
+    assert line.startswith("asd: metrics_listen: cannot listen on no.such:99: ")
     await server.stop(0)
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this system has no IPv6")
+@pytest.mark.parametrize(
+    ("host", "reached"),
+    [
+        ("[::1]", ("[::1]",)),
+        ("127.0.0.1", ("127.0.0.1",)),
+        ("localhost", ("localhost",)),
+        ("[::]", ("[::1]", "127.0.0.1")),
+        ("0.0.0.0", ("[::1]", "127.0.0.1")),
+    ],
+)
+async def test_metrics_are_served_where_grpc_would_listen(
+    host: str, reached: tuple[str, ...], tmp_path: Path
+) -> None:
+    port = free_port()
+    config = router_config(metrics_listen=f"{host}:{port}", listen=f"{host}:0")
+    async with asyncio.timeout(PROCESS_S), running("services.router", config, tmp_path) as router:
+        grpc_port = router.target.rpartition(":")[2]
+        for address in reached:
+            assert "process_max_fds" in await scrape(f"{address}:{port}")
+            async with grpc.aio.insecure_channel(f"{address}:{grpc_port}") as channel:
+                await health_pb2_grpc.HealthStub(channel).Check(
+                    health_pb2.HealthCheckRequest(), timeout=CALL_S
+                )
