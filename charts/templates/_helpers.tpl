@@ -209,14 +209,16 @@ spec:
       # The preStop sleep, the drain, and some time to end.
       terminationGracePeriodSeconds: {{ $grace }}
       securityContext:
-        {{- include "asd.podSecurity" . | nindent 8 }}
+        {{- include "asd.podSecurity" $root | nindent 8 }}
         {{- $writes := false }}
         {{- range .volumes }}
         {{- if and .claim .writable }}{{ $writes = true }}{{ end }}
         {{- end }}
         {{- if $writes }}
-        # The images' user may then write to a volume that came as root's.
-        fsGroup: 10001
+        # The pod's user may then write to a volume that came as root's.
+        {{- if not (kindIs "invalid" $root.Values.podSecurity.fsGroup) }}
+        fsGroup: {{ int64 $root.Values.podSecurity.fsGroup }}
+        {{- end }}
         fsGroupChangePolicy: OnRootMismatch
         {{- end }}
       containers:
@@ -346,10 +348,14 @@ spec:
       {{- end }}
 {{- end -}}
 
+{{/* Whom a pod runs as. Where the cluster chooses, nothing is said. */}}
 {{- define "asd.podSecurity" -}}
-# The images' user.
-runAsUser: 10001
-runAsGroup: 10001
+{{- with .Values.podSecurity.runAsUser }}
+runAsUser: {{ int64 . }}
+{{- end }}
+{{- if not (kindIs "invalid" .Values.podSecurity.runAsGroup) }}
+runAsGroup: {{ int64 .Values.podSecurity.runAsGroup }}
+{{- end }}
 runAsNonRoot: true
 seccompProfile:
   type: RuntimeDefault

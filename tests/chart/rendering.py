@@ -275,6 +275,21 @@ VARIANTS: dict[str, Variant] = {
             }
         }
     ),
+    # As restricted-v2 wants it: a namespace's users are its own.
+    "openshift": Variant(
+        {
+            "podSecurity": {"runAsUser": None, "runAsGroup": None, "fsGroup": None},
+            "policy": {"reportsClaim": "reports"},
+            "stageDefaults": {"model": {"cache": {"claim": "shared-cache"}}},
+            **_sleeping(idleSeconds=600),
+        }
+    ),
+    "users of one's own": Variant(
+        {
+            "podSecurity": {"runAsUser": 1_000_650_000, "runAsGroup": 0, "fsGroup": 0},
+            "policy": {"reportsClaim": "reports"},
+        }
+    ),
     "TLS": Variant(_TRUSTED),
     "TLS, Secrets apart": Variant(
         {

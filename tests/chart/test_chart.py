@@ -233,7 +233,9 @@ def test_pods_run_unprivileged(variant: str) -> None:
     specs = [o["spec"]["template"]["spec"] for o in of_kind(variant, "Deployment").values()]
     for pod in [*specs, *(o["spec"] for o in of_kind(variant, "Pod").values())]:
         assert pod["securityContext"]["runAsNonRoot"] is True
-        assert pod["securityContext"]["runAsUser"] == 10001
+        users = {"runAsUser": 10001, "runAsGroup": 10001, **VARIANTS[variant].given.get("podSecurity", {})}
+        for name in ("runAsUser", "runAsGroup"):
+            assert pod["securityContext"].get(name) == users[name]
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         assert pod["enableServiceLinks"] is False
         [running] = pod["containers"]
@@ -243,6 +245,20 @@ def test_pods_run_unprivileged(variant: str) -> None:
         assert security["capabilities"] == {"drop": ["ALL"]}
         assert {"cpu", "memory"} <= running["resources"]["requests"].keys()
         assert "memory" in running["resources"]["limits"]
+
+
+def test_the_cluster_may_choose_whom_pods_run_as() -> None:
+    """OpenShift's restricted-v2 refuses every user and group that is named but the namespace's own."""
+    pods = [each["spec"]["template"]["spec"] for each in of_kind("openshift", "Deployment").values()]
+    pods += [each["spec"] for each in of_kind("openshift", "Pod").values()]
+    assert len(pods) == 7
+    for pod in pods:
+        named = {"runAsUser", "runAsGroup", "fsGroup", "supplementalGroups"}
+        assert named.isdisjoint(pod["securityContext"])
+        for each in pod["containers"]:
+            assert named.isdisjoint(each["securityContext"])
+    writing = pod_spec("users of one's own", "demo-policy")["securityContext"]
+    assert (writing["runAsUser"], writing["runAsGroup"], writing["fsGroup"]) == (1_000_650_000, 0, 0)
 
 
 @each_variant

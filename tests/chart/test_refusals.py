@@ -47,6 +47,8 @@ SCHEMA = [
     ({"stageDefaults": {"model": {"cache": {"accessMode": "ReadOnlyMany"}}}}, "accessMode"),
     ({"stageDefaults": {"autoscaling": {"minReplicas": 0}}}, "minReplicas"),
     ({"stageDefaults": {"gpuResource": "gpus"}}, "gpuResource"),
+    ({"podSecurity": {"runAsUser": 0}}, "runAsUser"),
+    ({"podSecurity": {"fsGroup": "10001"}}, "fsGroup"),
 ]
 CONTRADICTIONS = {
     "two stages of one name": (

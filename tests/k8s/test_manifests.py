@@ -254,7 +254,7 @@ def test_the_benchmark_keeps_its_results_where_it_is_told_to() -> None:
 def test_the_readmes_overlay_gives_a_run_its_name_labels_image_and_parameters(tmp_path: Path) -> None:
     """The overlay of the README, word for word, beside a copy of k8s/."""
     shutil.copytree(FOLDER, tmp_path / "k8s")
-    (text,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    text, _ = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
     (tmp_path / "my-run").mkdir()
     (tmp_path / "my-run" / "kustomization.yaml").write_text(text)
     overlaid = job(tmp_path / "my-run")
@@ -276,6 +276,25 @@ def test_the_readmes_overlay_gives_a_run_its_name_labels_image_and_parameters(tm
     # Another name and other parameters leave the first run's Job and ConfigMap alone.
     names = [each["metadata"]["name"] for each in render(tmp_path / "my-run")]
     assert not set(names) & {each["metadata"]["name"] for each in render(FOLDER / "benchmark")}
+
+
+@each_folder
+def test_on_openshift_the_readmes_overlay_names_no_user(folder: str, tmp_path: Path) -> None:
+    shutil.copytree(FOLDER, tmp_path / "k8s")
+    _, text = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "kustomization.yaml").write_text(text.replace("k8s/train", f"k8s/{folder}"))
+    before, after = render(FOLDER / folder), render(tmp_path / "own")
+    assert [each["kind"] for each in after] == [each["kind"] for each in before]
+    for was, manifest in zip(before, after, strict=True):
+        kubernetes_validate.validate(manifest, "1.33", strict=True)
+        if manifest["kind"] not in {"Job", "Deployment"}:
+            assert manifest == was
+            continue
+        left, said = (each["spec"]["template"]["spec"]["securityContext"] for each in (manifest, was))
+        users = {"runAsUser", "runAsGroup", "fsGroup"}
+        assert left == {key: value for key, value in said.items() if key not in users}
+        assert users & said.keys()
 
 
 def test_jaeger_takes_spans_at_the_endpoint_that_its_file_names() -> None:
