@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 CHART = ROOT / "charts"
 RELEASE, NAMESPACE = "demo", "models"
 FAMILY = ("small", "medium", "large")
+LLAMA_2 = ("13b", "34b", "70b")
 
 Manifest = dict[str, Any]
 
@@ -184,7 +185,8 @@ VARIANTS: dict[str, Variant] = {
             },
         }
     ),
-    "H100s": Variant(stages=("13b", "34b", "70b"), file="charts/values-h100.yaml"),
+    "H100s": Variant(stages=LLAMA_2, file="charts/values-h100.yaml"),
+    "H100s, TensorRT-LLM": Variant(stages=LLAMA_2, file="charts/values-h100-tensorrt-llm.yaml"),
     "kind": Variant(file="charts/values-kind.yaml"),
     "test cluster": Variant(file="tests/cluster/values.yaml"),
     "vLLM": Variant(

@@ -168,7 +168,7 @@ class TestEngines:
 
     def test_gpus_come_with_what_tensor_parallelism_needs(self) -> None:
         serving = container("H100s", "demo-stage-70b")
-        assert serving["resources"]["limits"]["nvidia.com/gpu"] == 4
+        assert serving["resources"]["limits"]["nvidia.com/gpu"] == 2
         assert "nvidia.com/gpu" not in serving["resources"]["requests"]
         volumes = {each["name"]: each for each in pod_spec("H100s", "demo-stage-70b")["volumes"]}
         assert volumes["shm"]["emptyDir"] == {"medium": "Memory", "sizeLimit": "16Gi"}
@@ -179,16 +179,23 @@ class TestEngines:
         assert "nvidia.com/gpu" not in shared
 
     def test_the_production_cascade_has_a_gpu_for_each_part_of_a_model(self) -> None:
-        parallel = {"13b": 1, "34b": 2, "70b": 4}
-        for name, gpus in parallel.items():
+        for variant, engine, name, gpus in (
+            ("H100s", "vllm", "13b", 1),
+            ("H100s", "vllm", "34b", 1),
+            ("H100s", "vllm", "70b", 2),
+            ("H100s, TensorRT-LLM", "tensorrt_llm", "13b", 1),
+            ("H100s, TensorRT-LLM", "tensorrt_llm", "34b", 2),
+            ("H100s, TensorRT-LLM", "tensorrt_llm", "70b", 4),
+        ):
             full = f"demo-stage-{name}"
-            (model,) = config("H100s", full)["models"]
-            assert model["tensorrt_llm"]["tensor_parallel"] == gpus
-            serving = container("H100s", full)
+            (model,) = config(variant, full)["models"]
+            assert model["engine"] == engine
+            assert model[engine]["tensor_parallel"] == gpus
+            serving = container(variant, full)
             assert serving["resources"]["limits"]["nvidia.com/gpu"] == gpus
             # Weights come at some 200 MB/s at worst.
             assert serving["startupProbe"]["failureThreshold"] >= 600
-            pod = pod_spec("H100s", full)
+            pod = pod_spec(variant, full)
             assert pod["nodeSelector"] == {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}
             assert pod["tolerations"][0]["key"] == "nvidia.com/gpu"
 

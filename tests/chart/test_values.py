@@ -96,7 +96,7 @@ def _repeats(number: int, key: str, explained: set[str]) -> bool:
     return number > lines.index("stages:") and key in explained
 
 
-@pytest.mark.parametrize("name", ["values.yaml", "values-h100.yaml", "values-kind.yaml"])
+@pytest.mark.parametrize("name", sorted(path.name for path in CHART.glob("values*.yaml")))
 def test_lines_fit(name: str) -> None:
     lines = (CHART / name).read_text().splitlines()
     assert [line for line in lines if len(line) > 120] == []
@@ -119,28 +119,52 @@ def _snake(key: str) -> str:
     return "".join(f"_{c.lower()}" if c.isupper() else c for c in key)
 
 
-def test_the_production_cascade_is_the_one_it_names() -> None:
-    variant = VARIANTS["H100s"]
-    models = [(name, variant.stage(name)) for name in variant.stages]
-    assert [(name, stage["gpus"], stage["model"]["path"]) for name, stage in models] == [
-        ("13b", 1, "/models/Llama-2-13b-chat-hf"),
-        ("34b", 2, "/models/CodeLlama-34b-Instruct-hf"),
-        ("70b", 4, "/models/Llama-2-70b-chat-hf"),
+# The GPUs of each model: with vLLM as many as were run with (docs/engines.md).
+PRODUCTION = {
+    "H100s": ("vllm", (1, 1, 2)),
+    "H100s, TensorRT-LLM": ("tensorrt_llm", (1, 2, 4)),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTION)
+def test_the_production_cascade_is_the_one_it_names(name: str) -> None:
+    variant, (engine, gpus) = VARIANTS[name], PRODUCTION[name]
+    stages = [variant.stage(stage) for stage in variant.stages]
+    assert [stage["model"]["path"] for stage in stages] == [
+        "/models/Llama-2-13b-chat-hf",
+        "/models/CodeLlama-34b-Instruct-hf",
+        "/models/Llama-2-70b-chat-hf",
     ]
-    assert {stage["model"]["engine"] for _, stage in models} == {"tensorrt_llm"}
-    # Its header adds up what it asks for.
-    gpus = sum(stage["gpus"] * stage["replicas"] for _, stage in models)
-    assert f"= {gpus}," in (CHART / "values-h100.yaml").read_text()
+    assert tuple(stage["gpus"] for stage in stages) == gpus
+    assert {stage["model"]["engine"] for stage in stages} == {engine}
+    text = (ROOT / variant.file).read_text()
+    # Its header adds up what it asks for, and installs itself.
+    assert f"= {sum(stage['gpus'] * stage['replicas'] for stage in stages)}," in text
+    assert text.count(f"-f {variant.file} ") == 2
 
 
-def test_the_claims_of_the_production_cascade_are_those_of_the_jobs() -> None:
+@pytest.mark.parametrize("name", PRODUCTION)
+def test_the_claims_of_the_production_cascade_are_those_of_the_jobs(name: str) -> None:
     claims = {
         each["metadata"]["name"]
         for each in yaml.safe_load_all((ROOT / "k8s/storage/claims.yaml").read_text())
         if each
     }
-    values = VARIANTS["H100s"].effective
+    values = VARIANTS[name].effective
     assert {values["policy"]["artifactClaim"], values["stageDefaults"]["model"]["claim"]} <= claims
+
+
+def test_the_engine_that_was_run_has_the_gpus_and_memory_that_it_was_run_with() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/gpu.json").read_text())["rows"]
+    variant = VARIANTS["H100s"]
+    for name in variant.stages:
+        stage = variant.stage(name)
+        (row,) = [each for each in rows if each["model"] == name and "H100" in each["device"]]
+        run = row["records"]["passes"]["settings"]
+        section = stage["model"]["vllm"]
+        assert (row["engine"], row["tensor_parallel"]) == ("vllm", stage["gpus"])
+        assert section["gpuMemoryUtilization"] == run["gpu_memory_utilization"]
+        assert (section["dtype"], section["tensorParallel"]) == (run["dtype"], run["tensor_parallel"])
 
 
 def test_the_images_policy_is_the_one_that_the_defaults_ask_for() -> None:
@@ -160,7 +184,8 @@ NOTES = {
         "Insufficient cpu or memory: lower resources.requests",
         "delete pod demo-test-ask",
     ),
-    "H100s": ("The stages want 12 GPUs", "--timeout 1860s", "demo-stage-13b-cache, demo-stage-34b-cache"),
+    "H100s": ("The stages want 7 GPUs", "--timeout 1860s", "demo-stage-13b-cache, demo-stage-34b-cache"),
+    "H100s, TensorRT-LLM": ("The stages want 12 GPUs", "--timeout 1860s", "demo-stage-13b-cache"),
     "everything on": ("From outside: the address of",),
     "autoscaled": ("KEDA scales small, medium, large", "port 9464"),
     "scale to zero": ("Stages that sleep when idle: large.", "router.defaultDeadlineMs: 60000"),
