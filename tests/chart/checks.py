@@ -34,6 +34,10 @@ LEFT_OUT_OF = {
     ("CKV2_K8S_6", "Pod.*"): "networkPolicy is off by default; helm test's pod is called by nobody",
     ("CKV_K8S_38", "Deployment.*-manager"): "it scales stages through the Kubernetes API",
 }
+# In the manifests of some variants only.
+LEFT_OUT_IN = {
+    ("CKV_K8S_40", "/openshift.yaml"): "OpenShift gives the user: one of the namespace's, above a million",
+}
 
 
 def find_checkov() -> Path:
@@ -80,12 +84,14 @@ def failures(folder: Path) -> list[str]:
         found += [
             f"{each['file_path']}: {each['resource']}: {each['check_id']} {each['check_name']}"
             for each in report["results"]["failed_checks"]
-            if not _is_left_out(each["check_id"], each["resource"])
+            if not _is_left_out(each["check_id"], each["resource"], each["file_path"])
         ]
     return sorted(found)
 
 
-def _is_left_out(check: str, resource: str) -> bool:
+def _is_left_out(check: str, resource: str, file: str) -> bool:
+    if (check, file) in LEFT_OUT_IN:
+        return True
     return any(check == left and fnmatch(resource, pattern) for left, pattern in LEFT_OUT_OF)
 
 

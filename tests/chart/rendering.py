@@ -286,7 +286,7 @@ VARIANTS: dict[str, Variant] = {
             **_sleeping(idleSeconds=600),
         }
     ),
-    "users of one's own": Variant(
+    "users given": Variant(
         {
             "podSecurity": {"runAsUser": 1_000_650_000, "runAsGroup": 0, "fsGroup": 0},
             "policy": {"reportsClaim": "reports"},

@@ -257,7 +257,7 @@ def test_the_cluster_may_choose_whom_pods_run_as() -> None:
         assert named.isdisjoint(pod["securityContext"])
         for each in pod["containers"]:
             assert named.isdisjoint(each["securityContext"])
-    writing = pod_spec("users of one's own", "demo-policy")["securityContext"]
+    writing = pod_spec("users given", "demo-policy")["securityContext"]
     assert (writing["runAsUser"], writing["runAsGroup"], writing["fsGroup"]) == (1_000_650_000, 0, 0)
 
 
