@@ -7,7 +7,9 @@ AsdError                    anything else: INTERNAL
 ├── Unauthenticated         no token, or an unknown one
 ├── ResourceExhausted       queue or KV cache full
 ├── Unavailable             stage or policy unreachable, or draining
-│   └── BrokenOff           it ended the call, and why is not known
+│   ├── Away                it has not answered: gone, not there yet, or about to end
+│   ├── BrokenOff           it ended the call, and why is not known
+│   └── Draining            this service is about to end, and has not begun with the call
 └── BudgetSpent             the deadline or a time budget passed
 
 services.common.status holds the table from these to gRPC status codes.
@@ -48,6 +50,14 @@ class ResourceExhausted(AsdError):
 
 class Unavailable(AsdError):
     """A service is unreachable or draining; the same request may succeed elsewhere or later."""
+
+
+class Away(Unavailable):
+    """A service could not be reached, or is about to end and has sent nothing: it may be back soon."""
+
+
+class Draining(Unavailable):
+    """This service is about to end, and has not begun with the request. Callers see Away."""
 
 
 class BrokenOff(Unavailable):

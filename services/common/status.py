@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -11,8 +11,10 @@ from google.rpc import error_details_pb2, status_pb2
 
 from services.common.errors import (
     AsdError,
+    Away,
     BrokenOff,
     BudgetSpent,
+    Draining,
     InvalidRequest,
     NotFound,
     PreconditionFailed,
@@ -31,13 +33,18 @@ STATUS_TABLE: tuple[tuple[type[AsdError], grpc.StatusCode], ...] = (
     (PreconditionFailed, grpc.StatusCode.FAILED_PRECONDITION),
     (Unauthenticated, grpc.StatusCode.UNAUTHENTICATED),
     (ResourceExhausted, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (Away, grpc.StatusCode.UNAVAILABLE),
     (BrokenOff, grpc.StatusCode.UNAVAILABLE),
+    (Draining, grpc.StatusCode.UNAVAILABLE),
     (Unavailable, grpc.StatusCode.UNAVAILABLE),
     (BudgetSpent, grpc.StatusCode.DEADLINE_EXCEEDED),
     (AsdError, grpc.StatusCode.INTERNAL),
 )
 
 DETAILS_KEY = "grpc-status-details-bin"
+# How a service that is about to end marks what it has not begun with: a google.rpc.ErrorInfo.
+DRAINING_REASON = "DRAINING"
+_DOMAIN = "asd.v1"
 INTERNAL_TEXT = "internal error; the service's log has the details"
 # gRPC refuses more than 8 KiB of trailing metadata by default, and the message travels twice in it.
 MAX_MESSAGE_CHARS = 1000
@@ -47,9 +54,13 @@ _TOO_LARGE = re.compile(r"(?:CLIENT: Sent|SERVER: Received) message larger than 
 
 _ERROR_OF_CODE: dict[grpc.StatusCode, type[AsdError]] = {
     **{code: error for error, code in STATUS_TABLE},
-    # A peer that goes away cancels what it cannot finish. Our own cancellation never arrives as an RpcError.
-    grpc.StatusCode.CANCELLED: Unavailable,
+    # A server that is stopped (gRPC 1.85) cancels calls that it has not yet handed to a handler, and those
+    # that come until the client hears of it. Our own cancellation never arrives as an RpcError.
+    grpc.StatusCode.CANCELLED: Away,
 }
+
+# In the place of what gRPC says where nobody else says anything.
+_WORDS = {"CANCELLED": "it is shutting down"}
 
 
 def status_of(error: BaseException) -> grpc.StatusCode:
@@ -74,6 +85,8 @@ def to_rpc_status(error: BaseException) -> status_pb2.Status:
     if field:
         violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=message)
         status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    if isinstance(error, Draining):
+        status.details.add().Pack(error_details_pb2.ErrorInfo(reason=DRAINING_REASON, domain=_DOMAIN))
     return status
 
 
@@ -85,6 +98,7 @@ def from_rpc_error(error: grpc.RpcError, *, peer: str = "") -> AsdError:
     """
     kind = _ERROR_OF_CODE.get(error.code(), AsdError)
     message = error.details() or error.code().name
+    message = _WORDS.get(message, message)
     if too_large := _TOO_LARGE.fullmatch(message):
         size, most = too_large.groups()
         message = (
@@ -94,20 +108,43 @@ def from_rpc_error(error: grpc.RpcError, *, peer: str = "") -> AsdError:
     if peer and kind is not InvalidRequest:
         message = f"{peer}: {message}"
     metadata = cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ())
-    return kind(message, field=_field_of(metadata))
+    details = _details(metadata)
+    # Without details, gRPC says it and not the service: it was not reached, or its connection ended.
+    if kind is Unavailable and (details is None or _is_draining(details)):
+        kind = Away
+    return kind(message, field=_field_of(details))
 
 
-def _field_of(metadata: Iterable[tuple[str, str | bytes]]) -> str:
-    """Return the field that a failed call's trailing metadata names, or ""."""
+def _details(metadata: Iterable[tuple[str, str | bytes]]) -> status_pb2.Status | None:
+    """Return what a service says beside code and message in a failed call's trailing metadata."""
     for key, value in metadata:
-        if key != DETAILS_KEY or not isinstance(value, bytes):
-            continue
+        if key == DETAILS_KEY and isinstance(value, bytes):
+            try:
+                return status_pb2.Status.FromString(value)
+            except DecodeError:
+                return None
+    return None
+
+
+def _is_draining(status: status_pb2.Status) -> bool:
+    info = _find(status, error_details_pb2.ErrorInfo())
+    return info is not None and (info.domain, info.reason) == (_DOMAIN, DRAINING_REASON)
+
+
+def _field_of(status: status_pb2.Status | None) -> str:
+    """Return the field that a failed call's details name, or ""."""
+    bad_request = _find(status, error_details_pb2.BadRequest()) if status else None
+    if bad_request is None or not bad_request.field_violations:
+        return ""
+    return str(bad_request.field_violations[0].field)
+
+
+def _find(status: status_pb2.Status, detail: Any) -> Any:
+    """Return a detail of a status, read into the message that is given; None where there is none."""
+    for each in status.details:
         try:
-            status = status_pb2.Status.FromString(value)
-            for detail in status.details:
-                bad_request = error_details_pb2.BadRequest()
-                if detail.Unpack(bad_request) and bad_request.field_violations:
-                    return str(bad_request.field_violations[0].field)
+            if each.Unpack(detail):
+                return detail
         except DecodeError:
-            return ""
-    return ""
+            return None
+    return None

@@ -8,7 +8,14 @@ import pytest
 from services.common import errors
 from services.common.cost import verify_cost
 from services.common.settings import Section, ServiceSettings, SettingsError, service_config
-from services.common.status import STATUS_TABLE, public_message, status_of, to_rpc_status
+from services.common.status import (
+    DETAILS_KEY,
+    STATUS_TABLE,
+    from_rpc_error,
+    public_message,
+    status_of,
+    to_rpc_status,
+)
 
 
 def test_every_error_has_a_row():
@@ -23,6 +30,36 @@ def test_foreign_errors_keep_their_text_from_callers():
     assert status_of(ValueError("secret")) is grpc.StatusCode.INTERNAL
     assert "secret" not in to_rpc_status(ValueError("secret")).message
     assert len(public_message(errors.NotFound("x" * 50_000))) == 1000
+
+
+def as_told(error):
+    """Return an error as whoever called the service that raised it sees it."""
+    details = grpc.aio.Metadata((DETAILS_KEY, to_rpc_status(error).SerializeToString()))
+    return from_rpc_error(grpc.aio.AioRpcError(status_of(error), grpc.aio.Metadata(), details, str(error)))
+
+
+def test_a_service_that_is_about_to_end_is_told_from_one_that_says_what_is_away():
+    # A router whose stage is away is there itself: calling it again tells nothing new.
+    assert type(as_told(errors.Unavailable("stage small does not answer"))) is errors.Unavailable
+    assert type(as_told(errors.Away("stage small does not answer"))) is errors.Unavailable
+    assert type(as_told(errors.Draining("shutting down"))) is errors.Away
+    assert as_told(errors.InvalidRequest("no", field="prompt")).field == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        # What a stopped server does with calls that it has not handed to a handler.
+        (grpc.StatusCode.CANCELLED, errors.Away),
+        # A connection that is refused, or ends.
+        (grpc.StatusCode.UNAVAILABLE, errors.Away),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, errors.BudgetSpent),
+        (grpc.StatusCode.INTERNAL, errors.AsdError),
+    ],
+)
+def test_what_grpc_says_without_the_service_means_that_it_is_away(code, kind):
+    error = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), code.name)
+    assert type(from_rpc_error(error)) is kind
 
 
 @pytest.mark.parametrize(
