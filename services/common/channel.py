@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import grpc
 
 from services.common import telemetry
-from services.common.errors import AsdError, BrokenOff, BudgetSpent
+from services.common.errors import AsdError, Away, BrokenOff, BudgetSpent
 from services.common.proxy import proxy_arguments
 from services.common.server import MAX_MESSAGE_BYTES
 from services.common.status import from_rpc_error
@@ -19,6 +19,7 @@ from services.common.tls import watched_channel_credentials
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
+    from services.common.patience import Patience
     from services.common.tls import ClientTls
     from services.common.watched_files import WatchedFiles
 
@@ -29,17 +30,18 @@ Metadata = tuple[tuple[str, str], ...]
 # What grpc.aio (1.85) says where a message could not be handed to a call that was over.
 _CORE_ERROR = "Internal error from Core"
 
-# For how long calls under way keep a connection that no new one takes. Chosen: the default deadline.
-LEAVING_SECONDS = 60.0
+# For how long calls under way keep a connection that no new one takes. Chosen: longer than any deadline; that
+# is what ends them.
+_LEAVING_SECONDS = 3_600.0
 
 # gRPC retries only what the server has not begun to answer, so nothing is ever computed into one answer
-# twice.
+# twice. CANCELLED: see services.common.status.
 _RETRY = {
     "maxAttempts": 3,
     "initialBackoff": "0.05s",
     "maxBackoff": "0.5s",
     "backoffMultiplier": 2,
-    "retryableStatusCodes": ["UNAVAILABLE"],
+    "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
 }
 # A name whose only replica was just replaced is known by its old address for a second or two, until it is
 # looked up again. An address that does not answer is given up sooner: its caller may have others.
@@ -108,7 +110,7 @@ class RotatingChannel(grpc.aio.Channel):
     def current(self) -> grpc.aio.Channel:
         """Return the channel with the certificates of now."""
         if self._watched.refresh():
-            leaving = asyncio.create_task(self._channel.close(grace=LEAVING_SECONDS))
+            leaving = asyncio.create_task(self._channel.close(grace=_LEAVING_SECONDS))
             self._leaving.add(leaving)
             leaving.add_done_callback(self._leaving.discard)
             self._channel = self._connect(self._watched.value)
@@ -165,10 +167,11 @@ def open_channel(
     """Return a channel to a target such as "127.0.0.1:50061" or "dns:///stage-small:50061". Connects when
     used.
 
-    retry: call again, twice at most, where the peer is UNAVAILABLE and has sent nothing. What a peer that
-    closes its connection has not taken is called again in any case. Replicas behind one name are called in
-    turn. tls: None for a plain connection. A proxy is taken from `grpc_proxy` alone (services.common.proxy).
-    Close the channel when done. Raises UnusableFile for certificates that cannot be used.
+    retry: call again, twice at most, where the peer is UNAVAILABLE, or is stopped and has CANCELLED the call,
+    and has sent nothing. What a peer that closes its connection has not taken is called again anyway.
+    Replicas behind one name are called in turn. tls: None for a plain connection. A proxy is taken from
+    `grpc_proxy` alone (services.common.proxy). Close the channel when done. Raises UnusableFile for
+    certificates that cannot be used.
     """
     interceptors = telemetry.client_interceptors()
     if interceptors:
@@ -214,18 +217,30 @@ async def call_unary(
     timeout_ms: float,
     peer: str = "",
     metadata: Metadata = (),
+    patience: Patience | None = None,
 ) -> Response:
     """Return the answer of a unary call.
 
     timeout_ms: deadline of the call. peer: what is called, for messages ("stage small at 127.0.0.1:50061").
-    metadata: sent with it.
+    metadata: sent with it. patience: says whether a peer that is away is called again until then; None: it is
+    not.
     Raises the AsdError that the peer's status stands for; BudgetSpent if timeout_ms is not above 0.
     """
     _check_time(timeout_ms, peer)
-    try:
-        return await method(request, timeout=timeout_ms / 1000.0, metadata=metadata or None)
-    except grpc.RpcError as error:
-        raise _explained(error, timeout_ms, peer) from error
+    until = patience.now() + timeout_ms / 1000.0 if patience else 0.0
+    left_ms = timeout_ms
+    while True:
+        try:
+            response = await method(request, timeout=left_ms / 1000.0, metadata=metadata or None)
+        except grpc.RpcError as error:
+            failure = _explained(error, timeout_ms, peer)
+            if patience is None or not await _may_repeat(failure, patience, until):
+                raise failure from error
+            left_ms = (until - patience.now()) * 1000.0
+        else:
+            if patience:
+                patience.there()
+            return response
 
 
 async def call_stream(
@@ -235,18 +250,31 @@ async def call_stream(
     timeout_ms: float,
     peer: str = "",
     metadata: Metadata = (),
+    patience: Patience | None = None,
 ) -> AsyncGenerator[Response, None]:
     """Yield the answers of a streaming call; cancel it when the caller stops. Arguments and errors:
-    call_unary."""
+    call_unary; one that has begun to answer is not called again."""
     _check_time(timeout_ms, peer)
-    call = method(request, timeout=timeout_ms / 1000.0, metadata=metadata or None)
-    try:
-        async for response in call:
-            yield response
-    except grpc.RpcError as error:
-        raise _explained(error, timeout_ms, peer) from error
-    finally:
-        call.cancel()
+    until = patience.now() + timeout_ms / 1000.0 if patience else 0.0
+    left_ms = timeout_ms
+    has_begun = False
+    while True:
+        call = method(request, timeout=left_ms / 1000.0, metadata=metadata or None)
+        try:
+            async for response in call:
+                if patience and not has_begun:
+                    patience.there()
+                has_begun = True
+                yield response
+        except grpc.RpcError as error:
+            failure = _explained(error, timeout_ms, peer)
+            if has_begun or patience is None or not await _may_repeat(failure, patience, until):
+                raise failure from error
+            left_ms = (until - patience.now()) * 1000.0
+        else:
+            return
+        finally:
+            call.cancel()
 
 
 async def call_exchange(
@@ -297,6 +325,15 @@ async def _held(
             is_first = False
             with suppress(TimeoutError):
                 await asyncio.wait_for(until.wait(), hold_s)
+
+
+async def _may_repeat(failure: AsdError, patience: Patience, until: float) -> bool:
+    """Return whether a call that failed before it was answered is made again, having waited for its time."""
+    if isinstance(failure, Away):
+        return await patience.wait(until)
+    if not isinstance(failure, BudgetSpent):
+        patience.there()
+    return False
 
 
 def _could_not_send(error: grpc.aio.AioRpcError) -> bool:

@@ -7,17 +7,25 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import pytest
 
 from asd.v1 import common_pb2, stage_pb2, stage_pb2_grpc
 from services.common.channel import call_exchange, call_stream, call_unary, open_channel
-from services.common.errors import AsdError, BrokenOff, BudgetSpent, ResourceExhausted, Unavailable
+from services.common.errors import (
+    AsdError,
+    BrokenOff,
+    BudgetSpent,
+    Draining,
+    InvalidRequest,
+    ResourceExhausted,
+    Unavailable,
+)
+from services.common.patience import Patience
 from services.common.server import ServiceRegistration, start_server
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
-
-    import grpc
 
     Connect = Callable[..., Any]
 
@@ -28,35 +36,41 @@ WRITE = stage_pb2.StageServiceGenerateRequest(prompt="hi")
 
 @dataclass
 class Flaky(stage_pb2_grpc.StageServiceServicer):
-    """Fails a number of times, then answers; a stream sends so many tokens before it fails."""
+    """Fails a number of times, then answers; a stream sends so many tokens before it fails.
+
+    error: None to cancel the call.
+    """
 
     failures: int = 0
-    error: AsdError = field(default_factory=lambda: Unavailable("going away"))
+    error: AsdError | None = field(default_factory=lambda: Unavailable("going away"))
     sent_before: int = 0
     calls: int = 0
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     left: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def Status(self, request: object, context: object) -> stage_pb2.StatusResponse:  # noqa: N802
-        self._attempt()
+    async def Status(self, request: object, context: Any) -> stage_pb2.StatusResponse:  # noqa: N802
+        await self._attempt(context)
         return stage_pb2.StatusResponse(version=f"attempt {self.calls}")
 
     async def Generate(  # noqa: N802
-        self, request: object, context: object
+        self, request: object, context: Any
     ) -> AsyncIterator[stage_pb2.StageServiceGenerateResponse]:
         token = stage_pb2.StageServiceGenerateResponse(tokens=common_pb2.TokenChunk(text="a"))
         for _ in range(self.sent_before):
             yield token
-        self._attempt()
+        await self._attempt(context)
         yield token
         try:
             await self.gate.wait()
         finally:
             self.left.set()
 
-    def _attempt(self) -> None:
+    async def _attempt(self, context: Any) -> None:
         self.calls += 1
         if self.calls <= self.failures:
+            if self.error is None:
+                # As a server that is stopped ends calls that no handler has.
+                await context.abort(grpc.StatusCode.CANCELLED)
             raise self.error
 
     def add(self, server: grpc.aio.Server) -> None:
@@ -91,6 +105,65 @@ async def status(stub: Any) -> str:
 async def test_a_call_is_answered_after_two_refusals_at_most(connect: Connect, failures: int) -> None:
     fake = Flaky(failures)
     assert await status(await connect(fake)) == f"attempt {failures + 1}"
+
+
+async def test_a_call_that_a_stopping_server_cancels_is_called_again(connect: Connect) -> None:
+    fake = Flaky(failures=2, error=None)
+    assert await status(await connect(fake)) == "attempt 3"
+
+
+def patience(*, was_there: bool) -> Patience:
+    async def pass_by(_: float) -> None:
+        """Nothing takes time."""
+
+    patient = Patience(sleep=pass_by)
+    if was_there:
+        patient.there()
+    return patient
+
+
+@pytest.mark.parametrize("error", [None, Draining("shutting down")])
+async def test_a_peer_that_was_there_is_called_until_it_is_back(
+    connect: Connect, error: AsdError | None
+) -> None:
+    fake, patient = Flaky(failures=9, error=error), patience(was_there=True)
+    stub = await connect(fake, retry=False)
+    answer = await call_unary(stub.Status, ASK, timeout_ms=CALL_S * 1e3, patience=patient)
+    assert answer.version == "attempt 10"
+    fake.failures = 19
+    stream = call_stream(stub.Generate, WRITE, timeout_ms=CALL_S * 1e3, patience=patient)
+    assert (await anext(stream)).tokens.text == "a"
+    assert fake.calls == 20
+    await stream.aclose()
+
+
+@pytest.mark.parametrize(
+    "error", [Unavailable("a stage is away"), InvalidRequest("no"), ResourceExhausted("")]
+)
+async def test_what_a_peer_says_itself_is_told_at_once(connect: Connect, error: AsdError) -> None:
+    fake = Flaky(failures=1, error=error)
+    stub = await connect(fake, retry=False)
+    with pytest.raises(type(error)):
+        await call_unary(stub.Status, ASK, timeout_ms=CALL_S * 1e3, patience=patience(was_there=True))
+    assert fake.calls == 1
+
+
+async def test_a_peer_that_was_never_there_is_told_at_once(connect: Connect) -> None:
+    fake = Flaky(failures=1, error=Draining("shutting down"))
+    stub = await connect(fake, retry=False)
+    with pytest.raises(Unavailable, match="shutting down"):
+        await call_unary(stub.Status, ASK, timeout_ms=CALL_S * 1e3, patience=patience(was_there=False))
+    assert fake.calls == 1
+
+
+async def test_a_stream_that_has_begun_is_not_made_again_whatever_the_patience(connect: Connect) -> None:
+    fake, patient = Flaky(failures=1, error=None, sent_before=1), patience(was_there=True)
+    stub = await connect(fake, retry=False)
+    stream = call_stream(stub.Generate, WRITE, timeout_ms=CALL_S * 1e3, patience=patient)
+    assert (await anext(stream)).tokens.text == "a"
+    with pytest.raises(Unavailable, match="shutting down"):
+        await anext(stream)
+    assert fake.calls == 1
 
 
 async def test_three_refusals_are_the_end(connect: Connect) -> None:
