@@ -44,6 +44,12 @@ MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 _ADDRESS = re.compile(r"\[?(?P<host>[^\[\]/]*?)\]?:(?P<port>[^:/\]]*)")
 _HIGHEST_PORT = 65_535
 
+# For how long calls that come late are still taken, and answered by the handlers: most are refused, with a
+# status that every client retries. Once stopped, gRPC's server (1.85) cancels what it has not handed to a
+# handler: what waits to be taken, and what is sent until the client hears of the end. Chosen: less than a
+# client's retries take, since these may come over the same connection until then.
+_LATE_SECONDS = 0.1
+
 
 @dataclass(frozen=True, slots=True)
 class ServiceRegistration:
@@ -178,9 +184,10 @@ async def serve(
     """Serve until SIGTERM or SIGINT, then drain.
 
     Prints `READY <name> <host>:<port>` on standard output once it serves; on_ready gets the port then.
-    Draining: health says NOT_SERVING, on_drain is awaited (refuse new work there), no new connection is
-    taken, and calls under way have drain_seconds to finish. Raises CannotListen if an address cannot be
-    listened on, UnusableFile if a certificate cannot be used.
+    Draining: health says NOT_SERVING, on_drain is awaited (refuse new work there, with Draining), late calls
+    are taken for a moment, then no new connection is, and calls under way have drain_seconds to finish. What
+    no handler has begun with by then is CANCELLED. Raises CannotListen if an address cannot be listened on,
+    UnusableFile if a certificate cannot be used.
     """
     health_servicer = health.aio.HealthServicer()
     stop = asyncio.Event()
@@ -205,6 +212,7 @@ async def serve(
         await health_servicer.enter_graceful_shutdown()
         if on_drain is not None:
             await on_drain()
+        await asyncio.sleep(_LATE_SECONDS)
     finally:
         await server.stop(drain_seconds)
         if probed is not None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from asd.v1 import cascade_pb2, cascade_pb2_grpc
 from services.common import validation
-from services.common.errors import AsdError, InvalidRequest, ResourceExhausted, Unavailable
+from services.common.errors import AsdError, Draining, InvalidRequest, ResourceExhausted
 from services.common.server import ServiceRegistration
 from services.common.status import public_message, status_of
 from services.common.telemetry import Spans, Traced, current_trace_id
@@ -168,7 +168,7 @@ class CascadeServicer(cascade_pb2_grpc.CascadeServiceServicer):
     @contextmanager
     def _admitted(self) -> Iterator[None]:
         if self._draining:
-            raise Unavailable("the router is shutting down: call another replica, or again")
+            raise Draining("the router is shutting down: call another replica, or again")
         if self._active >= self._max_concurrent:
             raise ResourceExhausted(
                 f"the router runs {self._active} requests already (max_concurrent): call again later"

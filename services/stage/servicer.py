@@ -6,7 +6,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, TypeVar
 
 from asd.v1 import common_pb2, stage_pb2, stage_pb2_grpc
-from services.common.errors import InvalidRequest, Unavailable
+from services.common.errors import Draining, InvalidRequest
 from services.common.validation import (
     check_acceptance,
     check_draft,
@@ -219,7 +219,7 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
 
     def _refuse_while_draining(self) -> None:
         if self._draining:
-            raise Unavailable("this stage is shutting down: ask another replica")
+            raise Draining("this stage is shutting down: ask another replica")
 
 
 async def _first_step(steps: AsyncIterator[stage_pb2.VerifyStreamRequest]) -> stage_pb2.VerifyStreamStart:
