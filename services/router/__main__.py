@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from services.common import telemetry
 from services.common.auth import TokenInterceptor
 from services.common.channel import open_channel
+from services.common.patience import NEW_SECONDS, Patience
 from services.common.privacy import report_nothing
 from services.common.server import run_service, serve
 from services.common.watched_files import UnusableFile
@@ -49,7 +50,8 @@ async def build(settings: RouterSettings, channels: AsyncExitStack) -> CascadeSe
         with _within(f"stages.{index}"):
             replicas = Replicas(entry.target, clock, tls=entry.tls)
         channels.push_async_callback(replicas.close)
-        client = GrpcStage(stage, replicas, clock, caller, entry.adapters)
+        patience = Patience(clock, new_seconds=NEW_SECONDS)
+        client = GrpcStage(stage, replicas, clock, caller, entry.adapters, patience)
         channels.push_async_callback(client.close)
         stages.append(client)
         sleeping.append((stage, replicas))
@@ -71,7 +73,7 @@ async def build(settings: RouterSettings, channels: AsyncExitStack) -> CascadeSe
         [each.stage for each in stages], policy, static_plan, instruments, clock, options, sleepers
     )
     return CascadeServicer(
-        Cascade(stages, planner, instruments, clock),
+        Cascade(stages, planner, instruments, clock, Patience(clock, new_seconds=NEW_SECONDS)),
         Directory(stages, policy, settings.static_plan, sleepers),
         clock,
         instruments,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from contextlib import ExitStack, aclosing
 from typing import TYPE_CHECKING
 
-from services.common.errors import AsdError, BudgetSpent, ResourceExhausted, Unavailable
+from services.common.errors import AsdError, Away, BudgetSpent, ResourceExhausted, Unavailable
+from services.common.patience import Patience
 from services.router.ahead import PrefillAhead
 from services.router.domain import Event, PlanSource, Request, StageAction, StageStarted, View
 from services.router.pipeline import call_stage
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
 
 
 class Cascade:
-    """Answers requests with the stages that the planner chooses. clock: monotonic seconds."""
+    """Answers requests with the stages that the planner chooses.
+
+    clock: monotonic seconds. patience: how long requests wait while no stage is there.
+    """
 
     def __init__(
         self,
@@ -27,7 +31,9 @@ class Cascade:
         planner: Planner,
         observer: Observer,
         clock: Callable[[], float],
+        patience: Patience | None = None,
     ) -> None:
+        self._patience = patience or Patience(clock)
         self._stages = tuple(stages)
         self._planner = planner
         self._observer = observer
@@ -102,6 +108,7 @@ class Cascade:
         for place, error in progress.new_failures():
             self._note_failure(progress, place, error)
         for answer in progress.new_answers():
+            self._patience.there()
             self._planner.stage_answered(progress, answer, depths[answer.stage])
             self._observer.stage_answered(answer, progress.request.task, is_adapted=answer.result.is_adapted)
 
@@ -125,4 +132,17 @@ class Cascade:
         if is_fixed or progress.has_committed or not self._planner.may_be_replaced(progress, error):
             raise error
         progress.failed[stage] = error
-        return await self._planner.plan(progress)
+        return await self._plan_again(progress)
+
+    async def _plan_again(self, progress: Progress) -> int:
+        """Return the stage to ask after others failed; where none is left, one that may be back by now."""
+        try:
+            return await self._planner.plan(progress)
+        except Unavailable:
+            away = [place for place, error in progress.failed.items() if isinstance(error, Away)]
+            until = self._clock() + progress.left_ms() / 1000.0
+            if not away or not await self._patience.wait(until):
+                raise
+            for place in away:
+                del progress.failed[place]
+            return await self._planner.plan(progress)

@@ -12,6 +12,7 @@ from asd.v1 import cascade_pb2, manager_pb2, manager_pb2_grpc, policy_pb2, polic
 from services.common.channel import call_exchange, call_stream, call_unary
 from services.common.errors import (
     AsdError,
+    Away,
     BrokenOff,
     BudgetSpent,
     InvalidRequest,
@@ -19,6 +20,7 @@ from services.common.errors import (
     PreconditionFailed,
     Unavailable,
 )
+from services.common.patience import Patience
 from services.common.version import VERSION
 from services.router import convert
 from services.router.adapters import Adapters, tasks_of
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
         AsyncGenerator,
         AsyncIterable,
         AsyncIterator,
+        Awaitable,
         Callable,
         Collection,
         Iterator,
@@ -82,7 +85,8 @@ _CALLER_FIELDS = ("prompt", "conversation", "sampling", "acceptance", "session_i
 class GrpcStage:
     """Calls a stage service. Raises the AsdError that the stage's status stands for, naming stage and
     target. caller: this router's random number. adapters: types of task that its model has adapters for;
-    None: the stage is asked. Close it when done."""
+    None: the stage is asked. patience: how long requests wait that name this stage while it is away. Close it
+    when done."""
 
     def __init__(
         self,
@@ -91,7 +95,9 @@ class GrpcStage:
         clock: Callable[[], float],
         caller: int,
         adapters: Collection[str] | None = None,
+        patience: Patience | None = None,
     ) -> None:
+        self._patience = patience or Patience(clock)
         self._stage = stage
         self._caller = caller
         self._peer = str(stage)
@@ -171,11 +177,12 @@ class GrpcStage:
         model = await self._adapters.model_for(request.task, timeout_ms)
         message = stage_pb2.PrefillRequest(model=model, session_id=request.session_id, caller=self._caller)
         convert.set_input(message, request.input)
-        replica = await self._replicas.choose(_key(request))
-        left_ms = (until - self._clock()) * 1000.0
-        with self._replicas.calling(replica):
-            response = await call_unary(replica.stub.Prefill, message, timeout_ms=left_ms, peer=self._peer)
-        return response.prompt_tokens
+
+        def call(stub: Stub) -> Awaitable[stage_pb2.PrefillResponse]:
+            left_ms = (until - self._clock()) * 1000.0
+            return call_unary(stub.Prefill, message, timeout_ms=left_ms, peer=self._peer)
+
+        return (await self._ask_any(_key(request), call)).prompt_tokens
 
     async def _call(
         self,
@@ -186,6 +193,8 @@ class GrpcStage:
     ) -> AsyncGenerator[tuple[Replica, Received], None]:
         """Call the request's replica; another one where it is away and has sent nothing.
 
+        Where all are away, a request that names its stages waits until one is back, within reason (Patience):
+        it has nowhere else to go. Others fail at once: the next stage can have them.
         A call that the replica breaks off before it has sent anything is made once more, there and with the
         draft held for a moment, since why it did so was lost. Yields which replica it is with each of its
         messages. Where the stage lacks the adapter that it is asked for, its model answers without. message:
@@ -195,25 +204,34 @@ class GrpcStage:
         until = self._clock() + timeout_ms / 1000.0
         message.model = await self._adapters.model_for(request.task, timeout_ms)
         message.caller = self._caller
+        is_fixed = bool(request.stage or request.chain)
         tried: list[str] = []
         hold_s = 0.0
         while True:
-            replica = await self._replicas.choose(_key(request), tried)
             has_begun = False
-            left_ms = (until - self._clock()) * 1000.0
             try:
+                replica = await self._replicas.choose(_key(request), tried)
+                tried.append(replica.address)
+                left_ms = (until - self._clock()) * 1000.0
                 with self._replicas.calling(replica):
                     async with aclosing(call(replica.stub, left_ms, hold_s)) as responses:
                         async for response in responses:
+                            if not has_begun:
+                                self._patience.there()
                             has_begun = True
                             yield replica, response
                 return
             except Unavailable as error:
-                if isinstance(error, BrokenOff) and not (has_begun or hold_s):
+                if has_begun:
+                    raise
+                if isinstance(error, BrokenOff) and not hold_s:
                     hold_s = _HOLD_SECONDS
+                    tried.pop()
+                elif await self._replicas.find_other(tried):
                     continue
-                tried.append(replica.address)
-                if has_begun or not self._replicas.has_other(tried):
+                elif is_fixed and isinstance(error, Away) and await self._patience.wait(until):
+                    tried.clear()
+                else:
                     raise
             except NotFound:
                 # What the caller was sent would come once more.
@@ -221,19 +239,38 @@ class GrpcStage:
                     raise
                 self._adapters.lacks(request.task, message.model)
                 message.model = self._stage.model
+                tried.pop()
 
     async def _list_models(self) -> list[str]:
         """Return the names of the stage's models, the default one first."""
         return [model.name for model in (await self._status()).models]
 
     async def _status(self) -> stage_pb2.StatusResponse:
-        replica = await self._replicas.choose("")
-        return await call_unary(
-            replica.stub.Status,
-            stage_pb2.StatusRequest(),
-            timeout_ms=DESCRIBE_TIMEOUT_MS,
-            peer=self._peer,
-        )
+        def call(stub: Stub) -> Awaitable[stage_pb2.StatusResponse]:
+            return call_unary(
+                stub.Status,
+                stage_pb2.StatusRequest(),
+                timeout_ms=DESCRIBE_TIMEOUT_MS,
+                peer=self._peer,
+            )
+
+        return await self._ask_any("", call)
+
+    async def _ask_any(self, key: str, call: Callable[[Stub], Awaitable[Received]]) -> Received:
+        """Return the answer of the replica of a key, or of another one where it is away."""
+        tried: list[str] = []
+        while True:
+            replica = await self._replicas.choose(key, tried)
+            tried.append(replica.address)
+            try:
+                with self._replicas.calling(replica):
+                    response = await call(replica.stub)
+            except Unavailable:
+                if not await self._replicas.find_other(tried):
+                    raise
+            else:
+                self._patience.there()
+                return response
 
     async def _events(
         self, call: AsyncGenerator[tuple[Replica, Response], None], message: WithModel

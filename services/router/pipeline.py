@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -69,6 +70,8 @@ class Pipeline:
     ) -> None:
         self._progress = progress
         self._request = progress.request
+        # Not as one that names its stages: the last one need not wait for a drafter that is away.
+        self._drafted = replace(progress.request, stage="", chain=())
         self._timeout_ms = timeout_ms
         self._clock = clock
         self._runs: list[StageRun] = []
@@ -115,9 +118,9 @@ class Pipeline:
             spans.describe_call(span, self._progress, run.stage, run.action)
             timeout_ms = min(self._timeout_ms, client.stage.timeout_ms)
             if drafts is None:
-                call = client.generate(self._request, timeout_ms)
+                call = client.generate(self._drafted, timeout_ms)
             else:
-                call = client.verify_stream(self._request, drafts, timeout_ms)
+                call = client.verify_stream(self._drafted, drafts, timeout_ms)
             try:
                 async with aclosing(call) as events:
                     async for event in events:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from asd.v1 import stage_pb2_grpc
 from services.common.addresses import host_of, resolve_addresses
-from services.common.channel import LEAVING_SECONDS, open_channel
-from services.common.errors import Unavailable
+from services.common.channel import open_channel
+from services.common.errors import Away
 from services.common.tls import watched_channel_credentials
 from services.common.watched_files import UnusableFile
 from services.router.affinity import choose_replica
@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 _DNS = "dns:///"
 # For how long resolved addresses are taken as they are. Chosen: the life-time of a cluster's DNS records.
 _FRESH_SECONDS = 5.0
+# After calls failed at every address that is known, addresses are looked up again, no more often than this.
+# Chosen: as in services.common.channel.
+_LOOK_SECONDS = 1.0
 # For how long a call waits for the first addresses. Chosen.
 _RESOLVE_SECONDS = 2.0
 
@@ -69,7 +72,8 @@ class Replicas:
         self._resolved = -_FRESH_SECONDS
         self._refresh: asyncio.Task[None] | None = None
         self._replicas: dict[str, Replica] = {}
-        self._leaving: set[asyncio.Task[None]] = set()
+        self._leaving: set[Replica] = set()
+        self._closing: set[asyncio.Task[None]] = set()
         if not self._name:
             self._follow([address.strip() for address in target.split(",")])
 
@@ -81,7 +85,7 @@ class Replicas:
     async def choose(self, key: str, tried: Collection[str] = ()) -> Replica:
         """Return the replica to call for a key, of those that were not tried.
 
-        Raises Unavailable where there is none.
+        Raises Away where there is none.
         """
         if self._name and self._clock() - self._resolved >= _FRESH_SECONDS:
             if self._refresh is None or self._refresh.done():
@@ -90,12 +94,21 @@ class Replicas:
                 await asyncio.wait([self._refresh], timeout=_RESOLVE_SECONDS)
         loads = {address: each.calls for address, each in self._replicas.items() if address not in tried}
         if not loads:
-            raise Unavailable(f"{self._name or 'the target'} has no replica that can be called")
+            raise Away(f"{self._name or 'the target'} has no replica that can be called")
         return self._replicas[choose_replica(key, loads)]
 
     def has_other(self, tried: Collection[str]) -> bool:
         """Return whether there is a replica that was not tried."""
         return any(address not in tried for address in self._replicas)
+
+    async def find_other(self, tried: Collection[str]) -> bool:
+        """Return whether there is a replica that was not tried, having looked for new ones.
+
+        Where that is settled without looking, or looking was done a moment ago, this returns at once.
+        """
+        if not self.has_other(tried) and self._clock() - self._resolved >= _LOOK_SECONDS:
+            await self.find()
+        return self.has_other(tried)
 
     async def find(self) -> bool:
         """Look for replicas now; return whether there is one."""
@@ -119,12 +132,14 @@ class Replicas:
             yield
         finally:
             replica.calls -= 1
+            self._close_if_idle(replica)
 
     async def close(self) -> None:
         """Close every channel."""
         if self._refresh is not None:
             self._refresh.cancel()
-        await asyncio.gather(*(each.channel.close() for each in self._replicas.values()), *self._leaving)
+        replicas = [*self._replicas.values(), *self._leaving]
+        await asyncio.gather(*(each.channel.close() for each in replicas), *self._closing)
 
     async def _update(self) -> None:
         try:
@@ -143,10 +158,18 @@ class Replicas:
     def _follow(self, addresses: Collection[str]) -> None:
         for address in addresses:
             if address not in self._replicas:
-                channel = open_channel(address, tls=self._tls)
+                # No retries with pauses: another replica, or another stage, is asked at once.
+                channel = open_channel(address, retry=False, tls=self._tls)
                 self._replicas[address] = Replica(address, channel, stage_pb2_grpc.StageServiceStub(channel))
         for address in self._replicas.keys() - set(addresses):
-            # Calls under way at a replica that is leaving finish there.
-            leaving = asyncio.create_task(self._replicas.pop(address).channel.close(grace=LEAVING_SECONDS))
-            self._leaving.add(leaving)
-            leaving.add_done_callback(self._leaving.discard)
+            replica = self._replicas.pop(address)
+            self._leaving.add(replica)
+            self._close_if_idle(replica)
+
+    def _close_if_idle(self, replica: Replica) -> None:
+        """Close the channel to a replica that is leaving once no call is under way there."""
+        if replica in self._leaving and not replica.calls:
+            self._leaving.discard(replica)
+            closing = asyncio.create_task(replica.channel.close())
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import asyncio
 
+import grpc
 import pytest
 
-from asd.v1 import cascade_pb2
-from services.common.errors import Unavailable
+from asd.v1 import cascade_pb2, common_pb2, stage_pb2
+from services.common.errors import Draining, Unavailable
 from services.common.server import ServiceRegistration, start_server
 from services.router.replicas import Replicas, resolve_addresses
 
@@ -121,6 +122,34 @@ async def test_a_replica_that_refuses_is_replaced(replicated):
     assert response.stage == "small"
 
 
+@pytest.mark.parametrize("fields", [{"stage": "large"}, {"chain": ["small", "large"]}])
+@pytest.mark.parametrize("is_pipelined", [True, False])
+async def test_a_stage_that_drains_and_returns_loses_no_request_that_names_it(world, fields, is_pipelined):
+    small, large = world.stage("small"), world.stage("large")
+    w = await world(
+        small,
+        large,
+        static_plan=("small",),
+        speculation={"pipelined": is_pipelined},
+    )
+    request = cascade_pb2.GenerateRequest(
+        prompt="hi",
+        # Of a chain with an exact one, the last stage may go alone.
+        acceptance=common_pb2.Acceptance(mode=common_pb2.ACCEPTANCE_MODE_TOLERANT, threshold=0.9),
+        **fields,
+    )
+    assert (await w.stub.Generate(request, timeout=20)).text == large.text
+    large.fail_after, large.failure = 0, Draining("shutting down")
+    refused = asyncio.Event()
+    large.on_call = refused.set
+    asked = asyncio.ensure_future(w.stub.Generate(request, timeout=20))
+    await refused.wait()
+    await w.stop("large")
+    large.fail_after = None
+    await w.start("large")
+    assert (await asked).text == large.text
+
+
 async def test_a_busy_replica_shares_its_conversations(replicated):
     w, stages, _ = replicated
     for stage in stages:
@@ -166,6 +195,59 @@ async def test_addresses_are_followed_as_they_come_and_go():
     await chosen(1)
     await asked.wait()
     assert await chosen() == {"10.0.0.2:1", "10.0.0.3:1"}
+    await replicas.close()
+
+
+async def test_a_call_under_way_at_a_replica_that_leaves_is_finished_there(world):
+    leaving = world.stage("small", pause_after=1)
+    servers, target = await serve([leaving])
+    now, names = [0.0], [[target]]
+    asked = asyncio.Event()
+
+    async def resolve(_: str) -> list[str]:
+        asked.set()
+        return names[0]
+
+    replicas = Replicas("dns:///stage:1", lambda: now[0], resolve)
+    replica = await replicas.choose("a")
+    with replicas.calling(replica):
+        call = replica.stub.Generate(stage_pb2.StageServiceGenerateRequest(prompt="hi"), timeout=20)
+        await call.read()
+        names[0], now[0] = ["127.0.0.1:1"], 5.0
+        asked.clear()
+        await replicas.choose("a")
+        await asked.wait()
+        assert (await replicas.choose("a")).address == "127.0.0.1:1"
+        # Neither is one refused that was on its way there.
+        late = replica.stub.Generate(stage_pb2.StageServiceGenerateRequest(prompt="hi"), timeout=20)
+        await late.read()
+        leaving.gate.set()
+        for each in (call, late):
+            last = None
+            while (response := await each.read()) is not grpc.aio.EOF:
+                last = response
+            assert last.result.text == leaving.text
+    await replicas.close()
+    assert replica.channel.get_state() is grpc.ChannelConnectivity.SHUTDOWN
+    await asyncio.gather(*(server.stop(0) for server in servers))
+
+
+async def test_new_replicas_are_looked_for_once_all_that_are_known_failed():
+    now, names, looks = [0.0], [["10.0.0.1:1"]], []
+
+    async def resolve(name: str) -> list[str]:
+        looks.append(name)
+        return names[0]
+
+    replicas = Replicas("dns:///stage:1", lambda: now[0], resolve)
+    await replicas.choose("a")
+    names[0] = ["10.0.0.2:1"]
+    # Not for each of many calls that fail together.
+    assert not await replicas.find_other(["10.0.0.1:1"])
+    now[0] = 1.0
+    assert await replicas.find_other(["10.0.0.1:1"])
+    assert (await replicas.choose("a", ["10.0.0.1:1"])).address == "10.0.0.2:1"
+    assert len(looks) == 2
     await replicas.close()
 
 
