@@ -19,6 +19,7 @@ from services.common.addresses import is_loopback
 from services.common.auth import bearer
 from services.common.channel import call_stream, call_unary, open_channel
 from services.common.errors import AsdError, PreconditionFailed, Unavailable
+from services.common.patience import Patience
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
@@ -77,6 +78,8 @@ class CascadeClient:
     target: "host:port" or a gRPC name such as "dns:///asd-router:50050". timeout_ms: deadline of each call.
     tls: None for a plain connection. token: shown with each call; "" for a cascade that wants none. Raises
     ValueError for a token that cannot be one, UnusableFile (on entry) for certificates that cannot be used.
+    A call that a router which ends has not begun to answer is made again within its deadline, at another
+    router or at the same one after its return.
     Every method raises the AsdError that the router's status stands for (services.common.errors):
     InvalidRequest and NotFound for a request at fault, Unavailable where nothing answers, BudgetSpent after
     the deadline.
@@ -95,6 +98,7 @@ class CascadeClient:
         self._metadata = bearer(token)
         self._timeout_ms = timeout_ms
         self._peer = f"cascade at {target}"
+        self._patience = Patience()
 
     async def __aenter__(self) -> Self:
         if self._metadata and self._tls is None and not is_loopback(self._target):
@@ -150,7 +154,12 @@ class CascadeClient:
     ) -> Received:
         try:
             return await call_unary(
-                method, message, timeout_ms=self._timeout_ms, peer=self._peer, metadata=self._metadata
+                method,
+                message,
+                timeout_ms=self._timeout_ms,
+                peer=self._peer,
+                metadata=self._metadata,
+                patience=self._patience,
             )
         except AsdError as error:
             raise self._explained(error) from error
@@ -159,7 +168,12 @@ class CascadeClient:
         self, method: grpc.aio.UnaryStreamMultiCallable[Sent, Received], message: Sent
     ) -> AsyncGenerator[Received, None]:
         responses = call_stream(
-            method, message, timeout_ms=self._timeout_ms, peer=self._peer, metadata=self._metadata
+            method,
+            message,
+            timeout_ms=self._timeout_ms,
+            peer=self._peer,
+            metadata=self._metadata,
+            patience=self._patience,
         )
         async with aclosing(responses):
             try:

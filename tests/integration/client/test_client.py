@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import socket
@@ -9,11 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import grpc
 import pytest
 from typer.testing import CliRunner
 
 import suites
-from asd.v1 import policy_pb2, policy_pb2_grpc
+from asd.v1 import cascade_pb2, cascade_pb2_grpc, policy_pb2, policy_pb2_grpc
 from services.client.client import CascadeClient, in_plain_words, report
 from services.client.commands import app
 from services.client.values import (
@@ -33,6 +35,110 @@ from tests.integration.client.conftest import PROMPT, asd, count_weights
 
 # Of no suite, so that the stages are apt to differ.
 UNUSUAL = "What is 12 plus 30?"
+
+
+class Leaving(cascade_pb2_grpc.CascadeServiceServicer):
+    """A router that cancels a number of calls, as one that is stopped does, and answers the others.
+
+    begins: whether a stream sends something first.
+    """
+
+    def __init__(self, cancels: int = 0, *, begins: bool = False) -> None:
+        self.cancels = cancels
+        self.calls = 0
+        self._begins = begins
+
+    async def Describe(self, request, context):  # noqa: N802
+        return cascade_pb2.DescribeResponse(version="1")
+
+    async def Generate(self, request, context):  # noqa: N802
+        await self._take(context)
+        return cascade_pb2.GenerateResponse(text="19")
+
+    async def GenerateStream(self, request, context):  # noqa: N802
+        if self._begins:
+            yield cascade_pb2.GenerateStreamResponse(stage_started=cascade_pb2.StageStarted(stage="small"))
+        await self._take(context)
+        yield cascade_pb2.GenerateStreamResponse(response=cascade_pb2.GenerateResponse(text="19"))
+
+    async def _take(self, context):
+        self.calls += 1
+        if self.calls <= self.cancels:
+            await context.abort(grpc.StatusCode.CANCELLED)
+
+    def add(self, server):
+        cascade_pb2_grpc.add_CascadeServiceServicer_to_server(self, server)
+
+    async def start(self, listen="127.0.0.1:0"):
+        return await start_server(listen, [ServiceRegistration("asd.v1.CascadeService", self.add)])
+
+
+class HangUp:
+    """Closes every connection: nobody is there, as far as a client can see. often: set after some of them."""
+
+    def __init__(self):
+        self.often = asyncio.Event()
+        self._left = 4
+
+    @classmethod
+    async def start(cls, port):
+        self = cls()
+        self._server = await asyncio.start_server(self._close, "127.0.0.1", port)
+        return self
+
+    async def stop(self):
+        self._server.close()
+        await self._server.wait_closed()
+
+    def _close(self, _, writer):
+        writer.close()
+        self._left -= 1
+        if not self._left:
+            self.often.set()
+
+
+async def texts(client, request):
+    """Return the texts of a unary and of a streamed answer."""
+    events = [event async for event in client.stream(request)]
+    return (await client.answer(request)).text, events[-1].text
+
+
+# More than gRPC calls again by itself.
+async def test_calls_that_a_stopping_router_has_not_begun_are_made_again():
+    router = Leaving(cancels=7)
+    server, port = await router.start()
+    async with CascadeClient(f"127.0.0.1:{port}", timeout_ms=20_000) as client:
+        await client.describe()
+        assert await texts(client, Request("hi")) == ("19", "19")
+    assert router.calls == 7 + 2
+    await server.stop(0)
+
+
+async def test_a_router_that_restarts_is_waited_for():
+    before, after = Leaving(), Leaving()
+    server, port = await before.start()
+    async with CascadeClient(f"127.0.0.1:{port}", timeout_ms=20_000) as client:
+        assert await texts(client, Request("hi")) == ("19", "19")
+        await server.stop(0)
+        hang_up = await HangUp.start(port)
+        waiting = asyncio.create_task(texts(client, Request("hi")))
+        await hang_up.often.wait()
+        await hang_up.stop()
+        server, _ = await after.start(f"127.0.0.1:{port}")
+        assert await waiting == ("19", "19")
+    assert after.calls == 2
+    await server.stop(0)
+
+
+async def test_a_stream_that_a_router_has_begun_is_not_made_again():
+    router = Leaving(cancels=1, begins=True)
+    server, port = await router.start()
+    async with CascadeClient(f"127.0.0.1:{port}", timeout_ms=20_000) as client:
+        await client.describe()
+        with pytest.raises(Unavailable, match="it is shutting down"):
+            await texts(client, Request("hi"))
+    assert router.calls == 1
+    await server.stop(0)
 
 
 @pytest.fixture
