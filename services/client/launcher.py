@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Self
 
 import yaml
 
-from services.client.cascade_file import HOST, ROUTER, Ports
+from services.client.cascade_file import HOST, POLICY, ROUTER, Ports
+from services.client.client import CascadeClient
+from services.common.errors import AsdError, BudgetSpent, Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -28,6 +30,11 @@ _FIRST_DELAY_S = 0.25
 _LONGEST_DELAY_S = 10.0
 # A service that served for this long starts with the first delay again.
 _STABLE_S = 30.0
+# For how long the router is waited for to reach a service that is back, how long one question to it may take,
+# and the pause between two. Chosen: its channels try again every second at least.
+_REACH_SECONDS = 10.0
+_DESCRIBE_SECONDS = 2.0
+_REACH_PAUSE_S = 0.05
 _LOG_LINES = 12
 # Below the range that systems take outgoing ports from, so that no connection of ours takes one that we
 # chose.
@@ -42,7 +49,8 @@ class Supervisor:
     """Services as child processes, from `async with` to its end.
 
     Entering starts all at once and returns when each of them serves. A service that ends by itself is
-    started again, later each time. Leaving drains the router first, so that answers under way can finish,
+    started again, later each time that it failed; that it serves again is said once the router can reach it.
+    Leaving drains the router first, so that answers under way can finish,
     then the others; what does not end within `grace_seconds` is killed. If this process is killed, the
     children see it and drain by themselves.
 
@@ -58,7 +66,9 @@ class Supervisor:
         say: Callable[[str], None],
         grace_seconds: float = 12.0,
     ) -> None:
-        self.children = tuple(Child(service, directory, say) for service in services)
+        routers = [service for service in services if service.name == ROUTER]
+        reach = Reach(routers[0].address) if routers else _reached
+        self.children = tuple(Child(service, directory, say, reach) for service in services)
         self._grace_seconds = grace_seconds
         self._keepers: list[asyncio.Task[None]] = []
 
@@ -106,9 +116,19 @@ class Supervisor:
 
 
 class Child:
-    """One service's process, and the file that its output goes to."""
+    """One service's process, and the file that its output goes to.
 
-    def __init__(self, service: Service, directory: Path, say: Callable[[str], None]) -> None:
+    reach: waits until callers can have what the service of a name does.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        directory: Path,
+        say: Callable[[str], None],
+        reach: Callable[[str], Awaitable[None]] | None = None,
+    ) -> None:
+        self._reach = reach or _reached
         self.service = service
         self.log = directory / f"{service.name}.log"
         self.crashes = 0
@@ -162,13 +182,22 @@ class Child:
     async def keep(self) -> None:
         """Start the process again whenever it ends, until cancelled."""
         delay_s = _FIRST_DELAY_S
+        serves, is_return = True, False
         while True:
             started = time.monotonic()
             process = self._running()
-            await self._forward_output(process)
-            await process.wait()
+            announcing = asyncio.create_task(self._announce(process)) if serves and is_return else None
+            try:
+                await self._forward_output(process)
+                await process.wait()
+            finally:
+                if announcing is not None:
+                    announcing.cancel()
+                    await asyncio.gather(announcing, return_exceptions=True)
             self.crashes += 1
-            if time.monotonic() - started > _STABLE_S:
+            # Who was asked to end has drained, and is in order.
+            was_asked = serves and process.returncode == 0
+            if was_asked or time.monotonic() - started > _STABLE_S:
                 delay_s = _FIRST_DELAY_S
             self._say(
                 f"{self.service.name} (process {process.pid}) {_ending(process)}; starting it again in "
@@ -176,10 +205,16 @@ class Child:
             )
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, _LONGEST_DELAY_S)
+            serves, is_return = False, True
             # A failed start is an ended process, which the next turn reports.
             with contextlib.suppress(LaunchError):
                 await self.start()
-                self._say(f"{self.service.name} (process {self.pid}) serves again at {self.service.address}")
+                serves = True
+
+    async def _announce(self, process: asyncio.subprocess.Process) -> None:
+        """Say that the service is back once callers have it."""
+        await self._reach(self.service.name)
+        self._say(f"{self.service.name} (process {process.pid}) serves again at {self.service.address}")
 
     async def stop(self, grace_seconds: float) -> None:
         """Let the process drain and end; kill it if that takes too long."""
@@ -228,6 +263,41 @@ class Child:
         with self.log.open(encoding="utf-8", errors="replace") as file:
             tail = "".join(deque(file, maxlen=_LOG_LINES)).rstrip() or "(its log is empty)"
         return f"{self.service.name} {what}. The end of {self.log}:\n{tail}"
+
+
+class Reach:
+    """Waits until a router reaches a service again: its connections are tried anew with pauses.
+
+    Not for longer than _REACH_SECONDS: a router that is away, or wants a token, cannot be asked.
+    """
+
+    def __init__(self, router: str) -> None:
+        self._router = router
+
+    async def __call__(self, name: str) -> None:
+        """Wait for the service of a name."""
+        with contextlib.suppress(AsdError, TimeoutError):
+            async with (
+                asyncio.timeout(_REACH_SECONDS),
+                CascadeClient(self._router, timeout_ms=_DESCRIBE_SECONDS * 1e3) as cascade,
+            ):
+                # The router has no event for it.
+                while not await self._is_reached(cascade, name):  # noqa: ASYNC110
+                    await asyncio.sleep(_REACH_PAUSE_S)
+
+    @staticmethod
+    async def _is_reached(cascade: CascadeClient, name: str) -> bool:
+        try:
+            description = await cascade.describe()
+        except (Unavailable, BudgetSpent):
+            return False
+        if name == POLICY:
+            return description.policy is not None
+        return name == ROUTER or any(each.available for each in description.stages if each.stage == name)
+
+
+async def _reached(_: str) -> None:
+    """Return at once: there is no router to ask."""
 
 
 def free_ports(stages: int) -> Ports:

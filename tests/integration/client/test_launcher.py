@@ -12,12 +12,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from asd.v1 import cascade_pb2, cascade_pb2_grpc
 from services.client import launcher
 from services.client.cascade_file import Service
 from services.client.client import CascadeClient
-from services.client.launcher import Child, LaunchError, Supervisor
+from services.client.launcher import Child, LaunchError, Reach, Supervisor
 from services.client.values import Request
 from services.common.errors import Unavailable
+from services.common.server import ServiceRegistration, start_server
 from tests.integration.client.conftest import PROMPT, asd
 
 
@@ -179,6 +181,56 @@ async def test_a_service_that_keeps_ending_is_started_later_each_time(tmp_path, 
     await child.stop(10.0)
     delays = [line.partition("starting it again in ")[2].partition(" s ")[0] for line in lines[:4]]
     assert delays == ["0.001", "0.002", "0.004", "0.004"]
+
+
+async def test_a_service_that_was_asked_to_end_is_started_again_without_delay(tmp_path, monkeypatch):
+    (tmp_path / "obedient.py").write_text(
+        "import signal, sys\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n"
+        "print('READY obedient 127.0.0.1:1', flush=True)\n"
+        "signal.pause()\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(launcher, "_FIRST_DELAY_S", 0.001)
+    lines: asyncio.Queue[str] = asyncio.Queue()
+    child = Child(Service("small", "obedient", {}, 1), tmp_path, lines.put_nowait)
+    await child.start()
+    keeper = asyncio.create_task(child.keep())
+    for _ in range(3):
+        os.kill(child.pid, signal.SIGTERM)
+        async with asyncio.timeout(60):
+            assert "ended with code 0; starting it again in 0.001 s" in await lines.get()
+            assert "serves again" in await lines.get()
+    keeper.cancel()
+    await asyncio.gather(keeper, return_exceptions=True)
+    await child.stop(10.0)
+
+
+async def test_a_service_serves_again_once_the_router_reaches_it(tmp_path):
+    class Router(cascade_pb2_grpc.CascadeServiceServicer):
+        """Reaches a stage, and the policy service, the third time that it is asked; an absent one never."""
+
+        calls = 0
+
+        async def Describe(self, request, context):  # noqa: N802
+            self.calls += 1
+            is_there = self.calls % 3 == 0
+            stage = cascade_pb2.StageDescription(stage="small", available=is_there)
+            answer = cascade_pb2.DescribeResponse(stages=[stage])
+            if is_there:
+                answer.policy.policy_version = "v1"
+            return answer
+
+    router = Router()
+    add = cascade_pb2_grpc.add_CascadeServiceServicer_to_server
+    server, port = await start_server(
+        "127.0.0.1:0", [ServiceRegistration("asd.v1.CascadeService", lambda server: add(router, server))]
+    )
+    reach = Reach(f"127.0.0.1:{port}")
+    for name, calls in (("small", 3), ("policy", 6), ("router", 7)):
+        await reach(name)
+        assert router.calls == calls
+    await server.stop(0)
 
 
 async def test_the_router_ends_before_the_stages_that_it_needs(services, tmp_path, monkeypatch):
