@@ -150,6 +150,18 @@ async def test_a_stage_that_drains_and_returns_loses_no_request_that_names_it(wo
     assert (await asked).text == large.text
 
 
+async def test_a_chain_does_not_wait_for_a_drafter_that_is_away(world):
+    small, large = world.stage("small"), world.stage("large")
+    w = await world(small, large, static_plan=("small",), stage_timeout_ms=60_000)
+    request = cascade_pb2.GenerateRequest(prompt="hi", chain=["small", "large"])
+    await w.stub.Generate(request, timeout=20)
+    assert (small.calls, large.calls) == (["generate"], ["verify_stream"])
+    await w.stop("small")
+    # Who waits for it waits for half a minute.
+    async with asyncio.timeout(15):
+        assert (await w.stub.Generate(request, timeout=60)).text == large.text
+
+
 async def test_a_busy_replica_shares_its_conversations(replicated):
     w, stages, _ = replicated
     for stage in stages:
