@@ -15,7 +15,9 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from asd.v1 import cascade_pb2, cascade_pb2_grpc, common_pb2, stage_pb2, stage_pb2_grpc
+from services.common.errors import Away
 from services.common.server import ServiceRegistration, start_server
+from services.common.status import from_rpc_error
 from tests.integration.common.conftest import CALL_S, PROCESS_S, Health, running
 from tests.integration.router.conftest import FakeStage
 
@@ -126,6 +128,8 @@ async def test_a_stopping_router_finishes_what_it_has_and_takes_nothing_more(
         error = await refused(late)
         assert error.code() is grpc.StatusCode.UNAVAILABLE
         assert "shutting down" in str(error.details())
+        # Clients see that it was not begun.
+        assert type(from_rpc_error(error)) is Away
         assert (await refused(stub.Generate(ASK, timeout=CALL_S))).code() is grpc.StatusCode.UNAVAILABLE
         assert stage.calls == ["generate"]
 
@@ -176,6 +180,7 @@ async def test_a_stopping_stage_finishes_what_it_has_and_takes_nothing_more(tmp_
         error = await refused(late.read())
         assert error.code() is grpc.StatusCode.UNAVAILABLE
         assert "shutting down" in str(error.details())
+        assert type(from_rpc_error(error)) is Away
         new = stub.Generate(stage_pb2.StageServiceGenerateRequest(prompt=PROMPT), timeout=CALL_S)
         assert (await refused(new.read())).code() is grpc.StatusCode.UNAVAILABLE
 
