@@ -479,6 +479,7 @@ def pull_model(
 ) -> None:
     """Load a model of the Hugging Face hub and check it. Goes on where it stopped.
 
+    An earlier revision of the model is replaced once the new one is there whole.
     A gated model asks for a token in HF_TOKEN. Needs the extra `hub`.
     """
 
@@ -491,7 +492,11 @@ def pull_model(
             _write_json(asdict(done) | {"path": str(done.path)})
         else:
             size = f"{done.size_bytes / 1e9:.2f} GB, {done.loaded_bytes / 1e9:.2f} GB loaded now"
-            typer.echo(f"{done.path}: {done.files} files, {size}, revision {done.revision[:12]}")
+            removed = f"; removed, since this revision lacks them: {', '.join(done.removed)}"
+            typer.echo(
+                f"{done.path}: {done.files} files, {size}, revision {done.revision[:12]}"
+                f"{removed if done.removed else ''}"
+            )
 
     _run(work, as_json=as_json)
 

@@ -1,19 +1,22 @@
 """`asd models pull`: a model of the Hugging Face hub, whole and checked, where a stage can serve it.
 
-What is half loaded stays and is gone on with. Every file is checked against the hub's checksum, and what was
-checked is written down, so that a second pull of the same revision reads nothing.
+New files are loaded beside those that a stage may be serving. They take their places once all of them are
+there and checked against the hub's checksums; files that the revision lacks go then. What is half loaded
+stays and is gone on with. A record says which files are ours and what was checked, so that a second pull of
+the same revision reads nothing, and so that nothing that others put into the folder is lost.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,15 +40,28 @@ _WANTED = re.compile(
     r"|tokenizer\.json|tokenizer\.model|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json"
     r"|vocab\.json|merges\.txt|chat_template\.(?:jinja|json)|(?:README|LICENSE|USE_POLICY|NOTICE)[^/]*"
 )
+# Weights: a stage reads all that there are.
+_WEIGHTS = re.compile(r"[^/]*\.safetensors(?:\.index\.json)?")
+# What a stage may read where it is there, and which changes what the stage answers.
+_SERVED = re.compile(rf"(?!README|LICENSE|USE_POLICY|NOTICE)(?:{_WANTED.pattern})|consolidated[^/]*")
+# A stage serves no folder without it.
+_CONFIG = "config.json"
 # What a server needs beside the weights.
 _SPARE_BYTES = 64 << 20
 _RECORD = ".asd-pull.json"
+# Where files wait until all are there. In the folder itself, which may be a disk of its own.
+_STAGING = ".asd-pull"
+# What a new file system holds by itself.
+_NOTHING = {"lost+found"}
 _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """Outcome: where the model is, and which revision of it. loaded_bytes: that came over the network."""
+    """Outcome: where the model is, and which revision of it. loaded_bytes: that came over the network.
+
+    removed: files of an earlier revision that this one lacks.
+    """
 
     model: str
     revision: str
@@ -53,6 +69,7 @@ class Pulled:
     files: int
     size_bytes: int
     loaded_bytes: int
+    removed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +80,25 @@ class _File:
     size: int
     digest: str
     is_sha256: bool
+
+    @property
+    def checksum(self) -> list[Any]:
+        """What the record holds of a file that was checked."""
+        return [self.size, self.digest]
+
+
+@dataclass(slots=True)
+class _Record:
+    """What this command did in a folder; revision "" while its files are those of several.
+
+    files: names that are ours, each with what was checked of it; None: not known. staged: the same of files
+    that wait for their place.
+    """
+
+    model: str = ""
+    revision: str = ""
+    files: dict[str, list[Any] | None] = field(default_factory=dict)
+    staged: dict[str, list[Any] | None] = field(default_factory=dict)
 
 
 def default_folder() -> Path:
@@ -86,8 +122,9 @@ def pull(
 
     token None: HF_TOKEN, or what `hf auth login` keeps. endpoint None: HF_ENDPOINT, or huggingface.co. say:
     takes a line about each step. Raises InvalidRequest for a name that is none, NotFound for an unknown model
-    or revision, PreconditionFailed for a gated one, a wrong architecture, one without safetensors, or a file
-    that does not match its checksum, ResourceExhausted for a full disk, Unavailable without the network.
+    or revision, PreconditionFailed for a gated one, a wrong architecture, one without safetensors, a file
+    that does not match its checksum, or a folder that holds what is not ours, ResourceExhausted for a full
+    disk, Unavailable without the network.
     """
     if not _NAME.fullmatch(model):
         raise InvalidRequest(
@@ -100,22 +137,141 @@ def pull(
         info = api.model_info(model, revision=revision, files_metadata=True)
         files = _choose(model, info.siblings)
         target.mkdir(parents=True, exist_ok=True)
-        record = _read_record(target, info.sha)
-        missing = [file for file in files if not _is_recorded(target, record, file)]
-        if not shows_bars:
-            hub.utils.disable_progress_bars()
-        # The small ones first: a wrong architecture shows before anything large is loaded.
-        missing.sort(key=lambda file: (file.name != "config.json", file.size))
-        _check_space(target, missing)
-        loaded = 0
-        for index, file in enumerate(missing, start=1):
-            say(f"{file.name} ({file.size / 1e6:,.1f} MB, {index} of {len(missing)})")
-            loaded += _load(hub, model, info.sha, target, file, token, endpoint)
-            if file.name == "config.json":
-                check_architecture(read_config(target / "config.json"), target / "config.json")
-            record[file.name] = [file.size, file.digest]
-            _write_record(target, info.sha, record)
-    return Pulled(model, info.sha, target, len(files), sum(file.size for file in files), loaded)
+        with _locked(target):
+            # As the hub spells it, which takes other spellings and former names as well.
+            record = _own(target, info.id or model, info.sha)
+            for name in _strangers(target, record, files):
+                say(f"{target / name} is not of {model}: it stays, and a stage reads it")
+            missing = _drop_what_is_there(target, record, files)
+            if not shows_bars:
+                hub.utils.disable_progress_bars()
+            # The small ones first: a wrong architecture shows before anything large is loaded.
+            missing.sort(key=lambda file: (file.name != _CONFIG, file.size))
+            _check_space(target, missing)
+            loaded = 0
+            for index, file in enumerate(missing, start=1):
+                say(f"{file.name} ({file.size / 1e6:,.1f} MB, {index} of {len(missing)})")
+                _load(hub, model, info.sha, target / _STAGING, file, token, endpoint)
+                loaded += file.size
+                if file.name == _CONFIG:
+                    config = target / _STAGING / _CONFIG
+                    check_architecture(read_config(config), config)
+                record.staged[file.name] = file.checksum
+                _write_record(target, record)
+            removed = _place(target, record, files, info.sha)
+    return Pulled(
+        model, info.sha, target, len(files), sum(file.size for file in files), loaded, tuple(removed)
+    )
+
+
+def _own(target: Path, model: str, commit: str) -> _Record:
+    """Return what was done in a folder before, and write down whose it is from now on.
+
+    Raises PreconditionFailed for a folder that holds another model, or that this command did not make.
+    """
+    record = _read_record(target)
+    if record is None:
+        if {path.name for path in target.iterdir()} - _NOTHING:
+            raise PreconditionFailed(
+                f"{target} was not made by `asd models pull`, which would replace what is there: move it "
+                "away, or name another place with --to"
+            )
+        record = _Record()
+    # Records named no model once.
+    elif record.model != model and (record.model or record.revision != commit):
+        raise PreconditionFailed(
+            f"{target} holds {record.model or 'another model, or another revision of it'}: remove it to have "
+            f"{model} there, or name another place with --to"
+        )
+    record.model = model
+    _write_record(target, record)
+    return record
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """Keep other pulls out of a folder. Raises PreconditionFailed while one is there."""
+    # The folder itself, since files in it are replaced.
+    descriptor = os.open(target, os.O_RDONLY)
+    try:
+        # Some file systems have no locks.
+        with suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise PreconditionFailed(
+                    f"another `asd models pull` works in {target}: wait for its end"
+                ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _strangers(target: Path, record: _Record, files: list[_File]) -> list[str]:
+    """Return what others put there that a stage reads.
+
+    Raises PreconditionFailed where that is weights, or a folder with the name of a file.
+    """
+    ours = {file.name for file in files} | record.files.keys()
+    for name in sorted(ours):
+        if (target / name).is_dir():
+            raise PreconditionFailed(f"{target / name} is a folder, and a file comes there: move it away")
+    names = sorted(
+        path.name for path in target.iterdir() if path.name not in ours and _SERVED.fullmatch(path.name)
+    )
+    weights = [name for name in names if _WEIGHTS.fullmatch(name)]
+    if weights:
+        raise PreconditionFailed(
+            f"{target} holds {', '.join(weights)}, which `asd models pull` did not put there, and a stage "
+            "would read it as part of the model: move it away, or name another place with --to"
+        )
+    return names
+
+
+def _drop_what_is_there(target: Path, record: _Record, files: list[_File]) -> list[_File]:
+    """Return the files that have to be loaded; what waits of another revision goes."""
+    staging = target / _STAGING
+    staging.mkdir(exist_ok=True)
+    wanted = {file.name: file for file in files}
+    for path in staging.iterdir():
+        file = wanted.get(path.name)
+        if not path.is_dir() and (file is None or not _is_there(path, record.staged, file)):
+            path.unlink()
+    return [
+        file
+        for file in files
+        if not (staging / file.name).exists() and not _is_there(target / file.name, record.files, file)
+    ]
+
+
+def _place(target: Path, record: _Record, files: list[_File], commit: str) -> list[str]:
+    """Put what waits into its place and remove what the revision lacks; return the names of the latter.
+
+    A stage that starts meanwhile finds no config.json, and so never a model that is half another. Wherever
+    this ends early, the next pull does the rest.
+    """
+    staging = target / _STAGING
+    wanted = {file.name for file in files}
+    stale = sorted(record.files.keys() - wanted)
+    waiting = [file.name for file in files if (staging / file.name).exists()]
+    if waiting or stale:
+        record.revision = ""
+        record.files.update(dict.fromkeys((*waiting, _CONFIG)))
+        _write_record(target, record)
+        if _CONFIG in waiting:
+            (target / _CONFIG).unlink(missing_ok=True)
+        else:
+            (target / _CONFIG).replace(staging / _CONFIG)
+        for name in stale:
+            (target / name).unlink(missing_ok=True)
+        for name in {*waiting, _CONFIG} - {_CONFIG}:
+            (staging / name).replace(target / name)
+        (staging / _CONFIG).replace(target / _CONFIG)
+    done = _Record(record.model, commit, {file.name: file.checksum for file in files})
+    if done != _read_record(target):
+        _write_record(target, done)
+    shutil.rmtree(staging)
+    return stale
 
 
 def _hub() -> Any:
@@ -153,13 +309,9 @@ def _choose(model: str, siblings: Any) -> list[_File]:
 
 
 def _check_space(target: Path, missing: list[_File]) -> None:
-    def have(file: _File) -> int:
-        path = target / file.name
-        return min(path.stat().st_size, file.size) if path.exists() else 0
-
-    partial = target / ".cache" / "huggingface" / "download"
+    partial = target / _STAGING / ".cache" / "huggingface" / "download"
     half = sum(each.stat().st_size for each in partial.glob("*.incomplete")) if partial.exists() else 0
-    needed = sum(file.size - have(file) for file in missing) - half
+    needed = sum(file.size for file in missing) - half
     free = shutil.disk_usage(target).free
     if missing and needed + _SPARE_BYTES > free:
         raise ResourceExhausted(
@@ -169,26 +321,23 @@ def _check_space(target: Path, missing: list[_File]) -> None:
 
 
 def _load(
-    hub: Any, model: str, commit: str, target: Path, file: _File, token: str | None, endpoint: str | None
-) -> int:
-    """Load a file and check it, a second time if it is damaged; return the bytes that came."""
-    path = target / file.name
-    if path.exists() and _matches(path, file):
-        return 0
+    hub: Any, model: str, commit: str, staging: Path, file: _File, token: str | None, endpoint: str | None
+) -> None:
+    """Load a file and check it, a second time if it is damaged."""
+    path = staging / file.name
     for is_again in (False, True):
         hub.hf_hub_download(
             model,
             file.name,
             revision=commit,
-            local_dir=target,
+            local_dir=staging,
             token=token,
             endpoint=endpoint,
             library_name="asd",
-            # What lies there is not the file: the hub's library would take it for one.
-            force_download=is_again or path.exists(),
+            force_download=is_again,
         )
         if _matches(path, file):
-            return file.size
+            return
         path.unlink(missing_ok=True)
     raise PreconditionFailed(
         f"{file.name} of {model} came twice with another checksum than the hub's: something between here and "
@@ -209,27 +358,40 @@ def _matches(path: Path, file: _File) -> bool:
     return digest.hexdigest() == file.digest
 
 
-def _read_record(target: Path, commit: str) -> dict[str, list[Any]]:
+def _read_record(target: Path) -> _Record | None:
+    """Return the record of a folder; None where there is none. Raises PreconditionFailed if it is damaged."""
+    path = target / _RECORD
     try:
-        record = json.loads((target / _RECORD).read_text(encoding="utf-8"))
-        return dict(record["files"]) if record["revision"] == commit else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+        record = json.loads(path.read_text(encoding="utf-8"))
+        files, staged = dict(record["files"]), dict(record.get("staged", {}))
+        # Files are removed by these names.
+        if not all(_WANTED.fullmatch(name) for name in (*files, *staged)):
+            raise ValueError("a name is not of a model")
+        return _Record(str(record.get("model", "")), str(record["revision"]), files, staged)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PreconditionFailed(
+            f"{path} is damaged ({error}), so that nobody knows whose files are there: remove {target}, or "
+            "name another place with --to"
+        ) from error
 
 
-def _write_record(target: Path, commit: str, record: dict[str, list[Any]]) -> None:
+def _write_record(target: Path, record: _Record) -> None:
     partial = target / f"{_RECORD}.partial"
-    partial.write_text(json.dumps({"revision": commit, "files": record}, indent=1) + "\n", encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(asdict(record), file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(target / _RECORD)
 
 
-def _is_recorded(target: Path, record: dict[str, list[Any]], file: _File) -> bool:
-    path = target / file.name
-    return (
-        record.get(file.name) == [file.size, file.digest]
-        and path.exists()
-        and path.stat().st_size == file.size
-    )
+def _is_there(path: Path, checked: dict[str, list[Any] | None], file: _File) -> bool:
+    """Return whether a file lies there whole; its content is read where that was not checked before."""
+    if not path.exists() or path.stat().st_size != file.size:
+        return False
+    return checked.get(file.name) == file.checksum or _matches(path, file)
 
 
 @contextmanager
@@ -267,6 +429,9 @@ def _explain(  # noqa: PLR0911 - a table, most specific first
         )
     if isinstance(error, OSError) and error.errno in {errno.EACCES, errno.EROFS, errno.EPERM}:
         return PreconditionFailed(f"{target} cannot be written: name another place with --to")
+    # Of a file; those of the network name none.
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return PreconditionFailed(f"{error.filename}: {error.strerror.lower()}: name another place with --to")
     if isinstance(error, errors.OfflineModeIsEnabled):
         return Unavailable("HF_HUB_OFFLINE is set, so nothing is loaded: unset it to pull")
     if isinstance(error, errors.HfHubHTTPError):

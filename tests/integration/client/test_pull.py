@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 import threading
@@ -33,9 +34,10 @@ WEIGHTS = "model.safetensors"
 
 
 class Hub:
-    """A hub with one model, owner/small. refuses: a status, with an error's name, for everything."""
+    """A hub with one model. refuses: a status, with an error's name, for everything."""
 
     def __init__(self) -> None:
+        self.model, self.commit = "owner/small", COMMIT
         self.files = {path.name: path.read_bytes() for path in SMALL.iterdir() if path.is_file()}
         self.files["pytorch_model.bin"] = b"the same weights in another form"
         self.files["original/consolidated.safetensors"] = b"once more"
@@ -74,9 +76,9 @@ class Hub:
         self.tokens.add(request.headers.get("Authorization"))
         if self.refuses is not None:
             self._send(request, self.refuses[0], b"", {"X-Error-Code": self.refuses[1]})
-        elif request.path.startswith("/api/models/owner/small"):
+        elif request.path.startswith(f"/api/models/{self.model}"):
             self._send(request, 200, json.dumps(self._info()).encode(), {"Content-Type": "application/json"})
-        elif request.path.startswith(f"/owner/small/resolve/{COMMIT}/"):
+        elif request.path.startswith(f"/{self.model}/resolve/{self.commit}/"):
             self._send_file(request, request.path.rpartition("/")[2])
         else:
             self._send(request, 404, b"", {"X-Error-Code": "RepoNotFound"})
@@ -90,7 +92,7 @@ class Hub:
                 digest = hashlib.sha256(content).hexdigest()
                 entry["lfs"] = {"size": len(content), "sha256": digest, "pointerSize": 130}
             siblings.append(entry)
-        return {"_id": "1", "id": "owner/small", "sha": COMMIT, "siblings": siblings, "tags": []}
+        return {"_id": "1", "id": self.model, "sha": self.commit, "siblings": siblings, "tags": []}
 
     def _send_file(self, request: BaseHTTPRequestHandler, name: str) -> None:
         content = self.files[name]
@@ -99,7 +101,7 @@ class Hub:
             self.damages[name] -= 1
             content = content[:-1] + bytes([content[-1] ^ 1])
         start = 0
-        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
+        headers = {"X-Repo-Commit": self.commit, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
         asked = request.headers.get("Range")
         if asked:
             start = int(asked.removeprefix("bytes=").partition("-")[0])
@@ -138,7 +140,32 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 
 
 def _pull(hub: Hub, folder: Path, **options: Any) -> Pulled:
-    return pull("owner/small", folder, endpoint=hub.endpoint, **options)
+    return pull(hub.model, folder, endpoint=hub.endpoint, **options)
+
+
+def _content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".asd-pull.json"}
+
+
+# Of an earlier revision: weights in two files, and what the later one does without.
+_EARLIER = {
+    "model-00001-of-00002.safetensors": b"old weights",
+    "model-00002-of-00002.safetensors": b"more of them",
+    "model.safetensors.index.json": b"{}",
+    "chat_template.jinja": b"old template",
+}
+
+
+def _pull_earlier(hub: Hub, folder: Path) -> dict[str, bytes]:
+    """Pull an earlier revision of the hub's model; return what lies in its folder."""
+    later = dict(hub.files)
+    hub.files = {name: later[name] for name in ("config.json", "tokenizer.json")} | _EARLIER
+    hub.files["tokenizer.json"] += b" "
+    hub.commit = "e" * 40
+    done = _pull(hub, folder)
+    hub.files, hub.commit = later, COMMIT
+    hub.sent.clear()
+    return _content(done.path)
 
 
 def test_a_model_comes_whole_and_only_what_a_stage_reads(hub: Hub, tmp_path: Path) -> None:
@@ -278,3 +305,194 @@ def test_a_name_that_is_none_is_refused_without_a_call(hub: Hub, tmp_path: Path)
         with pytest.raises(InvalidRequest, match="is not OWNER/NAME"):
             pull(name, tmp_path, endpoint=hub.endpoint)
     assert not hub.tokens
+
+
+def test_what_a_revision_lacks_goes_and_what_a_user_added_stays(hub: Hub, tmp_path: Path) -> None:
+    _pull_earlier(hub, tmp_path)
+    folder = tmp_path / "small"
+    added = {"notes.txt": b"mine", "training_args.bin": b"mine too"}
+    for name, content in added.items():
+        (folder / name).write_bytes(content)
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"mine as well")
+    done = _pull(hub, tmp_path)
+    assert done.removed == tuple(sorted(_EARLIER))
+    assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == b"mine as well"
+    shutil.rmtree(folder / "adapter")
+    assert _content(folder) == added | {path.name: path.read_bytes() for path in SMALL.iterdir()}
+    # What both revisions have did not come again.
+    assert "config.json" not in {name for name, _, _ in hub.sent}
+    assert _pull(hub, tmp_path).removed == ()
+
+
+def test_a_pull_that_broke_off_leaves_the_earlier_revision_whole(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = _pull_earlier(hub, tmp_path)
+    folder = tmp_path / "small"
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        if arguments[1] == WEIGHTS:
+            raise ConnectionResetError("the network went away")
+        return original(*arguments, **options)
+
+    import huggingface_hub
+
+    original = huggingface_hub.hf_hub_download
+    with monkeypatch.context() as patch:
+        patch.setattr(huggingface_hub, "hf_hub_download", load)
+        with pytest.raises(Unavailable):
+            _pull(hub, tmp_path)
+    shutil.copytree(folder, tmp_path / "seen", ignore=shutil.ignore_patterns(".asd-pull"))
+    assert _content(tmp_path / "seen") == before
+    hub.sent.clear()
+    _pull(hub, tmp_path)
+    assert [name for name, _, _ in hub.sent] == [WEIGHTS]
+    assert _content(folder) == {path.name: path.read_bytes() for path in SMALL.iterdir()}
+
+
+def test_wherever_a_pull_ends_the_folder_holds_a_whole_model_or_none(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later = {"config.json": hub.files["config.json"], "tokenizer.json": b"{}", WEIGHTS: b"new weights"}
+    hub.files = dict(later)
+    before = _pull_earlier(hub, tmp_path / "earlier")
+    without_model = 0
+    for changes in itertools.count():
+        place, copy = tmp_path / str(changes), tmp_path / f"{changes} again"
+        shutil.copytree(tmp_path / "earlier", place)
+        folder = place / "small"
+        with monkeypatch.context() as patch:
+            left = itertools.count(changes, -1)
+            for name in ("replace", "unlink"):
+                patch.setattr(Path, name, _ending(getattr(Path, name), folder, left))
+            try:
+                _pull(hub, place)
+            except KeyboardInterrupt:
+                is_whole = False
+            else:
+                is_whole = True
+        found = {path.name: path.read_bytes() for path in folder.iterdir() if path.name in before | later}
+        if "config.json" in found:
+            assert found in (before, later)
+        else:
+            without_model += 1
+        if is_whole:
+            break
+        shutil.copytree(place, copy)
+        _pull(hub, place)
+        assert _content(folder) == later
+        assert _pull_earlier(hub, copy) == before
+    # Files went and files came, one by one.
+    assert without_model > len(_EARLIER)
+
+
+def _ending(change: Any, folder: Path, left: Iterator[int]) -> Any:
+    """Return a change of files that no longer takes place in a folder after some, as where a process ends."""
+
+    def changed(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.parent in {folder, folder / ".asd-pull"} and next(left) <= 0:
+            raise KeyboardInterrupt
+        return change(path, *arguments, **options)
+
+    return changed
+
+
+def test_a_folder_of_another_model_is_refused(hub: Hub, tmp_path: Path) -> None:
+    before = _content(_pull(hub, tmp_path).path)
+    hub.model = "other/small"
+    hub.files[WEIGHTS] += b"other"
+    with pytest.raises(PreconditionFailed, match="holds owner/small: remove it to have other/small there"):
+        _pull(hub, tmp_path)
+    assert _content(tmp_path / "small") == before
+
+
+def test_a_folder_that_others_made_is_refused(hub: Hub, tmp_path: Path) -> None:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"mine")
+    with pytest.raises(PreconditionFailed, match="was not made by `asd models pull`"):
+        _pull(hub, tmp_path)
+    assert _content(folder) == {"model.safetensors": b"mine"}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PreconditionFailed, match="file"):
+        _pull(hub, tmp_path / "file")
+
+
+def test_an_empty_disk_or_a_link_to_a_folder_is_taken(hub: Hub, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    (disk / "lost+found").mkdir(parents=True)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "small").symlink_to(disk)
+    _pull(hub, tmp_path / "models")
+    assert (tmp_path / "models" / "small").is_symlink()
+    assert (disk / WEIGHTS).read_bytes() == hub.files[WEIGHTS]
+
+
+def test_what_a_link_leads_to_is_left_alone(hub: Hub, tmp_path: Path) -> None:
+    _pull_earlier(hub, tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_bytes(b"on another disk")
+    for name in ("chat_template.jinja", "tokenizer.json"):
+        (tmp_path / "small" / name).unlink()
+        (tmp_path / "small" / name).symlink_to(elsewhere)
+    _pull(hub, tmp_path)
+    assert elsewhere.read_bytes() == b"on another disk"
+    assert _content(tmp_path / "small") == {path.name: path.read_bytes() for path in SMALL.iterdir()}
+
+
+def test_weights_that_others_put_there_are_refused_and_other_files_are_told(hub: Hub, tmp_path: Path) -> None:
+    folder = _pull(hub, tmp_path).path
+    (folder / "chat_template.jinja").write_text("mine")
+    lines: list[str] = []
+    _pull(hub, tmp_path, say=lines.append)
+    assert len(lines) == 1
+    assert str(folder / "chat_template.jinja") in lines[0]
+    (folder / "adapter_model.safetensors").write_text("mine")
+    with pytest.raises(PreconditionFailed, match=r"holds adapter_model\.safetensors, which"):
+        _pull(hub, tmp_path)
+    assert (folder / "adapter_model.safetensors").exists()
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused(hub: Hub, tmp_path: Path) -> None:
+    before = _pull_earlier(hub, tmp_path)
+    (tmp_path / "small" / WEIGHTS / "mine").mkdir(parents=True)
+    with pytest.raises(PreconditionFailed, match=r"model\.safetensors is a folder"):
+        _pull(hub, tmp_path)
+    shutil.rmtree(tmp_path / "small" / WEIGHTS)
+    assert _content(tmp_path / "small") == before
+
+
+def test_a_record_that_is_damaged_or_names_other_files_removes_nothing(hub: Hub, tmp_path: Path) -> None:
+    folder = _pull(hub, tmp_path).path
+    (tmp_path / "precious.safetensors").write_text("mine")
+    record = json.loads((folder / ".asd-pull.json").read_text())
+    for text in ("{", json.dumps(record | {"files": {"../precious.safetensors": None}})):
+        (folder / ".asd-pull.json").write_text(text)
+        with pytest.raises(PreconditionFailed, match=r"\.asd-pull\.json is damaged"):
+            _pull(hub, tmp_path)
+    assert (tmp_path / "precious.safetensors").exists()
+
+
+def test_a_record_without_a_model_holds_for_its_revision(hub: Hub, tmp_path: Path) -> None:
+    folder = _pull(hub, tmp_path).path
+    record = json.loads((folder / ".asd-pull.json").read_text())
+    earlier_form = {key: record[key] for key in ("revision", "files")}
+    (folder / ".asd-pull.json").write_text(json.dumps(earlier_form))
+    hub.commit = "f" * 40
+    with pytest.raises(PreconditionFailed, match="holds another model, or another revision"):
+        _pull(hub, tmp_path)
+    hub.commit = COMMIT
+    assert _pull(hub, tmp_path).loaded_bytes == 0
+
+
+def test_two_pulls_do_not_work_in_one_folder(hub: Hub, tmp_path: Path) -> None:
+    refused = []
+
+    def pull_again(_: str) -> None:
+        with pytest.raises(PreconditionFailed, match="another `asd models pull` works in"):
+            _pull(hub, tmp_path)
+        refused.append(True)
+
+    _pull(hub, tmp_path, say=pull_again)
+    assert refused
