@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
 from policy_service.train import lifecycle
@@ -19,6 +18,7 @@ from policy_service.train.costs import EMBEDDED, UnfitCosts
 from policy_service.train.faults import UnfitOutcomes, say_why
 from services.client.connecting import Connection, encrypted
 from services.common.privacy import report_nothing
+from services.common.terminal import LiteralConsole, write_any_character
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,7 +47,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog="Exit codes: 0 success, 1 failure, 2 wrong usage or a refused request, 130 interrupted.",
 )
-errors = Console(stderr=True)
+errors = LiteralConsole(stderr=True)
 
 # What the extra `policy-train` brings.
 _EXTRA = ("scipy", "sklearn", "onnx", "onnxruntime", "pyarrow")
@@ -412,6 +412,7 @@ def main() -> None:
     from services.common.errors import AsdError
     from services.common.settings import SettingsError
 
+    write_any_character()
     try:
         app()
     except (UnfitCosts, UnfitOutcomes, AsdError, SettingsError, OSError) as error:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
+
+from services.common.terminal import LiteralConsole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from rich.console import Console
 
 # Of files and pipes: no table is wider.
 _WIDE = 160
@@ -17,13 +20,13 @@ _WIDE = 160
 
 def result_console() -> Console:
     """Return the console for results, wide enough for every table where nobody sees its width."""
-    console = Console()
-    return console if console.is_terminal else Console(width=_WIDE)
+    console = LiteralConsole()
+    return console if console.is_terminal else LiteralConsole(width=_WIDE)
 
 
 def warn(line: str) -> None:
     """Say on standard error what the user should know beside a result."""
-    Console(stderr=True).print(
+    LiteralConsole(stderr=True).print(
         f"warning: {line}", style="yellow", markup=False, highlight=False, soft_wrap=True
     )
 

@@ -20,7 +20,9 @@ def main() -> None:
     report_nothing()
 
     from services.client.commands import app
+    from services.common.terminal import write_any_character
 
+    write_any_character()
     app()
 
 

@@ -1,0 +1,96 @@
+"""What people read on a terminal: text of others is shown there and never executed, in any encoding.
+
+A model may write escape sequences, and a name or a message may hold them. A terminal would carry them out:
+move the cursor, change the title, write to the clipboard.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import re
+import sys
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.status import Status
+
+# Controls other than newline and tab, surrogates, and what turns the direction of text or breaks lines
+# unseen. A carriage return before a newline does nothing.
+_UNSEEN = re.compile(
+    r"\r(?=\n)|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+# Of our own texts, where an encoding lacks the character.
+_PLAIN = {"·": "-", "–": "-", "→": "->", "…": "...", "×": "x", "²": "2", "≥": ">=", "≤": "<=", "λ": "lambda"}
+_SPINNER = range(0x2800, 0x2900)
+_ERRORS = "asd.visible"
+
+
+def visible(text: str) -> str:
+    """Return a text with control characters shown as in Python's strings: `\\x1b`, `\\u202e`."""
+    return _UNSEEN.sub(_show, text)
+
+
+def _show(found: re.Match[str]) -> str:
+    character = found[0]
+    # What stands before a newline changes nothing.
+    if character == "\r" and found.string[found.end() : found.end() + 1] == "\n":
+        return ""
+    return character.encode("unicode_escape").decode()
+
+
+def escape_unseen(json_text: str) -> str:
+    """Return JSON with the characters escaped that `visible` shows, but for its own line breaks."""
+    return _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", json_text)
+
+
+def literal(text: str, style: str = "") -> Text:
+    """Return a text of others for a console: nothing in it is markup or a control character."""
+    return Text(visible(text), style=style)
+
+
+class LiteralConsole(Console):
+    """A console on which a string is only ever itself: neither markup, nor emoji codes, nor controls.
+
+    Put other texts into `literal`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def status(self, status: RenderableType, **options: Any) -> Status:
+        """Return a line with a spinner, for the time that something takes."""
+        # A spinner takes a string for markup, whatever its console does.
+        return super().status(literal(status) if isinstance(status, str) else status, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Return a string as a text."""
+        return super().render_str(visible(text), **options)
+
+
+def write_any_character() -> None:
+    """Let standard output and standard error show characters that their encoding lacks, instead of failing.
+
+    Arrows and dashes get their likeness in ASCII; others are written as in Python's strings: `\\xe9`.
+    """
+    codecs.register_error(_ERRORS, _show_missing)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_ERRORS)
+
+
+def _show_missing(error: UnicodeError) -> tuple[str | bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    missing = error.object[error.start : error.end]
+    return "".join(map(_likeness, missing)), error.end
+
+
+def _likeness(character: str) -> str:
+    if ord(character) in _SPINNER:
+        return "*"
+    return _PLAIN.get(character) or character.encode("ascii", "backslashreplace").decode()
