@@ -7,22 +7,26 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from contextlib import aclosing, suppress
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
+from services.client.arguments import ASK_OPTIONS, CheckedCommand, in_options, option_of
 from services.client.connecting import Connection, connected, encrypted
 from services.client.interrupts import INTERRUPTED, Unwinding
-from services.common.addresses import check_target
+from services.common.addresses import check_target, neighbour
+from services.common.terminal import escape_unseen, literal, visible
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
 
     from rich.console import Console
 
@@ -33,11 +37,12 @@ if TYPE_CHECKING:
 
 FAILED, MISUSED = 1, 2
 _DEFAULT_TARGET = "127.0.0.1:50050"
-_DEFAULT_POLICY = "127.0.0.1:50051"
 _DEFAULT_PORT_BASE = 50_050
 _HIGHEST_PORT = 65_535
 # A day. gRPC cannot tell a time far above it from none.
 _LONGEST_TIMEOUT_MS = 86_400_000
+# A demo keeps its rows in memory. Chosen.
+_MOST_DEMO_PROMPTS = 100_000
 
 _EPILOG = (
     "Exit codes: 0 success, 1 failure, 2 wrong usage or a refused request, 130 interrupted. With --json, a "
@@ -69,7 +74,7 @@ class _Commands(TyperGroup):
         except _UsageError as error:
             if not is_json:
                 raise
-            sys.stderr.write(_json_error("INVALID_ARGUMENT", *_usage(error)))
+            sys.stderr.write(_json_text(_json_error("INVALID_ARGUMENT", *_usage(error)), sys.stderr.encoding))
             code = MISUSED
         return sys.exit(code or 0) if is_json else code
 
@@ -117,6 +122,12 @@ def _check_target(target: str | None) -> str | None:
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
     return target
+
+
+def _check_tolerance(tolerance: float | None) -> float | None:
+    if tolerance is not None and not 0.0 < tolerance <= 1.0:
+        raise typer.BadParameter(f"must be above 0 and at most 1, not {tolerance:g}")
+    return tolerance
 
 
 def _check_timeout(timeout_ms: float) -> float:
@@ -196,10 +207,16 @@ def _asd(
 # Commands that ask a cascade.
 
 
-@app.command(epilog=_EPILOG)
+@app.command(cls=CheckedCommand, epilog=_EPILOG)
 @connected
 def ask(
-    prompt: Annotated[str, typer.Argument(help="What to ask; - reads standard input.")],
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            help="What to ask. Standard input where it is - or left out.",
+            show_default=False,
+        ),
+    ] = None,
     target: TargetOption = _DEFAULT_TARGET,
     preference: PreferenceChoice = None,
     quality_value: Annotated[
@@ -227,7 +244,10 @@ def ask(
     ] = None,
     tolerance: Annotated[
         float | None,
-        typer.Option(help="Accept draft tokens this likely beside the likeliest. Default: exact."),
+        typer.Option(
+            callback=_check_tolerance,
+            help="Accept draft tokens this likely beside the likeliest. Default: exact.",
+        ),
     ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Most tokens of the answer. Default: the stage's.")
@@ -251,9 +271,17 @@ def ask(
     On a terminal, text that a later stage may still revise is dim.
     The answer goes to standard output. The closing line (stage, predicted
     quality, latency, cost, what each stage did and why) goes to standard error.
+    A terminal is shown control characters of an answer as \\x1b and the like;
+    a file or a pipe gets them as they are.
     """
     if stage and chain:
         raise typer.BadParameter("--stage and --chain exclude each other")
+    if chain and len(chain) == 1:
+        raise typer.BadParameter(
+            f"--chain names two stages or more: repeat it, or have one answer alone with --stage {chain[0]}"
+        )
+    if preference is not None and quality_value is not None:
+        raise typer.BadParameter("--lambda and --preference exclude each other")
     if (stage or chain) and (
         preference is not None
         or any(value is not None for value in (quality_value, max_cost, max_latency_ms, min_quality))
@@ -266,7 +294,7 @@ def ask(
     def work() -> Coroutine[Any, Any, None]:
         from services.client.values import Acceptance, Message, Objective, Request, Sampling
 
-        text = _read_prompt() if prompt == "-" else prompt
+        text = _read_prompt(prompt)
         request = Request(
             input=(Message("system", system), Message("user", text)) if system else text,
             sampling=Sampling(max_new_tokens, temperature, top_p, seed, tuple(stop or ())),
@@ -282,10 +310,10 @@ def ask(
         show = _write_answer if as_json else _show_answer
         return show(connection.client(target, timeout_ms), request)
 
-    _run(work, as_json=as_json)
+    _run(work, as_json=as_json, options=ASK_OPTIONS)
 
 
-@app.command(epilog=_EPILOG)
+@app.command(cls=CheckedCommand, epilog=_EPILOG)
 @connected
 def describe(
     target: TargetOption = _DEFAULT_TARGET,
@@ -309,7 +337,7 @@ def describe(
     _run(work, as_json=as_json)
 
 
-@app.command(epilog=_EPILOG)
+@app.command(cls=CheckedCommand, epilog=_EPILOG)
 @encrypted
 def report(
     answer: Annotated[
@@ -318,22 +346,34 @@ def report(
             help="What `asd ask --json` wrote; - reads standard input.", allow_dash=True, dir_okay=False
         ),
     ],
-    is_right: Annotated[
-        bool | None,
-        typer.Option("--right/--wrong", help="How the answer turned out. Required.", show_default=False),
-    ] = None,
+    is_right: Annotated[bool, typer.Option("--right", help="The answer was right.")] = False,
+    is_wrong: Annotated[bool, typer.Option("--wrong", help="The answer was wrong.")] = False,
     policy: Annotated[
-        str,
-        typer.Option(metavar="HOST:PORT", callback=_check_target, help="The policy service of the cascade."),
-    ] = _DEFAULT_POLICY,
+        str | None,
+        typer.Option(
+            envvar="ASD_POLICY",
+            metavar="HOST:PORT",
+            callback=_check_target,
+            help="The policy service of the cascade. Default: one port above --target, as `asd up` has it.",
+        ),
+    ] = None,
+    target: TargetOption = _DEFAULT_TARGET,
     timeout_ms: TimeoutOption = 5_000.0,
     as_json: JsonOption = False,
     *,
     connection: Connection,
 ) -> None:
-    """Tell the policy service whether an answer was right, so that it can watch its predictions."""
-    if is_right is None:
-        raise typer.BadParameter("say --right or --wrong")
+    """Tell the policy service whether an answer was right, so that it can watch its predictions.
+
+    The router that answered takes no reports: they go to the policy service itself.
+    """
+    if is_right == is_wrong:
+        exclude = "--right and --wrong exclude each other"
+        raise typer.BadParameter(exclude if is_right else "say --right or --wrong")
+    try:
+        policy_target = policy or neighbour(target)
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}: name the policy service with --policy") from error
 
     async def send(reported: Answer, *, correct: bool) -> None:
         from services.client import client, console
@@ -341,7 +381,7 @@ def report(
         reports = await client.report(
             reported,
             correct=correct,
-            policy_target=policy,
+            policy_target=policy_target,
             timeout_ms=timeout_ms,
             tls=connection.client_tls(),
         )
@@ -357,7 +397,7 @@ def report(
 # Commands that run a cascade.
 
 
-@app.command(epilog=_EPILOG)
+@app.command(cls=CheckedCommand, epilog=_EPILOG)
 def up(
     cascade: CascadeOption = None,
     port_base: Annotated[
@@ -382,10 +422,13 @@ def up(
     _run(lambda: _up(cascade, port_base, only, as_json=as_json), as_json=as_json, terminated_code=0)
 
 
-@app.command(epilog=_EPILOG)
+@app.command(cls=CheckedCommand, epilog=_EPILOG)
 @connected
 def demo(
-    prompts: Annotated[int, typer.Option(min=1, help="How many prompts to send.")] = 60,
+    context: typer.Context,
+    prompts: Annotated[
+        int, typer.Option(min=1, max=_MOST_DEMO_PROMPTS, help="How many prompts to send.")
+    ] = 60,
     json_file: Annotated[
         Path | None,
         typer.Option(
@@ -400,7 +443,10 @@ def demo(
     target: Annotated[
         str | None,
         typer.Option(
-            metavar="HOST:PORT", callback=_check_target, help="Ask a running cascade instead of starting one."
+            envvar="ASD_TARGET",
+            metavar="HOST:PORT",
+            callback=_check_target,
+            help="Ask a running cascade instead of starting one.",
         ),
     ] = None,
     preference: PreferenceChoice = None,
@@ -410,9 +456,12 @@ def demo(
 ) -> None:
     """Ask a cascade and its largest stage graded prompts of every suite and level, and compare them."""
     if target is not None and cascade is not None:
-        raise typer.BadParameter("--target and --cascade exclude each other")
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise typer.BadParameter(f"--json: {json_file.absolute().parent} is not a directory")
+        if _is_typed(context, "target"):
+            raise typer.BadParameter("--target and --cascade exclude each other")
+        # What was typed wins over the variable.
+        target = None
+    if json_file is not None and json_file != Path("-"):
+        _check_file(json_file)
     _run(
         lambda: _demo(prompts, json_file, cascade, target, preference, timeout_ms, connection),
         as_json=json_file is not None,
@@ -423,7 +472,7 @@ def demo(
 def models(context: typer.Context, cascade: CascadeOption = None, as_json: JsonOption = False) -> None:
     """List the models of a cascade: parameters, size on disk, place."""
     if context.invoked_subcommand is not None:
-        context.obj = cascade
+        context.obj = cascade, as_json
         return
 
     def work() -> None:
@@ -448,27 +497,31 @@ def models(context: typer.Context, cascade: CascadeOption = None, as_json: JsonO
     _run(work, as_json=as_json)
 
 
-@models_app.command(epilog=_EPILOG)
+@models_app.command(cls=CheckedCommand, epilog=_EPILOG)
 def prepare(context: typer.Context, cascade: CascadeOption = None, as_json: JsonOption = False) -> None:
     """Derive what the engine runs from each model, so that the first start need not. Done once per model."""
+    before, is_json = context.obj
+    as_json = as_json or is_json
+    if cascade is not None and before is not None:
+        raise typer.BadParameter("--cascade is there twice: give it once")
 
     def work() -> None:
         onnx_export = _onnx_export()
         prepared = {
-            stage.name: str(onnx_export.prepare(stage.path))
-            for stage in _cascade(cascade or context.obj).stages
+            stage.name: str(onnx_export.prepare(stage.path)) for stage in _cascade(cascade or before).stages
         }
         if as_json:
             _write_json({"prepared": prepared})
         else:
             for name, place in prepared.items():
-                typer.echo(f"{name}: {place}")
+                _say(f"{name}: {place}")
 
     _run(work, as_json=as_json)
 
 
-@models_app.command(name="pull", epilog=_EPILOG)
+@models_app.command(name="pull", cls=CheckedCommand, epilog=_EPILOG)
 def pull_model(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="OWNER/NAME, as the hub has it.")],
     to: Annotated[
         Path | None,
@@ -482,18 +535,22 @@ def pull_model(
     An earlier revision of the model is replaced once the new one is there whole.
     A gated model asks for a token in HF_TOKEN. Needs the extra `hub`.
     """
+    cascade, is_json = context.obj
+    as_json = as_json or is_json
+    if cascade is not None:
+        raise typer.BadParameter("--cascade says nothing of what is pulled: leave it out")
 
     def work() -> None:
         from services.client import pull
 
-        say = (lambda line: None) if as_json else typer.echo
+        say = (lambda line: None) if as_json else _say
         done = pull.pull(model, to or pull.default_folder(), revision, say=say, shows_bars=not as_json)
         if as_json:
             _write_json(asdict(done) | {"path": str(done.path)})
         else:
             size = f"{done.size_bytes / 1e9:.2f} GB, {done.loaded_bytes / 1e9:.2f} GB loaded now"
             removed = f"; removed, since this revision lacks them: {', '.join(done.removed)}"
-            typer.echo(
+            _say(
                 f"{done.path}: {done.files} files, {size}, revision {done.revision[:12]}"
                 f"{removed if done.removed else ''}"
             )
@@ -505,8 +562,11 @@ def pull_model(
 
 
 async def _write_answer(client: CascadeClient, request: Request) -> None:
+    from services.client.console import is_late
+
     async with client as cascade:
-        _write_json(asdict(await cascade.answer(request)))
+        answer = await cascade.answer(request)
+    _write_json(asdict(answer) | {"missed_max_latency": is_late(answer, request.objective.max_latency_ms)})
 
 
 async def _show_answer(client: CascadeClient, request: Request) -> None:
@@ -516,13 +576,13 @@ async def _show_answer(client: CascadeClient, request: Request) -> None:
     async with client as cascade:
         show = _stream_live if output.is_terminal else _stream_plain
         answer = await show(cascade, request, output)
-    console.notes().print(console.answer_line(answer, request.task), soft_wrap=True)
+    line = console.answer_line(answer, request.task, request.objective.max_latency_ms)
+    console.notes().print(line, soft_wrap=True)
 
 
 async def _stream_live(cascade: CascadeClient, request: Request, output: Console) -> Answer:
     """Show drafts and what becomes of them; leave the answer on the terminal."""
     from rich.live import Live
-    from rich.text import Text
 
     from services.client import console
     from services.client.values import Answer, StageStarted, StreamedText
@@ -539,19 +599,21 @@ async def _stream_live(cascade: CascadeClient, request: Request, output: Console
                 text = text.after(event)
                 live.update(console.streamed(text, started))
     answer = _last(answer)
-    output.print(Text(answer.text))
+    output.print(literal(answer.text))
     return answer
 
 
 async def _stream_plain(cascade: CascadeClient, request: Request, output: Console) -> Answer:
-    """Write final text as it comes, for files and pipes."""
+    """Write final text as it comes: as it is into files and pipes, with its controls shown to people."""
     from services.client.values import Answer, Committed
 
+    # A console can be told that a terminal is none (TTY_COMPATIBLE=0).
+    shown = visible if output.file.isatty() else str
     answer: Answer | None = None
     async with aclosing(cascade.stream(request)) as events:
         async for event in events:
             if isinstance(event, Committed):
-                output.file.write(event.tokens.text)
+                output.file.write(shown(event.tokens.text))
                 output.file.flush()
             elif isinstance(event, Answer):
                 answer = event
@@ -642,6 +704,7 @@ async def _demo(
         return rows
 
     if target is not None:
+        notes.print(f"asking the cascade at {target}")
         rows = await collect(connection.client(target, timeout_ms))
     else:
         cascade = _cascade(file)
@@ -658,7 +721,7 @@ async def _demo(
     output.print(console.demo_rows(rows, output.width))
     output.print(console.demo_summary(summary))
     if json_file is not None:
-        _write_file(json_file, _json(figures))
+        _write_file(json_file, _json_text(figures))
 
 
 def _models(file: Path | None) -> list[dict[str, Any]]:
@@ -700,11 +763,12 @@ def _run(
     *,
     as_json: bool = False,
     terminated_code: int = INTERRUPTED,
+    options: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Do a command's work, in an event loop where it is a coroutine; end with a message and a code if it
     fails.
 
-    terminated_code: exit code after SIGTERM.
+    terminated_code: exit code after SIGTERM. options: from fields of the contract to what was typed.
     """
     import asyncio
 
@@ -734,7 +798,7 @@ def _run(
         # Whoever reads our output has seen enough; typer ends quietly.
         raise
     except (AsdError, SettingsError, LaunchError, OSError) as error:
-        _fail(error, as_json=as_json)
+        _fail(error, as_json=as_json, options=options)
     finally:
         telemetry.shutdown_telemetry()
 
@@ -749,27 +813,30 @@ def _set_up_telemetry() -> None:
         raise SettingsError(str(error)) from error
 
 
-def _fail(error: Exception, *, as_json: bool) -> NoReturn:
+def _fail(error: Exception, *, as_json: bool, options: Mapping[str, str]) -> NoReturn:
     from services.common.errors import AsdError, InvalidRequest, NotFound
     from services.common.settings import SettingsError
     from services.common.status import status_of
 
     is_misuse = isinstance(error, InvalidRequest | NotFound | SettingsError)
     field = error.field if isinstance(error, AsdError) else ""
-    message = _explain(error)
+    message = in_options(_explain(error), field, options)
+    option = option_of(field, options)
     if as_json:
         if isinstance(error, AsdError):
             code = status_of(error).name
         else:
             code = "INVALID_ARGUMENT" if is_misuse else "FAILED_PRECONDITION"
-        sys.stderr.write(_json_error(code, message, field))
+        sys.stderr.write(_json_text(_json_error(code, message, option or field), sys.stderr.encoding))
     else:
-        sys.stderr.write(f"asd: {message}{f' (field {field})' if field else ''}\n")
+        sys.stderr.write(
+            f"asd: {visible(message)}{visible(f' (field {field})') if field and not option else ''}\n"
+        )
     raise typer.Exit(MISUSED if is_misuse else FAILED)
 
 
-def _json_error(code: str, message: str, field: str) -> str:
-    return _json({"error": {"code": code, "message": message, "field": field}})
+def _json_error(code: str, message: str, field: str) -> dict[str, Any]:
+    return {"error": {"code": code, "message": message, "field": field}}
 
 
 def _explain(error: Exception) -> str:
@@ -778,13 +845,30 @@ def _explain(error: Exception) -> str:
     return str(error)
 
 
-def _read_prompt() -> str:
-    from services.common.errors import InvalidRequest
+def _is_typed(context: typer.Context, name: str) -> bool:
+    """Return whether a parameter is on the command line, and not from a variable or a default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
+
+def _read_prompt(prompt: str | None) -> str:
+    """Return what was typed, or standard input. Raises InvalidRequest where there is neither."""
+    from services.common.errors import InvalidRequest
+    from services.common.validation import MAX_REQUEST_BYTES
+
+    if prompt is not None and prompt != "-":
+        return prompt
+    missing = InvalidRequest("say what to ask, or send it to standard input", field="prompt")
+    if prompt is None and sys.stdin.isatty():
+        raise missing
     try:
-        return sys.stdin.read().removesuffix("\n")
+        # No more than could be asked, however much comes.
+        text = sys.stdin.read(MAX_REQUEST_BYTES + 2).removesuffix("\n")
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"standard input is not {error.encoding} text", field="prompt") from error
+    if prompt is None and not text:
+        raise missing
+    return text
 
 
 def _read_answer(file: Path) -> Answer:
@@ -793,7 +877,7 @@ def _read_answer(file: Path) -> Answer:
     from services.client.values import Answer
     from services.common.errors import InvalidRequest
 
-    content = sys.stdin.read() if file == Path("-") else file.read_text(encoding="utf-8")
+    content = sys.stdin.buffer.read() if file == Path("-") else file.read_bytes()
     try:
         return TypeAdapter(Answer).validate_json(content)
     except ValidationError as error:
@@ -804,14 +888,34 @@ def _read_answer(file: Path) -> Answer:
         ) from error
 
 
+def _check_file(file: Path) -> None:
+    """Refuse a file that cannot be written, before the work whose figures go there."""
+    folder = file.absolute().parent
+    if not folder.is_dir():
+        raise typer.BadParameter(f"--json: {folder} is not a directory")
+    if not os.access(file if file.exists() else folder, os.W_OK):
+        raise typer.BadParameter(f"--json: {file} cannot be written")
+
+
 def _write_file(file: Path, text: str) -> None:
     file.write_text(text, encoding="utf-8")
 
 
+def _say(line: str) -> None:
+    typer.echo(visible(line))
+
+
 def _write_json(value: object) -> None:
-    sys.stdout.write(_json(value))
+    sys.stdout.write(_json_text(value, sys.stdout.encoding))
     sys.stdout.flush()
 
 
-def _json(value: object) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+def _json_text(value: object, encoding: str | None = "utf-8") -> str:
+    """Return a value as JSON that a terminal shows and every reader takes for the same value.
+
+    encoding: of where it goes. JSON is UTF-8; in others everything but ASCII is escaped.
+    """
+    is_utf8 = (encoding or "").lower().replace("-", "") == "utf8"
+    text = json.dumps(value, indent=2, ensure_ascii=not is_utf8)
+    # Of these JSON escapes by itself only the oldest.
+    return escape_unseen(text) + "\n"

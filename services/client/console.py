@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from services.common.terminal import LiteralConsole, literal, visible
 from suites import extract_answer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
 
     from services.client.demo import Row, Summary
     from services.client.launcher import Child
@@ -28,13 +29,13 @@ _DEMO_COLUMNS = 80
 
 def output() -> Console:
     """Return the console for results. Tables in files and pipes are 120 columns wide."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=120)
+    console = LiteralConsole()
+    return console if console.is_terminal else LiteralConsole(width=120)
 
 
 def notes() -> Console:
     """Return the console for everything that is not a result."""
-    return Console(stderr=True, highlight=False)
+    return LiteralConsole(stderr=True)
 
 
 def progress(console: Console) -> Progress:
@@ -51,27 +52,32 @@ def progress(console: Console) -> Progress:
 
 def streamed(text: StreamedText, started: StageStarted | None) -> RenderableType:
     """Return an answer that is being written: final text, draft after it, and who works on it."""
-    shown = Text(text.final)
-    shown.append(text.draft, style="dim")
+    shown = literal(text.final)
+    shown.append(visible(text.draft), style="dim")
     if started is None:
         return shown
     doing = _DOING.get(started.action, started.action)
-    return Group(shown, Text(f"{started.stage} {doing} …", style="cyan"))
+    return Group(shown, literal(f"{started.stage} {doing} …", "cyan"))
 
 
-def answer_line(answer: Answer, task: str = "") -> Text:
+def is_late(answer: Answer, max_latency_ms: float | None) -> bool:
+    """Return whether an answer took longer than the request wished."""
+    return max_latency_ms is not None and answer.latency_ms > max_latency_ms
+
+
+def answer_line(answer: Answer, task: str = "", max_latency_ms: float | None = None) -> Text:
     """Return one line: who answered, how good it is thought to be, what it took, and why each stage ended.
 
-    task: of the request.
+    task, max_latency_ms: of the request.
     """
     line = Text()
-    line.append(answer.stage, style="bold green")
-    line.append(
-        f" · predicted quality {quality(answer.p_correct)} · {answer.latency_ms:.1f} ms"
-        f" · cost {answer.cost:.2f}",
-    )
+    line.append(visible(answer.stage), style="bold green")
+    line.append(f" · predicted quality {quality(answer.p_correct)} · {answer.latency_ms:.1f} ms")
+    if is_late(answer, max_latency_ms):
+        line.append(f", over the {max_latency_ms:g} ms asked for", style="yellow")
+    line.append(f" · cost {answer.cost:.2f}")
     if answer.finish_reason != "eos":
-        line.append(f" · ended by {answer.finish_reason}", style="yellow")
+        line.append(visible(f" · ended by {answer.finish_reason}"), style="yellow")
     steps = []
     asked = [record for record in answer.stages if record.action != "prefill"]
     for record in asked:
@@ -81,16 +87,15 @@ def answer_line(answer: Answer, task: str = "") -> Text:
         if task and record.model:
             step += f" with{'' if record.adapted else 'out'} an adapter for {task}"
         steps.append(f"{step}, {record.decision}: {record.reason.replace('_', ' ')}")
-    line.append(f" · {' → '.join(steps)}", style="dim")
+    line.append(visible(f" · {' → '.join(steps)}"), style="dim")
     for record in answer.stages:
         if record.action == "prefill":
             # It went on beside the steps, and pays only where the stage verified after it.
             is_used = any(each.stage == record.stage for each in asked)
-            line.append(
-                f" · {record.stage} read the prompt ahead{'' if is_used else ', unused'}", style="dim"
-            )
+            ahead = f" · {record.stage} read the prompt ahead{'' if is_used else ', unused'}"
+            line.append(visible(ahead), style="dim")
     if answer.trace_id:
-        line.append(f" · trace {answer.trace_id}", style="dim")
+        line.append(visible(f" · trace {answer.trace_id}"), style="dim")
     return line
 
 
@@ -159,8 +164,8 @@ def demo_rows(rows: Sequence[Row], width: int) -> Table:
         table.add_row(
             row.suite,
             str(row.level),
-            Text(_shorten(row.prompt, prompt_width)),
-            Text(_shorten(extract_answer(outcome.text) or f"? {outcome.text}", _ANSWER_COLUMNS)),
+            literal(_shorten(row.prompt, prompt_width)),
+            literal(_shorten(extract_answer(outcome.text) or f"? {outcome.text}", _ANSWER_COLUMNS)),
             Text("right", style="green") if outcome.is_right else Text("wrong", style="red"),
             outcome.stage,
             quality(outcome.p_correct),
@@ -184,13 +189,13 @@ def demo_summary(summary: Summary) -> RenderableType:
     shares = ", ".join(f"{stage} {share:.0%}" for stage, share in summary.stage_shares.items())
     policy = f"policy {summary.policy_version}" if summary.policy_version else "the static plan, no policy"
     lines = [
-        Text(
+        literal(
             f"{summary.speedup:.2f} × as fast as always asking {summary.largest_stage}, at "
             f"{summary.cost / summary.cost_largest:.0%} of its cost",
             style="bold",
         ),
-        Text(f"{summary.early_stop_share:.0%} of the answers came before the last stage ({shares})"),
-        Text(
+        literal(f"{summary.early_stop_share:.0%} of the answers came before the last stage ({shares})"),
+        literal(
             f"{count(summary.prompts, 'prompt')}, {'each ' if summary.prompts > 1 else ''}asked both ways in "
             f"turn, one at a time; decided by {policy}"
         ),

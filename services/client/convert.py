@@ -27,6 +27,7 @@ from services.client.values import (
     Tokens,
 )
 from services.common.errors import InvalidRequest
+from services.common.validation import MAX_REQUEST_BYTES
 
 if TYPE_CHECKING:
     from google.protobuf.internal.enum_type_wrapper import _EnumTypeWrapper as EnumTypeWrapper
@@ -38,8 +39,8 @@ if TYPE_CHECKING:
 def request_to(request: Request) -> cascade_pb2.GenerateRequest:
     """Return a request as a message.
 
-    Raises InvalidRequest for values that no message can hold: a negative count, text that is not UTF-8. All
-    other rules are the server's.
+    Raises InvalidRequest for values that no message can hold: a negative count, text that is not UTF-8, more
+    bytes than a request may have. All other rules are the server's.
     """
     message = cascade_pb2.GenerateRequest(sampling=_sampling_to(request.sampling))
     _fill_input(message, request.input)
@@ -52,6 +53,14 @@ def request_to(request: Request) -> cascade_pb2.GenerateRequest:
     for index, stage in enumerate(request.chain):
         _encode(stage, f"chain[{index}]")
         message.chain.append(stage)
+    size = message.ByteSize()
+    if size > MAX_REQUEST_BYTES:
+        field = _largest(request.input)
+        raise InvalidRequest(
+            f"{field} is too long: the request has {size:,} bytes, and {MAX_REQUEST_BYTES:,} are the most "
+            "that it may have",
+            field=field,
+        )
     return message
 
 
@@ -83,6 +92,13 @@ def _fill_input(message: cascade_pb2.GenerateRequest, value: str | tuple[Message
     for index, turn in enumerate(value):
         added = message.conversation.messages.add(role=common_pb2.Role.Value(f"ROLE_{turn.role.upper()}"))
         _assign(added, "content", turn.content, f"conversation.messages[{index}].")
+
+
+def _largest(value: str | tuple[Message, ...]) -> str:
+    if isinstance(value, str):
+        return "prompt"
+    sizes = [len(turn.content) for turn in value]
+    return f"conversation.messages[{sizes.index(max(sizes))}].content" if sizes else "conversation"
 
 
 def _sampling_to(sampling: Sampling) -> common_pb2.Sampling:

@@ -33,6 +33,14 @@ def check_target(target: str) -> str:
     return target
 
 
+def neighbour(target: str) -> str:
+    """Return the address one port above a target's. Raises ValueError where it has no one port."""
+    address, _, port = target.rpartition(":")
+    if not _ADDRESS.fullmatch(target.removeprefix("dns:///")) or int(port) >= 65535:
+        raise ValueError(f"nothing is one port above {target}")
+    return f"{address}:{int(port) + 1}"
+
+
 def host_of(target: str) -> str:
     """Return the host of a target such as "dns:///host:port" or "host:port"; "" where there is no one
     host."""

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from google.protobuf.internal.enum_type_wrapper import _EnumTypeWrapper as EnumTypeWrapper
 
 MAX_SESSION_ID_BYTES = 256
+# Of a request to the router. gRPC's default, which callers know. Messages between services may be twice as
+# large.
+MAX_REQUEST_BYTES = 4 * 1024 * 1024
 MAX_STOP_SEQUENCES = MAX_ENTRIES["asd.v1.Sampling.stop"]
 # Names of adapters, as in the stages' settings: they are parts of models' names.
 TASK = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")

@@ -15,6 +15,7 @@ from services.common.errors import AsdError, Draining, InvalidRequest, ResourceE
 from services.common.server import ServiceRegistration
 from services.common.status import public_message, status_of
 from services.common.telemetry import Spans, Traced, current_trace_id
+from services.common.validation import MAX_REQUEST_BYTES
 from services.common.wire import MAX_ENTRIES
 from services.router import convert, spans
 from services.router.domain import Event, Outcome, Request, View
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[object, object]
 
 MAX_BATCH = MAX_ENTRIES["asd.v1.GenerateBatchRequest.requests"]
-# gRPC's default, which callers know. Messages between services may be twice as large.
-MAX_REQUEST_BYTES = 4 * 1024 * 1024
 
 
 class CascadeServicer(cascade_pb2_grpc.CascadeServiceServicer):

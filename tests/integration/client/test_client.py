@@ -355,7 +355,7 @@ def test_ask_as_json_has_the_fields_of_an_answer(up):
     result = asd("ask", "--json", PROMPT, ASD_TARGET=up.target)
     assert (result.returncode, result.stderr) == (0, "")
     answer = json.loads(result.stdout)
-    assert set(answer) == set(Answer.__dataclass_fields__)
+    assert set(answer) == {*Answer.__dataclass_fields__, "missed_max_latency"}
     assert (suites.extract_answer(answer["text"]), answer["stages"][1]["action"]) == ("19", "verify")
 
     result = asd("report", "-", "--right", text=result.stdout)
@@ -380,22 +380,30 @@ def test_ask_passes_every_option_on(up):
     first, again, other = (ask(*wild, seed, prompt=story)["token_ids"] for seed in ("7", "7", "8"))
     assert first == again != other
     assert len(ask("--stage", "small", "--max-new-tokens", "3")["token_ids"]) == 3
-    for wrong, field in (
-        (["--top-p", "2"], "sampling.top_p"),
-        (["--lambda", "nan"], "objective.lambda"),
-        (["--max-cost", "0"], "objective.max_cost"),
-        (["--max-latency-ms", "-1"], "objective.max_latency_ms"),
-        (["--min-quality", "1.5"], "objective.min_quality"),
-        (["--preference", "best", "--lambda", "1"], "objective.preference"),
-        (["--session", "s" * 257], "session_id"),
-        (["--task", "Math!"], "task"),
-        (["--temperature", "2.5"], "sampling.temperature"),
-        (["--stop", "a", "--stop", ""], "sampling.stop[1]"),
-        (["--stage", "huge"], "stage"),
+    for wrong, option in (
+        (["--top-p", "2"], "--top-p"),
+        (["--lambda", "nan"], "--lambda"),
+        (["--max-cost", "0"], "--max-cost"),
+        (["--max-cost", "0.1"], "--max-cost"),
+        (["--max-latency-ms", "-1"], "--max-latency-ms"),
+        (["--min-quality", "1.5"], "--min-quality"),
+        (["--session", "s" * 257], "--session"),
+        (["--task", "Math!"], "--task"),
+        (["--temperature", "2.5"], "--temperature"),
+        (["--stop", "a", "--stop", ""], "--stop"),
+        (["--stage", "huge"], "--stage"),
+        (["--chain", "small", "--chain", "huge"], "--chain"),
+        (["--chain", "medium", "--chain", "small"], "--chain"),
     ):
         refused = CliRunner().invoke(app, ["ask", "--json", "--target", up.target, *wrong, PROMPT])
         assert refused.exit_code == 2
-        assert json.loads(refused.stderr)["error"]["field"] == field
+        error = json.loads(refused.stderr)["error"]
+        assert error["field"] == option
+        # As a stream, whose fields are those of a request in it.
+        refused = CliRunner().invoke(app, ["ask", "--target", up.target, *wrong, PROMPT], terminal_width=200)
+        assert refused.exit_code == 2
+        assert option in refused.stderr
+        assert "(field" not in refused.stderr
 
 
 def test_describe_as_json_and_as_a_table(up):

@@ -7,28 +7,36 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict, replace
 
 import pytest
 from rich.console import Console
 from rich.live import Live
 from typer.testing import CliRunner
 
+from services.client import client, commands, console
 from services.client.client import CascadeClient
-from services.client.commands import _stream_live, app
+from services.client.commands import _stream_live, _stream_plain, app
 from services.client.values import (
     Acceptance,
     Answer,
     Committed,
+    Description,
     Drafted,
     Message,
     Objective,
+    PolicyDescription,
+    PolicyStage,
     Request,
     Revised,
     Sampling,
+    StageDescription,
+    StageRecord,
     StageStarted,
     Tokens,
 )
-from services.common.errors import AsdError
+from services.common.errors import AsdError, InvalidRequest
+from services.common.terminal import LiteralConsole
 from services.common.version import VERSION
 
 _RUNNER = CliRunner()
@@ -38,7 +46,7 @@ ANSWER = Answer("r", "right", (2,), "", "eos", "medium", 1, None, 1.0, 1.0, 0.0,
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["ask"], ["prompt"]),
+        (["ask"], ["prompt", "standard input"]),
         (["ask", "hi", "--target", "nowhere"], ["HOST:PORT"]),
         (["ask", "hi", "--preference", "cheap"], ["fastest"]),
         *((["ask", "hi", "--timeout-ms", ms], ["--timeout-ms"]) for ms in ("0", "inf", "1e300", "nan")),
@@ -54,9 +62,25 @@ ANSWER = Answer("r", "right", (2,), "", "eos", "medium", 1, None, 1.0, 1.0, 0.0,
                 (["--stage", "a"], ["--min-quality", "0.5"]),
             )
         ),
-        (["ask", "\udcff"], ["prompt", "UTF-8"]),
-        (["ask", "hi", "--max-new-tokens", "-4"], ["sampling.max_new_tokens"]),
-        (["demo", "--prompts", "0"], ["--prompts"]),
+        (["ask", "hi", "--preference", "best", "--lambda", "1"], ["--lambda and --preference exclude"]),
+        (["ask", "hi", "--chain", "a"], ["--chain names two stages or more", "--stage a"]),
+        *((["ask", "hi", "--tolerance", each], ["--tolerance", each]) for each in ("0", "1.5", "nan")),
+        (["ask", "\udcff"], ["prompt", "not valid UTF-8"]),
+        *(
+            (["ask", "hi", option, "\udcff"], [option, "not valid UTF-8"])
+            for option in ("--stage", "--chain", "--stop", "--session", "--system", "--task")
+        ),
+        (["ask", ""], ["prompt", "empty"]),
+        *(
+            (["ask", "hi", *given], [given[0].removesuffix("="), "empty"])
+            for given in (["--stage", ""], ["--chain="], ["--task", ""], ["--system", ""], ["--session="])
+        ),
+        (["models", "pull", "a/b", "--to", ""], ["--to", "empty"]),
+        (["models", "--cascade", "a.yaml", "pull", "a/b"], ["--cascade"]),
+        (["models", "--cascade", "a.yaml", "prepare", "--cascade", "b.yaml"], ["--cascade is there twice"]),
+        (["ask", "hi", "--max-new-tokens", "-4"], ["--max-new-tokens cannot be -4"]),
+        (["ask", "hi", "--max-new-tokens", "99999999999"], ["--max-new-tokens cannot be 99999999999"]),
+        *((["demo", "--prompts", number], ["--prompts"]) for number in ("0", "1000000000")),
         (["demo", "--target", "a:1", "--cascade", "b.yaml"], ["exclude"]),
         (["demo", "--json", "/no/such/place/demo.json"], ["/no/such/place"]),
         (["up", "--port-base", "0"], ["--port-base"]),
@@ -66,6 +90,9 @@ ANSWER = Answer("r", "right", (2,), "", "eos", "medium", 1, None, 1.0, 1.0, 0.0,
         (["models", "--cascade", "/no/such.yaml", "prepare"], ["/no/such.yaml"]),
         (["report", "-", "--policy", "nowhere", "--right"], ["HOST:PORT"]),
         (["report", "-"], ["say --right or --wrong"]),
+        (["report", "-", "--right", "--wrong"], ["--right and --wrong exclude each other"]),
+        (["report", "-", "--right", "--target", "unix:/run/asd"], ["--policy"]),
+        (["report", "-", "--right", "--policy", ""], ["--policy"]),
         (["nonsense"], ["nonsense"]),
     ],
 )
@@ -89,15 +116,16 @@ def test_with_json_a_failure_is_an_object_on_standard_error():
     assert result.exit_code == 2
     assert result.stdout == ""
     error = json.loads(result.stderr)["error"]
-    assert (error["code"], error["field"]) == ("INVALID_ARGUMENT", "sampling.seed")
-    assert "seed cannot be -1" in error["message"]
+    assert (error["code"], error["field"]) == ("INVALID_ARGUMENT", "--seed")
+    assert "--seed cannot be -1" in error["message"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "field", "words"),
     [
         (["ask", "--json", "--lambda", "abc", "hi"], "--lambda", "Invalid value for '--lambda'"),
-        (["ask", "--json"], "prompt", "Missing argument"),
+        (["ask", "--json"], "prompt", "say what to ask"),
+        (["ask", "--json", "hi", "--stage", ""], "--stage", "empty"),
         (["ask", "hi", "--json", "--nonsense"], "", "No such option"),
         (["ask", "hi", "--json", "--preference", "best", "--stage", "a"], "", "leave nothing to the policy"),
         (["describe", "--json", "--target", "nowhere"], "--target", "'nowhere' is not HOST:PORT"),
@@ -166,7 +194,7 @@ async def test_a_terminal_shows_the_draft_and_keeps_the_answer(monkeypatch):
     shown = []
     monkeypatch.setattr(Live, "update", lambda self, renderable: shown.append(_text(renderable)))
     file = io.StringIO()
-    output = Console(file=file, force_terminal=True, width=80)
+    output = LiteralConsole(file=file, force_terminal=True, width=80)
     assert await _stream_live(_Cascade(), Request("Hi"), output) == ANSWER
     assert shown == [
         "\nsmall writes …\n",
@@ -215,6 +243,215 @@ def test_every_option_of_ask_becomes_part_of_the_request(monkeypatch):
         Request("Hu", stage="small"),
         Request("Ha", chain=("small", "large")),
     ]
+
+
+# Sets the title, writes to the clipboard, hides what came before, turns what follows around; and is markup.
+HOSTILE = "\x1b]0;title\x07\x1b]52;c;eA==\x07 a\rb \x9b2J \u202e [bold]x[/bold] [/] :smile: é"
+SHOWN = "\\x1b]0;title\\x07\\x1b]52;c;eA==\\x07 a\\rb \\x9b2J \\u202e [bold]x[/bold] [/] :smile: é"
+_RECORD = StageRecord(
+    HOSTILE, 0, HOSTILE, 1, 1, HOSTILE, HOSTILE, None, None, 1, 0, 1, 0, 0, 1, 0, 0, 0, "", (), HOSTILE
+)
+HOSTILE_ANSWER = Answer(
+    *(HOSTILE, HOSTILE, (1,), HOSTILE, HOSTILE, HOSTILE, 0, None, 1.0, 60.0, 0.0, HOSTILE, HOSTILE, HOSTILE),
+    stages=(_RECORD, replace(_RECORD, action="prefill")),
+)
+
+
+class _HostileCascade:
+    async def stream(self, request, *, drafts=False):
+        yield StageStarted(HOSTILE, 0, HOSTILE)
+        if drafts:
+            yield Drafted(Tokens((1,), HOSTILE))
+        yield Committed(1, Tokens((1,), HOSTILE))
+        yield HOSTILE_ANSWER
+
+
+def _has_controls(text: str) -> bool:
+    return bool(set(text) & set("\x07\x9b\u202e") or "\x1b]" in text)
+
+
+class _Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+async def test_a_terminal_shows_controls_of_an_answer_and_of_names():
+    for show, file in ((_stream_live, io.StringIO()), (_stream_plain, _Terminal())):
+        output = LiteralConsole(file=file, force_terminal=show is _stream_live, width=200)
+        await show(_HostileCascade(), Request("Hi"), output)
+        assert not _has_controls(file.getvalue())
+        assert file.getvalue().endswith(f"{SHOWN}\n")
+    stage = StageDescription(HOSTILE, 0, HOSTILE, HOSTILE, 1, 1, 1.0, True, 0, False, (HOSTILE,))
+    policy = PolicyDescription(HOSTILE, (PolicyStage(HOSTILE, 1.0, 1.0, 0.5, 0.1),), 1, 2, 3, 4, 5)
+    file = io.StringIO()
+    output = LiteralConsole(file=file, width=1000)
+    output.print(console.description(Description((stage,), policy, (HOSTILE,), HOSTILE)))
+    output.print(console.answer_line(HOSTILE_ANSWER, "math"), soft_wrap=True)
+    assert not _has_controls(file.getvalue())
+    # Stage (thrice), model and adapter, engine, policy version, plan; and seven in the line.
+    assert file.getvalue().count(SHOWN) >= 13
+
+
+def test_a_pipe_gets_an_answer_as_it_is_and_json_escapes_it(monkeypatch):
+    async def answer(self, request):
+        return HOSTILE_ANSWER
+
+    monkeypatch.setattr(CascadeClient, "stream", _HostileCascade.stream)
+    monkeypatch.setattr(CascadeClient, "answer", answer)
+    result = _RUNNER.invoke(app, ["ask", "Hi"])
+    assert result.stdout_bytes == f"{HOSTILE}\n".encode()
+    assert not _has_controls(result.stderr)
+    assert SHOWN in result.stderr
+    result = _RUNNER.invoke(app, ["ask", "Hi", "--json"])
+    assert json.loads(result.stdout)["text"] == HOSTILE
+    assert not _has_controls(result.stdout)
+
+
+def test_a_message_of_a_server_is_shown(monkeypatch):
+    async def answer(self, request):
+        raise InvalidRequest(HOSTILE, field=HOSTILE)
+
+    monkeypatch.setattr(CascadeClient, "answer", answer)
+    monkeypatch.setattr(CascadeClient, "describe", lambda self: answer(self, None))
+    for arguments in (["describe"], ["describe", "--json"], ["ask", "--json", "Hi"]):
+        result = _RUNNER.invoke(app, arguments)
+        assert result.exit_code == 2
+        assert not _has_controls(result.output)
+        if "--json" in arguments:
+            assert json.loads(result.stderr)["error"]["message"] == HOSTILE
+        else:
+            assert SHOWN in result.stderr
+
+
+def test_what_is_asked_comes_from_standard_input_where_it_is_left_out(monkeypatch):
+    async def answer(self, request):
+        requests.append(request.input)
+        return ANSWER
+
+    requests: list[object] = []
+    monkeypatch.setattr(CascadeClient, "answer", answer)
+    for arguments in (["ask", "--json"], ["ask", "--json", "-"]):
+        assert _RUNNER.invoke(app, arguments, input="What?\nNow.\n").exit_code == 0
+    assert requests == ["What?\nNow."] * 2
+    # Nothing was sent there, or somebody would have to type it.
+    assert _RUNNER.invoke(app, ["ask"], input="").exit_code == 2
+    monkeypatch.setattr("sys.stdin", _Terminal("typed"))
+    with pytest.raises(InvalidRequest, match="say what to ask"):
+        commands._read_prompt(None)
+    assert commands._read_prompt("-") == "typed"
+
+
+@pytest.mark.parametrize("options", [[], ["--json"], ["--system", "Be brief."]])
+def test_a_prompt_that_no_message_holds_is_refused_by_its_name(options):
+    result = _RUNNER.invoke(app, ["ask", *options], input="x" * 5_000_000)
+    assert result.exit_code == 2
+    assert "prompt is too long" in result.stderr
+    if "--json" in options:
+        assert json.loads(result.stderr)["error"]["field"] == "prompt"
+
+
+@pytest.mark.parametrize(("most", "is_late"), [("59.5", True), ("60", False), (None, False)])
+def test_a_missed_latency_is_said(monkeypatch, most, is_late):
+    async def answer(self, request):
+        return replace(ANSWER, latency_ms=60.0)
+
+    async def stream(self, request, *, drafts=False):
+        yield await answer(self, request)
+
+    monkeypatch.setattr(CascadeClient, "answer", answer)
+    monkeypatch.setattr(CascadeClient, "stream", stream)
+    options = ["--max-latency-ms", most] if most else []
+    line = _RUNNER.invoke(app, ["ask", "Hi", *options]).stderr
+    assert ("60.0 ms, over the 59.5 ms asked for" in line) is is_late
+    written = json.loads(_RUNNER.invoke(app, ["ask", "Hi", "--json", *options]).stdout)
+    assert written["missed_max_latency"] is is_late
+    # What is written goes to `asd report`, which says why it cannot report this one.
+    refused = _RUNNER.invoke(app, ["report", "-", "--right"], input=json.dumps(written))
+    assert "the policy did not judge this answer" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "variables", "target"),
+    [
+        ([], {}, "127.0.0.1:50051"),
+        ([], {"ASD_TARGET": "10.0.0.1:7000"}, "10.0.0.1:7001"),
+        (["--target", "[::1]:7000"], {"ASD_TARGET": "10.0.0.1:1"}, "[::1]:7001"),
+        ([], {"ASD_TARGET": "10.0.0.1:1", "ASD_POLICY": "asd-policy:50051"}, "asd-policy:50051"),
+        (["--policy", "a:1"], {"ASD_TARGET": "10.0.0.1:1", "ASD_POLICY": "b:2"}, "a:1"),
+    ],
+)
+def test_a_report_goes_to_the_policy_of_the_cascade_that_answered(monkeypatch, options, variables, target):
+    async def report(answer, **given):
+        asked.append((given["policy_target"], given["correct"]))
+        return 1
+
+    asked: list[tuple[str, bool]] = []
+    monkeypatch.setattr(client, "report", report)
+    judged = json.dumps(asdict(replace(ANSWER, p_correct=0.5, policy_version="v")))
+    result = _RUNNER.invoke(app, ["report", "-", "--wrong", *options], input=judged, env=variables)
+    assert result.exit_code == 0, result.output
+    assert asked == [(target, False)]
+
+
+@pytest.mark.parametrize(
+    ("options", "variables", "is_asked"),
+    [
+        ([], {"ASD_TARGET": "10.0.0.1:7000"}, True),
+        (["--target", "10.0.0.1:7000"], {}, True),
+        (["--cascade", "/no/such.yaml"], {"ASD_TARGET": "10.0.0.1:7000"}, False),
+    ],
+)
+def test_a_demo_asks_the_cascade_of_the_variable(monkeypatch, options, variables, is_asked):
+    async def describe(self):
+        raise AsdError("asked")
+
+    monkeypatch.setattr(CascadeClient, "describe", describe)
+    result = _RUNNER.invoke(app, ["demo", *options], env=variables)
+    assert ("asking the cascade at 10.0.0.1:7000" in result.stderr) is is_asked
+    assert ("asd: asked" in result.stderr) is is_asked
+
+
+def test_a_demo_refuses_a_file_that_cannot_be_written_before_it_asks(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    result = _RUNNER.invoke(
+        app, ["demo", "--json", str(tmp_path / "demo.json"), "--cascade", "/no/such.yaml"]
+    )
+    assert result.exit_code == 2
+    assert "cannot be written" in result.stderr
+    assert "/no/such.yaml" not in result.stderr
+
+
+def test_a_report_on_a_file_that_is_no_text_is_refused(tmp_path):
+    file = tmp_path / "answer.json"
+    file.write_bytes(b"\xff\xfe\x00")
+    for arguments, given in (([str(file)], None), (["-"], b"\xff")):
+        result = _RUNNER.invoke(app, ["report", *arguments, "--right"], input=given)
+        assert result.exit_code == 2
+        assert "not what `asd ask --json` writes" in result.stderr
+
+
+def test_json_before_a_command_of_models_holds_for_the_command(tmp_path):
+    result = _RUNNER.invoke(app, ["models", "--json", "--cascade", "/no/such.yaml", "prepare"])
+    assert json.loads(result.stderr)["error"]["code"] == "INVALID_ARGUMENT"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_any_encoding_of_the_output_will_do(encoding):
+    code = (
+        "from services.client import cli, client; from tests.unit.client import test_cli as test;"
+        "client.CascadeClient.stream = test._HostileCascade.stream; cli.main()"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, "ask", "Hi"],
+        env={**os.environ, "PYTHONIOENCODING": encoding, "LC_ALL": "C"},
+        capture_output=True,
+        check=False,
+    )
+    assert (result.returncode, result.stdout) == (
+        0,
+        f"{HOSTILE}\n".encode(encoding, "backslashreplace"),
+    )
+    assert b"Traceback" not in result.stderr
 
 
 def _completions(line: str) -> set[str]:
