@@ -8,17 +8,20 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from asd.v1 import policy_pb2_grpc
-from policy_service.artifact import UnfitArtifact
 from policy_service.drift import DriftMonitor, DriftRule
 from policy_service.instruments import Instruments
 from policy_service.reports import ReportLog
-from policy_service.servicer import PolicyServicer
 from policy_service.settings import PolicySettings
-from policy_service.shadow import Shadow
-from policy_service.store import PolicyWatch, follow, open_policy
 from services.common import telemetry
+from services.common.extras import needs
 from services.common.privacy import report_nothing
 from services.common.server import ServiceRegistration, run_service, serve
+
+with needs("policy", "asd-policy"):
+    from policy_service.artifact import UnfitArtifact
+    from policy_service.servicer import PolicyServicer
+    from policy_service.shadow import Shadow
+    from policy_service.store import PolicyWatch, follow, open_policy
 
 if TYPE_CHECKING:
     from policy_service.store import LoadedPolicy

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -17,6 +16,7 @@ from policy_service.train.console import number_table, result_console
 from policy_service.train.costs import EMBEDDED, UnfitCosts
 from policy_service.train.faults import UnfitOutcomes, say_why
 from services.client.connecting import Connection, encrypted
+from services.common.extras import missing_of
 from services.common.privacy import report_nothing
 from services.common.terminal import LiteralConsole, write_any_character
 
@@ -49,8 +49,6 @@ app = typer.Typer(
 )
 errors = LiteralConsole(stderr=True)
 
-# What the extra `policy-train` brings.
-_EXTRA = ("scipy", "sklearn", "onnx", "onnxruntime", "pyarrow")
 _EMBEDDED_ARTIFACT = Path(__file__).resolve().parents[1] / "artifact"
 # Below, what is fitted and calibrated says little of other prompts. Chosen.
 _FEW_PROMPTS = 1000
@@ -340,7 +338,7 @@ def collect(
 
 
 def _check_extra() -> None:
-    missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
+    missing = missing_of("policy-train")
     if missing:
         _say(
             f"asd-policy: {', '.join(missing)} not installed: run "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 from collections import Counter
 from datetime import UTC, datetime
@@ -15,6 +14,7 @@ import typer
 from policy_service.train.console import number_table, result_console, warn
 from policy_service.train.faults import UnfitOutcomes
 from services.common.errors import NotFound, PreconditionFailed
+from services.common.extras import missing_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -39,7 +39,7 @@ def register(app: typer.Typer) -> None:
 
 def versions(store: Store) -> None:
     """List the versions of a store and which one is in force."""
-    _check_extra("policy", "onnxruntime")
+    _check_extra("policy")
     from policy_service.store import PolicyStore, UnfitStore
 
     headings = ("version", "parent", "calibration\nprompts", "in force since", "")
@@ -70,7 +70,7 @@ def publish(
     store: Store,
 ) -> None:
     """Copy a policy into a store and put it into force. Services that read the store follow by themselves."""
-    _check_extra("policy", "onnxruntime")
+    _check_extra("policy")
     from policy_service.store import PolicyStore, artifact_in
 
     document = PolicyStore(store).publish(artifact_in(artifact))
@@ -84,7 +84,7 @@ def rollback(
     ] = None,
 ) -> None:
     """Put the version before the present one back into force."""
-    _check_extra("policy", "onnxruntime")
+    _check_extra("policy")
     from policy_service.store import PolicyStore
 
     versions = PolicyStore(store)
@@ -104,7 +104,7 @@ def refit(
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the halves.")] = 0,
 ) -> None:
     """Refit the calibration of the policy in force to reports of its answers, and show what that changes."""
-    _check_extra("policy-train", "onnxruntime", "scipy", "sklearn", "onnx")
+    _check_extra("policy-train")
     from policy_service.artifact import read_document
     from policy_service.store import PolicyStore, artifact_in, check_output
     from policy_service.train.refit import fit_corrections, write_refitted
@@ -177,6 +177,7 @@ def shadow(
     file: Annotated[Path, typer.Argument(help="What a policy service wrote to shadow_path.")],
 ) -> None:
     """Show where a shadow policy would have done otherwise than the live one, and what that would change."""
+    _check_extra("policy")
     from policy_service.shadow import parse_shadow
 
     records = _read_lines(file, parse_shadow, "record of a shadow, as a policy service writes to shadow_path")
@@ -265,8 +266,8 @@ def _print(line: str) -> None:
     result_console().print(line, soft_wrap=True, markup=False, highlight=False)
 
 
-def _check_extra(extra: str, *modules: str) -> None:
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+def _check_extra(extra: str) -> None:
+    missing = missing_of(extra)
     if missing:
         raise PreconditionFailed(
             f'{", ".join(missing)} not installed: run .venv/bin/python -m pip install --editable ".[{extra}]"'

@@ -506,6 +506,9 @@ def prepare(context: typer.Context, cascade: CascadeOption = None, as_json: Json
         raise typer.BadParameter("--cascade is there twice: give it once")
 
     def work() -> None:
+        from services.common.extras import check_extras
+
+        check_extras(["stage"])
         onnx_export = _onnx_export()
         prepared = {
             stage.name: str(onnx_export.prepare(stage.path)) for stage in _cascade(cascade or before).stages
@@ -738,14 +741,12 @@ def _models(file: Path | None) -> list[dict[str, Any]]:
 
 
 def _onnx_export() -> Any:
-    from services.common.errors import PreconditionFailed
+    from services.common.extras import explain_missing
 
     try:
         from services.stage import onnx_export
     except ModuleNotFoundError as error:
-        raise PreconditionFailed(
-            f"{error.name} is not installed: pip install '.[stage]' in asd's directory brings it"
-        ) from error
+        raise explain_missing(error, "stage") from error
     return onnx_export
 
 

@@ -35,7 +35,8 @@ _STABLE_S = 30.0
 _REACH_SECONDS = 10.0
 _DESCRIBE_SECONDS = 2.0
 _REACH_PAUSE_S = 0.05
-_LOG_LINES = 12
+# Of a start that failed, whose log goes.
+_LOG_LINES = 40
 # Below the range that systems take outgoing ports from, so that no connection of ours takes one that we
 # chose.
 _FREE_PORTS = range(20_000, 32_000)
@@ -262,7 +263,7 @@ class Child:
     def _explain(self, what: str) -> str:
         with self.log.open(encoding="utf-8", errors="replace") as file:
             tail = "".join(deque(file, maxlen=_LOG_LINES)).rstrip() or "(its log is empty)"
-        return f"{self.service.name} {what}. The end of {self.log}:\n{tail}"
+        return f"{self.service.name} {what}. The end of its log:\n{tail}"
 
 
 class Reach:

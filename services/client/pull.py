@@ -28,6 +28,7 @@ from services.common.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from services.common.extras import explain_missing
 from services.common.privacy import report_nothing
 from services.stage.checkpoint import check_architecture, read_config
 
@@ -281,9 +282,7 @@ def _hub() -> Any:
         import huggingface_hub.errors
         import huggingface_hub.utils
     except ModuleNotFoundError as error:
-        raise PreconditionFailed(
-            f"{error.name} is not installed: pip install '.[hub]' in asd's directory brings what loads models"
-        ) from error
+        raise explain_missing(error, "hub") from error
     return huggingface_hub
 
 

@@ -10,12 +10,13 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from services.client.cascade_file import services_of
-from services.client.launcher import LaunchError, Supervisor
+from services.client.cascade_file import POLICY, services_of
+from services.client.launcher import Supervisor
+from services.common.extras import check_extras
 from services.common.settings import SettingsError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Sequence
 
     from rich.console import Console
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 # Children get this long to drain, and a little more to end, before they are killed.
 _DRAIN_SECONDS = 10.0
 _GRACE_SECONDS = 12.0
+_EXTRA_OF_ENGINE = {"onnx": "stage", "vllm": "vllm", "tensorrt_llm": "tensorrt-llm"}
 
 
 class Signalled(Exception):  # noqa: N818 - not an error: somebody wants the command to end
@@ -41,22 +43,27 @@ async def running(
     """Run a cascade's processes, or only one of them, while the body runs.
 
     The first SIGINT, SIGTERM or SIGHUP (of a terminal that closes) cancels the body and drains the processes,
-    a second one kills them; Signalled is raised then. Logs lie in a temporary directory that is kept if a
-    process failed. Raises SettingsError for an unknown `only`, and LaunchError if a process does not start.
+    a second one kills them; Signalled is raised then. Logs lie in a temporary directory. It is kept where a
+    process ended by itself after the start, and goes otherwise: a failed start is told with the end of the
+    log. Raises SettingsError for an unknown `only`, PreconditionFailed where a process needs what
+    is not installed, and LaunchError if a process does not start.
     """
-    directory = Path(tempfile.mkdtemp(prefix="asd-"))
-    services = services_of(cascade, ports, directory, drain_seconds=_DRAIN_SECONDS)
-    chosen = [service for service in services if only in {None, service.name}]
+    _check_installed(cascade, only)
 
     def say(line: str) -> None:
         # A terminal that has closed must not keep the processes from being drained.
         with suppress(OSError):
             notes.print(line, markup=False, soft_wrap=True)
 
-    supervisor = Supervisor(chosen, directory, say=say, grace_seconds=_GRACE_SECONDS)
-    received = _cancel_on_signals(supervisor, say)
-    keep_logs = False
+    supervisors: list[Supervisor] = []
+    # Before there is anything to leave behind.
+    received = _cancel_on_signals(supervisors, say)
+    directory = Path(tempfile.mkdtemp(prefix="asd-"))
     try:
+        services = services_of(cascade, ports, directory, drain_seconds=_DRAIN_SECONDS)
+        chosen = [service for service in services if only in {None, service.name}]
+        supervisor = Supervisor(chosen, directory, say=say, grace_seconds=_GRACE_SECONDS)
+        supervisors.append(supervisor)
         if not chosen:
             names = ", ".join(service.name for service in services)
             raise SettingsError(f"--only {only}: this cascade has {names}")
@@ -66,20 +73,27 @@ async def running(
             yield supervisor
         finally:
             await supervisor.__aexit__(None, None, None)
-    except LaunchError:
-        keep_logs = any(child.log.exists() for child in supervisor.children)
-        raise
     except (asyncio.CancelledError, OSError):
         # OSError: of a terminal that has closed.
         if received:
             raise Signalled(received[0]) from None
         raise
     finally:
-        if not keep_logs and not supervisor.has_crashed:
+        if any(each.has_crashed for each in supervisors):
+            say(f"the logs are kept in {directory}")
+        else:
             shutil.rmtree(directory, ignore_errors=True)
 
 
-def _cancel_on_signals(supervisor: Supervisor, say: Callable[[str], None]) -> list[int]:
+def _check_installed(cascade: CascadeFile, only: str | None) -> None:
+    """Raise PreconditionFailed, with what to install, where a process could not import what it needs."""
+    extras = [_EXTRA_OF_ENGINE[stage.engine] for stage in cascade.stages if only in {None, stage.name}]
+    if cascade.policy is not None and only in {None, POLICY}:
+        extras.append("policy")
+    check_extras(extras)
+
+
+def _cancel_on_signals(supervisors: Sequence[Supervisor], say: Callable[[str], None]) -> list[int]:
     """Let signals cancel the task that runs now, then kill; return the list that they are put into."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     received: list[int] = []
@@ -87,7 +101,8 @@ def _cancel_on_signals(supervisor: Supervisor, say: Callable[[str], None]) -> li
     def on_signal(number: int) -> None:
         received.append(number)
         if len(received) > 1:
-            supervisor.kill()
+            for supervisor in supervisors:
+                supervisor.kill()
         elif task is not None:
             task.cancel()
             say("stopping …")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from services.common import telemetry
 from services.common.errors import AsdError
+from services.common.extras import needs
 from services.common.privacy import report_nothing
 from services.common.server import run_service, serve
 from services.manager.instruments import Instruments
@@ -75,13 +76,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     settings = ManagerSettings.from_arguments()
     telemetry.setup_telemetry("asd-manager", settings.metrics_listen)
-    try:
+    with needs("kubernetes", "asd-manager"):
         from services.manager.kubernetes_cluster import open_cluster
-    except ModuleNotFoundError as error:
-        raise SystemExit(
-            f"asd-manager: {error.name} is not installed: "
-            "pip install '.[kubernetes]' in asd's directory brings it"
-        ) from error
     try:
         cluster = open_cluster(settings.namespace, settings.timeout_ms / 1000.0)
     except AsdError as error:

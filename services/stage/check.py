@@ -15,18 +15,21 @@ import yaml
 from pydantic import ValidationError
 
 from services.common.errors import AsdError, InvalidRequest
+from services.common.extras import needs
 from services.common.privacy import report_nothing
 from services.common.settings import explain
-from services.stage.conformance import (
-    CHECKS,
-    Outcome,
-    Suite,
-    a_model_can_be_unloaded_and_loaded_again,
-    run_check,
-    status_tells_what_is,
-)
 from services.stage.engines import make_engines
 from services.stage.settings import ModelSettings
+
+with needs("stage", "asd-engine"):
+    from services.stage.conformance import (
+        CHECKS,
+        Outcome,
+        Suite,
+        a_model_can_be_unloaded_and_loaded_again,
+        run_check,
+        status_tells_what_is,
+    )
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from services.common.errors import PreconditionFailed
+from services.common.extras import missing_of
 from services.stage.engine_settings import TensorrtLlmSettings, VllmSettings, most_at_a_time
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ def make_engines(model: ModelSettings, max_queue: int) -> dict[str, Engine]:
             return _vllm(model, max_queue)
         if model.engine == "tensorrt_llm":
             return {model.name: _tensorrt_llm(model, max_queue)}
+        # Some are imported where the model is loaded.
+        for name in missing_of("stage"):
+            raise ModuleNotFoundError(name=name)
         return {model.name: _onnx(model, max_queue)}
     except ModuleNotFoundError as error:
         extra = {"onnx": "stage", "vllm": "vllm", "tensorrt_llm": "tensorrt-llm"}[model.engine]

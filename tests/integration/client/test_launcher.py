@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import signal
 import socket
+import tempfile
 from pathlib import Path
 
 import psutil
@@ -14,12 +16,15 @@ import pytest
 
 from asd.v1 import cascade_pb2, cascade_pb2_grpc
 from services.client import launcher
-from services.client.cascade_file import Service
+from services.client.cascade_file import Service, read_cascade
 from services.client.client import CascadeClient
+from services.client.console import notes
 from services.client.launcher import Child, LaunchError, Reach, Supervisor
+from services.client.running import Signalled, running
 from services.client.values import Request
 from services.common.errors import Unavailable
 from services.common.server import ServiceRegistration, start_server
+from services.common.terminal import LiteralConsole
 from tests.integration.client.conftest import PROMPT, asd
 
 
@@ -125,7 +130,6 @@ async def test_a_service_that_cannot_start_shows_its_log_and_stops_the_others(se
         await supervisor.__aenter__()
     message = str(failed.value)
     assert message.startswith("small ended with code 1.")
-    assert str(tmp_path / "small.log") in message
     assert "model_type is 'gpt2'" in message
     assert not any(psutil.pid_exists(child.pid) for child in supervisor.children)
 
@@ -245,3 +249,47 @@ async def test_the_router_ends_before_the_stages_that_it_needs(services, tmp_pat
     await Supervisor(list(reversed(services.values())), tmp_path, say=print).__aexit__(None, None, None)
     assert happened[:2] == ["stop router", "router ended"]
     assert sorted(happened[2:]) == ["medium ended", "small ended", "stop medium", "stop small"]
+
+
+def test_a_start_that_fails_tells_why_and_leaves_nothing(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "gpt2"}')
+    file, temporary = tmp_path / "cascade.yaml", tmp_path / "temporary"
+    file.write_text("stages: [{name: tiny, path: model, cost: 1}]")
+    temporary.mkdir()
+    for command in (["up", "--port-base", str(launcher.free_ports(1).router)], ["demo"]):
+        result = asd(*command, "--cascade", str(file), TMPDIR=str(temporary))
+        assert result.returncode == 1
+        assert "model_type is 'gpt2'" in result.stderr
+        assert not list(temporary.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_a_signal_while_a_cascade_starts_leaves_nothing(cascade_file, tmp_path, monkeypatch, number):
+    async def start(supervisor: Supervisor) -> None:
+        assert list(tmp_path.iterdir())
+        os.kill(os.getpid(), number)
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Supervisor, "__aenter__", start)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(Signalled):
+        async with running(read_cascade(cascade_file), launcher.free_ports(2), notes()):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
+async def test_logs_of_a_process_that_ended_by_itself_are_kept_and_named(cascade_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    file = io.StringIO()
+    console = LiteralConsole(file=file, width=200)
+    async with running(
+        read_cascade(cascade_file), launcher.free_ports(2), console, only="router"
+    ) as supervisor:
+        os.kill(supervisor.children[0].pid, signal.SIGKILL)
+        async with asyncio.timeout(60):
+            while not supervisor.has_crashed:  # noqa: ASYNC110 - there is no event for it
+                await asyncio.sleep(0)
+    (directory,) = tmp_path.iterdir()
+    assert f"the logs are kept in {directory}" in file.getvalue()
+    assert (directory / "router.log").exists()

@@ -1,0 +1,62 @@
+"""What the base install leaves out, and which extra of pyproject.toml brings it."""
+
+from __future__ import annotations
+
+import importlib.util
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from services.common.errors import PreconditionFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+# Modules that what runs on an extra imports.
+EXTRAS = {
+    "stage": ("jinja2", "ml_dtypes", "numpy", "onnx", "onnxruntime", "onnxruntime_genai", "tokenizers"),
+    "vllm": ("jinja2", "numpy", "tokenizers", "vllm"),
+    "tensorrt-llm": ("jinja2", "numpy", "tokenizers"),
+    "hub": ("huggingface_hub",),
+    "policy": ("numpy", "onnxruntime"),
+    "kubernetes": ("kubernetes",),
+    "policy-train": ("numpy", "onnx", "onnxruntime", "pyarrow", "scipy", "sklearn", "tokenizers"),
+}
+
+
+def check_extras(extras: Iterable[str]) -> None:
+    """Raise PreconditionFailed, with what to install, where a module of these extras is missing."""
+    lacking = {extra: missing for extra in sorted(set(extras)) if (missing := missing_of(extra))}
+    if lacking:
+        modules = list(dict.fromkeys(name for names in lacking.values() for name in names))
+        raise PreconditionFailed(_sentence(modules, lacking))
+
+
+def explain_missing(error: ModuleNotFoundError, extra: str) -> PreconditionFailed:
+    """Return what to install for a module that is missing. Raises the error for a module of no extra."""
+    name = (error.name or "").partition(".")[0]
+    if name not in EXTRAS[extra]:
+        raise error
+    return PreconditionFailed(_sentence(missing_of(extra) or [name], [extra]))
+
+
+@contextmanager
+def needs(extra: str, program: str) -> Iterator[None]:
+    """End a program with a sentence where what it imports in the body is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"{program}: {explain_missing(error, extra).message}") from error
+
+
+def missing_of(extra: str) -> list[str]:
+    """Return the modules of an extra that are not installed."""
+    return [name for name in EXTRAS[extra] if importlib.util.find_spec(name) is None]
+
+
+def _sentence(modules: list[str], extras: Iterable[str]) -> str:
+    are = "is" if len(modules) == 1 else "are"
+    them = "it" if len(modules) == 1 else "them"
+    return (
+        f"{', '.join(modules)} {are} not installed: pip install '.[{','.join(extras)}]' in asd's directory "
+        f"brings {them}"
+    )
