@@ -32,6 +32,7 @@ from services.client.values import (
 from services.common.errors import BudgetSpent, InvalidRequest, NotFound, PreconditionFailed, Unavailable
 from services.common.server import ServiceRegistration, start_server
 from tests.integration.client.conftest import PROMPT, asd, count_weights
+from tests.unit.client.test_examples import python_in
 
 # Of no suite, so that the stages are apt to differ.
 UNUSUAL = "What is 12 plus 30?"
@@ -327,6 +328,13 @@ async def test_what_is_no_router_is_told_from_one_that_is_away(cascade):
 )
 def test_words_of_grpc_are_left_out(message, words):
     assert in_plain_words(message) == words
+
+
+def test_the_program_of_the_readme_runs(up):
+    (code,) = python_in(Path(__file__).parents[3] / "README.md")
+    code = code.replace("127.0.0.1:50050", up.target)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert " medium None " in result.stdout
 
 
 # The command.

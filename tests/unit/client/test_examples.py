@@ -1,7 +1,8 @@
-"""The cascades of docs/examples can be loaded by the services that they are for."""
+"""What documentation shows works: the cascades of docs/examples, and programs in Python."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,22 @@ from services.client.cascade_file import CascadeFile, Ports, services_of
 from services.router.settings import RouterSettings
 from services.stage.settings import StageSettings
 
-EXAMPLES = sorted((Path(__file__).parents[3] / "docs" / "examples").glob("*.yaml"))
+ROOT = Path(__file__).parents[3]
+EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.yaml"))
+TEXTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("[!.]*/**/*.md")])
+
+
+def python_in(text: Path) -> list[str]:
+    """Return the examples in Python of a text."""
+    return re.findall(r"^```python\n(.*?)^```$", text.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_examples_in_python_are_programs() -> None:
+    examples = {text: python_in(text) for text in TEXTS}
+    assert examples[ROOT / "README.md"]
+    for text, codes in examples.items():
+        for code in codes:
+            compile(code, str(text), "exec")
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
