@@ -15,10 +15,10 @@ from policy_service.train import lifecycle
 from policy_service.train.console import number_table, result_console
 from policy_service.train.costs import EMBEDDED, UnfitCosts
 from policy_service.train.faults import UnfitOutcomes, say_why
-from services.client.connecting import Connection, encrypted
+from services.client.connecting import Connection, encrypted, in_tls_options
 from services.common.extras import missing_of
 from services.common.privacy import report_nothing
-from services.common.terminal import LiteralConsole, write_any_character
+from services.common.terminal import LiteralConsole, prepare_streams
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -410,7 +410,7 @@ def main() -> None:
     from services.common.errors import AsdError
     from services.common.settings import SettingsError
 
-    write_any_character()
+    prepare_streams()
     try:
         app()
     except (UnfitCosts, UnfitOutcomes, AsdError, SettingsError, OSError) as error:
@@ -428,7 +428,7 @@ def _fail(error: Exception) -> NoReturn:
     from services.common.errors import InvalidRequest, NotFound
     from services.common.settings import SettingsError
 
-    message = str(error)
+    message = in_tls_options(str(error))
     if isinstance(error, OSError) and error.filename and error.strerror:
         message = f"{error.filename}: {say_why(error)}"
     _say(f"asd-policy: {message}", "red")

@@ -20,9 +20,9 @@ def main() -> None:
     report_nothing()
 
     from services.client.commands import app
-    from services.common.terminal import write_any_character
+    from services.common.terminal import prepare_streams
 
-    write_any_character()
+    prepare_streams()
     app()
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from contextlib import aclosing, suppress
 from dataclasses import asdict
@@ -20,7 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from services.client.arguments import ASK_OPTIONS, CheckedCommand, in_options, option_of
-from services.client.connecting import Connection, connected, encrypted
+from services.client.connecting import Connection, connected, encrypted, in_tls_options
 from services.client.interrupts import INTERRUPTED, Unwinding
 from services.common.addresses import check_target, neighbour
 from services.common.terminal import escape_unseen, literal, visible
@@ -841,9 +840,10 @@ def _json_error(code: str, message: str, field: str) -> dict[str, Any]:
 
 
 def _explain(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {(error.strerror or str(error)).lower()}"
-    return str(error)
+    if isinstance(error, OSError):
+        reason = (error.strerror or str(error)).lower()
+        return f"{error.filename}: {reason}" if error.filename else reason
+    return in_tls_options(str(error))
 
 
 def _is_typed(context: typer.Context, name: str) -> bool:
@@ -864,12 +864,17 @@ def _read_prompt(prompt: str | None) -> str:
         raise missing
     try:
         # No more than could be asked, however much comes.
-        text = sys.stdin.read(MAX_REQUEST_BYTES + 2).removesuffix("\n")
+        text = sys.stdin.read(MAX_REQUEST_BYTES + 1)
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"standard input is not {error.encoding} text", field="prompt") from error
+    if len(text) > MAX_REQUEST_BYTES:
+        raise InvalidRequest(
+            f"prompt is too long: {MAX_REQUEST_BYTES:,} bytes are the most that a request may have",
+            field="prompt",
+        )
     if prompt is None and not text:
         raise missing
-    return text
+    return text.removesuffix("\n")
 
 
 def _read_answer(file: Path) -> Answer:
@@ -885,7 +890,9 @@ def _read_answer(file: Path) -> Answer:
         problem = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in problem["loc"])
         raise InvalidRequest(
-            f"{file} is not what `asd ask --json` writes: {problem['msg']}", field=field
+            f"{'standard input' if file == Path('-') else file} is not what `asd ask --json` writes: "
+            f"{problem['msg']}",
+            field=field,
         ) from error
 
 
@@ -894,8 +901,17 @@ def _check_file(file: Path) -> None:
     folder = file.absolute().parent
     if not folder.is_dir():
         raise typer.BadParameter(f"--json: {folder} is not a directory")
-    if not os.access(file if file.exists() else folder, os.W_OK):
-        raise typer.BadParameter(f"--json: {file} cannot be written")
+    is_new = not file.exists()
+    # Opening a pipe would wait for its reader.
+    if is_new or file.is_file():
+        try:
+            file.open("ab").close()
+        except OSError as error:
+            raise typer.BadParameter(
+                f"--json: {file} cannot be written: {(error.strerror or str(error)).lower()}"
+            ) from error
+        if is_new:
+            file.unlink()
 
 
 def _write_file(file: Path, text: str) -> None:

@@ -77,6 +77,17 @@ _TOKEN_OPTIONS = {
 }
 
 
+# As TLS calls its files, and as they were typed.
+_TLS_FILES = {"tls.ca_file": "--tls-ca", "tls.cert_file": "--tls-cert", "tls.key_file": "--tls-key"}
+
+
+def in_tls_options(message: str) -> str:
+    """Return a message about files for TLS in terms of the options that were typed."""
+    for name, option in _TLS_FILES.items():
+        message = message.replace(name, option)
+    return message
+
+
 @dataclass(frozen=True)
 class Connection:
     """How a service is called. Files are read when it is used."""

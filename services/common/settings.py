@@ -84,10 +84,19 @@ class ServiceSettings(BaseSettings):
         except Exception as error:
             # pydantic-settings raises its own error where a variable's JSON does not parse.
             if type(error).__name__ == "SettingsError":
-                raise SettingsError(str(error)) from error
+                raise SettingsError(cls._explain_variable(error)) from error
             raise
         finally:
             _loaded_file.reset(token)
+
+    @classmethod
+    def _explain_variable(cls, error: Exception) -> str:
+        """Return what is wrong with a variable, by its name: pydantic-settings names the field."""
+        field = re.search(r'field "(\w+)"', str(error))
+        if field is None:
+            return str(error)
+        variable = f"{cls.model_config.get('env_prefix') or ''}{field[1]}".upper()
+        return f"{variable} is not JSON, as lists and mappings in variables are: {error.__cause__}"
 
     @classmethod
     def from_arguments(cls, arguments: Sequence[str] | None = None) -> Self:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import codecs
 import io
+import os
 import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -72,12 +74,17 @@ class LiteralConsole(Console):
         return super().render_str(visible(text), **options)
 
 
-def write_any_character() -> None:
-    """Let standard output and standard error show characters that their encoding lacks, instead of failing.
+def prepare_streams() -> None:
+    """Make the standard streams fit for any text, and for use where they are closed (`asd up >&-`).
 
-    Arrows and dashes get their likeness in ASCII; others are written as in Python's strings: `\\xe9`.
+    Characters that the encoding of an output lacks are shown instead of ending the program: arrows and dashes
+    by their likeness in ASCII, others as in Python's strings: `\\xe9`.
     """
     codecs.register_error(_ERRORS, _show_missing)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # For as long as the program runs.
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=_ERRORS)

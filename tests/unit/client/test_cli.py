@@ -104,6 +104,13 @@ def test_wrong_usage_ends_with_2_and_names_what_is_wrong(arguments, words):
         assert word in result.output
 
 
+@pytest.mark.parametrize(("option", "others"), [("--tls-ca", []), ("--tls-cert", ["--tls-key", "/no/key"])])
+def test_a_file_for_tls_that_is_not_there_is_named_by_its_option(option, others):
+    result = _RUNNER.invoke(app, ["describe", option, "/no/such", *others])
+    assert result.exit_code == 1
+    assert f"{option} /no/such cannot be read" in result.stderr
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"request_id": 5}', "what?"])
 def test_a_report_on_what_is_no_answer_is_refused(text):
     result = _RUNNER.invoke(app, ["report", "-", "--wrong"], input=text)
@@ -412,12 +419,22 @@ def test_a_demo_asks_the_cascade_of_the_variable(monkeypatch, options, variables
 
 
 def test_a_demo_refuses_a_file_that_cannot_be_written_before_it_asks(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    (tmp_path / "file").write_text("")
+    given = ["demo", "--cascade", "/no/such.yaml", "--json"]
+    assert _RUNNER.invoke(app, [*given, str(tmp_path / "file")]).exit_code == 2
+    assert _RUNNER.invoke(app, [*given, str(tmp_path / "demo.json")]).exit_code == 2
+    # What is tried leaves nothing.
+    assert not (tmp_path / "demo.json").exists()
+
+    def refuse(self, *_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(commands.Path, "open", refuse)
     result = _RUNNER.invoke(
         app, ["demo", "--json", str(tmp_path / "demo.json"), "--cascade", "/no/such.yaml"]
     )
     assert result.exit_code == 2
-    assert "cannot be written" in result.stderr
+    assert "cannot be written: permission denied" in result.stderr
     assert "/no/such.yaml" not in result.stderr
 
 

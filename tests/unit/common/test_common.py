@@ -98,6 +98,13 @@ def test_variables_win_over_the_file(tmp_path, monkeypatch):
     assert (loaded.listen, loaded.inner.target, loaded.names) == ("variable", "variable", ("a", "b"))
 
 
+@pytest.mark.parametrize("text", ["[", "a,b"])
+def test_a_variable_that_is_no_json_is_named(monkeypatch, text):
+    monkeypatch.setenv("ASD_SAMPLE_NAMES", text)
+    with pytest.raises(SettingsError, match=r"^ASD_SAMPLE_NAMES is not JSON"):
+        Sample.load(None)
+
+
 def test_unknown_names_are_refused(tmp_path, monkeypatch):
     file = tmp_path / "config.yaml"
     file.write_text("inner: {tarket: x}\n")

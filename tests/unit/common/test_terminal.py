@@ -79,7 +79,7 @@ def test_a_console_takes_no_text_for_markup_or_control():
 )
 def test_characters_that_an_encoding_lacks_are_shown(encoding, written):
     code = (
-        "import sys; from services.common.terminal import write_any_character as w; w();"
+        "import sys; from services.common.terminal import prepare_streams as w; w();"
         "[print('é → 😀 ·', file=f) for f in (sys.stdout, sys.stderr)]"
     )
     result = subprocess.run(
@@ -89,3 +89,12 @@ def test_characters_that_an_encoding_lacks_are_shown(encoding, written):
         check=True,
     )
     assert result.stdout.rstrip() == result.stderr.rstrip() == written
+
+
+def test_streams_that_are_closed_end_no_program():
+    code = (
+        "import sys; sys.stdin = sys.stdout = sys.stderr = None;"
+        "from services.common.terminal import prepare_streams as p; p(); print(sys.stdin.read())"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert (result.stdout, result.stderr) == (b"", b"")
