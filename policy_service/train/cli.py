@@ -15,6 +15,7 @@ from policy_service.train import lifecycle
 from policy_service.train.console import number_table, result_console
 from policy_service.train.costs import EMBEDDED, UnfitCosts
 from policy_service.train.faults import UnfitOutcomes, say_why
+from services.client.arguments import CheckedCommand
 from services.client.connecting import Connection, encrypted, in_tls_options
 from services.common.extras import missing_of
 from services.common.privacy import report_nothing
@@ -78,7 +79,7 @@ def _asd_policy(
     pass
 
 
-@app.command()
+@app.command(cls=CheckedCommand)
 def fit(
     train: Outcomes,
     calibration: Annotated[Path, typer.Argument(help="Outcomes of other prompts, to calibrate on.")],
@@ -121,7 +122,7 @@ def fit(
     console.print(f"policy {document.policy_version} is in {output}", soft_wrap=True, markup=False)
 
 
-@app.command()
+@app.command(cls=CheckedCommand)
 def evaluate(
     outcomes: Annotated[
         Path | None, typer.Argument(help="Outcomes (Parquet), as `collect` writes them.", show_default=False)
@@ -204,7 +205,7 @@ def evaluate(
     console.print(_predictions_table(evaluation.predictions))
 
 
-@app.command()
+@app.command(cls=CheckedCommand)
 def price(
     artifact: Annotated[
         Path, typer.Option(help="Directory of a policy or a store.", show_default="the embedded family's")
@@ -239,7 +240,7 @@ def price(
     typer.echo(f"{value:.4g}")
 
 
-@app.command()
+@app.command(cls=CheckedCommand)
 def compare(
     train: Outcomes,
     held_out: Annotated[Path, typer.Argument(help="Outcomes of other prompts, to judge on.")],
@@ -273,7 +274,7 @@ def compare(
     console.print(table)
 
 
-@app.command()
+@app.command(cls=CheckedCommand)
 @encrypted
 def collect(
     output: Annotated[Path, typer.Argument(help="File to write, or to go on with (Parquet).")],

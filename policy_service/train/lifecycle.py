@@ -13,6 +13,7 @@ import typer
 
 from policy_service.train.console import number_table, result_console, warn
 from policy_service.train.faults import UnfitOutcomes
+from services.client.arguments import CheckedCommand
 from services.common.errors import NotFound, PreconditionFailed
 from services.common.extras import missing_of
 
@@ -34,7 +35,7 @@ Reports = Annotated[list[Path], typer.Argument(help="Files of reports, as policy
 def register(app: typer.Typer) -> None:
     """Add the commands to an app."""
     for command in (versions, publish, rollback, refit, drift, shadow):
-        app.command()(command)
+        app.command(cls=CheckedCommand)(command)
 
 
 def versions(store: Store) -> None:

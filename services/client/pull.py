@@ -30,6 +30,7 @@ from services.common.errors import (
 )
 from services.common.extras import explain_missing
 from services.common.privacy import report_nothing
+from services.common.terminal import visible
 from services.stage.checkpoint import check_architecture, read_config
 
 if TYPE_CHECKING:
@@ -298,6 +299,12 @@ def _choose(model: str, siblings: Any) -> list[_File]:
         if _WANTED.fullmatch(each.rfilename)
     ]
     names = {file.name for file in files}
+    for name in sorted(names):
+        # The hub's library shows them on the terminal.
+        if not name.isprintable():
+            raise PreconditionFailed(
+                f"{model} has a file with control characters in its name: {visible(name)}"
+            )
     if "config.json" not in names:
         raise PreconditionFailed(f"{model} has no config.json: it is not a model in Hugging Face's form")
     if not any(name.endswith(".safetensors") for name in names):

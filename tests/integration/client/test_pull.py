@@ -300,6 +300,13 @@ def test_a_model_without_safetensors_is_refused(hub: Hub, tmp_path: Path) -> Non
         _pull(hub, tmp_path)
 
 
+def test_a_file_whose_name_a_terminal_would_execute_is_refused(hub: Hub, tmp_path: Path) -> None:
+    hub.files["\x1b]0;title\x07.safetensors"] = b""
+    with pytest.raises(PreconditionFailed, match=r"name: \\x1b\]0;title\\x07\.safetensors$"):
+        _pull(hub, tmp_path)
+    assert hub.sent == []
+
+
 def test_a_name_that_is_none_is_refused_without_a_call(hub: Hub, tmp_path: Path) -> None:
     for name in ("small", "../../etc/passwd", "owner/../x", "../small", "owner/..", "./small", ""):
         with pytest.raises(InvalidRequest, match="is not OWNER/NAME"):

@@ -240,3 +240,19 @@ def test_by_default_as_many_prompts_are_under_way_as_have_replicas_of_their_own(
     assert result.exit_code == 0
     assert [each.concurrency for each in asked] == [expected]
     assert asked[0].targets == {"small": ("a:1", "b:1", "c:1"), "large": ("d:1", "e:1")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["collect", "o.parquet", "--stage", ""], "--stage"),
+        (["evaluate", "o.parquet", "--ladder="], "--ladder"),
+        (["rollback", "store", "--to", ""], "--to"),
+        (["versions", ""], "store"),
+        (["rollback", "store", "--to", "\udcff"], "--to"),
+    ],
+)
+def test_a_text_that_is_empty_or_no_text_is_refused_by_its_option(arguments, named):
+    result = _RUNNER.invoke(app, arguments, env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert f"'{named}'" in result.stderr.lower()
