@@ -65,7 +65,7 @@ def read_checkpoint(directory: Path) -> Checkpoint:
         architecture=architecture,
         vocabulary=vocabulary,
         context=context,
-        eos_ids=_eos_ids(directory, config, path),
+        eos_ids=read_eos_ids(directory, config, vocabulary),
         parameters=parameters,
         weight_bytes=weights or 2 * parameters,
         kv_values_per_token=2 * layers * kv_heads * head,
@@ -95,13 +95,29 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _eos_ids(directory: Path, config: dict[str, Any], path: Path) -> tuple[int, ...]:
-    """Return what ends an answer, of both files: chat models name their end of turn in the second alone."""
+def read_eos_ids(directory: Path, config: dict[str, Any], vocabulary: int) -> tuple[int, ...]:
+    """Return the tokens that end an answer: those of config.json, then more of generation_config.json.
+
+    Either file may name one or several, or none (missing, null, or an empty list): chat models name their end
+    of turn in the second alone. Where both name none, the tokenizer's own end token is not taken instead: a
+    model that was trained to end its turns with another one would never end them.
+    config: the content of config.json. vocabulary: size in tokens. Raises PreconditionFailed where no file
+    names one, and for what is no id of the vocabulary.
+    """
     ids: list[int] = []
     file = directory / "generation_config.json"
-    for source in (config, read_config(file) if file.exists() else {}):
-        named = source.get("eos_token_id")
-        ids += named if isinstance(named, list) else [] if named is None else [named]
+    path = directory / "config.json"
+    for source, content in ((path, config), (file, read_config(file) if file.exists() else {})):
+        named = content.get("eos_token_id")
+        for each in named if isinstance(named, list) else [] if named is None else [named]:
+            if not isinstance(each, int) or isinstance(each, bool) or not 0 <= each < vocabulary:
+                raise PreconditionFailed(
+                    f"{source}: eos_token_id is {named!r}; it must be an id of the vocabulary, "
+                    f"0 to {vocabulary - 1}, or a list of such"
+                )
+            ids.append(each)
     if not ids:
-        raise PreconditionFailed(f"{path}: eos_token_id is missing: nothing would end an answer")
+        raise PreconditionFailed(
+            f"{path}: eos_token_id is missing, and {file.name} names none either: nothing would end an answer"
+        )
     return tuple(dict.fromkeys(ids))

@@ -41,8 +41,9 @@ from services.stage.engine import (
     SamplingOptions,
     Turn,
 )
+from services.stage.llama_config import read_shape
 from services.stage.onnx_binding import load_binding, remember_array_formats
-from services.stage.onnx_export import prepare, read_shape
+from services.stage.onnx_export import prepare
 from services.stage.onnx_lanes import BatchLane, CachedSequence, GenerateLane, SoloLane, VerifyLane, Work
 from services.stage.reading import RequestReader
 from services.stage.tokenizer import ChatTokenizer

@@ -10,10 +10,10 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import shutil
 import struct
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +22,15 @@ import numpy as np
 import numpy.typing as npt
 
 from services.common.errors import PreconditionFailed
+from services.stage.llama_config import LlamaShape, read_shape
+from services.stage.rope import rope_tables
 
 if TYPE_CHECKING:
     import onnx
 
-# Part of the cache key: raise it when the graph changes.
-_FORMAT = 1
+# Part of the cache key: raise it when what is derived from the same model changes, or stages would go on with
+# what an earlier version derived. tests/unit/stage/test_onnx_export.py notices.
+FORMAT = 2
 _DTYPES: dict[str, np.dtype[np.generic]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
@@ -36,83 +39,10 @@ _DTYPES: dict[str, np.dtype[np.generic]] = {
 # protobuf's limit is 2 GiB; larger weights go to a file beside the graph.
 _LARGEST_INLINE_BYTES = 1_500_000_000
 
+# Weights that follow from config.json: earlier transformers saved RoPE's frequencies.
+_IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
 Weights = dict[str, npt.NDArray[np.float32]]
-
-
-@dataclass(frozen=True, slots=True)
-class LlamaShape:
-    """The shape of a Llama model, from its config.json."""
-
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocabulary: int
-    context: int
-    norm_epsilon: float
-    rope_theta: float
-    is_tied: bool
-    eos_ids: tuple[int, ...]
-    pad_id: int
-
-    @property
-    def parameters(self) -> int:
-        """Number of weights."""
-        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        block = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
-        embeddings = self.vocabulary * self.hidden * (1 if self.is_tied else 2)
-        return self.layers * block + embeddings + self.hidden
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of keys and values of one token, in float32."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * 4
-
-
-def read_shape(directory: Path) -> LlamaShape:
-    """Read config.json.
-
-    Raises PreconditionFailed if it is missing, is not JSON, or describes a model that this export cannot run.
-    """
-    path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise PreconditionFailed(f"{path} is missing: name a Hugging Face model directory") from error
-    except ValueError as error:
-        raise PreconditionFailed(f"{path} is not JSON: {error}") from error
-    for key, wanted in (("model_type", "llama"), ("hidden_act", "silu")):
-        if config.get(key) != wanted:
-            raise PreconditionFailed(
-                f"{path}: {key} is {config.get(key)!r}; the onnx engine runs {wanted!r} only"
-            )
-    for key in ("rope_scaling", "attention_bias", "mlp_bias"):
-        if config.get(key):
-            raise PreconditionFailed(f"{path}: {key} is set; the onnx engine does not support it")
-    try:
-        eos = config["eos_token_id"]
-        eos_ids = tuple(eos) if isinstance(eos, list) else (int(eos),)
-        rope = config.get("rope_parameters") or config
-        pad_id = config.get("pad_token_id")
-        return LlamaShape(
-            hidden=config["hidden_size"],
-            layers=config["num_hidden_layers"],
-            heads=config["num_attention_heads"],
-            kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-            head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
-            intermediate=config["intermediate_size"],
-            vocabulary=config["vocab_size"],
-            context=config["max_position_embeddings"],
-            norm_epsilon=config["rms_norm_eps"],
-            rope_theta=rope.get("rope_theta", 10000.0),
-            is_tied=bool(config.get("tie_word_embeddings", False)),
-            eos_ids=eos_ids,
-            pad_id=eos_ids[0] if pad_id is None else pad_id,
-        )
-    except (KeyError, TypeError) as error:
-        raise PreconditionFailed(f"{path}: {error} is missing or of the wrong type") from error
 
 
 def prepare(directory: Path, cache: Path | None = None) -> Path:
@@ -124,8 +54,9 @@ def prepare(directory: Path, cache: Path | None = None) -> Path:
     directory = directory.resolve()
     shape = read_shape(directory)
     files = _weight_files(directory)
-    digest = hashlib.sha256(f"{_FORMAT}".encode())
-    for path in (directory / "config.json", *files):
+    # The shape holds all that is taken from config.json and generation_config.json.
+    digest = hashlib.sha256(f"{FORMAT} {shape}".encode())
+    for path in files:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     target = (cache or default_cache()) / "onnx" / digest.hexdigest()[:32]
@@ -180,6 +111,7 @@ class _GraphBuilder:
         self._onnx = onnx
         self._shape = shape
         self._weights = weights
+        self._used: set[str] = set()
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
         self.inputs: list[onnx.ValueInfoProto] = []
@@ -191,10 +123,8 @@ class _GraphBuilder:
         self._declare(self.inputs, "attention_mask", types.INT64, ["b", "t"])
         self._declare(self.outputs, "logits", types.FLOAT, ["b", "s", s.vocabulary])
         self._sequence_lengths()
-        frequencies = s.rope_theta ** (-np.arange(0, s.head_dim, 2) / s.head_dim)
-        angles = np.outer(np.arange(s.context), frequencies)
-        self._constant("cos", np.cos(angles).astype(np.float32))
-        self._constant("sin", np.sin(angles).astype(np.float32))
+        for name, table in zip(("cos", "sin"), rope_tables(s.rope, s.head_dim, s.context), strict=True):
+            self._constant(name, table)
         embeddings = self._weight("model.embed_tokens.weight", s.vocabulary, s.hidden)
         self._constant("embeddings", embeddings)
         self._node("Gather", ["embeddings", "input_ids"], ["x0"])
@@ -205,6 +135,24 @@ class _GraphBuilder:
         head = embeddings if s.is_tied else self._weight("lm_head.weight", s.vocabulary, s.hidden)
         self._constant("head", head.T)
         self._node("MatMul", [f"h{s.layers}", "head"], ["logits"])
+        self._check_unused()
+
+    def _check_unused(self) -> None:
+        """Refuse weights that the graph leaves out: biases or norms that config.json does not name."""
+        unused = [name for name in self._weights if name not in self._used and not _IGNORED.fullmatch(name)]
+        if self._shape.is_tied and "lm_head.weight" in unused:
+            embeddings = self._weights["model.embed_tokens.weight"]
+            if not np.array_equal(self._weights["lm_head.weight"], embeddings):
+                raise PreconditionFailed(
+                    "lm_head.weight is not the embeddings, though config.json says tie_word_embeddings: "
+                    "set it to false, or remove the weight"
+                )
+            unused.remove("lm_head.weight")
+        if unused:
+            raise PreconditionFailed(
+                f"the weights hold {unused[0]} ({len(unused)} such), which the onnx engine does not use: "
+                "serve the model with another engine"
+            )
 
     def _sequence_lengths(self) -> None:
         """Derive what GroupQueryAttention wants: each row's last place, and the longest row's length."""
@@ -312,6 +260,7 @@ class _GraphBuilder:
             raise PreconditionFailed(
                 f"{name} has shape {self._weights[name].shape}; config.json says {shape}"
             )
+        self._used.add(name)
         return self._weights[name]
 
 
