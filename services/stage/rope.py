@@ -124,12 +124,14 @@ def rope_tables(
 
 def frequencies(rope: Rope, head_dim: int) -> npt.NDArray[np.float64]:
     """Return the angle per position of each pair of dimensions, in radians, float64 [head_dim / 2]."""
-    plain: npt.NDArray[np.float64] = rope.theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    exponents = -np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+    plain: npt.NDArray[np.float64] = rope.theta**exponents
     if rope.kind == "default":
         return plain
     scaled: npt.NDArray[np.float64] = plain / rope.factor
     if rope.kind == "linear":
         return scaled
+    kept: npt.NDArray[np.floating[Any]]
     if rope.kind == "llama3":
         # How often a pair turns within the original context says which share of it is left as it is.
         turns = rope.original_context * plain / (2 * math.pi)

@@ -43,6 +43,7 @@ from services.stage.engine import (
     Turn,
     VerificationResult,
 )
+from services.stage.probe import ANSWER_TOKENS, probe, probe_prompts
 from services.stage.reading import RequestReader
 from services.stage.rows import row_signals
 from services.stage.tokenizer import ChatTokenizer
@@ -50,6 +51,8 @@ from services.stage.tokenizer import ChatTokenizer
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Sequence
     from pathlib import Path
+
+    import numpy.typing as npt
 
     from services.stage.backend import Backend, Scores
     from services.stage.checkpoint import Checkpoint
@@ -297,6 +300,7 @@ class ScoringEngine:
                 if has_failed:
                     await self._backend.close()
                 await self._backend.start()
+                await self._probe()
             except BaseException as error:
                 self._state, self._error = ModelState.FAILED, str(error) or type(error).__name__
                 if isinstance(error, AsdError) or not isinstance(error, Exception):
@@ -304,6 +308,30 @@ class ScoringEngine:
                 logger.error("model %s cannot be loaded", self._name, exc_info=error)
                 raise PreconditionFailed(f"model {self._name} cannot be loaded: {error}") from error
             self._state, self._error = ModelState.READY, ""
+
+    async def _probe(self) -> None:
+        """Have the library answer, and score, before the model counts as loaded."""
+        prompts = probe_prompts(self._tokenizer, self._checkpoint.vocabulary, self._options.context)
+        try:
+            await probe(self._name, prompts, self._answer_probe)
+        except BaseException:
+            # It would keep the device's memory.
+            await self._backend.close()
+            raise
+
+    async def _answer_probe(self, prompts: Sequence[list[int]]) -> npt.NDArray[np.floating]:
+        """Return log-probabilities of what the library writes after prompts, together if it may."""
+
+        async def write(ids: list[int]) -> list[float]:
+            request = TokenRequest(ANSWER_TOKENS)
+            async with self._slots, aclosing(self._backend.generate(ids, request)) as pieces:
+                return [row.logprob async for piece in pieces for row in piece.rows]
+
+        written = await asyncio.gather(*map(write, prompts))
+        known = prompts[-1]
+        scores = await self._backend.score([*known, known[0]], len(known), "")
+        rows = [*scores.rows, scores.following]
+        return np.array([*(value for each in written for value in each), *(row.logprob for row in rows)])
 
     async def unload(self) -> None:
         """Free the model. Raises ResourceExhausted while calls are under way, those of its adapters too."""

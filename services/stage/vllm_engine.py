@@ -18,7 +18,7 @@ import logging
 import os
 import secrets
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from services.common.errors import AsdError, InvalidRequest, PreconditionFailed
@@ -84,6 +84,10 @@ class VllmOptions:
 def make_engine(name: str, directory: Path, options: VllmOptions) -> ScoringEngine:
     """Return the engine of a model; vLLM itself is imported when the model is loaded."""
     checkpoint = read_checkpoint(directory)
+    context = min(checkpoint.context, options.max_model_len or checkpoint.context)
+    if options.max_model_len is not None:
+        # vLLM refuses more than the model has.
+        options = replace(options, max_model_len=context)
     return ScoringEngine(
         "vllm",
         name,
@@ -93,7 +97,7 @@ def make_engine(name: str, directory: Path, options: VllmOptions) -> ScoringEngi
         ScoringOptions(
             max_batch=options.max_batch,
             max_queue=options.max_queue,
-            context=min(checkpoint.context, options.max_model_len or checkpoint.context),
+            context=context,
             default_max_new_tokens=options.default_max_new_tokens,
             resync=options.resync,
             kv_bytes=4 if options.dtype == "float32" else 2,

@@ -47,6 +47,11 @@ class FakeTensorrtLlm:
 _library = FakeTensorrtLlm("1.3")
 
 
+def forget_probe() -> None:
+    """Forget what the newest engine was asked while it was loaded."""
+    _library.engines[-1].requests.clear()
+
+
 def _check(name: str, given: dict[str, Any], error: type[Exception]) -> None:
     for key in given:
         if key not in SIGNATURES[_library.line][name]["fields"]:

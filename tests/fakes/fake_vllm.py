@@ -158,6 +158,11 @@ class FakeVllm:
 _library = FakeVllm()
 
 
+def forget_probe() -> None:
+    """Forget what the newest engine was asked while it was loaded."""
+    _library.engines[-1].prompts.clear()
+
+
 class AsyncLLM:
     """vLLM's engine. loads: how often weights were read."""
 

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import itertools
 import json
+import math
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,12 +36,14 @@ LONG = Turn("user", "Tell me of " + "Ardia and of Statnor and " * 12)
 async def _vllm(**options: Any) -> Any:
     engine = vllm_engine.make_engine("small", SMALL, VllmOptions(**options))
     await engine.load()
+    fake_vllm.forget_probe()
     return engine
 
 
 async def _tensorrt_llm(**options: Any) -> Any:
     engine = tensorrt_llm_engine.make_engine("small", SMALL, TensorrtLlmOptions(**options))
     await engine.load()
+    fake_tensorrt_llm.forget_probe()
     return engine
 
 
@@ -388,6 +391,55 @@ async def test_a_dead_engine_is_loaded_anew_by_the_next_load(monkeypatch: pytest
     await engine.load()
     assert (await _ask(engine, LONG)).result.ids == before.result.ids
     assert len(library.engines) == 2
+
+
+@pytest.mark.parametrize("fake", [fake_vllm, fake_tensorrt_llm])
+async def test_a_library_that_computes_nonsense_is_not_loaded(
+    monkeypatch: pytest.MonkeyPatch, fake: Any
+) -> None:
+    library = fake.install(monkeypatch)
+    make = vllm_engine.make_engine if fake is fake_vllm else tensorrt_llm_engine.make_engine
+    options: Any = VllmOptions() if fake is fake_vllm else TensorrtLlmOptions()
+    engine = make("small", SMALL, options)
+    sound = fake.likeliest
+    monkeypatch.setattr(fake, "likeliest", lambda *given: [(t, math.nan, r) for t, _, r in sound(*given)])
+    with pytest.raises(PreconditionFailed, match="small computes numbers that are not finite, alone"):
+        await engine.load()
+    assert engine.status().state is ModelState.FAILED
+    assert library.engines[0].is_shut
+    monkeypatch.setattr(fake, "likeliest", sound)
+    await engine.load()
+    status = engine.status()
+    assert (status.state, status.completed, status.cancelled) == (ModelState.READY, 0, 0)
+
+
+async def test_a_library_that_refuses_the_probe_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_vllm.install(monkeypatch)
+    monkeypatch.setattr(fake_vllm.AsyncLLM, "_check", _refuse_batches())
+    engine = vllm_engine.make_engine("small", SMALL, VllmOptions())
+    with pytest.raises(PreconditionFailed, match=r"small cannot answer in a batch: .*one at a time"):
+        await engine.load()
+    await vllm_engine.make_engine("small", SMALL, VllmOptions(max_batch=1)).load()
+
+
+def _refuse_batches() -> Callable[..., None]:
+    def check(llm: Any, *_: Any) -> None:
+        if llm.running:
+            raise ValueError("one at a time")
+
+    return check
+
+
+@pytest.mark.parametrize(("given", "served"), [(None, 512), (256, 256), (4096, 512)])
+async def test_the_served_context_is_the_smaller_of_the_settings_and_the_models(
+    monkeypatch: pytest.MonkeyPatch, given: int | None, served: int
+) -> None:
+    library = fake_vllm.install(monkeypatch)
+    engine = await _vllm(max_model_len=given)
+    assert engine.status().context_length == served
+    assert library.engines[0].args.max_model_len == (given and served)
+    fake_tensorrt_llm.install(monkeypatch, "1.3")
+    assert (await _tensorrt_llm(max_model_len=given)).status().context_length == served
 
 
 async def test_what_the_library_refuses_is_the_callers_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
