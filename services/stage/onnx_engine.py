@@ -8,7 +8,8 @@ What it gains depends on the model (benchmarks.service batching): on two cores, 
 library's Engine gives tokens without log-probabilities, in static batches of four.
 
 Prefix reuse. A request alone in its lane takes a generator from a small pool, rolled back to the longest
-prefix that it shares with what the generator holds; its tokens are therefore computed once per conversation.
+prefix that it shares with what the generator holds; its tokens are therefore computed once per conversation,
+and once more whenever it outgrows the generator's cache.
 """
 
 from __future__ import annotations
@@ -45,12 +46,16 @@ from services.stage.llama_config import read_shape
 from services.stage.onnx_binding import load_binding, remember_array_formats
 from services.stage.onnx_export import prepare
 from services.stage.onnx_lanes import BatchLane, CachedSequence, GenerateLane, SoloLane, VerifyLane, Work
+from services.stage.onnx_memory import pass_tokens, places_for, weight_bytes
+from services.stage.probe import ANSWER_TOKENS, probe, probe_prompts
 from services.stage.reading import RequestReader
 from services.stage.tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Sequence
     from pathlib import Path
+
+    import numpy.typing as npt
 
 logger = logging.getLogger(__name__)
 
@@ -69,14 +74,15 @@ class OnnxOptions:
     """How a model is run.
 
     threads: of the operators. max_batch: requests of one lane. max_lanes: lanes at a time. cached_sequences:
-    generators kept for prefix reuse. max_queue: requests that may wait. resync: whether parts of a draft are
-    proposed again after a correction.
+    generators kept for prefix reuse. max_model_len: tokens of prompt and answer at most; None: the model's.
+    max_queue: requests that may wait. resync: whether parts of a draft are proposed again after a correction.
     """
 
     threads: int = 1
     max_batch: int = 8
     max_lanes: int = 4
     cached_sequences: int = 4
+    max_model_len: int | None = None
     max_queue: int = 256
     default_max_new_tokens: int = 160
     resync: bool = True
@@ -95,9 +101,11 @@ class OnnxEngine:
         self._directory = directory
         self._options = options
         self._shape = read_shape(directory)
+        self._context = min(self._shape.context, options.max_model_len or self._shape.context)
+        self._pass_tokens = pass_tokens(self._shape)
         self._tokenizer = ChatTokenizer(directory)
         self._reader = RequestReader(
-            name, self._tokenizer, self._shape.context, self._shape.vocabulary, self._shape.eos_ids
+            name, self._tokenizer, self._context, self._shape.vocabulary, self._shape.eos_ids
         )
         self._state = ModelState.UNLOADED
         self._error = ""
@@ -120,7 +128,10 @@ class OnnxEngine:
             self._state = ModelState.LOADING
             try:
                 self._model = await asyncio.to_thread(self._open)
+                prompts = probe_prompts(self._tokenizer, self._shape.vocabulary, self._context)
+                await probe(self._name, prompts, lambda batch: asyncio.to_thread(self._answer_probe, batch))
             except Exception as error:
+                self._model = None
                 self._state, self._error = ModelState.FAILED, str(error)
                 if isinstance(error, AsdError):
                     raise
@@ -206,15 +217,16 @@ class OnnxEngine:
         with self._wake:
             queued = len(self._waiting)
             running = sum(len(lane.works) for lane in self._lanes)
-            held = sum(lane.held_tokens for lane in self._lanes)
+            in_use = sum(lane.places for lane in self._lanes)
+            kept = sum(sequence.places for sequence in self._pool)
             cached = len(self._pool)
         return EngineStatus(
             state=self._state,
             parameters=self._shape.parameters,
-            context_length=self._shape.context,
+            context_length=self._context,
             fingerprint=self._tokenizer.fingerprint,
-            memory_bytes=self.memory_bytes,
-            kv_cache_bytes=held * self._shape.kv_bytes_per_token,
+            memory_bytes=self._memory_bytes(in_use + kept),
+            kv_cache_bytes=in_use * self._shape.kv_bytes_per_token,
             queued=queued,
             running=running,
             cached_sequences=cached,
@@ -223,12 +235,13 @@ class OnnxEngine:
             error=self._error,
         )
 
-    @property
-    def memory_bytes(self) -> int:
-        """Weights in float32 (tied embeddings are held twice) and the caches of pooled generators."""
-        head = self._shape.vocabulary * self._shape.hidden if self._shape.is_tied else 0
-        caches = self._options.cached_sequences * self._shape.context * self._shape.kv_bytes_per_token
-        return 4 * (self._shape.parameters + head) + caches
+    def _memory_bytes(self, places: int) -> int:
+        """Weights and KV caches: those that there are, places in all, or kept ones of short conversations.
+
+        The latter is what a model that is loaded will soon take; a budget must not give it to another.
+        """
+        soon = self._options.cached_sequences * places_for(1, self._context)
+        return weight_bytes(self._shape) + max(places, soon) * self._shape.kv_bytes_per_token
 
     def _open(self) -> Any:
         og = load_binding()
@@ -238,9 +251,31 @@ class OnnxEngine:
         config.overlay(json.dumps({"model": overlay}))
         return og.Model(config)
 
+    def _answer_probe(self, prompts: Sequence[list[int]]) -> npt.NDArray[np.float32]:
+        """Compute prompts as lanes do; return logits, float32 [rows, V]. Only while nothing else is computed.
+
+        A prompt alone is also written on, rolled back and gone on from, as in verification.
+        """
+        longest = max(len(prompt) for prompt in prompts)
+        if len(prompts) == 1:
+            sequence = self._new_sequence(longest + ANSWER_TOKENS + 1)
+            generator, rows = sequence.generator, [sequence.append(prompts[0])]
+        else:
+            generator = self._new_batch(prompts, ANSWER_TOKENS)
+            logits = generator.get_output("logits")
+            rows = [logits[row, : len(prompt)] for row, prompt in enumerate(prompts)]
+        for _ in range(ANSWER_TOKENS):
+            if not generator.is_done():
+                generator.generate_next_token()
+                rows.append(generator.get_output("logits")[:, -1])
+        if len(prompts) == 1:
+            generator.rewind_to(longest)
+            rows.append(sequence.append(prompts[0][:1]))
+        return np.concatenate(rows)
+
     async def _work(self, turns: tuple[Turn, ...], sampling: SamplingOptions) -> tuple[Work, _Deliveries]:
         prompt = await self._reader.read_prompt(turns)
-        room = self._shape.context - len(prompt)
+        room = self._context - len(prompt)
         wanted = sampling.max_new_tokens or self._options.default_max_new_tokens
         queue: _Deliveries = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -346,6 +381,8 @@ class OnnxEngine:
         admitted: list[Work] = []
         kept: deque[Work] = deque()
         longest = most = 0
+        # Rows of a lane have as many places as the longest of them: none may take far more than it needs.
+        least = self._context
         while self._waiting and len(admitted) < self._options.max_batch:
             work = self._waiting.popleft()
             if work.is_cancelled:
@@ -353,11 +390,15 @@ class OnnxEngine:
                 continue
             # Rows of a lane are decoded greedily side by side; what needs a cache of its own goes alone.
             now_longest, now_most = max(longest, len(work.prompt)), max(most, work.most_tokens)
-            if admitted and (not work.is_plain or now_longest + now_most > self._shape.context):
+            together = now_longest + now_most
+            now_least = min(least, self._places(work))
+            is_wide = (len(admitted) + 1) * now_longest > self._pass_tokens
+            is_long = together > self._context or places_for(together, self._context) > now_least
+            if admitted and (not work.is_plain or is_wide or is_long):
                 kept.append(work)
                 continue
             admitted.append(work)
-            longest, most = now_longest, now_most
+            longest, most, least = now_longest, now_most, now_least
             if not work.is_plain:
                 break
         self._waiting.extendleft(reversed(kept))
@@ -374,7 +415,13 @@ class OnnxEngine:
                 kind = GenerateLane if work.is_plain or work.only_prefill else VerifyLane
                 lane = kind(work, self._take_sequence(work), self._shape.eos_ids)
             else:
-                lane = BatchLane(works, self._new_batch(works), self._shape.eos_ids)
+                most = max(work.most_tokens for work in works)
+                prompts = [work.prompt for work in works]
+                places = len(works) * (max(map(len, prompts)) + most)
+                lane = BatchLane(works, self._new_batch(prompts, most), self._shape.eos_ids, places)
+                now = time.monotonic()
+                for work in works:
+                    work.passes, work.prefilled = 1, now
         except Exception as error:
             self._fail(works, error)
             return
@@ -419,13 +466,18 @@ class OnnxEngine:
         is_full = len(self._pool) >= self._options.cached_sequences
         if best is None or shared < _LEAST_SHARED:
             best, shared = (min(self._pool, key=lambda s: s.used), 0) if is_full and self._pool else (None, 0)
-        if best is None:
-            return self._new_sequence()
-        with self._wake:
-            self._pool.remove(best)
-        best.roll_back(shared)
-        work.cached = shared
-        return best
+        places = self._places(work)
+        if best is not None:
+            with self._wake:
+                self._pool.remove(best)
+            # Of another size, it makes room for one that fits; a prefix is worth more than a size.
+            if best.places >= places if shared else best.places == places:
+                best.roll_back(shared)
+                work.cached = shared
+                return best
+        # Freed before the new one is made.
+        del best
+        return self._new_sequence(places)
 
     def _keep_sequence(self, sequence: CachedSequence) -> None:
         sequence.used = time.monotonic()
@@ -436,29 +488,29 @@ class OnnxEngine:
             if len(self._pool) > self._options.cached_sequences:
                 self._pool.remove(min(self._pool, key=lambda s: s.used))
 
-    def _new_sequence(self) -> CachedSequence:
+    def _places(self, work: Work) -> int:
+        """Return the places of a cache for a request alone; one more than it fills, where there is one."""
+        return places_for(len(work.prompt) + work.most_tokens + 1, self._context)
+
+    def _new_sequence(self, places: int) -> CachedSequence:
         og = load_binding()
         parameters = og.GeneratorParams(self._model)
-        parameters.set_search_options(max_length=self._shape.context, do_sample=False)
-        return CachedSequence(og.Generator(self._model, parameters))
+        parameters.set_search_options(max_length=places, do_sample=False)
+        return CachedSequence(og.Generator(self._model, parameters), places, self._pass_tokens)
 
-    def _new_batch(self, works: list[Work]) -> Any:
+    def _new_batch(self, prompts: Sequence[list[int]], most_tokens: int) -> Any:
+        """Return a generator that has read prompts side by side, with room for answers of most_tokens."""
         og = load_binding()
-        longest = max(len(work.prompt) for work in works)
+        longest = max(len(prompt) for prompt in prompts)
         parameters = og.GeneratorParams(self._model)
         parameters.set_search_options(
-            max_length=longest + max(work.most_tokens for work in works),
-            batch_size=len(works),
-            do_sample=False,
+            max_length=longest + most_tokens, batch_size=len(prompts), do_sample=False
         )
         generator = og.Generator(self._model, parameters)
-        padded = np.full((len(works), longest), self._shape.pad_id, np.int32)
-        for row, work in enumerate(works):
-            padded[row, : len(work.prompt)] = work.prompt
+        padded = np.full((len(prompts), longest), self._shape.pad_id, np.int32)
+        for row, prompt in enumerate(prompts):
+            padded[row, : len(prompt)] = prompt
         generator.append_tokens(padded)
-        now = time.monotonic()
-        for work in works:
-            work.passes, work.prefilled = 1, now
         return generator
 
 

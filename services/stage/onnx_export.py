@@ -36,9 +36,6 @@ _DTYPES: dict[str, np.dtype[np.generic]] = {
     "F16": np.dtype(np.float16),
     "F32": np.dtype(np.float32),
 }
-# protobuf's limit is 2 GiB; larger weights go to a file beside the graph.
-_LARGEST_INLINE_BYTES = 1_500_000_000
-
 # Weights that follow from config.json: earlier transformers saved RoPE's frequencies.
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -267,11 +264,10 @@ class _GraphBuilder:
 def _save(model: onnx.ModelProto, directory: Path) -> None:
     import onnx
 
+    # Weights in a file beside the graph, which the library maps: inside the graph, whose limit is 2 GiB, it
+    # reads them into memory that stays taken after it has made its own form of them.
     onnx.save_model(
-        model,
-        str(directory / "model.onnx"),
-        save_as_external_data=model.ByteSize() > _LARGEST_INLINE_BYTES,
-        location="model.onnx.data",
+        model, str(directory / "model.onnx"), save_as_external_data=True, location="model.onnx.data"
     )
 
 

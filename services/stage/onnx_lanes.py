@@ -97,10 +97,15 @@ class Work:
 
 
 class CachedSequence:
-    """A generator of one row and the tokens that its KV cache holds."""
+    """A generator of one row and the tokens that its KV cache holds.
 
-    def __init__(self, generator: Any) -> None:
+    places: tokens that the cache has room for. pass_tokens: tokens of one pass at most; None: any number.
+    """
+
+    def __init__(self, generator: Any, places: int = 0, pass_tokens: int | None = None) -> None:
         self.generator = generator
+        self.places = places
+        self._pass_tokens = pass_tokens
         self.tokens: list[int] = []
         self.used = 0.0
 
@@ -111,15 +116,31 @@ class CachedSequence:
             del self.tokens[length:]
 
     def run(self, tokens: Sequence[int]) -> None:
-        """Append tokens in one pass."""
+        """Append tokens, in as few passes as may be."""
+        for piece in self._pieces(tokens):
+            self._run(piece)
+
+    def append(self, tokens: Sequence[int], first: int = 0) -> Logits:
+        """Append tokens; return the logits after tokens[first:], float32 [tokens - first, V]."""
+        rows: list[Logits] = []
+        place = 0
+        for piece in self._pieces(tokens):
+            self._run(piece)
+            if place + len(piece) > first:
+                logits: Logits = self.generator.get_output("logits")[0]
+                rows.append(logits[max(first - place, 0) - len(piece) :])
+            place += len(piece)
+        return rows[0] if len(rows) == 1 else np.concatenate(rows)
+
+    def _run(self, tokens: Sequence[int]) -> None:
         self.generator.append_tokens(np.array([tokens], np.int32))
         self.tokens += tokens
 
-    def append(self, tokens: Sequence[int]) -> Logits:
-        """Append tokens in one pass; return their logits, float32 [tokens, V]."""
-        self.run(tokens)
-        logits: Logits = self.generator.get_output("logits")[0]
-        return logits[-len(tokens) :]
+    def _pieces(self, tokens: Sequence[int]) -> list[Sequence[int]]:
+        step = self._pass_tokens or len(tokens)
+        if len(tokens) <= step:
+            return [tokens]
+        return [tokens[start : start + step] for start in range(0, len(tokens), step)]
 
 
 class Lane(Protocol):
@@ -132,8 +153,8 @@ class Lane(Protocol):
         """Whether there is something to compute now."""
 
     @property
-    def held_tokens(self) -> int:
-        """Tokens in the KV cache on behalf of the requests under way."""
+    def places(self) -> int:
+        """Tokens that the KV cache has room for, all rows together, on behalf of the requests under way."""
 
     def step(self) -> list[Work]:
         """Advance; return the requests that finished."""
@@ -155,9 +176,9 @@ class SoloLane:
         return True
 
     @property
-    def held_tokens(self) -> int:
-        """Tokens in the KV cache; once the request has left, the sequence is the prefix cache's."""
-        return len(self.sequence.tokens) if self.works else 0
+    def places(self) -> int:
+        """Places of the KV cache; once the request has left, the sequence is the prefix cache's."""
+        return self.sequence.places if self.works else 0
 
     def step(self) -> list[Work]:
         """Advance by a pass, or for a slice of time; return the request if it finished."""
@@ -252,9 +273,9 @@ class VerifyLane(SoloLane):
     def _begin(self, prompt: list[int]) -> bool:
         draft = self._work.draft
         proposal = list(draft.ids) if draft is not None else []
-        logits = self.sequence.append([*prompt, *proposal])
+        rows = self.sequence.append([*prompt, *proposal], len(prompt) - 1)
         self._work.prefilled = time.monotonic()
-        return self._judge(proposal, logits[len(prompt) - 1 :])
+        return self._judge(proposal, rows)
 
     def _go_on(self) -> bool:
         proposal = self._next_in_draft() if self._agrees else None
@@ -358,8 +379,9 @@ class VerifyLane(SoloLane):
 class BatchLane:
     """Several greedy generations in one generator; a row that ends is passed over until all have ended."""
 
-    def __init__(self, works: list[Work], generator: Any, eos_ids: tuple[int, ...]) -> None:
+    def __init__(self, works: list[Work], generator: Any, eos_ids: tuple[int, ...], places: int = 0) -> None:
         self.works = list(works)
+        self._places = places
         self._rows = list(works)
         self._generator = generator
         self._eos_ids = eos_ids
@@ -371,9 +393,9 @@ class BatchLane:
         return True
 
     @property
-    def held_tokens(self) -> int:
-        """Tokens in the KV cache on behalf of the requests under way."""
-        return sum(len(work.prompt) + self._steps for work in self.works)
+    def places(self) -> int:
+        """Places of the KV cache, all rows together; a row that has ended keeps its own until all have."""
+        return self._places if self.works else 0
 
     def step(self) -> list[Work]:
         """Advance each request by a token; return those that finished."""

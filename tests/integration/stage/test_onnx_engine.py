@@ -366,7 +366,7 @@ async def test_a_full_queue_refuses_at_once_and_serves_again_later(reference: Re
 
 async def test_models_that_make_room_for_each_other_lose_no_call(reference: Reference) -> None:
     engines = {name: engine(name) for name in ("small", "medium")}
-    residency = Residency(engines, "small", max(each.memory_bytes for each in engines.values()))  # type: ignore[arg-type]
+    residency = Residency(engines, "small", max(each.status().memory_bytes for each in engines.values()))  # type: ignore[arg-type]
 
     async def ask(name: str, index: int) -> list[int] | None:
         try:
