@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 from services.common.settings import Section, ServiceSettings, SettingsError, explain, service_config
 from services.router.settings import Milliseconds, Name, RouterSettings, SpeculationSettings
 from services.stage.engine_settings import (
+    ContextLength,
     Count,
     EngineName,
     TensorrtLlmSettings,
@@ -51,6 +52,7 @@ class StageEntry(Section):
     engine: EngineName = "onnx"
     threads: Count = 1
     max_batch: Count | None = None
+    max_model_len: ContextLength | None = None
     default_max_new_tokens: Count = 160
     timeout_ms: Milliseconds = 30_000.0
     vllm: VllmSettings | None = None
@@ -282,6 +284,8 @@ def stage_config(stage: StageEntry, port: int, *, drain_seconds: float) -> dict[
     section = stage.vllm or stage.tensorrt_llm
     if stage.engine == "onnx":
         model["threads"] = stage.threads
+        if stage.max_model_len is not None:
+            model["max_model_len"] = stage.max_model_len
     elif section is not None:
         model[stage.engine] = section.model_dump(mode="json", exclude_unset=True)
     return {

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
 Count = Annotated[int, Field(ge=1)]
+# Tokens of prompt and answer: at least one each.
+ContextLength = Annotated[int, Field(ge=2)]
 Share = Annotated[float, Field(gt=0, le=1)]
 EngineName = Literal["onnx", "vllm", "tensorrt_llm"]
 # A stage's and a request's `model` names an adapter as model/task.
@@ -26,7 +28,7 @@ class VllmSettings(Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     quantization: str | None = None
     load_format: Literal["auto", "dummy"] = "auto"
-    max_model_len: Count | None = None
+    max_model_len: ContextLength | None = None
     max_batched_tokens: Count | None = None
     gpu_memory_utilization: Share = 0.9
     kv_cache_gib: Annotated[float, Field(gt=0)] | None = None
@@ -46,7 +48,7 @@ class TensorrtLlmSettings(Section):
     tensor_parallel: Count = 1
     dtype: Literal["auto", "bfloat16", "float16"] = "auto"
     load_format: Literal["auto", "dummy"] = "auto"
-    max_model_len: Count | None = None
+    max_model_len: ContextLength | None = None
     max_batched_tokens: Count = 8192
     gpu_memory_utilization: Share = 0.9
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
@@ -55,7 +57,7 @@ class TensorrtLlmSettings(Section):
 
 
 # Of the onnx engine, which was the only one: they stand beside the model's other settings.
-ONNX_OPTIONS = ("threads", "max_lanes", "cached_sequences")
+ONNX_OPTIONS = ("threads", "max_lanes", "cached_sequences", "max_model_len")
 # Requests at a time where nothing is said: a CPU gains from a few, a GPU from many.
 _MOST_AT_A_TIME = {"onnx": 8, "vllm": 64, "tensorrt_llm": 64}
 

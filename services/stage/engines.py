@@ -43,6 +43,7 @@ def _onnx(model: ModelSettings, max_queue: int) -> Engine:
         max_batch=most_at_a_time(model.engine, model.max_batch),
         max_lanes=model.max_lanes,
         cached_sequences=model.cached_sequences,
+        max_model_len=model.max_model_len,
         max_queue=max_queue,
         default_max_new_tokens=model.default_max_new_tokens,
         resync=model.resync,

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from services.common.serving import ServerSettings
 from services.common.settings import Section, service_config
 from services.stage.engine_settings import (
+    ContextLength,
     Count,
     EngineName,
     TensorrtLlmSettings,
@@ -30,6 +31,8 @@ class ModelSettings(Section):
     threads: Count = 1
     max_lanes: Count = 4
     cached_sequences: Annotated[int, Field(ge=0)] = 4
+    # Tokens of prompt and answer at most. None: the model's.
+    max_model_len: ContextLength | None = None
     preload: bool = True
     default_max_new_tokens: Count = 160
     # Propose parts of a draft again after the target corrected it.

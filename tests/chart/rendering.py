@@ -113,6 +113,7 @@ ONE_STAGE = Variant(
                     "engine": "onnx",
                     "path": "/models/large",
                     "cachedSequences": 0,
+                    "maxModelLen": 4096,
                     "preload": False,
                     "resync": False,
                     "maxBatch": 3,

@@ -340,6 +340,7 @@ def test_what_is_switched_off_or_zero_reaches_the_settings(tmp_path: Path) -> No
     assert stage.grpc.max_connection_age_ms == 60_000
     (model,) = load(StageSettings, "one stage", "demo-stage-only", tmp_path).models
     assert (model.cached_sequences, model.preload, model.resync, model.max_batch) == (0, False, False, 3)
+    assert model.max_model_len == 4096
 
 
 def test_clients_of_router_and_policy_find_new_pods(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ _GOOD = """
 stages:
   - {name: small, path: models/small, cost: 1.5}
   - {name: large, path: models/large, cost: 8.0,
-     threads: 2, max_batch: 4, default_max_new_tokens: 9, timeout_ms: 500}
+     threads: 2, max_batch: 4, max_model_len: 64, default_max_new_tokens: 9, timeout_ms: 500}
 """
 
 
@@ -172,6 +172,7 @@ def test_every_process_loads_its_configuration(directory):
     assert (loaded.listen, loaded.default_name, loaded.drain_seconds) == ("127.0.0.1:7012", "large", 3.0)
     assert (model.path, model.threads) == (directory / "models" / "large", 2)
     assert (model.max_batch, model.default_max_new_tokens, model.preload) == (4, 9, True)
+    assert model.max_model_len == 64
 
     loaded = _load(PolicySettings, policy.config, directory)
     assert (loaded.listen, loaded.artifact) == ("127.0.0.1:7001", directory / "artifact")

@@ -35,6 +35,8 @@ SMALL = Path(__file__).parents[3] / "models" / "small"
             "threads is an option of engine onnx, and this model's is vllm: remove it, and set what",
         ),
         ({"engine": "tensorrt_llm", "cached_sequences": 0}, "cached_sequences is an option of engine onnx"),
+        ({"engine": "vllm", "max_model_len": 64}, "max_model_len is an option of engine onnx"),
+        ({"max_model_len": 1}, "greater than or equal to 2"),
         ({"engine": "vllm", "vllm": {"tensor_paralel": 2}}, "Extra inputs are not permitted"),
         ({"engine": "vllm", "vllm": {"gpu_memory_utilization": 1.5}}, "less than or equal to 1"),
         ({"engine": "vllm", "vllm": {"lora": {"Maths Tasks": "x"}}}, "match pattern"),
