@@ -1,4 +1,4 @@
-"""What a config.json says of a Llama model, for the `onnx` engine, which computes it by itself.
+"""What a config.json says of a Llama or one of its kin, for the `onnx` engine, which computes it by itself.
 
 Every key is understood, or known to be harmless, or refused by its name: a key that this reader has never
 seen may change the arithmetic, and an answer from other arithmetic than the model's is worse than none.
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # Keys that the code below reads.
 _READ = frozenset(
     {
+        "architectures",
         "model_type",
         "hidden_act",
         "hidden_size",
@@ -31,6 +32,9 @@ _READ = frozenset(
         "head_dim",
         "vocab_size",
         "max_position_embeddings",
+        "sliding_window",
+        "max_window_layers",
+        "layer_types",
         "rms_norm_eps",
         "tie_word_embeddings",
         "rope_theta",
@@ -41,13 +45,20 @@ _READ = frozenset(
         "pad_token_id",
     }
 )
+# Architecture by model_type. Mistral may have a sliding window; Qwen2 has biases of query, key and value;
+# Qwen3 has norms of query and key.
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 # Keys that change the arithmetic, and the values at which they do not.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
-    "architectures": (None, ["LlamaForCausalLM"]),
     "attention_bias": (None, False),
     "mlp_bias": (None, False),
-    "sliding_window": (None,),
     "use_sliding_window": (None, False),
+    "use_mrope": (None, False),
     "rope_interleaved": (None, False),
     "quantization_config": (None,),
     # Code of the model's own.
@@ -128,7 +139,12 @@ _HEAD_MULTIPLE = 16
 
 @dataclass(frozen=True, slots=True)
 class LlamaShape:
-    """The shape of a Llama model, from its config.json. context: tokens of prompt and answer together."""
+    """The shape of a model, from its config.json.
+
+    context: tokens of prompt and answer together. window: how many tokens each one sees, itself included;
+    None: all before it. has_qkv_bias: whether there are biases of query, key and value. has_qk_norm: whether
+    query and key are normed within each head.
+    """
 
     hidden: int
     layers: int
@@ -143,12 +159,19 @@ class LlamaShape:
     is_tied: bool
     eos_ids: tuple[int, ...]
     pad_id: int
+    window: int | None = None
+    has_qkv_bias: bool = False
+    has_qk_norm: bool = False
 
     @property
     def parameters(self) -> int:
         """Number of weights."""
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         block = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
+        if self.has_qkv_bias:
+            block += self.head_dim * (self.heads + 2 * self.kv_heads)
+        if self.has_qk_norm:
+            block += 2 * self.head_dim
         embeddings = self.vocabulary * self.hidden * (1 if self.is_tied else 2)
         return self.layers * block + embeddings + self.hidden
 
@@ -166,10 +189,17 @@ def read_shape(directory: Path) -> LlamaShape:
     """
     path = directory / "config.json"
     config = read_config(path)
-    for key, wanted in (("model_type", "llama"), ("hidden_act", "silu")):
-        if config.get(key) != wanted:
+    family = config.get("model_type")
+    for key, known in (
+        ("model_type", tuple(_ARCHITECTURES)),
+        ("architectures", (None, [_ARCHITECTURES.get(str(family))])),
+        ("hidden_act", ("silu",)),
+    ):
+        if config.get(key) not in known:
+            runs = ", ".join(str(each) for each in known if each)
             raise PreconditionFailed(
-                f"{path}: {key} is {config.get(key)!r}; the onnx engine runs {wanted!r} only"
+                f"{path}: {key} is {config.get(key)!r}; the onnx engine runs {runs}: "
+                "serve the model with another engine"
             )
     rope = read_rope(config, path)
     for key, value in config.items():
@@ -190,8 +220,8 @@ def read_shape(directory: Path) -> LlamaShape:
         hidden=hidden,
         layers=_count(config, "num_hidden_layers", path),
         heads=heads,
-        kv_heads=_kv_heads(config, heads, path),
-        head_dim=_head_dim(config, hidden, heads, path),
+        kv_heads=_kv_heads(config, heads, path, family),
+        head_dim=_head_dim(config, hidden, heads, path, family),
         intermediate=_count(config, "intermediate_size", path),
         vocabulary=vocabulary,
         context=_count(config, "max_position_embeddings", path),
@@ -200,7 +230,32 @@ def read_shape(directory: Path) -> LlamaShape:
         is_tied=_flag(config, "tie_word_embeddings", path),
         eos_ids=eos_ids,
         pad_id=_pad_id(config, vocabulary, eos_ids[0], path),
+        window=_window(config, path, family),
+        has_qkv_bias=family == "qwen2",
+        has_qk_norm=family == "qwen3",
     )
+
+
+def _window(config: dict[str, Any], path: Path, family: object) -> int | None:
+    """Return the sliding window that every layer has. Raises PreconditionFailed where only some have one."""
+    layers = config.get("layer_types")
+    kinds = set(layers) if isinstance(layers, list) else {layers}
+    if not kinds <= {None, "full_attention"}:
+        raise PreconditionFailed(
+            f"{path}: layer_types is {layers!r}; the onnx engine runs full_attention in every layer: "
+            "serve the model with another engine"
+        )
+    if family in {"qwen2", "qwen3"} or ("sliding_window" in config and config["sliding_window"] is None):
+        # Qwen's has a switch of its own, which is off here, and is said all the same.
+        return None
+    if family == "mistral":
+        # Where it is missing, transformers takes 4096 for Mistral.
+        return _count(config, "sliding_window", path)
+    if "sliding_window" in config:
+        raise PreconditionFailed(
+            f"{path}: sliding_window is {config['sliding_window']!r}; a Llama has none: set it to null"
+        )
+    return None
 
 
 def _count(config: dict[str, Any], key: str, path: Path) -> int:
@@ -226,8 +281,9 @@ def _epsilon(config: dict[str, Any], path: Path) -> float:
     return float(value)  # type: ignore[arg-type]
 
 
-def _kv_heads(config: dict[str, Any], heads: int, path: Path) -> int:
-    if config.get("num_key_value_heads") is None:
+def _kv_heads(config: dict[str, Any], heads: int, path: Path, family: object) -> int:
+    # transformers takes other defaults for the other families.
+    if family == "llama" and config.get("num_key_value_heads") is None:
         return heads
     kv_heads = _count(config, "num_key_value_heads", path)
     if heads % kv_heads:
@@ -237,8 +293,8 @@ def _kv_heads(config: dict[str, Any], heads: int, path: Path) -> int:
     return kv_heads
 
 
-def _head_dim(config: dict[str, Any], hidden: int, heads: int, path: Path) -> int:
-    if config.get("head_dim") is not None:
+def _head_dim(config: dict[str, Any], hidden: int, heads: int, path: Path, family: object) -> int:
+    if config.get("head_dim") is not None or family == "qwen3":
         head_dim = _count(config, "head_dim", path)
     elif hidden % heads:
         raise PreconditionFailed(

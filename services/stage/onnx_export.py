@@ -1,4 +1,4 @@
-"""From a Hugging Face Llama directory to the ONNX form that onnxruntime-genai runs, without torch.
+"""From a Hugging Face directory (Llama and its kin) to the ONNX form that onnxruntime-genai runs, no torch.
 
 The graph follows onnxruntime-genai's own model builder (GroupQueryAttention with rotary embedding inside,
 skip layer norms), with query, key and value in one product and gate and up in another.
@@ -174,7 +174,14 @@ class _GraphBuilder:
             ]
         )
         self._constant(f"w_qkv{n}", qkv.T)
-        self._node("MatMul", [f"h{n}", f"w_qkv{n}"], [f"qkv{n}"])
+        self._node("MatMul", [f"h{n}", f"w_qkv{n}"], [f"products{n}" if s.has_qkv_bias else f"qkv{n}"])
+        if s.has_qkv_bias:
+            sizes = (("q", queries), ("k", keys), ("v", keys))
+            biases = [self._weight(f"{prefix}self_attn.{part}_proj.bias", size) for part, size in sizes]
+            self._constant(f"b_qkv{n}", np.concatenate(biases))
+            self._node("Add", [f"products{n}", f"b_qkv{n}"], [f"qkv{n}"])
+        attention_inputs = self._normed_heads(n) if s.has_qk_norm else [f"qkv{n}", "", ""]
+        window = {"local_window_size": s.window} if s.window else {}
         past = [f"past_key_values.{n}.{part}" for part in ("key", "value")]
         present = [f"present.{n}.{part}" for part in ("key", "value")]
         for places, names, length in ((self.inputs, past, "p"), (self.outputs, present, "t")):
@@ -184,7 +191,7 @@ class _GraphBuilder:
                 )
         self._node(
             "GroupQueryAttention",
-            [f"qkv{n}", "", "", *past, "seqlens_k", "total_length", "cos", "sin"],
+            [*attention_inputs, *past, "seqlens_k", "total_length", "cos", "sin"],
             [f"attended{n}", *present],
             domain="com.microsoft",
             num_heads=s.heads,
@@ -192,6 +199,7 @@ class _GraphBuilder:
             do_rotary=1,
             rotary_interleaved=0,
             scale=float(s.head_dim**-0.5),
+            **window,
         )
         self._constant(f"w_o{n}", self._weight(f"{prefix}self_attn.o_proj.weight", s.hidden, queries).T)
         self._node("MatMul", [f"attended{n}", f"w_o{n}"], [f"merged{n}"])
@@ -218,6 +226,30 @@ class _GraphBuilder:
         self._skip_norm(
             [f"y{n}", f"down{n}", self._norm_weight(following)], f"h{n + 1}", "" if is_last else f"x{n + 1}"
         )
+
+    def _normed_heads(self, n: int) -> list[str]:
+        """Norm the query and the key of each head; return the names of query, key and value."""
+        s, prefix = self._shape, f"model.layers.{n}.self_attn."
+        if n == 0:
+            sizes = [s.heads * s.head_dim, s.kv_heads * s.head_dim, s.kv_heads * s.head_dim]
+            self._constant("qkv_sizes", np.array(sizes, np.int64))
+            # 0: as it was. One row for each head, and one for all of them again.
+            self._constant("by_head", np.array([0, 0, -1, s.head_dim], np.int64))
+            self._constant("together", np.array([0, 0, -1], np.int64))
+        self._node("Split", [f"qkv{n}", "qkv_sizes"], [f"q{n}", f"k{n}", f"v{n}"], axis=-1)
+        for part in ("q", "k"):
+            norm = f"{prefix}{part}_norm.weight"
+            self._constant(norm, self._weight(norm, s.head_dim))
+            self._node("Reshape", [f"{part}{n}", "by_head"], [f"{part}_heads{n}"])
+            self._node(
+                "SimplifiedLayerNormalization",
+                [f"{part}_heads{n}", norm],
+                [f"{part}_normed{n}"],
+                axis=-1,
+                epsilon=s.norm_epsilon,
+            )
+            self._node("Reshape", [f"{part}_normed{n}", "together"], [f"{part}_all{n}"])
+        return [f"q_all{n}", f"k_all{n}", f"v{n}"]
 
     def _skip_norm(self, inputs: list[str], normed: str, total: str) -> None:
         outputs = [normed, "", "", total] if total else [normed]

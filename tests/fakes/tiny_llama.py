@@ -1,4 +1,4 @@
-"""Tiny Llama models with random weights, and the same model computed by hand in float64.
+"""Tiny models of Llama's kin with random weights, and the same models computed by hand in float64.
 
 Nothing here uses the project's code. The arithmetic follows the papers and transformers' LlamaForCausalLM.
 """
@@ -78,6 +78,14 @@ def weights(shape: Mapping[str, Any], seed: int = 0) -> dict[str, npt.NDArray[np
             f"{prefix}mlp.up_proj.weight": matrix(shape["intermediate_size"], hidden),
             f"{prefix}mlp.down_proj.weight": matrix(hidden, shape["intermediate_size"]),
         }
+        if shape["model_type"] == "qwen2":
+            sizes = {"q": heads * head, "k": kv_heads * head, "v": kv_heads * head}
+            for part, size in sizes.items():
+                found[f"{prefix}self_attn.{part}_proj.bias"] = rng.normal(size=size).astype(np.float32)
+        if shape["model_type"] == "qwen3":
+            for part in ("q", "k"):
+                norms = 2 + 0.5 * rng.normal(size=head)
+                found[f"{prefix}self_attn.{part}_norm.weight"] = norms.astype(np.float32)
     if not shape["tie_word_embeddings"]:
         found["lm_head.weight"] = matrix(vocabulary, hidden)
     return found
@@ -134,13 +142,21 @@ def logits(
         return x / scale * table[name]
 
     x = table["model.embed_tokens.weight"][list(ids)]
-    seen = np.tril(np.ones((count, count), bool))
+    back = np.arange(count)[:, None] - np.arange(count)[None, :]
+    window = shape.get("sliding_window") if shape["model_type"] == "mistral" else None
+    seen = (back >= 0) & (back < (window or count))
     for layer in range(shape["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         h = normed(x, f"{prefix}input_layernorm.weight")
-        q = turned((h @ table[f"{prefix}self_attn.q_proj.weight"].T).reshape(count, heads, head))
-        k = turned((h @ table[f"{prefix}self_attn.k_proj.weight"].T).reshape(count, kv_heads, head))
-        v = (h @ table[f"{prefix}self_attn.v_proj.weight"].T).reshape(count, kv_heads, head)
+        parts = {}
+        for part, rows in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+            product = h @ table[f"{prefix}self_attn.{part}_proj.weight"].T
+            if shape["model_type"] == "qwen2":
+                product += table[f"{prefix}self_attn.{part}_proj.bias"]
+            parts[part] = product.reshape(count, rows, head)
+            if shape["model_type"] == "qwen3" and part != "v":
+                parts[part] = normed(parts[part], f"{prefix}self_attn.{part}_norm.weight")
+        q, k, v = turned(parts["q"]), turned(parts["k"]), parts["v"]
         outputs = []
         for each in range(heads):
             group = each // (heads // kv_heads)

@@ -71,6 +71,14 @@ QWEN_2 = SIZES | {
     "sliding_window": 131_072,
     "use_sliding_window": False,
 }
+QWEN_3 = QWEN_2 | {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "attention_bias": False,
+    "head_dim": 128,
+    "rope_scaling": None,
+    "sliding_window": None,
+}
 GEMMA = SIZES | {
     "architectures": ["GemmaForCausalLM"],
     "model_type": "gemma",
@@ -115,18 +123,49 @@ LOADS = {
     "DeepSeek-R1-Distill-Llama": LLAMA_3 | {"rope_scaling": LLAMA3_SCALING, "eos_token_id": 1},
     "Yi, SmolLM": LLAMA | {"is_llama_config": True, "rope_interleaved": False, "attention_bias": False},
 }
+KIN = {
+    "Mistral 7B v0.1": (MISTRAL, {"window": 4096}),
+    "Mistral 7B v0.2, v0.3": (MISTRAL | {"sliding_window": None, "rope_theta": 1e6}, {"window": None}),
+    "Mistral Nemo": (
+        MISTRAL | {"head_dim": 128, "hidden_size": 320, "sliding_window": None, "attention_dropout": 0.0},
+        {"head_dim": 128, "hidden": 320},
+    ),
+    "Qwen2.5": (QWEN_2, {"has_qkv_bias": True, "has_qk_norm": False, "window": None}),
+    "Qwen2.5 with YaRN": (
+        QWEN_2 | {"rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 64, "type": "yarn"}},
+        {"has_qkv_bias": True},
+    ),
+    "DeepSeek-R1-Distill-Qwen": (QWEN_2 | {"use_mrope": False}, {"has_qkv_bias": True}),
+    "Qwen2.5 by transformers 5": (
+        {key: value for key, value in QWEN_2.items() if key != "rope_theta"}
+        | {
+            "layer_types": ["full_attention", "full_attention"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        },
+        {"has_qkv_bias": True},
+    ),
+    "Qwen3": (QWEN_3, {"has_qk_norm": True, "has_qkv_bias": False, "head_dim": 128}),
+}
 REFUSED = {
-    "Mistral 7B v0.1": (MISTRAL, "model_type is 'mistral'"),
-    "Mistral 7B v0.3": (MISTRAL | {"sliding_window": None, "rope_theta": 1e6}, "model_type is 'mistral'"),
-    "Mistral Nemo": (MISTRAL | {"head_dim": 128, "sliding_window": None}, "model_type is 'mistral'"),
     "Gemma": (GEMMA, "model_type is 'gemma'"),
     "Gemma 2": (
         GEMMA | {"model_type": "gemma2", "attn_logit_softcapping": 50.0, "query_pre_attn_scalar": 256},
         "model_type is 'gemma2'",
     ),
-    "Qwen2.5": (QWEN_2, "model_type is 'qwen2'"),
-    "DeepSeek-R1-Distill-Qwen": (QWEN_2 | {"use_mrope": False}, "model_type is 'qwen2'"),
-    "Qwen3": (QWEN_2 | {"model_type": "qwen3", "head_dim": 128}, "model_type is 'qwen3'"),
+    "Qwen2 with windows": (QWEN_2 | {"use_sliding_window": True}, "use_sliding_window is True"),
+    "Qwen3 with windows": (
+        QWEN_3 | {"layer_types": ["full_attention", "sliding_attention"]},
+        "layer_types is ",
+    ),
+    "Qwen2-VL": (
+        QWEN_2 | {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}},
+        "rope_type mrope is not",
+    ),
+    "a Mistral without its window": (
+        {key: value for key, value in MISTRAL.items() if key != "sliding_window"},
+        "sliding_window is missing",
+    ),
+    "a Mistral that says it is a Llama": (MISTRAL | {"model_type": "llama"}, "architectures is "),
     "Phi-3": (PHI_3, "model_type is 'phi3'"),
     "Phi-4": (PHI_3 | {"sliding_window": None}, "model_type is 'phi3'"),
     "Phi-4-mini": (PHI_3 | {"partial_rotary_factor": 0.75}, "model_type is 'phi3'"),
@@ -166,6 +205,13 @@ def test_the_llama_families_load(name: str, tmp_path: Path) -> None:
     assert shape.rope.theta == (500_000 if "3" in name or "R1" in name else 10_000)
 
 
+@pytest.mark.parametrize("name", KIN)
+def test_the_kin_of_llama_load(name: str, tmp_path: Path) -> None:
+    content, wanted = KIN[name]
+    shape = read_shape(_write(tmp_path, content))
+    assert {key: getattr(shape, key) for key in wanted} == wanted
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_other_families_are_refused_by_the_key(name: str, tmp_path: Path) -> None:
     content, sentence = REFUSED[name]
@@ -179,7 +225,8 @@ def test_other_families_are_refused_by_the_key(name: str, tmp_path: Path) -> Non
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_bias": True}, "mlp_bias is True"),
-        ({"sliding_window": 64}, "sliding_window is 64"),
+        ({"sliding_window": 64}, "sliding_window is 64; a Llama has none"),
+        ({"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": "4k"}, "'4k'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"rope_interleaved": True}, "rope_interleaved is True"),
         ({"logit_scale": 0.5}, "logit_scale is not known"),

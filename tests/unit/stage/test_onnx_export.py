@@ -35,6 +35,10 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+# A window far shorter than what is read, and than a pass.
+MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 20}
+QWEN_2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "attention_bias": ABSENT}
+QWEN_3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
 ROPES: dict[str, dict[str, Any]] = {
     "plain": {},
     "another theta": {"rope_theta": 500_000.0},
@@ -74,13 +78,13 @@ ROPES: dict[str, dict[str, Any]] = {
 
 
 def onnx_logits(folder: Path, cache: Path, ids: list[int]) -> npt.NDArray[np.float32]:
-    """Return what the library gives for the derived form: 150 tokens in a pass, then the rest one by one."""
+    """Return what the library gives for the derived form: 150 tokens in a pass, then 7, then one by one."""
     model = og.Model(og.Config(str(prepare(folder, cache))))
     parameters = og.GeneratorParams(model)
     parameters.set_search_options(max_length=len(ids), do_sample=False)
     generator = og.Generator(model, parameters)
     rows = []
-    for piece in (ids[:150], *([token] for token in ids[150:])):
+    for piece in (ids[:150], ids[150:157], *([token] for token in ids[157:])):
         generator.append_tokens(np.array([piece], np.int32))
         rows.append(np.array(generator.get_output("logits")[0]))
     return np.concatenate(rows)
@@ -114,6 +118,13 @@ def test_rope_kinds_differ_by_far_more_than_the_tolerance() -> None:
         {"head_dim": 16},
         {"head_dim": 128, "num_attention_heads": 2, "num_key_value_heads": 1},
         {"head_dim": 48, "tie_word_embeddings": True},
+        MISTRAL,
+        MISTRAL | {"sliding_window": None, "head_dim": 64},
+        MISTRAL | {"sliding_window": 1},
+        QWEN_2,
+        QWEN_2 | {"tie_word_embeddings": True, "rope_scaling": YARN},
+        QWEN_3,
+        QWEN_3 | {"num_attention_heads": 8, "num_key_value_heads": 1},
     ],
     ids=str,
 )
@@ -127,6 +138,7 @@ def test_shapes_compute_what_they_say(changes: dict[str, Any], tmp_path: Path) -
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
+        ("model.layers.0.self_attn.o_proj.bias", "which the onnx engine does not use"),
         ("model.layers.0.self_attn.q_proj.bias", "hold model.layers.0.self_attn.q_proj.bias"),
         ("model.layers.1.self_attn.q_norm.weight", "which the onnx engine does not use"),
     ],
@@ -169,15 +181,16 @@ def test_a_derived_form_is_used_again_only_for_the_same_arithmetic_and_ends(tmp_
 
 def test_the_format_is_raised_with_what_is_derived(tmp_path: Path) -> None:
     """Where this fails, raise FORMAT and put the new digest here: forms of before would be served on."""
-    tensors = tiny_llama.write(tmp_path, rope_scaling=YARN)
-    model = build_graph(read_shape(tmp_path), tensors)
     digest = hashlib.sha256()
-    for part in (*model.graph.node, *model.graph.input, *model.graph.output):
-        digest.update(part.SerializeToString(deterministic=True))
-    for constant in model.graph.initializer:
-        digest.update(constant.name.encode())
-        values = np.frombuffer(constant.raw_data, np.float32 if constant.data_type == 1 else np.int64)
-        # Cosines differ in their last digit between machines.
-        digest.update(np.round(values.astype(np.float64), 3).tobytes() + repr(tuple(constant.dims)).encode())
-    digest.update((prepare(tmp_path, tmp_path / "cache") / "genai_config.json").read_bytes())
-    assert (FORMAT, digest.hexdigest()[:16]) == (2, "75585d6f0209d019")
+    for changes in ({}, MISTRAL, QWEN_2, QWEN_3):
+        tensors = tiny_llama.write(tmp_path, rope_scaling=YARN, **changes)
+        graph = build_graph(read_shape(tmp_path), tensors).graph
+        for part in (*graph.node, *graph.input, *graph.output):
+            digest.update(part.SerializeToString(deterministic=True))
+        for constant in graph.initializer:
+            values = np.frombuffer(constant.raw_data, np.float32 if constant.data_type == 1 else np.int64)
+            digest.update(f"{constant.name} {tuple(constant.dims)}".encode())
+            # Cosines differ in their last digit between machines.
+            digest.update(np.round(values.astype(np.float64), 3).tobytes())
+        digest.update((prepare(tmp_path, tmp_path / "cache") / "genai_config.json").read_bytes())
+    assert (FORMAT, digest.hexdigest()[:16]) == (2, "15551689d3be818f")
