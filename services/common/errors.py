@@ -2,6 +2,9 @@
 
 AsdError                    anything else: INTERNAL
 ├── InvalidRequest          malformed request, unspecified enum; names the field
+│   └── ModelRefusal        a model cannot take a request that is well formed; another model may
+│       ├── PromptTooLong           its context is too short for the prompt
+│       └── ConversationRefused     its chat template refuses the conversation
 ├── NotFound                unknown stage, model or policy version
 ├── PreconditionFailed      artifact absent, or not made for this cascade
 ├── Unauthenticated         no token, or an unknown one
@@ -30,6 +33,18 @@ class AsdError(Exception):
 
 class InvalidRequest(AsdError):
     """The request breaks the contract; `field` names where, as in `sampling.temperature`."""
+
+
+class ModelRefusal(InvalidRequest):
+    """A model cannot take a request that the contract allows; another model may take it."""
+
+
+class PromptTooLong(ModelRefusal):
+    """The prompt leaves no room for an answer in the model's context."""
+
+
+class ConversationRefused(ModelRefusal):
+    """The model's chat template has no form for the conversation, such as one with a system message."""
 
 
 class NotFound(AsdError):

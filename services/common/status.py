@@ -14,10 +14,13 @@ from services.common.errors import (
     Away,
     BrokenOff,
     BudgetSpent,
+    ConversationRefused,
     Draining,
     InvalidRequest,
+    ModelRefusal,
     NotFound,
     PreconditionFailed,
+    PromptTooLong,
     ResourceExhausted,
     Unauthenticated,
     Unavailable,
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
 
 # Most specific first. A test fails when an AsdError has no row of its own.
 STATUS_TABLE: tuple[tuple[type[AsdError], grpc.StatusCode], ...] = (
+    (PromptTooLong, grpc.StatusCode.INVALID_ARGUMENT),
+    (ConversationRefused, grpc.StatusCode.INVALID_ARGUMENT),
+    (ModelRefusal, grpc.StatusCode.INVALID_ARGUMENT),
     (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
     (NotFound, grpc.StatusCode.NOT_FOUND),
     (PreconditionFailed, grpc.StatusCode.FAILED_PRECONDITION),
@@ -41,10 +47,19 @@ STATUS_TABLE: tuple[tuple[type[AsdError], grpc.StatusCode], ...] = (
     (AsdError, grpc.StatusCode.INTERNAL),
 )
 
+# Errors that share a code and are told apart by the reason in a google.rpc.ErrorInfo.
+REASONS: dict[type[AsdError], str] = {
+    PromptTooLong: "PROMPT_TOO_LONG",
+    ConversationRefused: "CONVERSATION_REFUSED",
+    ModelRefusal: "MODEL_REFUSAL",
+    Draining: "DRAINING",
+}
+# To its caller, a service that is about to end is away.
+_ERROR_OF_REASON = {reason: error for error, reason in REASONS.items()} | {REASONS[Draining]: Away}
+# Whose reasons they are: the domain of the ErrorInfo.
+ERROR_DOMAIN = "asd.v1"
+
 DETAILS_KEY = "grpc-status-details-bin"
-# How a service that is about to end marks what it has not begun with: a google.rpc.ErrorInfo.
-DRAINING_REASON = "DRAINING"
-_DOMAIN = "asd.v1"
 INTERNAL_TEXT = "internal error; the service's log has the details"
 # gRPC refuses more than 8 KiB of trailing metadata by default, and the message travels twice in it.
 MAX_MESSAGE_CHARS = 1000
@@ -78,15 +93,20 @@ def public_message(error: BaseException) -> str:
 
 
 def to_rpc_status(error: BaseException) -> status_pb2.Status:
-    """Return the google.rpc.Status of an exception, with a BadRequest detail where a field is at fault."""
+    """Return the google.rpc.Status of an exception.
+
+    With a BadRequest detail where a field is at fault, and an ErrorInfo where the code alone does not say
+    what happened.
+    """
     message = public_message(error)
     status = status_pb2.Status(code=status_of(error).value[0], message=message)
     field = error.field if isinstance(error, AsdError) else ""
     if field:
         violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=message)
         status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
-    if isinstance(error, Draining):
-        status.details.add().Pack(error_details_pb2.ErrorInfo(reason=DRAINING_REASON, domain=_DOMAIN))
+    reason = REASONS.get(type(error)) if isinstance(error, AsdError) else None
+    if reason:
+        status.details.add().Pack(error_details_pb2.ErrorInfo(reason=reason, domain=ERROR_DOMAIN))
     return status
 
 
@@ -96,7 +116,15 @@ def from_rpc_error(error: grpc.RpcError, *, peer: str = "") -> AsdError:
     peer: what was called ("stage small at 127.0.0.1:50061"), put before the message unless that is about the
     caller's own input.
     """
+    details = _details_of(error)
     kind = _ERROR_OF_CODE.get(error.code(), AsdError)
+    told = _ERROR_OF_REASON.get(_reason_of(details), kind)
+    if kind is Unavailable and details is None:
+        # Without details, gRPC says it and not the service: it was not reached, or its connection ended.
+        kind = Away
+    elif issubclass(told, kind):
+        # A reason says more of a code, never another one.
+        kind = told
     message = error.details() or error.code().name
     message = _WORDS.get(message, message)
     if too_large := _TOO_LARGE.fullmatch(message):
@@ -105,19 +133,14 @@ def from_rpc_error(error: grpc.RpcError, *, peer: str = "") -> AsdError:
             f"the request has {size} bytes, and {most} are the most that a message may have: shorten the "
             "prompt or the conversation, or split the batch"
         )
-    if peer and kind is not InvalidRequest:
+    if peer and not issubclass(kind, InvalidRequest):
         message = f"{peer}: {message}"
-    metadata = cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ())
-    details = _details(metadata)
-    # Without details, gRPC says it and not the service: it was not reached, or its connection ended.
-    if kind is Unavailable and (details is None or _is_draining(details)):
-        kind = Away
     return kind(message, field=_field_of(details))
 
 
-def _details(metadata: Iterable[tuple[str, str | bytes]]) -> status_pb2.Status | None:
+def _details_of(error: grpc.RpcError) -> status_pb2.Status | None:
     """Return what a service says beside code and message in a failed call's trailing metadata."""
-    for key, value in metadata:
+    for key, value in cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ()):
         if key == DETAILS_KEY and isinstance(value, bytes):
             try:
                 return status_pb2.Status.FromString(value)
@@ -126,22 +149,23 @@ def _details(metadata: Iterable[tuple[str, str | bytes]]) -> status_pb2.Status |
     return None
 
 
-def _is_draining(status: status_pb2.Status) -> bool:
+def _reason_of(status: status_pb2.Status | None) -> str:
+    """Return the reason that a failed call's details name, or ""."""
     info = _find(status, error_details_pb2.ErrorInfo())
-    return info is not None and (info.domain, info.reason) == (_DOMAIN, DRAINING_REASON)
+    return str(info.reason) if info is not None and info.domain == ERROR_DOMAIN else ""
 
 
 def _field_of(status: status_pb2.Status | None) -> str:
     """Return the field that a failed call's details name, or ""."""
-    bad_request = _find(status, error_details_pb2.BadRequest()) if status else None
+    bad_request = _find(status, error_details_pb2.BadRequest())
     if bad_request is None or not bad_request.field_violations:
         return ""
     return str(bad_request.field_violations[0].field)
 
 
-def _find(status: status_pb2.Status, detail: Any) -> Any:
+def _find(status: status_pb2.Status | None, detail: Any) -> Any:
     """Return a detail of a status, read into the message that is given; None where there is none."""
-    for each in status.details:
+    for each in status.details if status else ():
         try:
             if each.Unpack(detail):
                 return detail

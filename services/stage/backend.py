@@ -53,7 +53,7 @@ class Backend(Protocol):
     """One model in a GPU library.
 
     Closing `generate` early, or cancelling `score`, ends the library's work on it. Raises BackendDied where
-    the library's engine is gone, InvalidRequest for what it refuses.
+    the library's engine is gone, ModelRefusal for what it refuses.
     """
 
     async def start(self) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from services.common.errors import AsdError, InvalidRequest, PreconditionFailed
+from services.common.errors import AsdError, InvalidRequest, PreconditionFailed, PromptTooLong
 from services.stage.engine import (
     DraftPiece,
     DraftText,
@@ -339,12 +339,12 @@ async def unusable_drafts_are_refused(suite: Suite) -> None:
 
 
 async def prompts_beyond_the_context_are_refused(suite: Suite) -> None:
-    """A prompt that does not fit is the caller's mistake, and is told its size."""
+    """A prompt that does not fit is refused as too long for this model, and is told its size."""
     context = suite.engine.status().context_length
     for text in ("word " * (context + 1), "a" * 4_000_000):
         try:
             await suite.ask(text)
-        except InvalidRequest as error:
+        except PromptTooLong as error:
             expect(error.field == "prompt", f"the error names {error.field}, not prompt")
         else:
             raise NotConforming(

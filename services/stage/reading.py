@@ -6,7 +6,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-from services.common.errors import AsdError, InvalidRequest
+from services.common.errors import AsdError, InvalidRequest, PromptTooLong
 from services.stage.engine import FinishReason
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ _LONG_TEXT = 8_192
 class RequestReader:
     """Reads for one model. context, vocabulary: sizes in tokens. eos_ids: tokens that end an answer.
 
-    Whatever is wrong with a request is raised as InvalidRequest that names the field.
+    Whatever is wrong with a request is raised as InvalidRequest that names the field; what only this model
+    cannot take, as ModelRefusal.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class RequestReader:
         size = sum(len(turn.content) for turn in turns)
         if size > most * self._tokenizer.longest_token:
             # Known without encoding it, which would take seconds for a few megabytes.
-            raise InvalidRequest(
+            raise PromptTooLong(
                 f"{where} has {size} characters; {self._name} takes at most {most} tokens", field=where
             )
         if size > _LONG_TEXT:
@@ -52,7 +53,7 @@ class RequestReader:
         else:
             prompt = self._tokenizer.encode_chat(turns)
         if len(prompt) > most:
-            raise InvalidRequest(
+            raise PromptTooLong(
                 f"{where} has {len(prompt)} tokens; {self._name} takes at most {most}", field=where
             )
         return prompt

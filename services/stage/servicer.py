@@ -85,7 +85,8 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
         turns = self._admit(request)
         sampling = _sampling(request.sampling)
         async with self._residency.use(request.model, request.caller) as (name, engine):
-            fingerprint = first = engine.status().fingerprint
+            status = engine.status()
+            first = status.fingerprint
             async with aclosing(engine.generate(turns, sampling)) as events:
                 async for event in events:
                     response = stage_pb2.StageServiceGenerateResponse(tokenizer_fingerprint=first)
@@ -93,7 +94,7 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
                         response.tokens.CopyFrom(_chunk(event))
                     elif isinstance(event, Result):
                         others = self._residency.others_of(request.caller)
-                        response.result.CopyFrom(_result(event, name, fingerprint, others))
+                        response.result.CopyFrom(_result(event, name, status, others))
                     yield response
                     first = ""
 
@@ -114,7 +115,7 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
             finish=_FINISH_BACK[request.draft.finish_reason],
         )
         async with self._residency.use(request.model, request.caller) as (name, engine):
-            fingerprint = engine.status().fingerprint
+            status = engine.status()
             async with aclosing(engine.verify(turns, sampling, draft, threshold)) as events:
                 async for event in events:
                     if isinstance(event, VerificationResult):
@@ -123,7 +124,7 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
                         yield stage_pb2.VerifyResponse(tokens=_chunk(event))
                     else:
                         others = self._residency.others_of(request.caller)
-                        yield stage_pb2.VerifyResponse(result=_result(event, name, fingerprint, others))
+                        yield stage_pb2.VerifyResponse(result=_result(event, name, status, others))
 
     async def VerifyStream(  # noqa: N802
         self,
@@ -137,7 +138,8 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
         sampling = _sampling(start.sampling, "start.sampling")
         threshold = _threshold(start, "start.acceptance")
         async with self._residency.use(start.model, start.caller) as (name, engine):
-            fingerprint = first = engine.status().fingerprint
+            status = engine.status()
+            first = status.fingerprint
             async with aclosing(engine.verify_stream(turns, sampling, _pieces(steps), threshold)) as events:
                 async for event in events:
                     response = stage_pb2.VerifyStreamResponse(tokenizer_fingerprint=first)
@@ -147,7 +149,7 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
                         response.tokens.CopyFrom(_chunk(event))
                     else:
                         others = self._residency.others_of(start.caller)
-                        response.result.CopyFrom(_result(event, name, fingerprint, others))
+                        response.result.CopyFrom(_result(event, name, status, others))
                     yield response
                     first = ""
 
@@ -286,11 +288,11 @@ def _verification(result: VerificationResult) -> stage_pb2.Verification:
     )
 
 
-def _result(result: Result, model: str, fingerprint: str, others: int) -> stage_pb2.StageResult:
+def _result(result: Result, model: str, status: EngineStatus, others: int) -> stage_pb2.StageResult:
     return stage_pb2.StageResult(
         text=result.text,
         token_ids=result.ids,
-        tokenizer_fingerprint=fingerprint,
+        tokenizer_fingerprint=status.fingerprint,
         finish_reason=_FINISH[result.finish],
         usage=common_pb2.Usage(
             prompt_tokens=result.prompt_tokens,
@@ -309,6 +311,7 @@ def _result(result: Result, model: str, fingerprint: str, others: int) -> stage_
         model=model,
         accept_lengths=result.accept_lengths,
         others_under_way=others,
+        context_length=status.context_length,
     )
 
 

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from services.common.errors import AsdError, InvalidRequest, PreconditionFailed
+from services.common.errors import AsdError, ModelRefusal, PreconditionFailed
 from services.common.privacy import report_nothing
 from services.stage.backend import BackendDied, Piece, Scores
 from services.stage.checkpoint import read_checkpoint
@@ -205,7 +205,7 @@ class TensorrtLlmBackend:
                 **(submission or {}),
             )
         except ValueError as error:
-            raise InvalidRequest(f"{self._name} cannot take this request: {error}") from error
+            raise ModelRefusal(f"{self._name} cannot take this request: {error}") from error
         except RuntimeError as error:
             raise BackendDied(f"TensorRT-LLM's executor is gone: {error}") from error
 

@@ -11,7 +11,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from services.common.errors import InvalidRequest, PreconditionFailed
+from services.common.errors import ConversationRefused, PreconditionFailed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,7 +63,7 @@ class ChatTokenizer:
     def encode_chat(self, turns: Sequence[Turn]) -> list[int]:
         """Return the ids of a conversation, ready for the model's answer.
 
-        Raises InvalidRequest where the template refuses the conversation.
+        Raises ConversationRefused where the template refuses the conversation.
         """
         if not any(mark in turn.content for turn in turns for mark in self._special):
             return list(
@@ -106,7 +106,7 @@ class ChatTokenizer:
                 eos_token=_content(self._config.get("eos_token")),
             )
         except TemplateError as error:
-            raise InvalidRequest(
+            raise ConversationRefused(
                 f"the model's chat template refuses the conversation: {error}", field="conversation"
             ) from error
 

@@ -21,7 +21,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from services.common.errors import AsdError, InvalidRequest, PreconditionFailed
+from services.common.errors import AsdError, ModelRefusal, PreconditionFailed
 from services.common.privacy import report_nothing
 from services.stage.backend import BackendDied, Piece, Scores
 from services.stage.checkpoint import read_checkpoint
@@ -272,7 +272,7 @@ class VllmBackend:
             raise BackendDied(f"vLLM's engine died: {error}") from error
         except ValueError as error:
             # What vLLM refuses of a request, such as a prompt that no cache can hold.
-            raise InvalidRequest(f"{self._name} cannot take this request: {error}") from error
+            raise ModelRefusal(f"{self._name} cannot take this request: {error}") from error
 
     def _row(self, token: int, entries: Mapping[int, Any]) -> Row:
         return make_row(token, {each: (e.logprob, e.rank) for each, e in entries.items()}, self._top)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from services.common.errors import AsdError, InvalidRequest, PreconditionFailed, ResourceExhausted
+from services.common.errors import AsdError, ModelRefusal, PreconditionFailed, ResourceExhausted
 from services.stage import check, scoring_engine, tensorrt_llm_engine, vllm_engine
 from services.stage.check import main as check_main
 from services.stage.conformance import PROMPTS, Answer, Suite, collect
@@ -442,11 +442,11 @@ async def test_the_served_context_is_the_smaller_of_the_settings_and_the_models(
     assert (await _tensorrt_llm(max_model_len=given)).status().context_length == served
 
 
-async def test_what_the_library_refuses_is_the_callers_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_the_library_refuses_is_a_models_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     library = fake_vllm.install(monkeypatch)
     engine = await _vllm()
     library.engines[0].context = 8
-    with pytest.raises(InvalidRequest, match="longer than 8"):
+    with pytest.raises(ModelRefusal, match="longer than 8"):
         await _ask(engine, LONG)
     assert engine.status().state is ModelState.READY
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import grpc
 import pytest
+from google.rpc import error_details_pb2
 
 from services.common import errors
 from services.common.cost import verify_cost
 from services.common.settings import Section, ServiceSettings, SettingsError, service_config
 from services.common.status import (
     DETAILS_KEY,
+    REASONS,
     STATUS_TABLE,
     from_rpc_error,
     public_message,
@@ -24,6 +26,44 @@ def test_every_error_has_a_row():
     assert STATUS_TABLE[-1][0] is errors.AsdError
     for kind, code in STATUS_TABLE:
         assert status_of(kind("x")) is code
+
+
+def over_the_wire(error):
+    """Return what the caller of a call that ended with an error makes of it."""
+    trailing = grpc.aio.Metadata((DETAILS_KEY, to_rpc_status(error).SerializeToString()))
+    failed = grpc.aio.AioRpcError(
+        status_of(error), grpc.aio.Metadata(), trailing, details=public_message(error)
+    )
+    return from_rpc_error(failed, peer="stage small at 127.0.0.1:1")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [kind for kind in REASONS if issubclass(kind, errors.InvalidRequest)],
+    ids=lambda kind: kind.__name__,
+)
+def test_a_models_refusal_is_told_from_a_request_that_breaks_the_contract(kind):
+    told = over_the_wire(kind("600 tokens", field="prompt"))
+    assert (type(told), told.message, told.field) == (kind, "600 tokens", "prompt")
+    told = over_the_wire(errors.InvalidRequest("temperature 3", field="sampling.temperature"))
+    assert (type(told), told.field) == (errors.InvalidRequest, "sampling.temperature")
+
+
+def test_the_reasons_of_others_are_not_ours():
+    status = to_rpc_status(errors.PromptTooLong("x"))
+    (detail,) = status.details
+    info = error_details_pb2.ErrorInfo()
+    assert detail.Unpack(info)
+    for domain, code, kind in (
+        ("example.com", grpc.StatusCode.INVALID_ARGUMENT, errors.InvalidRequest),
+        # A reason does not make one code into another.
+        (info.domain, grpc.StatusCode.UNAVAILABLE, errors.Unavailable),
+    ):
+        info.domain = domain
+        detail.Pack(info)
+        trailing = grpc.aio.Metadata((DETAILS_KEY, status.SerializeToString()))
+        failed = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, details="x")
+        assert type(from_rpc_error(failed)) is kind
 
 
 def test_foreign_errors_keep_their_text_from_callers():
