@@ -62,8 +62,8 @@ class RequestReader:
         """Put a whole draft into a feed: its ids where they are of this tokenizer, else its text."""
         feed.ids_used = bool(draft.ids) and draft.fingerprint == self._tokenizer.fingerprint
         if feed.ids_used:
-            self._check_ids(draft.ids, "draft.token_ids")
-            feed.add(draft.ids)
+            if self._add_ids(feed, draft.ids, "draft.token_ids"):
+                return
         elif draft.ids and not draft.text:
             raise InvalidRequest(
                 f"the draft's ids are of another tokenizer than {self._name}'s, "
@@ -92,8 +92,8 @@ class RequestReader:
                 own = piece.fingerprint == self._tokenizer.fingerprint
                 feed.ids_used |= text is None and own and bool(piece.ids)
                 if feed.ids_used:
-                    self._check_ids(piece.ids, "chunk.token_ids")
-                    feed.add(piece.ids)
+                    if self._add_ids(feed, piece.ids, "chunk.token_ids"):
+                        break
                 elif not feed.is_full:
                     text = (text or "") + piece.text
                     # The last token may yet become another one.
@@ -113,10 +113,21 @@ class RequestReader:
             return await asyncio.to_thread(self._tokenizer.encode_text, text)
         return self._tokenizer.encode_text(text)
 
-    def _check_ids(self, ids: Sequence[int], field: str) -> None:
-        wrong = next((i for i in ids if i >= self._vocabulary or i in self._eos_ids), None)
+    def _add_ids(self, feed: DraftFeed, ids: Sequence[int], field: str) -> bool:
+        """Add ids to a draft; return whether it ends among them, at a token that ends this model's answers.
+
+        The drafter may have other ends with the same tokenizer, and have written on. Whether the answer ends
+        there is the model's own choice, which the pass over what stands before shows.
+        """
+        end = next((place for place, each in enumerate(ids) if each in self._eos_ids), None)
+        ids = ids[:end]
+        wrong = next((each for each in ids if each >= self._vocabulary), None)
         if wrong is not None:
             raise InvalidRequest(f"id {wrong} is not a text token of {self._name}'s tokenizer", field=field)
+        feed.add(ids)
+        if end is not None:
+            feed.finish(None)
+        return end is not None
 
     def _end_id(self, finish: FinishReason) -> int | None:
         return self._eos_ids[0] if finish is FinishReason.EOS else None

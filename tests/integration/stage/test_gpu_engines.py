@@ -569,6 +569,41 @@ async def test_what_is_certain_of_a_draft_goes_out_before_all_of_it_has_come(
     )
 
 
+@pytest.mark.parametrize(
+    ("install", "make"), [(fake_vllm.install, _vllm), (fake_tensorrt_llm.install, _tensorrt_llm)]
+)
+@pytest.mark.parametrize("at", [0, 3, 20, None])
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_draft_that_writes_on_past_the_targets_end_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, install: Any, make: Any, at: int | None, streamed: bool
+) -> None:
+    """As a drafter with the same tokenizer and another end token does. at: where; None: behind the answer."""
+    install(monkeypatch)
+    engine = await make()
+    fingerprint, end = engine.status().fingerprint, 1
+    for prompt in (LONG, Turn("user", PROMPTS[0])):
+        plain = await _ask(engine, prompt, max_new_tokens=40)
+        ids = (*plain.result.ids[:at], end, *plain.result.ids[:5])
+
+        async def pieces(ids: tuple[int, ...] = ids) -> AsyncIterator[DraftPiece | FinishReason]:
+            for start in range(0, len(ids), 4):
+                yield DraftPiece(ids[start : start + 4], "", fingerprint)
+                await asyncio.sleep(0)
+            yield FinishReason.EOS
+
+        sampling = SamplingOptions(max_new_tokens=40)
+        found = await collect(
+            engine.verify_stream((prompt,), sampling, pieces(), None)
+            if streamed
+            else engine.verify((prompt,), sampling, Suite(engine).draft(ids), None),
+            "any",
+        )
+        assert (found.result.ids, found.result.finish) == (plain.result.ids, plain.result.finish)
+        kept = len(plain.result.ids[:at])
+        assert found.verification is not None
+        assert (found.verification.proposed, found.verification.accepted) == (kept, kept)
+
+
 # Installation.
 
 

@@ -277,7 +277,6 @@ async def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(small: O
     ("draft", "field"),
     [
         (DraftText("", (9999,), "own", FinishReason.EOS), "draft.token_ids"),
-        (DraftText("", (1,), "own", FinishReason.EOS), "draft.token_ids"),
         (DraftText("", (9,), "f" * 64, FinishReason.EOS), "draft.tokenizer_fingerprint"),
     ],
 )
@@ -288,6 +287,39 @@ async def test_drafts_that_cannot_be_used_are_refused(
     with pytest.raises(InvalidRequest) as caught:
         await _verify(small, "x", DraftText(draft.text, draft.ids, fingerprint, draft.finish))
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize("at", [0, 3, None])
+@pytest.mark.parametrize("seed", [None, 5])
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_draft_that_writes_on_past_the_targets_end_changes_nothing(
+    small: OnnxEngine, reference: Reference, at: int | None, seed: int | None, streamed: bool
+) -> None:
+    """As a drafter with the same tokenizer and another end token does. at: where; None: behind the answer."""
+    fingerprint = small.status().fingerprint
+    sampling = _GREEDY if seed is None else SamplingOptions(temperature=1.0, seed=seed)
+    for prompt in reference.prompts[:8]:
+        plain, _ = await _generate(small, prompt, sampling)
+        ids = (*plain.ids[:at], 1, *plain.ids[:5])
+
+        async def pieces(ids: tuple[int, ...] = ids) -> AsyncIterator[DraftPiece | FinishReason]:
+            for start in range(0, len(ids), 4):
+                yield DraftPiece(ids[start : start + 4], "", fingerprint)
+                await asyncio.sleep(0)
+            yield FinishReason.EOS
+
+        turns = (Turn("user", prompt),)
+        call = (
+            small.verify_stream(turns, sampling, pieces(), None)
+            if streamed
+            else small.verify(turns, sampling, DraftText("", ids, fingerprint, FinishReason.EOS), None)
+        )
+        events = [event async for event in call]
+        result, kept = events[-1], len(plain.ids[:at])
+        assert isinstance(result, Result)
+        assert (result.ids, result.finish) == (plain.ids, plain.finish)
+        (verification,) = [event for event in events if isinstance(event, VerificationResult)]
+        assert (verification.proposed, verification.accepted) == (kept, kept)
 
 
 @pytest.mark.parametrize("cached", [4, 0])

@@ -1,0 +1,106 @@
+"""How a model's requests are read: what only this model refuses, and where a draft ends."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from services.common.errors import AsdError, InvalidRequest, PromptTooLong
+from services.stage.draft import DraftFeed
+from services.stage.engine import DraftPiece, DraftText, FinishReason, Turn
+from services.stage.reading import RequestReader
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+OWN = "a" * 64
+# Ends of the model's answers, and the size of its vocabulary.
+ENDS, VOCABULARY, CONTEXT = (7, 3), 40, 16
+
+
+class Letters:
+    """A tokenizer whose tokens are letters; four of them at most make one in a prompt."""
+
+    fingerprint = OWN
+    longest_token = 4
+
+    def encode_chat(self, turns: Sequence[Turn]) -> list[int]:
+        return [9 for turn in turns for _ in turn.content]
+
+    def encode_text(self, text: str) -> list[int]:
+        return [ord(letter) - 97 for letter in text]
+
+
+@pytest.fixture
+def reader() -> RequestReader:
+    letters: Any = Letters()
+    return RequestReader("small", letters, CONTEXT, VOCABULARY, ENDS)
+
+
+@pytest.mark.parametrize("count", [CONTEXT, CONTEXT * Letters.longest_token])
+async def test_a_prompt_beyond_the_context_is_refused_for_this_model_alone(
+    reader: RequestReader, count: int
+) -> None:
+    assert len(await reader.read_prompt((Turn("user", "x" * (CONTEXT - 1)),))) == CONTEXT - 1
+    with pytest.raises(PromptTooLong) as caught:
+        await reader.read_prompt((Turn("user", "x" * count),))
+    assert caught.value.field == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("ids", "finish", "read"),
+    [
+        ((1, 2), FinishReason.LENGTH, [1, 2]),
+        # Where the drafter ended by itself, the target's own end is proposed.
+        ((1, 2), FinishReason.EOS, [1, 2, 7]),
+        # The drafter has other ends, and wrote on.
+        ((1, 2, 3, 4), FinishReason.EOS, [1, 2]),
+        ((1, 7, 3, 4), FinishReason.LENGTH, [1]),
+        ((7,), FinishReason.EOS, []),
+        # What stands behind an end is not read.
+        ((1, 7, 9999), FinishReason.EOS, [1]),
+    ],
+)
+@pytest.mark.parametrize("size", [None, 1, 3])
+async def test_a_draft_ends_at_a_token_that_ends_the_models_answers(
+    reader: RequestReader, ids: tuple[int, ...], finish: FinishReason, read: list[int], size: int | None
+) -> None:
+    feed = DraftFeed(most_tokens=100)
+    if size is None:
+        await reader.read_draft(DraftText("", ids, OWN, finish), feed)
+    else:
+        errors = await follow(
+            reader, feed, [*(ids[start : start + size] for start in range(0, len(ids), size)), finish]
+        )
+        assert errors == []
+    assert (feed.ids, feed.is_complete, feed.ids_used) == (read, True, True)
+
+
+async def test_ids_beyond_the_vocabulary_are_refused(reader: RequestReader) -> None:
+    for ids in ((1, VOCABULARY), (VOCABULARY, 7)):
+        with pytest.raises(InvalidRequest) as caught:
+            await reader.read_draft(DraftText("", ids, OWN, FinishReason.EOS), DraftFeed(100))
+        assert caught.value.field == "draft.token_ids"
+        (error,) = await follow(reader, DraftFeed(100), [ids, FinishReason.EOS])
+        assert error.field == "chunk.token_ids"
+
+
+async def follow(
+    reader: RequestReader, feed: DraftFeed, pieces: Sequence[tuple[int, ...] | FinishReason]
+) -> list[AsdError]:
+    """Have a draft read as it comes; return the errors that its target is told of."""
+    errors: list[AsdError] = []
+
+    async def come() -> AsyncIterator[DraftPiece | FinishReason]:
+        for piece in pieces:
+            yield piece if isinstance(piece, FinishReason) else DraftPiece(piece, "", OWN)
+            await asyncio.sleep(0)
+
+    def notify(error: AsdError | None) -> None:
+        if error is not None:
+            errors.append(error)
+
+    await reader.follow_draft(come(), feed, notify)
+    return errors
