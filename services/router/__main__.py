@@ -21,6 +21,7 @@ from services.router.breaker import Breaker
 from services.router.cascade import Cascade
 from services.router.clients import Directory, GrpcManager, GrpcPolicy, GrpcStage
 from services.router.domain import Stage
+from services.router.health import Health
 from services.router.instruments import Instruments
 from services.router.planner import Planner
 from services.router.replicas import Replicas
@@ -62,7 +63,8 @@ async def build(settings: RouterSettings, channels: AsyncExitStack) -> CascadeSe
         with _within("policy"):
             channel = open_channel(target, retry=False, tls=settings.policy.tls)
         await channels.enter_async_context(channel)
-        policy = GrpcPolicy(target, channel, names, settings.policy.timeout_ms, Breaker(clock))
+        health = Health(f"the policy service at {target}", clock)
+        policy = GrpcPolicy(target, channel, names, settings.policy.timeout_ms, Breaker(clock), health)
     static_plan = StaticPlan(tuple(names.index(name) for name in settings.static_plan), len(names))
     instruments = Instruments()
     options = SpeculationOptions(**settings.speculation.model_dump())

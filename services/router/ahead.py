@@ -6,7 +6,7 @@ import asyncio
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Self
 
-from services.common.errors import AsdError
+from services.common.errors import AsdError, ModelRefusal
 from services.router.domain import Prefilled
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class PrefillAhead:
         self._calling = calling
         self._task: asyncio.Task[Prefilled | None] | None = None
         self._stage = -1
+        self._refusal: ModelRefusal | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -51,6 +52,10 @@ class PrefillAhead:
         if self._task is not None and self._stage == stage:
             await asyncio.wait([self._task])
 
+    def refusals(self) -> dict[int, AsdError]:
+        """Return the stage, by place, that has said that it cannot take the request, and why."""
+        return {} if self._refusal is None else {self._stage: self._refusal}
+
     async def close(self) -> Prefilled | None:
         """Stop what is under way; return what was warmed, if anything."""
         if self._task is None:
@@ -64,6 +69,9 @@ class PrefillAhead:
         started = self._clock()
         try:
             tokens = await client.prefill(request, timeout_ms)
+        except ModelRefusal as refusal:
+            self._refusal = refusal
+            return None
         except AsdError:
             # It was a favour; the verification will say what is wrong.
             return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack, aclosing
 from typing import TYPE_CHECKING
 
-from services.common.errors import AsdError, Away, BudgetSpent, ResourceExhausted, Unavailable
+from services.common.errors import AsdError, Away, InvalidRequest, Unavailable
 from services.common.patience import Patience
 from services.router.ahead import PrefillAhead
 from services.router.domain import Event, PlanSource, Request, StageAction, StageStarted, View
@@ -42,8 +42,8 @@ class Cascade:
     async def answer(self, request: Request, deadline: float, view: View) -> AsyncGenerator[Event, None]:
         """Yield what the view shows while the answer is made, and last its outcome. deadline: by the clock.
 
-        Raises NotFound for an unknown fixed stage, Unavailable where no stage can be reached, BudgetSpent at
-        the deadline, and whatever the first stage or the policy refuses the request with.
+        Raises NotFound for an unknown fixed stage, BudgetSpent at the deadline, what the policy refuses the
+        request with, and what the stages failed or refused it with where none has answered.
         """
         progress = Progress(request, deadline, view, self._clock)
         try:
@@ -64,12 +64,13 @@ class Cascade:
                     async with aclosing(self._run(progress, self._stages[stage])) as events:
                         async for event in events:
                             yield event
-                except (Unavailable, ResourceExhausted, BudgetSpent) as error:
+                except AsdError as error:
                     self._note_failure(progress, stage, error)
                     following = await self._instead_of(progress, stage, error)
                     for event in progress.go_back():
                         yield event
                 else:
+                    progress.failed |= ahead.refusals()
                     following = (await self._planner.decide(progress)).next_stage
                 if following is None:
                     break
@@ -114,34 +115,33 @@ class Cascade:
 
     def _note_failure(self, progress: Progress, stage: int, error: AsdError) -> None:
         failed = self._stages[stage].stage
-        self._observer.stage_failed(failed, error)
+        if not isinstance(error, InvalidRequest):
+            self._observer.stage_failed(failed, error)
         self._planner.stage_failed(progress, failed, error)
 
     async def _instead_of(self, progress: Progress, stage: int, error: AsdError) -> int | None:
         """Return the stage to ask instead of one that failed; None: the earlier answer stands.
 
-        Raises the error where neither may be.
+        Raises an error where neither may be.
         """
-        if progress.has_earlier_answer():
-            progress.failed[stage] = error
-            following = await self._planner.decide_again(progress)
-            if following is None:
-                progress.keep_earlier_answer(error)
-            return following
-        is_fixed = progress.plan_source is PlanSource.FIXED
-        if is_fixed or progress.has_committed or not self._planner.may_be_replaced(progress, error):
-            raise error
         progress.failed[stage] = error
-        return await self._plan_again(progress)
+        if not progress.has_earlier_answer():
+            return await self._plan_again(progress, error)
+        following = await self._planner.decide_again(progress)
+        if following is None:
+            progress.keep_earlier_answer(error)
+        return following
 
-    async def _plan_again(self, progress: Progress) -> int:
+    async def _plan_again(self, progress: Progress, error: AsdError) -> int:
         """Return the stage to ask after others failed; where none is left, one that may be back by now."""
         try:
-            return await self._planner.plan(progress)
+            return await self._planner.plan_again(progress, error)
         except Unavailable:
-            away = [place for place, error in progress.failed.items() if isinstance(error, Away)]
+            # Who names the stages waits in the call itself, and what was committed cannot be begun anew.
+            is_bound = progress.plan_source is PlanSource.FIXED or progress.has_committed
+            away = [place for place, each in progress.failed.items() if isinstance(each, Away)]
             until = self._clock() + progress.left_ms() / 1000.0
-            if not away or not await self._patience.wait(until):
+            if is_bound or not away or not await self._patience.wait(until):
                 raise
             for place in away:
                 del progress.failed[place]

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from asd.v1 import common_pb2
     from asd.v1.stage_pb2_grpc import StageServiceAsyncStub as Stub
     from services.router.breaker import Breaker
+    from services.router.health import Health
     from services.router.ports import Sleepers
     from services.router.replicas import Replica, Replicas
 
@@ -338,11 +339,12 @@ class GrpcStage:
         field = error.field.removeprefix("start.")
         if field and not field.startswith(_CALLER_FIELDS):
             return AsdError(f"{self._peer} refused {error.field}: {error.message}")
-        return InvalidRequest(error.message, field=field)
+        return type(error)(error.message, field=field)
 
 
 class GrpcPolicy:
-    """Calls the policy service. stages: names in order. timeout_ms: the most that one call may take.
+    """Calls the policy service. stages: names in order. timeout_ms: the most that one call may take. health:
+    is told how calls end.
 
     Raises Unavailable or BudgetSpent where the service is away or late; at once while the breaker is open.
     Raises AsdError where its answer makes no sense.
@@ -355,8 +357,10 @@ class GrpcPolicy:
         stages: Sequence[str],
         timeout_ms: float,
         breaker: Breaker,
+        health: Health,
     ) -> None:
         self._peer = f"the policy service at {target}"
+        self._health = health
         self._stages = tuple(stages)
         self._places = {name: index for index, name in enumerate(stages)}
         self._timeout_ms = timeout_ms
@@ -455,19 +459,21 @@ class GrpcPolicy:
             raise Unavailable(f"{self._peer} failed repeatedly; it is tried again soon")
         try:
             yield
-        except BudgetSpent:
+        except (BudgetSpent, Unavailable) as error:
             # A caller in a hurry says nothing of the service.
-            if timeout_ms >= self._timeout_ms:
+            if isinstance(error, Unavailable) or timeout_ms >= self._timeout_ms:
                 self._breaker.failed()
-            raise
-        except Unavailable:
-            self._breaker.failed()
+                self._health.failed(error, "and the static plan stands in for it")
             raise
         except AsdError:
             # Whoever refuses a request is there.
-            self._breaker.succeeded()
+            self._succeeded()
             raise
+        self._succeeded()
+
+    def _succeeded(self) -> None:
         self._breaker.succeeded()
+        self._health.answered()
 
     def _decision(self, response: policy_pb2.DecideResponse, judged: int) -> Decision:
         action = convert.member(DecisionAction, response.action, self._peer)

@@ -235,6 +235,7 @@ def result_from(message: stage_pb2.StageResult, peer: str) -> StageResult:
         timing=Timing(timing.queue_ms, timing.prefill_ms, timing.decode_ms, timing.total_ms),
         model=message.model,
         accept_lengths=message.accept_lengths,
+        context_length=message.context_length,
     )
 
 

@@ -224,7 +224,8 @@ class StageResult:
     """Outcome of a stage call. token_ids: without the end-of-sequence token.
 
     accept_lengths: tokens emitted by each pass that scored a proposal. is_adapted: whether the stage was
-    asked for its adapter for the type of task; the model's name does not tell.
+    asked for its adapter for the type of task; the model's name does not tell. context_length: of its model,
+    in tokens; 0: not known.
     """
 
     text: str
@@ -237,6 +238,7 @@ class StageResult:
     accept_lengths: Sequence[int] = ()
     is_adapted: bool = False
     others: Others | None = None
+    context_length: int = 0
 
 
 StageEvent = Tokens | Verification | StageResult

@@ -6,7 +6,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from services.common.cost import is_above
-from services.common.errors import AsdError, BudgetSpent, InvalidRequest, NotFound, Unavailable
+from services.common.errors import (
+    AsdError,
+    BudgetSpent,
+    InvalidRequest,
+    ModelRefusal,
+    NotFound,
+    PreconditionFailed,
+    PromptTooLong,
+    ResourceExhausted,
+    Unavailable,
+)
 from services.common.telemetry import Spans, Traced
 from services.router import spans
 from services.router.domain import (
@@ -19,12 +29,13 @@ from services.router.domain import (
     Preference,
     Stage,
 )
+from services.router.health import StageHealth
 from services.router.load import Load, Question
 from services.router.speculation import BUSY, Speculation
 from services.router.static_plan import StaticPlan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from services.router.domain import Answer, Plan, StageResult
@@ -34,13 +45,14 @@ if TYPE_CHECKING:
 
 # Kept from every deadline, for the router's own work and the way back. Chosen: above its own p95.
 MARGIN_MS = 10.0
-# For how long plans avoid a stage that was away: at first, and at most, doubling while it stays away. Chosen:
-# one attempt per second costs nothing where the stage is gone, and half a deadline where it hangs.
-AWAY_SECONDS = 1.0
-_LONGEST_AWAY_SECONDS = 30.0
 # A call that runs out of time says that the stage hangs where it had so many times what calls take there.
-# Chosen: answers differ in length.
+# Chosen: answers differ in length. One that nothing was heard of needs once that time.
 _USUAL_TIMES = 4.0
+# The same, in milliseconds, where no call has been answered yet. Chosen.
+_UNKNOWN_MS = 1000.0
+# Kept of a deadline, in milliseconds, for an earlier answer to reach its caller. gRPC rounds a deadline of
+# 10 to 100 s up to a tenth of a second, so that the router may think that it has so much more.
+_RETURN_MS = 100.0
 # Share of the time left that a stage may take whose answer others could still replace. Chosen.
 _SHARE_OF_TIME = 0.5
 # Share of the time left that an escalation may lose to a prompt that is read ahead. Chosen.
@@ -78,8 +90,9 @@ class Planner:
         self._observer = observer
         self._clock = clock
         self._by_name = {stage.name: stage.index for stage in stages}
-        self._away_until: dict[int, float] = {}
-        self._times_silent: dict[int, int] = {}
+        self._health = tuple(StageHealth(stage, clock) for stage in stages)
+        # What stages said last of their models: the tokenizer's fingerprint, and the context in tokens.
+        self._contexts: dict[int, tuple[str, int]] = {}
         self._load = Load(len(self._stages), clock)
 
     def stage_failed(self, progress: Progress, stage: Stage, error: AsdError) -> None:
@@ -87,39 +100,39 @@ class Planner:
         choice = progress.choices.pop(stage.index, None)
         if choice is not None:
             self._speculation.ended(choice)
-        if not self.may_be_replaced(progress, error):
-            return
-        if not isinstance(error, BudgetSpent):
-            self._avoid(stage, AWAY_SECONDS)
-        elif self._was_given_time(progress, stage):
-            times = self._times_silent.get(stage.index, 0)
-            if self._avoid(stage, min(AWAY_SECONDS * 2.0**times, _LONGEST_AWAY_SECONDS)):
-                self._times_silent[stage.index] = times + 1
+        health = self._health[stage.index]
+        if isinstance(error, Unavailable | PreconditionFailed):
+            # It may come back as another model.
+            self._contexts.pop(stage.index, None)
+            health.went_away(error)
+        elif isinstance(error, BudgetSpent):
+            if self._was_given_time(progress, stage):
+                health.hung(error)
+        elif not isinstance(error, InvalidRequest):
+            health.failed_a_request(error)
 
     def may_be_replaced(self, progress: Progress, error: AsdError) -> bool:
-        """Return whether another stage may still answer: one was unreachable, or silent for too long."""
+        """Return whether another stage may still answer, after one did not."""
         if isinstance(error, BudgetSpent):
             return progress.left_ms(MARGIN_MS) > 0
-        return isinstance(error, Unavailable)
-
-    def _avoid(self, stage: Stage, seconds: float) -> bool:
-        """Avoid a stage for a while; return whether it was not avoided already: calls that fail together are
-        one time."""
-        now = self._clock()
-        if self._away_until.get(stage.index, now) > now:
-            return False
-        self._away_until[stage.index] = now + seconds
-        return True
+        # The router has checked the request: what a stage finds beyond that holds for all of them.
+        return not isinstance(error, InvalidRequest) or isinstance(error, ModelRefusal)
 
     def _was_given_time(self, progress: Progress, stage: Stage) -> bool:
         """Return whether a call that has run out of time had enough for a stage that works."""
-        usual_ms = self._load.service_ms(stage.index) + self._load.expected_queue_ms(stage.index)
-        return progress.call_ms >= min(stage.timeout_ms, _USUAL_TIMES * usual_ms)
+        usual_ms = self._usual_ms(stage.index)
+        if progress.has_heard:
+            usual_ms *= _USUAL_TIMES
+        return progress.call_ms >= min(stage.timeout_ms, usual_ms or _UNKNOWN_MS)
+
+    def _usual_ms(self, stage: int) -> float:
+        """Return what a call takes at a stage, its wait included; 0 where none has been answered."""
+        service_ms = self._load.service_ms(stage)
+        return service_ms + self._load.expected_queue_ms(stage) if service_ms else 0.0
 
     def _away(self) -> frozenset[int]:
         """Return the stages that are avoided now."""
-        now = self._clock()
-        return frozenset(index for index, until in self._away_until.items() if until > now)
+        return frozenset(index for index, health in enumerate(self._health) if health.is_avoided)
 
     def warming_ms(self, progress: Progress, place: int) -> float:
         """Return how long a stage may take to read a prompt ahead."""
@@ -132,14 +145,34 @@ class Planner:
             left_ms *= _SHARE_OF_TIME
         return min(left_ms, stage.timeout_ms)
 
+    def patience_ms(self, progress: Progress, stage: Stage) -> float:
+        """Return after how long a request goes on without a stage, as long as it still can.
+
+        Unlike the call's own time, this ends where tokens are committed that nothing else stands for.
+        """
+        left_ms = progress.left_ms(MARGIN_MS)
+        if progress.has_earlier_answer():
+            # A stage that takes long for every answer may have more than half, but for the way back.
+            usual_ms = min(_USUAL_TIMES * self._usual_ms(stage.index), left_ms - _RETURN_MS)
+            return max(left_ms * _SHARE_OF_TIME, usual_ms)
+        is_fixed = progress.plan_source is PlanSource.FIXED
+        if self._health[stage.index].is_suspect and not is_fixed and self._has_others(progress, stage):
+            return left_ms * _SHARE_OF_TIME
+        return left_ms
+
+    def _has_others(self, progress: Progress, stage: Stage) -> bool:
+        """Return whether a stage is awake, other than this one and those that failed the request."""
+        left_out = self._sleepers.asleep.union(progress.failed, {stage.index})
+        return len(left_out) < len(self._stages)
+
     async def until_awake(self, progress: Progress, stages: Sequence[Stage]) -> None:
         """Wait for those of the stages that sleep. Raises BudgetSpent where one is not awake in time."""
         for stage in stages:
             if stage.index not in self._sleepers.asleep:
                 continue
             left_ms = progress.left_ms(MARGIN_MS)
-            others = len(self._stages) - len(self._sleepers.asleep.union(progress.failed))
-            if others and progress.plan_source is not PlanSource.FIXED:
+            has_others = self._has_others(progress, stage) or progress.has_earlier_answer()
+            if has_others and progress.plan_source is not PlanSource.FIXED:
                 left_ms *= _SHARE_OF_TIME
             await self._sleepers.until_awake(stage, left_ms)
             # How long that took says nothing about drafts.
@@ -158,8 +191,10 @@ class Planner:
         """
         self._speculation.answered(answer, progress.choices.pop(answer.stage.index, None))
         if answer.is_whole:
-            self._times_silent.pop(answer.stage.index, None)
-            self._away_until.pop(answer.stage.index, None)
+            self._health[answer.stage.index].answered()
+            if answer.result.context_length:
+                known = answer.result.tokenizer_fingerprint, answer.result.context_length
+                self._contexts[answer.stage.index] = known
             timing = answer.result.timing
             # A pipelined call mostly waits for its drafter, and takes nobody's place meanwhile.
             service_ms = 0.0 if answer.is_pipelined else timing.total_ms - timing.queue_ms
@@ -228,6 +263,7 @@ class Planner:
     async def decide(self, progress: Progress) -> Decision:
         """Judge the latest answer. An escalation that does not fit the deadline is not started."""
         with Traced(Spans.DECIDE) as span:
+            self._leave_out_short_contexts(progress)
             decision = await self._judge(progress)
             is_last = progress.answer.stage.index == len(self._stages) - 1
             if decision.reason is DecisionReason.LAST_STAGE and not is_last:
@@ -244,6 +280,39 @@ class Planner:
             spans.describe_decision(span, progress, decision)
             return decision
 
+    def _leave_out_short_contexts(self, progress: Progress) -> None:
+        """Leave later stages out whose context is known not to hold the prompt.
+
+        Known of those with the tokenizer of the stage that has just counted it. Others will say so.
+        """
+        result = progress.answer.result
+        for stage in self._stages[progress.answer.stage.index + 1 :]:
+            fingerprint, context = self._contexts.get(stage.index, ("", 0))
+            is_counted = bool(fingerprint) and fingerprint == result.tokenizer_fingerprint
+            if is_counted and result.usage.prompt_tokens >= context:
+                text = f"{result.usage.prompt_tokens} tokens leave no room in a context of {context}"
+                progress.failed.setdefault(stage.index, PromptTooLong(text))
+
+    async def plan_again(self, progress: Progress, error: AsdError) -> int:
+        """Return the stage to ask after one has failed before there was an answer.
+
+        Raises the error where nothing else may be asked; where everything was, one that says so of each.
+        """
+        if progress.plan_source is PlanSource.FIXED:
+            if not (progress.chain and isinstance(error, ModelRefusal)):
+                raise error
+            # Its draft would have been a help; the last stage's answer is what was asked for.
+            following, *rest = progress.chain
+            progress.chain = tuple(rest)
+            return following
+        if progress.has_committed or not self.may_be_replaced(progress, error):
+            raise error
+        try:
+            return await self.plan(progress)
+        except InvalidRequest as refusal:
+            # What is left of the cascade does not fit the request's budget.
+            raise _failure_of_all(self._stages, progress.failed) from refusal
+
     async def decide_again(self, progress: Progress) -> int | None:
         """Return the stage to escalate to after one has failed; None: the earlier answer stands."""
         if progress.has_committed or progress.left_ms(MARGIN_MS) <= 0:
@@ -258,7 +327,7 @@ class Planner:
         """Return whether a stage's answer will stand, whatever it shows."""
         if progress.plan_source is PlanSource.FIXED:
             return not progress.chain
-        if stage.index == len(self._stages) - 1:
+        if all(later in progress.failed for later in range(stage.index + 1, len(self._stages))):
             return True
         return (
             not progress.follows_policy
@@ -302,7 +371,8 @@ class Planner:
                     # Within a budget the policy alone says what comes next.
                     has_budget = request.objective.max_cost or request.objective.max_latency_ms
                     is_used = self._options.early_abandon and not has_budget
-                    is_there = plan.abandon_to is not None and plan.abandon_to not in self._sleepers.asleep
+                    left_out = self._sleepers.asleep.union(progress.failed)
+                    is_there = plan.abandon_to is not None and plan.abandon_to not in left_out
                     progress.abandon = plan.abandon if is_used and is_there else ()
                     progress.abandon_to = plan.abandon_to
                     return plan.first_stage
@@ -318,9 +388,7 @@ class Planner:
         if first is not None:
             return first
         if progress.failed:
-            errors = progress.failed.values()
-            kind = BudgetSpent if all(isinstance(error, BudgetSpent) for error in errors) else Unavailable
-            raise kind("; ".join(error.message for error in errors))
+            raise _failure_of_all(self._stages, progress.failed)
         least = min(self._stages, key=lambda stage: stage.cost)
         raise InvalidRequest(
             f"max_cost {max_cost:g} is below the cheapest stage ({least.name}: {least.cost:g}): raise it",
@@ -352,7 +420,8 @@ class Planner:
         with progress.waiting_for_policy():
             while True:
                 conditions, told_ms = self._conditions(away), self._queues_ms()
-                left_ms = progress.left_ms(MARGIN_MS)
+                # There is an answer, which is not lost to a question about it.
+                left_ms = progress.left_ms(MARGIN_MS) * _SHARE_OF_TIME
                 with self._load.asking(Question.DECIDE):
                     decision = await policy.decide(
                         progress.request, answer, spent_cost, spent_ms, conditions, left_ms
@@ -474,3 +543,30 @@ class Planner:
             if index in away or depth or queue_ms >= MIN_QUEUE_MS:
                 conditions.append(Condition(stage.name, index not in away, depth, queue_ms))
         return conditions
+
+
+def _failure_of_all(stages: Sequence[Stage], failed: Mapping[int, AsdError]) -> AsdError:
+    """Return the one error for a request that every stage has failed or refused.
+
+    The request is at fault only where every stage says so. failed: by place; at least one.
+    """
+    errors = list(failed.values())
+    if len(errors) == 1:
+        return errors[0]
+    refusals = [error for error in errors if isinstance(error, ModelRefusal)]
+    counted = [error for error in errors if error not in refusals] or errors
+    kinds = {type(error) for error in counted}
+    kind: type[AsdError] = AsdError
+    if len(kinds) == 1:
+        kind = kinds.pop()
+    elif all(isinstance(error, ModelRefusal) for error in counted):
+        kind = ModelRefusal
+    elif any(isinstance(error, Unavailable | BudgetSpent | ResourceExhausted) for error in counted):
+        kind = Unavailable
+    # Refusals do not name the stage: alone, they are about what the caller wrote.
+    texts = [
+        f"stage {stages[place].name}: {error.message}" if error in refusals else error.message
+        for place, error in failed.items()
+    ]
+    fields = {error.field for error in counted}
+    return kind("; ".join(texts), field=fields.pop() if len(fields) == 1 else "")

@@ -47,11 +47,12 @@ class Progress:
         self.policy_version = ""
         # False once the policy was away: the static plan holds from there on.
         self.follows_policy = True
-        # Stages that did not answer, with why.
+        # Stages that this request does without, by place, with why: they did not answer, or cannot take it.
         self.failed: dict[int, AsdError] = {}
         self.policy_ms = 0.0
-        # Time that the running stage was given, in milliseconds.
+        # Time that the running stage was given, in milliseconds, and whether anything came from it.
         self.call_ms = 0.0
+        self.has_heard = False
         self.spent_cost = 0.0
         self._deadline = deadline
         self._clock = clock
@@ -116,11 +117,13 @@ class Progress:
     def start(self, stage: Stage, action: StageAction, drafter: str, *, is_final: bool) -> None:
         """A stage starts on the request, on a drafter's draft where it verifies. is_final: it will stand."""
         self._run = StageRun(stage, action, drafter, self._clock, is_pipelined=bool(self.upstream))
+        self.has_heard = False
         self._may_abandon = not is_final
         self._delivery.start(is_final=is_final)
 
     def take(self, event: StageEvent) -> Iterator[Event]:
         """Take an event of the running stage; return what it changes for the caller."""
+        self.has_heard = True
         self._run.take(event)
         if isinstance(event, Tokens):
             yield from self._delivery.written(event)
@@ -211,6 +214,11 @@ class Progress:
         is_fixed = self.plan_source is PlanSource.FIXED
         # A draft that was given up is no answer.
         return not (is_fixed or self._is_fragment) and bool(self._records) and self._delivery.can_go_back()
+
+    def can_leave(self) -> bool:
+        """Return whether the request can go on without what the running stage has yet to send."""
+        is_free = self.plan_source is not PlanSource.FIXED and not self.has_committed
+        return is_free or self.has_earlier_answer()
 
     def go_back(self) -> Iterator[Event]:
         """Drop what is not of the earlier answer, where there is one: the running stage has failed."""

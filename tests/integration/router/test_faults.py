@@ -12,17 +12,22 @@ from asd.v1 import cascade_pb2, common_pb2, policy_pb2
 from services.client.convert import event_from
 from services.client.values import StreamedText
 from services.common.errors import (
+    AsdError,
+    ConversationRefused,
     InvalidRequest,
     NotFound,
     PreconditionFailed,
+    PromptTooLong,
     ResourceExhausted,
     Unavailable,
 )
 from services.common.server import ServiceRegistration, start_server
+from services.common.status import from_rpc_error
 
 ASK = cascade_pb2.GenerateRequest(prompt="hi")
 STATIC = cascade_pb2.PLAN_SOURCE_STATIC
 POLICY = cascade_pb2.PLAN_SOURCE_POLICY
+DEADLINE = policy_pb2.DECISION_REASON_DEADLINE
 
 
 async def failure(call) -> grpc.aio.AioRpcError:
@@ -70,6 +75,22 @@ async def test_policy_that_comes_back_is_asked_again(world):
     async with asyncio.timeout(10):
         while (await w.stub.Generate(ASK, timeout=5)).plan_source != POLICY:
             await asyncio.sleep(0.02)
+
+
+async def test_the_log_tells_of_the_policy_and_not_of_each_request(world, clock, caplog):
+    caplog.set_level("INFO", logger="services.router.health")
+    w = await world(policy=world.policy(), dead=("policy",))
+    for _ in range(5):
+        assert (await w.stub.Generate(ASK, timeout=5)).plan_source == STATIC
+    (away,) = [record.getMessage() for record in caplog.records]
+    assert f"the policy service at {w.targets['policy']}" in away
+    await w.start("policy")
+    async with asyncio.timeout(10):
+        while (await w.stub.Generate(ASK, timeout=5)).plan_source != POLICY:
+            clock.advance(1.0)
+            await asyncio.sleep(0.02)
+    _, back = [record.getMessage() for record in caplog.records]
+    assert f"the policy service at {w.targets['policy']}" in back
 
 
 @pytest.mark.parametrize(
@@ -264,7 +285,7 @@ AWAY = {
 
 @pytest.mark.parametrize("options", AWAY.values(), ids=AWAY)
 @pytest.mark.parametrize("has_policy", [True, False])
-async def test_an_escalation_goes_past_a_stage_that_is_away(world, options, has_policy):
+async def test_an_escalation_goes_past_a_stage_that_is_away(world, clock, options, has_policy):
     policy = world.policy(script={"small": ("medium", "large")}) if has_policy else None
     medium = world.stage("medium", **options)
     w = await world(
@@ -284,7 +305,7 @@ async def test_an_escalation_goes_past_a_stage_that_is_away(world, options, has_
     assert verified.draft.text == "one two three"
     for drafts in (False, True):
         # The stage is tried again, and what is shown of it is taken back.
-        w.servicer._cascade._planner._away_until.clear()
+        clock.advance(60.0)
         text = StreamedText()
         # But for the response, which says the text once more.
         for event in (await stream(w, drafts))[:-1]:
@@ -370,9 +391,12 @@ async def test_a_caller_in_a_hurry_does_not_take_a_stage_from_others(world):
 
 
 async def test_a_drafter_that_dies_after_some_tokens_is_avoided(world):
-    w = await world(world.stage("small", fail_after=2), world.stage("medium"), world.stage("large"))
+    small = world.stage("small", fail_after=2)
+    w = await world(small, world.stage("medium"), world.stage("large"), static_plan=("small",))
     await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi", chain=["small", "large"]), timeout=5)
-    assert w.servicer._cascade._planner._away() == {0}
+    small.calls.clear()
+    assert (await w.stub.Generate(ASK, timeout=5)).stage != "small"
+    assert small.calls == []
 
 
 async def test_a_policy_that_refuses_after_a_failure_leaves_the_earlier_answer(world):
@@ -512,6 +536,50 @@ async def test_first_stage_refusing_passes_through(world, refusal, code, text):
     assert text in error.details()
 
 
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        PromptTooLong("prompt has 600 tokens; 511 fit", field="prompt"),
+        ConversationRefused("no system role", field="conversation"),
+    ],
+    ids=["too long", "no form"],
+)
+async def test_what_one_model_refuses_another_is_asked(world, refusal):
+    small = world.stage("small", fail_after=0, failure=refusal)
+    medium = world.stage("medium")
+    w = await world(small, medium, world.stage("large"), policy=world.policy(script={"medium": "large"}))
+    for _ in range(2):
+        # It is not avoided: the next request may be shorter.
+        assert [record.stage for record in (await w.stub.Generate(ASK, timeout=5)).stages] == [
+            "medium",
+            "large",
+        ]
+    assert small.calls == ["generate"] * 2
+    # An answer that is there is kept.
+    w.stages["large"].fail_after, w.stages["large"].failure = 0, refusal
+    response = await w.stub.Generate(ASK, timeout=5)
+    assert [(r.stage, r.reason) for r in response.stages] == [
+        ("medium", policy_pb2.DECISION_REASON_STAGE_UNAVAILABLE)
+    ]
+    # Where no stage can take it, the caller is told as of a mistake of its own.
+    medium.fail_after, medium.failure = 0, refusal
+    for path, call in {"": w.stub.Generate(ASK, timeout=5), "request.": stream(w, drafts=False)}.items():
+        error = from_rpc_error(await failure(call))
+        assert (type(error), error.field) == (type(refusal), path + refusal.field)
+
+
+async def test_a_fault_of_one_stage_is_not_the_requests(world):
+    w = await world(
+        world.stage("small", fail_after=1, failure=AsdError("it failed")),
+        *(world.stage("medium"), world.stage("large", fail_after=1, failure=AsdError("it failed"))),
+        policy=world.policy(script={"medium": "large"}),
+    )
+    response = await w.stub.Generate(ASK, timeout=5)
+    assert (response.stage, response.text) == ("medium", "one two three")
+    events = await stream(w, drafts=True)
+    assert events[-1].response.stage == "medium"
+
+
 async def test_full_queue_at_escalation_keeps_the_answer(world):
     medium = world.stage("medium", fail_after=0, failure=ResourceExhausted("the queue is full"))
     w = await world(
@@ -590,6 +658,31 @@ async def test_a_stage_that_hangs_is_replaced_within_the_deadline_and_avoided_af
     assert (await w.stub.Generate(ASK, timeout=20)).stage == "medium"
     # The second request did not try it again.
     assert small.calls == ["generate"]
+
+
+@pytest.mark.parametrize("hangs_after", [0, 1], ids=["silent", "in the midst"])
+@pytest.mark.parametrize("call", ["unary", "committed", "drafts"])
+async def test_a_last_stage_that_hangs_costs_no_answer_and_is_avoided_after(world, call, hangs_after):
+    large = world.stage("large", pause_after=hangs_after)
+    policy = world.policy(script={"small": ("large",)})
+    w = await world(
+        world.stage("small"), world.stage("medium"), large, policy=policy, stage_timeout_ms=60_000
+    )
+
+    async def ask():
+        if call == "unary":
+            return await w.stub.Generate(ASK, timeout=4)
+        request = cascade_pb2.GenerateStreamRequest(request=ASK, include_drafts=call == "drafts")
+        return [event async for event in w.stub.GenerateStream(request, timeout=4)][-1].response
+
+    response = await ask()
+    assert (response.stage, response.text) == ("small", "one two three")
+    assert response.stages[0].reason == DEADLINE
+    # What the hanging call holds, ends.
+    await asyncio.wait_for(large.cancelled.wait(), 5)
+    assert (await ask()).stage == "small"
+    assert large.calls == ["verify"]
+    assert [each.stage for each in policy.plans[1].conditions] == ["large"]
 
 
 async def test_a_stage_that_others_can_replace_gets_half_of_the_time(world):

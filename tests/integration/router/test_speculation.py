@@ -329,10 +329,16 @@ async def test_a_draft_that_was_given_up_is_never_the_answer(world):
     large = world.stage("large", fail_after=0, failure=ResourceExhausted("full"))
     rule = policy_pb2.AbandonRule(tokens=1, mean_logprob=-0.2)
     policy = world.policy(likely_next="large", abandon=(rule,))
-    w = await world(small, world.stage("medium"), large, policy=policy)
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=5)
-    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    w = await world(
+        *(small, world.stage("medium", pieces=(b"own",)), large),
+        policy=policy,
+        stage_settings={"small": {"timeout_ms": 200}},
+    )
+    response = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=20)
+    # Small is planned again, and hangs this time.
+    assert (response.stage, response.text) == ("medium", "own")
+    fragment = response.stages[0]
+    assert (fragment.stage, fragment.text) == ("small", "one two")
 
 
 async def test_rules_for_one_stage_are_not_applied_to_another(world):

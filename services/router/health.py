@@ -1,0 +1,94 @@
+"""Whether services answer: a line in the log where that changes, and how long a stage is avoided. Pure."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from services.common.errors import AsdError
+    from services.router.domain import Stage
+
+logger = logging.getLogger(__name__)
+
+# For how long plans avoid a stage that was away: at first, and at most, doubling while it hangs. Chosen: one
+# attempt per second costs nothing where the stage is gone, and half a deadline where it hangs.
+AWAY_SECONDS = 1.0
+_LONGEST_AWAY_SECONDS = 30.0
+
+
+class Health:
+    """Of a service, as the log tells it. name: of the service. clock: monotonic seconds.
+
+    A service that fails now and answers a moment later is unhealthy all the while, so that the log has two
+    lines a second at most, whatever comes in between.
+    """
+
+    def __init__(self, name: str, clock: Callable[[], float]) -> None:
+        self._name = name
+        self._clock = clock
+        # When it failed last; None: it is healthy.
+        self._failed: float | None = None
+
+    def failed(self, error: AsdError, consequence: str) -> None:
+        """A call failed. consequence: what follows while it is so, for the log."""
+        if self._failed is None:
+            reason = error.message.removeprefix(f"{self._name}: ")
+            logger.warning("%s is unhealthy, %s: %s", self._name, consequence, reason)
+        self._failed = self._clock()
+
+    def answered(self) -> None:
+        """A call was answered."""
+        if self._failed is not None and self._clock() - self._failed >= AWAY_SECONDS:
+            self._failed = None
+            logger.info("%s is healthy again", self._name)
+
+
+class StageHealth(Health):
+    """Of a stage, with how long plans avoid it."""
+
+    def __init__(self, stage: Stage, clock: Callable[[], float]) -> None:
+        super().__init__(str(stage), clock)
+        self._avoided_until = clock()
+        self._times_silent = 0
+
+    @property
+    def is_avoided(self) -> bool:
+        """Whether plans leave it out."""
+        return self._avoided_until > self._clock()
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether it hung when it was called last."""
+        return self._times_silent > 0
+
+    def went_away(self, error: AsdError) -> None:
+        """It cannot be called: avoid it for a second."""
+        self.failed(error, "and avoided")
+        self._avoid(AWAY_SECONDS)
+
+    def hung(self, error: AsdError) -> None:
+        """It is silent: avoid it, for twice as long as the last time. Calls that fail together are one
+        time."""
+        self.failed(error, "and avoided")
+        if self._avoid(min(AWAY_SECONDS * 2.0**self._times_silent, _LONGEST_AWAY_SECONDS)):
+            self._times_silent += 1
+
+    def failed_a_request(self, error: AsdError) -> None:
+        """It could not answer one request, which says nothing of others."""
+        self.failed(error, "though not avoided")
+
+    def answered(self) -> None:
+        """It gave a whole answer."""
+        super().answered()
+        self._avoided_until = self._clock()
+        self._times_silent = 0
+
+    def _avoid(self, seconds: float) -> bool:
+        """Avoid it; return whether it was not avoided already."""
+        if self.is_avoided:
+            return False
+        self._avoided_until = self._clock() + seconds
+        return True

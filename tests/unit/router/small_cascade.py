@@ -1,0 +1,273 @@
+"""A cascade of three stages in memory: stages that write letters, a policy with a script, a clock by hand."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from services.router.cascade import Cascade
+from services.router.domain import (
+    Committed,
+    Decision,
+    DecisionAction,
+    DecisionReason,
+    Drafted,
+    FinishReason,
+    Outcome,
+    Plan,
+    Request,
+    Revised,
+    Stage,
+    StageResult,
+    Timing,
+    Tokens,
+    Usage,
+    Verification,
+    View,
+)
+from services.router.planner import Planner
+from services.router.speculation import SpeculationOptions
+from services.router.static_plan import StaticPlan
+from services.router.waking import AllAwake
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterable, Callable, Sequence
+
+    from services.common.errors import AsdError
+    from services.router.domain import Answer, Condition, Event, StageEvent
+
+NAMES = ("small", "medium", "large")
+COSTS = (1.0, 2.0, 4.0)
+OWN, OTHER = "a" * 64, "b" * 64
+
+
+class Clock:
+    """Monotonic seconds that pass only when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class FakeStage:
+    """Writes the letters of a text. failure: raised after so many of them; None for a stage that then hangs.
+
+    on_call: called as each call begins. on_token: called with the count of letters before each is sent.
+    """
+
+    stage: Stage
+    text: str = "abc"
+    fail_after: int | None = None
+    failure: AsdError | None = None
+    prefill_failure: AsdError | None = None
+    prompt_tokens: int = 4
+    fingerprint: str = OWN
+    context_length: int = 0
+    total_ms: float = 0.0
+    on_call: Callable[[], None] = lambda: None
+    on_token: Callable[[int], None] = lambda count: None
+    calls: list[str] = field(default_factory=list)
+
+    async def generate(self, request: Request, timeout_ms: float) -> AsyncGenerator[StageEvent, None]:
+        self._begin("generate")
+        async for event in self._write():
+            yield event
+
+    async def verify(
+        self, request: Request, draft: StageResult, timeout_ms: float
+    ) -> AsyncGenerator[StageEvent, None]:
+        self._begin("verify")
+        await self._may_fail(0)
+        own = [ord(letter) for letter in self.text]
+        pairs = zip(own, draft.token_ids, strict=False)
+        accepted = next((n for n, (a, b) in enumerate(pairs) if a != b), len(draft.token_ids))
+        yield Verification(len(draft.token_ids), min(accepted, len(own)))
+        async for event in self._write():
+            yield event
+
+    async def verify_stream(
+        self, request: Request, drafts: AsyncIterable[Tokens | FinishReason], timeout_ms: float
+    ) -> AsyncGenerator[StageEvent, None]:
+        self._begin("verify_stream")
+        proposed = 0
+        async for piece in drafts:
+            proposed += len(piece.ids) if isinstance(piece, Tokens) else 0
+        yield Verification(proposed, 0)
+        async for event in self._write():
+            yield event
+
+    async def prefill(self, request: Request, timeout_ms: float) -> int:
+        self.calls.append("prefill")
+        if self.prefill_failure is not None:
+            raise self.prefill_failure
+        return self.prompt_tokens
+
+    def _begin(self, call: str) -> None:
+        self.calls.append(call)
+        self.on_call()
+
+    async def _write(self) -> AsyncGenerator[StageEvent, None]:
+        for count, letter in enumerate(self.text):
+            await self._may_fail(count)
+            self.on_token(count)
+            # What is warmed meanwhile, and who waits, has its turn.
+            await asyncio.sleep(0)
+            yield Tokens((ord(letter),), letter, (-0.1,), (0.1,), (0.9,))
+        await self._may_fail(len(self.text))
+        yield StageResult(
+            self.text,
+            tuple(ord(letter) for letter in self.text),
+            self.fingerprint,
+            FinishReason.EOS,
+            Usage(self.prompt_tokens, completion_tokens=len(self.text), forward_passes=len(self.text)),
+            Timing(total_ms=self.total_ms),
+            context_length=self.context_length,
+        )
+
+    async def _may_fail(self, count: int) -> None:
+        if self.fail_after != count:
+            return
+        if self.failure is None:
+            await asyncio.Event().wait()
+        else:
+            raise self.failure
+
+
+@dataclass
+class Policy:
+    """Starts at the first stage that is available, or where it is told, and escalates by a script.
+
+    script: by place, the stages to escalate to, of which it takes the first that is available.
+    """
+
+    script: dict[int, Sequence[int]] = field(default_factory=dict)
+    first: int = 0
+    likely_next: int | None = None
+    plan_failure: AsdError | None = None
+    # The stages that were unavailable at each plan and decision.
+    plans: list[set[str]] = field(default_factory=list)
+    decisions: list[set[str]] = field(default_factory=list)
+    left_ms: list[float] = field(default_factory=list)
+
+    async def plan(self, request: Request, conditions: Sequence[Condition], timeout_ms: float) -> Plan:
+        away = _away(conditions)
+        self.plans.append(away)
+        if self.plan_failure is not None and len(self.plans) > 1:
+            raise self.plan_failure
+        order = (self.first, *range(len(NAMES)))
+        first = next((place for place in order if NAMES[place] not in away), self.first)
+        return Plan(first, "v1", 0.9 if self.likely_next else 0.0, self.likely_next)
+
+    async def decide(
+        self,
+        request: Request,
+        answer: Answer,
+        spent_cost: float,
+        spent_ms: float,
+        conditions: Sequence[Condition],
+        timeout_ms: float,
+    ) -> Decision:
+        away = _away(conditions)
+        self.decisions.append(away)
+        self.left_ms.append(timeout_ms)
+        targets = self.script.get(answer.stage.index, ())
+        following = next((place for place in targets if NAMES[place] not in away), None)
+        if following is None:
+            return Decision(DecisionAction.STOP, DecisionReason.VALUE, None, 0.9, policy_version="v1")
+        return Decision(DecisionAction.ESCALATE, DecisionReason.VALUE, following, 0.5, policy_version="v1")
+
+
+class Observer:
+    """Keeps which stage calls counted as failed."""
+
+    def __init__(self) -> None:
+        self.failures: list[tuple[str, str]] = []
+
+    def stage_failed(self, stage: Stage, error: AsdError) -> None:
+        self.failures.append((stage.name, type(error).__name__))
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments, **options: None
+
+
+class SmallCascade:
+    """Stages small, medium and large behind a planner. options: of the stages, by name."""
+
+    def __init__(
+        self,
+        policy: Policy | None = None,
+        *,
+        static_plan: Sequence[int] = (0, 2),
+        pipelined: bool = True,
+        timeout_ms: float = 60_000.0,
+        **options: dict[str, Any],
+    ) -> None:
+        self.clock = Clock()
+        self.policy = policy
+        places = [
+            Stage(name, place, COSTS[place], timeout_ms, f"host:{place}") for place, name in enumerate(NAMES)
+        ]
+        self.stages = {each.name: FakeStage(each, **options.get(each.name, {})) for each in places}
+        self.observer = Observer()
+        observer: Any = self.observer
+        self.planner = Planner(
+            places,
+            policy,
+            StaticPlan(tuple(static_plan), len(NAMES)),
+            observer,
+            self.clock,
+            SpeculationOptions(pipelined=pipelined),
+            AllAwake(),
+        )
+        self._cascade = Cascade(tuple(self.stages.values()), self.planner, observer, self.clock)
+
+    async def events(self, view: View = View.OUTCOME, *, seconds: float = 60.0, **fields: Any) -> list[Event]:
+        """Return what a request's caller sees."""
+        request = Request("id", "hi", **fields)
+        answer = self._cascade.answer(request, self.clock() + seconds, view)
+        # What hangs, hangs no longer than a test may.
+        async with asyncio.timeout(20), aclosing(answer) as events:
+            return [event async for event in events]
+
+    async def ask(self, view: View = View.OUTCOME, *, seconds: float = 60.0, **fields: Any) -> Outcome:
+        """Return the outcome of a request. fields: of the request."""
+        outcome = (await self.events(view, seconds=seconds, **fields))[-1]
+        assert isinstance(outcome, Outcome)
+        return outcome
+
+    def forget_calls(self) -> None:
+        for stage in self.stages.values():
+            stage.calls.clear()
+
+
+def called(cascade: SmallCascade) -> list[str]:
+    """Return the stages that were called."""
+    return [name for name, stage in cascade.stages.items() if stage.calls]
+
+
+def answered(outcome: Outcome) -> list[str]:
+    """Return the stages whose answers an outcome has, in order."""
+    return [record.answer.stage.name for record in outcome.records]
+
+
+def shown(events: Sequence[Event]) -> str:
+    """Return the text that a stream leaves its caller with, of which all must be final. A token is a byte."""
+    text, final = "", 0
+    for event in events:
+        if isinstance(event, Revised):
+            text = text[: event.kept_bytes]
+        elif isinstance(event, Committed | Drafted) and event.tokens is not None:
+            text += event.tokens.text
+        if isinstance(event, Committed):
+            final = event.count
+    assert final == len(text)
+    return text
+
+
+def _away(conditions: Sequence[Condition]) -> set[str]:
+    return {each.stage for each in conditions if not each.available}
