@@ -85,16 +85,18 @@ class Cascade:
 
     async def _run(self, progress: Progress, client: StageClient) -> AsyncGenerator[Event, None]:
         """Have a stage answer, by verifying an earlier stage's answer where there is one."""
+        progress.call_ms = 0.0
         stage, draft = client.stage, self._planner.draft_for(progress, client.stage)
         upstream = [self._stages[place] for place in progress.upstream]
         await self._planner.until_awake(progress, [each.stage for each in (client, *upstream)])
         action = StageAction.VERIFY if draft or upstream else StageAction.GENERATE
         if progress.view is not View.OUTCOME:
             yield StageStarted(stage, action)
-        timeout_ms = progress.call_ms = self._planner.timeout_ms(progress, stage)
+        timeout_ms = self._planner.timeout_ms(progress, stage)
+        leave_after_ms = progress.call_ms = min(timeout_ms, self._planner.leave_after_ms(progress, stage))
         drafter = upstream[-1].stage.name if upstream else progress.drafter
         progress.start(stage, action, drafter, is_final=self._planner.is_final(progress, stage))
-        call = call_stage(progress, client, draft, upstream, timeout_ms, self._clock)
+        call = call_stage(progress, client, draft, upstream, timeout_ms, leave_after_ms, self._clock)
         with ExitStack() as calls:
             depths = {
                 each.stage: calls.enter_context(self._planner.calling(each.stage))

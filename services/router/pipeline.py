@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING
 
-from services.common.errors import AsdError
+from services.common.errors import AsdError, BudgetSpent
 from services.common.telemetry import Spans, Traced
 from services.router import spans
 from services.router.domain import FinishReason, StageAction, StageResult, Tokens
@@ -17,7 +17,7 @@ from services.router.stage_run import StageRun
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 
-    from services.router.domain import Answer, StageEvent
+    from services.router.domain import Answer, Stage, StageEvent
     from services.router.ports import StageClient
     from services.router.progress import Progress
 
@@ -31,12 +31,14 @@ async def call_stage(
     draft: StageResult | None,
     upstream: Sequence[StageClient],
     timeout_ms: float,
+    leave_after_ms: float,
     clock: Callable[[], float],
 ) -> AsyncIterator[AsyncIterator[StageEvent]]:
     """Have a stage answer, as a context with its events; its answer is taken as the context ends well.
 
     It verifies the draft, or what the upstream stages write meanwhile, or writes by itself. What runs for it
-    ends with the context.
+    ends with the context. timeout_ms: of the call. leave_after_ms: after so long the request goes on without
+    it, as long as it can; BudgetSpent says so.
     """
     request = progress.request
     action = StageAction.VERIFY if draft or upstream else StageAction.GENERATE
@@ -53,9 +55,38 @@ async def call_stage(
             call = (
                 client.verify(request, draft, timeout_ms) if draft else client.generate(request, timeout_ms)
             )
+            if leave_after_ms < timeout_ms:
+                call = _until_left(call, progress, client.stage, leave_after_ms, clock)
             async with aclosing(call) as events:
                 yield events
         spans.describe_answer(span, progress.take_answer())
+
+
+async def _until_left(
+    call: AsyncGenerator[StageEvent, None],
+    progress: Progress,
+    stage: Stage,
+    leave_after_ms: float,
+    clock: Callable[[], float],
+) -> AsyncGenerator[StageEvent, None]:
+    """Yield the events of a call. Raises BudgetSpent where it takes longer than leave_after_ms.
+
+    Once text is committed that only this stage stands for, it may take all the time that its call has.
+    """
+    until = clock() + leave_after_ms / 1000.0
+    async with aclosing(call) as events:
+        while True:
+            left_s = until - clock() if progress.can_leave() else None
+            try:
+                async with asyncio.timeout(left_s) as limit:
+                    event = await anext(events)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                if not limit.expired():
+                    raise
+                raise BudgetSpent(f"{stage} did not finish within {leave_after_ms:.0f} ms") from None
+            yield event
 
 
 class Pipeline:

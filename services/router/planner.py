@@ -145,7 +145,7 @@ class Planner:
             left_ms *= _SHARE_OF_TIME
         return min(left_ms, stage.timeout_ms)
 
-    def patience_ms(self, progress: Progress, stage: Stage) -> float:
+    def leave_after_ms(self, progress: Progress, stage: Stage) -> float:
         """Return after how long a request goes on without a stage, as long as it still can.
 
         Unlike the call's own time, this ends where tokens are committed that nothing else stands for.

@@ -1,0 +1,182 @@
+"""How long a stage may take that does not answer, what is kept meanwhile, and who avoids it afterwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from services.common.errors import BudgetSpent, Unavailable
+from services.router.domain import DecisionReason, View
+from services.router.planner import MARGIN_MS
+from tests.unit.router.small_cascade import FakeStage, Policy, SmallCascade, answered, called, shown
+
+# Short, as what hangs is waited for: half of it, by the clock on the wall.
+HURRY_S = 0.2
+LEFT_MS = 60_000.0 - MARGIN_MS
+
+
+def late(cascade: SmallCascade, name: str, *, after: int = 0, seconds: float = 60.0) -> FakeStage:
+    """Have a stage's calls run out of time, so long after they began."""
+    stage = cascade.stages[name]
+    stage.fail_after, stage.failure = after, BudgetSpent("late")
+
+    def pass_time() -> None:
+        cascade.clock.now += seconds
+
+    stage.on_call = pass_time
+    return stage
+
+
+def keep_limits(cascade: SmallCascade) -> list[float]:
+    """Return a list that gets after how long the planner would leave each call, in milliseconds."""
+    seen: list[float] = []
+    leave_after_ms = cascade.planner.leave_after_ms
+
+    def keep(*arguments: Any) -> float:
+        seen.append(leave_after_ms(*arguments))
+        return seen[-1]
+
+    cascade.planner.leave_after_ms = keep  # type: ignore[method-assign]
+    return seen
+
+
+@pytest.mark.parametrize("has_policy", [True, False])
+@pytest.mark.parametrize("view", View)
+@pytest.mark.parametrize("hangs", [0, 2], ids=["silent", "after the draft's first tokens"])
+async def test_an_answer_is_not_lost_to_a_last_stage_that_hangs(
+    view: View, hangs: int, has_policy: bool
+) -> None:
+    policy = Policy({0: (2,)}) if has_policy else None
+    cascade = SmallCascade(policy, large={"fail_after": hangs})
+    events = await cascade.events(view, seconds=HURRY_S)
+    outcome: Any = events[-1]
+    assert (answered(outcome), outcome.answer.result.text) == (["small"], "abc")
+    assert outcome.records[0].decision.reason is DecisionReason.DEADLINE
+    if view is not View.OUTCOME:
+        assert shown(events) == "abc"
+
+
+async def test_a_last_stage_that_others_wait_for_has_half_of_the_time() -> None:
+    """By what the planner says: the router's clock stands still while the call is waited for."""
+    cascade = SmallCascade(Policy({0: (2,)}))
+    seen = keep_limits(cascade)
+    await cascade.ask()
+    assert seen == [LEFT_MS, pytest.approx(LEFT_MS / 2)]
+    seen.clear()
+    # Nothing stands in for the stages that a caller names.
+    await cascade.ask(chain=("small", "large"))
+    await cascade.ask(stage="large")
+    assert seen == [LEFT_MS] * 2
+
+
+@pytest.mark.parametrize(
+    ("total_ms", "share_ms"),
+    [
+        (1_000.0, LEFT_MS / 2),
+        # Four times what its answers take.
+        (10_000.0, 40_000.0),
+        # But for the time that the earlier answer needs on its way.
+        (50_000.0, LEFT_MS - 100.0),
+    ],
+)
+async def test_a_stage_that_always_takes_long_has_more_than_half(total_ms: float, share_ms: float) -> None:
+    cascade = SmallCascade(Policy({0: (2,)}), large={"total_ms": total_ms})
+    await cascade.ask()
+    seen = keep_limits(cascade)
+    await cascade.ask()
+    assert seen[-1] == pytest.approx(share_ms)
+
+
+@pytest.mark.parametrize("view", [View.COMMITTED, View.DRAFTS])
+async def test_a_last_stage_whose_own_tokens_are_shown_has_all_the_time(view: View) -> None:
+    """What it has committed cannot be taken back, so that no earlier answer waits for the time."""
+    cascade = SmallCascade(Policy({0: (2,)}), large={"text": "axyz"})
+    large = cascade.stages["large"]
+
+    def be_slow(count: int) -> None:
+        # Past the half as its second token, which the draft does not have, has been shown.
+        cascade.clock.now += 40.0 * (count == 2)
+
+    large.on_token = be_slow
+    events = await cascade.events(view)
+    assert shown(events) == "axyz"
+    outcome: Any = events[-1]
+    assert outcome.answer.stage.name == "large"
+
+
+@pytest.mark.parametrize("seconds", [30.0, 60.0, 61.0], ids=["half", "all", "more"])
+@pytest.mark.parametrize("fields", [{}, {"stage": "large"}], ids=["escalation", "fixed"])
+async def test_a_stage_that_hangs_is_avoided_whatever_time_is_left(
+    seconds: float, fields: dict[str, str]
+) -> None:
+    policy = Policy({0: (2,)})
+    cascade = SmallCascade(policy)
+    late(cascade, "large", seconds=seconds)
+    if fields:
+        with pytest.raises(BudgetSpent):
+            await cascade.ask(**fields)
+    else:
+        assert answered(await cascade.ask()) == ["small"]
+    policy.plans.clear()
+    cascade.forget_calls()
+    assert answered(await cascade.ask()) == ["small"]
+    assert policy.plans == [{"large"}]
+    assert called(cascade) == ["small"]
+
+
+@pytest.mark.parametrize(
+    ("total_ms", "deadline_s", "after", "is_avoided"),
+    [
+        # Of a stage that has answered nobody yet, less than a second says nothing.
+        (0.0, 1.5, 0, False),
+        (0.0, 2.5, 0, True),
+        # Nothing came in the time of a whole answer: half of the deadline, here.
+        (2_000.0, 3.5, 0, False),
+        (2_000.0, 4.5, 0, True),
+        # It was at work, and some answers are longer than others: four times the usual.
+        (2_000.0, 8.5, 2, False),
+        (2_000.0, 16.5, 2, True),
+    ],
+)
+async def test_a_caller_in_a_hurry_says_nothing_of_a_stage(
+    total_ms: float, deadline_s: float, after: int, is_avoided: bool
+) -> None:
+    policy = Policy()
+    cascade = SmallCascade(policy, small={"total_ms": total_ms})
+    if total_ms:
+        await cascade.ask()
+    late(cascade, "small", after=after, seconds=0.0)
+    assert answered(await cascade.ask(seconds=deadline_s)) == ["medium"]
+    policy.plans.clear()
+    await cascade.ask()
+    assert policy.plans[0] == ({"small"} if is_avoided else set())
+
+
+async def test_a_stage_that_hung_has_half_of_the_time_where_others_could_answer() -> None:
+    """Its next try costs no request; one that was never seen to hang has all the time of a last stage."""
+    cascade = SmallCascade(Policy(first=2))
+    large = late(cascade, "large")
+    with pytest.raises(BudgetSpent):
+        await cascade.ask()
+    assert answered(await cascade.ask()) == ["small"]
+    cascade.clock.now += 60.0
+    large.on_call, large.failure = lambda: None, None
+    cascade.forget_calls()
+    assert answered(await cascade.ask(seconds=HURRY_S)) == ["small"]
+    assert called(cascade) == ["small", "large"]
+
+
+async def test_the_policy_has_half_of_the_time_for_a_question_about_an_answer() -> None:
+    policy = Policy()
+    await SmallCascade(policy).ask()
+    assert policy.left_ms == [pytest.approx(LEFT_MS / 2)]
+
+
+async def test_a_stage_that_is_away_is_avoided_even_at_the_deadline() -> None:
+    policy = Policy({0: (2,)})
+    cascade = SmallCascade(policy)
+    late(cascade, "large").failure = Unavailable("gone")
+    assert answered(await cascade.ask()) == ["small"]
+    await cascade.ask()
+    assert policy.plans[-1] == {"large"}
