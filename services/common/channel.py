@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import grpc
 
 from services.common import telemetry
-from services.common.errors import AsdError, Away, BrokenOff, BudgetSpent
+from services.common.errors import AsdError, Away, BrokenOff, BudgetSpent, Unavailable
 from services.common.proxy import proxy_arguments
 from services.common.server import MAX_MESSAGE_BYTES
 from services.common.status import from_rpc_error
@@ -29,6 +30,10 @@ Metadata = tuple[tuple[str, str], ...]
 
 # What grpc.aio (1.85) says where a message could not be handed to a call that was over.
 _CORE_ERROR = "Internal error from Core"
+
+# What a call of grpc.aio (1.85) ends with: its status; or another kind, where its connection breaks at an
+# unhappy moment or its channel is closed.
+_FAILURES = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError, asyncio.CancelledError)
 
 # For how long calls under way keep a connection that no new one takes. Chosen: longer than any deadline; that
 # is what ends them.
@@ -173,6 +178,8 @@ def open_channel(
     `grpc_proxy` alone (services.common.proxy). Close the channel when done. Raises UnusableFile for
     certificates that cannot be used.
     """
+    # One filter, however often it is added.
+    logging.getLogger("grpc._common").addFilter(_is_news)
     interceptors = telemetry.client_interceptors()
     if interceptors:
         interceptors.append(_EndWithCaller())
@@ -232,7 +239,7 @@ async def call_unary(
     while True:
         try:
             response = await method(request, timeout=left_ms / 1000.0, metadata=metadata or None)
-        except grpc.RpcError as error:
+        except _FAILURES as error:
             failure = _explained(error, timeout_ms, peer)
             if patience is None or not await _may_repeat(failure, patience, until):
                 raise failure from error
@@ -240,7 +247,7 @@ async def call_unary(
         else:
             if patience:
                 patience.there()
-            return response
+            return _read(response, peer)
 
 
 async def call_stream(
@@ -265,8 +272,8 @@ async def call_stream(
                 if patience and not has_begun:
                     patience.there()
                 has_begun = True
-                yield response
-        except grpc.RpcError as error:
+                yield _read(response, peer)
+        except _FAILURES as error:
             failure = _explained(error, timeout_ms, peer)
             if has_begun or patience is None or not await _may_repeat(failure, patience, until):
                 raise failure from error
@@ -301,10 +308,10 @@ async def call_exchange(
     try:
         async for response in call:
             has_answered.set()
-            is_complete = is_last(response)
+            is_complete = is_last(_read(response, peer))
             yield response
-    except grpc.aio.AioRpcError as error:
-        if _could_not_send(error):
+    except _FAILURES as error:
+        if isinstance(error, grpc.aio.AioRpcError) and _could_not_send(error):
             # The peer had ended the call, and how is lost: grpc.aio puts this in the place of its status.
             if is_complete:
                 return
@@ -340,7 +347,26 @@ def _could_not_send(error: grpc.aio.AioRpcError) -> bool:
     return error.code() is grpc.StatusCode.INTERNAL and error.details() == _CORE_ERROR
 
 
-def _explained(error: grpc.RpcError, timeout_ms: float, peer: str) -> AsdError:
+def _is_news(record: logging.LogRecord) -> bool:
+    """Return whether a line of gRPC's log says what no error does: bytes that are no message become one."""
+    return "deserializing message" not in record.getMessage()
+
+
+def _read(response: Response, peer: str) -> Response:
+    """Return a response. Raises Unavailable for None, which grpc.aio has for bytes that are no message."""
+    if response is None:
+        raise Unavailable(f"{peer or 'the service'} sent an answer that cannot be read")
+    return response
+
+
+def _explained(error: BaseException, timeout_ms: float, peer: str) -> AsdError:
+    """Return what a call ended with, as an AsdError. Raises the cancellation of its caller."""
+    if not isinstance(error, grpc.RpcError):
+        task = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and (task is None or task.cancelling()):
+            raise error
+        # Where it is cancelled, it is not by its caller: something could not be sent, or its channel closed.
+        return Unavailable(f"{peer or 'the service'}: the call broke off ({str(error) or 'cancelled'})")
     failure = from_rpc_error(error, peer=peer)
     if isinstance(failure, BudgetSpent):
         return BudgetSpent(f"{peer or 'the service'} did not finish within {timeout_ms:.0f} ms")

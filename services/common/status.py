@@ -67,6 +67,9 @@ MAX_MESSAGE_CHARS = 1000
 # What gRPC core (1.85) says of a request over the size limit, whichever side refuses it.
 _TOO_LARGE = re.compile(r"(?:CLIENT: Sent|SERVER: Received) message larger than max \((\d+) vs\. (\d+)\)")
 
+# What gRPC core (1.85) says of a stream that its peer did not end with a status: cut, reset, or no HTTP/2.
+_BROKEN = re.compile(r"Stream removed \(|.*\bRST_STREAM\b|Failed parsing HTTP/2")
+
 _ERROR_OF_CODE: dict[grpc.StatusCode, type[AsdError]] = {
     **{code: error for error, code in STATUS_TABLE},
     # A server that is stopped (gRPC 1.85) cancels calls that it has not yet handed to a handler, and those
@@ -126,6 +129,9 @@ def from_rpc_error(error: grpc.RpcError, *, peer: str = "") -> AsdError:
         # A reason says more of a code, never another one.
         kind = told
     message = error.details() or error.code().name
+    if kind is not BudgetSpent and _BROKEN.match(message):
+        # The code is of the transport's making: INTERNAL and UNKNOWN among others.
+        kind = Away
     message = _WORDS.get(message, message)
     if too_large := _TOO_LARGE.fullmatch(message):
         size, most = too_large.groups()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -291,3 +292,186 @@ async def test_a_call_that_ends_without_a_result_never_looks_like_a_fault_here(c
             assert await exchange(stub) == []
         except BrokenOff as error:
             assert "broke the call off" in str(error)  # noqa: PT017
+
+
+# Connections that break, and answers that are none.
+
+
+def frame(kind: int, flags: int, content: bytes) -> bytes:
+    """Return an HTTP/2 frame of a connection's first call."""
+    return struct.pack(">I", len(content))[1:] + bytes([kind, flags]) + struct.pack(">I", 1) + content
+
+
+def reset(code: int) -> bytes:
+    """Return a frame that resets the call."""
+    return frame(3, 0, struct.pack(">I", code))
+
+
+# What comes in the midst of the answer; None: nothing, and the connection is cut instead.
+BREAKS = {
+    "cut": None,
+    # NO_ERROR, PROTOCOL_ERROR, INTERNAL_ERROR, CANCEL and ENHANCE_YOUR_CALM.
+    **{f"reset {code}": reset(code) for code in (0, 1, 2, 8, 11)},
+    "no headers": frame(1, 5, b"\xff\xff\xff"),
+}
+
+
+class Wire:
+    """A connection between client and server, into which a test can put what it likes, or cut it."""
+
+    def __init__(self) -> None:
+        self._writers: list[asyncio.StreamWriter] = []
+
+    async def open(self, port: int) -> tuple[asyncio.Server, int]:
+        """Return a server that forwards to a port, and its own port."""
+
+        async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            there, back = await asyncio.open_connection("127.0.0.1", port)
+            self._writers.append(writer)
+            await asyncio.gather(_pump(reader, back), _pump(there, writer), return_exceptions=True)
+
+        server = await asyncio.start_server(forward, "127.0.0.1", 0)
+        return server, server.sockets[0].getsockname()[1]
+
+    def break_off(self, raw: bytes | None) -> None:
+        """Put bytes into what the client reads, or cut the connection."""
+        for writer in self._writers:
+            if raw is None:
+                writer.transport.abort()
+            else:
+                writer.write(raw)
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    try:
+        while data := await reader.read(65_536):
+            writer.write(data)
+    finally:
+        writer.close()
+
+
+@dataclass
+class Hesitant(Flaky):
+    """Waits in the midst of every call, having told that it has begun."""
+
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def Status(self, request: object, context: object) -> stage_pb2.StatusResponse:  # noqa: N802
+        self.begun.set()
+        await self.gate.wait()
+        return stage_pb2.StatusResponse()
+
+    async def VerifyStream(  # noqa: N802
+        self, requests: AsyncIterator[stage_pb2.VerifyStreamRequest], context: object
+    ) -> AsyncIterator[stage_pb2.VerifyStreamResponse]:
+        yield stage_pb2.VerifyStreamResponse()
+        async for _ in requests:
+            await self.gate.wait()
+
+
+async def call_all(stub: Any, kind: str, begun: Callable[[], None]) -> None:
+    """Make a call of a kind, to its end. begun: called once an answer has come, if one is to come first."""
+    if kind == "unary":
+        await call_unary(stub.Status, ASK, timeout_ms=CALL_S * 1e3, peer="stage small")
+        return
+
+    async def requests() -> AsyncIterator[stage_pb2.VerifyStreamRequest]:
+        yield stage_pb2.VerifyStreamRequest()
+        await asyncio.Event().wait()
+
+    if kind == "stream":
+        answers: Any = call_stream(stub.Generate, WRITE, timeout_ms=CALL_S * 1e3, peer="stage small")
+    else:
+        answers = call_exchange(
+            stub.VerifyStream,
+            requests(),
+            is_last=lambda response: response.HasField("result"),
+            timeout_ms=CALL_S * 1e3,
+            peer="stage small",
+        )
+    async for _ in answers:
+        begun()
+
+
+@pytest.mark.parametrize("name", BREAKS)
+@pytest.mark.parametrize("kind", ["unary", "stream", "exchange"])
+async def test_a_call_whose_connection_breaks_finds_its_peer_unavailable(kind: str, name: str) -> None:
+    fake, wire = Hesitant(), Wire()
+    server, port = await start_server("127.0.0.1:0", [ServiceRegistration("asd.v1.StageService", fake.add)])
+    forwarder, wire_port = await wire.open(port)
+    try:
+        async with open_channel(f"127.0.0.1:{wire_port}", retry=False) as channel:
+            stub = stage_pb2_grpc.StageServiceStub(channel)
+            call = asyncio.create_task(call_all(stub, kind, fake.begun.set))
+            await asyncio.wait_for(fake.begun.wait(), CALL_S)
+            wire.break_off(BREAKS[name])
+            with pytest.raises(Unavailable) as caught:
+                await call
+            assert "stage small" in caught.value.message
+    finally:
+        forwarder.close()
+        fake.gate.set()
+        await server.stop(0)
+
+
+@pytest.mark.parametrize("kind", ["unary", "stream", "exchange"])
+async def test_an_answer_that_cannot_be_read_is_as_none_and_fills_no_log(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def unary(request: bytes, context: object) -> bytes:
+        return b"no message"
+
+    async def stream(request: object, context: object) -> AsyncIterator[bytes]:
+        yield b"no message"
+
+    handlers = {
+        "Status": grpc.unary_unary_rpc_method_handler(unary),
+        "Generate": grpc.unary_stream_rpc_method_handler(stream),
+        "VerifyStream": grpc.stream_stream_rpc_method_handler(stream),
+    }
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler("asd.v1.StageService", handlers),)  # type: ignore[no-untyped-call]
+    )
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with open_channel(f"127.0.0.1:{port}") as channel:
+            with pytest.raises(Unavailable, match="stage small sent an answer that cannot be read"):
+                await call_all(stage_pb2_grpc.StageServiceStub(channel), kind, lambda: None)
+    finally:
+        await server.stop(0)
+    assert [record.getMessage() for record in caplog.records] == []
+
+
+@pytest.mark.parametrize("kind", ["unary", "stream", "exchange"])
+async def test_a_call_whose_channel_is_closed_finds_its_peer_unavailable(kind: str) -> None:
+    fake = Hesitant()
+    server, port = await start_server("127.0.0.1:0", [ServiceRegistration("asd.v1.StageService", fake.add)])
+    try:
+        channel = open_channel(f"127.0.0.1:{port}", retry=False)
+        call = asyncio.create_task(call_all(stage_pb2_grpc.StageServiceStub(channel), kind, fake.begun.set))
+        await asyncio.wait_for(fake.begun.wait(), CALL_S)
+        await channel.close()
+        with pytest.raises(Unavailable, match="stage small"):
+            await call
+    finally:
+        fake.gate.set()
+        await server.stop(0)
+
+
+@pytest.mark.parametrize("kind", ["unary", "stream", "exchange"])
+async def test_a_caller_that_leaves_is_cancelled_and_not_told_of_its_peer(kind: str) -> None:
+    fake = Hesitant()
+    server, port = await start_server("127.0.0.1:0", [ServiceRegistration("asd.v1.StageService", fake.add)])
+    try:
+        async with open_channel(f"127.0.0.1:{port}", retry=False) as channel:
+            stub = stage_pb2_grpc.StageServiceStub(channel)
+            call = asyncio.create_task(call_all(stub, kind, fake.begun.set))
+            await asyncio.wait_for(fake.begun.wait(), CALL_S)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+    finally:
+        fake.gate.set()
+        await server.stop(0)

@@ -399,6 +399,38 @@ async def test_a_drafter_that_dies_after_some_tokens_is_avoided(world):
     assert small.calls == []
 
 
+@pytest.mark.parametrize("pipelined", [True, False])
+async def test_a_stage_whose_answers_cannot_be_read_is_unavailable(world, caplog, pipelined):
+    async def answer(request, context):
+        yield b"no message"
+
+    handlers = {
+        "Verify": grpc.unary_stream_rpc_method_handler(answer),
+        "VerifyStream": grpc.stream_stream_rpc_method_handler(answer),
+    }
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("asd.v1.StageService", handlers),))
+    target = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    try:
+        w = await world(
+            static_plan=("small", "large"),
+            stage_settings={"large": {"target": target}},
+            speculation={"pipelined": pipelined},
+        )
+        chain = cascade_pb2.GenerateRequest(prompt="hi", chain=["small", "large"])
+        for _ in range(3):
+            error = await failure(w.stub.Generate(chain, timeout=5))
+            assert error.code() == grpc.StatusCode.UNAVAILABLE
+            assert f"stage large at {target}" in error.details()
+    finally:
+        await server.stop(0)
+    # One line, without a trace.
+    (line,) = caplog.records
+    assert f"stage large at {target}" in line.getMessage()
+    assert line.exc_info is None
+
+
 async def test_a_policy_that_refuses_after_a_failure_leaves_the_earlier_answer(world):
     policy = world.policy(script={"small": ("medium", "large")})
 
