@@ -26,6 +26,11 @@ class DraftFeed:
         self.ids += ids[: self._most_tokens - len(self.ids)]
 
     @property
+    def room(self) -> int:
+        """Ids that it still takes."""
+        return self._most_tokens - len(self.ids)
+
+    @property
     def is_full(self) -> bool:
         """Whether further ids would be dropped."""
         return len(self.ids) >= self._most_tokens

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 # Text of more characters is encoded beside the event loop, which others wait for. Chosen: some 5 ms.
 _LONG_TEXT = 8_192
+# Such texts that are encoded at a time: each takes some 100 bytes a character meanwhile.
+_LONG_TEXTS = 2
 
 
 class RequestReader:
@@ -37,32 +39,25 @@ class RequestReader:
         self._context = context
         self._vocabulary = vocabulary
         self._eos_ids = tuple(eos_ids)
+        self._long_texts = asyncio.Semaphore(_LONG_TEXTS)
 
     async def read_prompt(self, turns: tuple[Turn, ...]) -> list[int]:
         """Return a prompt's ids: at most one fewer than the context, so that an answer has room."""
-        most = self._context - 1
-        where = "prompt" if len(turns) == 1 else "conversation"
         size = sum(len(turn.content) for turn in turns)
-        if size > most * self._tokenizer.longest_token:
-            # Known without encoding it, which would take seconds for a few megabytes.
-            raise PromptTooLong(
-                f"{where} has {size} characters; {self._name} takes at most {most} tokens", field=where
-            )
         if size > _LONG_TEXT:
-            prompt = await asyncio.to_thread(self._tokenizer.encode_chat, turns)
-        else:
-            prompt = self._tokenizer.encode_chat(turns)
-        if len(prompt) > most:
-            raise PromptTooLong(
-                f"{where} has {len(prompt)} tokens; {self._name} takes at most {most}", field=where
-            )
-        return prompt
+            async with self._long_texts:
+                return await asyncio.to_thread(self._encode_prompt, turns, size)
+        return self._encode_prompt(turns, size)
 
     async def read_draft(self, draft: DraftText, feed: DraftFeed) -> None:
-        """Put a whole draft into a feed: its ids where they are of this tokenizer, else its text."""
+        """Put a whole draft into a feed: its ids where they are of this tokenizer, else its text.
+
+        Of either no more is read than the feed takes.
+        """
+        is_whole = True
         feed.ids_used = bool(draft.ids) and draft.fingerprint == self._tokenizer.fingerprint
         if feed.ids_used:
-            if self._add_ids(feed, draft.ids, "draft.token_ids"):
+            if self._add_ids(feed, draft.ids[: feed.room], "draft.token_ids"):
                 return
         elif draft.ids and not draft.text:
             raise InvalidRequest(
@@ -71,8 +66,10 @@ class RequestReader:
                 field="draft.tokenizer_fingerprint",
             )
         else:
-            feed.add(await self._encode_text(draft.text))
-        feed.finish(self._end_id(draft.finish))
+            text = draft.text[: self._tokenizer.most_characters(feed.room)]
+            feed.add(await self._encode_text(text))
+            is_whole = len(text) == len(draft.text)
+        feed.finish(self._end_id(draft.finish) if is_whole else None)
 
     async def follow_draft(
         self,
@@ -82,20 +79,23 @@ class RequestReader:
     ) -> None:
         """Put a draft into a feed as it comes. notify: is told of each piece, and of an error, its end."""
         text: str | None = None
+        most = self._tokenizer.most_characters(feed.room)
         try:
             async for piece in pieces:
                 if isinstance(piece, FinishReason):
                     is_whole = feed.ids_used or feed.reach(await self._encode_text(text or ""))
+                    is_whole &= len(text or "") <= most
                     # After another text than the draft's, its end stands for nothing.
                     feed.finish(self._end_id(piece) if is_whole else None)
                     break
                 own = piece.fingerprint == self._tokenizer.fingerprint
                 feed.ids_used |= text is None and own and bool(piece.ids)
                 if feed.ids_used:
-                    if self._add_ids(feed, piece.ids, "chunk.token_ids"):
+                    if self._add_ids(feed, piece.ids[: feed.room], "chunk.token_ids"):
                         break
-                elif not feed.is_full:
-                    text = (text or "") + piece.text
+                elif not feed.is_full and len(text or "") <= most:
+                    # A character more than is worth encoding shows that there was more.
+                    text = ((text or "") + piece.text)[: most + 1]
                     # The last token may yet become another one.
                     feed.reach((await self._encode_text(text))[:-1])
                 notify(None)
@@ -108,9 +108,26 @@ class RequestReader:
             logger.error("a draft for model %s cannot be read", self._name, exc_info=error)
             notify(AsdError(f"model {self._name} failed on this request"))
 
+    def _encode_prompt(self, turns: tuple[Turn, ...], size: int) -> list[int]:
+        most = self._context - 1
+        where = "prompt" if len(turns) == 1 else "conversation"
+        text = self._tokenizer.render(turns)
+        if self._tokenizer.least_tokens(text) > most:
+            # Known without encoding it, which would take seconds for a few megabytes.
+            raise PromptTooLong(
+                f"{where} has {size} characters; {self._name} takes at most {most} tokens", field=where
+            )
+        prompt = self._tokenizer.encode_chat(turns, text)
+        if len(prompt) > most:
+            raise PromptTooLong(
+                f"{where} has {len(prompt)} tokens; {self._name} takes at most {most}", field=where
+            )
+        return prompt
+
     async def _encode_text(self, text: str) -> list[int]:
         if len(text) > _LONG_TEXT:
-            return await asyncio.to_thread(self._tokenizer.encode_text, text)
+            async with self._long_texts:
+                return await asyncio.to_thread(self._tokenizer.encode_text, text)
         return self._tokenizer.encode_text(text)
 
     def _add_ids(self, feed: DraftFeed, ids: Sequence[int], field: str) -> bool:

@@ -1,26 +1,31 @@
-"""A model's tokenizer with its chat template, and text that grows token by token."""
+"""A model's tokenizer with its chat template."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING
+import re
+import secrets
+from bisect import bisect_right
+from typing import TYPE_CHECKING, Any
 
-from jinja2.exceptions import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from services.common.errors import ConversationRefused, PreconditionFailed
+from services.stage.chat_template import ChatTemplate
+from services.stage.text_stream import Decoding, TextStream
+from services.stage.tokenizer_description import TextLimit, as_is, renamed
+from services.stage.traced_text import of_unknown_origin, written_by_template
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from services.stage.engine import Turn
+    from services.stage.traced_text import TracedText
 
-# Stands for a message's content while a template renders; no user text can hold it by accident.
-_PLACEHOLDER = "\ue000asd-content-{}\ue001"
+# Private-use characters, from which names of special tokens are drawn that no text holds.
+_PRIVATE, _PRIVATE_COUNT = 0xF0000, 0xFFFE
 
 
 class ChatTokenizer:
@@ -32,57 +37,68 @@ class ChatTokenizer:
     def __init__(self, directory: Path) -> None:
         path = directory / "tokenizer.json"
         try:
-            description = path.read_text(encoding="utf-8")
-            self._tokenizer = Tokenizer.from_str(description)
-            self._literal = Tokenizer.from_str(description)
+            description = as_is(json.loads(path.read_text(encoding="utf-8")))
+            self._tokenizer = Tokenizer.from_str(json.dumps(description))
         except FileNotFoundError as error:
             raise PreconditionFailed(f"{path} is missing: a model directory needs its tokenizer") from error
         except Exception as error:
             raise PreconditionFailed(f"{path} is not a tokenizer: {error}") from error
-        # Special tokens that stand in a user's text are that text's letters, not marks of the conversation.
-        self._literal.encode_special_tokens = True
-        canonical = json.dumps(json.loads(description), sort_keys=True, separators=(",", ":"))
+        canonical = json.dumps(description, sort_keys=True, separators=(",", ":"))
         self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
         self.vocabulary_size = self._tokenizer.get_vocab_size()
-        # In characters; of a byte-level vocabulary, in bytes. No token stands for more text.
-        self.longest_token = max(map(len, self._tokenizer.get_vocab()))
-        self._special = tuple(
-            token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special
-        )
-        self._config = _read_json(directory / "tokenizer_config.json")
-        template_file = directory / "chat_template.jinja"
-        template: object = self._config.get("chat_template")
-        if template_file.exists():
-            template = template_file.read_text(encoding="utf-8")
-        if not isinstance(template, str):
-            raise PreconditionFailed(f"{directory}: no chat_template in tokenizer_config.json")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse
-        self._template = environment.from_string(template)
+        added = self._tokenizer.get_added_tokens_decoder()
+        # Text of each special token, by id.
+        self.special = {
+            token_id: token.content for token_id, token in added.items() if token.special and token.content
+        }
+        self._literal = _LiteralTokenizer(self._tokenizer, description, tuple(self.special.values()))
+        # As the library finds them: the longest of those that begin at a place.
+        longest_first = sorted(self.special.values(), key=len, reverse=True)
+        self._marks = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        edges = "".join({edge for mark in longest_first for edge in (mark[0], mark[-1])})
+        self._edges = re.compile(f"[{re.escape(edges)}]" if edges else "(?!)")
+        self._longest = max(map(len, self._tokenizer.get_vocab()))
+        self._limit = TextLimit(description, self._longest, any(t.lstrip or t.rstrip for t in added.values()))
+        self._decoding = Decoding(self._tokenizer, description, path, set(self.special))
+        self._template = ChatTemplate(directory)
 
-    def encode_chat(self, turns: Sequence[Turn]) -> list[int]:
+    def render(self, turns: Sequence[Turn]) -> str:
+        """Return a conversation's text as the chat template writes it.
+
+        Raises ConversationRefused where the template refuses it, PreconditionFailed where it fails.
+        """
+        return self._template.render(turns)
+
+    def encode_chat(self, turns: Sequence[Turn], text: str | None = None) -> list[int]:
         """Return the ids of a conversation, ready for the model's answer.
 
-        Raises ConversationRefused where the template refuses the conversation.
+        A special token stands where the template itself writes one; in a message it is so many letters.
+        text: what `render` returned. Raises as `render` does, and ConversationRefused where a message holds the
+        text of a special token, and the template hides whether it stands in the prompt.
         """
-        if not any(mark in turn.content for turn in turns for mark in self._special):
-            return list(
-                self._tokenizer.encode(
-                    self._render([t.content for t in turns], turns), add_special_tokens=False
-                ).ids
-            )
-        places = [_PLACEHOLDER.format(index) for index in range(len(turns))]
-        rest = self._render(places, turns)
-        ids: list[int] = []
-        for place, turn in zip(places, turns, strict=True):
-            before, _, rest = rest.partition(place)
-            ids += self._tokenizer.encode(before, add_special_tokens=False).ids
-            ids += self._literal.encode(turn.content, add_special_tokens=False).ids
-        return ids + list(self._tokenizer.encode(rest, add_special_tokens=False).ids)
+        if text is None:
+            text = self.render(turns)
+        # Nothing else can become part of a special token, whatever the template does to it.
+        if any(self._edges.search(turn.content) for turn in turns):
+            traced = self._template.trace(turns)
+            own = written_by_template(traced, self._marks)
+            if own != [match.span() for match in self._marks.finditer(str.__str__(traced))]:
+                self._check_origins(traced, turns)
+                return self._literal.encode_around(traced, own)
+            text = str.__str__(traced)
+        return _encode(self._tokenizer, text)
 
     def encode_text(self, text: str) -> list[int]:
         """Return the ids of plain text; special tokens in it are ordinary letters."""
-        return list(self._literal.encode(text, add_special_tokens=False).ids)
+        return self._literal.encode(text)
+
+    def least_tokens(self, text: str) -> int:
+        """Return a number of tokens that a text has at least, without encoding it: 0 where none is known."""
+        return self._limit.least_tokens(text)
+
+    def most_characters(self, tokens: int) -> int:
+        """Return how much of a text is worth encoding where only so many tokens of it are wanted."""
+        return (tokens + 1) * self._longest
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens left out."""
@@ -90,64 +106,89 @@ class ChatTokenizer:
 
     def stream(self) -> TextStream:
         """Return an empty growing text."""
-        return TextStream(self)
+        return TextStream(self._decoding, self.special)
 
-    def decode_step(self, stream: DecodeStream, token_id: int) -> str:
-        """Return what a token adds to a stream; "" while a character is incomplete."""
-        return stream.step(self._tokenizer, token_id) or ""
-
-    def _render(self, contents: Sequence[str], turns: Sequence[Turn]) -> str:
-        messages = [{"role": t.role, "content": c} for t, c in zip(turns, contents, strict=True)]
-        try:
-            return self._template.render(
-                messages=messages,
-                add_generation_prompt=True,
-                bos_token=_content(self._config.get("bos_token")),
-                eos_token=_content(self._config.get("eos_token")),
-            )
-        except TemplateError as error:
+    def _check_origins(self, text: TracedText, turns: Sequence[Turn]) -> None:
+        unknown = of_unknown_origin(text, self._marks)
+        if unknown:
+            mark = str.__str__(text)[slice(*unknown[0])]
             raise ConversationRefused(
-                f"the model's chat template refuses the conversation: {error}", field="conversation"
-            ) from error
+                f"a message holds the text of the special token {mark}, and the model's chat template hides "
+                "whether it stands in the prompt: leave it out of the message",
+                field="prompt" if len(turns) == 1 else "conversation",
+            )
 
 
-class TextStream:
-    """Text that grows token by token and never shows half a character."""
+class _LiteralTokenizer:
+    """A tokenizer for which the text of a special token is text.
 
-    def __init__(self, tokenizer: ChatTokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._ids: list[int] = []
-        self._shown = 0
+    Its special tokens go by names that no text holds: drawn at random, so that nobody can know them. All
+    else is as the library has it: what it makes of the text around a token, and how it splits there.
+    """
 
-    def push(self, ids: Sequence[int]) -> str:
-        """Add tokens; return the text that they add."""
-        self._ids += ids
-        text = "".join(self._tokenizer.decode_step(self._stream, token_id) for token_id in ids)
-        self._shown += len(text)
-        return text
+    def __init__(self, tokenizer: Tokenizer, description: dict[str, Any], marks: Sequence[str]) -> None:
+        nonce = "".join(chr(_PRIVATE + secrets.randbelow(_PRIVATE_COUNT)) for _ in range(8))
+        self._names = {mark: nonce + chr(_PRIVATE + index) for index, mark in enumerate(marks)}
+        self._plain = tokenizer
+        self._tokenizer = Tokenizer.from_str(json.dumps(renamed(description, self._names)))
+        self._special: set[int] = set()
+        self._plain_special: set[int] = set()
+        # Names that the library could not give the token's own id.
+        self._ids: dict[int, int] = {}
+        for token in tokenizer.get_added_tokens_decoder().values():
+            real = tokenizer.token_to_id(token.content)
+            mine = self._tokenizer.token_to_id(self._names.get(token.content, token.content))
+            assert real is not None
+            assert mine is not None
+            if mine != real:
+                self._ids[mine] = real
+            if token.content in self._names:
+                self._special.add(mine)
+                self._plain_special.add(real)
 
-    def finish(self) -> str:
-        """Return what is left at the end: the replacement of a character that stayed incomplete."""
-        return self._tokenizer.decode(self._ids)[self._shown :]
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text that holds no special token."""
+        return [self._ids.get(each, each) for each in _encode(self._tokenizer, text)]
+
+    def encode_around(self, text: str, places: Sequence[tuple[int, int]]) -> list[int]:
+        """Return the ids of a text that holds special tokens at some places, begin and end, and nowhere else.
+
+        Raises PreconditionFailed where the tokenizer finds others.
+        """
+        text = str.__str__(text)
+        # The library may leave a token's text alone, as for what stands beside it: then it is text here too.
+        plain = _places(self._plain, text, self._plain_special)[1]
+        parts, names, shift, end = [], [], 0, 0
+        for start, stop in _within(places, plain):
+            name = self._names[text[start:stop]]
+            parts += [text[end:start], name]
+            names.append((start + shift, start + shift + len(name)))
+            shift += len(name) - (stop - start)
+            end = stop
+        ids, found = _places(self._tokenizer, "".join([*parts, text[end:]]), self._special)
+        if _within(names, found) != names:
+            raise PreconditionFailed("the tokenizer does not find its special tokens by other names")
+        return [self._ids.get(each, each) for each in ids]
 
 
-def _read_json(path: Path) -> dict[str, object]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise PreconditionFailed(f"{path} is missing: a model directory needs it") from error
-    except ValueError as error:
-        raise PreconditionFailed(f"{path} is not JSON: {error}") from error
-    return content if isinstance(content, dict) else {}
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    # Of the library's calls, those on batches let the interpreter's lock go; this one counts no offsets.
+    return list(tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
 
-def _content(token: object) -> str:
-    """Return a special token's text: configurations hold it plain or as {"content": ...}."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else ""
+def _places(tokenizer: Tokenizer, text: str, ids: set[int]) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return a text's ids, and where in it those of a set stand, begin and end."""
+    encoding = tokenizer.encode_batch([text], add_special_tokens=False)[0]
+    places = [place for each, place in zip(encoding.ids, encoding.offsets, strict=True) if each in ids]
+    return list(encoding.ids), places
 
 
-def _refuse(message: str) -> str:
-    raise TemplateError(message)
+def _within(places: Sequence[tuple[int, int]], wider: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the places that lie within a wider one; both in order."""
+    begins = [begin for begin, _ in wider]
+    kept = []
+    for start, stop in places:
+        index = bisect_right(begins, start) - 1
+        if index >= 0 and stop <= wider[index][1]:
+            kept.append((start, stop))
+    return kept
