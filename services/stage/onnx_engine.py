@@ -443,6 +443,9 @@ class OnnxEngine:
                 lane.works.remove(work)
                 self._completed += 1
                 work.send(None)
+            for work, error in lane.failed if isinstance(lane, BatchLane) else ():
+                lane.works.remove(work)
+                self._fail([work], error)
             if not lane.works and isinstance(lane, SoloLane):
                 self._keep_sequence(lane.sequence)
         except Exception as error:

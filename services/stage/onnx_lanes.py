@@ -386,6 +386,8 @@ class BatchLane:
         self._generator = generator
         self._eos_ids = eos_ids
         self._steps = 0
+        # Requests that went wrong in the last step, and how: those beside them go on.
+        self.failed: list[tuple[Work, Exception]] = []
 
     @property
     def is_ready(self) -> bool:
@@ -404,14 +406,18 @@ class BatchLane:
         output = self._generator.get_output("logits")
         now = time.monotonic()
         finished = []
+        self.failed.clear()
         for work in self.works:
             row = self._rows.index(work)
             # After the prompt, logits stand for every padded place; the row's own last one counts.
             place = len(work.prompt) - 1 if self._steps == 0 else -1
             if self._steps:
                 work.passes += 1
-            if take_token(work, int(tokens[row]), output[row, place], self._eos_ids, now):
-                finished.append(work)
+            try:
+                if take_token(work, int(tokens[row]), output[row, place], self._eos_ids, now):
+                    finished.append(work)
+            except Exception as error:
+                self.failed.append((work, error))
         self._steps += 1
         return finished
 
@@ -455,9 +461,10 @@ def flush(work: Work) -> bool:
 
 def _finish(work: Work, finish: FinishReason) -> bool:
     answer = work.answer
-    if flush(work):
-        finish = FinishReason.STOP
+    flush(work)
     last = answer.finish()
+    if answer.has_stopped:
+        finish = FinishReason.STOP
     if last is not None:
         work.outbox.append(last)
     # What a pass accepted beyond the token that ended the answer was given to nobody. That token is seen

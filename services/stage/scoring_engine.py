@@ -691,6 +691,8 @@ class AdapterEngine:
 
 def _ending(call: _Call) -> list[Event]:
     last = call.answer.finish()
+    if call.answer.has_stopped:
+        call.finish = FinishReason.STOP
     return [call.result()] if last is None else [last, call.result()]
 
 

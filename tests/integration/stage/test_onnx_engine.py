@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
-from services.common.errors import InvalidRequest, ResourceExhausted
+from services.common.errors import AsdError, InvalidRequest, ResourceExhausted
 from services.stage.engine import (
     DraftPiece,
     DraftText,
@@ -21,12 +22,14 @@ from services.stage.engine import (
     VerificationResult,
 )
 from services.stage.residency import Residency
+from services.stage.tokenizer import ChatTokenizer
 from tests.integration.stage.conftest import LiveGenerators, Reference, engine
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from services.stage.onnx_engine import OnnxEngine
+    from services.stage.text_stream import TextStream
 
 _GREEDY = SamplingOptions()
 
@@ -449,4 +452,29 @@ async def test_calls_that_wait_for_drafts_leave_the_model_to_others(reference: R
     await asyncio.gather(*firsts, return_exceptions=True)
     for events in waiting:
         await events.aclose()
+    await model.unload()
+
+
+async def test_a_request_that_goes_wrong_in_a_batch_ends_alone(
+    reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = engine("small", max_lanes=1)
+    await model.load()
+    make, streams = ChatTokenizer.stream, itertools.count()
+
+    def stream(tokenizer: ChatTokenizer) -> TextStream:
+        made = make(tokenizer)
+        if next(streams) == 4:
+            monkeypatch.setattr(made, "push", None)
+        return made
+
+    monkeypatch.setattr(ChatTokenizer, "stream", stream)
+    asks = [_generate(model, prompt) for prompt in reference.prompts[:8]]
+    async with asyncio.timeout(30):
+        answers = await asyncio.gather(*asks, return_exceptions=True)
+    assert [index for index, each in enumerate(answers) if isinstance(each, BaseException)] == [4]
+    assert isinstance(answers[4], AsdError)
+    for index, answer in enumerate(answers):
+        if not isinstance(answer, BaseException):
+            assert list(answer[0].ids) == reference.outputs["small"][index]
     await model.unload()

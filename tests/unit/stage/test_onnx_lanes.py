@@ -60,10 +60,15 @@ class TableGenerator:
 class Letters:
     """Text of a token: its letter."""
 
+    lag = 0
+
     def push(self, ids: Sequence[int]) -> str:
         return "".join(chr(97 + token) for token in ids)
 
     def finish(self) -> str:
+        return ""
+
+    def mark(self, token_id: int) -> str:
         return ""
 
 
