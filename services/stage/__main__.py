@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 from asd.v1 import stage_pb2_grpc
 from services.common import telemetry
@@ -55,6 +56,9 @@ def main() -> None:
     """Read the settings and serve."""
     report_nothing()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # Texts are encoded one by one: the tokenizers' threads are of no use, and a GPU engine that forks after
+    # they were started is warned about it.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = StageSettings.from_arguments()
     telemetry.setup_telemetry("asd-stage", settings.metrics_listen)
     try:

@@ -221,6 +221,8 @@ class _StopSequence:
     def feed(self, text: str) -> int | None:
         """Add text; return where in it the stop sequence is complete for the first time, or None."""
         own, shorter, matched = self.text, self._shorter, self.matched
+        if not matched and own[0] not in text:
+            return None
         for place, letter in enumerate(text, start=1):
             while matched and own[matched] != letter:
                 matched = shorter[matched]

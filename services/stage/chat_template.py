@@ -68,7 +68,7 @@ class ChatTemplate:
     def render(self, turns: Sequence[Turn]) -> str:
         """Return a conversation's text, up to where the model's answer begins.
 
-        Raises ConversationRefused where the template refuses the conversation, PreconditionFailed where it fails.
+        Raises ConversationRefused where the template refuses it, PreconditionFailed where it fails.
         """
         return self._run(self._plain, turns, datetime.now())
 

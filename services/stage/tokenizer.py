@@ -73,8 +73,8 @@ class ChatTokenizer:
         """Return the ids of a conversation, ready for the model's answer.
 
         A special token stands where the template itself writes one; in a message it is so many letters.
-        text: what `render` returned. Raises as `render` does, and ConversationRefused where a message holds the
-        text of a special token, and the template hides whether it stands in the prompt.
+        text: what `render` returned. Raises as `render` does, and ConversationRefused where a message holds
+        the text of a special token, and the template hides whether it stands in the prompt.
         """
         if text is None:
             text = self.render(turns)

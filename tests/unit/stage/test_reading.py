@@ -26,8 +26,17 @@ class Letters:
     fingerprint = OWN
     longest_token = 4
 
-    def encode_chat(self, turns: Sequence[Turn]) -> list[int]:
-        return [9 for turn in turns for _ in turn.content]
+    def render(self, turns: Sequence[Turn]) -> str:
+        return "".join(turn.content for turn in turns)
+
+    def least_tokens(self, text: str) -> int:
+        return -(-len(text) // self.longest_token)
+
+    def most_characters(self, tokens: int) -> int:
+        return tokens * self.longest_token
+
+    def encode_chat(self, turns: Sequence[Turn], text: str) -> list[int]:
+        return [9 for _ in text]
 
     def encode_text(self, text: str) -> list[int]:
         return [ord(letter) - 97 for letter in text]

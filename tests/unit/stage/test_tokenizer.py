@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,6 +67,38 @@ def test_the_fingerprint_follows_the_tokenizer_and_not_its_layout(
     description["model"]["merges"].pop()
     (copy / "tokenizer.json").write_text(json.dumps(description))
     assert ChatTokenizer(copy).fingerprint != tokenizer.fingerprint
+
+
+_CUT = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+_FILL = {
+    "strategy": {"Fixed": 400},
+    "direction": "Left",
+    "pad_to_multiple_of": None,
+    "pad_id": 0,
+    "pad_type_id": 0,
+    "pad_token": "<|pad|>",
+}
+
+
+@pytest.mark.parametrize("change", [{"truncation": _CUT}, {"padding": _FILL}, {"dropout": 0.9}])
+def test_what_a_fine_tune_saved_changes_no_prompt(
+    tmp_path: Path, tokenizer: ChatTokenizer, change: dict[str, Any]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(MODEL, copy)
+    description = json.loads((copy / "tokenizer.json").read_text())
+    if "dropout" in change:
+        description["model"] |= change
+    else:
+        description |= change
+    (copy / "tokenizer.json").write_text(json.dumps(description))
+    changed = ChatTokenizer(copy)
+    for text in ("What is 19 plus 23, and what more is there to be said of it?", "a <|end|> b"):
+        turns = (Turn("user", text),)
+        assert changed.encode_chat(turns) == tokenizer.encode_chat(turns)
+        assert changed.encode_text(text) == tokenizer.encode_text(text)
+    # Its ids mean the same: a draft's need not be encoded anew.
+    assert changed.fingerprint == tokenizer.fingerprint
 
 
 def test_a_template_that_refuses_a_conversation_says_why(tmp_path: Path) -> None:
