@@ -39,7 +39,7 @@ MAX_ENTRIES: Mapping[str, int] = {
     "asd.v1.DraftEvidence.top2_margins": 1 << 20,
     "asd.v1.VerificationEvidence.ranks": 1 << 20,
 }
-_OTHER_ENTRIES = 1024
+_PACKAGE = "asd.v1"
 # Entries take two bytes at least, so that a message this small breaks no bound but that of `stop`, which is
 # checked after decoding as well (services.common.validation). Most requests are, and cost nothing here.
 UNCOUNTED_BYTES = 2048
@@ -114,13 +114,18 @@ def check_entries(raw: bytes, descriptor: Descriptor) -> None:
 
 @cache
 def _counted_fields(descriptor: Descriptor) -> Mapping[int, _Field]:
-    """Return the fields of a type that are lists, or messages with lists in them, by number."""
-    counted = {}
+    """Return the fields of a type that are lists with a bound, or messages with such lists inside, by number.
+
+    Types of other packages have none. They may hold themselves, which no type of the contract does.
+    """
+    counted: dict[int, _Field] = {}
+    if descriptor.file.package != _PACKAGE:
+        return counted
     for field in descriptor.fields:
         inner = None if field.message_type is None else _counted_fields(field.message_type)
-        if not field.is_repeated and not inner:
+        most = MAX_ENTRIES.get(field.full_name, 0)
+        if not most and not inner:
             continue
-        most = MAX_ENTRIES.get(field.full_name, _OTHER_ENTRIES) if field.is_repeated else 0
         packed = 0 if field.type in _NOT_PACKED else _SIZES.get(field.type, 1)
         counted[field.number] = _Field(field.name, most, inner or None, packed)
     return counted

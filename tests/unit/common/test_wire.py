@@ -11,6 +11,8 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 from hypothesis import given
 from hypothesis import strategies as st
+from opentelemetry.proto.common.v1.common_pb2 import AnyValue, ArrayValue, KeyValue
+from opentelemetry.proto.resource.v1.resource_pb2 import Resource
 
 from asd.v1 import cascade_pb2, common_pb2, manager_pb2, policy_pb2, stage_pb2
 from services.common import wire
@@ -179,6 +181,18 @@ def test_what_is_no_message_is_refused(raw: bytes) -> None:
         cascade_pb2.GenerateRequest.FromString(raw)
     with pytest.raises(InvalidRequest, match="bytes are not a message"):
         check_entries(raw, cascade_pb2.GenerateRequest.DESCRIPTOR)
+
+
+def test_a_message_of_another_package_has_fields_counted_alone() -> None:
+    """Its types may hold themselves, as a value of OpenTelemetry does."""
+    resource = Resource(attributes=[KeyValue(key=str(place)) for place in range(2000)])
+    value = AnyValue(array_value=ArrayValue(values=[AnyValue(bool_value=True)]))
+    for place in range(20):
+        value = AnyValue(array_value=ArrayValue(values=[value, AnyValue(int_value=place)]))
+    resource.attributes[0].value.CopyFrom(value)
+    check_entries(resource.SerializeToString(), Resource.DESCRIPTOR)
+    with pytest.raises(InvalidRequest, match=str(MAX_FIELDS)):
+        check_entries(b"\x0a\x00" * (MAX_FIELDS + 1), Resource.DESCRIPTOR)
 
 
 def test_a_small_message_is_not_counted() -> None:
