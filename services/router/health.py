@@ -59,11 +59,6 @@ class StageHealth(Health):
         """Whether plans leave it out."""
         return self._avoided_until > self._clock()
 
-    @property
-    def is_suspect(self) -> bool:
-        """Whether it hung when it was called last."""
-        return self._times_silent > 0
-
     def went_away(self, error: AsdError) -> None:
         """It cannot be called: avoid it for a second."""
         self.failed(error, "and avoided")

@@ -71,20 +71,19 @@ async def _until_left(
 ) -> AsyncGenerator[StageEvent, None]:
     """Yield the events of a call. Raises BudgetSpent where it takes longer than leave_after_ms.
 
-    Once text is committed that only this stage stands for, it may take all the time that its call has.
+    Where the request cannot go on without them, it may take all the time that its call has: once text is
+    committed that only this stage stands for, and where there is no other answer and it is at work.
     """
     until = clock() + leave_after_ms / 1000.0
     async with aclosing(call) as events:
         while True:
             left_s = until - clock() if progress.can_leave() else None
             try:
-                async with asyncio.timeout(left_s) as limit:
+                async with asyncio.timeout(left_s):
                     event = await anext(events)
             except StopAsyncIteration:
                 return
             except TimeoutError:
-                if not limit.expired():
-                    raise
                 raise BudgetSpent(f"{stage} did not finish within {leave_after_ms:.0f} ms") from None
             yield event
 

@@ -146,19 +146,17 @@ class Planner:
         return min(left_ms, stage.timeout_ms)
 
     def leave_after_ms(self, progress: Progress, stage: Stage) -> float:
-        """Return after how long a request goes on without a stage, as long as it still can.
+        """Return after how long a request goes on without a stage, where it then still can.
 
-        Unlike the call's own time, this ends where tokens are committed that nothing else stands for.
+        Unlike the call's own time, this is not known as the call begins: see Progress.can_leave.
         """
         left_ms = progress.left_ms(MARGIN_MS)
-        if progress.has_earlier_answer():
-            # A stage that takes long for every answer may have more than half, but for the way back.
-            usual_ms = min(_USUAL_TIMES * self._usual_ms(stage.index), left_ms - _RETURN_MS)
-            return max(left_ms * _SHARE_OF_TIME, usual_ms)
         is_fixed = progress.plan_source is PlanSource.FIXED
-        if self._health[stage.index].is_suspect and not is_fixed and self._has_others(progress, stage):
-            return left_ms * _SHARE_OF_TIME
-        return left_ms
+        if is_fixed or not (progress.has_earlier_answer() or self._has_others(progress, stage)):
+            return left_ms
+        # A stage that takes long for every answer may have more than half, but for the way back.
+        usual_ms = min(_USUAL_TIMES * self._usual_ms(stage.index), left_ms - _RETURN_MS)
+        return max(left_ms * _SHARE_OF_TIME, usual_ms)
 
     def _has_others(self, progress: Progress, stage: Stage) -> bool:
         """Return whether a stage is awake, other than this one and those that failed the request."""

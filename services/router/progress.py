@@ -216,9 +216,12 @@ class Progress:
         return not (is_fixed or self._is_fragment) and bool(self._records) and self._delivery.can_go_back()
 
     def can_leave(self) -> bool:
-        """Return whether the request can go on without what the running stage has yet to send."""
-        is_free = self.plan_source is not PlanSource.FIXED and not self.has_committed
-        return is_free or self.has_earlier_answer()
+        """Return whether the request can go on without what the running stage has yet to send.
+
+        Without an earlier answer it stays with a stage that is at work.
+        """
+        is_silent = self.plan_source is not PlanSource.FIXED and not self.has_heard
+        return is_silent or self.has_earlier_answer()
 
     def go_back(self) -> Iterator[Event]:
         """Drop what is not of the earlier answer, where there is one: the running stage has failed."""
