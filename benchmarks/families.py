@@ -17,7 +17,7 @@ import sys
 import tempfile
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import track
@@ -26,23 +26,26 @@ from benchmarks.processes import service
 from benchmarks.record import write_result
 from services.client.client import CascadeClient
 from services.client.values import Message, Request, Sampling
-from services.common.errors import AsdError
+from services.common.errors import AsdError, InvalidRequest
 from services.common.server import run_service
-from tests.fakes.tiny_models import FAMILIES, make_model
+from tests.fakes.tiny_models import write_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from services.client.values import Answer
+
+# Ids, text and finish reason; or that it was refused, and the field; None: the call failed.
+Told = tuple[tuple[int, ...], str, str] | tuple[str, str] | None
 
 PROMPTS = 400
 CALL_MS = 60_000.0
-# Scripts that agree in part, so that some of each draft is accepted.
+# Families that differ in how they make tokens: of bytes, and of pieces with a space before every text, before
+# its first word, or nowhere. The scripts agree in part, so that some of each draft is accepted.
 SCRIPTS = {
-    "byte-level": "The answer is nineteen. 東京 is a city; naïve 🦊 foxes, too.",
-    "llama2": "The answer is twenty. 東京 is a city; naïve 🦊 foxes, too.",
-    "gemma": "The answer is nineteen. 京都 is a city; naïve 🦊 foxes, too.",
-    "unigram": "The answer is nineteen. 東京 is no city; naïve 🦊 wolves, too.",
+    "chatml": "The answer is nineteen. 東京 is a city; naïve 🦊 foxes, too.",
+    "llama 2": "The answer is twenty. 東京 is a city; naïve 🦊 foxes, too.",
+    "mistral v0.3": "The answer is nineteen. 京都 is a city; naïve 🦊 foxes, too.",
+    "gemma": "The answer is nineteen. 東京 is no city; naïve 🦊 wolves, too.",
 }
 PIECES = (
     "What is the colour of the sky?",
@@ -87,24 +90,34 @@ def requests(count: int) -> Iterator[Request]:
         )
 
 
+def _kind(told: Told) -> str:
+    return "failed" if told is None else str(told[0] if told[0] == "refused" else told[-1])
+
+
 async def measure(prompts: int, at_a_time: int) -> dict[str, object]:
     """Return how many answers differ from those of their last stage alone, by chain; and failed calls."""
-    names = [f"{family}-{kind}" for kind in ("random", "scripted") for family in FAMILIES]
+    kinds = {
+        f"{family.replace(' ', '-').replace('.', '-')}-{kind}": (family, kind)
+        for kind in ("random", "scripted")
+        for family in SCRIPTS
+    }
+    names = list(kinds)
     chains = [
         *itertools.combinations(names, 2),
         *itertools.islice(itertools.combinations(names, 3), 0, None, 7),
     ]
     differing: collections.Counter[str] = collections.Counter()
     failed: collections.Counter[str] = collections.Counter()
-    accepted = proposed = answers = 0
+    answers: collections.Counter[str] = collections.Counter()
+    # Of the stages alone: how their answers ended, or that they refused.
+    kinds_of_answers: collections.Counter[str] = collections.Counter()
+    accepted = proposed = 0
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         targets = {}
-        for number, name in enumerate(names):
-            family, _, kind = name.rpartition("-")
-            make_model(
-                folder / name, family, script=SCRIPTS[family] if kind == "scripted" else "", seed=number
-            )
+        for number, (name, (family, kind)) in enumerate(kinds.items()):
+            script = SCRIPTS[family] if kind == "scripted" else ""
+            write_model(folder / name, family, script=script, seed=number)
             # Alone in its batch: arithmetic that depends on the others may turn a near tie.
             model = {"name": name, "path": str(folder / name), "max_batch": 1}
             targets[name] = await stack.enter_async_context(service("services.stage", {"models": [model]}))
@@ -118,31 +131,32 @@ async def measure(prompts: int, at_a_time: int) -> dict[str, object]:
             router = await stack.enter_async_context(service("services.router", settings))
             clients.append(await stack.enter_async_context(CascadeClient(router, timeout_ms=CALL_MS)))
 
-        async def ask(client: CascadeClient, request: Request, way: str, **fixed: object) -> Answer | None:
+        async def ask(client: CascadeClient, request: Request, way: str, **fixed: Any) -> Told:
+            nonlocal accepted, proposed
             try:
-                return await client.answer(Request(request.input, request.sampling, **fixed))  # type: ignore[arg-type]
+                answer = await client.answer(Request(request.input, request.sampling, **fixed))
+            except InvalidRequest as refusal:
+                # Of a stage that cannot take the conversation: the same whoever drafts for it.
+                return "refused", refusal.field
             except AsdError as error:
                 sys.stderr.write(f"{way}: {type(error).__name__}: {error.message}\n")
                 failed[way] += 1
                 return None
+            if "chain" in fixed:
+                accepted += answer.stages[-1].accepted_tokens
+                proposed += answer.stages[-1].proposed_tokens
+            return answer.token_ids, answer.text, answer.finish_reason
 
         async def check(request: Request) -> None:
-            nonlocal accepted, proposed, answers
             alone = {name: await ask(clients[0], request, name, stage=name) for name in names}
+            for told in alone.values():
+                kinds_of_answers[_kind(told)] += 1
             for client, way in zip(clients, ("pipelined", "sequential"), strict=True):
                 for chain in chains:
                     name = f"{way}: {' > '.join(chain)}"
-                    answer, wanted = await ask(client, request, name, chain=chain), alone[chain[-1]]
-                    answers += 1
-                    if answer is None or wanted is None:
-                        continue
-                    accepted += answer.stages[-1].accepted_tokens
-                    proposed += answer.stages[-1].proposed_tokens
-                    differing[name] += (answer.token_ids, answer.text, answer.finish_reason) != (
-                        wanted.token_ids,
-                        wanted.text,
-                        wanted.finish_reason,
-                    )
+                    told = await ask(client, request, name, chain=chain)
+                    answers[name] += 1
+                    differing[name] += told != alone[chain[-1]]
 
         todo = list(requests(prompts))
         bar = track(todo, "families", console=Console(stderr=True))
@@ -154,12 +168,13 @@ async def measure(prompts: int, at_a_time: int) -> dict[str, object]:
         await asyncio.gather(*(work() for _ in range(at_a_time)))
     return {
         "prompts": prompts,
-        "families": list(FAMILIES),
+        "families": list(SCRIPTS),
         "chains": len(chains),
-        "answers": answers,
+        "answers": answers.total(),
         "differing": differing.total(),
         "differing_by_chain": dict(+differing),
         "failed": dict(failed),
+        "alone": dict(kinds_of_answers),
         "proposed_tokens": proposed,
         "accepted_tokens": accepted,
     }

@@ -103,11 +103,13 @@ class Progress:
     # A stage's run.
 
     def draft(self) -> StageResult | None:
-        """Return the answer for the next stage to verify; None if there is nothing to verify."""
+        """Return the answer for the next stage to verify; None if there is nothing to verify.
+
+        Tokens without text, such as a space before the first word, mean nothing to another tokenizer.
+        """
         if self._answer is None:
             return None
-        result = self._answer.result
-        return result if result.text or result.token_ids else None
+        return self._answer.result if self._answer.result.text else None
 
     @property
     def drafter(self) -> str:

@@ -57,7 +57,8 @@ class Clock:
 class FakeStage:
     """Writes the letters of a text. failure: raised after so many of them; None for a stage that then hangs.
 
-    on_call: called as each call begins. on_token: called with the count of letters before each is sent.
+    is_silent: its tokens have no text. on_call: called as each call begins. on_token: called with the count
+    of letters before each is sent.
     """
 
     stage: Stage
@@ -69,6 +70,7 @@ class FakeStage:
     fingerprint: str = OWN
     context_length: int = 0
     total_ms: float = 0.0
+    is_silent: bool = False
     on_call: Callable[[], None] = lambda: None
     on_token: Callable[[int], None] = lambda count: None
     calls: list[str] = field(default_factory=list)
@@ -117,10 +119,10 @@ class FakeStage:
             self.on_token(count)
             # What is warmed meanwhile, and who waits, has its turn.
             await asyncio.sleep(0)
-            yield Tokens((ord(letter),), letter, (-0.1,), (0.1,), (0.9,))
+            yield Tokens((ord(letter),), "" if self.is_silent else letter, (-0.1,), (0.1,), (0.9,))
         await self._may_fail(len(self.text))
         yield StageResult(
-            self.text,
+            "" if self.is_silent else self.text,
             tuple(ord(letter) for letter in self.text),
             self.fingerprint,
             FinishReason.EOS,

@@ -243,3 +243,12 @@ async def test_a_stage_that_was_away_may_come_back_with_a_longer_context() -> No
     cascade.clock.now += 60.0
     large.fail_after, small.prompt_tokens = None, 600
     assert answered(await cascade.ask()) == ["small", "large"]
+
+
+@pytest.mark.parametrize(("is_silent", "calls"), [(False, ["verify"]), (True, ["generate"])])
+async def test_a_draft_without_text_is_not_handed_on(is_silent: bool, calls: list[str]) -> None:
+    # A stage with another tokenizer could make nothing of its ids.
+    cascade = SmallCascade(pipelined=False, small={"is_silent": is_silent})
+    outcome = await cascade.ask(chain=("small", "large"))
+    assert outcome.answer.result.text == "abc"
+    assert cascade.stages["large"].calls == calls
