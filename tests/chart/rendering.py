@@ -194,7 +194,7 @@ VARIANTS: dict[str, Variant] = {
         {
             "router": {"staticPlan": ["draft"]},
             "policy": {"enabled": False},
-            "stageDefaults": {**_GPU, "model": {"engine": "vllm", "claim": "weights"}},
+            "stageDefaults": {**_GPU, "model": {"engine": "vllm", "claim": "weights", "maxModelLen": 2048}},
             "stages": _stages(
                 {
                     "name": "draft",
@@ -237,7 +237,8 @@ VARIANTS: dict[str, Variant] = {
                     "model": {
                         "engine": "tensorrt_llm",
                         "path": "/models/only",
-                        "tensorrtLlm": {"tensorParallel": 2, "kvCacheDtype": "fp8", "maxModelLen": 8192},
+                        "maxModelLen": 8192,
+                        "tensorrtLlm": {"tensorParallel": 2, "kvCacheDtype": "fp8"},
                         "cache": {"size": "20Gi", "storageClass": "fast", "accessMode": "ReadWriteOnce"},
                     },
                 }
