@@ -235,7 +235,7 @@ def _fail(monkeypatch, capsys, *arguments: str, code: int = 1) -> str:
     [
         ("tiny,gigantic", "no model gigantic; it has tiny, middle, huge"),
         ("tiny", "--ladder needs two or more different models, smallest first"),
-        ("", "--ladder needs two or more different models, smallest first"),
+        (",", "--ladder needs two or more different models, smallest first"),
         ("tiny,tiny", "--ladder needs two or more different models, smallest first"),
         ("huge,tiny", "tiny is no better than huge: give the smallest first"),
     ],
