@@ -136,7 +136,7 @@ async def measure(prompts: int, at_a_time: int) -> dict[str, object]:
             try:
                 answer = await client.answer(Request(request.input, request.sampling, **fixed))
             except InvalidRequest as refusal:
-                # Of a stage that cannot take the conversation: the same whoever drafts for it.
+                # A stage that cannot take the conversation refuses it with or without a draft.
                 return "refused", refusal.field
             except AsdError as error:
                 sys.stderr.write(f"{way}: {type(error).__name__}: {error.message}\n")

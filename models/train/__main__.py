@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.train.family import FAMILY, MODELS
+from services.common.privacy import report_nothing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,6 +40,7 @@ OUTCOMES = {
 
 def main() -> None:
     """Run one step, or all of them."""
+    report_nothing()
     parser = argparse.ArgumentParser(prog="python -m models.train", description=__doc__)
     parser.add_argument("step", choices=STEPS, nargs="?", default="all")
     parser.add_argument("--out", type=Path, required=True, help="directory of the models")

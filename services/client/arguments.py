@@ -22,7 +22,7 @@ ASK_OPTIONS = {
     "conversation.messages": PROMPT,
     "conversation.messages.role": PROMPT,
     "conversation.messages.content": PROMPT,
-    # Instructions come before what is asked.
+    # A system message comes before the question.
     "conversation.messages[0].content": "--system",
     "sampling.max_new_tokens": "--max-new-tokens",
     "sampling.temperature": "--temperature",
