@@ -41,13 +41,15 @@ class AnswerBuilder:
 
     Without stop sequences a chunk goes out as it comes. With them, the answer is cut before the first that
     appears, and tokens are held back as long as they may be its beginning. A stop sequence may hold the text
-    of special tokens: it is looked for in a text in which they stand, `whole` here, while the answer's own
-    text leaves them out.
+    of special tokens, which the answer's own text leaves out. So each is looked for in two texts: in the
+    answer's own, and in the one with the special tokens in it, `whole` here.
     """
 
     def __init__(self, stream: GrowingText, stop: tuple[str, ...] = ()) -> None:
         self._stream = stream
         self._stops = tuple(_StopSequence(each) for each in stop)
+        # The same ones, as far as the answer's own text has them.
+        self._shown_stops = tuple(copy(each) for each in self._stops)
         self._text = ""
         self._ids: list[int] = []
         self._signals: list[tuple[float, float, float]] = []
@@ -145,7 +147,8 @@ class AnswerBuilder:
         # Before the special token stands text that a later token may yet complete, unless this is the end.
         rest = self._stream.finish()
         text = rest + "".join(self._open)
-        if any(copy(stop).feed(text) is not None for stop in self._stops):
+        fed = [(stop, text) for stop in self._stops] + [(stop, rest) for stop in self._shown_stops]
+        if any(copy(stop).feed(each) is not None for stop, each in fed):
             return self._settle(rest, "")
         return None
 
@@ -166,8 +169,25 @@ class AnswerBuilder:
         self._whole += len(whole)
         self._text += before + after
         # Of several that this token completes, the one that begins first.
-        ends = [(stop, stop.feed(whole)) for stop in self._stops]
-        return min((start + end - len(stop.text) for stop, end in ends if end is not None), default=None)
+        cuts = []
+        for stop in self._stops:
+            end = stop.feed(whole)
+            if end is not None:
+                cuts.append(start + end - len(stop.text))
+        for stop in self._shown_stops:
+            end = stop.feed(before + after)
+            if end is not None:
+                cuts.append(self._place_of_last(len(before + after) - end + len(stop.text)))
+        return min(cuts, default=None)
+
+    def _place_of_last(self, count: int) -> int:
+        """Return where in the whole text the last characters of the answer's text begin."""
+        place = self._whole - count
+        for start, end in reversed(self._marks):
+            if end <= place:
+                break
+            place -= end - start
+        return place
 
     def _cut(self, end: int) -> None:
         """End the answer at a place of the whole text; tokens that reach beyond it are dropped."""
@@ -184,9 +204,12 @@ class AnswerBuilder:
     def _release(self, *, is_last: bool = False) -> TokenChunk | None:
         """Return the chunk of all tokens that no stop sequence can cut off any more."""
         is_last |= self.has_stopped
-        held_back = 0 if is_last else max(stop.matched for stop in self._stops)
+        certain = self._whole
+        if not is_last:
+            certain -= max(stop.matched for stop in self._stops)
+            certain = min(certain, self._place_of_last(max(stop.matched for stop in self._shown_stops)))
         ready = self._sent
-        while ready < len(self._ends) and self._ends[ready] <= self._whole - held_back:
+        while ready < len(self._ends) and self._ends[ready] <= certain:
             ready += 1
         text_end = len(self._text)
         if not is_last:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.stage.answer import AnswerBuilder
@@ -92,11 +92,24 @@ def _cut(pieces: list[str], stop: tuple[str, ...]) -> tuple[str, tuple[int, ...]
     for place, piece in enumerate(pieces):
         whole += piece
         ends.append(len(whole))
+        places = _places(pieces[: place + 1])
+        shown = "".join(whole[each] for each in places)
         cuts = [whole.find(each) for each in stop if each in whole]
+        cuts += [places[shown.find(each)] for each in stop if each in shown]
         if cuts:
             kept = tuple(i for i in range(place + 1) if ends[i] <= min(cuts))
             return _shown(pieces, whole[: min(cuts)]), kept, True
     return _shown(pieces, whole), tuple(range(len(pieces))), False
+
+
+def _places(pieces: list[str]) -> list[int]:
+    """Return where in the text of all pieces the characters are that stand in no special token."""
+    places, end = [], 0
+    for piece in pieces:
+        if not piece.startswith("["):
+            places += range(end, end + len(piece))
+        end += len(piece)
+    return places
 
 
 def _shown(pieces: list[str], whole: str) -> str:
@@ -106,10 +119,11 @@ def _shown(pieces: list[str], whole: str) -> str:
 
 
 _PIECES = st.lists(st.text("ab", min_size=1, max_size=3) | st.sampled_from(["[x]", "[y]"]), max_size=14)
-_STOP = st.lists(st.sampled_from(["a", "b", "[x]", "[y]"]), min_size=1, max_size=6).map("".join)
+_STOP = st.lists(st.sampled_from(["a", "b", "[x]", "[y]"]), min_size=1, max_size=4).map("".join)
 _STOPS = st.lists(_STOP, min_size=1, max_size=3)
 
 
+@settings(max_examples=300)
 @given(_PIECES, _STOPS, st.integers(1, 4))
 def test_a_stop_sequence_may_hold_special_tokens(pieces: list[str], stop: list[str], batch: int) -> None:
     builder, chunks = _build(pieces, tuple(stop), batch)
@@ -130,9 +144,21 @@ def test_only_what_may_become_a_stop_sequence_is_held_back(pieces: list[str], st
         sent += len(chunk.ids) if chunk is not None else 0
         whole += piece
         ends.append(len(whole))
-        longest = max(length for each in stop for length in range(len(each)) if whole.endswith(each[:length]))
+        places = [*_places(pieces[: token + 1]), len(whole)]
+        shown = "".join(whole[each] for each in places[:-1])
+        begins = [each[:length] for each in stop for length in range(len(each))]
+        certain = min(
+            *(len(whole) - len(each) for each in begins if whole.endswith(each)),
+            *(places[len(shown) - len(each)] for each in begins if shown.endswith(each)),
+        )
         # Whole tokens go out, with their text: what follows may yet replace the rest.
-        assert sent == max(count for count, end in enumerate(ends) if end <= len(whole) - longest)
+        assert sent == max(count for count, end in enumerate(ends) if end <= certain)
+
+
+def test_a_stop_sequence_is_found_around_a_special_token_that_the_answer_leaves_out() -> None:
+    builder, chunks = _build(["xb", "[x]", "a", "c"], ("ba",), 1)
+    assert (builder.text, builder.ids, builder.has_stopped, builder.taken) == ("x", (), True, 3)
+    assert [(chunk.ids, chunk.text) for chunk in chunks] == [((), "x")]
 
 
 def test_a_long_stop_sequence_holds_nothing_back_that_it_does_not_begin_with() -> None:
@@ -175,7 +201,7 @@ class _Bytes:
         ("\n[x]", "a", "a", 3),
         ("b", "a\n", "a\n\x01", 4),
         ("[x]b", "a\n", "a\n", 4),
-        ("\nb", "a\nb", "a\n\x01b", 4),
+        ("\nb", "a", "a", 4),
         ("a\n", "", "", 3),
     ],
 )

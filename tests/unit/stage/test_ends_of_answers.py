@@ -127,6 +127,8 @@ _ENDS = [
     (("\n[end]",), "xy", FinishReason.STOP, 2),
     (("[end]q",), "xy\n", FinishReason.STOP, 3),
     (("y",), "x", FinishReason.STOP, 1),
+    # The answer's text leaves the special token out, and a user sees these two side by side.
+    (("\nq",), "xy", FinishReason.STOP, 2),
     # The model's own end is no stop.
     (("</s>",), "xy\nq", FinishReason.EOS, 5),
     (("[end]x",), "xy\nq", FinishReason.EOS, 5),
