@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from services.common.errors import AsdError, InvalidRequest, PromptTooLong
 from services.stage.engine import FinishReason
+from services.stage.tokenizer import TooManyTokens
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
@@ -117,12 +118,12 @@ class RequestReader:
             raise PromptTooLong(
                 f"{where} has {size} characters; {self._name} takes at most {most} tokens", field=where
             )
-        prompt = self._tokenizer.encode_chat(turns, text)
-        if len(prompt) > most:
+        try:
+            return self._tokenizer.encode_chat(turns, text, most)
+        except TooManyTokens as error:
             raise PromptTooLong(
-                f"{where} has {len(prompt)} tokens; {self._name} takes at most {most}", field=where
-            )
-        return prompt
+                f"{where} has {error.count} tokens; {self._name} takes at most {most}", field=where
+            ) from error
 
     async def _encode_text(self, text: str) -> list[int]:
         if len(text) > _LONG_TEXT:

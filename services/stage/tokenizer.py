@@ -28,6 +28,14 @@ if TYPE_CHECKING:
 _PRIVATE, _PRIVATE_COUNT = 0xF0000, 0xFFFE
 
 
+class TooManyTokens(Exception):  # noqa: N818 - it says what there is, and not that something failed
+    """A text has more tokens than its reader wants. count: how many."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(f"{count} tokens")
+        self.count = count
+
+
 class ChatTokenizer:
     """Turns conversations into ids and ids into text, as a Hugging Face directory says.
 
@@ -69,12 +77,15 @@ class ChatTokenizer:
         """
         return self._template.render(turns)
 
-    def encode_chat(self, turns: Sequence[Turn], text: str | None = None) -> list[int]:
+    def encode_chat(
+        self, turns: Sequence[Turn], text: str | None = None, most: int | None = None
+    ) -> list[int]:
         """Return the ids of a conversation, ready for the model's answer.
 
         A special token stands where the template itself writes one; in a message it is so many letters.
-        text: what `render` returned. Raises as `render` does, and ConversationRefused where a message holds
-        the text of a special token, and the template hides whether it stands in the prompt.
+        text: what `render` returned. most: how many ids are wanted at most.
+        Raises as `render` does, ConversationRefused where a message holds the text of a special token and the
+        template hides whether it stands in the prompt, TooManyTokens where there are more ids than `most`.
         """
         if text is None:
             text = self.render(turns)
@@ -84,9 +95,9 @@ class ChatTokenizer:
             own = written_by_template(traced, self._marks)
             if own != [match.span() for match in self._marks.finditer(str.__str__(traced))]:
                 self._check_origins(traced, turns)
-                return self._literal.encode_around(traced, own)
+                return self._literal.encode_around(traced, own, most)
             text = str.__str__(traced)
-        return _encode(self._tokenizer, text)
+        return _encode(self._tokenizer, text, most)
 
     def encode_text(self, text: str) -> list[int]:
         """Return the ids of plain text; special tokens in it are ordinary letters."""
@@ -131,7 +142,9 @@ class _LiteralTokenizer:
         self._names = {mark: nonce + chr(_PRIVATE + index) for index, mark in enumerate(marks)}
         self._plain = tokenizer
         self._tokenizer = Tokenizer.from_str(json.dumps(renamed(description, self._names)))
-        self._special: set[int] = set()
+        # Names by id. Left out is the token for unknown text: it stands where no name does as well.
+        self._special: dict[int, str] = {}
+        unknown = _unknown(description["model"])
         self._plain_special: set[int] = set()
         # Names that the library could not give the token's own id.
         self._ids: dict[int, int] = {}
@@ -143,44 +156,79 @@ class _LiteralTokenizer:
             if mine != real:
                 self._ids[mine] = real
             if token.content in self._names:
-                self._special.add(mine)
                 self._plain_special.add(real)
+                if token.content != unknown:
+                    self._special[mine] = self._names[token.content]
+        self._finds_all = _finds_all(tokenizer)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text that holds no special token."""
         return [self._ids.get(each, each) for each in _encode(self._tokenizer, text)]
 
-    def encode_around(self, text: str, places: Sequence[tuple[int, int]]) -> list[int]:
+    def encode_around(
+        self, text: str, places: Sequence[tuple[int, int]], most: int | None = None
+    ) -> list[int]:
         """Return the ids of a text that holds special tokens at some places, begin and end, and nowhere else.
 
-        Raises PreconditionFailed where the tokenizer finds others.
+        Raises PreconditionFailed where the tokenizer finds others, TooManyTokens where there are more than
+        `most` ids.
         """
         text = str.__str__(text)
-        # The library may leave a token's text alone, as for what stands beside it: then it is text here too.
-        plain = _places(self._plain, text, self._plain_special)[1]
-        parts, names, shift, end = [], [], 0, 0
-        for start, stop in _within(places, plain):
-            name = self._names[text[start:stop]]
-            parts += [text[end:start], name]
-            names.append((start + shift, start + shift + len(name)))
-            shift += len(name) - (stop - start)
+        if not self._finds_all:
+            # The library may leave a token's text alone, for what stands beside it: then it is text here too.
+            places = _within(places, _places(self._plain, text, self._plain_special))
+        parts, names, end = [], [], 0
+        for start, stop in places:
+            names.append(self._names[text[start:stop]])
+            parts += [text[end:start], names[-1]]
             end = stop
-        ids, found = _places(self._tokenizer, "".join([*parts, text[end:]]), self._special)
-        if _within(names, found) != names:
+        ids = _encode(self._tokenizer, "".join([*parts, text[end:]]), most)
+        known = set(self._special.values())
+        expected = [name for name in names if name in known]
+        if [self._special[each] for each in ids if each in self._special] != expected:
             raise PreconditionFailed("the tokenizer does not find its special tokens by other names")
         return [self._ids.get(each, each) for each in ids]
 
 
-def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+def _encode(tokenizer: Tokenizer, text: str, most: int | None = None) -> list[int]:
     # Of the library's calls, those on batches let the interpreter's lock go; this one counts no offsets.
-    return list(tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+    encoding = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
+    if most is not None and len(encoding) > most:
+        raise TooManyTokens(len(encoding))
+    return list(encoding.ids)
 
 
-def _places(tokenizer: Tokenizer, text: str, ids: set[int]) -> tuple[list[int], list[tuple[int, int]]]:
-    """Return a text's ids, and where in it those of a set stand, begin and end."""
+def _places(tokenizer: Tokenizer, text: str, ids: set[int]) -> list[tuple[int, int]]:
+    """Return where in a text the tokens of a set stand, begin and end."""
     encoding = tokenizer.encode_batch([text], add_special_tokens=False)[0]
-    places = [place for each, place in zip(encoding.ids, encoding.offsets, strict=True) if each in ids]
-    return list(encoding.ids), places
+    # `offsets` would make pairs of all tokens, and hold the interpreter's lock meanwhile.
+    places = [encoding.token_to_chars(index) for index, each in enumerate(encoding.ids) if each in ids]
+    return [place for place in places if place is not None]
+
+
+def _unknown(model: dict[str, Any]) -> str | None:
+    """Return the token that stands for text which a model's vocabulary lacks."""
+    index = model.get("unk_id")
+    token = model.get("unk_token") if index is None else model["vocab"][index][0]
+    return token if isinstance(token, str) else None
+
+
+def _finds_all(tokenizer: Tokenizer) -> bool:
+    """Return whether the library finds special tokens wherever their text stands."""
+    added = tokenizer.get_added_tokens_decoder().values()
+    special = [token for token in added if token.special]
+    if any(token.single_word or (token.normalized and tokenizer.normalizer is not None) for token in special):
+        return False
+    others = [token.content for token in added if not token.special]
+    return not any(_overlap(token.content, other) for token in special for other in others)
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Return whether a text can hold both so that they share characters."""
+    if one in other or other in one:
+        return True
+    lengths = range(1, min(len(one), len(other)))
+    return any(one.endswith(other[:n]) or other.endswith(one[:n]) for n in lengths)
 
 
 def _within(places: Sequence[tuple[int, int]], wider: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

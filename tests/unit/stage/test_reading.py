@@ -11,6 +11,7 @@ from services.common.errors import AsdError, InvalidRequest, PromptTooLong
 from services.stage.draft import DraftFeed
 from services.stage.engine import DraftPiece, DraftText, FinishReason, Turn
 from services.stage.reading import RequestReader
+from services.stage.tokenizer import TooManyTokens
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -35,7 +36,9 @@ class Letters:
     def most_characters(self, tokens: int) -> int:
         return tokens * self.longest_token
 
-    def encode_chat(self, turns: Sequence[Turn], text: str) -> list[int]:
+    def encode_chat(self, turns: Sequence[Turn], text: str, most: int) -> list[int]:
+        if len(text) > most:
+            raise TooManyTokens(len(text))
         return [9 for _ in text]
 
     def encode_text(self, text: str) -> list[int]:

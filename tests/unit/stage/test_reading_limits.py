@@ -8,8 +8,9 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tokenizers import Tokenizer
 
-from services.common.errors import InvalidRequest
+from services.common.errors import InvalidRequest, PromptTooLong
 from services.stage.draft import DraftFeed
 from services.stage.engine import DraftPiece, DraftText, FinishReason, Turn
 from services.stage.reading import RequestReader
@@ -20,6 +21,8 @@ from tests.fakes.tiny_tokenizers import byte_level, pieces, write, write_family
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
+
+    from tokenizers import Encoding
 
 _SPECIAL = ("<unk>", "<s>", "</s>")
 _CONFIG = {"chat_template": "<s>{{ messages[-1].content | trim }}</s>"}
@@ -39,10 +42,10 @@ class Counting(ChatTokenizer):
         self.threads.add(threading.get_ident())
         return super().encode_text(text)
 
-    def encode_chat(self, turns: Any, text: str | None = None) -> list[int]:
+    def encode_chat(self, turns: Any, text: str | None = None, most: int | None = None) -> list[int]:
         self.texts.append(turns[-1].content)
         self.threads.add(threading.get_ident())
-        return super().encode_chat(turns, text)
+        return super().encode_chat(turns, text, most)
 
 
 @pytest.fixture(params=[byte_level, pieces], ids=["bytes", "pieces"])
@@ -62,6 +65,94 @@ async def test_a_prompt_that_cannot_fit_is_refused_before_it_is_encoded(
         await reader.read_prompt((Turn("user", "a " * 1_000_000),))
     assert caught.value.field == "prompt"
     assert tokenizer.texts == []
+
+
+class Watched:
+    """The library's tokenizer; keeps which texts it encodes, and what is read of their encodings."""
+
+    def __init__(self, inner: Tokenizer, log: list[str]) -> None:
+        self._inner = inner
+        self._log = log
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def encode_batch(self, texts: list[str], **options: bool) -> list[Any]:
+        self._log.append("encode")
+        return [WatchedEncoding(each, self._log) for each in self._inner.encode_batch(texts, **options)]
+
+    def encode_batch_fast(self, texts: list[str], **options: bool) -> list[Any]:
+        self._log.append("encode")
+        return [WatchedEncoding(each, self._log) for each in self._inner.encode_batch_fast(texts, **options)]
+
+
+class WatchedEncoding:
+    def __init__(self, inner: Encoding, log: list[str]) -> None:
+        self._inner = inner
+        self._log = log
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+    def __getattr__(self, name: str) -> Any:
+        self._log.append(name)
+        return getattr(self._inner, name)
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    kept: list[str] = []
+
+    class Library:
+        @staticmethod
+        def from_str(text: str) -> Watched:
+            return Watched(Tokenizer.from_str(text), kept)
+
+    monkeypatch.setattr("services.stage.tokenizer.Tokenizer", Library)
+    return kept
+
+
+@pytest.mark.parametrize("make", [byte_level, pieces])
+@pytest.mark.parametrize("text", ["a b ", "a </s> "])
+async def test_of_a_prompt_that_is_too_long_nothing_is_read_but_its_length(
+    tmp_path: Path, log: list[str], make: Callable[..., dict[str, Any]], text: str
+) -> None:
+    tokenizer = ChatTokenizer(write(tmp_path, make(_SPECIAL), _CONFIG))
+    turns = (Turn("user", text * 30),)
+    count = len(tokenizer.encode_chat(turns))
+    reader = RequestReader("m", tokenizer, count, tokenizer.vocabulary_size, (2,))
+    log.clear()
+    with pytest.raises(PromptTooLong, match=f"{count} tokens; m takes at most {count - 1}"):
+        await reader.read_prompt(turns)
+    assert log == ["encode"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "encoded", "found"), [({}, 1, 0), ({"single_word": True}, 2, 32), ({"normalized": True}, 2, 32)]
+)
+def test_of_special_tokens_in_a_message_no_other_tokens_places_are_read(
+    tmp_path: Path, log: list[str], flags: dict[str, bool], encoded: int, found: int
+) -> None:
+    tokenizer = ChatTokenizer(write(tmp_path, byte_level(_SPECIAL, **flags), _CONFIG))
+    log.clear()
+    tokenizer.encode_chat((Turn("user", f"({'hello </s> ' * 30})"),))
+    assert log.count("encode") == log.count("ids") == encoded
+    assert log.count("token_to_chars") == found
+    assert "offsets" not in log
+
+
+@pytest.mark.parametrize("other", ["</s>b", "a<s", "<s>"])
+def test_a_token_that_may_share_text_with_a_special_one_is_left_to_the_library(
+    tmp_path: Path, log: list[str], other: str
+) -> None:
+    special = ("</s>", "<s>") if other != "<s>" else ("</s>", "[<s>]")
+    config = {"chat_template": "{{ messages[-1].content }}</s>b a<s>"}
+    tokenizer = ChatTokenizer(write(tmp_path, byte_level(special, (other,)), config))
+    plain = tokenizer.encode_chat((Turn("user", "x"),))
+    log.clear()
+    marked = tokenizer.encode_chat((Turn("user", "</s>x"),))
+    assert log.count("encode") == 2
+    assert marked[-len(plain) + 1 :] == plain[1:]
 
 
 async def test_what_a_template_leaves_out_counts_for_nothing(

@@ -215,3 +215,13 @@ def test_what_a_special_token_does_to_its_neighbours_stays(tmp_path: Path, flag:
         text = plain.decode(should, skip_special_tokens=False)
         assert is_ == should or WORD in text
         assert plain.decode(is_, skip_special_tokens=False) == text.replace(WORD, "[x]")
+
+
+def test_text_that_the_vocabulary_lacks_is_no_special_token_of_the_templates(tmp_path: Path) -> None:
+    # The token for it is a special one, which the template writes as well.
+    tokenizer = pieces(("<unk>", "<s>", "</s>"), form="bare")
+    tokenizer["model"]["byte_fallback"] = False
+    write(tmp_path, tokenizer, {"chat_template": "<s><unk>{{ messages[-1].content }}</s>"})
+    ours = ChatTokenizer(tmp_path)
+    ids = ours.encode_chat((Turn("user", "a\U0001f642b</s>"),))
+    assert [each for each in ids if each in ours.special] == [1, 0, 0, 2]
