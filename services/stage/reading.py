@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from services.common.errors import AsdError, InvalidRequest, PromptTooLong
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Text of more characters is encoded beside the event loop, which others wait for. Chosen: some 5 ms.
+# Text of more characters is encoded beside the event loop, so that other requests go on. Chosen: some 5 ms.
 _LONG_TEXT = 8_192
 # Such texts that are encoded at a time. Measured: each takes some 180 bytes a character meanwhile.
 _LONG_TEXTS = 2
@@ -40,14 +41,15 @@ class RequestReader:
         self._context = context
         self._vocabulary = vocabulary
         self._eos_ids = tuple(eos_ids)
-        self._long_texts = asyncio.Semaphore(_LONG_TEXTS)
+        # A cancelled request leaves its thread at work: a place is free only when that has ended.
+        self._long_texts = ThreadPoolExecutor(_LONG_TEXTS, thread_name_prefix="long-text")
 
     async def read_prompt(self, turns: tuple[Turn, ...]) -> list[int]:
         """Return a prompt's ids: at most one fewer than the context, so that an answer has room."""
         size = sum(len(turn.content) for turn in turns)
         if size > _LONG_TEXT:
-            async with self._long_texts:
-                return await asyncio.to_thread(self._encode_prompt, turns, size)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._long_texts, self._encode_prompt, turns, size)
         return self._encode_prompt(turns, size)
 
     async def read_draft(self, draft: DraftText, feed: DraftFeed) -> None:
@@ -127,8 +129,8 @@ class RequestReader:
 
     async def _encode_text(self, text: str) -> list[int]:
         if len(text) > _LONG_TEXT:
-            async with self._long_texts:
-                return await asyncio.to_thread(self._tokenizer.encode_text, text)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._long_texts, self._tokenizer.encode_text, text)
         return self._tokenizer.encode_text(text)
 
     def _add_ids(self, feed: DraftFeed, ids: Sequence[int], field: str) -> bool:

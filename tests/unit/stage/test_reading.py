@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import queue
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -43,6 +45,76 @@ class Letters:
 
     def encode_text(self, text: str) -> list[int]:
         return [ord(letter) - 97 for letter in text]
+
+
+class Gated(Letters):
+    """Encodes only once its gate is open, and keeps how many texts it had at a time."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.begun: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._now = self.most = 0
+
+    def encode_chat(self, turns: Sequence[Turn], text: str, most: int) -> list[int]:
+        return self._encode(text)
+
+    def encode_text(self, text: str) -> list[int]:
+        return self._encode(text)
+
+    def least_tokens(self, text: str) -> int:
+        return 0
+
+    def most_characters(self, tokens: int) -> int:
+        return 100_000
+
+    def _encode(self, text: str) -> list[int]:
+        with self._lock:
+            self._now += 1
+            self.most = max(self.most, self._now)
+        self.begun.put(text[0])
+        self.gate.wait(60)
+        with self._lock:
+            self._now -= 1
+        return [9]
+
+
+@pytest.mark.parametrize("kind", ["prompt", "draft"])
+async def test_a_cancelled_requests_long_text_counts_until_it_is_encoded(kind: str) -> None:
+    gated: Any = Gated()
+    reader = RequestReader("small", gated, CONTEXT, VOCABULARY, ENDS)
+
+    async def read(letter: str) -> None:
+        text = letter * 10_000
+        if kind == "prompt":
+            await reader.read_prompt((Turn("user", text),))
+        else:
+            await reader.read_draft(DraftText(text, (), "", FinishReason.EOS), DraftFeed(100))
+
+    tasks = {letter: asyncio.create_task(read(letter)) for letter in "abcdef"}
+    try:
+        begun = {await asyncio.to_thread(gated.begun.get, timeout=60) for _ in range(2)}
+        # Two are being encoded; another one is cancelled while it waits.
+        waiting = sorted(set(tasks) - begun)
+        gone = [tasks.pop(letter) for letter in (*begun, waiting[0])]
+        for task in gone:
+            task.cancel()
+        assert all(isinstance(each, asyncio.CancelledError) for each in await _settled(gone))
+        # Whatever could begin now would: the loop has nothing else to do, and hands it to a thread.
+        for _ in range(10):
+            await asyncio.sleep(0)
+        await asyncio.to_thread(int)
+    finally:
+        gated.gate.set()
+    assert await _settled(list(tasks.values())) == [None] * 3
+    assert gated.most == 2
+    rest = {gated.begun.get_nowait() for _ in range(3)}
+    assert rest == set(waiting[1:])
+    assert gated.begun.empty()
+
+
+async def _settled(tasks: list[asyncio.Task[None]]) -> list[Any]:
+    return await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @pytest.fixture
