@@ -43,8 +43,8 @@ _PROBES = (
 class ChatTemplate:
     """Writes conversations as one text.
 
-    Raises PreconditionFailed if there is no template, if it cannot be read, or if it fails on a conversation
-    of its own accord.
+    Raises PreconditionFailed if there is no template, if it cannot be read, if it fails on a plain
+    conversation, or if it refuses every one.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -58,12 +58,18 @@ class ChatTemplate:
             raise PreconditionFailed(
                 f"{self._where}: the chat template is no template: line {error.lineno}: {error.message}"
             ) from error
+        refusals = []
         for turns in _PROBES:
             try:
                 self.render(turns)
-            except ConversationRefused:
+            except ConversationRefused as error:
                 # A model need not know every role.
-                continue
+                refusals.append(error)
+        if len(refusals) == len(_PROBES):
+            words = dict.fromkeys(str(error.__cause__) for error in refusals)
+            raise PreconditionFailed(
+                f"{self._where}: the chat template refuses every plain conversation: {'; '.join(words)}"
+            ) from refusals[0]
 
     def render(self, turns: Sequence[Turn]) -> str:
         """Return a conversation's text, up to where the model's answer begins.

@@ -95,6 +95,12 @@ def test_the_template_is_looked_for_as_transformers_does(
         ("{% if messages | length > 1 %}{{ missing.name }}{% endif %}", "missing"),
         ([{"name": "tool_use", "template": "x"}], "default, only tool_use"),
         (None, "no chat_template"),
+        ("{{ raise_exception('Tools are a must') }}", "every plain conversation: Tools are a must$"),
+        (
+            "{% if messages | length == 1 %}{{ raise_exception('One is few') }}{% endif %}"
+            "{{ raise_exception('Some are many') }}",
+            "One is few; Some are many$",
+        ),
     ],
 )
 def test_a_broken_template_is_found_when_the_model_is_read(
@@ -102,6 +108,11 @@ def test_a_broken_template_is_found_when_the_model_is_read(
 ) -> None:
     with pytest.raises(PreconditionFailed, match=says):
         ChatTemplate(_write(tmp_path, template))
+
+
+def test_a_template_may_refuse_all_plain_conversations_but_one(tmp_path: Path) -> None:
+    template = "{% if messages[0].role != 'system' %}{{ raise_exception('No system') }}{% endif %}x"
+    assert ChatTemplate(_write(tmp_path, template)).render((Turn("system", "Be brief."), *ASK)) == "x"
 
 
 def test_a_template_that_fails_on_a_message_is_not_the_callers_fault(tmp_path: Path) -> None:

@@ -104,7 +104,9 @@ def test_what_a_fine_tune_saved_changes_no_prompt(
 def test_a_template_that_refuses_a_conversation_says_why(tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(MODEL, copy)
-    (copy / "chat_template.jinja").write_text("{{ raise_exception('no system messages') }}")
+    (copy / "chat_template.jinja").write_text(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system messages') }}{% endif %}"
+    )
     with pytest.raises(InvalidRequest, match="no system messages") as caught:
         ChatTokenizer(copy).encode_chat((Turn("system", "x"), Turn("user", "y")))
     assert caught.value.field == "conversation"
