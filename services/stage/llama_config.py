@@ -1,4 +1,4 @@
-"""What a config.json says of a Llama or one of its kin, for the `onnx` engine, which computes it by itself.
+"""What a config.json says of a Llama or a related model, for the `onnx` engine, which computes it by itself.
 
 Every key is understood, or known to be harmless, or refused by its name: a key that this reader has never
 seen may change the arithmetic, and an answer from other arithmetic than the model's is worse than none.
@@ -246,7 +246,7 @@ def _window(config: dict[str, Any], path: Path, family: object) -> int | None:
             "serve the model with another engine"
         )
     if family in {"qwen2", "qwen3"} or ("sliding_window" in config and config["sliding_window"] is None):
-        # Qwen's has a switch of its own, which is off here, and is said all the same.
+        # Qwen's files name a window even where their own switch turns it off, as here.
         return None
     if family == "mistral":
         # Where it is missing, transformers takes 4096 for Mistral.

@@ -1,4 +1,4 @@
-"""From a Hugging Face directory (Llama and its kin) to the ONNX form that onnxruntime-genai runs, no torch.
+"""From a Hugging Face directory (a Llama or a related model) to onnxruntime-genai's ONNX form, without torch.
 
 The graph follows onnxruntime-genai's own model builder (GroupQueryAttention with rotary embedding inside,
 skip layer norms), with query, key and value in one product and gate and up in another.

@@ -17,7 +17,7 @@ _PASS_SHARE = 1 / 32
 def places_for(tokens: int, context: int) -> int:
     """Return the places of a KV cache that holds so many tokens: the next power of two.
 
-    A conversation that grows thus moves to a larger cache, and is read anew, at every doubling only.
+    So a conversation that grows moves to a larger cache, and is computed again, only when it has doubled.
     context: the most that the model serves.
     """
     return min(max(LEAST_PLACES, 1 << (tokens - 1).bit_length()), context)

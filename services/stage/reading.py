@@ -22,15 +22,15 @@ logger = logging.getLogger(__name__)
 
 # Text of more characters is encoded beside the event loop, so that other requests go on. Chosen: some 5 ms.
 _LONG_TEXT = 8_192
-# Such texts that are encoded at a time. Measured: each takes some 180 bytes a character meanwhile.
+# Such texts that are encoded at a time. Measured: each takes some 180 bytes of memory a character.
 _LONG_TEXTS = 2
 
 
 class RequestReader:
     """Reads for one model. context, vocabulary: sizes in tokens. eos_ids: tokens that end an answer.
 
-    Whatever is wrong with a request is raised as InvalidRequest that names the field; what only this model
-    cannot take, as ModelRefusal.
+    A wrong request raises InvalidRequest, which names the field; a request that only this model cannot take,
+    ModelRefusal.
     """
 
     def __init__(

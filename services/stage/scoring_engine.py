@@ -231,7 +231,7 @@ class _Draft:
 
 
 class _ResyncWorth:
-    """Whether what follows a correction in drafts is worth scoring: means over the passes of late."""
+    """Whether what follows a correction in drafts is worth scoring: means over the latest passes."""
 
     def __init__(self) -> None:
         self._kept = self._share = 0.0

@@ -71,7 +71,7 @@ class TextStream:
 class Decoding:
     """How a tokenizer's ids become text, and when that is certain.
 
-    anchor: a token of plain letters to decode others behind; none where the vocabulary has none.
+    anchor: a token of plain letters, put before ids that continue a text; empty where there is none.
     """
 
     def __init__(

@@ -82,7 +82,7 @@ class ChatTokenizer:
     ) -> list[int]:
         """Return the ids of a conversation, ready for the model's answer.
 
-        A special token stands where the template itself writes one; in a message it is so many letters.
+        A special token stands where the template itself writes one; in a message it is plain text.
         text: what `render` returned. most: how many ids are wanted at most.
         Raises as `render` does, ConversationRefused where a message holds the text of a special token and the
         template hides whether it stands in the prompt, TooManyTokens where there are more ids than `most`.
@@ -133,8 +133,8 @@ class ChatTokenizer:
 class _LiteralTokenizer:
     """A tokenizer for which the text of a special token is text.
 
-    Its special tokens go by names that no text holds: drawn at random, so that nobody can know them. All
-    else is as the library has it: what it makes of the text around a token, and how it splits there.
+    Its special tokens go by names that no text holds: drawn at random, so that no caller can know them.
+    All else is as the library has it: what it makes of the text around a token, and how it splits there.
     """
 
     def __init__(self, tokenizer: Tokenizer, description: dict[str, Any], marks: Sequence[str]) -> None:
@@ -201,7 +201,7 @@ def _encode(tokenizer: Tokenizer, text: str, most: int | None = None) -> list[in
 def _places(tokenizer: Tokenizer, text: str, ids: set[int]) -> list[tuple[int, int]]:
     """Return where in a text the tokens of a set stand, begin and end."""
     encoding = tokenizer.encode_batch([text], add_special_tokens=False)[0]
-    # `offsets` would make pairs of all tokens, and hold the interpreter's lock meanwhile.
+    # `offsets` would make a pair of every token, under the interpreter's lock.
     places = [encoding.token_to_chars(index) for index, each in enumerate(encoding.ids) if each in ids]
     return [place for place in places if place is not None]
 

@@ -235,7 +235,7 @@ def test_other_threads_go_on_while_text_is_encoded(tmp_path: Path) -> None:
     def take_turns() -> None:
         while not is_over.is_set():
             turns[0] += 1
-            # Gives the interpreter's lock to whoever waits for it.
+            # Gives the interpreter's lock to a thread that waits for it.
             time.sleep(0)
 
     interval = sys.getswitchinterval()
