@@ -68,7 +68,13 @@ MAX_MESSAGE_CHARS = 1000
 _TOO_LARGE = re.compile(r"(?:CLIENT: Sent|SERVER: Received) message larger than max \((\d+) vs\. (\d+)\)")
 
 # What gRPC core (1.85) says of a stream that its peer did not end with a status: cut, reset, or no HTTP/2.
-_BROKEN = re.compile(r"Stream removed \(|.*\bRST_STREAM\b|Failed parsing HTTP/2")
+# The whole text, since a message that a service wrote may quote any part of it.
+_BROKEN = re.compile(
+    r"Stream removed \(.*\)"
+    r"|RST_STREAM \(.*\)|Received RST_STREAM with error code \d+"
+    r"|Failed parsing HTTP/2(?: \(.*\))?",
+    re.DOTALL,
+)
 
 _ERROR_OF_CODE: dict[grpc.StatusCode, type[AsdError]] = {
     **{code: error for error, code in STATUS_TABLE},
@@ -129,8 +135,8 @@ def from_rpc_error(error: grpc.RpcError, *, peer: str = "") -> AsdError:
         # A reason says more of a code, never another one.
         kind = told
     message = error.details() or error.code().name
-    if kind is not BudgetSpent and _BROKEN.match(message):
-        # The code is of the transport's making: INTERNAL and UNKNOWN among others.
+    if details is None and kind is not BudgetSpent and _BROKEN.fullmatch(message):
+        # The transport has made the code up: INTERNAL and UNKNOWN among others. A service sends details.
         kind = Away
     message = _WORDS.get(message, message)
     if too_large := _TOO_LARGE.fullmatch(message):

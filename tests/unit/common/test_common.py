@@ -102,6 +102,33 @@ def test_what_grpc_says_without_the_service_means_that_it_is_away(code, kind):
     assert type(from_rpc_error(error)) is kind
 
 
+# What gRPC 1.85 says of calls that broke: a reset, a cut connection, an answer that is no HTTP/2.
+BROKEN = [
+    (grpc.StatusCode.CANCELLED, "Stream removed (RST_STREAM (Received RST_STREAM with error code 8))"),
+    (grpc.StatusCode.RESOURCE_EXHAUSTED, "RST_STREAM (Received RST_STREAM with error code 11)"),
+    (grpc.StatusCode.UNAVAILABLE, "Stream removed (Socket closed)"),
+    (grpc.StatusCode.INTERNAL, "Stream removed (Failed parsing HTTP/2 (Incomplete header))"),
+    (grpc.StatusCode.UNKNOWN, "Failed parsing HTTP/2"),
+]
+
+
+@pytest.mark.parametrize(("code", "text"), BROKEN)
+def test_a_connection_that_broke_means_that_its_service_is_away(code, text):
+    nothing = grpc.aio.Metadata()
+    assert type(from_rpc_error(grpc.aio.AioRpcError(code, nothing, nothing, text))) is errors.Away
+    # The text in quotes, as a proxy's message may have it, says nothing of this connection.
+    quoted = grpc.aio.AioRpcError(grpc.StatusCode.NOT_FOUND, nothing, nothing, f"no stage {text!r}")
+    assert type(from_rpc_error(quoted)) is errors.NotFound
+
+
+@pytest.mark.parametrize("text", [text for _, text in BROKEN])
+def test_what_a_service_says_itself_is_no_broken_connection(text):
+    """Its message may hold what the caller wrote."""
+    for message in (text, f"no stage {text!r}; the cascade has small, large"):
+        for kind in (errors.NotFound, errors.InvalidRequest, errors.ResourceExhausted, errors.AsdError):
+            assert type(as_told(kind(message))) is kind
+
+
 @pytest.mark.parametrize(
     ("proposed", "passes", "tokens", "expected"),
     [
