@@ -336,11 +336,8 @@ async def _held(
 
 async def _may_repeat(failure: AsdError, patience: Patience, until: float) -> bool:
     """Return whether a call that failed before it was answered is made again, having waited for its time."""
-    if isinstance(failure, Away):
-        return await patience.wait(until)
-    if not isinstance(failure, BudgetSpent):
-        patience.there()
-    return False
+    patience.failed(failure)
+    return isinstance(failure, Away) and await patience.wait(until)
 
 
 def _could_not_send(error: grpc.aio.AioRpcError) -> bool:

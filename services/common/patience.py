@@ -6,8 +6,12 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
+from services.common.errors import Away, BudgetSpent
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+
+    from services.common.errors import AsdError
 
 # For how long a service that was there may stay away until calls stop waiting for it. Chosen: one that loads
 # its model from a local disk is back in less.
@@ -21,6 +25,9 @@ _SHORTEST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 0.5
 # Part of the time that the service has been away already. Chosen.
 _SHARE_OF_ABSENCE = 0.25
+# An absence is over once no call has met it for so long: the service may have been back meanwhile. Chosen:
+# longer than a call that waits takes to try again, its connection attempt included.
+_SAME_ABSENCE_SECONDS = 10.0
 # A call needs more time than this to be worth another attempt; its caller hears the reason instead. Chosen.
 _CALL_SECONDS = 0.05
 
@@ -46,6 +53,8 @@ class Patience:
         self._known_by = clock() + new_seconds
         self._was_there = False
         self._away_since: float | None = None
+        # When a call met it away last.
+        self._met_away = 0.0
 
     def now(self) -> float:
         """Return the clock's time, in seconds."""
@@ -56,14 +65,20 @@ class Patience:
         self._was_there = True
         self._away_since = None
 
+    def failed(self, error: AsdError) -> None:
+        """A call has failed; where the service said so itself, it is there."""
+        if not isinstance(error, Away | BudgetSpent):
+            self.there()
+
     async def wait(self, until: float) -> bool:
         """Wait before a service that is away is called again; return False, at once, if it should not be.
 
         until: the call's deadline by the clock.
         """
         now = self._clock()
-        if self._away_since is None:
+        if self._away_since is None or now - self._met_away > _SAME_ABSENCE_SECONDS:
             self._away_since = now
+        self._met_away = now
         absent_s = now - self._away_since
         may_return = absent_s < RESTART_SECONDS if self._was_there else now < self._known_by
         pause_s = min(max(absent_s * _SHARE_OF_ABSENCE, _SHORTEST_PAUSE_S), _LONGEST_PAUSE_S)

@@ -225,6 +225,7 @@ class GrpcStage:
             except Unavailable as error:
                 if has_begun:
                     raise
+                self._patience.failed(error)
                 if isinstance(error, BrokenOff) and not hold_s:
                     hold_s = _HOLD_SECONDS
                     tried.pop()
@@ -234,13 +235,17 @@ class GrpcStage:
                     tried.clear()
                 else:
                     raise
-            except NotFound:
+            except NotFound as error:
+                self._patience.failed(error)
                 # What the caller was sent would come once more.
                 if has_begun or message.model == self._stage.model:
                     raise
                 self._adapters.lacks(request.task, message.model)
                 message.model = self._stage.model
                 tried.pop()
+            except AsdError as error:
+                self._patience.failed(error)
+                raise
 
     async def _list_models(self) -> list[str]:
         """Return the names of the stage's models, the default one first."""
@@ -266,8 +271,9 @@ class GrpcStage:
             try:
                 with self._replicas.calling(replica):
                     response = await call(replica.stub)
-            except Unavailable:
-                if not await self._replicas.find_other(tried):
+            except AsdError as error:
+                self._patience.failed(error)
+                if not isinstance(error, Unavailable) or not await self._replicas.find_other(tried):
                     raise
             else:
                 self._patience.there()

@@ -4,6 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from services.common.errors import (
+    AsdError,
+    Away,
+    BudgetSpent,
+    InvalidRequest,
+    ResourceExhausted,
+    Unavailable,
+)
 from services.common.patience import NEW_SECONDS, RESTART_SECONDS, Patience
 
 FAR = 1e6
@@ -64,9 +72,43 @@ async def test_a_service_that_is_gone_for_good_is_not_waited_for(time: Time) -> 
 async def test_calls_that_find_it_away_one_after_another_wait_for_one_absence(time: Time) -> None:
     patience = Patience(time, time.sleep)
     patience.there()
-    assert await patience.wait(FAR)
-    time.now += RESTART_SECONDS
+    began = time.now
+    while time.now < began + RESTART_SECONDS:
+        # Each has only the time for one more attempt.
+        assert await patience.wait(time.now + 1.0)
+        time.now += 1.0
     assert not await patience.wait(FAR)
+
+
+async def test_an_absence_that_nobody_has_met_for_a_while_is_over(time: Time) -> None:
+    patience = Patience(time, time.sleep)
+    patience.there()
+    # In a hurry: the call is not made again.
+    assert not await patience.wait(time.now)
+    time.now += 100.0
+    # It has been back meanwhile, for all that is known, and is gone again.
+    assert await attempts(patience, time.now + 60.0) > 10
+
+
+@pytest.mark.parametrize(
+    ("error", "is_there"),
+    [
+        (AsdError("it failed"), True),
+        (InvalidRequest("top_p 7"), True),
+        (ResourceExhausted("the queue is full"), True),
+        (Unavailable("its stage is away"), True),
+        (Away("connection refused"), False),
+        (BudgetSpent("late"), False),
+    ],
+)
+async def test_a_service_that_says_why_it_failed_is_there(
+    time: Time, error: AsdError, is_there: bool
+) -> None:
+    patience = Patience(time, time.sleep)
+    patience.there()
+    await attempts(patience)
+    patience.failed(error)
+    assert await patience.wait(FAR) is is_there
 
 
 async def test_a_service_that_never_answered_is_not_waited_for(time: Time) -> None:

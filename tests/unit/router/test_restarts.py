@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from asd.v1 import stage_pb2
-from services.common.errors import Away, Unavailable
+from services.common.errors import AsdError, Away, InvalidRequest, NotFound, ResourceExhausted, Unavailable
 from services.common.patience import Patience
 from services.common.status import DETAILS_KEY, status_of, to_rpc_status
 from services.router.cascade import Cascade
@@ -23,8 +23,6 @@ from services.router.waking import AllAwake
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection, Iterator
-
-    from services.common.errors import AsdError
 
 TIMEOUT_MS = 60_000.0
 CANCELLED = grpc.aio.AioRpcError(
@@ -125,7 +123,14 @@ async def ask(site: Any, time: Time, request: Request, *, was_there: bool = True
     patience = Patience(time, time.sleep)
     if was_there:
         patience.there()
-    stage = GrpcStage(Stage("small", 0, 1.0, TIMEOUT_MS), site, time, 1, (), patience)
+    return await texts(stage_at(site, time, patience), request)
+
+
+def stage_at(site: Any, time: Time, patience: Patience) -> GrpcStage:
+    return GrpcStage(Stage("small", 0, 1.0, TIMEOUT_MS), site, time, 1, (), patience)
+
+
+async def texts(stage: GrpcStage, request: Request) -> list[str]:
     return [
         event.text async for event in stage.generate(request, TIMEOUT_MS) if isinstance(event, StageResult)
     ]
@@ -185,6 +190,18 @@ async def test_what_a_stage_says_itself_is_no_reason_to_wait(time: Time) -> None
     with pytest.raises(Unavailable, match="the model is broken"):
         await ask(site, time, FIXED)
     assert time.pauses == 0
+
+
+@pytest.mark.parametrize(
+    "error", [ResourceExhausted("full"), InvalidRequest("no", field="prompt"), NotFound("no model")]
+)
+async def test_a_stage_that_refuses_a_request_is_there(time: Time, error: AsdError) -> None:
+    """One that has answered in any way is waited for when it goes away next."""
+    site = Site({"a": [[said(error)], [REFUSED], [RESULT]]})
+    stage = stage_at(site, time, Patience(time, time.sleep))
+    with pytest.raises(AsdError):
+        await texts(stage, FIXED)
+    assert await texts(stage, FIXED) == ["19"]
 
 
 async def test_an_answer_that_has_begun_is_not_begun_again(time: Time) -> None:
