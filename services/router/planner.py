@@ -59,6 +59,9 @@ _SHARE_OF_TIME = 0.5
 _SHARE_FOR_WARMING = 0.25
 # Probability of an escalation from which on its target is warmed. Chosen: more often right than wrong.
 _LIKELY = 0.5
+# Tokens that a chat template may add to a user's message, such as a default system text. Chosen: several
+# times what known ones add.
+_TEMPLATE_TOKENS = 1024
 # Shorter waits than this are not told to the policy. Chosen: no plan turns on them.
 MIN_QUEUE_MS = 1.0
 
@@ -279,16 +282,22 @@ class Planner:
             return decision
 
     def _leave_out_short_contexts(self, progress: Progress) -> None:
-        """Leave later stages out whose context is known not to hold the prompt.
+        """Leave later stages out whose context is certain not to hold the prompt.
 
-        Known of those with the tokenizer of the stage that has just counted it. Others will say so.
+        The stage that has just answered counted it after its own chat template. Another stage's template may
+        add less though their tokenizers are the same: so much is taken off. What a template makes of several
+        turns is not bounded, since some leave out system turns or parts of earlier answers. A stage that is
+        asked in doubt refuses within milliseconds, and one that is left out in error loses its better answer.
         """
-        result = progress.answer.result
+        request, result = progress.request, progress.answer.result
+        if not isinstance(request.input, str) and len(request.input) > 1:
+            return
+        least = result.usage.prompt_tokens - _TEMPLATE_TOKENS
         for stage in self._stages[progress.answer.stage.index + 1 :]:
             fingerprint, context = self._contexts.get(stage.index, ("", 0))
             is_counted = bool(fingerprint) and fingerprint == result.tokenizer_fingerprint
-            if is_counted and result.usage.prompt_tokens >= context:
-                text = f"{result.usage.prompt_tokens} tokens leave no room in a context of {context}"
+            if is_counted and least >= context:
+                text = f"a prompt of at least {least} tokens leaves no room in a context of {context}"
                 progress.failed.setdefault(stage.index, PromptTooLong(text))
 
     async def plan_again(self, progress: Progress, error: AsdError) -> int:

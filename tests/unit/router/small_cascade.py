@@ -230,7 +230,7 @@ class SmallCascade:
 
     async def events(self, view: View = View.OUTCOME, *, seconds: float = 60.0, **fields: Any) -> list[Event]:
         """Return what a request's caller sees."""
-        request = Request("id", "hi", **fields)
+        request = Request("id", **{"input": "hi", **fields})
         answer = self._cascade.answer(request, self.clock() + seconds, view)
         # What hangs, hangs no longer than a test may.
         async with asyncio.timeout(20), aclosing(answer) as events:

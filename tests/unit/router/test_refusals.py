@@ -17,7 +17,7 @@ from services.common.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from services.router.domain import DecisionReason, Objective, PlanSource, View
+from services.router.domain import DecisionReason, Objective, PlanSource, Role, Turn, View
 from tests.unit.router.small_cascade import (
     OTHER,
     OWN,
@@ -207,13 +207,21 @@ async def test_a_stage_that_refuses_to_read_ahead_is_not_escalated_to() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt_tokens", "fingerprint", "is_asked"),
-    # A context of 512 takes 511 tokens of prompt and one of an answer.
-    [(511, OWN, True), (512, OWN, False), (600, OWN, False), (600, OTHER, True)],
+    ("prompt_tokens", "fingerprint", "turns", "is_asked"),
+    [
+        (511, OWN, 0, True),
+        # Some of these may be the first stage's chat template's: another one's has no system text.
+        (600, OWN, 0, True),
+        (9000, OWN, 0, False),
+        (9000, OWN, 1, False),
+        # What a template leaves out of several turns may be any part of them.
+        (9000, OWN, 3, True),
+        (9000, OTHER, 0, True),
+    ],
 )
 @pytest.mark.parametrize("has_policy", [True, False])
 async def test_a_stage_whose_context_is_known_to_be_too_short_is_left_out_in_advance(
-    prompt_tokens: int, fingerprint: str, is_asked: bool, has_policy: bool
+    prompt_tokens: int, fingerprint: str, turns: int, is_asked: bool, has_policy: bool
 ) -> None:
     policy = Policy({0: (2,)}) if has_policy else None
     cascade = SmallCascade(policy, large={"context_length": 512, "fingerprint": OWN})
@@ -223,7 +231,9 @@ async def test_a_stage_whose_context_is_known_to_be_too_short_is_left_out_in_adv
     assert answered(await cascade.ask()) == ["small", "large"]
     cascade.forget_calls()
     small.prompt_tokens = prompt_tokens
-    outcome = await cascade.ask()
+    roles = (Role.USER, Role.ASSISTANT, Role.USER)[:turns]
+    conversation = tuple(Turn(role, "hi") for role in roles)
+    outcome = await cascade.ask(**({"input": conversation} if turns else {}))
     assert answered(outcome) == (["small", "large"] if is_asked else ["small"])
     assert called(cascade) == answered(outcome)
     reason = outcome.records[0].decision.reason
@@ -241,7 +251,7 @@ async def test_a_stage_that_was_away_may_come_back_with_a_longer_context() -> No
     large.fail_after, large.failure = 0, Unavailable("restarting")
     await cascade.ask()
     cascade.clock.now += 60.0
-    large.fail_after, small.prompt_tokens = None, 600
+    large.fail_after, small.prompt_tokens = None, 9000
     assert answered(await cascade.ask()) == ["small", "large"]
 
 
