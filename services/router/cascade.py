@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from services.common.errors import AsdError, Away, InvalidRequest, Unavailable
 from services.common.patience import Patience
 from services.router.ahead import PrefillAhead
-from services.router.domain import Event, PlanSource, Request, StageAction, StageStarted, View
+from services.router.domain import Event, Failure, PlanSource, Request, StageAction, StageStarted, View
 from services.router.pipeline import call_stage
 from services.router.progress import Progress
 
@@ -65,7 +65,7 @@ class Cascade:
                         async for event in events:
                             yield event
                 except AsdError as error:
-                    self._note_failure(progress, stage, error)
+                    self._note_failure(progress, progress.failure(stage, error))
                     following = await self._instead_of(progress, stage, error)
                     for event in progress.go_back():
                         yield event
@@ -102,24 +102,25 @@ class Cascade:
                 each.stage: calls.enter_context(self._planner.calling(each.stage))
                 for each in (client, *upstream)
             }
-            async with call as events:
-                async for event in events:
-                    for shown in progress.take(event):
-                        yield shown
-                    if progress.is_hopeless():
-                        break
-        for place, error in progress.new_failures():
-            self._note_failure(progress, place, error)
+            try:
+                async with call as events:
+                    async for event in events:
+                        for shown in progress.take(event):
+                            yield shown
+                        if progress.is_hopeless():
+                            break
+            finally:
+                for failure in progress.new_failures():
+                    self._note_failure(progress, failure)
         for answer in progress.new_answers():
             self._patience.there()
             self._planner.stage_answered(progress, answer, depths[answer.stage])
             self._observer.stage_answered(answer, progress.request.task, is_adapted=answer.result.is_adapted)
 
-    def _note_failure(self, progress: Progress, stage: int, error: AsdError) -> None:
-        failed = self._stages[stage].stage
-        if not isinstance(error, InvalidRequest):
-            self._observer.stage_failed(failed, error)
-        self._planner.stage_failed(progress, failed, error)
+    def _note_failure(self, progress: Progress, failure: Failure) -> None:
+        if not isinstance(failure.error, InvalidRequest):
+            self._observer.stage_failed(self._stages[failure.place].stage, failure.error)
+        self._planner.stage_failed(progress, failure)
 
     async def _instead_of(self, progress: Progress, stage: int, error: AsdError) -> int | None:
         """Return the stage to ask instead of one that failed; None: the earlier answer stands.

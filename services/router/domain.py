@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
+    from services.common.errors import AsdError
+
 
 class Role(IntEnum):
     """Who wrote a turn."""
@@ -93,6 +95,19 @@ class Turn:
 
     role: Role
     content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """How a stage's call failed. place: of the stage. call_ms: time that the call had for its own work.
+
+    has_heard: whether anything came from it.
+    """
+
+    place: int
+    error: AsdError
+    call_ms: float
+    has_heard: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from services.common.errors import AsdError, BudgetSpent
 from services.common.telemetry import Spans, Traced
 from services.router import spans
-from services.router.domain import FinishReason, StageAction, StageResult, Tokens
+from services.router.domain import Failure, FinishReason, StageAction, StageResult, Tokens
 from services.router.stage_run import StageRun
 
 if TYPE_CHECKING:
@@ -105,37 +105,47 @@ class Pipeline:
         self._timeout_ms = timeout_ms
         self._clock = clock
         self._runs: list[StageRun] = []
+        # What each of them writes.
+        self._written: list[Draft] = []
         self._tasks: list[asyncio.Task[None]] = []
-        self._drafts: Draft | None = None
         for client in clients:
-            self._drafts = self._start(client, self._drafts)
+            self._start(client)
 
     def verify(self, client: StageClient) -> AsyncGenerator[StageEvent, None]:
         """Have the last stage verify what the others write."""
-        assert self._drafts is not None
-        return client.verify_stream(self._request, self._drafts, self._timeout_ms)
+        return client.verify_stream(self._request, self._written[-1], self._timeout_ms)
 
-    async def close(self) -> tuple[list[Answer], dict[int, AsdError]]:
-        """Stop what is still being written; return the answers, whole or not, and failures by place."""
+    async def close(self) -> tuple[list[Answer], list[Failure], float]:
+        """Stop what is still being written; return the answers, whole or not, and the failures.
+
+        And for how many milliseconds the last stage waited for a draft to begin.
+        """
         for task in self._tasks:
             task.cancel()
         outcomes = await asyncio.gather(*self._tasks, return_exceptions=True)
-        failures = {
-            run.stage.index: outcome
-            for run, outcome in zip(self._runs, outcomes, strict=True)
+        # What is waited for comes from elsewhere: it says nothing of the stage.
+        *waited_ms, last_ms = 0.0, *(written.waited_ms() for written in self._written)
+        failures = [
+            Failure(run.stage.index, outcome, self._time_of(run.stage) - each_ms, run.has_heard)
+            for run, each_ms, outcome in zip(self._runs, waited_ms, outcomes, strict=True)
             if isinstance(outcome, AsdError)
-        }
-        return [run.unfinished_answer() for run in self._runs], failures
+        ]
+        return [run.unfinished_answer() for run in self._runs], failures, last_ms
 
-    def _start(self, client: StageClient, drafts: Draft | None) -> Draft:
-        """Have a stage work on the drafts of the one before it; return what it writes, as a draft."""
+    def _time_of(self, stage: Stage) -> float:
+        """Return how long a drafter's call may take, in milliseconds."""
+        return min(self._timeout_ms, stage.timeout_ms)
+
+    def _start(self, client: StageClient) -> None:
+        """Have a stage work on the drafts of the one before it."""
+        drafts = self._written[-1] if self._written else None
         action = StageAction.VERIFY if drafts else StageAction.GENERATE
         drafter = self._runs[-1].stage.name if drafts else ""
         run = StageRun(client.stage, action, drafter, self._clock, is_pipelined=drafts is not None)
         self._runs.append(run)
-        written = Draft()
+        written = Draft(self._clock)
+        self._written.append(written)
         self._tasks.append(asyncio.create_task(self._work(client, run, drafts, written)))
-        return written
 
     async def _work(
         self,
@@ -146,7 +156,7 @@ class Pipeline:
     ) -> None:
         with Traced(Spans.STAGE) as span:
             spans.describe_call(span, self._progress, run.stage, run.action)
-            timeout_ms = min(self._timeout_ms, client.stage.timeout_ms)
+            timeout_ms = self._time_of(client.stage)
             if drafts is None:
                 call = client.generate(self._drafted, timeout_ms)
             else:
@@ -167,18 +177,31 @@ class Pipeline:
 
 
 class Draft:
-    """What a stage has written and still writes. Each reader has it from its beginning, until it ends."""
+    """What a stage has written and still writes. Each reader has it from its beginning, until it ends.
 
-    def __init__(self) -> None:
+    clock: monotonic seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._started = clock()
+        # When the first piece came.
+        self._begun: float | None = None
         self._pieces: list[Piece] = []
         self._grown = asyncio.Event()
 
     def add(self, piece: Piece) -> None:
         """Go on with a piece; a FinishReason is the last one."""
+        if self._begun is None:
+            self._begun = self._clock()
         self._pieces.append(piece)
         self._grown.set()
         # Who waits for more waits for the next one.
         self._grown = asyncio.Event()
+
+    def waited_ms(self) -> float:
+        """Return how long its readers waited for the first piece, in milliseconds."""
+        return ((self._clock() if self._begun is None else self._begun) - self._started) * 1000.0
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
         """Yield the pieces as they come."""

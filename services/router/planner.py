@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
     from contextlib import AbstractContextManager
 
-    from services.router.domain import Answer, Plan, StageResult
+    from services.router.domain import Answer, Failure, Plan, StageResult
     from services.router.ports import Observer, PolicyClient, Sleepers
     from services.router.progress import Progress
     from services.router.speculation import SpeculationOptions
@@ -98,18 +98,19 @@ class Planner:
         self._contexts: dict[int, tuple[str, int]] = {}
         self._load = Load(len(self._stages), clock)
 
-    def stage_failed(self, progress: Progress, stage: Stage, error: AsdError) -> None:
+    def stage_failed(self, progress: Progress, failure: Failure) -> None:
         """A stage has failed a request: avoid it for a while if others may find it so, too."""
-        choice = progress.choices.pop(stage.index, None)
+        place, error = failure.place, failure.error
+        choice = progress.choices.pop(place, None)
         if choice is not None:
             self._speculation.ended(choice)
-        health = self._health[stage.index]
+        health = self._health[place]
         if isinstance(error, Unavailable | PreconditionFailed):
             # It may come back as another model.
-            self._contexts.pop(stage.index, None)
+            self._contexts.pop(place, None)
             health.went_away(error)
         elif isinstance(error, BudgetSpent):
-            if self._was_given_time(progress, stage):
+            if self._was_given_time(failure):
                 health.hung(error)
         elif not isinstance(error, InvalidRequest):
             health.failed_a_request(error)
@@ -121,12 +122,12 @@ class Planner:
         # The router has checked the request: what a stage finds beyond that holds for all of them.
         return not isinstance(error, InvalidRequest) or isinstance(error, ModelRefusal)
 
-    def _was_given_time(self, progress: Progress, stage: Stage) -> bool:
+    def _was_given_time(self, failure: Failure) -> bool:
         """Return whether a call that has run out of time had enough for a stage that works."""
-        usual_ms = self._usual_ms(stage.index)
-        if progress.has_heard:
+        usual_ms = self._usual_ms(failure.place)
+        if failure.has_heard:
             usual_ms *= _USUAL_TIMES
-        return progress.call_ms >= min(stage.timeout_ms, usual_ms or _UNKNOWN_MS)
+        return failure.call_ms >= min(self._stages[failure.place].timeout_ms, usual_ms or _UNKNOWN_MS)
 
     def _usual_ms(self, stage: int) -> float:
         """Return what a call takes at a stage, its wait included; 0 where none has been answered."""

@@ -16,6 +16,7 @@ from services.router.domain import (
     DecisionAction,
     DecisionReason,
     Event,
+    Failure,
     Outcome,
     PlanSource,
     Prefilled,
@@ -32,7 +33,7 @@ from services.router.domain import (
 from services.router.stage_run import StageRun
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from services.router.speculation import Choice
 
@@ -50,7 +51,7 @@ class Progress:
         # Stages that this request does without, by place, with why: they did not answer, or cannot take it.
         self.failed: dict[int, AsdError] = {}
         self.policy_ms = 0.0
-        # Time that the running stage was given, in milliseconds, and whether anything came from it.
+        # Time that the running stage had for its own work, in milliseconds, and whether it sent anything.
         self.call_ms = 0.0
         self.has_heard = False
         self.spent_cost = 0.0
@@ -61,7 +62,7 @@ class Progress:
         self._records: list[Record] = []
         self._answer: Answer | None = None
         self._new_answers: list[Answer] = []
-        self._new_failures: dict[int, AsdError] = {}
+        self._new_failures: list[Failure] = []
         # Whether the answer is a draft that was given up.
         self._is_fragment = False
         self._may_abandon = False
@@ -163,12 +164,19 @@ class Progress:
         answers, self._new_answers = self._new_answers, []
         return answers
 
-    def drafted_upstream(self, answers: Sequence[Answer], failures: Mapping[int, AsdError]) -> None:
+    def failure(self, place: int, error: AsdError) -> Failure:
+        """Return the running stage's failure."""
+        return Failure(place, error, self.call_ms, self.has_heard)
+
+    def drafted_upstream(
+        self, answers: Sequence[Answer], failures: Sequence[Failure], waited_ms: float
+    ) -> None:
         """Record what the earlier stages of a chain wrote while the running one verified it.
 
-        failures: by place, those that did not finish, and why.
+        failures: of those that did not finish. waited_ms: what the running one waited for a draft.
         """
-        self._new_failures.update(failures)
+        self._new_failures.extend(failures)
+        self.call_ms -= waited_ms
         for answer in answers:
             if answer.tokens.ids or answer.result.text:
                 decision = Decision(DecisionAction.ESCALATE, DecisionReason.FIXED_STAGE)
@@ -176,10 +184,10 @@ class Progress:
                 self._new_answers.append(answer)
                 self.spent_cost += answer.cost
 
-    def new_failures(self) -> list[tuple[int, AsdError]]:
-        """Return the drafters that failed since the last call of this, by place."""
-        failures, self._new_failures = self._new_failures, {}
-        return list(failures.items())
+    def new_failures(self) -> list[Failure]:
+        """Return the failures of drafters since the last call of this."""
+        failures, self._new_failures = self._new_failures, []
+        return failures
 
     def warmed(self, prefilled: Prefilled | None) -> None:
         """Record a prompt that was put into a later stage's cache."""

@@ -46,6 +46,7 @@ class StageRun:
         self._clock = clock
         self._started = clock()
         self._ended: float | None = None
+        self.has_heard = False
         self._result: StageResult | None = None
         self._verification: Verification | None = None
         # Messages with tokens, and tokens in them, that came before the verification.
@@ -60,6 +61,7 @@ class StageRun:
 
     def take(self, event: StageEvent) -> None:
         """Take an event of the stage's call."""
+        self.has_heard = True
         if isinstance(event, Tokens):
             self._fingerprint = self._fingerprint or event.fingerprint
             self._ids.extend(event.ids)

@@ -153,6 +153,44 @@ async def test_a_caller_in_a_hurry_says_nothing_of_a_stage(
     assert policy.plans[0] == ({"small"} if is_avoided else set())
 
 
+async def avoided(cascade: SmallCascade) -> set[str]:
+    """Return the stages that the next request avoids."""
+    assert cascade.policy is not None
+    cascade.policy.plans.clear()
+    for stage in cascade.stages.values():
+        stage.fail_after = None
+    await cascade.ask()
+    return cascade.policy.plans[0]
+
+
+async def test_a_drafter_is_judged_by_what_it_sent_itself() -> None:
+    """It is silent for longer than its answers take, while the stage that verifies goes on alone."""
+    cascade = SmallCascade(Policy(), small={"total_ms": 2_000.0})
+    await cascade.ask()
+    late(cascade, "small", seconds=0.0)
+    assert answered(await cascade.ask(chain=("small", "large"), seconds=4.5)) == ["large"]
+    assert await avoided(cascade) == {"small"}
+
+
+@pytest.mark.parametrize("chain", [("small", "large"), ("small", "medium", "large")], ids="-".join)
+async def test_a_stage_that_waits_for_a_drafter_that_hangs_is_not_blamed(chain: tuple[str, ...]) -> None:
+    cascade = SmallCascade(Policy())
+    late(cascade, "small")
+    for name in chain[1:]:
+        late(cascade, name, seconds=0.0)
+    with pytest.raises(BudgetSpent):
+        await cascade.ask(chain=chain)
+    assert await avoided(cascade) == {"small"}
+
+
+async def test_a_stage_that_hangs_on_a_draft_is_blamed_though_its_drafter_has_answered() -> None:
+    cascade = SmallCascade(Policy())
+    late(cascade, "large", seconds=0.0)
+    with pytest.raises(BudgetSpent):
+        await cascade.ask(chain=("small", "large"))
+    assert await avoided(cascade) == {"large"}
+
+
 @pytest.mark.parametrize("view", View)
 async def test_a_last_stage_that_is_asked_first_and_hangs_is_replaced(view: View) -> None:
     policy = Policy(first=2)
