@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -53,14 +54,33 @@ class StageHealth(Health):
         super().__init__(str(stage), clock)
         self._avoided_until = clock()
         self._times_silent = 0
+        # Milliseconds of calls from which nothing came, since something did last, and when they ended.
+        self._silent_ms = 0.0
+        self._silent_until = -math.inf
 
     @property
     def is_avoided(self) -> bool:
         """Whether plans leave it out."""
         return self._avoided_until > self._clock()
 
+    def was_silent(self, call_ms: float) -> float:
+        """A call of so many milliseconds ends now, and nothing came from it.
+
+        Returns for how many milliseconds nothing has come from the stage's calls; what overlaps counts once.
+        """
+        now = self._clock()
+        silent_s = now - max(now - call_ms / 1000.0, self._silent_until)
+        self._silent_ms += max(silent_s, 0.0) * 1000.0
+        self._silent_until = now
+        return self._silent_ms
+
+    def spoke(self) -> None:
+        """Something came from it."""
+        self._silent_ms = 0.0
+
     def went_away(self, error: AsdError) -> None:
         """It cannot be called: avoid it for a second."""
+        self.spoke()
         self.failed(error, "and avoided")
         self._avoid(AWAY_SECONDS)
 
@@ -73,11 +93,13 @@ class StageHealth(Health):
 
     def failed_a_request(self, error: AsdError) -> None:
         """It could not answer one request, which says nothing of others."""
+        self.spoke()
         self.failed(error, "though not avoided")
 
     def answered(self) -> None:
         """It gave a whole answer."""
         super().answered()
+        self.spoke()
         self._avoided_until = self._clock()
         self._times_silent = 0
 

@@ -46,7 +46,8 @@ if TYPE_CHECKING:
 # Kept from every deadline, for the router's own work and the way back. Chosen: above its own p95.
 MARGIN_MS = 10.0
 # A call that runs out of time says that the stage hangs where it had so many times what calls take there.
-# Chosen: answers differ in length. One that nothing was heard of needs once that time.
+# Chosen: answers differ in length. One that nothing was heard of needs once that time. Several of them, each
+# too short to tell, say it where nothing was heard for so many times that time in all.
 _USUAL_TIMES = 4.0
 # The same, in milliseconds, where no call has been answered yet. Chosen.
 _UNKNOWN_MS = 1000.0
@@ -110,9 +111,11 @@ class Planner:
             self._contexts.pop(place, None)
             health.went_away(error)
         elif isinstance(error, BudgetSpent):
-            if self._was_given_time(failure):
+            if self._hangs(failure):
                 health.hung(error)
-        elif not isinstance(error, InvalidRequest):
+        elif isinstance(error, InvalidRequest):
+            health.spoke()
+        else:
             health.failed_a_request(error)
 
     def may_be_replaced(self, progress: Progress, error: AsdError) -> bool:
@@ -122,12 +125,22 @@ class Planner:
         # The router has checked the request: what a stage finds beyond that holds for all of them.
         return not isinstance(error, InvalidRequest) or isinstance(error, ModelRefusal)
 
-    def _was_given_time(self, failure: Failure) -> bool:
-        """Return whether a call that has run out of time had enough for a stage that works."""
+    def _hangs(self, failure: Failure) -> bool:
+        """Return whether a call that has run out of time shows that its stage hangs.
+
+        It had enough for a stage that works, or calls before it were silent as well: no caller may have the
+        time to see it alone.
+        """
+        health, timeout_ms = self._health[failure.place], self._stages[failure.place].timeout_ms
         usual_ms = self._usual_ms(failure.place)
+        long_ms = min(timeout_ms, _USUAL_TIMES * usual_ms or _UNKNOWN_MS)
         if failure.has_heard:
-            usual_ms *= _USUAL_TIMES
-        return failure.call_ms >= min(self._stages[failure.place].timeout_ms, usual_ms or _UNKNOWN_MS)
+            health.spoke()
+            return failure.call_ms >= long_ms
+        if failure.call_ms <= 0:
+            return False
+        silent_ms = health.was_silent(failure.call_ms)
+        return failure.call_ms >= min(timeout_ms, usual_ms or _UNKNOWN_MS) or silent_ms >= long_ms
 
     def _usual_ms(self, stage: int) -> float:
         """Return what a call takes at a stage, its wait included; 0 where none has been answered."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from services.common.errors import BudgetSpent, Unavailable
+from services.common.errors import AsdError, BudgetSpent, ResourceExhausted, Unavailable
 from services.router.domain import DecisionReason, View
 from services.router.planner import MARGIN_MS
 from tests.unit.router.small_cascade import FakeStage, Policy, SmallCascade, answered, called, shown
@@ -161,6 +161,56 @@ async def avoided(cascade: SmallCascade) -> set[str]:
         stage.fail_after = None
     await cascade.ask()
     return cascade.policy.plans[0]
+
+
+@pytest.mark.parametrize(
+    ("total_ms", "deadline_s", "requests"),
+    [
+        # Of one that has answered nobody, a second of silence says enough.
+        (0.0, 0.4, 10),
+        (0.0, 1.5, 4),
+        # Of one that has, a few times what its answers take.
+        (2_000.0, 1.0, 25),
+        (2_000.0, 2.0, 15),
+    ],
+)
+async def test_a_stage_that_hangs_is_avoided_though_every_caller_is_in_a_hurry(
+    total_ms: float, deadline_s: float, requests: int
+) -> None:
+    policy = Policy({0: (2,)})
+    cascade = SmallCascade(policy, large={"total_ms": total_ms})
+    if total_ms:
+        await cascade.ask()
+    large = late(cascade, "large", seconds=deadline_s / 2)
+    large.calls.clear()
+    for _ in range(requests):
+        assert answered(await cascade.ask(seconds=deadline_s)) == ["small"]
+    assert 1 < len(large.calls) < requests
+
+
+@pytest.mark.parametrize(
+    "error", [None, AsdError("it failed"), ResourceExhausted("the queue is full")], ids=str
+)
+async def test_a_stage_that_says_anything_in_between_is_not_avoided(error: AsdError | None) -> None:
+    policy = Policy()
+    cascade = SmallCascade(policy)
+    small = late(cascade, "small", seconds=0.7)
+    for _ in range(5):
+        small.fail_after, small.failure = 0, BudgetSpent("late")
+        await cascade.ask(seconds=1.4)
+        # It writes, though it does not finish, or tells what is wrong.
+        small.fail_after, small.failure = (0, error) if error else (2, BudgetSpent("late"))
+        await cascade.ask(seconds=1.4)
+    assert policy.plans[::2] == [set()] * 10
+
+
+async def test_calls_that_are_silent_at_the_same_time_are_one_silence() -> None:
+    policy = Policy()
+    cascade = SmallCascade(policy)
+    late(cascade, "small", seconds=0.0)
+    for _ in range(10):
+        await cascade.ask(seconds=1.4)
+    assert policy.plans[::2] == [set()] * 10
 
 
 async def test_a_drafter_is_judged_by_what_it_sent_itself() -> None:
