@@ -196,7 +196,7 @@ class Child:
                     announcing.cancel()
                     await asyncio.gather(announcing, return_exceptions=True)
             self.crashes += 1
-            # Who was asked to end has drained, and is in order.
+            # A process that ends with 0 was asked to: it has drained, and nothing is wrong with it.
             was_asked = serves and process.returncode == 0
             if was_asked or time.monotonic() - started > _STABLE_S:
                 delay_s = _FIRST_DELAY_S
