@@ -5,10 +5,10 @@ from __future__ import annotations
 from contextlib import ExitStack, aclosing
 from typing import TYPE_CHECKING
 
-from services.common.errors import AsdError, Away, InvalidRequest, Unavailable
+from services.common.errors import AsdError, InvalidRequest
 from services.common.patience import Patience
 from services.router.ahead import PrefillAhead
-from services.router.domain import Event, Failure, PlanSource, Request, StageAction, StageStarted, View
+from services.router.domain import Event, Failure, Request, StageAction, StageStarted, View
 from services.router.pipeline import call_stage
 from services.router.progress import Progress
 
@@ -65,7 +65,7 @@ class Cascade:
                         async for event in events:
                             yield event
                 except AsdError as error:
-                    self._note_failure(progress, progress.failure(stage, error))
+                    self._note_failures(progress, [progress.failure(stage, error)])
                     following = await self._instead_of(progress, stage, error)
                     for event in progress.go_back():
                         yield event
@@ -102,25 +102,24 @@ class Cascade:
                 each.stage: calls.enter_context(self._planner.calling(each.stage))
                 for each in (client, *upstream)
             }
-            try:
-                async with call as events:
-                    async for event in events:
-                        for shown in progress.take(event):
-                            yield shown
-                        if progress.is_hopeless():
-                            break
-            finally:
-                for failure in progress.new_failures():
-                    self._note_failure(progress, failure)
+            # Of drafters, also where the call itself fails.
+            calls.callback(lambda: self._note_failures(progress, progress.new_failures()))
+            async with call as events:
+                async for event in events:
+                    for shown in progress.take(event):
+                        yield shown
+                    if progress.is_hopeless():
+                        break
         for answer in progress.new_answers():
             self._patience.there()
             self._planner.stage_answered(progress, answer, depths[answer.stage])
             self._observer.stage_answered(answer, progress.request.task, is_adapted=answer.result.is_adapted)
 
-    def _note_failure(self, progress: Progress, failure: Failure) -> None:
-        if not isinstance(failure.error, InvalidRequest):
-            self._observer.stage_failed(self._stages[failure.place].stage, failure.error)
-        self._planner.stage_failed(progress, failure)
+    def _note_failures(self, progress: Progress, failures: Sequence[Failure]) -> None:
+        for failure in failures:
+            if not isinstance(failure.error, InvalidRequest):
+                self._observer.stage_failed(self._stages[failure.place].stage, failure.error)
+            self._planner.stage_failed(progress, failure)
 
     async def _instead_of(self, progress: Progress, stage: int, error: AsdError) -> int | None:
         """Return the stage to ask instead of one that failed; None: the earlier answer stands.
@@ -129,23 +128,8 @@ class Cascade:
         """
         progress.failed[stage] = error
         if not progress.has_earlier_answer():
-            return await self._plan_again(progress, error)
+            return await self._planner.plan_again(progress, error, self._patience)
         following = await self._planner.decide_again(progress)
         if following is None:
             progress.keep_earlier_answer(error)
         return following
-
-    async def _plan_again(self, progress: Progress, error: AsdError) -> int:
-        """Return the stage to ask after others failed; where none is left, one that may be back by now."""
-        try:
-            return await self._planner.plan_again(progress, error)
-        except Unavailable:
-            # Who names the stages waits in the call itself, and what was committed cannot be begun anew.
-            is_bound = progress.plan_source is PlanSource.FIXED or progress.has_committed
-            away = [place for place, each in progress.failed.items() if isinstance(each, Away)]
-            until = self._clock() + progress.left_ms() / 1000.0
-            if is_bound or not away or not await self._patience.wait(until):
-                raise
-            for place in away:
-                del progress.failed[place]
-            return await self._planner.plan(progress)

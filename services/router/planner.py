@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from services.common.cost import is_above
 from services.common.errors import (
     AsdError,
+    Away,
     BudgetSpent,
     InvalidRequest,
     ModelRefusal,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
     from contextlib import AbstractContextManager
 
+    from services.common.patience import Patience
     from services.router.domain import Answer, Failure, Plan, StageResult
     from services.router.ports import Observer, PolicyClient, Sleepers
     from services.router.progress import Progress
@@ -314,8 +316,28 @@ class Planner:
                 text = f"a prompt of at least {least} tokens leaves no room in a context of {context}"
                 progress.failed.setdefault(stage.index, PromptTooLong(text))
 
-    async def plan_again(self, progress: Progress, error: AsdError) -> int:
+    async def plan_again(self, progress: Progress, error: AsdError, patience: Patience) -> int:
         """Return the stage to ask after one has failed before there was an answer.
+
+        Where none is left, those that were away are waited for and asked again; patience: for how long.
+        Raises the error where nothing else may be asked; where everything was, one that says so of each.
+        """
+        try:
+            return await self._stage_instead(progress, error)
+        except Unavailable:
+            # A request that names its stages has waited in the call itself. One whose caller has been given
+            # final tokens cannot begin anew.
+            is_bound = progress.plan_source is PlanSource.FIXED or progress.has_committed
+            away = [place for place, each in progress.failed.items() if isinstance(each, Away)]
+            until = self._clock() + progress.left_ms() / 1000.0
+            if is_bound or not away or not await patience.wait(until):
+                raise
+            for place in away:
+                del progress.failed[place]
+            return await self.plan(progress)
+
+    async def _stage_instead(self, progress: Progress, error: AsdError) -> int:
+        """Return a stage that has not failed the request; of a chain, the next one.
 
         Raises the error where nothing else may be asked; where everything was, one that says so of each.
         """
