@@ -21,6 +21,7 @@ from jinja2.utils import pass_environment
 
 from services.common.errors import ConversationRefused, PreconditionFailed
 from services.stage.engine import Turn
+from services.stage.model_files import read_json_file
 from services.stage.traced_text import MESSAGE, TEMPLATE, TracedText, join_texts, origins_of
 
 if TYPE_CHECKING:
@@ -176,12 +177,7 @@ class _TracingEnvironment(ImmutableSandboxedEnvironment):
 
 def read_json(path: Path) -> dict[str, object]:
     """Return the object in a file. Raises PreconditionFailed if the file is missing or no JSON."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise PreconditionFailed(f"{path} is missing: a model directory needs it") from error
-    except ValueError as error:
-        raise PreconditionFailed(f"{path} is not JSON: {error}") from error
+    content = read_json_file(path, "a model directory needs it")
     return content if isinstance(content, dict) else {}
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from services.common.errors import PreconditionFailed
+from services.stage.model_files import read_json_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -84,12 +84,7 @@ def check_architecture(config: dict[str, Any], path: Path) -> str:
 
 def read_config(path: Path) -> dict[str, Any]:
     """Return the content of a config.json. Raises PreconditionFailed if it is missing or no JSON object."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise PreconditionFailed(f"{path} is missing: name a Hugging Face model directory") from error
-    except ValueError as error:
-        raise PreconditionFailed(f"{path} is not JSON: {error}") from error
+    config = read_json_file(path, "name a Hugging Face model directory")
     if not isinstance(config, dict):
         raise PreconditionFailed(f"{path} does not hold an object")
     return config

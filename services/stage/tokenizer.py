@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from services.common.errors import ConversationRefused, PreconditionFailed
 from services.stage.chat_template import ChatTemplate
+from services.stage.model_files import read_json_file
 from services.stage.text_stream import Decoding, TextStream
 from services.stage.tokenizer_description import TextLimit, as_is, renamed
 from services.stage.traced_text import of_unknown_origin, written_by_template
@@ -44,11 +45,10 @@ class ChatTokenizer:
 
     def __init__(self, directory: Path) -> None:
         path = directory / "tokenizer.json"
+        content = read_json_file(path, "a model directory needs its tokenizer")
         try:
-            description = as_is(json.loads(path.read_text(encoding="utf-8")))
+            description = as_is(content)
             self._tokenizer = Tokenizer.from_str(json.dumps(description))
-        except FileNotFoundError as error:
-            raise PreconditionFailed(f"{path} is missing: a model directory needs its tokenizer") from error
         except Exception as error:
             raise PreconditionFailed(f"{path} is not a tokenizer: {error}") from error
         canonical = json.dumps(description, sort_keys=True, separators=(",", ":"))

@@ -13,7 +13,6 @@ Cached and computed keys differ by rounding, so that a near tie may fall the oth
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import secrets
@@ -25,6 +24,7 @@ from services.common.errors import AsdError, ModelRefusal, PreconditionFailed
 from services.common.privacy import report_nothing
 from services.stage.backend import BackendDied, Piece, Scores
 from services.stage.checkpoint import read_checkpoint
+from services.stage.model_files import parse_json
 from services.stage.rows import Row, make_row
 from services.stage.scoring_engine import ScoringEngine, ScoringOptions
 
@@ -113,7 +113,7 @@ def check_adapter(task: str, directory: Path, max_rank: int) -> None:
     """
     name = f"adapter {task}: {directory}"
     try:
-        config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+        config = parse_json((directory / "adapter_config.json").read_bytes(), f"{name}: adapter_config.json")
         rank, modules = int(config["r"]), config["target_modules"]
         # A pattern, or names.
         changes = [
