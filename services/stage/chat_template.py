@@ -60,9 +60,12 @@ class ChatTemplate:
                 f"{self._where}: the chat template is no template: line {error.lineno}: {error.message}"
             ) from error
         refusals = []
+        # Plain conversations that it takes.
+        self.plain: list[tuple[Turn, ...]] = []
         for turns in _PROBES:
             try:
                 self.render(turns)
+                self.plain.append(turns)
             except ConversationRefused as error:
                 # A model need not know every role.
                 refusals.append(error)
@@ -78,6 +81,21 @@ class ChatTemplate:
         Raises ConversationRefused where the template refuses it, PreconditionFailed where it fails.
         """
         return self._run(self._plain, turns, datetime.now())
+
+    def check_reads_messages(self) -> None:
+        """Raise PreconditionFailed where a plain conversation's last message is not in its text."""
+        now = datetime.now()
+        for turns in self.plain:
+            text = self._run(self._plain, turns, now)
+            if not text.strip():
+                raise PreconditionFailed(f"{self._where}: the chat template makes nothing of a conversation")
+            # As long, so that a template that counts letters does not pass.
+            other = (*turns[:-1], Turn("user", turns[-1].content.swapcase()[::-1]))
+            if self._run(self._plain, other, now) == text:
+                raise PreconditionFailed(
+                    f"{self._where}: the chat template leaves out what the user says: "
+                    "the model would answer without the question"
+                )
 
     def trace(self, turns: Sequence[Turn]) -> TracedText:
         """Return the same text with the origin of each character. Raises as `render` does."""

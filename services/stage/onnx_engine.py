@@ -107,6 +107,7 @@ class OnnxEngine:
         self._reader = RequestReader(
             name, self._tokenizer, self._context, self._shape.vocabulary, self._shape.eos_ids
         )
+        self._reader.check_shortest_prompt()
         self._state = ModelState.UNLOADED
         self._error = ""
         self._loading = asyncio.Lock()

@@ -7,7 +7,13 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from services.common.errors import AsdError, InvalidRequest, PromptTooLong
+from services.common.errors import (
+    AsdError,
+    ConversationRefused,
+    InvalidRequest,
+    PreconditionFailed,
+    PromptTooLong,
+)
 from services.stage.engine import FinishReason
 from services.stage.tokenizer import TooManyTokens
 
@@ -43,6 +49,17 @@ class RequestReader:
         self._eos_ids = tuple(eos_ids)
         # A cancelled request leaves its thread at work: a place is free only when that has ended.
         self._long_texts = ThreadPoolExecutor(_LONG_TEXTS, thread_name_prefix="long-text")
+
+    def check_shortest_prompt(self) -> None:
+        """Raise PreconditionFailed where a short conversation is nothing, or leaves no room to answer."""
+        tokens = len(self._tokenizer.plain_prompt())
+        if not tokens:
+            raise PreconditionFailed(f"{self._name}: the chat template makes nothing of a conversation")
+        if tokens >= self._context:
+            raise PreconditionFailed(
+                f"{self._name}: the chat template makes {tokens} tokens of a short conversation, and the "
+                f"model takes at most {self._context} of prompt and answer: raise max_model_len"
+            )
 
     async def read_prompt(self, turns: tuple[Turn, ...]) -> list[int]:
         """Return a prompt's ids: at most one fewer than the context, so that an answer has room."""
@@ -121,11 +138,16 @@ class RequestReader:
                 f"{where} has {size} characters; {self._name} takes at most {most} tokens", field=where
             )
         try:
-            return self._tokenizer.encode_chat(turns, text, most)
+            prompt = self._tokenizer.encode_chat(turns, text, most)
         except TooManyTokens as error:
             raise PromptTooLong(
                 f"{where} has {error.count} tokens; {self._name} takes at most {most}", field=where
             ) from error
+        if not prompt:
+            raise ConversationRefused(
+                "the model's chat template makes nothing of the conversation", field=where
+            )
+        return prompt
 
     async def _encode_text(self, text: str) -> list[int]:
         if len(text) > _LONG_TEXT:

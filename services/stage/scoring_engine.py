@@ -279,6 +279,7 @@ class ScoringEngine:
         self._reader = RequestReader(
             name, self._tokenizer, options.context, checkpoint.vocabulary, checkpoint.eos_ids
         )
+        self._reader.check_shortest_prompt()
         self._state = ModelState.UNLOADED
         self._error = ""
         self._loading = asyncio.Lock()

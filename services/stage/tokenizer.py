@@ -69,6 +69,7 @@ class ChatTokenizer:
         self._limit = TextLimit(description, self._longest, any(t.lstrip or t.rstrip for t in added.values()))
         self._decoding = Decoding(self._tokenizer, description, path, set(self.special))
         self._template = ChatTemplate(directory)
+        self._template.check_reads_messages()
 
     def render(self, turns: Sequence[Turn]) -> str:
         """Return a conversation's text as the chat template writes it.
@@ -98,6 +99,11 @@ class ChatTokenizer:
                 return self._literal.encode_around(traced, own, most)
             text = str.__str__(traced)
         return _encode(self._tokenizer, text, most)
+
+    def plain_prompt(self) -> list[int]:
+        """Return the ids of the shortest plain conversation that the chat template takes."""
+        texts = map(self._template.render, self._template.plain)
+        return min((_encode(self._tokenizer, text) for text in texts), key=len)
 
     def encode_text(self, text: str) -> list[int]:
         """Return the ids of plain text; special tokens in it are ordinary letters."""

@@ -110,6 +110,27 @@ def test_a_broken_template_is_found_when_the_model_is_read(
         ChatTemplate(_write(tmp_path, template))
 
 
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("", "nothing of a conversation"),
+        ("{% for m in messages %} {% endfor %}", "nothing of a conversation"),
+        ("User: Hello\nAssistant:", "leaves out what the user says"),
+        ("{{ strftime_now('%f') }}{{ messages[-1].content | length }}", "leaves out what the user says"),
+        ("{{ messages[-1].text }}!", "leaves out what the user says"),
+        ("{{ messages[0].content }}", "leaves out what the user says"),
+    ],
+)
+def test_a_template_without_the_users_words_is_refused(tmp_path: Path, template: str, says: str) -> None:
+    with pytest.raises(PreconditionFailed, match=rf"tokenizer_config\.json.*{says}"):
+        ChatTemplate(_write(tmp_path, template)).check_reads_messages()
+
+
+@pytest.mark.parametrize("changed", ["trim", "upper", "tojson", "e"])
+def test_a_template_may_change_the_users_words(tmp_path: Path, changed: str) -> None:
+    ChatTemplate(_write(tmp_path, f"{{{{ messages[-1].content | {changed} }}}}")).check_reads_messages()
+
+
 def test_a_template_may_refuse_all_plain_conversations_but_one(tmp_path: Path) -> None:
     template = "{% if messages[0].role != 'system' %}{{ raise_exception('No system') }}{% endif %}x"
     assert ChatTemplate(_write(tmp_path, template)).render((Turn("system", "Be brief."), *ASK)) == "x"

@@ -106,6 +106,7 @@ def test_a_template_that_refuses_a_conversation_says_why(tmp_path: Path) -> None
     shutil.copytree(MODEL, copy)
     (copy / "chat_template.jinja").write_text(
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system messages') }}{% endif %}"
+        "{{ messages[-1].content }}"
     )
     with pytest.raises(InvalidRequest, match="no system messages") as caught:
         ChatTokenizer(copy).encode_chat((Turn("system", "x"), Turn("user", "y")))
