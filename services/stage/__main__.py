@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
+import signal
 
 from asd.v1 import stage_pb2_grpc
 from services.common import telemetry
@@ -12,6 +14,7 @@ from services.common.privacy import report_nothing
 from services.common.server import ServiceRegistration, run_service, serve
 from services.stage.engines import make_engines
 from services.stage.instruments import watch_models
+from services.stage.partial_folders import remove_own
 from services.stage.residency import Residency
 from services.stage.servicer import StageServicer
 from services.stage.settings import StageSettings
@@ -35,6 +38,10 @@ async def run(settings: StageSettings) -> None:
     """Load what is to be there from the start, and serve until SIGTERM or SIGINT."""
     residency, servicer = build(settings)
     watch_models(residency)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # Until it serves, which takes these signals over.
+        loop.add_signal_handler(number, _end, number)
     for model in settings.models:
         if model.preload:
             await residency.load(model.name)
@@ -50,6 +57,13 @@ async def run(settings: StageSettings) -> None:
         on_drain=servicer.drain,
         options=settings.server_options(),
     )
+
+
+def _end(number: int) -> None:
+    """End at a signal without what is being derived: a thread may be at work on it that cannot be stopped."""
+    remove_own()
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 def main() -> None:
