@@ -7,7 +7,7 @@ seen may change the arithmetic, and an answer from other arithmetic than the mod
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
@@ -162,6 +162,8 @@ class LlamaShape:
     window: int | None = None
     has_qkv_bias: bool = False
     has_qk_norm: bool = False
+    # For messages alone: the text of a shape, by which derived forms are kept, does without it.
+    family: str = field(default="llama", repr=False)
 
     @property
     def parameters(self) -> int:
@@ -233,6 +235,7 @@ def read_shape(directory: Path) -> LlamaShape:
         window=_window(config, path, family),
         has_qkv_bias=family == "qwen2",
         has_qk_norm=family == "qwen3",
+        family=str(family),
     )
 
 

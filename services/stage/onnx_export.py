@@ -11,9 +11,7 @@ import json
 import mmap
 import os
 import re
-import shutil
 import struct
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +21,8 @@ import numpy.typing as npt
 
 from services.common.errors import PreconditionFailed
 from services.stage.llama_config import LlamaShape, read_shape
+from services.stage.model_files import check_file, parse_json, read_json_file
+from services.stage.partial_folders import partial_folder, remove_left
 from services.stage.rope import rope_tables
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ _DTYPES: dict[str, np.dtype[np.generic]] = {
     "F16": np.dtype(np.float16),
     "F32": np.dtype(np.float32),
 }
+_MOST_HEADER_BYTES = 100_000_000
 # Weights that follow from config.json: earlier transformers saved RoPE's frequencies.
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -46,7 +47,8 @@ def prepare(directory: Path, cache: Path | None = None) -> Path:
     """Return the directory of a model's ONNX form, deriving it first where it is not there yet.
 
     It is kept under `cache` (default_cache() if None), by a hash of what it was made from; two processes may
-    prepare the same model at once. Raises PreconditionFailed if the model is missing, damaged or unsupported.
+    prepare the same model at once. What interrupted ones left there is removed.
+    Raises PreconditionFailed if the model is missing, damaged or unsupported.
     """
     directory = directory.resolve()
     shape = read_shape(directory)
@@ -57,11 +59,10 @@ def prepare(directory: Path, cache: Path | None = None) -> Path:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     target = (cache or default_cache()) / "onnx" / digest.hexdigest()[:32]
+    remove_left(target.parent)
     if target.exists():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
-    try:
+    with partial_folder(target) as partial:
         _save(build_graph(shape, _read_weights(files)), partial)
         (partial / "genai_config.json").write_text(json.dumps(_genai_config(shape), indent=2))
         try:
@@ -70,8 +71,6 @@ def prepare(directory: Path, cache: Path | None = None) -> Path:
             # Another process was first; its copy is the same.
             if not target.exists():
                 raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
@@ -284,7 +283,10 @@ class _GraphBuilder:
 
     def _weight(self, name: str, *shape: int) -> npt.NDArray[np.float32]:
         if name not in self._weights:
-            raise PreconditionFailed(f"the weights lack {name}: is this a Llama model?")
+            raise PreconditionFailed(
+                f"the weights lack {name}, which config.json's model_type {self._shape.family} has: "
+                "they are another model's, or of another family"
+            )
         if self._weights[name].shape != shape:
             raise PreconditionFailed(
                 f"{name} has shape {self._weights[name].shape}; config.json says {shape}"
@@ -303,16 +305,22 @@ def _save(model: onnx.ModelProto, directory: Path) -> None:
     )
 
 
+_WANTED = "a model directory needs its safetensors weights"
+
+
 def _weight_files(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        content = read_json_file(index, _WANTED)
+        named = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(named, dict) or not named or not all(isinstance(n, str) for n in named.values()):
+            raise PreconditionFailed(f"{index}: weight_map names no files: copy the model again")
+        names = sorted(set(named.values()))
     else:
         names = ["model.safetensors"]
     files = [directory / name for name in names]
     for path in files:
-        if not path.exists():
-            raise PreconditionFailed(f"{path} is missing: a model directory needs its safetensors weights")
+        check_file(path, _WANTED)
     return files
 
 
@@ -323,18 +331,35 @@ def _read_weights(files: list[Path]) -> Weights:
         with path.open("rb") as file:
             raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             try:
-                (length,) = struct.unpack("<Q", raw[:8])
-                header = json.loads(raw[8 : 8 + length])
-                header.pop("__metadata__", None)
+                header, begin = _read_header(raw, path)
                 for name, entry in header.items():
-                    start, end = (8 + length + offset for offset in entry["data_offsets"])
+                    start, end = (begin + offset for offset in entry["data_offsets"])
                     data = np.frombuffer(raw[start:end], _DTYPES[entry["dtype"]])
                     weights[name] = data.reshape(entry["shape"]).astype(np.float32)
                     if not np.isfinite(weights[name]).all():
                         raise PreconditionFailed(f"{path}: {name} is not finite: copy the model again")
-            except (ValueError, KeyError, struct.error) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise PreconditionFailed(f"{path} is damaged or of an unsupported type: {error}") from error
     return weights
+
+
+def _read_header(raw: mmap.mmap, path: Path) -> tuple[dict[str, Any], int]:
+    """Return what a safetensors file says of its tensors, and where their values begin."""
+    length = struct.unpack("<Q", raw[:8])[0] if len(raw) >= 8 else 0
+    # The format's own bound: what is beyond is no length, but another format's first bytes.
+    if length > _MOST_HEADER_BYTES:
+        raise PreconditionFailed(f"{path} is no safetensors file: copy it again")
+    if not length or len(raw) < 8 + length:
+        raise _cut_off(path, len(raw))
+    header = parse_json(raw[8 : 8 + length], f"{path}: its header")
+    header.pop("__metadata__", None)
+    if len(raw) < 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0):
+        raise _cut_off(path, len(raw))
+    return header, 8 + length
+
+
+def _cut_off(path: Path, size: int) -> PreconditionFailed:
+    return PreconditionFailed(f"{path} is cut off after {size} bytes: copy it again")
 
 
 def _genai_config(s: LlamaShape) -> dict[str, object]:

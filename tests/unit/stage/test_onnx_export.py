@@ -17,6 +17,7 @@ from tests.fakes import tiny_llama
 from tests.fakes.tiny_llama import ABSENT
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     import numpy.typing as npt
@@ -99,6 +100,73 @@ def test_logits_are_those_of_a_llama_by_hand(name: str, tmp_path: Path) -> None:
     if name != "plain":
         plain = tiny_llama.logits(tiny_llama.config(), tensors, IDS)
         assert np.abs(found - plain).max() > 1000 * TOLERANCE
+
+
+def _pointer(path: Path) -> None:
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n")
+
+
+def _directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def _cut(end: int) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(path.read_bytes()[:end])
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (_pointer, "run `git lfs pull`"),
+        (lambda path: path.write_bytes(b""), "is empty"),
+        (_directory, "is a directory"),
+        (_cut(5), "is cut off"),
+        (_cut(100), "is cut off"),
+        (_cut(-1), "is cut off"),
+        (lambda path: path.write_text("<!DOCTYPE html><p>Not found"), "is no safetensors file"),
+        (lambda path: path.write_bytes((10**5).to_bytes(8, "little") + b"[" * 10**5), "deep"),
+        (lambda path: path.write_bytes((2).to_bytes(8, "little") + b"[]"), "is damaged"),
+        (lambda path: path.write_bytes((7).to_bytes(8, "little") + b'{"a":1}'), "is damaged"),
+    ],
+)
+def test_a_damaged_file_of_weights_is_named_with_what_to_do(
+    damage: Callable[[Path], object], says: str, tmp_path: Path
+) -> None:
+    tiny_llama.write(tmp_path / "model")
+    damage(tmp_path / "model" / "model.safetensors")
+    with pytest.raises(PreconditionFailed, match=rf"model\.safetensors.* {says}"):
+        prepare(tmp_path / "model", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
+def test_an_index_that_names_no_files_is_refused(content: str, tmp_path: Path) -> None:
+    tiny_llama.write(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(PreconditionFailed, match="weight_map"):
+        prepare(tmp_path / "model", tmp_path / "cache")
+
+
+@pytest.mark.parametrize(("changes", "family"), [(QWEN_2, "qwen2"), (QWEN_3, "qwen3"), (MISTRAL, "mistral")])
+def test_weights_that_lack_what_the_family_has_are_refused_by_its_name(
+    changes: dict[str, Any], family: str, tmp_path: Path
+) -> None:
+    tensors = tiny_llama.write(tmp_path, **changes)
+    lacking = {"qwen2": "k_proj.bias", "qwen3": "q_norm.weight", "mistral": "o_proj.weight"}[family]
+    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(lacking)}
+    tiny_llama.save(tmp_path / "model.safetensors", kept)
+    with pytest.raises(PreconditionFailed, match=rf"lack .*{lacking}.* {family} has"):
+        prepare(tmp_path, tmp_path / "cache")
+
+
+def test_what_an_interrupted_process_left_is_removed(tmp_path: Path) -> None:
+    tiny_llama.write(tmp_path / "model")
+    form = prepare(tmp_path / "model", tmp_path / "cache")
+    left = form.parent / f"{'0' * 32}.partial-x"
+    left.mkdir()
+    (left / "model.onnx.data").write_bytes(b"half")
+    assert prepare(tmp_path / "model", tmp_path / "cache") == form
+    assert [*form.parent.iterdir()] == [form]
 
 
 def test_rope_kinds_differ_by_far_more_than_the_tolerance() -> None:
