@@ -42,9 +42,8 @@ from services.stage.engine import (
     SamplingOptions,
     Turn,
 )
-from services.stage.llama_config import read_shape
 from services.stage.onnx_binding import load_binding, remember_array_formats
-from services.stage.onnx_export import prepare
+from services.stage.onnx_export import prepare, served_shape
 from services.stage.onnx_lanes import BatchLane, CachedSequence, GenerateLane, SoloLane, VerifyLane, Work
 from services.stage.onnx_memory import pass_tokens, places_for, weight_bytes
 from services.stage.probe import ANSWER_TOKENS, probe, probe_prompts
@@ -100,7 +99,8 @@ class OnnxEngine:
         self._name = name
         self._directory = directory
         self._options = options
-        self._shape = read_shape(directory)
+        # Its tables are for what is served alone.
+        self._shape = served_shape(directory, options.max_model_len)
         self._context = min(self._shape.context, options.max_model_len or self._shape.context)
         self._pass_tokens = pass_tokens(self._shape)
         self._tokenizer = ChatTokenizer(directory)
@@ -247,7 +247,7 @@ class OnnxEngine:
     def _open(self) -> Any:
         og = load_binding()
         remember_array_formats()
-        config = og.Config(str(prepare(self._directory)))
+        config = og.Config(str(prepare(self._directory, most_tokens=self._options.max_model_len)))
         overlay = {"decoder": {"session_options": {"intra_op_num_threads": self._options.threads}}}
         config.overlay(json.dumps({"model": overlay}))
         return og.Model(config)

@@ -12,6 +12,7 @@ import mmap
 import os
 import re
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ import numpy.typing as npt
 from services.common.errors import PreconditionFailed
 from services.stage.llama_config import LlamaShape, read_shape
 from services.stage.model_files import check_file, parse_json, read_json_file
+from services.stage.onnx_memory import places_for
 from services.stage.partial_folders import partial_folder, remove_left
 from services.stage.rope import rope_tables
 
@@ -40,18 +42,22 @@ _MOST_HEADER_BYTES = 100_000_000
 # Weights that follow from config.json: earlier transformers saved RoPE's frequencies.
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
+# Of cosines and sines together. Chosen: a million positions of heads of 128.
+_MOST_TABLE_BYTES = 512 << 20
+
 Weights = dict[str, npt.NDArray[np.float32]]
 
 
-def prepare(directory: Path, cache: Path | None = None) -> Path:
+def prepare(directory: Path, cache: Path | None = None, most_tokens: int | None = None) -> Path:
     """Return the directory of a model's ONNX form, deriving it first where it is not there yet.
 
     It is kept under `cache` (default_cache() if None), by a hash of what it was made from; two processes may
     prepare the same model at once. What interrupted ones left there is removed.
+    most_tokens: of prompt and answer that it must take, as in served_shape.
     Raises PreconditionFailed if the model is missing, damaged or unsupported.
     """
     directory = directory.resolve()
-    shape = read_shape(directory)
+    shape = served_shape(directory, most_tokens)
     files = _weight_files(directory)
     # The shape holds all that is taken from config.json and generation_config.json.
     digest = hashlib.sha256(f"{FORMAT} {shape}".encode())
@@ -72,6 +78,26 @@ def prepare(directory: Path, cache: Path | None = None) -> Path:
             if not target.exists():
                 raise
     return target
+
+
+def served_shape(directory: Path, most_tokens: int | None) -> LlamaShape:
+    """Return a model's shape with a context, which its tables of positions have, no longer than is served.
+
+    most_tokens: of prompt and answer at most; None: the model's own. It is rounded up to a power of two, so
+    that few forms of a model exist. Raises PreconditionFailed as read_shape does, and where the tables would
+    be huge.
+    """
+    shape = read_shape(directory)
+    if most_tokens is not None:
+        shape = replace(shape, context=places_for(most_tokens, shape.context))
+    size = 4 * shape.context * shape.head_dim
+    if size > _MOST_TABLE_BYTES:
+        raise PreconditionFailed(
+            f"{directory / 'config.json'}: for {shape.context} tokens (max_position_embeddings), the tables "
+            f"of positions take {size >> 20} MiB, more than {_MOST_TABLE_BYTES >> 20}: "
+            "set max_model_len to the tokens of prompt and answer that are to be served"
+        )
+    return shape
 
 
 def default_cache() -> Path:

@@ -41,6 +41,8 @@ _KEYS = {
         "finetuned",
     ),
 }
+# Positions computed at a time. Chosen.
+_BLOCK = 4096
 _OF_EVERY_KIND = (*_KIND_KEYS, "rope_theta", "partial_rotary_factor")
 
 
@@ -117,9 +119,14 @@ def rope_tables(
     rope: Rope, head_dim: int, context: int
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Return cosines and sines, float32 [context, head_dim / 2], row p for position p."""
-    angles = np.outer(np.arange(context), frequencies(rope, head_dim))
-    factor = rope.attention_factor
-    return (np.cos(angles) * factor).astype(np.float32), (np.sin(angles) * factor).astype(np.float32)
+    rates, factor = frequencies(rope, head_dim), rope.attention_factor
+    cosines, sines = (np.empty((context, len(rates)), np.float32) for _ in range(2))
+    # In float64 by blocks: the angles of a long context would take several times the tables.
+    for begin in range(0, context, _BLOCK):
+        end = min(begin + _BLOCK, context)
+        angles = np.outer(np.arange(begin, end), rates)
+        cosines[begin:end], sines[begin:end] = np.cos(angles) * factor, np.sin(angles) * factor
+    return cosines, sines
 
 
 def frequencies(rope: Rope, head_dim: int) -> npt.NDArray[np.float64]:

@@ -206,6 +206,37 @@ async def test_the_served_context_is_the_smaller_of_the_settings_and_the_models(
     assert larger.status().context_length == 256
 
 
+async def test_a_served_context_bounds_what_is_derived(load: Callable[..., Any], tmp_path: Path) -> None:
+    engine = await load(OnnxOptions(max_model_len=512), max_position_embeddings=1 << 20)
+    result = await _ask(engine, "bead " * 4)
+    assert (engine.status().context_length, len(result.ids) > 0) == (512, True)
+    # For a million tokens, cosines and sines are 128 MiB.
+    assert sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*.data")) < 1 << 20
+    assert engine.status().memory_bytes < 16 << 20
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("", "nothing of a conversation"),
+        ("Hello", "leaves out"),
+        ("{{ 'lace ' * 99 }}{{ messages[-1].content }}", "tokens of a short conversation.*at most 64"),
+    ],
+)
+def test_a_template_that_could_answer_nobody_is_refused(tmp_path: Path, template: str, says: str) -> None:
+    tiny_llama.write(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with pytest.raises(PreconditionFailed, match=says):
+        OnnxEngine("tiny", tmp_path, OnnxOptions(max_model_len=64))
+
+
+async def test_a_conversation_of_no_tokens_is_refused(load: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages[-1].content }}")
+    with pytest.raises(InvalidRequest, match="nothing of the conversation"):
+        await _ask(await load(), "")
+
+
 async def test_every_end_of_both_files_ends_an_answer(load: Callable[..., Any], tmp_path: Path) -> None:
     prompt = ChatTokenizer(tiny_llama.SMALL).encode_chat((Turn("user", "3 beads"),))
     tensors = tiny_llama.weights(tiny_llama.CONFIG)

@@ -78,9 +78,11 @@ ROPES: dict[str, dict[str, Any]] = {
 }
 
 
-def onnx_logits(folder: Path, cache: Path, ids: list[int]) -> npt.NDArray[np.float32]:
+def onnx_logits(
+    folder: Path, cache: Path, ids: list[int], most_tokens: int | None = None
+) -> npt.NDArray[np.float32]:
     """Return what the library gives for the derived form: 150 tokens in a pass, then 7, then one by one."""
-    model = og.Model(og.Config(str(prepare(folder, cache))))
+    model = og.Model(og.Config(str(prepare(folder, cache, most_tokens))))
     parameters = og.GeneratorParams(model)
     parameters.set_search_options(max_length=len(ids), do_sample=False)
     generator = og.Generator(model, parameters)
@@ -100,6 +102,32 @@ def test_logits_are_those_of_a_llama_by_hand(name: str, tmp_path: Path) -> None:
     if name != "plain":
         plain = tiny_llama.logits(tiny_llama.config(), tensors, IDS)
         assert np.abs(found - plain).max() > 1000 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_tables_of_what_is_served_alone_change_no_logit(name: str, tmp_path: Path) -> None:
+    changes = {"max_position_embeddings": 1 << 20} | ROPES[name]
+    tensors = tiny_llama.write(tmp_path / "model", **changes)
+    found = onnx_logits(tmp_path / "model", tmp_path / "cache", IDS, len(IDS))
+    wanted = tiny_llama.logits(tiny_llama.config(**changes), tensors, IDS)
+    np.testing.assert_allclose(found, wanted, atol=TOLERANCE)
+    # For a million places, the tables alone are 128 MiB.
+    assert sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*.data")) < 1 << 20
+
+
+def test_lengths_alike_share_a_form(tmp_path: Path) -> None:
+    tiny_llama.write(tmp_path / "model", max_position_embeddings=3000)
+    lengths = (1, 512, 513, 1000, 2049, 3000, 9999, None)
+    forms = [prepare(tmp_path / "model", tmp_path / "cache", each).name for each in lengths]
+    assert [forms.index(form) for form in forms] == [0, 0, 2, 2, 4, 4, 4, 4]
+
+
+@pytest.mark.parametrize("most_tokens", [None, 10**9])
+def test_tables_that_would_be_huge_are_refused(most_tokens: int | None, tmp_path: Path) -> None:
+    tiny_llama.write(tmp_path / "model", max_position_embeddings=10**9)
+    with pytest.raises(PreconditionFailed, match=r"max_position_embeddings.*set max_model_len"):
+        prepare(tmp_path / "model", tmp_path / "cache", most_tokens)
+    prepare(tmp_path / "model", tmp_path / "cache", 512)
 
 
 def _pointer(path: Path) -> None:
