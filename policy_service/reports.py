@@ -27,10 +27,19 @@ class OutcomeReport:
     reported_at: float
 
 
-class ReportLog:
-    """Appends reports to a file. A later report of a request replaces the earlier one.
+@dataclass(frozen=True)
+class Receipt:
+    """What became of a report. reports: requests that were reported for its policy version, it included."""
 
-    The file keeps both; readers take the last. Held in memory: the hash of each request id, about 60 bytes.
+    reports: int
+    reported_before: bool
+
+
+class ReportLog:
+    """Appends reports to a file.
+
+    Of a request that is reported again the file keeps both: drift takes the first, a refit the last.
+    Held in memory: the hash of each request id, about 60 bytes.
     observe: is told of the first report of each request, those of the file included.
     """
 
@@ -48,8 +57,8 @@ class ReportLog:
             if file.tell() and not _ends_with_newline(path):
                 file.write(b"\n")
 
-    async def add(self, report: OutcomeReport) -> int:
-        """Keep a report; return how many requests were reported for its policy version."""
+    async def add(self, report: OutcomeReport) -> Receipt:
+        """Keep a report."""
         line = json.dumps(asdict(report), separators=(",", ":")) + "\n"
         async with self._lock:
             await asyncio.to_thread(self._append, line)
@@ -59,13 +68,14 @@ class ReportLog:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(line)
 
-    def _note(self, report: OutcomeReport) -> int:
+    def _note(self, report: OutcomeReport) -> Receipt:
         seen = self._seen.setdefault(report.policy_version, set())
         known = len(seen)
         seen.add(hash(report.request_id))
-        if self._observe is not None and len(seen) > known:
+        reported_before = len(seen) == known
+        if self._observe is not None and not reported_before:
             self._observe(report)
-        return len(seen)
+        return Receipt(len(seen), reported_before)
 
 
 def read_reports(path: Path) -> Iterator[OutcomeReport]:

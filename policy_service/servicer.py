@@ -281,7 +281,8 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
             request.correct,
             time.time(),
         )
-        return policy_pb2.ReportResponse(reports=await self._reports.add(report))
+        receipt = await self._reports.add(report)
+        return policy_pb2.ReportResponse(reports=receipt.reports, reported_before=receipt.reported_before)
 
     async def _knows(self, version: str) -> bool:
         if version not in self._known:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
     from types import TracebackType
 
-    from services.client.values import Answer, BatchItem, Description, Event, Request
+    from services.client.values import Answer, BatchItem, Description, Event, ReportReceipt, Request
     from services.common.tls import ClientTls
 
 logger = logging.getLogger(__name__)
@@ -206,8 +206,8 @@ async def report(
     policy_target: str = DEFAULT_POLICY_TARGET,
     timeout_ms: float = 5_000.0,
     tls: ClientTls | None = None,
-) -> int:
-    """Tell the policy service how an answer turned out; return how many reports it holds for its policy.
+) -> ReportReceipt:
+    """Tell the policy service how an answer turned out.
 
     The cascade's router takes no reports, so this calls the policy service itself. Raises InvalidRequest if
     the policy did not judge the answer, and the AsdError that the service's status stands for.
@@ -226,7 +226,7 @@ async def report(
             raise PreconditionFailed(
                 f"{policy_target} is not a policy service: its default port is 50051"
             ) from error
-    return response.reports
+    return convert.receipt_from(response)
 
 
 def in_plain_words(message: str) -> str:

@@ -365,6 +365,8 @@ def report(
     """Tell the policy service whether an answer was right, so that it can watch its predictions.
 
     The router that answered takes no reports: they go to the policy service itself.
+    Of an answer that is reported twice the first verdict counts; a refit takes
+    the last one.
     """
     if is_right == is_wrong:
         exclude = "--right and --wrong exclude each other"
@@ -377,7 +379,7 @@ def report(
     async def send(reported: Answer, *, correct: bool) -> None:
         from services.client import client, console
 
-        reports = await client.report(
+        receipt = await client.report(
             reported,
             correct=correct,
             policy_target=policy_target,
@@ -385,10 +387,9 @@ def report(
             tls=connection.client_tls(),
         )
         if as_json:
-            _write_json({"request_id": reported.request_id, "reports": reports})
+            _write_json({"request_id": reported.request_id} | asdict(receipt))
         else:
-            held = console.count(reports, "report")
-            typer.echo(f"Reported; the policy service holds {held} for its policy.")
+            typer.echo(console.receipt(receipt))
 
     _run(lambda: send(_read_answer(answer), correct=is_right), as_json=as_json)
 

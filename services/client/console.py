@@ -19,7 +19,14 @@ if TYPE_CHECKING:
 
     from services.client.demo import Row, Summary
     from services.client.launcher import Child
-    from services.client.values import Answer, Description, StageDescription, StageStarted, StreamedText
+    from services.client.values import (
+        Answer,
+        Description,
+        ReportReceipt,
+        StageDescription,
+        StageStarted,
+        StreamedText,
+    )
 
 _DOING = {"generate": "writes", "verify": "verifies", "prefill": "reads ahead"}
 _ANSWER_COLUMNS = 14
@@ -210,6 +217,15 @@ def demo_summary(summary: Summary) -> RenderableType:
 def quality(p_correct: float | None) -> str:
     """Return a predicted quality, or a dash where the policy was not asked."""
     return "–" if p_correct is None else f"{p_correct:.2f}"
+
+
+def receipt(value: ReportReceipt) -> str:
+    """Return what became of a report."""
+    held = f"the policy service holds {count(value.reports, 'report')} for its policy."
+    if not value.reported_before:
+        return f"Reported; {held}"
+    order = "The first verdict counts; a refit takes the last."
+    return f"Reported before, so it is not counted again: {held} {order}"
 
 
 def count(number: int, what: str) -> str:

@@ -18,6 +18,7 @@ from services.client.values import (
     Objective,
     PolicyDescription,
     PolicyStage,
+    ReportReceipt,
     Request,
     Revised,
     Sampling,
@@ -252,6 +253,11 @@ def description_from(message: cascade_pb2.DescribeResponse) -> Description:
         static_plan=tuple(message.static_plan),
         version=message.version,
     )
+
+
+def receipt_from(message: policy_pb2.ReportResponse) -> ReportReceipt:
+    """Return the receipt of a report as a value."""
+    return ReportReceipt(message.reports, message.reported_before)
 
 
 def _policy_from(message: policy_pb2.PolicyServiceDescribeResponse) -> PolicyDescription:

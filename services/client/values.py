@@ -139,6 +139,18 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class ReportReceipt:
+    """What a policy service did with a report.
+
+    reports: requests that were reported for the answer's policy. reported_before: this one was; then the
+    first report counts in the calibration that is watched, and a refit takes the last.
+    """
+
+    reports: int
+    reported_before: bool = False
+
+
+@dataclass(frozen=True)
 class StageStarted:
     """A stage starts on the request: it writes ("generate") or checks a draft and goes on ("verify")."""
 

@@ -24,6 +24,7 @@ from services.client.values import (
     Failure,
     Message,
     Objective,
+    ReportReceipt,
     Request,
     Sampling,
     StageStarted,
@@ -269,7 +270,7 @@ async def test_a_report_reaches_the_policy_service(cascade):
     class Policy(policy_pb2_grpc.PolicyServiceServicer):
         async def Report(self, request, context):  # noqa: N802 - the proto's name
             received.append(request)
-            return policy_pb2.ReportResponse(reports=7)
+            return policy_pb2.ReportResponse(reports=7, reported_before=len(received) > 1)
 
     received = []
     registration = ServiceRegistration(
@@ -281,14 +282,20 @@ async def test_a_report_reaches_the_policy_service(cascade):
     judged = Answer(**{**vars(answer), "p_correct": 0.5, "policy_version": "v7"})
     try:
         target = f"127.0.0.1:{port}"
-        assert await report(judged, correct=True, policy_target=target) == 7
+        assert await report(judged, correct=True, policy_target=target) == ReportReceipt(7)
+        again = await report(judged, correct=True, policy_target=target)
+        assert again == ReportReceipt(7, reported_before=True)
     finally:
         await server.stop(None)
-    assert received == [
-        policy_pb2.ReportRequest(
-            request_id=answer.request_id, stage="medium", p_correct=0.5, policy_version="v7", correct=True
-        )
-    ]
+    assert (
+        received
+        == [
+            policy_pb2.ReportRequest(
+                request_id=answer.request_id, stage="medium", p_correct=0.5, policy_version="v7", correct=True
+            )
+        ]
+        * 2
+    )
     with pytest.raises(Unavailable, match=f"policy service at {target}"):
         await report(judged, correct=True, policy_target=target)
 

@@ -249,18 +249,19 @@ async def test_a_prompt_of_9_mb_is_refused_with_what_to_change(
     assert (await service.stub.Decide(decide(), timeout=10)).p_correct > 0
 
 
-async def test_a_report_replaces_the_earlier_one_of_its_request(service: Service) -> None:
+async def test_a_second_report_of_a_request_is_kept_and_not_counted(service: Service) -> None:
     def report(request_id: str, *, correct: bool) -> policy_pb2.ReportRequest:
         version = service.document.policy_version
         return policy_pb2.ReportRequest(
             request_id=request_id, stage="small", p_correct=0.5, policy_version=version, correct=correct
         )
 
-    counts = [
-        (await service.stub.Report(report(name, correct=right), timeout=10)).reports
+    receipts = [
+        await service.stub.Report(report(name, correct=right), timeout=10)
         for name, right in (("a", True), ("b", True), ("a", False))
     ]
-    assert counts == [1, 2, 2]
+    assert [each.reports for each in receipts] == [1, 2, 2]
+    assert [each.reported_before for each in receipts] == [False, False, True]
     kept = {each.request_id: each.correct for each in read_reports(service.reports)}
     assert kept == {"a": False, "b": True}
 
@@ -277,9 +278,11 @@ async def test_reports_outlive_a_crash_in_the_middle_of_a_line(tmp_path: Path) -
     }
     path.write_text(json.dumps(line) + "\n" + json.dumps({**line, "request_id": "b"})[:30])
     log = ReportLog(path)
-    from policy_service.reports import OutcomeReport
+    from policy_service.reports import OutcomeReport, Receipt
 
-    assert await log.add(OutcomeReport("c", "small", 0.5, "v", True, 2.0)) == 2
+    assert await log.add(OutcomeReport("c", "small", 0.5, "v", True, 2.0)) == Receipt(
+        2, reported_before=False
+    )
     assert [each.request_id for each in read_reports(path)] == ["a", "c"]
 
 

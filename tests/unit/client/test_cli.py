@@ -27,6 +27,7 @@ from services.client.values import (
     Objective,
     PolicyDescription,
     PolicyStage,
+    ReportReceipt,
     Request,
     Revised,
     Sampling,
@@ -390,7 +391,7 @@ def test_a_missed_latency_is_said(monkeypatch, most, is_late):
 def test_a_report_goes_to_the_policy_of_the_cascade_that_answered(monkeypatch, options, variables, target):
     async def report(answer, **given):
         asked.append((given["policy_target"], given["correct"]))
-        return 1
+        return ReportReceipt(1)
 
     asked: list[tuple[str, bool]] = []
     monkeypatch.setattr(client, "report", report)
@@ -398,6 +399,20 @@ def test_a_report_goes_to_the_policy_of_the_cascade_that_answered(monkeypatch, o
     result = _RUNNER.invoke(app, ["report", "-", "--wrong", *options], input=judged, env=variables)
     assert result.exit_code == 0, result.output
     assert asked == [(target, False)]
+
+
+@pytest.mark.parametrize("reported_before", [False, True])
+def test_a_second_verdict_is_said_not_to_be_counted(monkeypatch, reported_before):
+    async def report(answer, **given):
+        return ReportReceipt(1, reported_before)
+
+    monkeypatch.setattr(client, "report", report)
+    judged = json.dumps(asdict(replace(ANSWER, p_correct=0.5, policy_version="v")))
+    said = _RUNNER.invoke(app, ["report", "-", "--wrong"], input=judged).stdout
+    assert "the policy service holds 1 report " in said
+    assert ("not counted again" in said, "first verdict counts" in said) == (reported_before, reported_before)
+    written = json.loads(_RUNNER.invoke(app, ["report", "-", "--wrong", "--json"], input=judged).stdout)
+    assert written == {"request_id": "r", "reports": 1, "reported_before": reported_before}
 
 
 @pytest.mark.parametrize(
