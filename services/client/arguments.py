@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
+import sys
+from contextlib import suppress
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,7 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
 # As help and usage show the argument.
 PROMPT = "prompt"
@@ -72,6 +76,38 @@ def in_options(message: str, field: str, options: Mapping[str, str]) -> str:
     return message if option in message else f"{option}: {message}"
 
 
+def whole_number(least: int, most: int) -> Callable[[str], int]:
+    """Return a parser of an option's text, which names the range where the text is not in it."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if not least <= number <= most:
+            raise typer.BadParameter(f"{text} is not a whole number from {least} to {most}")
+        return number
+
+    return parse
+
+
+def number(least: float = -math.inf, most: float = math.inf) -> Callable[[str], float]:
+    """Return a parser of an option's text, which names the range where the text is not in it."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        # What is not a number is in no range.
+        if not least <= value <= most:
+            place = "" if least == -math.inf else f" from {least:.15g} to {most:.15g}"
+            raise typer.BadParameter(f"{text} is not a number{place}")
+        return value
+
+    return parse
+
+
 class CheckedCommand(TyperCommand):
     """A command that refuses empty texts, and texts that are not UTF-8, by the name of the argument.
 
@@ -82,7 +118,11 @@ class CheckedCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the command line."""
         given = list(args)
-        rest = super().parse_args(ctx, args)
+        try:
+            rest = super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            _tidy(error, ctx)
+            raise
         options = {name: each for each in self.params if _takes_value(each) for name in each.opts}
         arguments = [each for each in self.params if each.param_type_name == "argument"]
         for before, text in pairwise(("", *given)):
@@ -99,8 +139,33 @@ class CheckedCommand(TyperCommand):
         for each in cast("list[Any]", self.params):
             for text in _texts(ctx.params.get(each.name)):
                 if not _is_unicode(text):
-                    raise typer.BadParameter("the text is not valid UTF-8", ctx=ctx, param=each)
+                    raise typer.BadParameter(_not_utf8(text), ctx=ctx, param=each)
         return rest
+
+
+def _tidy(error: Any, ctx: Any) -> None:
+    """Leave out of a message what is not about the command line: pydantic's words, unused variables."""
+    error.message = error.message.removeprefix("Value error, ")
+    parameter = getattr(error, "param", None)
+    if parameter is None or not getattr(parameter, "envvar", None):
+        return
+    source = ctx.get_parameter_source(parameter.name)
+    if source is not None and source.name == "COMMANDLINE":
+        error.param_hint = [max(parameter.opts, key=len)]
+
+
+def _not_utf8(text: str) -> str:
+    """Return what is wrong with a text that Python could not decode."""
+    encoding = sys.getfilesystemencoding()
+    if encoding.replace("-", "") == "utf8":
+        return "the text is not valid UTF-8"
+    with suppress(UnicodeError):
+        os.fsencode(text).decode()
+        return (
+            f"the locale's encoding is {encoding}, which lacks characters of the text: choose a UTF-8 locale "
+            "(LC_ALL=C.UTF-8), or set PYTHONUTF8=1"
+        )
+    return "the text is not valid UTF-8"
 
 
 def _takes_value(parameter: Any) -> bool:

@@ -41,6 +41,9 @@ _UNANSWERED = re.compile(
     r"ipv[46]:\S+: (?:Failed to connect to remote host: )?([^:;]+)"
 )
 
+# What it says where a connection stands, and nothing comes over it.
+_UNGREETED = "connection attempt timed out before receiving SETTINGS frame"
+
 # What gRPC says where a connection is refused for its encryption, and what to do.
 _UNENCRYPTED = (
     (
@@ -191,6 +194,11 @@ class CascadeClient:
             return error
         if self._channel.get_state() is grpc.ChannelConnectivity.READY:
             return Unavailable(in_plain_words(error.message).removeprefix(f"{self._peer}: "))
+        if _UNGREETED in error.message:
+            return Unavailable(
+                f"{self._target} takes the connection and does not answer: its process may be stopped or "
+                "hang, or be no router"
+            )
         advice = encryption_advice(error.message, is_encrypted=self._tls is not None)
         if advice:
             return Unavailable(f"{self._target} {advice}")
@@ -231,6 +239,7 @@ async def report(
 
 def in_plain_words(message: str) -> str:
     """Return what an error says without what gRPC adds for those who work on gRPC."""
+    message = message.replace(_UNGREETED, "it takes the connection and is silent")
     return _UNANSWERED.sub(lambda found: f" does not answer ({found[1].lower()})", message)
 
 

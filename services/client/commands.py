@@ -6,7 +6,6 @@ Imports at the top are what `asd --help` needs; each command imports the rest wh
 from __future__ import annotations
 
 import json
-import math
 import sys
 from contextlib import aclosing, suppress
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from services.client.arguments import ASK_OPTIONS, CheckedCommand, in_options, option_of
+from services.client.arguments import ASK_OPTIONS, CheckedCommand, in_options, number, option_of, whole_number
 from services.client.connecting import Connection, connected, encrypted, in_tls_options
 from services.client.interrupts import INTERRUPTED, Unwinding
 from services.common.addresses import check_target, neighbour
@@ -40,6 +39,9 @@ _DEFAULT_PORT_BASE = 50_050
 _HIGHEST_PORT = 65_535
 # A day. gRPC cannot tell a time far above it from none.
 _LONGEST_TIMEOUT_MS = 86_400_000
+# As the contract's types hold them.
+_MOST_NEW_TOKENS = 2**32 - 1
+_LARGEST_SEED = 2**64 - 1
 # A demo keeps its rows in memory. Chosen.
 _MOST_DEMO_PROMPTS = 100_000
 
@@ -86,6 +88,8 @@ def _wants_json(arguments: Sequence[str]) -> bool:
 def _usage(error: Any) -> tuple[str, str]:
     """Return what is wrong with a command line, and the option or argument that it is about, or ""."""
     parameter = getattr(error, "param", None)
+    if parameter is None and getattr(error, "param_hint", None):
+        return error.format_message(), error.param_hint
     if parameter is None:
         return error.message or error.format_message(), ""
     is_option = parameter.param_type_name == "option"
@@ -129,13 +133,6 @@ def _check_tolerance(tolerance: float | None) -> float | None:
     return tolerance
 
 
-def _check_timeout(timeout_ms: float) -> float:
-    # A range lets nan through in typer versions that are built on click.
-    if math.isnan(timeout_ms):
-        raise typer.BadParameter("nan is not a number of milliseconds")
-    return timeout_ms
-
-
 def _stages_of(file: Path) -> list[str]:
     """Return the names of a cascade file's stages for completion; nothing where it cannot be used."""
     from services.client.cascade_file import CascadeFile
@@ -173,9 +170,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON, for progra
 TimeoutOption = Annotated[
     float,
     typer.Option(
-        min=1,
-        max=_LONGEST_TIMEOUT_MS,
-        callback=_check_timeout,
+        parser=number(1, _LONGEST_TIMEOUT_MS),
+        metavar="FLOAT",
         help="Deadline of a call, in milliseconds; a day at most.",
     ),
 ]
@@ -220,15 +216,31 @@ def ask(
     preference: PreferenceChoice = None,
     quality_value: Annotated[
         float | None,
-        typer.Option("--lambda", help="Value of a right answer, in cost units; instead of --preference."),
+        typer.Option(
+            "--lambda",
+            parser=number(),
+            metavar="FLOAT",
+            help="Value of a right answer, in cost units; instead of --preference.",
+        ),
     ] = None,
-    max_cost: Annotated[float | None, typer.Option(help="Budget, in cost units.")] = None,
+    max_cost: Annotated[
+        float | None, typer.Option(parser=number(), metavar="FLOAT", help="Budget, in cost units.")
+    ] = None,
     max_latency_ms: Annotated[
-        float | None, typer.Option(help="The answer should be there by then, in milliseconds; no promise.")
+        float | None,
+        typer.Option(
+            parser=number(),
+            metavar="FLOAT",
+            help="The answer should be there by then, in milliseconds; no promise.",
+        ),
     ] = None,
     min_quality: Annotated[
         float | None,
-        typer.Option(help="Stop early only where answers are certified to be right this often."),
+        typer.Option(
+            parser=number(),
+            metavar="FLOAT",
+            help="Stop early only where answers are certified to be right this often.",
+        ),
     ] = None,
     stage: Annotated[
         str,
@@ -244,16 +256,34 @@ def ask(
     tolerance: Annotated[
         float | None,
         typer.Option(
+            parser=number(),
+            metavar="FLOAT",
             callback=_check_tolerance,
             help="Accept draft tokens this likely beside the likeliest. Default: exact.",
         ),
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens of the answer. Default: the stage's.")
+        int | None,
+        typer.Option(
+            parser=whole_number(1, _MOST_NEW_TOKENS),
+            metavar="INTEGER",
+            help="Most tokens of the answer. Default: the stage's.",
+        ),
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 (the likeliest token) to 2.")] = 0.0,
-    top_p: Annotated[float | None, typer.Option(help="Nucleus mass, above 0 to 1.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the choice at a temperature above 0.")] = None,
+    temperature: Annotated[
+        float, typer.Option(parser=number(), metavar="FLOAT", help="0 (the likeliest token) to 2.")
+    ] = 0.0,
+    top_p: Annotated[
+        float | None, typer.Option(parser=number(), metavar="FLOAT", help="Nucleus mass, above 0 to 1.")
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            parser=whole_number(0, _LARGEST_SEED),
+            metavar="INTEGER",
+            help="Seed of the choice at a temperature above 0.",
+        ),
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     session: Annotated[str, typer.Option(help="Key of the conversation, for prefix reuse.")] = "",
     system: Annotated[str, typer.Option(help="Instructions before the prompt.")] = "",
@@ -403,8 +433,8 @@ def up(
     port_base: Annotated[
         int,
         typer.Option(
-            min=1,
-            max=_HIGHEST_PORT,
+            parser=whole_number(1, _HIGHEST_PORT),
+            metavar="INTEGER",
             help="Port of the router; the policy takes the next one, stages start 11 above.",
         ),
     ] = _DEFAULT_PORT_BASE,
@@ -427,7 +457,10 @@ def up(
 def demo(
     context: typer.Context,
     prompts: Annotated[
-        int, typer.Option(min=1, max=_MOST_DEMO_PROMPTS, help="How many prompts to send.")
+        int,
+        typer.Option(
+            parser=whole_number(1, _MOST_DEMO_PROMPTS), metavar="INTEGER", help="How many prompts to send."
+        ),
     ] = 60,
     json_file: Annotated[
         Path | None,
@@ -901,7 +934,7 @@ def _check_file(file: Path) -> None:
     """Refuse a file that cannot be written, before the work whose figures go there."""
     folder = file.absolute().parent
     if not folder.is_dir():
-        raise typer.BadParameter(f"--json: {folder} is not a directory")
+        raise typer.BadParameter(f"{folder} is not a directory", param_hint="--json")
     is_new = not file.exists()
     # Opening a pipe would wait for its reader.
     if is_new or file.is_file():
@@ -909,7 +942,7 @@ def _check_file(file: Path) -> None:
             file.open("ab").close()
         except OSError as error:
             raise typer.BadParameter(
-                f"--json: {file} cannot be written: {(error.strerror or str(error)).lower()}"
+                f"{file} cannot be written: {(error.strerror or str(error)).lower()}", param_hint="--json"
             ) from error
         if is_new:
             file.unlink()

@@ -123,7 +123,7 @@ class Connection:
         )
 
     def read_token(self) -> str:
-        """Return the token, or "". Raises SettingsError for what cannot be one, OSError for its file."""
+        """Return the token, or "". Raises SettingsError for what cannot be one, or be read."""
         from services.common.auth import bearer
         from services.common.settings import SettingsError
 
@@ -137,6 +137,9 @@ class Connection:
         except ValueError as error:
             place = f"--token-file {self.token_file}" if self.token_file else "--token"
             raise SettingsError(f"{place}: a token is one word of printable ASCII without colons") from error
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise SettingsError(f"--token-file {self.token_file} cannot be read: {reason}") from error
         if self.token_file is not None and not token:
             raise SettingsError(f"--token-file {self.token_file} is empty")
         return token

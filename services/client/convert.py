@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from google.protobuf.descriptor import FieldDescriptor
+
 from asd.v1 import cascade_pb2, common_pb2, policy_pb2
 from services.client.values import (
     Acceptance,
@@ -32,6 +34,9 @@ from services.common.validation import MAX_REQUEST_BYTES
 
 if TYPE_CHECKING:
     from google.protobuf.internal.enum_type_wrapper import _EnumTypeWrapper as EnumTypeWrapper
+
+# Of the types that counts have.
+_LARGEST = {FieldDescriptor.TYPE_UINT32: 2**32 - 1, FieldDescriptor.TYPE_UINT64: 2**64 - 1}
 
 
 # To the cascade.
@@ -142,7 +147,9 @@ def _assign(message: Any, name: str, value: str | int, path: str = "") -> None:
     try:
         setattr(message, name, value)
     except ValueError as error:
-        raise InvalidRequest(f"{name} cannot be {value}: {error}", field=path + name) from error
+        most = _LARGEST.get(message.DESCRIPTOR.fields_by_name[name].type)
+        wanted = str(error) if most is None else f"it must be from 0 to {most}"
+        raise InvalidRequest(f"{name} cannot be {value}: {wanted}", field=path + name) from error
 
 
 def _encode(text: str, field: str) -> None:

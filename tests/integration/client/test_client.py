@@ -266,6 +266,17 @@ async def test_where_nothing_listens_the_advice_is_asd_up(silent_socket):
                 await attempt
 
 
+async def test_a_process_that_hangs_is_told_from_none(silent_socket):
+    target = _address(silent_socket)
+    async with CascadeClient(target) as client:
+        for attempt in (client.answer(Request("Hi")), client.describe(), anext(client.stream(Request("Hi")))):
+            with pytest.raises(Unavailable, match=f"^{target} takes the connection and does not answer"):
+                await attempt
+    answer = Answer("r", "", (), "", "eos", "a", 0, 0.5, 1.0, 1.0, 0.0, "policy", "v", "", ())
+    with pytest.raises(Unavailable, match=f"{target} does not answer .it takes the connection"):
+        await report(answer, correct=True, policy_target=target)
+
+
 async def test_a_report_reaches_the_policy_service(cascade):
     class Policy(policy_pb2_grpc.PolicyServiceServicer):
         async def Report(self, request, context):  # noqa: N802 - the proto's name

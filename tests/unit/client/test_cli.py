@@ -79,8 +79,19 @@ ANSWER = Answer("r", "right", (2,), "", "eos", "medium", 1, None, 1.0, 1.0, 0.0,
         (["models", "pull", "a/b", "--to", ""], ["--to", "empty"]),
         (["models", "--cascade", "a.yaml", "pull", "a/b"], ["--cascade"]),
         (["models", "--cascade", "a.yaml", "prepare", "--cascade", "b.yaml"], ["--cascade is there twice"]),
-        (["ask", "hi", "--max-new-tokens", "-4"], ["--max-new-tokens cannot be -4"]),
-        (["ask", "hi", "--max-new-tokens", "99999999999"], ["--max-new-tokens cannot be 99999999999"]),
+        *(
+            (["ask", "hi", "--max-new-tokens", each], [each, "a whole number from 1 to 4294967295"])
+            for each in ("-4", "0", "3.5", "99999999999999")
+        ),
+        *(
+            (["ask", "hi", "--seed", each], [each, "a whole number from 0 to 18446744073709551615"])
+            for each in ("-5", "18446744073709551616")
+        ),
+        *(
+            (["ask", "hi", "--timeout-ms", each], [each, "a number from 1 to 86400000"])
+            for each in ("nan", "0", "inf", "soon")
+        ),
+        (["ask", "hi", "--lambda", "much"], ["much is not a number"]),
         *((["demo", "--prompts", number], ["--prompts"]) for number in ("0", "1000000000")),
         (["demo", "--target", "a:1", "--cascade", "b.yaml"], ["exclude"]),
         (["demo", "--json", "/no/such/place/demo.json"], ["/no/such/place"]),
@@ -112,6 +123,35 @@ def test_a_file_for_tls_that_is_not_there_is_named_by_its_option(option, others)
     assert f"{option} /no/such cannot be read" in result.stderr
 
 
+def test_a_file_for_a_token_that_is_not_there_is_named_by_its_option():
+    result = _RUNNER.invoke(app, ["describe", "--token-file", "/no/such"])
+    assert result.exit_code == 2
+    assert "--token-file /no/such cannot be read" in result.stderr
+
+
+def test_a_message_speaks_of_what_was_given():
+    result = _RUNNER.invoke(app, ["ask", "hi", "--preference", "cheap"], env={"COLUMNS": "200"})
+    assert "Value error" not in result.stderr
+    for options, variables, is_named in ((["--target", "a"], {}, False), ([], {"ASD_TARGET": "a"}, True)):
+        said = _RUNNER.invoke(app, ["ask", "hi", *options], env={"COLUMNS": "200", **variables}).stderr
+        assert "'--target'" in said
+        assert ("ASD_TARGET" in said) is is_named
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"), [("h\u00e9llo", b"LC_ALL=C.UTF-8"), (b"h\xff", b"the text is not valid UTF-8")]
+)
+def test_a_locale_that_lacks_a_character_is_told_from_a_text_that_is_not_utf8(prompt, words):
+    result = subprocess.run(
+        [sys.executable, "-m", "services.client.cli", "ask", prompt],
+        env={**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "COLUMNS": "200"},
+        capture_output=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert words in result.stderr
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"request_id": 5}', "what?"])
 def test_a_report_on_what_is_no_answer_is_refused(text):
     result = _RUNNER.invoke(app, ["report", "-", "--wrong"], input=text)
@@ -125,7 +165,7 @@ def test_with_json_a_failure_is_an_object_on_standard_error():
     assert result.stdout == ""
     error = json.loads(result.stderr)["error"]
     assert (error["code"], error["field"]) == ("INVALID_ARGUMENT", "--seed")
-    assert "--seed cannot be -1" in error["message"]
+    assert "-1 is not a whole number" in error["message"]
 
 
 @pytest.mark.parametrize(
@@ -141,6 +181,7 @@ def test_with_json_a_failure_is_an_object_on_standard_error():
         (["models", "nonsense", "--json"], "", "No such command 'nonsense'"),
         (["demo", "--json=-", "--prompts", "0"], "--prompts", "Invalid value for '--prompts'"),
         (["demo", "--json", "-", "--cascade", "/no/such.yaml"], "", "/no/such.yaml"),
+        (["demo", "--json", "/no/such/demo.json"], "--json", "/no/such is not a directory"),
     ],
 )
 def test_with_json_wrong_usage_is_an_object_as_well(arguments, field, words):
