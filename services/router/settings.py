@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -12,6 +13,9 @@ from services.common.serving import ServerSettings
 from services.common.settings import Section, Target, service_config
 from services.common.tls import ClientTls
 
+# As names of services in Kubernetes.
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+
 
 def _check_task(task: str) -> str:
     if not validation.TASK.fullmatch(task):
@@ -21,7 +25,16 @@ def _check_task(task: str) -> str:
     return task
 
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+def _check_name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"{name!r} is no name: it may have 1 to 63 characters of a-z, 0-9 and '-', the first and the "
+            "last a letter or a digit"
+        )
+    return name
+
+
+Name = Annotated[str, AfterValidator(_check_name)]
 TaskName = Annotated[str, AfterValidator(_check_task)]
 Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 

@@ -59,6 +59,10 @@ def _read(directory: Path, content: str) -> CascadeFile:
         (_GOOD.replace("8.0", "-1"), ["stages.1.cost", "greater than 0"]),
         (_GOOD.replace("8.0", ".nan"), ["stages.1.cost", "finite"]),
         (_GOOD.replace("threads: 2", "threads: 0"), ["stages.1.threads"]),
+        *(
+            (_GOOD.replace("name: large", f"name: {name}"), ["stages.1.name", name, "a-z, 0-9 and '-'"])
+            for name in ("f_wrap", "Large", "-a", "a" * 64)
+        ),
         (_GOOD.replace("threads: 2", "engine: torch"), ["stages.1.engine", "onnx"]),
         (
             _GOOD.replace("threads: 2", "threads: 2, engine: vllm"),
