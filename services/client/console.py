@@ -88,8 +88,12 @@ def answer_line(answer: Answer, task: str = "", max_latency_ms: float | None = N
     steps = []
     asked = [record for record in answer.stages if record.action != "prefill"]
     for record in asked:
-        step = f"{record.stage} {_DOING.get(record.action, record.action)}"
-        if record.action == "verify":
+        has_draft = record.action == "verify" and record.proposed_tokens > 0
+        # Where the drafter refused there is nothing to verify. No passes: the stage failed.
+        is_alone = record.action == "verify" and record.forward_passes > 0 and not has_draft
+        action = "generate" if is_alone else record.action
+        step = f"{record.stage} {_DOING.get(action, action)}"
+        if has_draft:
             step += f" ({record.accepted_tokens} of {record.proposed_tokens} draft tokens accepted)"
         if task and record.model:
             step += f" with{'' if record.adapted else 'out'} an adapter for {task}"

@@ -190,6 +190,17 @@ def test_the_closing_line_says_who_answered_and_why():
     assert "ended by length" in console.answer_line(_answer(finish_reason="length")).plain
 
 
+def test_a_stage_without_a_draft_writes():
+    first, second = _answer().stages
+    refused = replace(first, completion_tokens=0, text="")
+    alone = replace(second, proposed_tokens=0, accepted_tokens=0)
+    line = console.answer_line(_answer(stages=(refused, alone))).plain
+    assert line.endswith("medium writes, stop: last stage")
+    failed = replace(alone, forward_passes=0)
+    line = console.answer_line(_answer(stages=(first, failed))).plain
+    assert line.endswith("medium verifies, stop: last stage")
+
+
 def test_the_closing_line_ends_with_the_trace():
     assert console.answer_line(_answer(trace_id="t" * 32)).plain.endswith(
         f"stop: last stage · trace {'t' * 32}"
