@@ -46,7 +46,8 @@ _LARGEST_SEED = 2**64 - 1
 _MOST_DEMO_PROMPTS = 100_000
 
 _EPILOG = (
-    "Exit codes: 0 success, 1 failure, 2 wrong usage or a refused request, 130 interrupted. With --json, a "
+    "Exit codes: 0 success, 1 failure, 2 wrong usage or a refused request, 130 interrupted, "
+    "143 terminated (`asd up`: before it serves; 0 after). With --json, a "
     'failure is one JSON object on standard error: {"error": {"code", "message", "field"}}.'
 )
 
@@ -339,7 +340,7 @@ def ask(
         show = _write_answer if as_json else _show_answer
         return show(connection.client(target, timeout_ms), request)
 
-    _run(work, as_json=as_json, options=ASK_OPTIONS)
+    _run(work, as_json=as_json, shows_result=True, options=ASK_OPTIONS)
 
 
 @app.command(cls=CheckedCommand, epilog=_EPILOG)
@@ -363,7 +364,7 @@ def describe(
         else:
             console.output().print(console.description(description))
 
-    _run(work, as_json=as_json)
+    _run(work, as_json=as_json, shows_result=True)
 
 
 @app.command(cls=CheckedCommand, epilog=_EPILOG)
@@ -449,7 +450,7 @@ def up(
     as_json: JsonOption = False,
 ) -> None:
     """Run a cascade on this machine until Ctrl-C: router, policy and one process per stage."""
-    _run(lambda: _up(cascade, port_base, only, as_json=as_json), as_json=as_json, terminated_code=0)
+    _run(lambda: _up(cascade, port_base, only, as_json=as_json), as_json=as_json, is_service=True)
 
 
 @app.command(cls=CheckedCommand, epilog=_EPILOG)
@@ -498,6 +499,7 @@ def demo(
     _run(
         lambda: _demo(prompts, json_file, cascade, target, preference, timeout_ms, connection),
         as_json=json_file is not None,
+        shows_result=json_file in {None, Path("-")},
     )
 
 
@@ -527,7 +529,7 @@ def models(context: typer.Context, cascade: CascadeOption = None, as_json: JsonO
             )
         console.output().print(table)
 
-    _run(work, as_json=as_json)
+    _run(work, as_json=as_json, shows_result=True)
 
 
 @models_app.command(cls=CheckedCommand, epilog=_EPILOG)
@@ -796,13 +798,16 @@ def _run(
     work: Callable[[], Coroutine[Any, Any, None] | None],
     *,
     as_json: bool = False,
-    terminated_code: int = INTERRUPTED,
+    shows_result: bool = False,
+    is_service: bool = False,
     options: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Do a command's work, in an event loop where it is a coroutine; end with a message and a code if it
     fails.
 
-    terminated_code: exit code after SIGTERM. options: from fields of the contract to what was typed.
+    shows_result: whether the work is in vain where standard output is closed.
+    is_service: whether SIGTERM is how the work ends well, once it serves.
+    options: from fields of the contract to what was typed.
     """
     import asyncio
 
@@ -813,6 +818,8 @@ def _run(
     from services.common.settings import SettingsError
 
     try:
+        if shows_result and sys.__stdout__ is None:
+            raise AsdError("standard output is closed, so the result would be lost: leave it open")
         _set_up_telemetry()
         runner = asyncio.Runner()
         # Made before Ctrl-C unwinds: half a loop cannot be closed.
@@ -827,7 +834,8 @@ def _run(
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
     except Signalled as signalled:
-        raise typer.Exit(INTERRUPTED if signalled.is_interrupt else terminated_code) from None
+        ends_well = is_service and signalled.has_served and not signalled.is_interrupt
+        raise typer.Exit(0 if ends_well else signalled.code) from None
     except BrokenPipeError:
         # Whoever reads our output has seen enough; typer ends quietly.
         raise

@@ -29,11 +29,17 @@ _EXTRA_OF_ENGINE = {"onnx": "stage", "vllm": "vllm", "tensorrt_llm": "tensorrt-l
 
 
 class Signalled(Exception):  # noqa: N818 - not an error: somebody wants the command to end
-    """SIGINT, SIGTERM or SIGHUP ended the work, and the processes with it."""
+    """SIGINT, SIGTERM or SIGHUP ended the work, and the processes with it.
 
-    def __init__(self, number: int) -> None:
+    code: what a shell says of a process that the signal ended. has_served: whether all processes served by
+    then.
+    """
+
+    def __init__(self, number: int, *, has_served: bool) -> None:
         super().__init__(f"ended by signal {number}")
+        self.code = 128 + number
         self.is_interrupt = number == signal.SIGINT
+        self.has_served = has_served
 
 
 @asynccontextmanager
@@ -56,6 +62,7 @@ async def running(
             notes.print(line, markup=False, soft_wrap=True)
 
     supervisors: list[Supervisor] = []
+    has_served = False
     # Before there is anything to leave behind.
     received = _cancel_on_signals(supervisors, say)
     directory = Path(tempfile.mkdtemp(prefix="asd-"))
@@ -69,6 +76,7 @@ async def running(
             raise SettingsError(f"--only {only}: this cascade has {names}")
         with notes.status(f"starting {', '.join(child.service.name for child in supervisor.children)} …"):
             await supervisor.__aenter__()
+        has_served = True
         try:
             yield supervisor
         finally:
@@ -76,7 +84,7 @@ async def running(
     except (asyncio.CancelledError, OSError):
         # OSError: of a terminal that has closed.
         if received:
-            raise Signalled(received[0]) from None
+            raise Signalled(received[0], has_served=has_served) from None
         raise
     finally:
         if any(each.has_crashed for each in supervisors):

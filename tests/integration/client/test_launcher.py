@@ -273,9 +273,10 @@ async def test_a_signal_while_a_cascade_starts_leaves_nothing(cascade_file, tmp_
 
     monkeypatch.setattr(Supervisor, "__aenter__", start)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with pytest.raises(Signalled):
+    with pytest.raises(Signalled) as ended:
         async with running(read_cascade(cascade_file), launcher.free_ports(2), notes()):
             pass
+    assert (ended.value.code, ended.value.has_served) == (128 + number, False)
     assert not list(tmp_path.iterdir())
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -17,6 +19,7 @@ from typer.testing import CliRunner
 from services.client import client, commands, console
 from services.client.client import CascadeClient
 from services.client.commands import _stream_live, _stream_plain, app
+from services.client.running import Signalled
 from services.client.values import (
     Acceptance,
     Answer,
@@ -216,6 +219,38 @@ def test_standard_input_that_is_not_text_is_refused():
     result = _RUNNER.invoke(app, ["ask", "-"], input=b"\xff\xfe")
     assert result.exit_code == 2
     assert "standard input is not utf-8 text" in result.output
+
+
+@pytest.mark.parametrize(
+    ("number", "has_served", "code"),
+    [
+        (signal.SIGTERM, False, 143),
+        (signal.SIGINT, False, 130),
+        (signal.SIGHUP, False, 129),
+        (signal.SIGTERM, True, 0),
+        (signal.SIGHUP, True, 0),
+        (signal.SIGINT, True, 130),
+    ],
+)
+def test_a_signal_is_success_only_for_a_cascade_that_served(monkeypatch, number, has_served, code):
+    async def run(*_, **options):
+        raise Signalled(number, has_served=has_served)
+
+    monkeypatch.setattr(commands, "_up", run)
+    assert _RUNNER.invoke(app, ["up"]).exit_code == code
+
+
+@pytest.mark.parametrize("arguments", [["ask", "Hi"], ["ask", "Hi", "--json"], ["models"]])
+def test_a_closed_output_is_no_place_for_a_result(arguments):
+    code = (
+        "from services.client import cli, client; from tests.unit.client import test_cli as test;"
+        "client.CascadeClient.stream = test._HostileCascade.stream; cli.main()"
+    )
+    command = shlex.join([sys.executable, "-c", code, *arguments])
+    result = subprocess.run(
+        ["/bin/sh", "-c", f"{command} >&-"], stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert (result.returncode, "standard output is closed" in result.stderr) == (1, True)
 
 
 def test_a_wrong_telemetry_variable_is_named(monkeypatch):
