@@ -907,8 +907,9 @@ def _read_prompt(prompt: str | None) -> str:
     try:
         # No more than could be asked, however much comes.
         text = sys.stdin.read(MAX_REQUEST_BYTES + 1)
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"standard input is not {error.encoding} text", field="prompt") from error
+    except UnicodeError as error:
+        # A missing byte order mark is a UnicodeError that names no encoding.
+        raise InvalidRequest(f"standard input is not {sys.stdin.encoding} text", field="prompt") from error
     if len(text) > MAX_REQUEST_BYTES:
         raise InvalidRequest(
             f"prompt is too long: {MAX_REQUEST_BYTES:,} bytes are the most that a request may have",

@@ -215,6 +215,20 @@ def test_an_unknown_process_is_refused_with_the_known_ones(tmp_path):
     assert "port 65541" in result.output
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "ascii", "utf-8-sig"])
+def test_standard_input_in_another_encoding_is_refused(encoding):
+    result = subprocess.run(
+        [sys.executable, "-m", "services.client.cli", "ask", "-", "--target", "127.0.0.1:1"],
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        input=b"h\xc3\xa9l\xff",
+        capture_output=True,
+        check=False,
+    )
+    said = result.stderr.decode(encoding)
+    assert "Traceback" not in said
+    assert (result.returncode, f"standard input is not {encoding} text" in said) == (2, True)
+
+
 def test_standard_input_that_is_not_text_is_refused():
     result = _RUNNER.invoke(app, ["ask", "-"], input=b"\xff\xfe")
     assert result.exit_code == 2
