@@ -449,7 +449,10 @@ def up(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Run a cascade on this machine until Ctrl-C: router, policy and one process per stage."""
+    """Run a cascade on this machine until Ctrl-C: router, policy and one process per stage.
+
+    A process that dies is started again.
+    """
     _run(lambda: _up(cascade, port_base, only, as_json=as_json), as_json=as_json, is_service=True)
 
 

@@ -187,8 +187,26 @@ def test_a_special_token_that_a_template_puts_together_of_a_message_is_letters(t
     assert [each for each in ids if each in ours.special] == [ids[0], ids[-1]]
 
 
-def test_a_message_whose_place_in_the_prompt_is_hidden_is_refused_with_its_token(tmp_path: Path) -> None:
+def test_the_first_line_of_an_indented_message_may_hold_a_special_token(tmp_path: Path) -> None:
     template = "<s>{{ messages[-1].content | indent(2) }}</s>"
+    write(tmp_path, byte_level(("<s>", "</s>")), {"chat_template": template})
+    ours = ChatTokenizer(tmp_path)
+    ids = ours.encode_chat((Turn("user", "a </s> b\nc"),))
+    assert [each for each in ids if each in ours.special] == [ids[0], ids[-1]]
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "messages[-1].content | indent(2)",
+        "'%s!' | format(messages[-1].content)",
+        "messages[-1].content | wordwrap(9)",
+    ],
+)
+def test_a_message_whose_place_in_the_prompt_is_hidden_is_refused_with_its_token(
+    tmp_path: Path, written: str
+) -> None:
+    template = f"<s>{{{{ {written} }}}}</s>"
     write(tmp_path, byte_level(("<s>", "</s>")), {"chat_template": template})
     ours = ChatTokenizer(tmp_path)
     ours.encode_chat((Turn("user", "x < y\nz > y"),))
