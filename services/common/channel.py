@@ -199,8 +199,10 @@ def open_channel(
         ("grpc.keepalive_timeout_ms", 10_000),
         # gRPC's default lets a peer that was away for long stay unknown for two minutes after its return.
         ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 1_000),
+        # Also how long an attempt to connect may take. Chosen: a peer that is busy for a moment still shakes
+        # hands, and one that is gone without a refusal does not hold callers up, who may have another.
+        ("grpc.min_reconnect_backoff_ms", 1_000),
         # gRPC's default finds pods that took over in a rollout after 30 s only: an outage, as measured.
         ("grpc.dns_min_time_between_resolutions_ms", 1_000),
         # Channels in one process would otherwise share a connection, and its backoff, with earlier ones.
