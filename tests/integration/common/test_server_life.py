@@ -87,6 +87,9 @@ async def closed(target: str) -> None:
             _, writer = await asyncio.open_connection(host, int(port))
         except ConnectionRefusedError:
             return
+        except ConnectionResetError:
+            # It was in the queue as that was closed.
+            continue
         writer.close()
         with suppress(ConnectionError):
             await writer.wait_closed()
