@@ -36,8 +36,8 @@ class Patience:
     """What one caller knows of a service's absence, and whether a call waits for its return.
 
     A service that has answered before is waited for until it has been away for RESTART_SECONDS. One that has
-    not is waited for until this object is `new_seconds` old: both may have started together. Otherwise who
-    asks hears at once that it is not there.
+    not is waited for until this object is `new_seconds` old: both may have started together. Any other call
+    fails at once.
     clock: monotonic seconds. sleep: waits for so many seconds.
     """
 
