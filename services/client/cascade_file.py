@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 from pydantic import Field, ValidationError, model_validator
 
 from services.common.settings import Section, ServiceSettings, SettingsError, explain, service_config
+from services.common.visible import one_line
 from services.router.settings import Milliseconds, Name, RouterSettings, SpeculationSettings
 from services.stage.engine_settings import (
     ContextLength,
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 EMBEDDED = Path(__file__).with_name("embedded.yaml")
 HOST = "127.0.0.1"
 ROUTER, POLICY = "router", "policy"
+# Of a message about a file: entries, and characters of each. Chosen: what a person reads.
+_MOST_ENTRIES, _MOST_OF_ENTRY = 20, 300
 
 
 class PolicyEntry(Section):
@@ -171,7 +174,7 @@ def _explain(file: Path, problems: Sequence[ErrorDetails]) -> str:
     """Return what is wrong with a file, one line per entry where several are."""
     places = [problem["loc"] for problem in problems]
     lines = [
-        f"{'.'.join(map(str, problem['loc'])) or 'cascade'}: {_say(problem)}"
+        one_line(f"{'.'.join(map(str, problem['loc'])) or 'cascade'}: {_say(problem)}", _MOST_OF_ENTRY)
         for problem in problems
         # A list of wrong entries counts as an empty one.
         if not any(
@@ -179,6 +182,8 @@ def _explain(file: Path, problems: Sequence[ErrorDetails]) -> str:
             for place in places
         )
     ]
+    if len(lines) > _MOST_ENTRIES:
+        lines[_MOST_ENTRIES:] = [f"and {len(lines) - _MOST_ENTRIES} more"]
     return f"{file}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{file}:", *lines])
 
 

@@ -21,13 +21,14 @@ services.common.status holds the table from these to gRPC status codes.
 # ruff: noqa: N818 - an error is named by its cause, as in the table of services.common.status
 from __future__ import annotations
 
+from services.common.visible import OneLineError
 
-class AsdError(Exception):
+
+class AsdError(OneLineError):
     """An error with a public message and, where one request field is at fault, its path."""
 
     def __init__(self, message: str, *, field: str = "") -> None:
         super().__init__(message)
-        self.message = message
         self.field = field
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from services.common.addresses import check_target
+from services.common.documents import MOST_YAML_BYTES, DamagedFile, parse_yaml, read_content
+from services.common.visible import one_line, visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -33,13 +34,21 @@ _loaded_file: ContextVar[Mapping[str, Any]] = ContextVar("loaded_file", default=
 
 
 class SettingsError(Exception):
-    """The configuration cannot be used; the message says which entry and why."""
+    """The configuration cannot be used; the message says which entry and why.
+
+    What a file or a variable holds is shown in it and never executed.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(visible(message))
 
 
 class Section(BaseModel):
     """Part of a service's settings: frozen, with no unknown keys. Hold sequences in tuples."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class ServiceSettings(BaseSettings):
@@ -50,7 +59,9 @@ class ServiceSettings(BaseSettings):
     Lists in variables are JSON.
     """
 
-    model_config = SettingsConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
+    )
 
     @classmethod
     def settings_customise_sources(
@@ -140,34 +151,19 @@ def service_config(env_prefix: str) -> SettingsConfigDict:
         frozen=True,
         extra="forbid",
         protected_namespaces=(),
+        allow_inf_nan=False,
     )
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is there twice: the last one would win without a word."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if (key.tag, key.value) in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"{key.value} is there twice", key.start_mark
-                    )
-                seen.add((key.tag, key.value))
-        return node
 
 
 def _read_yaml(file: Path | None) -> Mapping[str, Any]:
     if file is None:
         return {}
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - it is a safe one
+        content = parse_yaml(read_content(file, MOST_YAML_BYTES, is_pipe_fine=True), str(file))
     except OSError as error:
         raise SettingsError(f"{file}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{file}: not YAML: {error}") from error
+    except DamagedFile as error:
+        raise SettingsError(error.message) from error
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
@@ -177,8 +173,8 @@ def _read_yaml(file: Path | None) -> Mapping[str, Any]:
 
 def explain(error: ValidationError) -> str:
     """Return what is wrong in one line, entry by entry."""
-    return "; ".join(
+    return one_line("; ".join(
         f"{'.'.join(str(part) for part in problem['loc']) or 'settings'}: "
         f"{problem['msg'].removeprefix('Value error, ')}"
         for problem in error.errors(include_url=False)
-    )
+    ))

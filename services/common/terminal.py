@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import io
 import os
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,37 +16,22 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
+from services.common.visible import UNSEEN
+from services.common.visible import visible as visible
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.status import Status
 
-# Controls other than newline and tab, surrogates, and what turns the direction of text or breaks lines
-# unseen. A carriage return before a newline does nothing.
-_UNSEEN = re.compile(
-    r"\r(?=\n)|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-)
 # Of our own texts, where an encoding lacks the character.
 _PLAIN = {"·": "-", "–": "-", "→": "->", "…": "...", "×": "x", "²": "2", "≥": ">=", "≤": "<=", "λ": "lambda"}
 _SPINNER = range(0x2800, 0x2900)
 _ERRORS = "asd.visible"
 
 
-def visible(text: str) -> str:
-    """Return a text with control characters shown as in Python's strings: `\\x1b`, `\\u202e`."""
-    return _UNSEEN.sub(_show, text)
-
-
-def _show(found: re.Match[str]) -> str:
-    character = found[0]
-    # What stands before a newline changes nothing.
-    if character == "\r" and found.string[found.end() : found.end() + 1] == "\n":
-        return ""
-    return character.encode("unicode_escape").decode()
-
-
 def escape_unseen(json_text: str) -> str:
     """Return JSON with the characters escaped that `visible` shows, but for its own line breaks."""
-    return _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", json_text)
+    return UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", json_text)
 
 
 def literal(text: str, style: str = "") -> Text:

@@ -21,7 +21,7 @@ from jinja2.utils import pass_environment
 
 from services.common.errors import ConversationRefused, PreconditionFailed
 from services.stage.engine import Turn
-from services.stage.model_files import read_json_file
+from services.stage.model_files import read_json_file, read_text_file
 from services.stage.traced_text import MESSAGE, TEMPLATE, TracedText, join_texts, origins_of
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ def _find_template(directory: Path, config: dict[str, object]) -> tuple[str, str
     """
     file = directory / "chat_template.jinja"
     if file.exists():
-        return _read_text(file), str(file)
+        return read_text_file(file), str(file)
     file = directory / "tokenizer_config.json"
     template = _default(config.get("chat_template"), file)
     if template is None and (other := directory / "chat_template.json").exists():
@@ -247,13 +247,6 @@ def _default(template: object, file: Path) -> str | None:
             "put the one to use into chat_template.jinja beside it"
         )
     return default
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise PreconditionFailed(f"{file} is not UTF-8 text: {error}") from error
 
 
 def _special_tokens(directory: Path, config: dict[str, object]) -> dict[str, str]:

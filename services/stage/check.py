@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from pydantic import ValidationError
 
+from services.common.documents import parse_yaml
 from services.common.errors import AsdError, InvalidRequest
 from services.common.extras import needs
 from services.common.privacy import report_nothing
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         outcomes = asyncio.run(_check(engines, other, options))
     except ValidationError as error:
         parser.exit(2, f"asd-engine: --options: {explain(error)}\n")
-    except (AsdError, yaml.YAMLError) as error:
+    except AsdError as error:
         parser.exit(2, f"asd-engine: {error}\n")
     failed = [outcome for outcome in outcomes if outcome.error]
     if options.json:
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _read_section(text: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     """Return an engine's section. Raises InvalidRequest where it is none, or says what arguments say."""
-    section = yaml.safe_load(text) or {}
+    section = parse_yaml(text, "--options") or {}
     if not isinstance(section, dict):
         raise InvalidRequest(f"--options {text!r} is no mapping: write it as '{{dtype: float32}}'")
     if taken := sorted(entry.keys() & section.keys()):

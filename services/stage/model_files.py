@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
+from services.common.documents import open_file, parse_json, read_content
 from services.common.errors import PreconditionFailed
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 _POINTER = b"version https://git-lfs"
-# Objects and lists within each other. Chosen: far more than any real file has, far fewer than would exhaust
-# the stack of what reads the content, or prints it.
-_MOST_LEVELS = 100
+# Chosen: the largest tokenizer.json of a public model has some 33 MB, the largest template some 20 KB.
+MOST_JSON_BYTES = 64 << 20
+MOST_TEXT_BYTES = 1 << 20
 
 
 def read_json_file(path: Path, wanted: str) -> Any:
@@ -22,41 +22,28 @@ def read_json_file(path: Path, wanted: str) -> Any:
     Raises PreconditionFailed, naming the file, if it cannot be read or is no JSON.
     """
     check_file(path, wanted)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise PreconditionFailed(f"{path} cannot be read: {error.strerror}") from error
-    return parse_json(content, str(path))
+    return parse_json(_read(path, MOST_JSON_BYTES), str(path))
 
 
-def parse_json(content: bytes, where: str) -> Any:
-    """Return what JSON in UTF-8 says. Raises PreconditionFailed, naming where it stands, if it is none."""
+def read_text_file(path: Path) -> str:
+    """Return the text of a file. Raises PreconditionFailed, naming it, if it cannot be read or is no text."""
     try:
-        value = json.loads(content.decode("utf-8"))
-    except RecursionError as error:
-        raise _too_deep(where) from error
-    except ValueError as error:
-        raise PreconditionFailed(f"{where} is not JSON: {error}") from error
-    level = [value] if isinstance(value, dict | list) else []
-    for _ in range(_MOST_LEVELS):
-        inner = (part for each in level for part in (each.values() if isinstance(each, dict) else each))
-        level = [part for part in inner if isinstance(part, dict | list)]
-    if level:
-        raise _too_deep(where)
-    return value
+        return _read(path, MOST_TEXT_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PreconditionFailed(f"{path} is not UTF-8 text: byte {error.start}") from error
 
 
 def check_file(path: Path, wanted: str) -> None:
     """Raise PreconditionFailed unless there is a file with content of its own. wanted: as read_json_file."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             begin = file.read(len(_POINTER))
     except FileNotFoundError as error:
         raise PreconditionFailed(f"{path} is missing: {wanted}") from error
     except IsADirectoryError as error:
         raise PreconditionFailed(f"{path} is a directory, not a file: copy the model again") from error
-    except OSError as error:
-        raise PreconditionFailed(f"{path} cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
     if not begin:
         raise PreconditionFailed(f"{path} is empty: copy it again")
     if begin == _POINTER:
@@ -65,5 +52,14 @@ def check_file(path: Path, wanted: str) -> None:
         )
 
 
-def _too_deep(where: str) -> PreconditionFailed:
-    return PreconditionFailed(f"{where} nests more than {_MOST_LEVELS} levels deep: copy the model again")
+def _read(path: Path, most_bytes: int) -> bytes:
+    try:
+        return read_content(path, most_bytes)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError | ValueError) -> PreconditionFailed:
+    # A ValueError is of a path that no file can have, as with a zero byte.
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    return PreconditionFailed(f"{path} cannot be read: {reason}")

@@ -20,9 +20,10 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from services.common.documents import parse_json
 from services.common.errors import PreconditionFailed
 from services.stage.llama_config import LlamaShape, read_shape
-from services.stage.model_files import check_file, parse_json, read_json_file
+from services.stage.model_files import check_file, read_json_file
 from services.stage.onnx_memory import places_for
 from services.stage.partial_folders import partial_folder, remove_left
 from services.stage.rope import rope_tables
