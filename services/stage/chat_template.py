@@ -12,16 +12,21 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from jinja2 import nodes
-from jinja2.compiler import CodeGenerator
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from jinja2.ext import Extension
 from jinja2.filters import make_attrgetter
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import pass_environment
 
 from services.common.errors import ConversationRefused, PreconditionFailed
 from services.stage.engine import Turn
 from services.stage.model_files import read_json_file, read_text_file
+from services.stage.template_limits import (
+    MeteredEnvironment,
+    MeteredGenerator,
+    TooMuchWork,
+    count_parts,
+    metered,
+)
 from services.stage.traced_text import MESSAGE, TEMPLATE, TracedText, join_texts, origins_of
 
 if TYPE_CHECKING:
@@ -53,11 +58,17 @@ class ChatTemplate:
         source, self._where = _find_template(directory, config)
         self._tokens = _special_tokens(directory, config)
         try:
-            self._plain = _environment(ImmutableSandboxedEnvironment).from_string(source)
-            self._tracing = _environment(_TracingEnvironment).from_string(source)
+            with metered(0):
+                self._plain = _environment(MeteredEnvironment).from_string(source)
+                self._tracing = _environment(_TracingEnvironment).from_string(source)
         except TemplateSyntaxError as error:
             raise PreconditionFailed(
                 f"{self._where}: the chat template is no template: line {error.lineno}: {error.message}"
+            ) from error
+        except Exception as error:
+            # The library and Python's own compiler have bounds of their own: on nested blocks, on depth.
+            raise PreconditionFailed(
+                f"{self._where}: the chat template is no template: {type(error).__name__}: {error}"
             ) from error
         refusals = []
         # Plain conversations that it takes.
@@ -112,21 +123,24 @@ class ChatTemplate:
         own, given = (_own, _given) if traced else (str, str)
         messages = [{"role": own(turn.role), "content": given(turn.content)} for turn in turns]
         try:
-            text: str = template.render(
-                {name: own(token) for name, token in self._tokens.items()}
-                | {
-                    "messages": messages,
-                    "tools": None,
-                    "documents": None,
-                    "add_generation_prompt": True,
-                    "raise_exception": _refuse,
-                    "strftime_now": lambda pattern: own(now.strftime(pattern)),
-                }
-            )
+            with metered(sum(len(turn.content) for turn in turns)):
+                text: str = template.render(
+                    {name: own(token) for name, token in self._tokens.items()}
+                    | {
+                        "messages": messages,
+                        "tools": None,
+                        "documents": None,
+                        "add_generation_prompt": True,
+                        "raise_exception": _refuse,
+                        "strftime_now": lambda pattern: own(now.strftime(pattern)),
+                    }
+                )
         except _Refusal as error:
             raise ConversationRefused(
                 f"the model's chat template refuses the conversation: {error}", field="conversation"
             ) from error
+        except TooMuchWork as error:
+            raise PreconditionFailed(f"{self._where}: the chat template is stopped: {error}") from error
         except Exception as error:
             # A template is a program: whatever it raises is a fault of its own.
             raise PreconditionFailed(
@@ -154,7 +168,7 @@ class _Generation(Extension):
         return caller()
 
 
-class _TracingGenerator(CodeGenerator):
+class _TracingGenerator(MeteredGenerator):
     """Compiles a template so that its own text is traced as such.
 
     The library's own documentation names no such need, but its NativeEnvironment is made in the same way.
@@ -169,15 +183,8 @@ class _TracingGenerator(CodeGenerator):
     def visit_TemplateData(self, node: nodes.TemplateData, frame: Frame) -> None:  # noqa: N802
         self.write(_source(node.data))
 
-    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802
-        self.write("environment.concat((")
-        for each in node.nodes:
-            self.visit(each, frame)
-            self.write(", ")
-        self.write("))")
 
-
-class _TracingEnvironment(ImmutableSandboxedEnvironment):
+class _TracingEnvironment(MeteredEnvironment):
     """An environment whose templates make traced text."""
 
     code_generator_class = _TracingGenerator
@@ -185,7 +192,7 @@ class _TracingEnvironment(ImmutableSandboxedEnvironment):
     @staticmethod
     def concat(parts: Iterable[object]) -> TracedText:
         """Return parts as one text."""
-        return join_texts("", map(_text_of, parts))
+        return join_texts("", map(_text_of, count_parts(parts)))
 
     @staticmethod
     def own(text: str) -> TracedText:
@@ -199,13 +206,13 @@ def read_json(path: Path) -> dict[str, object]:
     return content if isinstance(content, dict) else {}
 
 
-def _environment(kind: type[ImmutableSandboxedEnvironment]) -> Environment:
+def _environment(kind: type[MeteredEnvironment]) -> Environment:
     environment = kind(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = _to_json
+    environment.set_filter("tojson", _to_json)
     if kind is _TracingEnvironment:
-        environment.filters["join"] = _join
+        environment.set_filter("join", _join)
     return environment
 
 

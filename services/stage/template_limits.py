@@ -1,0 +1,340 @@
+"""What a chat template may compute: a template is a program of a model's folder, and may loop for ever.
+
+Steps, the text that is made, and the processor time are counted while it runs, and before what would take
+long in one piece: `'a' * 10**9`, `'%999999999d'`, a list of lists of lists. No template comes near the
+bounds that writes a conversation.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import time
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import nodes
+from jinja2.compiler import CodeGenerator
+from jinja2.runtime import LoopContext
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from jinja2.compiler import Frame
+    from jinja2.runtime import Context
+
+# Passes of loops, calls and filters. Chosen: a template of tools and roles takes some 50 a message, and a
+# conversation has 4096 messages at most; a second's work.
+MOST_STEPS = 1_000_000
+# Bytes of all values that are made, those given away again included, and more of them with the conversation:
+# a template may copy it once per message. Chosen.
+MOST_BYTES, MOST_BYTES_PER_CHARACTER = 64 << 20, 64
+# Processor time of a rendering, and more of it with the conversation. Chosen: a hundred times what is taken.
+MOST_SECONDS, MOST_SECONDS_PER_CHARACTER = 0.5, 2e-6
+# Steps between two looks at the clock.
+_STEPS_PER_LOOK = 64
+# Of a list: one entry, and one that is looked into.
+_ENTRY_BYTES, _DEEP_ENTRY_BYTES = 8, 64
+# The largest number of places, columns or copies that a filter or a method may be given. Chosen.
+_MOST_PLACES = 10_000
+# Of a whole number that a template may compute, in bits.
+_MOST_BITS = 4096
+# A field of a format that is wider than that, or whose width is another field.
+_WIDE_FIELD = re.compile(r"\d{5}|\*|\{[^{}]*\{")
+# Without a use in a prompt, and of more than linear time or of chance.
+_NO_FILTERS = ("pprint", "random", "striptags", "urlize", "xmlattr")
+_NO_GLOBALS = ("lipsum",)
+# Methods of strings whose result may be longer than all that they are given, and no template needs.
+_NO_METHODS = frozenset({"expandtabs", "translate"})
+_PADDING = frozenset({"center", "ljust", "rjust", "zfill"})
+_PARTS = frozenset({"split", "rsplit", "splitlines", "list"})
+_FORMATS = frozenset({"format", "format_map"})
+_COUNTED, _MADE = "asd_counted", "asd_made"
+
+
+class TooMuchWork(Exception):  # noqa: N818 - it says what there is, and not that something failed
+    """A template computes more than any that writes a conversation."""
+
+
+class Meter:
+    """Counts what one rendering computes. Raises TooMuchWork. clock: processor time, in seconds."""
+
+    def __init__(self, characters: int, clock: Callable[[], float] = time.thread_time) -> None:
+        self._steps = MOST_STEPS
+        self._bytes = MOST_BYTES + MOST_BYTES_PER_CHARACTER * characters
+        self._clock = clock
+        self._seconds = MOST_SECONDS + MOST_SECONDS_PER_CHARACTER * characters
+        self._end = clock() + self._seconds
+
+    def step(self) -> None:
+        """Count a step."""
+        self._steps -= 1
+        if self._steps < 0:
+            raise TooMuchWork(f"it takes more than {MOST_STEPS} steps")
+        if self._steps % _STEPS_PER_LOOK == 0 and self._clock() > self._end:
+            raise TooMuchWork(f"it computes for more than {self._seconds:.1f} s")
+
+    def make(self, size: int) -> None:
+        """Count bytes that are made, or are about to be."""
+        self._bytes -= max(size, 0)
+        if self._bytes < 0:
+            raise TooMuchWork("it makes more text than any prompt has")
+
+    def make_value(self, value: object, times: int = 1) -> None:
+        """Count a value with all that is in it, each time that it is in it: as its text would have it."""
+        waiting = [value]
+        for each in waiting:
+            if isinstance(each, str):
+                self.make(times * len(each))
+            elif isinstance(each, dict):
+                self.make(2 * times * _DEEP_ENTRY_BYTES * len(each))
+                waiting += [*each, *each.values()]
+            elif isinstance(each, list | tuple | set | frozenset):
+                self.make(times * _DEEP_ENTRY_BYTES * len(each))
+                waiting += each
+
+    def make_shallow(self, value: object) -> None:
+        """Count a value without what is in its entries."""
+        if isinstance(value, str):
+            self.make(len(value))
+        elif isinstance(value, list | tuple | dict | set):
+            self.make(_ENTRY_BYTES * len(value))
+
+
+_meter: ContextVar[Meter | None] = ContextVar("meter", default=None)
+
+
+@contextmanager
+def metered(characters: int) -> Iterator[None]:
+    """Count what templates compute here, for a conversation of so many characters."""
+    token = _meter.set(Meter(characters))
+    try:
+        yield
+    finally:
+        _meter.reset(token)
+
+
+def _running() -> Meter:
+    # The library computes constants as it compiles a template.
+    return _meter.get() or Meter(0)
+
+
+class MeteredGenerator(CodeGenerator):
+    """Compiles a template so that `~` goes by the environment."""
+
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802
+        """Write the call."""
+        self.write("environment.concat((")
+        for each in node.nodes:
+            self.visit(each, frame)
+            self.write(", ")
+        self.write("))")
+
+
+class MeteredEnvironment(ImmutableSandboxedEnvironment):
+    """An environment whose templates are counted."""
+
+    code_generator_class: type[CodeGenerator] = MeteredGenerator
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(finalize=_written, **options)
+        for name in _NO_FILTERS:
+            del self.filters[name]
+        for name in _NO_GLOBALS:
+            del self.globals[name]
+        for name, apply in list(self.filters.items()):
+            self.set_filter(name, apply)
+        self.filters[_COUNTED] = _counted
+        self.filters[_MADE] = _made
+
+    def set_filter(self, name: str, apply: Callable[..., Any]) -> None:
+        """Give templates a filter."""
+        self.filters[name] = _metered_filter(name, apply)
+
+    @staticmethod
+    def concat(parts: Iterable[object]) -> str:
+        """Return parts as one text."""
+        return "".join(map(str, count_parts(parts)))
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """Compute, where the result has a size that a prompt may have."""
+        meter = _running()
+        meter.step()
+        if operator == "*":
+            _check_product(meter, left, right)
+        elif operator == "**":
+            _check_power(left, right)
+        elif operator == "%" and isinstance(left, str):
+            _check_format(meter, left, right)
+        made = super().call_binop(context, operator, left, right)
+        if operator != "*":
+            meter.make_shallow(made)
+        return made
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902, N805
+        """Call, where the result has a size that a prompt may have."""
+        meter = _running()
+        meter.step()
+        if isinstance(__obj, LoopContext) and args:
+            # A recursive loop takes what it is called with as it is.
+            args = (_counted(args[0]), *args[1:])
+        name, owner = getattr(__obj, "__name__", ""), getattr(__obj, "__self__", None)
+        if name in _FORMATS and isinstance(getattr(__obj, "__wrapped__", __obj), _METHOD):
+            owner = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", owner)
+        if isinstance(owner, str):
+            _check_method(meter, owner, name, args, kwargs)
+        elif not isinstance(owner, dict):
+            for each in (*args, *kwargs.values()):
+                if not isinstance(each, str):
+                    meter.make_value(each)
+        made = super().call(__context, __obj, *args, **kwargs)
+        meter.make_shallow(made)
+        return made
+
+    def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
+        _count_within(source)
+        return super()._generate(source, *args, **kwargs)
+
+
+_METHOD = type("".format)
+
+
+def count_parts(parts: Iterable[object]) -> Iterator[object]:
+    """Yield what becomes one text, counted."""
+    meter = _running()
+    for part in parts:
+        meter.step()
+        if isinstance(part, str):
+            meter.make(len(part))
+        else:
+            meter.make_value(part)
+        yield part
+
+
+def _count_within(source: nodes.Node) -> None:
+    """Have loops, and the making of lists and the like, go by filters that count."""
+    for loop in list(source.find_all(nodes.For)):
+        loop.iter = nodes.Filter(loop.iter, _COUNTED, [], [], None, None, lineno=loop.lineno)
+    for node in list(source.find_all(nodes.Node)):
+        for name, value in list(node.iter_fields()):
+            if isinstance(value, list):
+                value[:] = [_wrapped(each) for each in value]
+            else:
+                setattr(node, name, _wrapped(value))
+
+
+def _wrapped(value: Any) -> Any:
+    is_made = isinstance(value, nodes.List | nodes.Dict) or (
+        isinstance(value, nodes.Tuple) and value.ctx == "load"
+    )
+    if not is_made:
+        return value
+    return nodes.Filter(value, _MADE, [], [], None, None, lineno=value.lineno)
+
+
+def _counted(values: Iterable[Any]) -> Any:
+    """Yield what a loop goes over, counted."""
+    meter = _running()
+    for value in values:
+        meter.step()
+        yield value
+
+
+def _made(value: Any) -> Any:
+    meter = _running()
+    meter.step()
+    meter.make_value(value)
+    return value
+
+
+def _written(value: Any) -> Any:
+    if isinstance(value, dict | list | tuple):
+        _running().make_value(value)
+    return value
+
+
+def _metered_filter(name: str, apply: Callable[..., Any]) -> Callable[..., Any]:
+    # What the library gives a filter before its value.
+    place = 0 if getattr(apply, "jinja_pass_arg", None) is None else 1
+
+    @functools.wraps(apply)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        meter = _running()
+        meter.step()
+        value, others = args[place], (*args[place + 1 :], *kwargs.values())
+        _check_places(name, others)
+        if isinstance(value, str):
+            _check_method(meter, value, name, args[place + 1 :], kwargs)
+        if name == "sum" and any(isinstance(each, list | tuple) for each in others):
+            raise TooMuchWork("it sums up lists")
+        if name == "indent":
+            meter.make(str(value).count("\n") * max(map(_width, others), default=4))
+        if name in {"batch", "slice", "join", "string", "tojson", "replace", "format", "trim"}:
+            meter.make_value(value)
+            meter.make_value(others)
+        made = apply(*args, **kwargs)
+        if hasattr(made, "__next__"):
+            return _counted(made)
+        meter.make_shallow(made)
+        return made
+
+    return call
+
+
+def _width(value: object) -> int:
+    return len(value) if isinstance(value, str) else value if isinstance(value, int) else 0
+
+
+def _check_places(name: str, others: Iterable[object]) -> None:
+    most = 100 if name in {"round", "tojson"} else _MOST_PLACES
+    if any(isinstance(each, int) and abs(each) > most for each in others) and name not in {"default", "d"}:
+        raise TooMuchWork(f"it gives {name} a number above {most}")
+
+
+def _check_method(meter: Meter, text: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Count what a method or a filter is about to make of a text."""
+    if name in _NO_METHODS:
+        raise TooMuchWork(f"it calls {name}, which no prompt needs")
+    if name in _PADDING:
+        _check_places(name, (*args, *kwargs.values()))
+        meter.make(_MOST_PLACES)
+    elif name in _PARTS:
+        meter.make(_ENTRY_BYTES * len(text))
+    elif name in _FORMATS:
+        _check_format(meter, text, (args, kwargs))
+    elif name == "wordwrap":
+        # A long word is copied for each line that it takes.
+        width = next((each for each in (*args, *kwargs.values()) if isinstance(each, int)), 79)
+        meter.make(len(text) * len(text) // max(width, 1))
+    elif name == "replace" and len(args) > 1 and isinstance(args[0], str) and isinstance(args[1], str):
+        meter.make(text.count(args[0]) * len(args[1]))
+    elif name == "join":
+        for each in args:
+            if isinstance(each, list | tuple | str | dict):
+                meter.make(len(text) * len(each))
+                meter.make_value(each)
+
+
+def _check_format(meter: Meter, text: str, values: object) -> None:
+    if _WIDE_FIELD.search(text):
+        raise TooMuchWork("it writes a field of more than 9999 places, or of a computed width")
+    # Each field may be the same value.
+    meter.make_value(values, 1 + text.count("{") + text.count("%"))
+
+
+def _check_product(meter: Meter, left: Any, right: Any) -> None:
+    if isinstance(left, int) and isinstance(right, int):
+        if left.bit_length() + right.bit_length() > _MOST_BITS:
+            raise TooMuchWork("it computes a number of more than a thousand digits")
+        return
+    for value, times in ((left, right), (right, left)):
+        if isinstance(times, int) and isinstance(value, str | list | tuple):
+            meter.make(len(value) * (1 if isinstance(value, str) else _ENTRY_BYTES) * times)
+
+
+def _check_power(left: Any, right: Any) -> None:
+    if isinstance(left, int) and isinstance(right, int) and left.bit_length() * abs(right) > _MOST_BITS:
+        raise TooMuchWork("it computes a number of more than a thousand digits")
