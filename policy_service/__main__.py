@@ -13,6 +13,7 @@ from policy_service.instruments import Instruments
 from policy_service.reports import ReportLog
 from policy_service.settings import PolicySettings
 from services.common import telemetry
+from services.common.documents import DamagedFile
 from services.common.extras import needs
 from services.common.privacy import report_nothing
 from services.common.server import ServiceRegistration, run_service, serve
@@ -63,6 +64,8 @@ def main() -> None:
     monitor = DriftMonitor(DriftRule(settings.drift_run_length, settings.drift_tolerance))
     try:
         reports = ReportLog(settings.reports_path, monitor.add) if settings.reports_path else None
+    except DamagedFile as error:
+        raise SystemExit(f"asd-policy: reports_path: {error}") from error
     except OSError as error:
         raise SystemExit(
             f"asd-policy: reports_path {settings.reports_path}: {error.strerror}: choose a file that can be "
@@ -92,7 +95,7 @@ def _shadow(settings: PolicySettings, live: LoadedPolicy, instruments: Instrumen
         candidate, _ = open_policy(settings.shadow_artifact, live.stages)
         max_bytes = settings.shadow_max_mb * 2**20
         return Shadow(candidate.policy, settings.shadow_path, instruments, max_bytes=max_bytes)
-    except (UnfitArtifact, OSError) as error:
+    except (UnfitArtifact, DamagedFile, OSError) as error:
         # What serves must not depend on what is only tried.
         logger.error("no shadow policy decides beside %s: %s", live.policy.version, error)
         return None

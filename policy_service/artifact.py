@@ -8,10 +8,19 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self, get_args
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from policy_service.features import FEATURES_VERSION, FeatureSpace, FinishReason
 from policy_service.partition import Partition
@@ -26,28 +35,47 @@ from policy_service.policy import (
     StageFacts,
 )
 from policy_service.predictor import OnnxPredictor
+from policy_service.predictor_model import MOST_MODEL_BYTES, UnfitModel, check_model
 from policy_service.solver import Move, View
+from services.common.documents import DamagedFile, parse_json, quoted, read_content
+from services.common.visible import OneLineError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from pydantic import SerializerFunctionWrapHandler
 
 DOCUMENT = "policy.json"
+# Chosen: a hundred times the shipped one's.
+MOST_DOCUMENT_BYTES = 16 << 20
+_MOST_NAME = 256
 # A row of probabilities is kept to six decimals and may miss 1 by their rounding.
 _ROW_TOLERANCE = 1e-3
 
 Probability = Annotated[float, Field(ge=0, le=1)]
-Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# Chosen: beyond any real cost or latency, and low enough that products of a few stay finite.
+_MOST = 1e12
+Amount = Annotated[float, Field(ge=0, le=_MOST, allow_inf_nan=False)]
+# What every reader of JSON holds exactly.
+Count = Annotated[int, Field(ge=0, le=2**53)]
 
 
-class UnfitArtifact(Exception):  # noqa: N818 - an error is named by its cause
+class UnfitArtifact(OneLineError):  # noqa: N818 - an error is named by its cause
     """The directory holds no policy that can be used; the message says why and what to do."""
 
 
 class _Entry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _check_name(name: str) -> str:
+    if not name.isprintable() or len(name) > _MOST_NAME:
+        raise ValueError(f"a name has 1 to {_MOST_NAME} printable characters")
+    return name
+
+
+# It is shown in logs and tables.
+Name = Annotated[str, Field(min_length=1), AfterValidator(_check_name)]
 
 
 class MoveEntry(_Entry):
@@ -63,10 +91,10 @@ class HeadEntry(_Entry):
     """A `policy.Calibration`: of `stage`'s head in its view."""
 
     stage: str
-    slope: Annotated[float, Field(gt=0)]
-    offset: float
+    slope: Annotated[float, Field(gt=0, le=_MOST)]
+    offset: Annotated[float, Field(ge=-_MOST, le=_MOST)]
     edges: tuple[Probability, ...]
-    counts: tuple[int, ...]
+    counts: tuple[Count, ...]
 
 
 class CellsEntry(_Entry):
@@ -77,7 +105,7 @@ class CellsEntry(_Entry):
     left: tuple[Annotated[int, Field(ge=0)], ...]
     right: tuple[Annotated[int, Field(ge=0)], ...]
     cells: tuple[Annotated[int, Field(ge=-1)], ...]
-    counts: tuple[int, ...]
+    counts: tuple[Count, ...]
 
     @model_validator(mode="after")
     def _check_tree(self) -> Self:
@@ -124,8 +152,8 @@ class StageEntry(_Entry):
     finish_reasons: left out where the answers all ended by themselves, as in artifacts that know no others.
     """
 
-    name: Annotated[str, Field(min_length=1)]
-    cost: Annotated[float, Field(gt=0)]
+    name: Name
+    cost: Annotated[float, Field(gt=0, le=_MOST)]
     latency_ms: Amount
     accuracy: Probability
     calibration_error: Probability
@@ -152,7 +180,7 @@ class QualityValues(_Entry):
 class CurveEntry(_Entry):
     """A `policy.CurvePoint`."""
 
-    quality_value: Annotated[float, Field(gt=0)]
+    quality_value: Annotated[float, Field(gt=0, le=_MOST)]
     cost: Amount
     latency_ms: Amount
     accuracy: Probability
@@ -163,7 +191,7 @@ class Source(_Entry):
 
     file: str
     sha256: str
-    prompts: int
+    prompts: Count
 
 
 class PolicyDocument(_Entry):
@@ -171,10 +199,10 @@ class PolicyDocument(_Entry):
 
     schema_name: Literal["asd.policy"] = Field("asd.policy", alias="schema")
     schema_version: Literal[2] = 2
-    policy_version: Annotated[str, Field(min_length=1)]
-    features_version: int
-    features: int
-    seed: int
+    policy_version: Name
+    features_version: Count
+    features: Count
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)]
     stages: Annotated[tuple[StageEntry, ...], Field(min_length=1)]
     quality_values: QualityValues
     curve: tuple[CurveEntry, ...]
@@ -192,10 +220,16 @@ class PolicyDocument(_Entry):
     def _check_shapes(self) -> Self:
         names = [stage.name for stage in self.stages]
         places = {(view.stage, view.origin): place for place, view in enumerate(self.views)}
+        if len(set(names)) < len(names) or len(places) < len(self.views):
+            raise ValueError("a stage, or a view, is there twice")
         if self.views[0].stage is not None:
             raise ValueError("views[0] must be the prompt's")
         for place, view in enumerate(self.views):
             where = f"views[{place}]"
+            if unknown := {view.stage, view.origin} - {None, *names}:
+                raise ValueError(f"{where}: {quoted(unknown.pop())} is none of the stages")
+            if Path(view.model).name != view.model or "\0" in view.model:
+                raise ValueError(f"{where}: {quoted(view.model)} is not the name of a file beside {DOCUMENT}")
             first = names.index(view.stage) if view.stage is not None else 0
             if [head.stage for head in view.heads] != names[first:]:
                 raise ValueError(f"{where}: needs one head per stage from its own on")
@@ -204,17 +238,26 @@ class PolicyDocument(_Entry):
                     raise ValueError(f"{where}: head {head.stage}: counts and edges do not fit")
             if problem := _problem_of_bins(view):
                 raise ValueError(f"{where}: {problem}")
-            for move in view.moves:
-                target = places.get((move.to, view.stage))
-                if target is None:
-                    raise ValueError(f"{where}: no view of {move.to} verifying {view.stage}")
-                bins, onward = len(view.p_correct), len(self.views[target].p_correct)
-                rows = [len(row) for row in move.transition]
-                if rows != [onward] * bins or len(move.cost) != bins or len(move.latency_ms) != bins:
-                    raise ValueError(f"{where}: move to {move.to}: shapes do not fit the views")
-                if any(abs(sum(row) - 1) > _ROW_TOLERANCE for row in move.transition):
-                    raise ValueError(f"{where}: move to {move.to}: a row of transition does not sum to 1")
+            self._check_moves(place, view, places)
         return self
+
+    def _check_moves(
+        self, place: int, view: ViewEntry, places: Mapping[tuple[str | None, str | None], int]
+    ) -> None:
+        where = f"views[{place}]"
+        for move in view.moves:
+            target = places.get((move.to, view.stage))
+            if target is None:
+                raise ValueError(f"{where}: no view of {move.to} verifying {view.stage}")
+            # Later views alone, so that every way ends.
+            if target <= place:
+                raise ValueError(f"{where}: move to {move.to}: must lead to a later view")
+            bins, onward = len(view.p_correct), len(self.views[target].p_correct)
+            rows = [len(row) for row in move.transition]
+            if rows != [onward] * bins or len(move.cost) != bins or len(move.latency_ms) != bins:
+                raise ValueError(f"{where}: move to {move.to}: shapes do not fit the views")
+            if any(abs(sum(row) - 1) > _ROW_TOLERANCE for row in move.transition):
+                raise ValueError(f"{where}: move to {move.to}: a row of transition does not sum to 1")
 
 
 def _problem_of_bins(view: ViewEntry) -> str:
@@ -233,9 +276,11 @@ def read_document(directory: Path) -> PolicyDocument:
     """Return the content of an artifact's `policy.json`. Raises UnfitArtifact."""
     path = directory / DOCUMENT
     try:
-        content = path.read_bytes()
-        _check_schema_version(path, content)
+        content = read_content(path, MOST_DOCUMENT_BYTES)
+        _check_schema_version(path, parse_json(content, str(path)))
         document = PolicyDocument.model_validate_json(content)
+    except DamagedFile as error:
+        raise UnfitArtifact(error.message) from error
     except OSError as error:
         raise UnfitArtifact(
             f"no policy in {directory}: {path.name}: {error.strerror}. Make one with `asd-policy fit`, or "
@@ -258,12 +303,9 @@ def read_document(directory: Path) -> PolicyDocument:
     return document
 
 
-def _check_schema_version(path: Path, content: bytes) -> None:
+def _check_schema_version(path: Path, content: object) -> None:
     """Raise UnfitArtifact for a document of another version; one that is none is left to its parser."""
-    try:
-        version = json.loads(content).get("schema_version")
-    except (ValueError, AttributeError):
-        return
+    version = content.get("schema_version") if isinstance(content, dict) else None
     (known,) = get_args(PolicyDocument.model_fields["schema_version"].annotation)
     if isinstance(version, int) and version != known:
         raise UnfitArtifact(
@@ -284,11 +326,17 @@ def load_predictor(directory: Path, document: PolicyDocument) -> OnnxPredictor:
     for view in document.views:
         path = directory / view.model
         try:
-            content = path.read_bytes()
+            content = read_content(path, MOST_MODEL_BYTES)
+        except DamagedFile as error:
+            raise UnfitArtifact(error.message) from error
         except OSError as error:
             raise UnfitArtifact(f"{path}: {error.strerror}") from error
         if hashlib.sha256(content).hexdigest() != view.sha256:
             raise UnfitArtifact(f"{path} is not the model that {DOCUMENT} was made with: copy both again")
+        try:
+            check_model(content, document.features, len(view.heads))
+        except UnfitModel as error:
+            raise UnfitArtifact(f"{path} is no predictor of `asd-policy fit`: {error}") from error
         models.append(content)
     try:
         return OnnxPredictor(models)

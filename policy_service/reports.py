@@ -8,11 +8,16 @@ import logging
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from services.common.documents import DamagedFile, numbered_lines, parse_json
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
 logger = logging.getLogger(__name__)
+
+# Seconds since 1970: the year 9999, which dates end with.
+_LATEST = 253_402_300_799.0
 
 
 @dataclass(frozen=True)
@@ -79,18 +84,20 @@ class ReportLog:
 
 
 def read_reports(path: Path) -> Iterator[OutcomeReport]:
-    """Yield the reports of a file in order; a line that a crash cut off is skipped with a warning.
+    """Yield the reports of a file in order; lines that are none, such as one that a crash cut off,
+    are skipped with one warning.
 
-    Raises OSError where the file cannot be read.
+    Raises OSError, DamagedFile where the file cannot be read.
     """
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
+    skipped, first = 0, 0
+    for number, line in numbered_lines(path):
+        if line.strip():
             try:
                 yield parse_report(line)
-            except (TypeError, ValueError):
-                logger.warning("%s: line %d is no report and is skipped", path, number)
+            except (TypeError, ValueError, DamagedFile):
+                skipped, first = skipped + 1, first or number
+    if skipped:
+        logger.warning("%s: line %d is no report and is skipped; %d such in all", path, first, skipped)
 
 
 def first_reports(reports: Iterable[OutcomeReport]) -> list[OutcomeReport]:
@@ -108,13 +115,13 @@ def last_reports(reports: Iterable[OutcomeReport]) -> list[OutcomeReport]:
 
 
 def parse_report(line: str) -> OutcomeReport:
-    """Return the report of a line. Raises ValueError or TypeError where it is none."""
-    report = OutcomeReport(**json.loads(line))
+    """Return the report of a line. Raises DamagedFile, ValueError or TypeError where it is none."""
+    report = OutcomeReport(**parse_json(line, "the line"))
     texts = (report.request_id, report.stage, report.policy_version)
     if not all(isinstance(text, str) for text in texts) or not isinstance(report.correct, bool):
         raise TypeError("a field has another type")
-    # A comparison with a text raises TypeError; NaN is in no range.
-    if not (0.0 <= report.p_correct <= 1.0 and report.reported_at >= 0.0):
+    # A comparison with a text raises TypeError.
+    if not (0.0 <= report.p_correct <= 1.0 and 0.0 <= report.reported_at <= _LATEST):
         raise ValueError("a number is out of range")
     return report
 

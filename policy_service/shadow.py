@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Protocol
 
 from policy_service.policy import Decision, Plan
+from services.common.documents import DamagedFile, numbered_lines, parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -223,18 +224,22 @@ def compare(
 
 
 def read_shadow(path: Path) -> Iterator[ShadowRecord]:
-    """Yield the records of a file; a line that a crash cut off is skipped with a warning. Raises OSError."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield parse_shadow(line)
-            except (TypeError, ValueError):
-                logger.warning("%s: line %d is no record of a shadow and is skipped", path, number)
+    """Yield the records of a file; lines that are none are skipped with one warning. Raises OSError."""
+    skipped, first = 0, 0
+    for number, line in numbered_lines(path):
+        try:
+            yield parse_shadow(line)
+        except (TypeError, ValueError, DamagedFile):
+            skipped, first = skipped + 1, first or number
+    if skipped:
+        logger.warning(
+            "%s: line %d is no record of a shadow and is skipped; %d such in all", path, first, skipped
+        )
 
 
 def parse_shadow(line: str) -> ShadowRecord:
-    """Return the record of a line. Raises TypeError or ValueError where it is none."""
-    record = ShadowRecord(**json.loads(line))
+    """Return the record of a line. Raises DamagedFile, TypeError or ValueError where it is none."""
+    record = ShadowRecord(**parse_json(line, "the line"))
     for field in fields(record):
         value = getattr(record, field.name)
         if field.type == "str":

@@ -29,6 +29,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from policy_service.artifact import (
     DOCUMENT,
+    MOST_DOCUMENT_BYTES,
+    Count,
+    Name,
     PolicyDocument,
     UnfitArtifact,
     build_policy,
@@ -38,6 +41,8 @@ from policy_service.artifact import (
 )
 from policy_service.features import Draft, PromptText, Verification
 from policy_service.policy import Objective, Policy, Preference, Spent
+from services.common.documents import DamagedFile, parse_json, read_content
+from services.common.settings import explain
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -52,6 +57,8 @@ POLICIES = "policies"
 LINEAGE = "lineage.json"
 _LOCK = ".lock"
 _PARTIAL = ".partial-"
+# Of the pointer and of a lineage. Chosen: a store that changes each minute for a year names as much.
+_MOST_BYTES = 64 << 20
 # A version names a directory.
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # Digits of a model's SHA-256 in the name of its file.
@@ -92,8 +99,8 @@ class _Entry(BaseModel):
 class StageLineage(_Entry):
     """What refitting changed of one stage: p_correct' = sigmoid(slope * logit(p_correct) + offset)."""
 
-    stage: str
-    reports: int
+    stage: Name
+    reports: Count
     slope: float
     offset: float
 
@@ -101,7 +108,7 @@ class StageLineage(_Entry):
 class Lineage(_Entry):
     """Where a policy comes from. parent: version that it was refitted from."""
 
-    parent: str
+    parent: Name
     stages: tuple[StageLineage, ...]
 
 
@@ -317,10 +324,15 @@ class PolicyStore:
         """Return what the pointer says. Raises UnfitStore, which says how to mend it."""
         path = self.directory / POINTER
         try:
-            return _Pointer.model_validate_json(path.read_bytes())
+            content = read_content(path, _MOST_BYTES)
+            parse_json(content, str(path))
+            return _Pointer.model_validate_json(content)
+        except DamagedFile as error:
+            problem = error.message
+            cause: Exception = error
         except OSError as error:
             problem = f"no policy was published in {self.directory}: {POINTER}: {error.strerror}"
-            cause: Exception = error
+            cause = error
         except ValidationError as error:
             problem = f"{path} does not name a version: {error.errors(include_url=False)[0]['msg']}"
             cause = error
@@ -640,8 +652,8 @@ def _alone(directory: Path) -> Iterator[None]:
 def _content(artifact: Path) -> bytes:
     """Return an artifact's document as it is; nothing where it cannot be read."""
     try:
-        return (artifact / DOCUMENT).read_bytes()
-    except OSError:
+        return read_content(artifact / DOCUMENT, MOST_DOCUMENT_BYTES)
+    except (OSError, DamagedFile):
         return b""
 
 
@@ -672,11 +684,17 @@ def read_lineage(artifact: Path) -> Lineage | None:
     """Return where an artifact comes from; None where it was fitted to outcomes. Raises UnfitStore."""
     path = artifact / LINEAGE
     try:
-        return Lineage.model_validate_json(path.read_bytes())
+        content = read_content(path, _MOST_BYTES)
+        parse_json(content, str(path))
+        return Lineage.model_validate_json(content)
     except FileNotFoundError:
         return None
-    except (OSError, ValidationError) as error:
-        raise UnfitStore(f"{path}: {error}") from error
+    except DamagedFile as error:
+        raise UnfitStore(error.message) from error
+    except OSError as error:
+        raise UnfitStore(f"{path}: {error.strerror}") from error
+    except ValidationError as error:
+        raise UnfitStore(f"{path}: {explain(error)}") from error
 
 
 def write_lineage(lineage: Lineage, artifact: Path) -> None:

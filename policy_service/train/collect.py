@@ -23,6 +23,7 @@ from policy_service.train.faults import UnfitOutcomes
 from policy_service.train.outcome_table import SCHEMA, VERSION, pair_name, pairs, write_outcomes
 from policy_service.train.outcomes import read_cascade, read_prompts
 from services.common.channel import call_stream, open_channel
+from services.common.documents import DamagedFile, parse_json
 from services.common.errors import AsdError, InvalidRequest
 from suites import Task, grade
 from suites.splits import Split
@@ -298,16 +299,17 @@ def _read_partial(partial: Path, cascade: Sequence[str]) -> set[tuple[tuple[str,
         file.truncate(whole)
     with partial.open(encoding="utf-8") as file:
         try:
-            header = json.loads(file.readline() or "null")
-            records = [json.loads(line) for line in file]
-        except ValueError as error:
+            header = parse_json(file.readline() or "null", str(partial))
+            records = [parse_json(line, str(partial)) for line in file]
+            found = {(tuple(record["history"]), record["prompt"]) for record in records}
+        except (ValueError, TypeError, KeyError, DamagedFile) as error:
             raise UnfitOutcomes(f"{partial} is damaged: delete it, and collect anew") from error
         if not records:
             # Nothing is lost with it, whichever cascade it was begun for.
             return set()
         if header != {"schema": SCHEMA, "version": VERSION, "cascade": list(cascade)}:
             raise UnfitOutcomes(f"{partial} holds another cascade: choose another file, or delete it")
-        return {(tuple(record["history"]), record["prompt"]) for record in records}
+        return found
 
 
 def _finish(partial: Path, output: Path, cascade: Sequence[str], tasks: Sequence[Task]) -> None:

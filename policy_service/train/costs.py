@@ -5,18 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from services.common.documents import MOST_YAML_BYTES, DamagedFile, parse_yaml, read_content
+from services.common.visible import OneLineError
 
 if TYPE_CHECKING:
     from policy_service.train.outcomes import StageOutcome, VerificationOutcome
 
-Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# Chosen: as in policy.json.
+_MOST = 1e12
+Amount = Annotated[float, Field(ge=0, le=_MOST, allow_inf_nan=False)]
 
 EMBEDDED = Path(__file__).with_name("embedded.yaml")
 
 
-class UnfitCosts(Exception):  # noqa: N818 - an error is named by its cause
+class UnfitCosts(OneLineError):  # noqa: N818 - an error is named by its cause
     """The file of costs cannot be used; the message says why."""
 
 
@@ -30,7 +34,7 @@ class StageCosts(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
-    cost: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    cost: Annotated[float, Field(gt=0, le=_MOST, allow_inf_nan=False)]
     prefill_ms: Amount = 0.0
     score_token_ms: Amount = 0.0
     token_ms: Amount = 0.0
@@ -64,12 +68,12 @@ class CascadeCosts(BaseModel):
 def read_costs(path: Path) -> tuple[StageCosts, ...]:
     """Return the stages that a file describes, in order. Raises UnfitCosts."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parse_yaml(read_content(path, MOST_YAML_BYTES, is_pipe_fine=True), str(path))
         return CascadeCosts.model_validate(content).stages
     except OSError as error:
         raise UnfitCosts(f"{path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UnfitCosts(f"{path}: not YAML: {error}") from error
+    except DamagedFile as error:
+        raise UnfitCosts(error.message) from error
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         raise UnfitCosts(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from services.common.visible import OneLineError
 
-class UnfitOutcomes(Exception):  # noqa: N818 - an error is named by its cause
+
+class UnfitOutcomes(OneLineError):  # noqa: N818 - an error is named by its cause
     """The file holds no usable outcomes; the message names the file and the row."""
 
 

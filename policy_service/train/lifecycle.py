@@ -14,6 +14,7 @@ import typer
 from policy_service.train.console import number_table, result_console, warn
 from policy_service.train.faults import UnfitOutcomes
 from services.client.arguments import CheckedCommand
+from services.common.documents import DamagedFile, numbered_lines
 from services.common.errors import NotFound, PreconditionFailed
 from services.common.extras import missing_of
 
@@ -248,14 +249,13 @@ def _read_lines(file: Path, parse: Callable[[str], T], what: str) -> list[T]:
     """
     kept: list[T] = []
     skipped, first = 0, 0
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                kept.append(parse(line))
-            except (TypeError, ValueError, RecursionError):
-                skipped, first = skipped + 1, first or number
+    for number, line in numbered_lines(file, is_pipe_fine=True):
+        if not line.strip():
+            continue
+        try:
+            kept.append(parse(line))
+        except (TypeError, ValueError, DamagedFile):
+            skipped, first = skipped + 1, first or number
     if skipped and not kept:
         raise UnfitOutcomes(f"{file}: no line is a {what}: give such a file")
     if skipped:

@@ -113,7 +113,7 @@ def test_what_cannot_be_served_is_not_published(spoil, message, store: PolicySto
     assert store.current() == "v3"
 
 
-def test_a_policy_that_loads_but_does_not_decide_is_not_published(store: PolicyStore, tmp_path: Path):
+def test_a_policy_with_the_model_of_another_view_is_not_published(store: PolicyStore, tmp_path: Path):
     artifact = make_artifact(tmp_path / "v3", "v3")
     document = json.loads((artifact / "policy.json").read_text())
     by_name = {view["model"]: view for view in document["views"]}
@@ -123,7 +123,7 @@ def test_a_policy_that_loads_but_does_not_decide_is_not_published(store: PolicyS
         by_name["0-None.onnx"]["sha256"],
     )
     (artifact / "policy.json").write_text(json.dumps(document))
-    with pytest.raises(UnfitArtifact, match="loads but does not decide"):
+    with pytest.raises(UnfitArtifact, match=r"0-None\.onnx is no predictor .* float32 \[n, 1\]"):
         store.publish(artifact)
     assert store.current() == "v2"
 
