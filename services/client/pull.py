@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from services.common.documents import DamagedFile, parse_json, read_content
 from services.common.errors import (
     AsdError,
     InvalidRequest,
@@ -51,6 +52,8 @@ _CONFIG = "config.json"
 # What a server needs beside the weights.
 _SPARE_BYTES = 64 << 20
 _RECORD = ".asd-pull.json"
+# Chosen: a thousand times a real one's.
+_MOST_RECORD_BYTES = 16 << 20
 # Where files wait until all are there. In the folder itself, which may be a disk of its own.
 _STAGING = ".asd-pull"
 # What a new file system holds by itself.
@@ -368,7 +371,7 @@ def _read_record(target: Path) -> _Record | None:
     """Return the record of a folder; None where there is none. Raises PreconditionFailed if it is damaged."""
     path = target / _RECORD
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = parse_json(read_content(path, _MOST_RECORD_BYTES), str(path))
         files, staged = dict(record["files"]), dict(record.get("staged", {}))
         # Files are removed by these names.
         if not all(_WANTED.fullmatch(name) for name in (*files, *staged)):
@@ -376,7 +379,7 @@ def _read_record(target: Path) -> _Record | None:
         return _Record(str(record.get("model", "")), str(record["revision"]), files, staged)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (DamagedFile, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PreconditionFailed(
             f"{path} is damaged ({error}), so that nobody knows whose files are there: remove {target}, or "
             "name another place with --to"

@@ -4,7 +4,6 @@ Whatever is in a file, its reader gets plain values (no NaN, no infinity, no hal
 twice, nothing nested deeper than MOST_LEVELS) or one DamagedFile: a sentence with the file and the place.
 """
 
-# ruff: noqa: N818 - an error is named by its cause
 from __future__ import annotations
 
 import errno
@@ -32,6 +31,8 @@ MOST_LEVELS = 100
 MOST_YAML_BYTES = 256 << 10
 # Values of such a file, those that an alias repeats counted each time. Chosen.
 MOST_YAML_VALUES = 20_000
+# Of a line of a table of records. Chosen: a thousand times a report's.
+MOST_LINE_BYTES = 1 << 20
 # Digits of a whole number: what a float can hold. Tokenizers' configurations write 10**30 for "no limit".
 _MOST_DIGITS = 300
 # Characters of a name in a message.
@@ -55,6 +56,24 @@ def read_content(path: Path, most_bytes: int, *, is_pipe_fine: bool = False) -> 
     return content
 
 
+def numbered_lines(
+    path: Path, most_bytes: int = MOST_LINE_BYTES, *, is_pipe_fine: bool = False
+) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a file with their numbers, from 1; what is not UTF-8 is replaced in them.
+
+    Of a line that is longer than it may be, only so much is yielded, and the rest is passed over. Raises
+    OSError, DamagedFile for what is no file.
+    """
+    with open_file(path, is_pipe_fine=is_pipe_fine) as file:
+        number = 0
+        while line := file.readline(most_bytes):
+            number += 1
+            rest = line
+            while not rest.endswith(b"\n") and len(rest) == most_bytes:
+                rest = file.readline(most_bytes)
+            yield number, line.decode("utf-8", "replace")
+
+
 def open_file(path: Path, *, is_pipe_fine: bool = False) -> BinaryIO:
     """Return a file, open for reading. Raises OSError, DamagedFile for what is no file; as read_content."""
     # Without O_NONBLOCK, opening a pipe would wait for its writer.
@@ -62,7 +81,7 @@ def open_file(path: Path, *, is_pipe_fine: bool = False) -> BinaryIO:
     descriptor = os.open(path, flags)
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode) or (is_pipe_fine and not stat.S_ISDIR(mode)):
-        return open(descriptor, "rb")  # noqa: PTH123, SIM115 - of a descriptor, for the caller to close
+        return open(descriptor, "rb")  # noqa: PTH123 - of a descriptor, for the caller to close
     os.close(descriptor)
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -73,8 +92,7 @@ def parse_json(content: bytes | str, where: str) -> Any:
     """Return what JSON in UTF-8 says. where: the file, for messages. Raises DamagedFile."""
     try:
         text = content if isinstance(content, str) else content.decode("utf-8")
-        if text.startswith("\ufeff"):
-            text = text[1:]
+        text = text.removeprefix("\ufeff")
         value = json.loads(
             text,
             object_pairs_hook=_pairs,

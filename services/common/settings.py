@@ -46,9 +46,7 @@ class SettingsError(Exception):
 class Section(BaseModel):
     """Part of a service's settings: frozen, with no unknown keys. Hold sequences in tuples."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class ServiceSettings(BaseSettings):
@@ -173,8 +171,10 @@ def _read_yaml(file: Path | None) -> Mapping[str, Any]:
 
 def explain(error: ValidationError) -> str:
     """Return what is wrong in one line, entry by entry."""
-    return one_line("; ".join(
-        f"{'.'.join(str(part) for part in problem['loc']) or 'settings'}: "
-        f"{problem['msg'].removeprefix('Value error, ')}"
-        for problem in error.errors(include_url=False)
-    ))
+    return one_line(
+        "; ".join(
+            f"{'.'.join(str(part) for part in problem['loc']) or 'settings'}: "
+            f"{problem['msg'].removeprefix('Value error, ')}"
+            for problem in error.errors(include_url=False)
+        )
+    )

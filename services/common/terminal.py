@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from services.common.visible import UNSEEN
-from services.common.visible import visible as visible
+from services.common.visible import UNSEEN, visible
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.status import Status
+
+__all__ = ("LiteralConsole", "escape_unseen", "literal", "prepare_streams", "visible")
 
 # Of our own texts, where an encoding lacks the character.
 _PLAIN = {"·": "-", "–": "-", "→": "->", "…": "...", "×": "x", "²": "2", "≥": ">=", "≤": "<=", "λ": "lambda"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from services.common.documents import quoted
 from services.common.errors import PreconditionFailed
 from services.stage.model_files import read_json_file
 
@@ -20,6 +21,10 @@ ARCHITECTURES = frozenset(
         "Qwen3ForCausalLM",
     }
 )
+
+
+# Of a size in a config.json. Chosen: a thousand times any model's, and products of a few are soon made.
+MOST_COUNT = 1 << 31
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +52,15 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     path = directory / "config.json"
     config = read_config(path)
     architecture = check_architecture(config, path)
-    try:
-        hidden, layers, heads = (
-            int(config[key]) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")
-        )
-        kv_heads = int(config.get("num_key_value_heads") or heads)
-        head = int(config.get("head_dim") or hidden // heads)
-        vocabulary, context = int(config["vocab_size"]), int(config["max_position_embeddings"])
-        attention = hidden * head * (2 * heads + 2 * kv_heads)
-        block = attention + 3 * hidden * int(config["intermediate_size"]) + 2 * hidden
-        embeddings = vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2)
-    except (KeyError, TypeError, ValueError) as error:
-        raise PreconditionFailed(f"{path}: {error} is missing or of the wrong type") from error
+    hidden, layers, heads = (
+        read_count(config, key, path) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")
+    )
+    kv_heads = read_count(config, "num_key_value_heads", path, heads)
+    head = read_count(config, "head_dim", path, hidden // heads or 1)
+    vocabulary, context = (read_count(config, key, path) for key in ("vocab_size", "max_position_embeddings"))
+    attention = hidden * head * (2 * heads + 2 * kv_heads)
+    block = attention + 3 * hidden * read_count(config, "intermediate_size", path) + 2 * hidden
+    embeddings = vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2)
     parameters = layers * block + embeddings + hidden
     weights = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     return Checkpoint(
@@ -74,12 +76,27 @@ def read_checkpoint(directory: Path) -> Checkpoint:
 
 def check_architecture(config: dict[str, Any], path: Path) -> str:
     """Return the architecture of a config.json. Raises PreconditionFailed for one that no engine runs."""
-    named = config.get("architectures") or ["none"]
-    if named[0] not in ARCHITECTURES:
+    listed = config.get("architectures") or ["none"]
+    named = listed[0] if isinstance(listed, list) else listed
+    if not isinstance(named, str) or named not in ARCHITECTURES:
         raise PreconditionFailed(
-            f"{path}: architecture {named[0]} is not one of {', '.join(sorted(ARCHITECTURES))}"
+            f"{path}: architecture {named} is not one of {', '.join(sorted(ARCHITECTURES))}"
         )
-    return str(named[0])
+    return named
+
+
+def read_count(config: dict[str, Any], key: str, path: Path, otherwise: int | None = None) -> int:
+    """Return a whole number of a config.json. otherwise: what stands for a missing one, or null.
+
+    Raises PreconditionFailed, naming the key.
+    """
+    value = config.get(key)
+    if value is None and otherwise is not None:
+        return otherwise
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_COUNT:
+        said = f"is {quoted(value)}" if key in config else "is missing"
+        raise PreconditionFailed(f"{path}: {key} {said}; it must be a whole number from 1 on")
+    return value
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -107,7 +124,7 @@ def read_eos_ids(directory: Path, config: dict[str, Any], vocabulary: int) -> tu
         for each in named if isinstance(named, list) else [] if named is None else [named]:
             if not isinstance(each, int) or isinstance(each, bool) or not 0 <= each < vocabulary:
                 raise PreconditionFailed(
-                    f"{source}: eos_token_id is {named!r}; it must be an id of the vocabulary, "
+                    f"{source}: eos_token_id is {quoted(named)}; it must be an id of the vocabulary, "
                     f"0 to {vocabulary - 1}, or a list of such"
                 )
             ids.append(each)

@@ -6,13 +6,13 @@ seen may change the arithmetic, and an answer from other arithmetic than the mod
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
+from services.common.documents import quoted
 from services.common.errors import PreconditionFailed
-from services.stage.checkpoint import read_config, read_eos_ids
+from services.stage.checkpoint import read_config, read_count, read_eos_ids
 from services.stage.rope import Rope, read_rope
 
 if TYPE_CHECKING:
@@ -200,14 +200,14 @@ def read_shape(directory: Path) -> LlamaShape:
         if config.get(key) not in known:
             runs = ", ".join(str(each) for each in known if each)
             raise PreconditionFailed(
-                f"{path}: {key} is {config.get(key)!r}; the onnx engine runs {runs}: "
+                f"{path}: {key} is {quoted(config.get(key))}; the onnx engine runs {runs}: "
                 "serve the model with another engine"
             )
     rope = read_rope(config, path)
     for key, value in config.items():
         if key in _NEUTRAL and value not in _NEUTRAL[key]:
             raise PreconditionFailed(
-                f"{path}: {key} is {value!r}; the onnx engine does not support it: "
+                f"{path}: {key} is {quoted(value)}; the onnx engine does not support it: "
                 "serve the model with another engine"
             )
         if key not in _NEUTRAL and key not in _READ and key not in _HARMLESS:
@@ -215,18 +215,18 @@ def read_shape(directory: Path) -> LlamaShape:
                 f"{path}: {key} is not known to the onnx engine, and may change the model's arithmetic: "
                 "remove it if it does not, or serve the model with another engine"
             )
-    hidden, heads = (_count(config, key, path) for key in ("hidden_size", "num_attention_heads"))
-    vocabulary = _count(config, "vocab_size", path)
+    hidden, heads = (read_count(config, key, path) for key in ("hidden_size", "num_attention_heads"))
+    vocabulary = read_count(config, "vocab_size", path)
     eos_ids = read_eos_ids(directory, config, vocabulary)
     return LlamaShape(
         hidden=hidden,
-        layers=_count(config, "num_hidden_layers", path),
+        layers=read_count(config, "num_hidden_layers", path),
         heads=heads,
         kv_heads=_kv_heads(config, heads, path, family),
         head_dim=_head_dim(config, hidden, heads, path, family),
-        intermediate=_count(config, "intermediate_size", path),
+        intermediate=read_count(config, "intermediate_size", path),
         vocabulary=vocabulary,
-        context=_count(config, "max_position_embeddings", path),
+        context=read_count(config, "max_position_embeddings", path),
         norm_epsilon=_epsilon(config, path),
         rope=rope,
         is_tied=_flag(config, "tie_word_embeddings", path),
@@ -242,10 +242,10 @@ def read_shape(directory: Path) -> LlamaShape:
 def _window(config: dict[str, Any], path: Path, family: object) -> int | None:
     """Return the sliding window that every layer has. Raises PreconditionFailed where only some have one."""
     layers = config.get("layer_types")
-    kinds = set(layers) if isinstance(layers, list) else {layers}
-    if not kinds <= {None, "full_attention"}:
+    kinds = layers if isinstance(layers, list) else [layers]
+    if any(kind not in (None, "full_attention") for kind in kinds):
         raise PreconditionFailed(
-            f"{path}: layer_types is {layers!r}; the onnx engine runs full_attention in every layer: "
+            f"{path}: layer_types is {quoted(layers)}; the onnx engine runs full_attention in every layer: "
             "serve the model with another engine"
         )
     if family in {"qwen2", "qwen3"} or ("sliding_window" in config and config["sliding_window"] is None):
@@ -253,34 +253,28 @@ def _window(config: dict[str, Any], path: Path, family: object) -> int | None:
         return None
     if family == "mistral":
         # Where it is missing, transformers takes 4096 for Mistral.
-        return _count(config, "sliding_window", path)
+        return read_count(config, "sliding_window", path)
     if "sliding_window" in config:
         raise PreconditionFailed(
-            f"{path}: sliding_window is {config['sliding_window']!r}; a Llama has none: set it to null"
+            f"{path}: sliding_window is {quoted(config['sliding_window'])}; a Llama has none: set it to null"
         )
     return None
-
-
-def _count(config: dict[str, Any], key: str, path: Path) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        said = f"is {value!r}" if key in config else "is missing"
-        raise PreconditionFailed(f"{path}: {key} {said}; it must be a whole number from 1 on")
-    return value
 
 
 def _flag(config: dict[str, Any], key: str, path: Path) -> bool:
     value = config.get(key)
     if not isinstance(value, bool | NoneType):
-        raise PreconditionFailed(f"{path}: {key} is {value!r}; it must be true or false")
+        raise PreconditionFailed(f"{path}: {key} is {quoted(value)}; it must be true or false")
     return bool(value)
 
 
 def _epsilon(config: dict[str, Any], path: Path) -> float:
     value = config.get("rms_norm_eps")
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 < value < math.inf:  # type: ignore[operator]
-        raise PreconditionFailed(f"{path}: rms_norm_eps is {value!r}; it must be a number above 0")
+    if not is_number or not 0 < value <= 1:  # type: ignore[operator]
+        raise PreconditionFailed(
+            f"{path}: rms_norm_eps is {quoted(value)}; it must be a number above 0, and 1 at most"
+        )
     return float(value)  # type: ignore[arg-type]
 
 
@@ -288,7 +282,7 @@ def _kv_heads(config: dict[str, Any], heads: int, path: Path, family: object) ->
     # transformers takes other defaults for the other families.
     if family == "llama" and config.get("num_key_value_heads") is None:
         return heads
-    kv_heads = _count(config, "num_key_value_heads", path)
+    kv_heads = read_count(config, "num_key_value_heads", path)
     if heads % kv_heads:
         raise PreconditionFailed(
             f"{path}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
@@ -298,7 +292,7 @@ def _kv_heads(config: dict[str, Any], heads: int, path: Path, family: object) ->
 
 def _head_dim(config: dict[str, Any], hidden: int, heads: int, path: Path, family: object) -> int:
     if config.get("head_dim") is not None or family == "qwen3":
-        head_dim = _count(config, "head_dim", path)
+        head_dim = read_count(config, "head_dim", path)
     elif hidden % heads:
         raise PreconditionFailed(
             f"{path}: hidden_size {hidden} is no multiple of num_attention_heads {heads}: set head_dim"
@@ -319,7 +313,8 @@ def _pad_id(config: dict[str, Any], vocabulary: int, otherwise: int, path: Path)
         return otherwise
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < vocabulary:
         raise PreconditionFailed(
-            f"{path}: pad_token_id is {value!r}; it must be an id of the vocabulary, 0 to {vocabulary - 1}, "
+            f"{path}: pad_token_id is {quoted(value)}; it must be an id of the vocabulary, "
+            f"0 to {vocabulary - 1}, "
             "or null"
         )
     return value

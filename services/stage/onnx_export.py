@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from services.common.documents import parse_json
+from services.common.documents import parse_json, quoted
 from services.common.errors import PreconditionFailed
 from services.stage.llama_config import LlamaShape, read_shape
 from services.stage.model_files import check_file, read_json_file
@@ -39,7 +39,8 @@ _DTYPES: dict[str, np.dtype[np.generic]] = {
     "F16": np.dtype(np.float16),
     "F32": np.dtype(np.float32),
 }
-_MOST_HEADER_BYTES = 100_000_000
+# Of a safetensors file: the format allows 100 MB. Chosen: a hundred times what a real one has.
+_MOST_HEADER_BYTES = 16 << 20
 # Weights that follow from config.json: earlier transformers saved RoPE's frequencies.
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -335,12 +336,16 @@ def _save(model: onnx.ModelProto, directory: Path) -> None:
 _WANTED = "a model directory needs its safetensors weights"
 
 
+def _is_file_name(name: object) -> bool:
+    return isinstance(name, str) and Path(name).name == name and "\0" not in name
+
+
 def _weight_files(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     if index.exists():
         content = read_json_file(index, _WANTED)
         named = content.get("weight_map") if isinstance(content, dict) else None
-        if not isinstance(named, dict) or not named or not all(isinstance(n, str) for n in named.values()):
+        if not isinstance(named, dict) or not named or not all(map(_is_file_name, named.values())):
             raise PreconditionFailed(f"{index}: weight_map names no files: copy the model again")
         names = sorted(set(named.values()))
     else:
@@ -360,29 +365,43 @@ def _read_weights(files: list[Path]) -> Weights:
             try:
                 header, begin = _read_header(raw, path)
                 for name, entry in header.items():
-                    start, end = (begin + offset for offset in entry["data_offsets"])
+                    start, end = (begin + offset for offset in _offsets(entry))
                     data = np.frombuffer(raw[start:end], _DTYPES[entry["dtype"]])
                     weights[name] = data.reshape(entry["shape"]).astype(np.float32)
                     if not np.isfinite(weights[name]).all():
                         raise PreconditionFailed(f"{path}: {name} is not finite: copy the model again")
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise PreconditionFailed(f"{path} is damaged or of an unsupported type: {error}") from error
+            except (ValueError, LookupError, TypeError, OverflowError, MemoryError) as error:
+                raise PreconditionFailed(f"{path} is damaged or of an unsupported type: {error!r}") from error
     return weights
 
 
 def _read_header(raw: mmap.mmap, path: Path) -> tuple[dict[str, Any], int]:
     """Return what a safetensors file says of its tensors, and where their values begin."""
     length = struct.unpack("<Q", raw[:8])[0] if len(raw) >= 8 else 0
-    # The format's own bound: what is beyond is no length, but another format's first bytes.
+    # What is beyond is no length, but another format's first bytes.
     if length > _MOST_HEADER_BYTES:
         raise PreconditionFailed(f"{path} is no safetensors file: copy it again")
     if not length or len(raw) < 8 + length:
         raise _cut_off(path, len(raw))
     header = parse_json(raw[8 : 8 + length], f"{path}: its header")
+    if not isinstance(header, dict):
+        raise TypeError("its header holds no object")
     header.pop("__metadata__", None)
-    if len(raw) < 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0):
+    ends = [_offsets(entry) for entry in header.values()]
+    if len(raw) < 8 + length + max((end for _, end in ends), default=0):
         raise _cut_off(path, len(raw))
+    # Tensors that lie on each other would be as many copies.
+    if sum(end - start for start, end in ends) > len(raw):
+        raise ValueError("its tensors overlap")
     return header, 8 + length
+
+
+def _offsets(entry: Any) -> tuple[int, int]:
+    """Return where a tensor's values lie. Raises ValueError, TypeError, KeyError."""
+    start, end = entry["data_offsets"]
+    if type(start) is not int or type(end) is not int or not 0 <= start <= end:
+        raise ValueError(f"data_offsets are {quoted([start, end])}")
+    return start, end
 
 
 def _cut_off(path: Path, size: int) -> PreconditionFailed:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from services.common.documents import quoted
 from services.common.errors import PreconditionFailed
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ _KEYS = {
         "finetuned",
     ),
 }
+# Of a number. Chosen: far beyond any model's, and tables of them are finite.
+_LEAST, _MOST = 1e-6, 1e15
 # Positions computed at a time. Chosen.
 _BLOCK = 4096
 _OF_EVERY_KIND = (*_KIND_KEYS, "rope_theta", "partial_rotary_factor")
@@ -174,7 +177,7 @@ def _dictionary(config: Mapping[str, Any], path: Path) -> tuple[str, Mapping[str
         if given is None:
             continue
         if not isinstance(given, dict):
-            raise PreconditionFailed(f"{path}: {name} is {given!r}; it must be an object or null")
+            raise PreconditionFailed(f"{path}: {name} is {quoted(given)}; it must be an object or null")
         if given:
             found.append((f"{path}: {name}", given))
     if len(found) > 1 and _spelt_alike(found[0][1]) != _spelt_alike(found[1][1]):
@@ -221,7 +224,7 @@ def _yarn(found: Mapping[str, Any], where: str, theta: float, context: float | N
             attention = _yarn_scale(factor, over) / _yarn_scale(factor, under)
     truncate = found.get("truncate", True)
     if not isinstance(truncate, bool):
-        raise PreconditionFailed(f"{where}: truncate is {truncate!r}; it must be true or false")
+        raise PreconditionFailed(f"{where}: truncate is {quoted(truncate)}; it must be true or false")
     return Rope(theta, "yarn", factor, original, slow, fast, attention, truncate)
 
 
@@ -243,8 +246,11 @@ def _number(given: Mapping[str, Any], key: str, where: str, otherwise: float | N
         return otherwise
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     # 0 stands for nothing in mscale and the betas.
-    if not is_number or value < 0 or (value == 0 and key not in _MAY_BE_ZERO):
-        raise PreconditionFailed(f"{where}: {key} is {value!r}; it must be a number above 0")
+    may_be = is_number and (_LEAST <= value <= _MOST or (value == 0 and key in _MAY_BE_ZERO))
+    if not may_be:
+        raise PreconditionFailed(
+            f"{where}: {key} is {quoted(value)}; it must be a number above 0, and in range"
+        )
     return float(value)
 
 

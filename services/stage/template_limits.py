@@ -174,7 +174,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
             meter.make_shallow(made)
         return made
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902, N805
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         """Call, where the result has a size that a prompt may have."""
         meter = _running()
         meter.step()

@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from services.stage.tokenizer_description import check_decoders, steps
+from services.stage.tokenizer_faults import said
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -110,7 +111,11 @@ class Decoding:
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids with which a text begins."""
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        try:
+            return self._tokenizer.decode(ids, skip_special_tokens=True)
+        except BaseException as error:
+            # A panic of the library is no Exception, and would end the thread of the model.
+            raise said("the model's tokenizer fails on a token", error) from error
 
     def continue_with(self, ids: list[int]) -> str:
         """Return the text of ids behind some other text."""

@@ -16,6 +16,7 @@ from services.stage.chat_template import ChatTemplate
 from services.stage.model_files import read_json_file
 from services.stage.text_stream import Decoding, TextStream
 from services.stage.tokenizer_description import TextLimit, as_is, renamed
+from services.stage.tokenizer_faults import check_patterns, explained
 from services.stage.traced_text import of_unknown_origin, written_by_template
 
 if TYPE_CHECKING:
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 
 # Private-use characters, from which names of special tokens are drawn that no text holds.
 _PRIVATE, _PRIVATE_COUNT = 0xF0000, 0xFFFE
+
+
+# Of special and other added tokens that are compared. Chosen: a second's work; models have a thousandth.
+_MOST_PAIRS = 1_000_000
 
 
 class TooManyTokens(Exception):  # noqa: N818 - it says what there is, and not that something failed
@@ -46,11 +51,14 @@ class ChatTokenizer:
     def __init__(self, directory: Path) -> None:
         path = directory / "tokenizer.json"
         content = read_json_file(path, "a model directory needs its tokenizer")
-        try:
-            description = as_is(content)
-            self._tokenizer = Tokenizer.from_str(json.dumps(description))
-        except Exception as error:
-            raise PreconditionFailed(f"{path} is not a tokenizer: {error}") from error
+        with explained(f"{path} is not a tokenizer"):
+            self._read(content, path)
+        self._template = ChatTemplate(directory)
+        self._template.check_reads_messages()
+
+    def _read(self, content: Any, path: Path) -> None:
+        description = as_is(content)
+        self._tokenizer = Tokenizer.from_str(json.dumps(description))
         canonical = json.dumps(description, sort_keys=True, separators=(",", ":"))
         self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
         self.vocabulary_size = self._tokenizer.get_vocab_size()
@@ -68,8 +76,7 @@ class ChatTokenizer:
         self._longest = max(map(len, self._tokenizer.get_vocab()))
         self._limit = TextLimit(description, self._longest, any(t.lstrip or t.rstrip for t in added.values()))
         self._decoding = Decoding(self._tokenizer, description, path, set(self.special))
-        self._template = ChatTemplate(directory)
-        self._template.check_reads_messages()
+        check_patterns(self._tokenizer, description, path)
 
     def render(self, turns: Sequence[Turn]) -> str:
         """Return a conversation's text as the chat template writes it.
@@ -198,7 +205,8 @@ class _LiteralTokenizer:
 
 def _encode(tokenizer: Tokenizer, text: str, most: int | None = None) -> list[int]:
     # Of the library's calls, those on batches let the interpreter's lock go; this one counts no offsets.
-    encoding = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
+    with explained("the model's tokenizer fails on the text"):
+        encoding = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
     if most is not None and len(encoding) > most:
         raise TooManyTokens(len(encoding))
     return list(encoding.ids)
@@ -206,7 +214,8 @@ def _encode(tokenizer: Tokenizer, text: str, most: int | None = None) -> list[in
 
 def _places(tokenizer: Tokenizer, text: str, ids: set[int]) -> list[tuple[int, int]]:
     """Return where in a text the tokens of a set stand, begin and end."""
-    encoding = tokenizer.encode_batch([text], add_special_tokens=False)[0]
+    with explained("the model's tokenizer fails on the text"):
+        encoding = tokenizer.encode_batch([text], add_special_tokens=False)[0]
     # `offsets` would make a pair of every token, under the interpreter's lock.
     places = [encoding.token_to_chars(index) for index, each in enumerate(encoding.ids) if each in ids]
     return [place for place in places if place is not None]
@@ -226,6 +235,8 @@ def _finds_all(tokenizer: Tokenizer) -> bool:
     if any(token.single_word or (token.normalized and tokenizer.normalizer is not None) for token in special):
         return False
     others = [token.content for token in added if not token.special]
+    if len(special) * len(others) > _MOST_PAIRS:
+        return False
     return not any(_overlap(token.content, other) for token in special for other in others)
 
 

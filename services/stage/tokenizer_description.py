@@ -126,3 +126,16 @@ def _shrinks_by(normalizer: dict[str, Any]) -> float:
         pattern = normalizer["pattern"].get("String", "")
         return max(1.0, len(pattern) / len(normalizer["content"])) if pattern and normalizer["content"] else 0
     return _NORMALIZERS.get(normalizer["type"], 0)
+
+
+def patterns(description: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the regular expressions of a tokenizer's description, wherever they stand."""
+    waiting: list[Any] = [description.get("normalizer"), description.get("pre_tokenizer")]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, dict):
+            if isinstance(each.get("Regex"), str):
+                yield each["Regex"]
+            waiting.extend(each.values())
+        elif isinstance(each, list):
+            waiting.extend(each)

@@ -24,7 +24,7 @@ from services.common.errors import AsdError, ModelRefusal, PreconditionFailed
 from services.common.privacy import report_nothing
 from services.stage.backend import BackendDied, Piece, Scores
 from services.stage.checkpoint import read_checkpoint
-from services.stage.model_files import parse_json
+from services.stage.model_files import read_json_file
 from services.stage.rows import Row, make_row
 from services.stage.scoring_engine import ScoringEngine, ScoringOptions
 
@@ -113,15 +113,15 @@ def check_adapter(task: str, directory: Path, max_rank: int) -> None:
     """
     name = f"adapter {task}: {directory}"
     try:
-        config = parse_json((directory / "adapter_config.json").read_bytes(), f"{name}: adapter_config.json")
+        config = read_json_file(directory / "adapter_config.json", "name a folder of PEFT's")
         rank, modules = int(config["r"]), config["target_modules"]
         # A pattern, or names.
         changes = [
             *([modules] if isinstance(modules, str) else modules),
             *(config.get("modules_to_save") or ()),
         ]
-    except OSError as error:
-        raise PreconditionFailed(f"{name}: cannot read adapter_config.json: {error.strerror}") from error
+    except PreconditionFailed as error:
+        raise PreconditionFailed(f"adapter {task}: {error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise PreconditionFailed(
             f"{name}: adapter_config.json is not a LoRA adapter's as PEFT writes it: {error!r}"
