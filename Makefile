@@ -7,7 +7,7 @@ DEV_EXTRAS := stage,policy,policy-train,bench,dev
 INSTALLED_BY := pyproject.toml hatch_build.py $(wildcard protos/asd/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test drains e2e lint chart-checks format bench bench-escalation bench-policy experiments models policy clean
+.PHONY: help install demo up test fuzz drains e2e lint chart-checks format bench bench-escalation bench-policy experiments models policy clean
 
 help: ## Say what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -23,6 +23,9 @@ up: install ## Start the cascade and stay
 
 test: $(VENV)/.dev ## Run the tests
 	$(BIN)/pytest
+
+fuzz: $(VENV)/.dev ## Damage files and messages for ASD_FUZZ_SECONDS each (60); ASD_FUZZ_SEED repeats a run
+	$(BIN)/python -m tests.fuzz
 
 drains: $(VENV)/.dev ## Test at length that processes which end and return lose no request (minutes)
 	TEST_DRAINS=whole $(BIN)/pytest tests/integration/client/test_disruption.py

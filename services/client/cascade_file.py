@@ -142,7 +142,7 @@ def read_cascade(file: Path) -> CascadeFile:
     base = file.resolve().parent
     stages = []
     for index, stage in enumerate(cascade.stages):
-        path = (base / stage.path).resolve()
+        path = _resolved(base / stage.path, f"{file}: stages.{index}.path")
         if not (path / "config.json").is_file():
             raise SettingsError(
                 f"{file}: stages.{index}.path: {path} is not a Hugging Face model directory (it has no "
@@ -150,20 +150,35 @@ def read_cascade(file: Path) -> CascadeFile:
             )
         vllm = stage.vllm
         if vllm is not None and vllm.lora:
-            adapters = {task: (base / adapter).resolve() for task, adapter in vllm.lora.items()}
+            where = f"{file}: stages.{index}.vllm.lora"
+            adapters = {task: _resolved(base / adapter, where) for task, adapter in vllm.lora.items()}
             vllm = vllm.model_copy(update={"lora": adapters})
         stages.append(stage.model_copy(update={"path": path, "vllm": vllm}))
     policy = cascade.policy
     if policy is not None:
-        artifact = (base / policy.artifact).resolve()
+        artifact = _resolved(base / policy.artifact, f"{file}: policy.artifact")
         if not artifact.is_dir():
             raise SettingsError(
                 f"{file}: policy.artifact: {artifact} is not a directory; make one with asd-policy, or leave "
                 f"`policy` out to follow static_plan{_relative(policy.artifact)}"
             )
-        reports = policy.reports_path and (base / policy.reports_path).resolve()
+        reports = policy.reports_path and _resolved(
+            base / policy.reports_path, f"{file}: policy.reports_path"
+        )
         policy = policy.model_copy(update={"artifact": artifact, "reports_path": reports})
     return cascade.model_copy(update={"policy": policy, "stages": tuple(stages)})
+
+
+def _resolved(path: Path, where: str) -> Path:
+    """Return a path without links. Raises SettingsError for one that no file can have."""
+    try:
+        found = path.resolve()
+        # Says what `resolve` does not look at, such as a part that is too long.
+        (found / "config.json").is_file()
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+        raise SettingsError(f"{where}: {one_line(str(path), _MOST_OF_ENTRY)}: {reason.lower()}") from error
+    return found
 
 
 def _relative(path: Path) -> str:

@@ -47,7 +47,10 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
     """
 
     def __init__(self, settings: AuthSettings) -> None:
-        self._tokens = WatchedFiles({_SETTING: settings.tokens_file}, _digests)
+        file = settings.tokens_file
+        self._tokens = WatchedFiles(
+            {_SETTING: file}, lambda contents: _digests(contents[_SETTING], f"{_SETTING} {file}")
+        )
         if not self._tokens.value:
             raise UnusableFile(f"{_SETTING} {settings.tokens_file} holds no token: put one on a line")
         # Made once each: handlers are told apart by identity.
@@ -87,10 +90,10 @@ def bearer(token: str) -> tuple[tuple[str, str], ...]:
     return ((METADATA_KEY, f"Bearer {token}"),)
 
 
-def _digests(contents: dict[str, bytes]) -> tuple[bytes, ...]:
+def _digests(content: bytes, where: str) -> tuple[bytes, ...]:
     """Return the digests of the tokens of a file. Raises UnusableFile for a line that holds none."""
     digests = []
-    for number, line in enumerate(contents[_SETTING].decode("utf-8", "replace").splitlines(), 1):
+    for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), 1):
         text = line.strip()
         if not text or text.startswith("#"):
             continue
@@ -98,7 +101,7 @@ def _digests(contents: dict[str, bytes]) -> tuple[bytes, ...]:
         if not _TOKEN.fullmatch(token):
             # Never what the line holds.
             raise UnusableFile(
-                f"{_SETTING}: line {number} is no token: printable ASCII without spaces, after name: or alone"
+                f"{where}: line {number} is no token: printable ASCII without spaces, after name: or alone"
             )
         digests.append(_digest(token))
     return tuple(digests)

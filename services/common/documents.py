@@ -1,7 +1,8 @@
 """Reads JSON and YAML that others wrote, within bounds: of size, depth, numbers and aliases. Pure.
 
-Whatever is in a file, its reader gets plain values (no NaN, no infinity, no half of a surrogate pair, no key
-twice, nothing nested deeper than MOST_LEVELS) or one DamagedFile: a sentence with the file and the place.
+Whatever is in a file, its reader gets plain values (no half of a surrogate pair, no key twice, nothing nested
+deeper than MOST_LEVELS, in JSON no NaN and no infinity) or one DamagedFile: a sentence with the file and the
+place. Of YAML the settings' models refuse NaN, since they can name the entry.
 """
 
 from __future__ import annotations
@@ -183,7 +184,7 @@ class _Loader(yaml.SafeLoader):
         self._sizes: dict[int, int | None] = {}
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        mark = self.peek_event().start_mark
+        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
         if self.check_event(yaml.AliasEvent):
             node = super().compose_node(parent, index)
             size = self._sizes.get(id(node))
@@ -220,8 +221,6 @@ class _Loader(yaml.SafeLoader):
             # What the library's constructors raise where a value does not fit its tag, as of 2001-99-99.
             kind = str(node.tag).rpartition(":")[2]
             raise _marked(f"not of type {one_line(kind, _MOST_NAME)}: {error}", node.start_mark) from error
-        if isinstance(made, float) and not math.isfinite(made):
-            raise _marked(f"{one_line(node.value, _MOST_NAME)} is no finite number", node.start_mark)
         if isinstance(made, int) and len(str(node.value)) > _MOST_DIGITS:
             raise _marked("too large a number", node.start_mark)
         return made

@@ -21,10 +21,10 @@ services.common.status holds the table from these to gRPC status codes.
 # ruff: noqa: N818 - an error is named by its cause, as in the table of services.common.status
 from __future__ import annotations
 
-from services.common.visible import OneLineError
+from services.common import visible
 
 
-class AsdError(OneLineError):
+class AsdError(visible.OneLineError):
     """An error with a public message and, where one request field is at fault, its path."""
 
     def __init__(self, message: str, *, field: str = "") -> None:

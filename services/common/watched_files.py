@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from services.common.documents import DamagedFile, read_content
 from services.common.errors import PreconditionFailed
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Stamp = tuple[tuple[int, int, int], ...]
 
+# Of a token file, a certificate or a key. Chosen: thousands of either.
+MOST_BYTES = 1 << 20
 # Attempts to read files that are being replaced meanwhile. Chosen: Kubernetes replaces them by one rename.
 _ATTEMPTS = 3
 
@@ -88,7 +91,9 @@ class WatchedFiles(Generic[T]):
 
 def _read(setting: str, file: Path) -> bytes:
     try:
-        return file.read_bytes()
+        return read_content(file, MOST_BYTES)
+    except DamagedFile as error:
+        raise UnusableFile(f"{setting} {error}") from error
     except OSError as error:
         raise _unreadable(setting, error) from error
 

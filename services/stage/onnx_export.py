@@ -71,7 +71,12 @@ def prepare(directory: Path, cache: Path | None = None, most_tokens: int | None 
     if target.exists():
         return target
     with partial_folder(target) as partial:
-        _save(build_graph(shape, _read_weights(files)), partial)
+        weights = _read_weights(files)
+        try:
+            graph = build_graph(shape, weights)
+        except PreconditionFailed as error:
+            raise PreconditionFailed(f"{directory}: {error}") from error
+        _save(graph, partial)
         (partial / "genai_config.json").write_text(json.dumps(_genai_config(shape), indent=2))
         try:
             partial.rename(target)

@@ -1,0 +1,1 @@
+"""Fuzzers of what comes from outside: `make fuzz`."""
