@@ -9,25 +9,23 @@ import signal
 
 from asd.v1 import stage_pb2_grpc
 from services.common import telemetry
-from services.common.errors import AsdError
+from services.common.errors import AsdError, PreconditionFailed
 from services.common.privacy import report_nothing
 from services.common.server import ServiceRegistration, run_service, serve
-from services.stage.engines import make_engines
+from services.stage.engines import make_all
 from services.stage.instruments import watch_models
 from services.stage.partial_folders import remove_own
 from services.stage.residency import Residency
 from services.stage.servicer import StageServicer
 from services.stage.settings import StageSettings
 
+logger = logging.getLogger(__name__)
+
 
 def build(settings: StageSettings) -> tuple[Residency, StageServicer]:
     """Return the models that the settings describe, none of them loaded yet, and the servicer over them."""
     residency = Residency(
-        {
-            name: engine
-            for model in settings.models
-            for name, engine in make_engines(model, settings.max_queue).items()
-        },
+        make_all(settings.models, settings.default_name, settings.max_queue),
         settings.default_name,
         settings.memory_budget_mb << 20,
     )
@@ -43,8 +41,13 @@ async def run(settings: StageSettings) -> None:
         # Until it serves, which takes these signals over.
         loop.add_signal_handler(number, _end, number)
     for model in settings.models:
-        if model.preload:
-            await residency.load(model.name)
+        if model.preload and model.name in residency.engines:
+            try:
+                await residency.load(model.name)
+            except PreconditionFailed as error:
+                if model.name == settings.default_name:
+                    raise
+                logger.error("model %s is not loaded: %s", model.name, error)
     registration = ServiceRegistration(
         "asd.v1.StageService",
         lambda server: stage_pb2_grpc.add_StageServiceServicer_to_server(servicer, server),

@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
-from services.common.errors import PreconditionFailed
+from services.common.errors import AsdError, PreconditionFailed
 from services.common.extras import missing_of
 from services.stage.engine_settings import TensorrtLlmSettings, VllmSettings, most_at_a_time
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from services.stage.engine import Engine
     from services.stage.settings import ModelSettings
+
+
+logger = logging.getLogger(__name__)
+
+
+def make_all(models: Sequence[ModelSettings], default: str, max_queue: int) -> dict[str, Engine]:
+    """Return the engines of a process by their names.
+
+    A model that cannot be read is left out with an error in the log, and the others are served; requests for
+    it find no such model. Raises PreconditionFailed where the default model cannot be read.
+    """
+    engines: dict[str, Engine] = {}
+    for model in models:
+        try:
+            engines |= make_engines(model, max_queue)
+        except AsdError as error:
+            if model.name == default:
+                raise
+            logger.error("model %s is not served: %s", model.name, error)
+    return engines
 
 
 def make_engines(model: ModelSettings, max_queue: int) -> dict[str, Engine]:
