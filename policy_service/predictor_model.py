@@ -94,7 +94,8 @@ def _check_trees(node: Any, graph: Any, features: int, heads: int) -> None:
     weights = np.array(given["target_weights"].floats, np.float32)
     base = np.array(given["base_values"].floats, np.float32)
     count = len(modes)
-    if {len(each) for each in (*nodes.values(), values)} != {count} or not count:
+    lengths = {len(values), *(len(each) for each in nodes.values())}
+    if lengths != {count} or not count:
         raise UnfitModel("its trees' nodes have attributes of different lengths")
     if {len(each) for each in leaves.values()} != {len(weights)} or len(base) != heads:
         raise UnfitModel("its trees' leaves have attributes of different lengths")
