@@ -289,9 +289,8 @@ def read_document(directory: Path) -> PolicyDocument:
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in problem["loc"])
-        raise UnfitArtifact(
-            f"{path}: {place}: {problem['msg']}" if place else f"{path}: {problem['msg']}"
-        ) from error
+        said = problem["msg"].removeprefix("Value error, ")
+        raise UnfitArtifact(f"{path}: {place}: {said}" if place else f"{path}: {said}") from error
     if document.features_version != FEATURES_VERSION:
         raise UnfitArtifact(
             f"{path}: made with features {document.features_version}, this version computes "

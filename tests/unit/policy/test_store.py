@@ -142,7 +142,7 @@ def test_names_that_lead_out_of_the_store_are_refused(store: PolicyStore, tmp_pa
     document = json.loads((artifact / "policy.json").read_text())
     document["views"][0]["model"] = "../v3/None-None.onnx"
     (artifact / "policy.json").write_text(json.dumps(document))
-    with pytest.raises(UnfitStore, match="not the name of a file"):
+    with pytest.raises(UnfitArtifact, match="not the name of a file"):
         store.publish(artifact)
 
 
