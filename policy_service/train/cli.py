@@ -145,6 +145,15 @@ def evaluate(
     ] = "question",
     folds: Annotated[int, typer.Option(min=2, max=100, help="Folds of the cross-validation.")] = 5,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the folds and routers.")] = 0,
+    repeats: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=1000,
+            help="Assignments to folds that are drawn; each trains and tests anew.",
+            show_default="20 by subject, 1 by question",
+        ),
+    ] = None,
     also: Annotated[
         list[Path] | None, typer.Option(help="Further models on the prompts of --outcomes, to train on.")
     ] = None,
@@ -165,11 +174,13 @@ def evaluate(
     if any(not math.isfinite(value) or value < 0 for value in quality_value or ()):
         raise InvalidRequest("--lambda must be a number of 0 or more", field="lambda")
     if published is not None:
-        from policy_service.train.routing.evaluate import RoutingOptions, evaluate_file
+        from policy_service.train.routing.evaluate import SUBJECT_REPEATS, RoutingOptions, evaluate_file
         from policy_service.train.routing.report import routing_tables
         from policy_service.train.routing.table import UnfitOptions
 
-        options = RoutingOptions(group == "subject", folds, seed)
+        is_by_subject = group == "subject"
+        drawn = repeats or (SUBJECT_REPEATS if is_by_subject else 1)
+        options = RoutingOptions(is_by_subject, folds, seed, drawn)
         names = [name.strip() for name in ladder.split(",") if name.strip()]
         try:
             with errors.status("reading") as status:

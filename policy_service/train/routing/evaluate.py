@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+from scipy.stats import rankdata
+from sklearn.model_selection import GroupKFold, StratifiedKFold
 
 from policy_service.train.routing.embeddings import cached_vectors
 from policy_service.train.routing.ladder import Ladder, LadderLine, ladder_lines
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     Rows = npt.NDArray[np.int64]
 
 ROUTELLM = "Ong et al. 2024, arXiv 2406.18665"
+# Assignments of subjects to folds. Chosen: the mean over so many moves by a quarter of what one does.
+SUBJECT_REPEATS = 20
 # Of the two members that predict the gain, against the difference of probabilities from words alone.
 _GAIN_WEIGHT = 3.0
 _ROUTELLM_LADDER = ("mixtral_8x7b_instruct_v0_1", "gpt_4_1106_preview")
@@ -52,11 +55,15 @@ _PUBLISHED = {
 
 @dataclass(frozen=True)
 class RoutingOptions:
-    """How to test. by_subject: no subject is in training and test. folds: parts; each is tested once."""
+    """How to test. by_subject: no subject is in training and test. folds: parts; each is tested once.
+
+    repeats: assignments to folds that are drawn, each of which trains and tests anew.
+    """
 
     by_subject: bool = False
     folds: int = 5
     seed: int = 0
+    repeats: int = 1
 
 
 @dataclass(frozen=True)
@@ -110,53 +117,82 @@ def evaluate_routing(
     vectors: [n, size], of embeddings.embed_prompts. ladder: costs and answers, to replay the stages too.
     Raises UnfitOutcomes.
     """
-    folds = split_folds(table, options)
     stages = len(table.ladder)
     look = describe_prompts(table.prompts)
     gains = table.gains
-    words, ours = np.empty(len(gains)), np.empty(len(gains))
-    for number, (train, test) in enumerate(folds, 1):
-        progress(f"fold {number} of {len(folds)}")
-        p_right = fit_word_scores(table.prompts, table.outcomes[:, [0, stages - 1]], train, test)
-        words[test] = p_right[:, 1] - p_right[:, 0]
-        targets = smooth_targets(gains[train, None], table.others[train], options.seed)
-        gain = predict_targets(table.prompts, look, vectors, targets, train, test, options.seed)[:, 0]
-        ours[test] = words[test] + _GAIN_WEIGHT * gain
-    lines = []
-    if ladder is not None:
-        progress("replaying the ladder")
-        lines = ladder_lines(table, ladder, look, vectors, folds, options.seed)
+    lengths = np.array([float(len(prompt)) for prompt in table.prompts])
+    scores = {
+        name: np.empty((options.repeats, len(gains)))
+        for name in ("prompt length", "TF-IDF, logistic regression", "ours")
+    }
+    tested_in = np.zeros((options.repeats, len(gains)), np.int64)
+    lines: list[LadderLine] = []
+    for repeat, seed in enumerate(assignment_seeds(options)):
+        folds = split_folds(table, options, seed)
+        for number, (train, test) in enumerate(folds):
+            which = f"assignment {repeat + 1} of {options.repeats}, " if options.repeats > 1 else ""
+            progress(f"{which}fold {number + 1} of {len(folds)}")
+            p_right = fit_word_scores(table.prompts, table.outcomes[:, [0, stages - 1]], train, test)
+            words = p_right[:, 1] - p_right[:, 0]
+            targets = smooth_targets(gains[train, None], table.others[train], seed)
+            gain = predict_targets(table.prompts, look, vectors, targets, train, test, seed)[:, 0]
+            found = (lengths[test], words, words + _GAIN_WEIGHT * gain)
+            for name, score in zip(scores, found, strict=True):
+                # Subjects that are drawn at random leave each fold another share of gains to train on. Its
+                # router's scores say nothing beside another's: each fold ranks its own prompts.
+                scores[name][repeat, test] = rankdata(score) / len(test) if options.by_subject else score
+            tested_in[repeat, test] = number
+        if ladder is not None and repeat == 0:
+            progress("replaying the ladder")
+            lines = ladder_lines(table, ladder, look, vectors, folds, seed)
     # What is unseen is resampled: prompts of a subject are right and wrong together.
     groups = np.unique(table.subjects, return_inverse=True)[1] if options.by_subject else None
-    lengths = np.array([float(len(prompt)) for prompt in table.prompts])
-    scores = {"prompt length": lengths, "TF-IDF, logistic regression": words, "ours": ours}
+    drawn = f", {options.repeats} random assignments" if options.repeats > 1 else ""
+    by = "subject" if options.by_subject else "question"
     return RoutingEvaluation(
         table.benchmark,
         table.ladder,
         len(gains),
         table.dropped,
         table.others.shape[1],
-        f"{options.folds} folds by {'subject' if options.by_subject else 'question'}, seed {options.seed}",
+        f"{options.folds} folds by {by}{drawn}, seed {options.seed}",
         tuple(float(mean) for mean in table.outcomes[:, :stages].mean(axis=0)),
-        {name: measure(score, gains, options.seed, groups) for name, score in scores.items()},
+        {
+            name: measure(
+                score,
+                gains,
+                options.seed,
+                groups,
+                None if name == "prompt length" else scores["prompt length"],
+                tested_in if options.by_subject else None,
+            )
+            for name, score in scores.items()
+        },
         _PUBLISHED.get(table.benchmark) if table.ladder == _ROUTELLM_LADDER else None,
         tuple(lines),
     )
 
 
-def split_folds(table: RoutingTable, options: RoutingOptions) -> list[tuple[Rows, Rows]]:
-    """Return (training, test) rows of each fold, each with its share of gains and losses.
+def assignment_seeds(options: RoutingOptions) -> list[int]:
+    """Return the seed of each assignment to folds; the first is the seed itself."""
+    further = np.random.SeedSequence(options.seed).generate_state(options.repeats)[1:]
+    return [options.seed, *further.tolist()]
 
-    Stratified, since the scores of all folds make one ranking: an intercept that follows the share of gains
-    in training, which runs against that in test, would cost every learned router APGR.
+
+def split_folds(table: RoutingTable, options: RoutingOptions, seed: int) -> list[tuple[Rows, Rows]]:
+    """Return (training, test) rows of each fold: by the seed, of prompts or of subjects.
+
+    Prompts are stratified, since the scores of all folds make one ranking: an intercept that follows the
+    share of gains in training, which runs against that in test, would cost every learned router APGR.
+    Subjects are not: balanced by their outcomes, they would all but always make the same folds, and the
+    outcomes of unseen subjects are not known.
     """
-    outcomes = table.outcomes[:, [0, len(table.ladder) - 1]] > 0.5
-    kinds = outcomes @ np.array([2, 1])
     if not options.by_subject:
-        splitter = StratifiedKFold(options.folds, shuffle=True, random_state=options.seed)
-        return list(splitter.split(kinds, kinds))
+        outcomes = table.outcomes[:, [0, len(table.ladder) - 1]] > 0.5
+        kinds = outcomes @ np.array([2, 1])
+        return list(StratifiedKFold(options.folds, shuffle=True, random_state=seed).split(kinds, kinds))
     subjects = len(set(table.subjects))
     if subjects < options.folds:
         raise UnfitOptions(f"{subjects} subjects make no {options.folds} folds: fewer --folds, or no --group")
-    splitter = StratifiedGroupKFold(options.folds, shuffle=True, random_state=options.seed)
-    return list(splitter.split(kinds, kinds, groups=table.subjects))
+    splitter = GroupKFold(options.folds, shuffle=True, random_state=seed)
+    return list(splitter.split(table.subjects, groups=table.subjects))

@@ -17,10 +17,19 @@ _RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Routed:
-    """Measures of one score. interval: 95% of apgr. cpt50, cpt80: share of calls that recovers so much."""
+    """Measures of one score, means over the assignments of prompts to folds.
+
+    interval: 95% of apgr. assignments: between which apgr lies for 95% of the assignments. over_length: what
+    apgr is above that of prompt length, and its 95% interval; None for prompt length itself. folds: between
+    which 95% of the single folds lie, each of prompts or subjects that its router has not seen; None where
+    the folds make one ranking. cpt50, cpt80: share of calls that recovers so much.
+    """
 
     apgr: float
     interval: tuple[float, float]
+    assignments: tuple[float, float]
+    over_length: tuple[float, float, float] | None
+    folds: tuple[float, float] | None
     cpt50: float
     cpt80: float
 
@@ -59,27 +68,71 @@ def call_share(scores: Floats, gains: Floats, recovery: float) -> float:
     return float(shares[after - 1] + part * (shares[after] - shares[after - 1]))
 
 
-def measure(scores: Floats, gains: Floats, seed: int, groups: npt.NDArray[np.int64] | None = None) -> Routed:
+def measure(
+    scores: Floats,
+    gains: Floats,
+    seed: int,
+    groups: npt.NDArray[np.int64] | None = None,
+    lengths: Floats | None = None,
+    folds: npt.NDArray[np.int64] | None = None,
+) -> Routed:
     """Return the measures of a score. The bootstrap resamples prompts, and fits nothing again.
 
-    groups: [n], number of each prompt's group from 0 on. Whole groups are resampled then, as many as there
-    are: the cluster bootstrap, Davison and Hinkley 1997, section 3.8.
+    scores: [assignments, n], or [n] for one assignment of prompts to folds. lengths: as scores, of the
+    baseline. groups: [n], number of each prompt's group from 0 on. Whole groups are resampled then, as many
+    as there are: the cluster bootstrap, Davison and Hinkley 1997, section 3.8. Each resample takes the next
+    assignment, so the interval holds what both vary. folds: [assignments, n], each prompt's fold, where
+    every fold is a ranking of its own.
     """
+    scores = np.atleast_2d(scores)
+    areas = np.array([average_recovery(each, gains) for each in scores])
+    over_length = None
+    resampled = _resampled_areas(scores, gains, seed, groups)
+    if lengths is not None:
+        lengths = np.atleast_2d(lengths)
+        above = areas.mean() - np.mean([average_recovery(each, gains) for each in lengths])
+        # The same resamples for both.
+        paired = resampled - _resampled_areas(lengths, gains, seed, groups)
+        over_length = (float(above), *_middle(paired))
+    return Routed(
+        float(areas.mean()),
+        _middle(resampled),
+        _middle(areas),
+        over_length,
+        None if folds is None else _middle(_areas_of_folds(scores, gains, np.atleast_2d(folds))),
+        float(np.mean([call_share(each, gains, 0.5) for each in scores])),
+        float(np.mean([call_share(each, gains, 0.8) for each in scores])),
+    )
+
+
+def _resampled_areas(
+    scores: Floats, gains: Floats, seed: int, groups: npt.NDArray[np.int64] | None
+) -> Floats:
     rng = np.random.default_rng(seed)
     members = None if groups is None else [np.flatnonzero(groups == each) for each in range(groups.max() + 1)]
     areas = []
-    for _ in range(_RESAMPLES):
+    for number in range(_RESAMPLES):
         if members is None:
             rows = rng.integers(0, len(gains), len(gains))
         else:
             rows = np.concatenate([members[each] for each in rng.integers(0, len(members), len(members))])
         # A resample without a gap has no PGR; it takes few prompts or equal models to make one.
         if gains[rows].sum() > 0:
-            areas.append(average_recovery(scores[rows], gains[rows]))
-    low, high = np.percentile(areas, [2.5, 97.5])
-    return Routed(
-        average_recovery(scores, gains),
-        (float(low), float(high)),
-        call_share(scores, gains, 0.5),
-        call_share(scores, gains, 0.8),
-    )
+            areas.append(average_recovery(scores[number % len(scores)][rows], gains[rows]))
+    return np.array(areas)
+
+
+def _areas_of_folds(scores: Floats, gains: Floats, folds: npt.NDArray[np.int64]) -> Floats:
+    """Return APGR on every fold of every assignment that has a gap to recover."""
+    areas = []
+    for score, fold in zip(scores, folds, strict=True):
+        for each in range(fold.max() + 1):
+            rows = fold == each
+            if gains[rows].sum() > 0:
+                areas.append(average_recovery(score[rows], gains[rows]))
+    return np.array(areas)
+
+
+def _middle(values: Floats) -> tuple[float, float]:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)

@@ -16,7 +16,13 @@ from typer.testing import CliRunner
 from policy_service.train import cli
 from policy_service.train.faults import UnfitOutcomes
 from policy_service.train.routing.embeddings import embed_prompts
-from policy_service.train.routing.evaluate import RoutingOptions, evaluate_file, evaluate_routing, split_folds
+from policy_service.train.routing.evaluate import (
+    RoutingOptions,
+    assignment_seeds,
+    evaluate_file,
+    evaluate_routing,
+    split_folds,
+)
 from policy_service.train.routing.ladder import Ladder
 from policy_service.train.routing.metrics import average_recovery, call_share, measure
 from policy_service.train.routing.router import smooth_targets
@@ -127,12 +133,12 @@ def test_labels_of_test_prompts_change_no_score(tmp_path, monkeypatch):
 
     table = read_table(_write(tmp_path / "o.csv.gz", _rows(120)), ["tiny", "huge"])
     options = RoutingOptions(folds=3)
-    train, test = split_folds(table, options)[0]
+    train, test = split_folds(table, options, 0)[0]
     monkeypatch.setattr(evaluate, "split_folds", lambda *_: [(train, test)])
     seen = []
 
     def note(scores, *_):
-        seen.append(scores[test].copy())
+        seen.append(scores[0, test].copy())
 
     monkeypatch.setattr(evaluate, "measure", note)
     for flipped in (False, True):
@@ -150,10 +156,81 @@ def test_labels_of_test_prompts_change_no_score(tmp_path, monkeypatch):
 
 def test_folds_by_subject_share_no_subject_and_test_every_prompt_once(tmp_path):
     table = read_table(_write(tmp_path / "o.csv.gz", _rows(120)), ["tiny", "huge"])
-    folds = split_folds(table, RoutingOptions(by_subject=True, folds=3))
+    folds = split_folds(table, RoutingOptions(by_subject=True, folds=3), 0)
     for train, test in folds:
         assert not {table.subjects[row] for row in train} & {table.subjects[row] for row in test}
     assert sorted(np.concatenate([test for _, test in folds])) == list(range(120))
+
+
+@pytest.mark.parametrize("by_subject", [False, True])
+def test_the_seed_draws_the_folds(by_subject, tmp_path):
+    """Subjects that differ in their outcomes too: a splitter that balances them would leave no choice."""
+    rows = _rows(240)
+    for number, row in enumerate(rows):
+        row["subject"] = f"subject {number * number % 17}"
+    table = read_table(_write(tmp_path / "o.csv.gz", rows), ["tiny", "huge"])
+    options = RoutingOptions(by_subject=by_subject, folds=3)
+
+    def parts(seed: int) -> set[tuple[int, ...]]:
+        return {tuple(test) for _, test in split_folds(table, options, seed)}
+
+    assert parts(1) == parts(1)
+    assert len({frozenset(parts(seed)) for seed in range(10)}) == 10
+
+
+def test_assignments_are_drawn_by_the_seed_and_begin_with_it():
+    drawn = assignment_seeds(RoutingOptions(seed=7, repeats=20))
+    assert drawn == assignment_seeds(RoutingOptions(seed=7, repeats=20))
+    assert drawn[:1] == assignment_seeds(RoutingOptions(seed=7)) == [7]
+    others = assignment_seeds(RoutingOptions(seed=8, repeats=20))
+    assert len({*drawn, *others}) == 40
+
+
+def test_every_assignment_is_tested_and_the_mean_is_over_them(tmp_path):
+    path = _write(tmp_path / "o.csv.gz", _rows(120))
+    both = _evaluate(path, by_subject=True, folds=4, repeats=2)
+    seeds = assignment_seeds(RoutingOptions(repeats=2))
+    alone = [_evaluate(path, by_subject=True, folds=4, seed=seed) for seed in seeds]
+    for name, routed in both.routers.items():
+        areas = [each.routers[name].apgr for each in alone]
+        assert areas[0] != areas[1]
+        assert routed.apgr == pytest.approx(np.mean(areas))
+        assert min(areas) <= routed.assignments[0] < routed.assignments[1] <= max(areas)
+        assert routed.cpt50 == pytest.approx(np.mean([each.routers[name].cpt50 for each in alone]))
+    assert "2 random assignments" in both.folds
+
+
+def test_an_interval_holds_what_assignments_differ_in():
+    rng = np.random.default_rng(0)
+    gains = rng.choice([1.0, 0.0], 2000, p=[0.3, 0.7])
+    # A good and a useless one.
+    scores = np.stack([gains + rng.normal(0, 0.5, 2000), rng.normal(size=2000)])
+    good, useless, both = (measure(each, gains, 0) for each in (scores[0], scores[1], scores))
+    assert both.apgr == pytest.approx((good.apgr + useless.apgr) / 2)
+    assert both.interval[0] < useless.apgr < good.apgr < both.interval[1]
+    assert both.assignments == pytest.approx((useless.apgr, good.apgr), abs=0.02)
+
+
+def test_what_is_gained_over_length_is_measured_on_the_same_resamples():
+    rng = np.random.default_rng(0)
+    gains = rng.choice([1.0, 0.0, -1.0], 500, p=[0.3, 0.6, 0.1])
+    lengths = gains + rng.normal(0, 2, 500)
+    # The same order: the same area in every resample.
+    assert measure(3 * lengths, gains, 0, None, lengths).over_length == (0.0, 0.0, 0.0)
+    better = measure(lengths + gains, gains, 0, None, lengths)
+    assert better.over_length is not None
+    above, low, high = better.over_length
+    assert above == pytest.approx(better.apgr - average_recovery(lengths, gains))
+    assert 0 < low < above < high
+
+
+def test_single_folds_are_rankings_of_their_own():
+    """By hand: a fold that the score ranks right, and one that it ranks wrong."""
+    gains = np.array([1.0, 0.0, 1.0, 0.0])
+    scores = np.array([1.0, 0.0, 0.0, 1.0])
+    routed = measure(scores, gains, 0, None, None, np.array([0, 0, 1, 1]))
+    assert routed.folds == pytest.approx((0.25 + 0.5 * 0.025, 0.75 - 0.5 * 0.025))
+    assert measure(scores, gains, 0).folds is None
 
 
 def test_other_models_take_the_noise_out_of_targets():
