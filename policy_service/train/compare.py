@@ -17,6 +17,7 @@ from policy_service.train.evaluate import area_under_roc, r_squared
 from policy_service.train.faults import UnfitOutcomes
 from policy_service.train.fit import expected_calibration_error
 from policy_service.train.predictor import fit_head
+from policy_service.train.threads import one_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -94,6 +95,7 @@ class _Sklearn:
         return result
 
 
+@one_thread()
 def compare_predictors(
     train: Dataset, held_out: Dataset, seed: int, progress: Callable[[str], None]
 ) -> tuple[Score, ...]:

@@ -12,6 +12,7 @@ from policy_service.solver import solve_policy
 from policy_service.train.dataset import view_keys
 from policy_service.train.fit import expected_calibration_error
 from policy_service.train.replay import Run, always, oracle, replay, threshold
+from policy_service.train.threads import one_thread
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -96,6 +97,7 @@ class Evaluation:
     oracle_share: dict[str, float]
 
 
+@one_thread()
 def evaluate_policy(
     policy: Policy, predictor: OnnxPredictor, data: Dataset, quality_values: Sequence[float]
 ) -> Evaluation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from policy_service.train.outcomes import file_digest
 from policy_service.train.partitions import fit_partitions
 from policy_service.train.predictor import export_heads, fit_head
 from policy_service.train.replay import replay
+from policy_service.train.threads import one_thread, run_side_by_side
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -93,6 +95,7 @@ class CalibratedHead:
     p_correct: Floats
 
 
+@one_thread()
 def fit_policy(
     train: InputFile,
     calibration: InputFile,
@@ -108,15 +111,19 @@ def fit_policy(
     keys = view_keys(len(costs))
     names = [stage.name for stage in costs]
     size = FeatureSpace(len(names)).size
-    models = []
-    for key in keys:
-        progress(f"fitting {model_name(key)}")
-        first = key[0] or 0
-        heads = [
-            fit_head(train.data.features[key], train.data.correct[:, stage], seed)
-            for stage in range(first, len(names))
-        ]
-        models.append(export_heads(heads, size))
+    wanted = [(key, stage) for key in keys for stage in range(key[0] or 0, len(names))]
+    progress(f"fitting {len(wanted)} heads")
+    fitted = run_side_by_side(
+        [
+            functools.partial(fit_head, train.data.features[key], train.data.correct[:, stage], seed)
+            for key, stage in wanted
+        ],
+        lambda done: progress(f"fitted {done} of {len(wanted)} heads"),
+    )
+    heads = dict(zip(wanted, fitted, strict=True))
+    models = [
+        export_heads([heads[key, stage] for stage in range(key[0] or 0, len(names))], size) for key in keys
+    ]
     progress("calibrating")
     predictor = OnnxPredictor(models)
     scores = {

@@ -14,6 +14,8 @@ import onnx
 from onnx import TensorProto, helper
 from sklearn.ensemble import HistGradientBoostingClassifier
 
+from policy_service.train.threads import one_thread
+
 if TYPE_CHECKING:
     import numpy.typing as npt
 
@@ -37,6 +39,7 @@ class Head:
         self.base = base
         self.trees = trees
 
+    @one_thread()
     def scores(self, features: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
         """Return the log-odds: [n]. features: float32 [n, size]."""
         if self.trees is None:
@@ -45,13 +48,15 @@ class Head:
         return scores
 
 
+@one_thread()
 def fit_head(features: npt.NDArray[np.float32], correct: npt.NDArray[np.bool_], seed: int) -> Head:
     """Fit one head. features: float32 [n, size]. correct: bool [n]."""
     right = int(correct.sum())
     wrong = len(correct) - right
     if min(right, wrong) < _LEAST_EXAMPLES:
         return Head(float(np.log((right + 1) / (wrong + 1))), None)
-    return Head(0.0, HistGradientBoostingClassifier(random_state=seed, **_TREES).fit(features, correct))
+    trees = HistGradientBoostingClassifier(random_state=seed, **_TREES)
+    return Head(0.0, trees.fit(features, correct))
 
 
 def export_heads(heads: list[Head], size: int) -> bytes:

@@ -19,7 +19,16 @@ EXTRAS = {
     "hub": ("huggingface_hub",),
     "policy": ("numpy", "onnxruntime"),
     "kubernetes": ("kubernetes",),
-    "policy-train": ("numpy", "onnx", "onnxruntime", "pyarrow", "scipy", "sklearn", "tokenizers"),
+    "policy-train": (
+        "numpy",
+        "onnx",
+        "onnxruntime",
+        "pyarrow",
+        "scipy",
+        "sklearn",
+        "threadpoolctl",
+        "tokenizers",
+    ),
 }
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from policy_service.train.faults import UnfitOutcomes
+from policy_service.train.threads import usable_cores
 from services.common.privacy import report_nothing
 
 if TYPE_CHECKING:
@@ -66,7 +67,11 @@ def embed_prompts(prompts: Sequence[str], model: Path, progress: Callable[[str],
             tokenizer_json = archive.read(next(name for name in names if name.endswith("tokenizer.json")))
     except (zipfile.BadZipFile, StopIteration) as error:
         raise UnfitOutcomes(f"{model}: holds no .onnx and tokenizer.json in a zip") from error
-    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    # By default its threads spin while they wait, each bound to one core, which another program may have.
+    options.intra_op_num_threads = usable_cores()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     tokenizer = Tokenizer.from_str(tokenizer_json.decode())
     tokenizer.no_padding()
     tokenizer.enable_truncation(_MOST_TOKENS)

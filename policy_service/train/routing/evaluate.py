@@ -15,6 +15,7 @@ from policy_service.train.routing.metrics import Routed, measure
 from policy_service.train.routing.router import fit_word_scores, predict_targets, smooth_targets
 from policy_service.train.routing.table import UnfitOptions, read_answers, read_sizes, read_table
 from policy_service.train.routing.text import describe_prompts
+from policy_service.train.threads import one_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -105,6 +106,7 @@ def evaluate_file(
     return evaluate_routing(table, options, vectors, Ladder(sizes, answers), progress)
 
 
+@one_thread()
 def evaluate_routing(
     table: RoutingTable,
     options: RoutingOptions,

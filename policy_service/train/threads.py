@@ -1,0 +1,79 @@
+"""Threads to fit with: side by side where the work splits, and none that wait for one another.
+
+The thread pools of scikit-learn (OpenMP) and numpy (OpenBLAS) split every small step over all cores, and
+their threads spin until the last one is done. Where other programs have the cores, or a container may use
+fewer than the machine has, most of the processor time goes there.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from contextlib import contextmanager
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, TypeVar
+
+from threadpoolctl import threadpool_limits
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+Made = TypeVar("Made")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Have the libraries' pools work in the calling thread alone.
+
+    Libraries that are imported in the body are not bounded: import them before.
+    """
+    with threadpool_limits(limits=1):
+        yield
+
+
+def run_side_by_side(
+    jobs: Sequence[Callable[[], Made]], progress: Callable[[int], None], workers: int | None = None
+) -> list[Made]:
+    """Return what jobs return, in their order. The first error ends it and is raised.
+
+    progress is told how many are done. workers: threads, at most; by default, one per core that this process
+    may run on. They are daemons: what is interrupted ends at once, not with the jobs under way.
+    """
+    waiting: SimpleQueue[tuple[int, Callable[[], Made]]] = SimpleQueue()
+    ended: SimpleQueue[tuple[int, Made] | BaseException] = SimpleQueue()
+    for numbered in enumerate(jobs):
+        waiting.put(numbered)
+    stopped = threading.Event()
+
+    def work() -> None:
+        while not stopped.is_set():
+            try:
+                place, job = waiting.get_nowait()
+            except Empty:
+                return
+            try:
+                ended.put((place, job()))
+            except BaseException as error:
+                stopped.set()
+                ended.put(error)
+
+    made: dict[int, Made] = {}
+    with one_thread():
+        for _ in range(min(workers or usable_cores(), len(jobs))):
+            threading.Thread(target=work, name="fit", daemon=True).start()
+        try:
+            while len(made) < len(jobs):
+                result = ended.get()
+                if isinstance(result, BaseException):
+                    raise result
+                made[result[0]] = result[1]
+                progress(len(made))
+        finally:
+            stopped.set()
+    return [made[place] for place in range(len(jobs))]
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may run on."""
+    # Not on every system: macOS has none.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

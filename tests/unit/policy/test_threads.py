@@ -1,0 +1,121 @@
+"""Fitting keeps to threads that never wait for one another: no library's pool splits its steps."""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from sklearn.ensemble import HistGradientBoostingClassifier
+from threadpoolctl import threadpool_info, threadpool_limits
+
+from policy_service.train import compare, predictor, threads
+from policy_service.train.predictor import fit_head
+from policy_service.train.threads import one_thread, run_side_by_side
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(autouse=True)
+def pools_of_two() -> Iterator[None]:
+    """A machine of two cores, whatever this one is."""
+    with threadpool_limits(limits=2):
+        yield
+
+
+def pools() -> set[int]:
+    """Return how many threads the libraries' pools would split a step of the calling thread over."""
+    return {pool["num_threads"] for pool in threadpool_info()}
+
+
+def test_pools_have_one_thread_within_and_what_they_had_after():
+    assert pools() == {2}
+    with one_thread():
+        assert pools() == {1}
+    assert pools() == {2}
+
+
+def test_a_thread_that_starts_within_is_bounded_where_it_fits(monkeypatch):
+    """OpenMP counts its threads per thread that asks: a limit of the main thread holds for no other."""
+    seen: list[set[int]] = []
+
+    class Trees(HistGradientBoostingClassifier):
+        def fit(self, *given):
+            seen.append(pools())
+            return super().fit(*given)
+
+    monkeypatch.setattr(predictor, "HistGradientBoostingClassifier", Trees)
+    features = np.arange(200, dtype=np.float32)[:, None]
+    correct = np.arange(200) % 3 > 0
+    fit_head(features, correct, 0)
+    run_side_by_side([partial(fit_head, features, correct, 0)] * 2, lambda _: None, workers=2)
+    assert seen == [{1}] * 3
+
+
+def test_predictors_are_compared_in_one_thread(monkeypatch):
+    seen: list[set[int]] = []
+
+    def views(_):
+        seen.append(pools())
+        return ()
+
+    monkeypatch.setattr(compare, "_views", views)
+    compare.compare_predictors(None, None, 0, lambda _: None)
+    assert seen == [{1}]
+
+
+def test_jobs_run_side_by_side_and_their_results_keep_the_order():
+    meeting = threading.Barrier(2, timeout=60)
+    told: list[int] = []
+
+    def job(number: int) -> int:
+        meeting.wait()
+        return number
+
+    jobs = [partial(job, number) for number in range(6)]
+    assert run_side_by_side(jobs, told.append, workers=2) == [0, 1, 2, 3, 4, 5]
+    assert told == [1, 2, 3, 4, 5, 6]
+
+
+def test_no_jobs_are_done_at_once():
+    assert run_side_by_side([], lambda _: None) == []
+
+
+def test_the_first_error_is_raised_and_begins_nothing_more():
+    begun: list[int] = []
+
+    def job(number: int) -> None:
+        begun.append(number)
+        raise ValueError(f"job {number}")
+
+    with pytest.raises(ValueError, match="job 0"):
+        run_side_by_side([partial(job, number) for number in range(3)], lambda _: None, workers=1)
+    assert begun == [0]
+
+
+def test_an_interrupted_wait_ends_with_jobs_under_way(monkeypatch):
+    """As Ctrl-C does: in the main thread, while a job runs on."""
+    release = threading.Event()
+
+    def interrupt(_done: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_side_by_side([lambda: None, lambda: release.wait(60)], interrupt, workers=2)
+    running = [each for each in threading.enumerate() if each.name == "fit"]
+    assert all(each.daemon for each in running)
+    release.set()
+    for each in running:
+        each.join(60)
+    assert not any(each.is_alive() for each in running)
+
+
+def test_workers_are_as_many_as_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: {3, 5, 7}, raising=False)
+    assert threads.usable_cores() == 3
+    monkeypatch.delattr(threads.os, "sched_getaffinity")
+    monkeypatch.setattr(threads.os, "cpu_count", lambda: None)
+    assert threads.usable_cores() == 1
