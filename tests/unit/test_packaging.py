@@ -16,6 +16,8 @@ from typing import NamedTuple
 import pytest
 from hatchling.builders.wheel import WheelBuilder
 
+from tests.limits import PROCESS_S
+
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # What a distribution brings, where it is more than a module of the same name.
@@ -36,7 +38,7 @@ def run_python(code: str, *arguments: str, folder: Path, path: Path) -> subproce
         env={**os.environ, "PYTHONPATH": str(path)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PROCESS_S,
         check=False,
     )
 

@@ -15,6 +15,7 @@ import pytest
 
 from services.client.cascade_file import Service, services_of
 from services.client.launcher import free_ports
+from tests.limits import CALL_S, PROCESS_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -43,7 +44,7 @@ def asd(*arguments: str, text: str = "", **variables: str) -> subprocess.Complet
         input=text,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PROCESS_S,
         check=False,
         env={**os.environ, **variables},
     )
@@ -101,7 +102,7 @@ def start_up(cascade_file: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     yield start
     for process in started:
         process.terminate()
-        process.communicate(timeout=60)
+        process.communicate(timeout=CALL_S)
 
 
 @pytest.fixture(scope="session")

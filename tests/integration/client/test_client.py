@@ -33,6 +33,7 @@ from services.client.values import (
 from services.common.errors import BudgetSpent, InvalidRequest, NotFound, PreconditionFailed, Unavailable
 from services.common.server import ServiceRegistration, start_server
 from tests.integration.client.conftest import PROMPT, asd, count_weights
+from tests.limits import CALL_S
 from tests.unit.client.test_examples import python_in
 
 # Of no suite, so that the stages are apt to differ.
@@ -109,7 +110,7 @@ async def texts(client, request):
 async def test_calls_that_a_stopping_router_has_not_begun_are_made_again():
     router = Leaving(cancels=7)
     server, port = await router.start()
-    async with CascadeClient(f"127.0.0.1:{port}", timeout_ms=20_000) as client:
+    async with CascadeClient(f"127.0.0.1:{port}", timeout_ms=CALL_S * 1e3) as client:
         await client.describe()
         assert await texts(client, Request("hi")) == ("19", "19")
     assert router.calls == 7 + 2
@@ -119,7 +120,7 @@ async def test_calls_that_a_stopping_router_has_not_begun_are_made_again():
 async def test_a_router_that_restarts_is_waited_for():
     before, after = Leaving(), Leaving()
     server, port = await before.start()
-    async with CascadeClient(f"127.0.0.1:{port}", timeout_ms=20_000) as client:
+    async with CascadeClient(f"127.0.0.1:{port}", timeout_ms=CALL_S * 1e3) as client:
         assert await texts(client, Request("hi")) == ("19", "19")
         await server.stop(0)
         hang_up = await HangUp.start(port)
@@ -135,7 +136,7 @@ async def test_a_router_that_restarts_is_waited_for():
 async def test_a_stream_that_a_router_has_begun_is_not_made_again():
     router = Leaving(cancels=1, begins=True)
     server, port = await router.start()
-    async with CascadeClient(f"127.0.0.1:{port}", timeout_ms=20_000) as client:
+    async with CascadeClient(f"127.0.0.1:{port}", timeout_ms=CALL_S * 1e3) as client:
         await client.describe()
         with pytest.raises(Unavailable, match="it is shutting down"):
             await texts(client, Request("hi"))
@@ -462,7 +463,7 @@ def test_an_interrupted_question_ends_clean(silent_socket):
         # It is connected, and waits; a connection that closes would be an answer of its own.
         connection, _ = silent_socket.accept()
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=CALL_S)
     connection.close()
     assert process.returncode == 130
     assert "Traceback" not in errors

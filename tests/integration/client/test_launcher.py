@@ -26,10 +26,11 @@ from services.common.errors import Unavailable
 from services.common.server import ServiceRegistration, start_server
 from services.common.terminal import LiteralConsole
 from tests.integration.client.conftest import PROMPT, asd
+from tests.limits import CALL_S
 
 
 def _assert_gone(children: list[psutil.Process]) -> None:
-    _, alive = psutil.wait_procs(children, timeout=30)
+    _, alive = psutil.wait_procs(children, timeout=CALL_S)
     assert not alive
 
 
@@ -48,7 +49,7 @@ def test_no_child_outlives_asd_up(start_up, number, code):
     assert [each["name"] for each in up.ready["processes"]] == ["small"]
     assert all(child.is_running() for child in children)
     up.process.send_signal(number)
-    _, errors = up.process.communicate(timeout=60)
+    _, errors = up.process.communicate(timeout=CALL_S)
     assert up.process.returncode == code
     assert "Traceback" not in errors
     _assert_gone(children)
@@ -66,7 +67,7 @@ def test_a_second_interrupt_kills_what_drains(start_up):
     # And however many more.
     for _ in range(100):
         up.process.send_signal(signal.SIGINT)
-    _, errors = up.process.communicate(timeout=60)
+    _, errors = up.process.communicate(timeout=CALL_S)
     assert "Traceback" not in errors
     # It was killed for the second interrupt, not for taking too long.
     assert "did not end" not in errors
@@ -107,7 +108,7 @@ async def test_a_stage_that_was_killed_comes_back(services, tmp_path):
         child = supervisor.children[1]
         old = child.pid
         os.kill(old, signal.SIGKILL)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(CALL_S):
             await is_back.wait()
         assert child.pid != old
         assert lines[0] == (
@@ -144,7 +145,7 @@ async def test_a_variable_that_moves_a_service_is_told(services, tmp_path, monke
 async def test_a_cancelled_start_leaves_no_child(services, tmp_path):
     supervisor = Supervisor([services["router"], services["small"]], tmp_path, say=print)
     starting = asyncio.create_task(supervisor.__aenter__())
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(CALL_S):
         while not all(child.pid for child in supervisor.children):  # noqa: ASYNC110 - there is no event for it
             await asyncio.sleep(0)
     pids = [child.pid for child in supervisor.children]
@@ -178,7 +179,7 @@ async def test_a_service_that_keeps_ending_is_started_later_each_time(tmp_path, 
     with pytest.raises(LaunchError, match=r"small ended with code 1\.(?s:.*)No module named no_such_module"):
         await child.start()
     keeper = asyncio.create_task(child.keep())
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(CALL_S):
         await four_lines.wait()
     keeper.cancel()
     await asyncio.gather(keeper, return_exceptions=True)
@@ -202,7 +203,7 @@ async def test_a_service_that_was_asked_to_end_is_started_again_without_delay(tm
     keeper = asyncio.create_task(child.keep())
     for _ in range(3):
         os.kill(child.pid, signal.SIGTERM)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(CALL_S):
             assert "ended with code 0; starting it again in 0.001 s" in await lines.get()
             assert "serves again" in await lines.get()
     keeper.cancel()
@@ -288,7 +289,7 @@ async def test_logs_of_a_process_that_ended_by_itself_are_kept_and_named(cascade
         read_cascade(cascade_file), launcher.free_ports(2), console, only="router"
     ) as supervisor:
         os.kill(supervisor.children[0].pid, signal.SIGKILL)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(CALL_S):
             while not supervisor.has_crashed:  # noqa: ASYNC110 - there is no event for it
                 await asyncio.sleep(0)
     (directory,) = tmp_path.iterdir()

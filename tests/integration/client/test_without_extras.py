@@ -11,6 +11,7 @@ import pytest
 
 from services.common.extras import EXTRAS
 from tests.integration.client.conftest import MODELS
+from tests.limits import PROCESS_S
 
 _MISSING = sorted({name for modules in EXTRAS.values() for name in modules} | {"psutil", "torch"})
 
@@ -54,7 +55,7 @@ def test_a_program_says_what_to_install(base_install, tmp_path, module, argument
         env=base_install,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PROCESS_S,
         check=False,
     )
     assert result.returncode == 1
@@ -70,7 +71,7 @@ def test_asking_needs_no_extra(base_install, up):
         env=base_install,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PROCESS_S,
         check=False,
     )
     assert (result.returncode, result.stdout[-2:-1].isprintable()) == (0, True)

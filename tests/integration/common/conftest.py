@@ -13,15 +13,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 # A fixture.
 from tests.integration.router.conftest import world  # noqa: F401
+from tests.limits import CALL_S, PROCESS_S
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
     import grpc
-
-CALL_S = 20
-PROCESS_S = 60
 
 
 class Running(NamedTuple):

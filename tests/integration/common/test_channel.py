@@ -24,13 +24,13 @@ from services.common.errors import (
 )
 from services.common.patience import Patience
 from services.common.server import ServiceRegistration, start_server
+from tests.limits import CALL_S
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     Connect = Callable[..., Any]
 
-CALL_S = 20
 ASK = stage_pb2.StatusRequest()
 WRITE = stage_pb2.StageServiceGenerateRequest(prompt="hi")
 

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from services.common.server import CannotListen, start_server
+from tests.limits import PROCESS_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,7 +40,7 @@ def test_a_port_that_is_taken_ends_a_service_with_one_sentence(module, taken, tm
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump({"listen": taken, **CONFIGS[module]}))
     command = [sys.executable, "-m", module, "--config", str(config)]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PROCESS_S, check=False)
     assert ended.returncode == 1
     assert ended.stdout == ""
     assert ended.stderr.splitlines()[-1] == (

@@ -86,7 +86,7 @@ def check_names(text: str) -> None:
             input=text,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PROCESS_S,
             check=False,
         )
         assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")

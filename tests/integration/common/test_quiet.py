@@ -36,7 +36,7 @@ def why_not() -> str:
         ["strace", "-f", "--seccomp-bpf", "-qq", "-e", "trace=openat", "-o", os.devnull, "true"],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=PROCESS_S,
         check=False,
     )
     return "" if run.returncode == 0 else f"strace may not trace here: {run.stderr.strip()}"

@@ -18,6 +18,7 @@ from policy_service.servicer import PolicyServicer
 from services.common.channel import open_channel
 from services.common.server import ServiceRegistration, start_server
 from suites import split
+from tests.limits import CALL_S
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
@@ -102,7 +103,7 @@ async def test_decide_never_chooses_a_stage_that_is_away(
     for task in TASKS[:10]:
         for missing in subsets:
             request = decide(prompt=task.prompt, stage=stage, draft=evidence, conditions=away(*missing))
-            response = await stub.Decide(request, timeout=10)
+            response = await stub.Decide(request, timeout=CALL_S)
             assert response.next_stage not in missing
             if len(missing) == len(later):
                 assert (response.action, response.reason) == (STOP, LAST_STAGE)
@@ -115,40 +116,40 @@ async def test_decide_never_chooses_a_stage_that_is_away(
 async def test_plan_never_chooses_a_stage_that_is_away(stub: policy_pb2_grpc.PolicyServiceAsyncStub) -> None:
     for task in TASKS[:10]:
         for missing in chain.from_iterable(combinations(CASCADE, size) for size in (1, 2)):
-            response = await stub.Plan(plan(prompt=task.prompt, conditions=away(*missing)), timeout=10)
+            response = await stub.Plan(plan(prompt=task.prompt, conditions=away(*missing)), timeout=CALL_S)
             assert response.first_stage not in missing
             assert response.likely_next_stage not in missing
 
 
 async def test_a_queue_makes_a_latency_budget_fail(stub: policy_pb2_grpc.PolicyServiceAsyncStub) -> None:
-    idle = await stub.Decide(decide(objective=objective(max_latency_ms=1000.0)), timeout=10)
+    idle = await stub.Decide(decide(objective=objective(max_latency_ms=1000.0)), timeout=CALL_S)
     assert idle.action == ESCALATE
     everywhere = decide(
         objective=objective(max_latency_ms=1000.0), conditions=queues(medium=LONG_MS, large=LONG_MS)
     )
-    full = await stub.Decide(everywhere, timeout=10)
+    full = await stub.Decide(everywhere, timeout=CALL_S)
     assert (full.action, full.reason) == (STOP, MAX_LATENCY)
 
 
 async def test_waiting_has_a_price(stub: policy_pb2_grpc.PolicyServiceAsyncStub) -> None:
-    idle = await stub.Decide(decide(objective=objective(**{"lambda": 20.0})), timeout=10)
+    idle = await stub.Decide(decide(objective=objective(**{"lambda": 20.0})), timeout=CALL_S)
     assert idle.action == ESCALATE
     values = []
     for wait_ms in (0.0, 100.0, 1000.0, LONG_MS):
         request = decide(
             objective=objective(**{"lambda": 20.0}), conditions=queues(medium=wait_ms, large=wait_ms)
         )
-        values.append((await stub.Decide(request, timeout=10)).escalate_value)
+        values.append((await stub.Decide(request, timeout=CALL_S)).escalate_value)
     assert values == sorted(values, reverse=True)
     assert values[0] == idle.escalate_value
     # It costs more than any answer is worth to this caller; to one who values it at 5000, it does not.
     request = decide(
         objective=objective(**{"lambda": 20.0}), conditions=queues(medium=LONG_MS, large=LONG_MS)
     )
-    full = await stub.Decide(request, timeout=10)
+    full = await stub.Decide(request, timeout=CALL_S)
     assert (full.action, full.reason) == (STOP, policy_pb2.DECISION_REASON_VALUE)
     patient = decide(conditions=queues(medium=LONG_MS, large=LONG_MS))
-    assert (await stub.Decide(patient, timeout=10)).action == ESCALATE
+    assert (await stub.Decide(patient, timeout=CALL_S)).action == ESCALATE
 
 
 @pytest.mark.parametrize(("more_ms", "is_asked"), [(-1.0, True), (1.0, False)])
@@ -156,14 +157,14 @@ async def test_waiting_has_a_price(stub: policy_pb2_grpc.PolicyServiceAsyncStub)
 async def test_waiting_and_time_spent_count_to_the_millisecond(
     stub: policy_pb2_grpc.PolicyServiceAsyncStub, what: str, more_ms: float, is_asked: bool
 ) -> None:
-    only_large = await stub.Decide(decide(conditions=away("medium")), timeout=10)
+    only_large = await stub.Decide(decide(conditions=away("medium")), timeout=CALL_S)
     assert only_large.next_stage == "large"
     budget = objective(max_latency_ms=latencies(only_large.estimates)["large"] + 100.0)
     if what == "queue":
         request = decide(objective=budget, conditions=[*away("medium"), *queues(large=100.0 + more_ms)])
     else:
         request = decide(objective=budget, conditions=away("medium"), spent_ms=100.0 + more_ms)
-    response = await stub.Decide(request, timeout=10)
+    response = await stub.Decide(request, timeout=CALL_S)
     assert response.next_stage == ("large" if is_asked else "")
     assert (response.reason == MAX_LATENCY) is not is_asked
 
@@ -172,21 +173,21 @@ async def test_a_queue_leaves_the_other_stages_eligible(stub: policy_pb2_grpc.Po
     budget = objective(max_latency_ms=1000.0)
     for busy, other in (("medium", "large"), ("large", "medium")):
         request = decide(objective=budget, conditions=queues(**{busy: LONG_MS}))
-        response = await stub.Decide(request, timeout=10)
+        response = await stub.Decide(request, timeout=CALL_S)
         assert response.next_stage == other
 
 
 async def test_plans_arrival_includes_the_queue(stub: policy_pb2_grpc.PolicyServiceAsyncStub) -> None:
-    idle = await stub.Plan(plan(), timeout=10)
+    idle = await stub.Plan(plan(), timeout=CALL_S)
     assert idle.first_stage == "small"
     # Waiting for two answers of small and for a fifth of one of medium: small is still the better value.
     budget = common_pb2.Objective(max_latency_ms=latencies(idle.estimates)["small"] + 12.5)
     for queue_ms, is_asked in ((12.4, True), (12.6, False)):
         request = plan(objective=budget, conditions=queues(small=queue_ms, medium=3.0))
-        response = await stub.Plan(request, timeout=10)
+        response = await stub.Plan(request, timeout=CALL_S)
         assert (response.first_stage == "small") is is_asked
     # Without a budget, the stage whose queue is shorter is asked, were it the dearer one.
-    impatient = await stub.Plan(plan(conditions=queues(small=LONG_MS)), timeout=10)
+    impatient = await stub.Plan(plan(conditions=queues(small=LONG_MS)), timeout=CALL_S)
     assert impatient.first_stage != "small"
 
 
@@ -196,7 +197,7 @@ async def test_where_no_stage_is_in_time_the_shortest_queue_comes_closest(
 ) -> None:
     waits = {stage: LONG_MS for stage in CASCADE if stage != free}
     request = plan(objective=common_pb2.Objective(max_latency_ms=0.5), conditions=queues(**waits))
-    assert (await stub.Plan(request, timeout=10)).first_stage == free
+    assert (await stub.Plan(request, timeout=CALL_S)).first_stage == free
 
 
 # 1.6 + 8.8 is exactly 10.4, in floating point too; 1.6 + 4.2 is 8.9e-16 above 5.8.
@@ -216,17 +217,17 @@ async def test_decide_spends_max_cost_to_the_last(
 ) -> None:
     other = "medium" if only == "large" else "large"
     request = decide(objective=objective(max_cost=max_cost), spent_cost=1.6, conditions=away(other))
-    response = await stub.Decide(request, timeout=10)
+    response = await stub.Decide(request, timeout=CALL_S)
     assert response.next_stage == (only if is_asked else "")
     assert (response.reason == MAX_COST) is not is_asked
 
 
 async def test_plan_spends_max_cost_to_the_last(stub: policy_pb2_grpc.PolicyServiceAsyncStub) -> None:
     request = plan(prompt=HARD, objective=common_pb2.Objective(max_cost=1.6))
-    assert (await stub.Plan(request, timeout=10)).first_stage == "small"
+    assert (await stub.Plan(request, timeout=CALL_S)).first_stage == "small"
     request = plan(prompt=HARD, objective=common_pb2.Objective(max_cost=1.599))
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await stub.Plan(request, timeout=10)
+        await stub.Plan(request, timeout=CALL_S)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
@@ -236,7 +237,7 @@ async def test_standard_errors_are_those_of_the_calibration(
     views = json.loads((ARTIFACT / "policy.json").read_text())["views"]
     (heads,) = [view["heads"] for view in views if (view["stage"], view["origin"]) == ("small", None)]
     for evidence in (LOST, SURE):
-        response = await stub.Decide(decide(draft=evidence), timeout=10)
+        response = await stub.Decide(decide(draft=evidence), timeout=CALL_S)
         assert response.p_correct_stderr == response.estimates[0].p_correct_stderr
         for each, head in zip(response.estimates, heads, strict=True):
             # A binomial share's, with one success and one failure more than its bin has (Agresti and Coull).
@@ -244,5 +245,5 @@ async def test_standard_errors_are_those_of_the_calibration(
             share = (each.p_correct * (count - 2) + 1) / count
             assert each.p_correct_stderr == pytest.approx(math.sqrt(share * (1 - share) / count))
             assert 0.0 < each.p_correct_stderr < 0.1
-    planned = await stub.Plan(plan(), timeout=10)
+    planned = await stub.Plan(plan(), timeout=CALL_S)
     assert all(0.0 < each.p_correct_stderr < 0.1 for each in planned.estimates)

@@ -32,6 +32,7 @@ from policy_service.train import cli
 from services.common.channel import open_channel
 from services.common.server import ServiceRegistration, start_server
 from services.common.telemetry import Metrics
+from tests.limits import CALL_S, PROCESS_S
 from tests.unit.policy.tiny_policy import make_artifact
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 
 async def describe(service: Service) -> policy_pb2.PolicyServiceDescribeResponse:
-    return await service.stub.Describe(policy_pb2.PolicyServiceDescribeRequest(), timeout=10)
+    return await service.stub.Describe(policy_pb2.PolicyServiceDescribeRequest(), timeout=CALL_S)
 
 
 async def test_feedback_from_report_to_a_refitted_policy_and_back(
@@ -132,19 +133,19 @@ async def test_feedback_from_report_to_a_refitted_policy_and_back(
     reports = tmp_path / "reports.jsonl"
     async with running(store, reports) as service:
         for place in range(400):
-            judged = await service.stub.Decide(decide(-rng.random()), timeout=10)
+            judged = await service.stub.Decide(decide(-rng.random()), timeout=CALL_S)
             assert judged.policy_version == "v1"
             # Odds of a third of what was predicted.
             odds = judged.p_correct / (1 - judged.p_correct) / 3
             correct = rng.random() < odds / (1 + odds)
-            await service.stub.Report(report(f"r{place}", judged.p_correct, correct=correct), timeout=10)
+            await service.stub.Report(report(f"r{place}", judged.p_correct, correct=correct), timeout=CALL_S)
         (told,) = (await describe(service)).calibration
         assert (told.stage, told.reports, told.drifted) == ("small", 400, True)
         assert told.observed < told.expected - 0.1
         assert told.calibration_error > 0.1
         assert told.drift_evidence >= 10_000
 
-        before = await service.stub.Decide(decide(-0.4), timeout=10)
+        before = await service.stub.Decide(decide(-0.4), timeout=CALL_S)
         assert before.action == STOP
         assert run_cli(monkeypatch, "drift", reports) == 0
         assert run_cli(monkeypatch, "refit", store.directory, "--reports", reports) == 0
@@ -155,17 +156,17 @@ async def test_feedback_from_report_to_a_refitted_policy_and_back(
         assert capsys.readouterr().out.count(version) == 1
 
         service.follow()
-        after = await service.stub.Decide(decide(-0.4), timeout=10)
+        after = await service.stub.Decide(decide(-0.4), timeout=CALL_S)
         assert (after.policy_version, after.action) == (version, ESCALATE)
         odds = before.p_correct / (1 - before.p_correct) / 3
         # Standard error of the offset at 400 reports: some 0.12 of log-odds, 0.03 of P(correct).
         assert after.p_correct == pytest.approx(odds / (1 + odds), abs=0.08)
         # The new policy has a clean sheet; late reports of the old one are taken and not held against it.
         assert list((await describe(service)).calibration) == []
-        late = await service.stub.Report(report("late", 0.9, correct=False), timeout=10)
+        late = await service.stub.Report(report("late", 0.9, correct=False), timeout=CALL_S)
         assert late.reports == 401
         assert list((await describe(service)).calibration) == []
-        await service.stub.Report(report("new", 0.9, correct=True, version=version), timeout=10)
+        await service.stub.Report(report("new", 0.9, correct=True, version=version), timeout=CALL_S)
         assert [each.reports for each in (await describe(service)).calibration] == [1]
 
         assert run_cli(monkeypatch, "versions", store.directory) == 0
@@ -175,7 +176,7 @@ async def test_feedback_from_report_to_a_refitted_policy_and_back(
         assert any(line.split()[:3] == [version, "*", "v1"] for line in listed.splitlines())
         assert run_cli(monkeypatch, "rollback", store.directory) == 0
         service.follow()
-        again = await service.stub.Decide(decide(-0.4), timeout=10)
+        again = await service.stub.Decide(decide(-0.4), timeout=CALL_S)
         assert (again.policy_version, again.p_correct) == ("v1", before.p_correct)
         # What was known against it is known still.
         assert (await describe(service)).calibration[0].drifted
@@ -186,7 +187,7 @@ async def test_a_bad_new_version_leaves_the_last_good_one(store: PolicyStore, tm
         store.publish(make_artifact(tmp_path / "v2", "v2"))
         (store.artifact("v2") / "policy.json").write_text("{")
         service.follow()
-        assert (await service.stub.Decide(decide(-0.4), timeout=10)).policy_version == "v1"
+        assert (await service.stub.Decide(decide(-0.4), timeout=CALL_S)).policy_version == "v1"
     assert "policy v1 stays in force" in caplog.text
 
 
@@ -197,12 +198,12 @@ async def test_reports_of_a_version_that_nobody_knows_are_refused(store: PolicyS
     store.publish(make_artifact(tmp_path / "v2", "v2"))
     async with running(store, tmp_path / "r.jsonl") as service:
         # v1 was in force before the service started.
-        await service.stub.Report(report("a", 0.5, correct=True, version="v1"), timeout=10)
+        await service.stub.Report(report("a", 0.5, correct=True, version="v1"), timeout=CALL_S)
         with pytest.raises(NotFound, match="v2 is in force"):
             await call_unary(
                 service.stub.Report,
                 report("b", 0.5, correct=True, version="v9"),
-                timeout_ms=10_000,
+                timeout_ms=CALL_S * 1e3,
                 peer="policy",
             )
 
@@ -213,12 +214,12 @@ async def test_reports_are_taken_of_a_version_that_only_other_replicas_serve_yet
     async with running(store, tmp_path / "r.jsonl") as service:
         first = report("a", 0.5, correct=True, version="v2")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await service.stub.Report(first, timeout=10)
+            await service.stub.Report(first, timeout=CALL_S)
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
         store.publish(make_artifact(tmp_path / "v2", "v2"))
         # The service has not looked at the store since.
-        assert (await service.stub.Decide(decide(-0.4), timeout=10)).policy_version == "v1"
-        assert (await service.stub.Report(first, timeout=10)).reports == 1
+        assert (await service.stub.Decide(decide(-0.4), timeout=CALL_S)).policy_version == "v1"
+        assert (await service.stub.Report(first, timeout=CALL_S)).reports == 1
 
 
 @pytest.fixture
@@ -250,7 +251,7 @@ async def test_calibration_shows_as_metrics_of_the_policy_in_force(
     async with running(store, tmp_path / "r.jsonl") as service:
         Instruments().watch_calibration(service.servicer.calibration)
         for place in range(60):
-            await service.stub.Report(report(f"r{place}", 0.9, correct=place % 2 == 0), timeout=10)
+            await service.stub.Report(report(f"r{place}", 0.9, correct=place % 2 == 0), timeout=CALL_S)
         seen = measured(metrics)
         assert seen[Metrics.REPORTS] == {("small",): 60}
         assert seen[Metrics.REPORTED_P_CORRECT][("small",)] == pytest.approx(0.9)
@@ -271,10 +272,10 @@ async def test_a_shadow_decides_beside_the_live_policy_and_is_only_recorded(
     with Shadow(candidate.policy, path, Instruments()) as shadow:
         async with running(store, tmp_path / "r.jsonl", shadow) as service:
             planned = await service.stub.Plan(
-                policy_pb2.PlanRequest(prompt="What?", cascade=CASCADE), timeout=10
+                policy_pb2.PlanRequest(prompt="What?", cascade=CASCADE), timeout=CALL_S
             )
-            sure = await service.stub.Decide(decide(0.0, "sure"), timeout=10)
-            unsure = await service.stub.Decide(decide(-0.4, "unsure"), timeout=10)
+            sure = await service.stub.Decide(decide(0.0, "sure"), timeout=CALL_S)
+            unsure = await service.stub.Decide(decide(-0.4, "unsure"), timeout=CALL_S)
     assert {each.policy_version for each in (planned, sure, unsure)} == {"v1"}
     assert (sure.action, unsure.action) == (STOP, STOP)
     plan, stop, go = read_shadow(path)
@@ -300,7 +301,7 @@ async def test_a_shadow_that_fails_or_hangs_touches_no_answer(
 ):
     monkeypatch.setattr("policy_service.shadow._CLOSING_SECONDS", 0.01)
     async with running(store, tmp_path / "r.jsonl") as service:
-        alone = await service.stub.Decide(decide(-0.4), timeout=10)
+        alone = await service.stub.Decide(decide(-0.4), timeout=CALL_S)
     leave = threading.Event()
     candidate = load_usable(make_artifact(tmp_path / "c", "candidate")).policy
 
@@ -308,14 +309,14 @@ async def test_a_shadow_that_fails_or_hangs_touches_no_answer(
         raise RuntimeError("broken candidate")
 
     def hang(*_: object) -> None:
-        leave.wait(60)
+        leave.wait(CALL_S)
 
     for behaviour in (fail, hang):
         monkeypatch.setattr(candidate, "decide", behaviour)
         with Shadow(candidate, None, Instruments(), capacity=1) as shadow:
             async with running(store, tmp_path / "r.jsonl", shadow) as service:
                 for _ in range(4):
-                    beside = await service.stub.Decide(decide(-0.4), timeout=10)
+                    beside = await service.stub.Decide(decide(-0.4), timeout=CALL_S)
                     alone.predict_us = beside.predict_us
                     assert beside == alone
                 told = (await describe(service)).shadow
@@ -392,14 +393,14 @@ async def test_the_process_follows_its_store_and_keeps_a_shadow(store, process, 
     )
     async with open_channel(address) as channel:
         stub = policy_pb2_grpc.PolicyServiceStub(channel)
-        assert (await stub.Decide(decide(-0.4), timeout=10)).policy_version == "v1"
+        assert (await stub.Decide(decide(-0.4), timeout=CALL_S)).policy_version == "v1"
         store.publish(tmp_path / "v2")
-        until = time.monotonic() + 30
-        while (answer := await stub.Decide(decide(-0.4), timeout=10)).policy_version == "v1":
+        until = time.monotonic() + CALL_S
+        while (answer := await stub.Decide(decide(-0.4), timeout=CALL_S)).policy_version == "v1":
             assert time.monotonic() < until, (tmp_path / "errors.log").read_text()
         assert (answer.policy_version, answer.action) == ("v2", ESCALATE)
     child.send_signal(signal.SIGTERM)
-    assert child.wait(30) == 0
+    assert child.wait(PROCESS_S) == 0
     first, *_, last = read_shadow(tmp_path / "shadow.jsonl")
     assert (first.live_version, first.agrees) == ("v1", False)
     assert (last.live_version, last.agrees) == ("v2", True)
@@ -411,8 +412,8 @@ async def test_a_shadow_that_cannot_be_had_does_not_keep_the_process_from_servin
     _, address = process(artifact=str(store.directory), shadow_artifact=str(other))
     async with open_channel(address) as channel:
         stub = policy_pb2_grpc.PolicyServiceStub(channel)
-        assert (await stub.Decide(decide(-0.4), timeout=10)).policy_version == "v1"
-        described = await stub.Describe(policy_pb2.PolicyServiceDescribeRequest(), timeout=10)
+        assert (await stub.Decide(decide(-0.4), timeout=CALL_S)).policy_version == "v1"
+        described = await stub.Describe(policy_pb2.PolicyServiceDescribeRequest(), timeout=CALL_S)
         assert not described.HasField("shadow")
     log = (tmp_path / "errors.log").read_text()
     assert "no shadow policy decides beside v1: policy other was made for the cascade small" in log
@@ -432,7 +433,7 @@ async def test_a_shadow_that_cannot_be_had_does_not_keep_the_process_from_servin
 def test_the_process_refuses_what_does_not_fit(settings, message, store, process, tmp_path):
     child, ready = process(artifact=str(store.directory), **settings)
     assert ready == ""
-    assert child.wait(30) != 0
+    assert child.wait(PROCESS_S) != 0
     said = (tmp_path / "errors.log").read_text()
     assert message in said
     assert "Traceback" not in said

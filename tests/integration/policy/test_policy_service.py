@@ -21,6 +21,7 @@ from services.common.channel import call_unary, open_channel
 from services.common.errors import ResourceExhausted
 from services.common.server import ServiceRegistration, start_server
 from suites import split
+from tests.limits import CALL_S, PROCESS_S
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -90,9 +91,9 @@ def verification(**fields: object) -> policy_pb2.VerificationEvidence:
 async def test_a_sure_draft_stops_and_a_lost_one_escalates(service: Service) -> None:
     tasks = [task for task in split("demo", 120) if task.suite == "arithmetic"]
     easy, hard = tasks[0], max(tasks, key=lambda task: task.level)
-    sure = await service.stub.Decide(decide(prompt=easy.prompt), timeout=10)
+    sure = await service.stub.Decide(decide(prompt=easy.prompt), timeout=CALL_S)
     unsure = evidence(*[-0.9, -0.4, -1.3] * 12)
-    lost = await service.stub.Decide(decide(prompt=hard.prompt, draft=unsure), timeout=10)
+    lost = await service.stub.Decide(decide(prompt=hard.prompt, draft=unsure), timeout=CALL_S)
     assert sure.action == policy_pb2.DECISION_ACTION_STOP
     assert lost.action == policy_pb2.DECISION_ACTION_ESCALATE
     assert lost.next_stage in {"medium", "large"}
@@ -107,7 +108,7 @@ async def test_more_lambda_never_asks_less_of_the_cascade(service: Service) -> N
     for quality_value in (0.0, 5.0, 50.0, 5000.0):
         objective = common_pb2.Objective(**{"lambda": quality_value})
         request = decide(draft=evidence(-0.4, -0.2, -0.9), objective=objective)
-        response = await service.stub.Decide(request, timeout=10)
+        response = await service.stub.Decide(request, timeout=CALL_S)
         asked.append(response.action == policy_pb2.DECISION_ACTION_ESCALATE)
     assert asked == sorted(asked)
     assert set(asked) == {False, True}
@@ -119,14 +120,14 @@ async def test_a_verified_answer_is_judged_by_its_verification(service: Service)
     p_correct = []
     for check in (whole, broken):
         request = decide(stage="medium", verification=check)
-        p_correct.append((await service.stub.Decide(request, timeout=10)).p_correct)
+        p_correct.append((await service.stub.Decide(request, timeout=CALL_S)).p_correct)
     assert p_correct[0] > p_correct[1]
 
 
 async def test_every_kind_of_prompt_is_planned(service: Service) -> None:
     first_stages = set()
     for task in split("demo", 120):
-        response = await service.stub.Plan(plan(prompt=task.prompt), timeout=10)
+        response = await service.stub.Plan(plan(prompt=task.prompt), timeout=CALL_S)
         first_stages.add(response.first_stage)
         assert 0.0 <= response.p_escalate <= 1.0
         assert [estimate.stage for estimate in response.estimates] == CASCADE
@@ -218,10 +219,10 @@ async def test_bad_input_names_its_field_and_harms_nothing(service: Service, cas
         policy_pb2.ReportRequest: service.stub.Report,
     }
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await calls[type(request)](request, timeout=10)  # type: ignore[index]
+        await calls[type(request)](request, timeout=CALL_S)  # type: ignore[index]
     assert caught.value.code() is code
     assert field_at_fault(caught.value) == field
-    assert (await service.stub.Decide(decide(), timeout=10)).p_correct > 0
+    assert (await service.stub.Decide(decide(), timeout=CALL_S)).p_correct > 0
 
 
 def field_at_fault(error: grpc.aio.AioRpcError) -> str:
@@ -241,12 +242,12 @@ async def test_a_prompt_of_9_mb_is_refused_with_what_to_change(
     async with open_channel(service.target, max_message_bytes=limit) as channel:
         call = getattr(policy_pb2_grpc.PolicyServiceStub(channel), method)
         with pytest.raises(ResourceExhausted) as caught:
-            await call_unary(call, request, timeout_ms=10_000, peer="policy")
+            await call_unary(call, request, timeout_ms=CALL_S * 1e3, peer="policy")
     assert caught.value.message == (
         f"policy: the request has {request.ByteSize()} bytes, and 8388608 are the most that a message may "
         "have: shorten the prompt or the conversation, or split the batch"
     )
-    assert (await service.stub.Decide(decide(), timeout=10)).p_correct > 0
+    assert (await service.stub.Decide(decide(), timeout=CALL_S)).p_correct > 0
 
 
 async def test_a_second_report_of_a_request_is_kept_and_not_counted(service: Service) -> None:
@@ -257,7 +258,7 @@ async def test_a_second_report_of_a_request_is_kept_and_not_counted(service: Ser
         )
 
     receipts = [
-        await service.stub.Report(report(name, correct=right), timeout=10)
+        await service.stub.Report(report(name, correct=right), timeout=CALL_S)
         for name, right in (("a", True), ("b", True), ("a", False))
     ]
     assert [each.reports for each in receipts] == [1, 2, 2]
@@ -287,7 +288,7 @@ async def test_reports_outlive_a_crash_in_the_middle_of_a_line(tmp_path: Path) -
 
 
 async def test_it_describes_the_policy(service: Service) -> None:
-    described = await service.stub.Describe(policy_pb2.PolicyServiceDescribeRequest(), timeout=10)
+    described = await service.stub.Describe(policy_pb2.PolicyServiceDescribeRequest(), timeout=CALL_S)
     assert [stage.stage for stage in described.stages] == CASCADE
     assert [stage.cost for stage in described.stages] == [1.6, 4.2, 8.8]
     assert described.lambda_fastest < described.lambda_balanced < described.lambda_best
@@ -307,7 +308,9 @@ def test_the_process_says_what_is_wrong_and_exits(tmp_path: Path, settings: str,
     config = tmp_path / "policy.yaml"
     config.write_text(settings)
     command = [sys.executable, "-m", "policy_service", "--config", str(config)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path, check=False)
+    run = subprocess.run(
+        command, capture_output=True, text=True, timeout=PROCESS_S, cwd=tmp_path, check=False
+    )
     assert run.returncode != 0
     assert message in run.stderr
     assert "Traceback" not in run.stderr

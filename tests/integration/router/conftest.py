@@ -27,6 +27,7 @@ from services.common.errors import AsdError, NotFound, Unavailable
 from services.common.server import ServiceRegistration, start_server
 from services.router.__main__ import build
 from services.router.settings import RouterSettings
+from tests.limits import CALL_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -414,8 +415,8 @@ async def world():
             policy: FakePolicy | None = None,
             policy_target: str = "",
             dead: tuple[str, ...] = (),
-            stage_timeout_ms: float = 5000,
-            policy_timeout_ms: float = 2000,
+            stage_timeout_ms: float = CALL_S * 1e3,
+            policy_timeout_ms: float = CALL_S * 1e3,
             stage_settings: dict[str, dict] | None = None,
             **settings,
         ) -> World:

@@ -7,13 +7,14 @@ from zlib import crc32
 import pytest
 
 from asd.v1 import cascade_pb2, common_pb2, policy_pb2
+from tests.limits import CALL_S
 
 ASK = cascade_pb2.GenerateRequest(prompt="2 + 2?", session_id="s-1")
 
 
 async def test_early_stop_answers_from_the_planned_stage(world):
     w = await world(policy=world.policy())
-    response = await w.stub.Generate(ASK, timeout=5)
+    response = await w.stub.Generate(ASK, timeout=CALL_S)
     assert response.text == "one two three"
     assert (response.stage, response.stage_index) == ("small", 0)
     assert response.finish_reason == common_pb2.FINISH_REASON_EOS
@@ -34,7 +35,7 @@ async def test_escalation_verifies_the_draft(world):
     medium = world.stage("medium")
     large = world.stage("large")
     w = await world(small, medium, large, policy=world.policy(script={"small": "large"}))
-    response = await w.stub.Generate(ASK, timeout=5)
+    response = await w.stub.Generate(ASK, timeout=CALL_S)
     assert response.text == "one two three"
     assert [r.stage for r in response.stages] == ["small", "large"]
     assert [r.action for r in response.stages] == [
@@ -73,7 +74,7 @@ async def test_sampled_answers_are_verified_under_one_seed(world):
     w = await world(policy=world.policy(script={"small": "medium"}))
     for sampling in (common_pb2.Sampling(temperature=0.7, seed=3), common_pb2.Sampling(temperature=0.7)):
         response = await w.stub.Generate(
-            cascade_pb2.GenerateRequest(prompt="x", sampling=sampling), timeout=5
+            cascade_pb2.GenerateRequest(prompt="x", sampling=sampling), timeout=CALL_S
         )
         assert response.stages[1].action == common_pb2.STAGE_ACTION_VERIFY
         seeds = {w.stages[name].requests[-1].sampling.seed for name in ("small", "medium")}
@@ -83,7 +84,7 @@ async def test_sampled_answers_are_verified_under_one_seed(world):
 
 async def test_fixed_stage_is_asked_without_the_policy(world):
     w = await world(policy=world.policy())
-    response = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="x", stage="large"), timeout=5)
+    response = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="x", stage="large"), timeout=CALL_S)
     assert response.stage == "large"
     assert response.plan_source == cascade_pb2.PLAN_SOURCE_FIXED
     assert response.stages[0].reason == policy_pb2.DECISION_REASON_FIXED_STAGE
@@ -107,7 +108,7 @@ async def test_objective_conversation_and_acceptance_are_passed_on(world):
         ),
         acceptance=common_pb2.Acceptance(mode=common_pb2.ACCEPTANCE_MODE_TOLERANT, threshold=0.5),
     )
-    await w.stub.Generate(request, timeout=5)
+    await w.stub.Generate(request, timeout=CALL_S)
     assert w.policy.plans[0].objective == request.objective
     assert w.policy.decisions[0].objective == request.objective
     assert w.policy.plans[0].conversation == request.conversation
@@ -119,13 +120,13 @@ async def test_objective_conversation_and_acceptance_are_passed_on(world):
     lambda_request = cascade_pb2.GenerateRequest(
         prompt="x", objective=common_pb2.Objective(**{"lambda": 0.0})
     )
-    await w.stub.Generate(lambda_request, timeout=5)
+    await w.stub.Generate(lambda_request, timeout=CALL_S)
     assert w.policy.plans[1].objective == lambda_request.objective
 
 
 async def test_describe_tells_who_is_there(world):
     w = await world(policy=world.policy(), dead=("large",))
-    response = await w.stub.Describe(cascade_pb2.DescribeRequest(), timeout=5)
+    response = await w.stub.Describe(cascade_pb2.DescribeRequest(), timeout=CALL_S)
     assert [(s.stage, s.available, s.cost, s.engine, s.context_length) for s in response.stages] == [
         ("small", True, 1.6, "fake", 512),
         ("medium", True, 4.2, "fake", 512),
@@ -135,4 +136,4 @@ async def test_describe_tells_who_is_there(world):
     assert response.policy.policy_version == "v7"
     assert list(response.static_plan) == ["medium"]
     await w.stop("policy")
-    assert not (await w.stub.Describe(cascade_pb2.DescribeRequest(), timeout=5)).HasField("policy")
+    assert not (await w.stub.Describe(cascade_pb2.DescribeRequest(), timeout=CALL_S)).HasField("policy")

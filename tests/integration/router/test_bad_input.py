@@ -9,6 +9,7 @@ import pytest
 from asd.v1 import cascade_pb2, common_pb2
 from services.common.errors import InvalidRequest
 from services.common.status import from_rpc_error
+from tests.limits import CALL_S
 
 NAN, INF = float("nan"), float("inf")
 
@@ -74,7 +75,7 @@ BAD = {
 
 
 async def answered(w) -> bool:
-    return (await w.stub.Generate(ask(), timeout=5)).text == "one two three"
+    return (await w.stub.Generate(ask(), timeout=CALL_S)).text == "one two three"
 
 
 @pytest.fixture
@@ -85,13 +86,13 @@ async def w(world):
 async def test_bad_requests_name_their_field(w):
     for name, (request, field) in BAD.items():
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await w.stub.Generate(request, timeout=5)
+            await w.stub.Generate(request, timeout=CALL_S)
         error = from_rpc_error(caught.value)
         assert (type(error), error.field) == (InvalidRequest, field), name
         assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
         assert error.message, name
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            stream = w.stub.GenerateStream(cascade_pb2.GenerateStreamRequest(request=request), timeout=5)
+            stream = w.stub.GenerateStream(cascade_pb2.GenerateStreamRequest(request=request), timeout=CALL_S)
             [event async for event in stream]
         assert from_rpc_error(caught.value).field == f"request.{field}", name
         assert await answered(w), name
@@ -100,7 +101,7 @@ async def test_bad_requests_name_their_field(w):
 
 async def test_unknown_stage_is_not_found(w):
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await w.stub.Generate(ask(stage="huge"), timeout=5)
+        await w.stub.Generate(ask(stage="huge"), timeout=CALL_S)
     assert caught.value.code() == grpc.StatusCode.NOT_FOUND
     assert from_rpc_error(caught.value).field == "stage"
     assert "small, medium, large" in caught.value.details()
@@ -127,7 +128,7 @@ async def test_bad_bytes(w, raw, code, field):
         f"127.0.0.1:{w.port}", options=(("grpc.max_send_message_length", -1),)
     ) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await channel.unary_unary("/asd.v1.CascadeService/Generate")(raw, timeout=10)
+            await channel.unary_unary("/asd.v1.CascadeService/Generate")(raw, timeout=CALL_S)
     assert caught.value.code().name == code
     assert from_rpc_error(caught.value).field == field
     assert await answered(w)
@@ -137,7 +138,7 @@ async def test_bad_bytes(w, raw, code, field):
 async def test_batch_size(w, count):
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         request = cascade_pb2.GenerateBatchRequest(requests=[ask()] * count)
-        [each async for each in w.stub.GenerateBatch(request, timeout=5)]
+        [each async for each in w.stub.GenerateBatch(request, timeout=CALL_S)]
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert from_rpc_error(caught.value).field == "requests"
     assert await answered(w)
@@ -146,7 +147,7 @@ async def test_batch_size(w, count):
 async def test_one_bad_request_of_a_batch_leaves_the_others_alone(world):
     w = await world(batch_concurrency=3)
     requests = [ask(), ask(prompt=""), *[ask()] * 20, ask(stage="huge")]
-    call = w.stub.GenerateBatch(cascade_pb2.GenerateBatchRequest(requests=requests), timeout=10)
+    call = w.stub.GenerateBatch(cascade_pb2.GenerateBatchRequest(requests=requests), timeout=CALL_S)
     results = {each.index: each async for each in call}
     assert sorted(results) == list(range(23))
     assert (results[1].error.code, results[1].error.field) == (3, "requests[1].prompt")
@@ -158,7 +159,7 @@ async def test_one_bad_request_of_a_batch_leaves_the_others_alone(world):
 async def test_cancelled_batch_stops_all_of_it(world):
     medium = world.stage("medium", pause_after=1)
     w = await world(world.stage("small"), medium, batch_concurrency=4)
-    call = w.stub.GenerateBatch(cascade_pb2.GenerateBatchRequest(requests=[ask()] * 10), timeout=10)
+    call = w.stub.GenerateBatch(cascade_pb2.GenerateBatchRequest(requests=[ask()] * 10), timeout=CALL_S)
     await medium.started.wait()
     call.cancel()
     await medium.cancelled.wait()
@@ -169,5 +170,5 @@ async def test_cancelled_batch_stops_all_of_it(world):
 
 async def test_stream_without_a_request(w):
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        [each async for each in w.stub.GenerateStream(cascade_pb2.GenerateStreamRequest(), timeout=5)]
+        [each async for each in w.stub.GenerateStream(cascade_pb2.GenerateStreamRequest(), timeout=CALL_S)]
     assert from_rpc_error(caught.value).field == "request"

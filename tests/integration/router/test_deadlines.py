@@ -17,6 +17,7 @@ from asd.v1 import cascade_pb2, common_pb2, policy_pb2
 from services.common import telemetry
 from services.common.errors import BudgetSpent, Unavailable
 from services.router.planner import MARGIN_MS
+from tests.limits import CALL_S
 
 ASK = cascade_pb2.GenerateRequest(prompt="hi")
 POLICY, STATIC = cascade_pb2.PLAN_SOURCE_POLICY, cascade_pb2.PLAN_SOURCE_STATIC
@@ -393,7 +394,7 @@ async def test_plans_and_decisions_are_told_of_calls_under_way(world, clock):
     large = world.stage("large", pause_after=1)
     w = await world(world.stage("small"), world.stage("medium"), large, policy=policy)
     waiting = w.stub.Generate(fixed("large"), timeout=20)
-    await asyncio.wait_for(large.started.wait(), 5)
+    await asyncio.wait_for(large.started.wait(), CALL_S)
     await w.stub.Generate(ASK, timeout=20)
     busy = {"large": (True, 1, 0.0)}
     assert conditions(policy.plans[0]) == busy

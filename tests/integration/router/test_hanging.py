@@ -19,6 +19,7 @@ import pytest
 
 from asd.v1 import cascade_pb2, policy_pb2
 from tests.integration.router.conftest import FakeStage
+from tests.limits import PROCESS_S
 
 ROOT = Path(__file__).parents[3]
 ASK = cascade_pb2.GenerateRequest(prompt="hi")
@@ -65,7 +66,7 @@ async def large_process():
         stdout=asyncio.subprocess.PIPE,
     )
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PROCESS_S):
             port = int(await process.stdout.readline())
         yield process, f"127.0.0.1:{port}"
     finally:

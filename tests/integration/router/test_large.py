@@ -7,6 +7,7 @@ import pytest
 
 from asd.v1 import cascade_pb2, common_pb2
 from services.common.status import from_rpc_error
+from tests.limits import CALL_S
 
 MOST = 4 * 1024 * 1024
 POLICY = cascade_pb2.PLAN_SOURCE_POLICY
@@ -35,14 +36,14 @@ async def test_the_largest_request_is_planned_verified_and_decided(world, is_con
     stages = [world.stage(name, pieces=pieces, chunk=1000) for name in ("small", "medium", "large")]
     w = await world(*stages, policy=policy, policy_timeout_ms=60_000, stage_timeout_ms=60_000)
     request = ask(MOST, is_conversation=is_conversation)
-    response = await w.stub.Generate(request, timeout=60)
+    response = await w.stub.Generate(request, timeout=CALL_S)
     assert (response.stage, response.plan_source) == ("large", POLICY)
     assert [stage.calls for stage in stages] == [["generate"], ["verify"], ["prefill", "verify"]]
     assert len(policy.decisions) == 3
     # With room for nothing but the chain's names.
     request = ask(MOST - 20, is_conversation=is_conversation)
     request.chain.extend(["small", "large"])
-    assert (await w.stub.Generate(request, timeout=60)).stage == "large"
+    assert (await w.stub.Generate(request, timeout=CALL_S)).stage == "large"
     assert stages[-1].calls[-1] == "verify_stream"
 
 
@@ -60,11 +61,11 @@ async def test_a_larger_request_is_refused_with_what_to_change(world):
     )
     for is_conversation in (False, True):
         request = ask(MOST + 1, is_conversation=is_conversation)
-        stream = w.stub.GenerateStream(cascade_pb2.GenerateStreamRequest(request=request), timeout=60)
-        for call in (w.stub.Generate(request, timeout=60), stream.read()):
+        stream = w.stub.GenerateStream(cascade_pb2.GenerateStreamRequest(request=request), timeout=CALL_S)
+        for call in (w.stub.Generate(request, timeout=CALL_S), stream.read()):
             assert await refused(call) == (grpc.StatusCode.RESOURCE_EXHAUSTED, sentence)
     batch = cascade_pb2.GenerateBatchRequest(requests=[ask(MOST + 1), ask(100)])
-    answers = {each.index: each async for each in w.stub.GenerateBatch(batch, timeout=60)}
+    answers = {each.index: each async for each in w.stub.GenerateBatch(batch, timeout=CALL_S)}
     assert (answers[0].error.message, answers[0].error.field) == (sentence, "requests[0]")
     assert answers[1].response.text == "one two three"
     assert [len(stage.calls) for stage in w.stages.values()] == [0, 1, 0]
@@ -76,6 +77,6 @@ async def test_a_batch_of_too_many_is_refused_by_its_bytes(world):
     call = w.channel.unary_stream("/asd.v1.CascadeService/GenerateBatch")
     for raw, name in ((b"\x0a\x00" * (4 << 20), "requests"), (b"\x3a\x00" * (4 << 20), "")):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await call(raw, timeout=60).read()
+            await call(raw, timeout=CALL_S).read()
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert from_rpc_error(caught.value).field == name

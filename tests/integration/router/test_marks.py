@@ -18,6 +18,7 @@ from asd.v1 import cascade_pb2, cascade_pb2_grpc, common_pb2, policy_pb2
 from services.common import telemetry
 from services.common.errors import Unavailable
 from services.router.speculation import Choice, Skip, Speculation
+from tests.limits import CALL_S, HANGS_MS
 
 ASK = cascade_pb2.GenerateRequest(prompt="hi")
 POLICY, STATIC = cascade_pb2.PLAN_SOURCE_POLICY, cascade_pb2.PLAN_SOURCE_STATIC
@@ -105,7 +106,7 @@ async def failure(call):
 
 async def test_a_plan_without_the_policy_is_marked_and_counted(world, recorded, metered):
     w = await world(policy=world.policy(), dead=("policy",))
-    response = await w.stub.Generate(ASK, timeout=5)
+    response = await w.stub.Generate(ASK, timeout=CALL_S)
     assert response.plan_source == STATIC
     assert response.trace_id == f"{recorded.spans('asd.cascade')[0].context.trace_id:032x}"
     for name in ("asd.plan", "asd.decide", "asd.cascade"):
@@ -113,14 +114,14 @@ async def test_a_plan_without_the_policy_is_marked_and_counted(world, recorded, 
     assert recorded.values("asd.plan", "asd.plan.first_stage") == ["medium"]
     assert recorded.values("asd.decide", "asd.decision.reason") == ["static_plan"]
     assert counts(metered()["asd.static_plans"]) == {("plan",): 1}
-    await w.stub.Generate(ASK, timeout=5)
+    await w.stub.Generate(ASK, timeout=CALL_S)
     assert counts(metered()["asd.static_plans"]) == {("plan",): 2}
 
 
 async def test_a_decision_without_the_policy_is_marked_and_counted(world, recorded, metered):
     # The plan is the policy's, which then goes away.
     w = await world(policy=world.policy(decide_failure=Unavailable("going away")))
-    response = await w.stub.Generate(ASK, timeout=5)
+    response = await w.stub.Generate(ASK, timeout=CALL_S)
     assert response.plan_source == POLICY
     assert [record.stage for record in response.stages] == ["small", "medium"]
     assert recorded.values("asd.plan", "asd.plan.source") == ["policy"]
@@ -133,7 +134,7 @@ async def test_a_decision_without_the_policy_is_marked_and_counted(world, record
 
 async def test_decisions_of_the_policy_are_marked_as_its_own(world, recorded, metered):
     w = await world(policy=world.policy(script={"small": "large"}))
-    await w.stub.Generate(ASK, timeout=5)
+    await w.stub.Generate(ASK, timeout=CALL_S)
     for name in ("asd.plan", "asd.cascade"):
         assert recorded.values(name, "asd.plan.source") == ["policy"]
     assert recorded.values("asd.decide", "asd.plan.source") == ["policy", "policy"]
@@ -150,14 +151,14 @@ async def test_a_policy_that_is_lost_on_the_way_is_marked_from_there_on(world, r
 
     policy = world.policy(script={"small": "medium"}, on_call=lose)
     w = await world(policy=policy)
-    await w.stub.Generate(ASK, timeout=5)
+    await w.stub.Generate(ASK, timeout=CALL_S)
     assert recorded.values("asd.decide", "asd.plan.source") == ["policy", "static"]
     assert counts(metered()["asd.static_plans"]) == {("decide",): 1}
 
 
 async def test_a_fixed_stage_is_no_static_plan(world, recorded, metered):
     w = await world(policy=world.policy())
-    await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi", stage="large"), timeout=5)
+    await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi", stage="large"), timeout=CALL_S)
     for name in ("asd.plan", "asd.decide", "asd.cascade"):
         assert recorded.values(name, "asd.plan.source") == ["fixed"]
     assert "asd.static_plans" not in metered()
@@ -172,7 +173,7 @@ async def test_durations_reach_the_histograms_in_seconds(world, clock, metered):
     large = world.stage("large", on_call=lambda: clock.advance(3.0))
     policy = world.policy(script={"small": "large"}, on_call=wait)
     w = await world(small, world.stage("medium"), large, policy=policy)
-    response = await w.stub.Generate(ASK, timeout=20)
+    response = await w.stub.Generate(ASK, timeout=CALL_S)
     assert response.latency_ms == pytest.approx(6250.0)
     metrics = metered()
     for name in ("gen_ai.server.request.duration", "asd.stage.duration", "asd.policy.duration"):
@@ -189,8 +190,8 @@ async def test_durations_reach_the_histograms_in_seconds(world, clock, metered):
 
 async def test_requests_stages_and_tokens_are_counted(world, metered):
     w = await world(policy=world.policy(script={"small": "large"}))
-    escalated = await w.stub.Generate(ASK, timeout=5)
-    fixed = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi", stage="small"), timeout=5)
+    escalated = await w.stub.Generate(ASK, timeout=CALL_S)
+    fixed = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi", stage="small"), timeout=CALL_S)
     metrics = metered()
     assert counts(metrics["asd.requests"]) == {("policy", "large"): 1, ("fixed", "small"): 1}
     assert counts(metrics["asd.early_stops"]) == {("fixed", "small"): 1}
@@ -203,7 +204,7 @@ async def test_requests_stages_and_tokens_are_counted(world, metered):
 
 async def test_a_stage_that_fails_marks_its_span_and_the_requests(world, recorded, metered):
     w = await world(world.stage("small", fail_after=2), static_plan=("small",))
-    error = await failure(w.stub.Generate(ASK, timeout=5))
+    error = await failure(w.stub.Generate(ASK, timeout=CALL_S))
     assert error.code() == grpc.StatusCode.UNAVAILABLE
     assert recorded.status("asd.stage") == [(StatusCode.ERROR, "Unavailable")]
     assert recorded.status("asd.cascade") == [(StatusCode.ERROR, "Unavailable")]
@@ -216,7 +217,7 @@ async def test_a_failed_escalation_marks_its_span_alone(world, recorded, metered
     w = await world(
         *(world.stage("small"), medium, world.stage("large")), policy=world.policy(script={"small": "medium"})
     )
-    response = await w.stub.Generate(ASK, timeout=5)
+    response = await w.stub.Generate(ASK, timeout=CALL_S)
     assert response.stages[0].reason == policy_pb2.DECISION_REASON_STAGE_UNAVAILABLE
     assert recorded.values("asd.stage", "asd.stage.name") == ["small", "medium"]
     assert recorded.status("asd.stage") == [(StatusCode.UNSET, None), (StatusCode.ERROR, "Unavailable")]
@@ -225,8 +226,8 @@ async def test_a_failed_escalation_marks_its_span_alone(world, recorded, metered
 
 
 async def test_a_stage_out_of_time_marks_its_span(world, recorded):
-    w = await world(world.stage("small", pause_after=0), static_plan=("small",), stage_timeout_ms=50)
-    error = await failure(w.stub.Generate(ASK, timeout=20))
+    w = await world(world.stage("small", pause_after=0), static_plan=("small",), stage_timeout_ms=HANGS_MS)
+    error = await failure(w.stub.Generate(ASK, timeout=CALL_S))
     assert error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     assert recorded.status("asd.stage") == [(StatusCode.ERROR, "BudgetSpent")]
 
@@ -234,7 +235,7 @@ async def test_a_stage_out_of_time_marks_its_span(world, recorded):
 async def test_a_policy_that_answers_nonsense_marks_the_decision(world, recorded):
     nonsense = policy_pb2.DecideResponse(action=9, reason=1, p_correct=0.5)
     w = await world(policy=world.policy(decide_response=nonsense))
-    error = await failure(w.stub.Generate(ASK, timeout=5))
+    error = await failure(w.stub.Generate(ASK, timeout=CALL_S))
     assert error.code() == grpc.StatusCode.INTERNAL
     assert recorded.status("asd.decide") == [(StatusCode.ERROR, "AsdError")]
     assert recorded.status("asd.stage") == [(StatusCode.UNSET, None)]
@@ -248,12 +249,12 @@ async def test_a_caller_who_cancels_marks_no_error(world, recorded, metered, fie
     # Not the traced channel of `w`: OpenTelemetry's interceptor keeps a cancellation to itself.
     async with grpc.aio.insecure_channel(f"127.0.0.1:{w.port}") as channel:
         ask = cascade_pb2.GenerateRequest(prompt="hi", **fields)
-        call = cascade_pb2_grpc.CascadeServiceStub(channel).Generate(ask, timeout=20)
-        await asyncio.wait_for(asyncio.gather(*(stage.started.wait() for stage in working)), 5)
+        call = cascade_pb2_grpc.CascadeServiceStub(channel).Generate(ask, timeout=CALL_S)
+        await asyncio.wait_for(asyncio.gather(*(stage.started.wait() for stage in working)), CALL_S)
         call.cancel()
-        await asyncio.wait_for(recorded.ended.wait(), 5)
+        await asyncio.wait_for(recorded.ended.wait(), CALL_S)
     # Work downstream stops, though every channel on the way is traced.
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(CALL_S):
         while any(stage.running for stage in working):
             await asyncio.sleep(0)
     assert recorded.status("asd.stage") == [(StatusCode.UNSET, None)] * len(working)
@@ -281,17 +282,17 @@ async def test_unary_calls_stop_with_what_they_were_made_for(world, request, tra
         policy.Plan = hang
     else:
         large.Prefill = hang
-    w = await world(small, world.stage("medium"), large, policy=policy, policy_timeout_ms=20_000)
+    w = await world(small, world.stage("medium"), large, policy=policy, policy_timeout_ms=CALL_S * 1e3)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{w.port}") as channel:
-        call = cascade_pb2_grpc.CascadeServiceStub(channel).Generate(ASK, timeout=20)
-        await asyncio.wait_for(began.wait(), 5)
+        call = cascade_pb2_grpc.CascadeServiceStub(channel).Generate(ASK, timeout=CALL_S)
+        await asyncio.wait_for(began.wait(), CALL_S)
         if step == "plan":
             call.cancel()
         else:
             # Small's answer stands, so that nothing needs large.
             small.gate.set()
             assert (await call).stage == "small"
-        await asyncio.wait_for(ended.wait(), 5)
+        await asyncio.wait_for(ended.wait(), CALL_S)
 
 
 async def test_a_draft_that_a_target_does_without_is_marked_and_counted(
@@ -303,7 +304,7 @@ async def test_a_draft_that_a_target_does_without_is_marked_and_counted(
     w = await world(world.stage("small"), world.stage("medium"), world.stage("large"), policy=policy)
     actions = []
     for _ in range(3):
-        response = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=5)
+        response = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=CALL_S)
         actions.append(response.stages[-1].action)
     generate, verify = common_pb2.STAGE_ACTION_GENERATE, common_pb2.STAGE_ACTION_VERIFY
     assert actions == [generate, verify, generate]
@@ -317,7 +318,7 @@ async def test_whether_a_stage_has_an_adapter_for_a_task_is_marked_and_counted(w
     large = world.stage("large", adapters=("math",))
     w = await world(world.stage("small"), world.stage("medium"), large, policy=policy)
     for task in ("math", "poetry", ""):
-        await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi", task=task), timeout=5)
+        await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi", task=task), timeout=CALL_S)
     assert recorded.values("asd.stage", "asd.request.task") == [
         "math",
         "math",
@@ -348,7 +349,7 @@ async def test_a_model_whose_own_name_ends_like_a_task_is_no_adapter_for_it(worl
         medium.adapters = adapters
         w.servicer._cascade._stages[0]._adapters._next_time = 0.0
         request = cascade_pb2.GenerateRequest(prompt="hi", stage="medium", task="math")
-        await w.stub.Generate(request, timeout=5)
+        await w.stub.Generate(request, timeout=CALL_S)
     assert [request.model for request in medium.requests][1] == "org/math/math"
     assert counts(metered()["asd.stage.tasks"]) == {("medium", "none"): 1, ("medium", "used"): 1}
 

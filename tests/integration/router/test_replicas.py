@@ -12,6 +12,7 @@ from asd.v1 import cascade_pb2, common_pb2, stage_pb2
 from services.common.errors import Draining, Unavailable
 from services.common.server import ServiceRegistration, start_server
 from services.router.replicas import Replicas, resolve_addresses
+from tests.limits import CALL_S
 
 
 def ask(session: str) -> cascade_pb2.GenerateRequest:
@@ -43,7 +44,7 @@ async def test_a_conversation_stays_on_the_replica_that_holds_its_prefix(replica
     for session in ("a", "b", "c", "d", "e", "f"):
         before = [len(stage.calls) for stage in stages]
         for _ in range(4):
-            await w.stub.Generate(ask(session), timeout=5)
+            await w.stub.Generate(ask(session), timeout=CALL_S)
         assert sorted(len(s.calls) - b for s, b in zip(stages, before, strict=True)) == [0, 0, 4]
     assert sum(bool(stage.calls) for stage in stages) > 1
 
@@ -55,7 +56,7 @@ async def test_calls_of_others_are_known_of_each_replica(clock, replicated):
     session = 0
     while not all(stage.calls for stage in stages):
         session += 1
-        await w.stub.Generate(ask(str(session)), timeout=5)
+        await w.stub.Generate(ask(str(session)), timeout=CALL_S)
     load = w.servicer._cascade._planner._load
     assert load.calls(0) == 170
     assert load.replicas(0) == 3
@@ -75,7 +76,7 @@ async def test_a_target_is_busy_by_the_calls_at_each_replica(world):
     )
     for session in range(60):
         request = cascade_pb2.GenerateRequest(prompt="hi", session_id=str(session), chain=["small", "large"])
-        await w.stub.Generate(request, timeout=5)
+        await w.stub.Generate(request, timeout=CALL_S)
     assert all(stage.calls for stage in larges)
     assert {call for stage in larges for call in stage.calls} == {"verify_stream"}
     await asyncio.gather(*(server.stop(0) for server in servers))
@@ -83,10 +84,10 @@ async def test_a_target_is_busy_by_the_calls_at_each_replica(world):
 
 async def test_a_replica_that_is_away_is_replaced_without_an_error(replicated):
     w, stages, servers = replicated
-    await w.stub.Generate(ask("a"), timeout=5)
+    await w.stub.Generate(ask("a"), timeout=CALL_S)
     home = next(index for index, stage in enumerate(stages) if stage.calls)
     await servers[home].stop(0)
-    response = await w.stub.Generate(ask("a"), timeout=5)
+    response = await w.stub.Generate(ask("a"), timeout=CALL_S)
     assert response.text == stages[0].text
     assert sum(len(stage.calls) for index, stage in enumerate(stages) if index != home) == 1
 
@@ -103,7 +104,7 @@ async def test_a_replica_that_refuses_is_replaced_in_a_pipeline(world):
     )
     for session in range(16):
         request = cascade_pb2.GenerateRequest(prompt="hi", session_id=str(session), chain=["small", "large"])
-        assert (await w.stub.Generate(request, timeout=5)).text == larges[1].text
+        assert (await w.stub.Generate(request, timeout=CALL_S)).text == larges[1].text
     # Some conversations belong to the one that refuses.
     assert larges[0].calls
     assert larges[1].calls == ["verify_stream"] * 16
@@ -115,10 +116,10 @@ async def test_a_replica_that_refuses_is_replaced_in_a_pipeline(world):
 
 async def test_a_replica_that_refuses_is_replaced(replicated):
     w, stages, _ = replicated
-    await w.stub.Generate(ask("a"), timeout=5)
+    await w.stub.Generate(ask("a"), timeout=CALL_S)
     home = next(stage for stage in stages if stage.calls)
     home.fail_after, home.failure = 0, Unavailable("draining")
-    response = await w.stub.Generate(ask("a"), timeout=5)
+    response = await w.stub.Generate(ask("a"), timeout=CALL_S)
     assert response.stage == "small"
 
 
@@ -138,11 +139,11 @@ async def test_a_stage_that_drains_and_returns_loses_no_request_that_names_it(wo
         acceptance=common_pb2.Acceptance(mode=common_pb2.ACCEPTANCE_MODE_TOLERANT, threshold=0.9),
         **fields,
     )
-    assert (await w.stub.Generate(request, timeout=20)).text == large.text
+    assert (await w.stub.Generate(request, timeout=CALL_S)).text == large.text
     large.fail_after, large.failure = 0, Draining("shutting down")
     refused = asyncio.Event()
     large.on_call = refused.set
-    asked = asyncio.ensure_future(w.stub.Generate(request, timeout=20))
+    asked = asyncio.ensure_future(w.stub.Generate(request, timeout=CALL_S))
     await refused.wait()
     await w.stop("large")
     large.fail_after = None
@@ -154,20 +155,20 @@ async def test_a_chain_does_not_wait_for_a_drafter_that_is_away(world):
     small, large = world.stage("small"), world.stage("large")
     w = await world(small, large, static_plan=("small",), stage_timeout_ms=60_000)
     request = cascade_pb2.GenerateRequest(prompt="hi", chain=["small", "large"])
-    await w.stub.Generate(request, timeout=20)
+    await w.stub.Generate(request, timeout=CALL_S)
     assert (small.calls, large.calls) == (["generate"], ["verify_stream"])
     await w.stop("small")
     # Who waits for it waits for half a minute.
-    async with asyncio.timeout(15):
-        assert (await w.stub.Generate(request, timeout=60)).text == large.text
+    async with asyncio.timeout(CALL_S):
+        assert (await w.stub.Generate(request, timeout=CALL_S)).text == large.text
 
 
 async def test_a_busy_replica_shares_its_conversations(replicated):
     w, stages, _ = replicated
     for stage in stages:
         stage.pause_after = 0
-    calls = [w.stub.Generate(ask("a"), timeout=5) for _ in range(6)]
-    async with asyncio.timeout(5):
+    calls = [w.stub.Generate(ask("a"), timeout=CALL_S) for _ in range(6)]
+    async with asyncio.timeout(CALL_S):
         while sum(stage.running for stage in stages) < 6:
             await asyncio.sleep(0)
     # A quarter above a fair share of two is three at most.
@@ -223,7 +224,7 @@ async def test_a_call_under_way_at_a_replica_that_leaves_is_finished_there(world
     replicas = Replicas("dns:///stage:1", lambda: now[0], resolve)
     replica = await replicas.choose("a")
     with replicas.calling(replica):
-        call = replica.stub.Generate(stage_pb2.StageServiceGenerateRequest(prompt="hi"), timeout=20)
+        call = replica.stub.Generate(stage_pb2.StageServiceGenerateRequest(prompt="hi"), timeout=CALL_S)
         await call.read()
         names[0], now[0] = ["127.0.0.1:1"], 5.0
         asked.clear()
@@ -231,7 +232,7 @@ async def test_a_call_under_way_at_a_replica_that_leaves_is_finished_there(world
         await asked.wait()
         assert (await replicas.choose("a")).address == "127.0.0.1:1"
         # Neither is one refused that was on its way there.
-        late = replica.stub.Generate(stage_pb2.StageServiceGenerateRequest(prompt="hi"), timeout=20)
+        late = replica.stub.Generate(stage_pb2.StageServiceGenerateRequest(prompt="hi"), timeout=CALL_S)
         await late.read()
         leaving.gate.set()
         for each in (call, late):

@@ -13,8 +13,7 @@ import pytest
 from asd.v1 import cascade_pb2, manager_pb2, manager_pb2_grpc
 from services.common.errors import Unavailable
 from services.common.server import ServiceRegistration, start_server
-
-CALL_S = 20
+from tests.limits import CALL_S, HANGS_MS
 
 
 @dataclass
@@ -221,7 +220,7 @@ async def test_who_waited_until_the_deadline_is_told_why(sleepy):
     w, manager = await sleepy("large")
     manager.failure = Unavailable("the Kubernetes API cannot be reached")
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await w.stub.Generate(ask(stage="large"), timeout=0.5)
+        await w.stub.Generate(ask(stage="large"), timeout=HANGS_MS / 1e3)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     message = str(caught.value.details())
     assert message.startswith("stage large at ")

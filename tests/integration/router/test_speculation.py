@@ -11,6 +11,7 @@ import pytest
 from asd.v1 import cascade_pb2, common_pb2, policy_pb2
 from services.common.errors import BrokenOff, ResourceExhausted, Unavailable
 from services.router import clients, speculation
+from tests.limits import CALL_S, HANGS_MS
 
 FIXED = cascade_pb2.PLAN_SOURCE_FIXED
 CHAINS = [("small", "medium"), ("small", "large"), ("medium", "large"), ("small", "medium", "large")]
@@ -36,7 +37,7 @@ def three_stages(world, **options):
 
 
 async def idle(*stages) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(CALL_S):
         while any(stage.running for stage in stages):
             await asyncio.sleep(0)
 
@@ -45,7 +46,7 @@ async def idle(*stages) -> None:
 @pytest.mark.parametrize("pipelined", [False, True])
 async def test_a_chain_answers_as_its_last_stage_does(world, chain, pipelined):
     w = await world(*three_stages(world), speculation={"pipelined": pipelined})
-    response = await w.stub.Generate(ask(*chain), timeout=5)
+    response = await w.stub.Generate(ask(*chain), timeout=CALL_S)
     last = w.stages[chain[-1]]
     assert (response.text, response.stage, response.plan_source) == (last.text, chain[-1], FIXED)
     assert [record.stage for record in response.stages] == list(chain)
@@ -63,7 +64,7 @@ async def test_a_chain_answers_as_its_last_stage_does(world, chain, pipelined):
 
 async def test_a_pipelined_draft_travels_as_it_is_written(world):
     w = await world(*three_stages(world))
-    await w.stub.Generate(ask("small", "large"), timeout=5)
+    await w.stub.Generate(ask("small", "large"), timeout=CALL_S)
     (chunks,) = w.stages["large"].streamed_drafts
     assert "".join(chunk.text for chunk in chunks) == w.stages["small"].text
     assert len(chunks) == 3
@@ -74,14 +75,14 @@ async def test_times_of_stages_that_wait_for_their_drafter_are_not_learned(world
     w = await world(*three_stages(world, queue_ms=0.0))
     w.stages["large"].queue_ms = 50_000.0
     load = w.servicer._cascade._planner._load
-    await w.stub.Generate(ask("small", "medium", "large"), timeout=5)
+    await w.stub.Generate(ask("small", "medium", "large"), timeout=CALL_S)
     assert [w.stages[name].calls for name in ("medium", "large")] == [["verify_stream"]] * 2
     # 3 ms each by the stages' clocks, of which only the first one's are its own.
     assert [load.service_ms(place) for place in range(3)] == [3.0, 0.0, 0.0]
     assert [load.capacity(place) for place in range(3)] == [8.0] * 3
     # A wait in the queue is one all the same: the stages work one after the other from now on.
     assert load.expected_queue_ms(2) == pytest.approx(10_000.0, rel=0.1)
-    await w.stub.Generate(ask("small", "medium", "large"), timeout=5)
+    await w.stub.Generate(ask("small", "medium", "large"), timeout=CALL_S)
     assert [w.stages[name].calls[1:] for name in ("medium", "large")] == [["verify"]] * 2
     assert [load.service_ms(place) for place in range(3)] == [3.0] * 3
 
@@ -90,7 +91,7 @@ async def test_the_first_committed_token_comes_while_the_draft_is_being_written(
     small, medium, large = three_stages(world, pause_after=1)
     w = await world(small, medium, large)
     request = cascade_pb2.GenerateStreamRequest(request=ask("small", "large"))
-    call = w.stub.GenerateStream(request, timeout=5)
+    call = w.stub.GenerateStream(request, timeout=CALL_S)
     committed = []
     async for event in call:
         if event.HasField("commit"):
@@ -104,7 +105,7 @@ async def test_the_first_committed_token_comes_while_the_draft_is_being_written(
 async def test_stages_of_a_pipeline_stop_with_the_caller(world):
     small, medium, large = three_stages(world, pause_after=1)
     w = await world(small, medium, large)
-    call = w.stub.Generate(ask("small", "medium", "large"), timeout=5)
+    call = w.stub.Generate(ask("small", "medium", "large"), timeout=CALL_S)
     await asyncio.gather(*(stage.started.wait() for stage in (small, medium, large)))
     call.cancel()
     await idle(small, medium, large)
@@ -114,7 +115,7 @@ async def test_a_target_that_fails_ends_the_drafting(world):
     small = world.stage("small", pause_after=2)
     large = world.stage("large", fail_after=0)
     w = await world(small, world.stage("medium"), large)
-    call = w.stub.Generate(ask("small", "large"), timeout=5)
+    call = w.stub.Generate(ask("small", "large"), timeout=CALL_S)
     with pytest.raises(grpc.aio.AioRpcError):
         await call
     await idle(small)
@@ -138,7 +139,7 @@ async def test_a_verification_whose_end_is_lost_is_asked_for_once_more(world, mo
 
     monkeypatch.setattr(clients, "call_exchange", broken_off)
     w = await world(*three_stages(world))
-    call = w.stub.Generate(ask("small", "large"), timeout=5)
+    call = w.stub.Generate(ask("small", "large"), timeout=CALL_S)
     if times == 1 and not has_begun:
         assert (await call).text == w.stages["large"].text
         assert w.stages["large"].calls == ["verify_stream"]
@@ -154,7 +155,7 @@ async def test_a_verification_whose_end_is_lost_is_asked_for_once_more(world, mo
 async def test_a_drafter_that_dies_leaves_its_target_to_write_alone(world):
     small, medium, large = three_stages(world, fail_after=1)
     w = await world(small, medium, large)
-    response = await w.stub.Generate(ask("small", "large"), timeout=5)
+    response = await w.stub.Generate(ask("small", "large"), timeout=CALL_S)
     assert (response.text, response.stage) == (large.text, "large")
 
 
@@ -162,7 +163,7 @@ async def test_a_drafter_that_dies_leaves_its_target_to_write_alone(world):
 @pytest.mark.parametrize("chain", [("small", "large"), ("small", "medium", "large")], ids="-".join)
 async def test_a_drafter_without_a_draft_leaves_its_target_to_write_alone(world, chain, options):
     w = await world(world.stage("small", **options), world.stage("medium"), world.stage("large"))
-    response = await w.stub.Generate(ask(*chain), timeout=5)
+    response = await w.stub.Generate(ask(*chain), timeout=CALL_S)
     assert (response.text, response.stage) == (w.stages["large"].text, "large")
     assert [record.stage for record in response.stages] == list(chain[1:])
 
@@ -172,7 +173,7 @@ async def test_of_a_verification_that_is_cut_off_what_it_has_shown_is_recorded(w
     # Two tokens in one message, then the verification: both are the draft's, and one pass gave them.
     medium.chunk, medium.fail_after = 2, 2
     w = await world(small, medium, large)
-    response = await w.stub.Generate(ask("small", "medium", "large"), timeout=5)
+    response = await w.stub.Generate(ask("small", "medium", "large"), timeout=CALL_S)
     record = response.stages[1]
     assert (record.stage, record.action, record.text) == ("medium", VERIFY, "one two")
     assert record.usage == common_pb2.Usage(
@@ -185,7 +186,7 @@ async def test_a_draft_keeps_its_fingerprint_where_the_verification_comes_first(
     small, _, large = three_stages(world)
     medium = world.stage("medium", verification_first=True)
     w = await world(small, medium, large)
-    await w.stub.Generate(ask("small", "medium", "large"), timeout=5)
+    await w.stub.Generate(ask("small", "medium", "large"), timeout=CALL_S)
     (chunks,) = large.streamed_drafts
     assert chunks[0].tokenizer_fingerprint == medium.fingerprint
 
@@ -195,7 +196,7 @@ async def test_a_chain_does_not_settle_for_an_earlier_answer(world):
     large.fail_after = 0
     w = await world(small, medium, large, speculation={"pipelined": False})
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await w.stub.Generate(ask("small", "large"), timeout=5)
+        await w.stub.Generate(ask("small", "large"), timeout=CALL_S)
     assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
 
 
@@ -212,15 +213,15 @@ async def test_a_chain_does_not_settle_for_an_earlier_answer(world):
 async def test_chains_that_make_no_sense_are_refused(world, fields, code):
     w = await world()
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi", **fields), timeout=5)
+        await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi", **fields), timeout=CALL_S)
     assert caught.value.code() == code
-    assert (await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=5)).text
+    assert (await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=CALL_S)).text
 
 
 async def test_a_likely_target_is_warmed_while_the_first_stage_drafts(world):
     policy = world.policy(script={"small": "large"}, p_escalate=0.8, likely_next="large")
     w = await world(policy=policy)
-    response = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=5)
+    response = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=CALL_S)
     assert w.stages["large"].calls == ["prefill", "verify"]
     warmed = response.stages[0]
     assert (warmed.stage, warmed.action) == ("large", common_pb2.STAGE_ACTION_PREFILL)
@@ -240,7 +241,7 @@ async def test_a_likely_target_is_warmed_while_the_first_stage_drafts(world):
 )
 async def test_nothing_is_warmed_where_nothing_is_likely_or_wanted(world, options, settings):
     w = await world(policy=world.policy(script={"small": "large"}, **options), **settings)
-    response = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=5)
+    response = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=CALL_S)
     assert w.stages["large"].calls == ["verify"]
     assert response.stages[0].action == common_pb2.STAGE_ACTION_GENERATE
 
@@ -249,9 +250,9 @@ async def test_a_busy_target_is_not_warmed(world):
     large = world.stage("large", pause_after=0)
     policy = world.policy(p_escalate=0.8, likely_next="large")
     w = await world(world.stage("small"), world.stage("medium"), large, policy=policy)
-    busy = w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi", stage="large"), timeout=5)
+    busy = w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi", stage="large"), timeout=CALL_S)
     await large.started.wait()
-    response = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=5)
+    response = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=CALL_S)
     assert response.stage == "small"
     assert large.calls == ["generate"]
     large.gate.set()
@@ -263,9 +264,9 @@ async def test_a_target_with_many_calls_of_others_is_not_warmed(world, others, f
     policy = world.policy(script={"small": "large"}, p_escalate=0.8, likely_next="large")
     large = world.stage("large", others=others)
     w = await world(world.stage("small"), world.stage("medium"), large, policy=policy)
-    await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi", stage="large"), timeout=5)
+    await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi", stage="large"), timeout=CALL_S)
     large.calls.clear()
-    await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=5)
+    await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=CALL_S)
     assert large.calls == [*first, "verify"]
     (caller,) = {request.caller for request in large.requests}
     assert caller
@@ -276,10 +277,10 @@ async def test_stages_that_verify_do_not_work_ahead_where_calls_queue(world, bus
     stages = {name: world.stage(name) for name in ("small", "medium", "large")}
     w = await world(*stages.values())
     stages[busy].queue_ms = 50_000.0
-    await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi", stage=busy), timeout=5)
+    await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi", stage=busy), timeout=CALL_S)
     for stage in stages.values():
         stage.calls.clear()
-    response = await w.stub.Generate(ask("small", "medium", "large"), timeout=5)
+    response = await w.stub.Generate(ask("small", "medium", "large"), timeout=CALL_S)
     # The answer is made by the same stages, one after the other.
     assert [record.stage for record in response.stages] == ["small", "medium", "large"]
     assert response.text == stages["large"].text
@@ -291,10 +292,10 @@ async def test_a_target_that_calls_waited_for_is_not_warmed(world):
     policy = world.policy(script={"small": "large"}, p_escalate=0.8, likely_next="large")
     large = world.stage("large", queue_ms=50_000.0)
     w = await world(world.stage("small"), world.stage("medium"), large, policy=policy)
-    await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=5)
+    await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=CALL_S)
     assert large.calls == ["prefill", "verify"]
     large.calls.clear()
-    await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=5)
+    await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=CALL_S)
     assert large.calls == ["verify"]
 
 
@@ -303,7 +304,7 @@ async def test_warming_ends_with_an_answer_that_stands(world):
     large = world.stage("large", prefill_gate=gate)
     policy = world.policy(p_escalate=0.8, likely_next="large")
     w = await world(world.stage("small"), world.stage("medium"), large, policy=policy)
-    response = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=5)
+    response = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=CALL_S)
     # What was not finished is not charged for.
     assert [record.stage for record in response.stages] == ["small"]
 
@@ -313,13 +314,13 @@ async def test_a_hopeless_draft_is_not_finished(world):
     rule = policy_pb2.AbandonRule(tokens=1, mean_logprob=-0.2)
     policy = world.policy(likely_next="large", abandon=(rule,))
     w = await world(small, world.stage("medium"), world.stage("large"), policy=policy)
-    response = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=5)
+    response = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=CALL_S)
     # The drafts have a log-probability of -0.25 per token; the third token never came.
     first, last = response.stages
     assert (first.stage, first.text) == ("small", "one two")
     assert first.reason == policy_pb2.DECISION_REASON_ABANDONED
     assert (last.stage, last.action, response.text) == ("large", VERIFY, w.stages["large"].text)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(CALL_S):
         await small.cancelled.wait()
     assert len(policy.decisions) == 1
 
@@ -332,9 +333,9 @@ async def test_a_draft_that_was_given_up_is_never_the_answer(world):
     w = await world(
         *(small, world.stage("medium", pieces=(b"own",)), large),
         policy=policy,
-        stage_settings={"small": {"timeout_ms": 200}},
+        stage_settings={"small": {"timeout_ms": HANGS_MS}},
     )
-    response = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=20)
+    response = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=CALL_S)
     # Small is planned again, and hangs this time.
     assert (response.stage, response.text) == ("medium", "own")
     fragment = response.stages[0]
@@ -354,7 +355,7 @@ async def test_rules_for_one_stage_are_not_applied_to_another(world):
     policy.Plan = plan_once
     stages = world.stage("small", fail_after=0), world.stage("medium"), world.stage("large")
     w = await world(*stages, policy=policy, static_plan=("large",))
-    response = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=5)
+    response = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=CALL_S)
     assert [(record.stage, record.text) for record in response.stages] == [("large", w.stages["large"].text)]
 
 
@@ -365,8 +366,8 @@ async def test_requests_that_come_together_warm_a_target_once(world):
     w = await world(
         small, world.stage("medium"), large, policy=world.policy(p_escalate=0.8, likely_next="large")
     )
-    calls = [w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=5) for _ in range(6)]
-    async with asyncio.timeout(5):
+    calls = [w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=CALL_S) for _ in range(6)]
+    async with asyncio.timeout(CALL_S):
         while small.running < 6 or not large.calls:
             await asyncio.sleep(0)
     assert large.calls == ["prefill"]
@@ -378,7 +379,7 @@ async def test_an_escalation_does_not_wait_for_a_prefill_that_hangs(world):
     large = world.stage("large", prefill_gate=asyncio.Event())
     policy = world.policy(script={"small": "large"}, p_escalate=0.8, likely_next="large")
     w = await world(world.stage("small"), world.stage("medium"), large, policy=policy)
-    response = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=1)
+    response = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=CALL_S)
     assert (response.stage, response.text) == ("large", large.text)
 
 
@@ -388,7 +389,7 @@ async def test_an_escalation_does_not_wait_for_a_prefill_that_hangs(world):
 async def test_a_draft_with_hope_is_finished(world, mean_logprob, settings):
     rule = policy_pb2.AbandonRule(tokens=2, mean_logprob=mean_logprob)
     w = await world(policy=world.policy(likely_next="large", abandon=(rule,)), **settings)
-    response = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=5)
+    response = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=CALL_S)
     assert (response.stage, response.text) == ("small", w.stages["small"].text)
 
 
@@ -397,13 +398,13 @@ async def test_chains_take_turns_where_their_last_stage_is_busy(world):
     w = await world(*three_stages(world)[:2], large)
     large.gate.clear()
     fixed = [w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi", stage="large")) for _ in range(7)]
-    await asyncio.wait_for(running(large, 7), 5)
-    chain = w.stub.Generate(ask("small", "large"), timeout=60)
-    await asyncio.wait_for(running(large, 8), 5)
+    await asyncio.wait_for(running(large, 7), CALL_S)
+    chain = w.stub.Generate(ask("small", "large"), timeout=CALL_S)
+    await asyncio.wait_for(running(large, 8), CALL_S)
     large.gate.set()
     await asyncio.gather(chain, *fixed)
     assert not large.streamed_drafts
-    await w.stub.Generate(ask("small", "large"), timeout=60)
+    await w.stub.Generate(ask("small", "large"), timeout=CALL_S)
     assert large.streamed_drafts
 
 
@@ -412,7 +413,7 @@ async def test_calls_of_other_routers_make_a_target_busy(world, others, is_busy)
     large = world.stage("large", others=others)
     w = await world(*three_stages(world)[:2], large)
     for _ in range(60):
-        await w.stub.Generate(ask("small", "large"), timeout=60)
+        await w.stub.Generate(ask("small", "large"), timeout=CALL_S)
     # The first answer tells of them.
     assert large.calls[0] == "verify_stream"
     assert ("verify_stream" in large.calls[1:]) is not is_busy
@@ -436,7 +437,7 @@ async def test_what_answers_took_turns_what_is_chosen(world, clock, busy_at_once
     large.on_call = lambda: clock.advance(verify_s if large.calls[-1] == "verify" else 0.3)
     found = []
     for _ in range(5):
-        response = await w.stub.Generate(ask("small", "large"), timeout=5)
+        response = await w.stub.Generate(ask("small", "large"), timeout=CALL_S)
         found.append([record.stage for record in response.stages])
     # Verified, written to see how long that takes, and then the faster way.
     assert found == [["small", "large"], ["large"], used, used, used]
@@ -450,16 +451,16 @@ async def test_a_request_without_an_answer_ends_what_was_chosen_for_it(world, bu
         large.fail_after = 0
         large.gate.set()
         with pytest.raises(grpc.aio.AioRpcError):
-            await w.stub.Generate(ask("small", "large"), timeout=5)
+            await w.stub.Generate(ask("small", "large"), timeout=CALL_S)
         large.fail_after = None
     else:
-        call = w.stub.Generate(ask("small", "large"), timeout=60)
-        await asyncio.wait_for(running(large, 1), 5)
+        call = w.stub.Generate(ask("small", "large"), timeout=CALL_S)
+        await asyncio.wait_for(running(large, 1), CALL_S)
         call.cancel()
-        await asyncio.wait_for(large.cancelled.wait(), 5)
+        await asyncio.wait_for(large.cancelled.wait(), CALL_S)
         large.gate.set()
     # The window that it was in is over: the other way is tried.
-    response = await w.stub.Generate(ask("small", "large"), timeout=5)
+    response = await w.stub.Generate(ask("small", "large"), timeout=CALL_S)
     assert [record.stage for record in response.stages] == ["large"]
 
 
@@ -475,7 +476,7 @@ async def test_worthless_drafts_are_no_longer_verified(world, pipelined):
     w = await world(*stages(), speculation={"pipelined": pipelined})
     used = []
     for _ in range(40):
-        response = await w.stub.Generate(ask("small", "large"), timeout=5)
+        response = await w.stub.Generate(ask("small", "large"), timeout=CALL_S)
         used.append([record.stage for record in response.stages])
         # A draft that was asked for is verified.
         assert response.stages[-1].action == (VERIFY if len(response.stages) == 2 else GENERATE)
@@ -486,15 +487,15 @@ async def test_worthless_drafts_are_no_longer_verified(world, pipelined):
     assert ["small", "large"] in used[8:]
     w.stages["small"].pieces = w.stages["large"].pieces
     for _ in range(64):
-        response = await w.stub.Generate(ask("small", "large"), timeout=5)
+        response = await w.stub.Generate(ask("small", "large"), timeout=CALL_S)
     assert len(response.stages) == 2
     tolerant = common_pb2.Acceptance(mode=common_pb2.ACCEPTANCE_MODE_TOLERANT, threshold=0.5)
     w.stages["small"].pieces = (b"x", b"y", b"z")
     for _ in range(8):
         # What a tolerant target answers depends on the draft: it is never left out.
-        response = await w.stub.Generate(ask("small", "large", acceptance=tolerant), timeout=5)
+        response = await w.stub.Generate(ask("small", "large", acceptance=tolerant), timeout=CALL_S)
         assert len(response.stages) == 2
     always = await world(*stages(), speculation={"pipelined": False, "adaptive": False})
     for _ in range(8):
-        response = await always.stub.Generate(ask("small", "large"), timeout=5)
+        response = await always.stub.Generate(ask("small", "large"), timeout=CALL_S)
         assert len(response.stages) == 2

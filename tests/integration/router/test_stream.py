@@ -8,6 +8,7 @@ import grpc
 import pytest
 
 from asd.v1 import cascade_pb2, common_pb2
+from tests.limits import CALL_S
 
 
 class Reader:
@@ -56,7 +57,7 @@ async def read(w, *, drafts, request=None, reader=None) -> Reader:
     message = cascade_pb2.GenerateStreamRequest(
         request=request or cascade_pb2.GenerateRequest(prompt="hi"), include_drafts=drafts
     )
-    async for event in w.stub.GenerateStream(message, timeout=10):
+    async for event in w.stub.GenerateStream(message, timeout=CALL_S):
         reader.take(event)
     return reader
 
@@ -109,7 +110,7 @@ async def test_escalated_stream_holds_what_the_target_wrote(
     plain = await read(w, drafts=False)
     check_end(plain, b"".join(target).decode(), len(target))
     assert set(plain.events) == {"stage_started", "commit", "response"}
-    unary = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=5)
+    unary = await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=CALL_S)
     assert unary.text == plain.response.text == shown.response.text
     assert unary.token_ids == plain.response.token_ids == shown.response.token_ids
 
@@ -122,7 +123,7 @@ async def test_accepted_tokens_are_committed_by_count_and_the_rest_revised(world
         cascade_pb2.GenerateStreamRequest(
             request=cascade_pb2.GenerateRequest(prompt="hi"), include_drafts=True
         ),
-        timeout=5,
+        timeout=CALL_S,
     )
     events = [event async for event in stream]
     kinds = [event.WhichOneof("event") for event in events]
@@ -157,7 +158,7 @@ async def test_stage_known_to_be_final_streams_as_it_writes(world, case):
     policy = world.policy(first="large") if case == "last" else None
     w = await world(*stages, policy=policy)
     request = cascade_pb2.GenerateRequest(prompt="hi", stage="small" if case == "fixed" else "")
-    call = w.stub.GenerateStream(cascade_pb2.GenerateStreamRequest(request=request), timeout=5)
+    call = w.stub.GenerateStream(cascade_pb2.GenerateStreamRequest(request=request), timeout=CALL_S)
     reader = Reader()
     events = aiter(call)
     while reader.committed < 1:
@@ -190,25 +191,25 @@ async def test_cancelled_stream_stops_the_stage(world):
         cascade_pb2.GenerateStreamRequest(
             request=cascade_pb2.GenerateRequest(prompt="hi", stage="small"), include_drafts=True
         ),
-        timeout=10,
+        timeout=CALL_S,
     )
     await call.read()
     await call.read()
     call.cancel()
-    await asyncio.wait_for(stage.cancelled.wait(), 5)
+    await asyncio.wait_for(stage.cancelled.wait(), CALL_S)
     assert stage.running == 0
 
 
 async def test_cancelled_unary_call_stops_the_stage_and_frees_its_place(world):
     stage = world.stage("small", pause_after=1)
     w = await world(stage, static_plan=("small",), max_concurrent=1)
-    call = w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=10)
-    await asyncio.wait_for(asyncio.gather(stage.started.wait(), asyncio.sleep(0)), 5)
+    call = w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=CALL_S)
+    await asyncio.wait_for(asyncio.gather(stage.started.wait(), asyncio.sleep(0)), CALL_S)
     with pytest.raises(grpc.RpcError) as full:
-        await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=10)
+        await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=CALL_S)
     assert full.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "max_concurrent" in full.value.details()
     call.cancel()
-    await asyncio.wait_for(stage.cancelled.wait(), 5)
+    await asyncio.wait_for(stage.cancelled.wait(), CALL_S)
     stage.gate.set()
-    assert (await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=10)).text
+    assert (await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=CALL_S)).text

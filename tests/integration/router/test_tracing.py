@@ -17,6 +17,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as col
 from asd.v1 import cascade_pb2, cascade_pb2_grpc, common_pb2
 from services.common.channel import open_channel
 from services.common.server import ServiceRegistration, start_server
+from tests.limits import CALL_S
 
 ROOT = Path(__file__).parents[3]
 PEER = """
@@ -78,13 +79,13 @@ async def spawn():
                 if process.returncode is None:
                     process.send_signal(signal.SIGTERM)
                 try:
-                    await asyncio.wait_for(process.wait(), 20)
+                    await asyncio.wait_for(process.wait(), CALL_S)
                 except TimeoutError:
                     process.kill()
                     raise
 
             stack.push_async_callback(stop)
-            line = (await asyncio.wait_for(process.stdout.readline(), 30)).decode().split()
+            line = (await asyncio.wait_for(process.stdout.readline(), CALL_S)).decode().split()
             assert line[0] == "READY"
             return line[2], stop
 
@@ -137,9 +138,9 @@ async def test_spans_are_linked_across_processes(receiver, spawn, tmp_path):
     target, stop_router = await spawn(receiver.environment, "-m", "services.router", "--config", config)
     async with open_channel(target) as channel:
         stub = cascade_pb2_grpc.CascadeServiceStub(channel)
-        response = await stub.Generate(cascade_pb2.GenerateRequest(prompt="a secret prompt"), timeout=20)
+        response = await stub.Generate(cascade_pb2.GenerateRequest(prompt="a secret prompt"), timeout=CALL_S)
         await peers["policy"][1]()
-        static = await stub.Generate(cascade_pb2.GenerateRequest(prompt="a secret prompt"), timeout=20)
+        static = await stub.Generate(cascade_pb2.GenerateRequest(prompt="a secret prompt"), timeout=CALL_S)
     for stop in (stop_router, *(stop for _, stop in peers.values())):
         await stop()
 
@@ -227,9 +228,9 @@ async def test_the_real_processes_send_linked_spans(receiver, spawn, tmp_path):
     )
     async with open_channel(router[0]) as channel:
         stub = cascade_pb2_grpc.CascadeServiceStub(channel)
-        response = await stub.Generate(request, timeout=30)
+        response = await stub.Generate(request, timeout=CALL_S)
         fixed = await stub.Generate(
-            cascade_pb2.GenerateRequest(prompt=request.prompt, stage="medium"), timeout=30
+            cascade_pb2.GenerateRequest(prompt=request.prompt, stage="medium"), timeout=CALL_S
         )
     for _, stop in (router, policy, stage):
         await stop()

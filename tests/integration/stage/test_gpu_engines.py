@@ -24,6 +24,7 @@ from services.stage.settings import ModelSettings
 from services.stage.tensorrt_llm_engine import TensorrtLlmOptions
 from services.stage.vllm_engine import VllmOptions
 from tests.fakes import fake_tensorrt_llm, fake_vllm
+from tests.limits import CALL_S
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -192,7 +193,7 @@ async def test_a_call_that_is_left_is_aborted_in_the_library(
     await anext(events)
     assert len(llm.running) == 1
     await events.aclose()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(CALL_S):
         while llm.running:  # noqa: ASYNC110 - the stand-in has no event
             await asyncio.sleep(0)
     assert (len(llm.aborted) if kind == "vllm" else llm.aborted) == 1
@@ -479,7 +480,7 @@ async def test_a_draft_that_is_still_being_written_holds_no_place_in_the_batch(
         yield FinishReason.EOS
 
     held = engine.verify_stream((LONG,), SamplingOptions(), pieces(), None)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(CALL_S):
         # It has been in the batch once.
         assert (await anext(held)).ids
         waiting = asyncio.ensure_future(anext(held))
@@ -558,7 +559,7 @@ async def test_what_is_certain_of_a_draft_goes_out_before_all_of_it_has_come(
         yield answer.result.finish
 
     events = engine.verify_stream((LONG,), SamplingOptions(max_new_tokens=40), pieces(), None)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(CALL_S):
         chunk = await anext(events)
         assert chunk.ids == answer.result.ids[:16]
         more.set()

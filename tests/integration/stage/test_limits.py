@@ -17,6 +17,7 @@ from services.common.server import ServiceRegistration, start_server
 from services.stage.__main__ import build
 from services.stage.settings import StageSettings
 from tests.integration.stage.conftest import Reference, engine
+from tests.limits import CALL_S
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from services.stage.residency import Residency
 
 MODELS = Path(__file__).parents[3] / "models"
-CALL_S = 30
 Generate = stage_pb2.StageServiceGenerateRequest
 Step = stage_pb2.VerifyStreamRequest
 START = Step(start=stage_pb2.VerifyStreamStart(prompt="True or false? 3 plus 22 is more than 24."))

@@ -24,6 +24,7 @@ from services.stage.engine import (
 from services.stage.residency import Residency
 from services.stage.tokenizer import ChatTokenizer
 from tests.integration.stage.conftest import LiveGenerators, Reference, engine
+from tests.limits import CALL_S
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -369,7 +370,7 @@ async def test_a_thousand_random_cancels_leave_no_computation_and_no_cache(
                 break
         await events.aclose()
 
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(CALL_S):
         for _ in range(100):
             await asyncio.gather(*(start_and_leave(rng.randrange(500)) for _ in range(10)))
         # A last call is served after all others have left.
@@ -411,7 +412,7 @@ async def test_models_that_make_room_for_each_other_lose_no_call(reference: Refe
             return None
         return list(result.ids)
 
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(CALL_S):
         for index in range(20):
             names = ["small", "medium", "small"]
             answers = await asyncio.gather(*(ask(name, index) for name in names))
@@ -443,7 +444,7 @@ async def test_calls_that_wait_for_drafts_leave_the_model_to_others(reference: R
         model.verify_stream(turns, _GREEDY, pieces(), threshold) for threshold in (None, None, 0.5, 0.5)
     ]
     firsts = [asyncio.ensure_future(anext(events)) for events in waiting]
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(CALL_S):
         await asyncio.gather(*firsts[:2])
         result, _ = await _generate(model, reference.prompts[1])
     assert list(result.ids) == reference.outputs["small"][1]
@@ -470,7 +471,7 @@ async def test_a_request_that_goes_wrong_in_a_batch_ends_alone(
 
     monkeypatch.setattr(ChatTokenizer, "stream", stream)
     asks = [_generate(model, prompt) for prompt in reference.prompts[:8]]
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(CALL_S):
         answers = await asyncio.gather(*asks, return_exceptions=True)
     assert [index for index, each in enumerate(answers) if isinstance(each, BaseException)] == [4]
     assert isinstance(answers[4], AsdError)

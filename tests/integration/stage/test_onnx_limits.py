@@ -29,6 +29,7 @@ from services.stage.onnx_export import prepare
 from services.stage.onnx_memory import LEAST_PLACES
 from services.stage.tokenizer import ChatTokenizer
 from tests.fakes import tiny_llama
+from tests.limits import CALL_S, PROCESS_S
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
@@ -71,7 +72,7 @@ async def _ask(engine: OnnxEngine, text: str, most: int = 12) -> Result:
 
 async def _settled(engine: OnnxEngine, is_so: Callable[[EngineStatus], bool]) -> EngineStatus:
     """Return the status once the model's thread has done what follows the end of a call."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(CALL_S):
         while not is_so(engine.status()):  # noqa: ASYNC110 - the thread has no event for it
             await asyncio.sleep(0)
     return engine.status()
@@ -343,7 +344,7 @@ def test_the_estimate_is_what_the_process_takes(tmp_path: Path, monkeypatch: pyt
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=PROCESS_S,
     )
     measured = json.loads(run.stdout.splitlines()[-1])
     # 80 MiB of weights, 32 MiB of cosines and sines, 128 MiB of caches; for the context they were 32 GiB.

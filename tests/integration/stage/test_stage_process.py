@@ -10,6 +10,7 @@ import pytest
 
 from asd.v1 import common_pb2, stage_pb2, stage_pb2_grpc
 from tests.integration.common.conftest import running
+from tests.limits import CALL_S
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from tests.integration.stage.conftest import Reference
 
 MODELS = Path(__file__).parents[3] / "models"
-CALL_S = 30
 EOS = common_pb2.FINISH_REASON_EOS
 TOLERANT = common_pb2.ACCEPTANCE_MODE_TOLERANT
 CONFIG = {

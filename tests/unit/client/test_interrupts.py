@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from services.client import running
+from tests.limits import PROCESS_S
 
 _START = """
 import atexit, os, signal, sys
@@ -27,7 +28,7 @@ def _run(code: str, *arguments: str) -> tuple[int, str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=PROCESS_S,
     )
     return result.returncode, result.stderr
 

@@ -26,6 +26,7 @@ from policy_service.store import (
     read_lineage,
     write_artifact,
 )
+from tests.limits import PROCESS_S
 from tests.unit.policy.test_fit import record, write
 from tests.unit.policy.tiny_policy import make_artifact
 
@@ -239,7 +240,7 @@ def test_a_fit_killed_at_any_step_leaves_the_old_policy_or_the_new_one(tmp_path:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=PROCESS_S,
         check=False,
     )
     assert run.returncode == 0, run.stderr

@@ -22,6 +22,7 @@ from policy_service.store import (
     load_usable,
     open_policy,
 )
+from tests.limits import PROCESS_S
 from tests.unit.policy.tiny_policy import make_artifact
 
 ROOT = Path(__file__).parents[3]
@@ -235,7 +236,7 @@ def test_publishing_killed_at_any_step_leaves_the_last_good_policy(store: Policy
     make_artifact(tmp_path / "v3", "v3")
     (tmp_path / "work").mkdir()
     command = [sys.executable, "-c", _KILLED, str(tmp_path), str(tmp_path / "work")]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PROCESS_S, check=False)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
     # Five files are copied and synced, two directories and the pointer come after.

@@ -14,6 +14,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from policy_service.train import compare, predictor, threads
 from policy_service.train.predictor import fit_head
 from policy_service.train.threads import one_thread, run_side_by_side
+from tests.limits import CALL_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -68,7 +69,7 @@ def test_predictors_are_compared_in_one_thread(monkeypatch):
 
 
 def test_jobs_run_side_by_side_and_their_results_keep_the_order():
-    meeting = threading.Barrier(2, timeout=60)
+    meeting = threading.Barrier(2, timeout=CALL_S)
     told: list[int] = []
 
     def job(number: int) -> int:
@@ -104,12 +105,12 @@ def test_an_interrupted_wait_ends_with_jobs_under_way(monkeypatch):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_side_by_side([lambda: None, lambda: release.wait(60)], interrupt, workers=2)
+        run_side_by_side([lambda: None, lambda: release.wait(CALL_S)], interrupt, workers=2)
     running = [each for each in threading.enumerate() if each.name == "fit"]
     assert all(each.daemon for each in running)
     release.set()
     for each in running:
-        each.join(60)
+        each.join(CALL_S)
     assert not any(each.is_alive() for each in running)
 
 

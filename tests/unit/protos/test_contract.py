@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.limits import PROCESS_S
+
 ROOT = Path(__file__).parents[3]
 BUF = shutil.which("buf", path=str(Path(sys.executable).parent)) or shutil.which("buf")
 RELEASED = "tools/protocheck/released.txtpb"
@@ -18,7 +20,7 @@ RELEASED = "tools/protocheck/released.txtpb"
 def _buf(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     assert BUF is not None, "buf is missing: install the dev extra (it holds buf-bin)"
     return subprocess.run(
-        [BUF, *arguments], cwd=root, capture_output=True, text=True, timeout=60, check=False
+        [BUF, *arguments], cwd=root, capture_output=True, text=True, timeout=PROCESS_S, check=False
     )
 
 

@@ -31,6 +31,7 @@ from services.router.planner import Planner
 from services.router.speculation import SpeculationOptions
 from services.router.static_plan import StaticPlan
 from services.router.waking import AllAwake
+from tests.limits import CALL_S
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterable, Callable, Sequence
@@ -233,7 +234,7 @@ class SmallCascade:
         request = Request("id", **{"input": "hi", **fields})
         answer = self._cascade.answer(request, self.clock() + seconds, view)
         # What hangs, hangs no longer than a test may.
-        async with asyncio.timeout(20), aclosing(answer) as events:
+        async with asyncio.timeout(CALL_S), aclosing(answer) as events:
             return [event async for event in events]
 
     async def ask(self, view: View = View.OUTCOME, *, seconds: float = 60.0, **fields: Any) -> Outcome:

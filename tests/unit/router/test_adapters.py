@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from services.common.errors import Unavailable
 from services.router.adapters import FRESH_SECONDS, RETRY_SECONDS, Adapters, tasks_of
 from services.router.settings import StageSettings
+from tests.limits import CALL_S
 
 LEFT_MS = 60_000.0
 
@@ -143,7 +144,7 @@ async def test_a_stage_that_says_nothing_is_not_waited_for_beyond_the_time_left(
     stage = Stage("7b", "7b/math")
     stage.gate.clear()
     found = adapters(stage)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(CALL_S):
         assert await found.model_for("math", 20.0) == ""
         # Nor with no time at all.
         assert await found.model_for("math", -1.0) == ""

@@ -10,6 +10,7 @@ import pytest
 from services.common.errors import AsdError, BudgetSpent, Unavailable
 from services.router.domain import Stage
 from services.router.waking import TRUSTED_SECONDS, WAKE_SECONDS, Waking
+from tests.limits import CALL_S
 
 SMALL, LARGE = Stage("small", 0, 1.0, 1000.0), Stage("large", 1, 9.0, 1000.0)
 LONG_MS = 20_000.0
@@ -135,7 +136,7 @@ async def test_who_waits_goes_on_when_the_stage_is_awake() -> None:
     assert not waiting.done()
     w.manager.says["large"] = True
     await w.waking.update()
-    await asyncio.wait_for(waiting, 20)
+    await asyncio.wait_for(waiting, CALL_S)
     assert w.manager.woken == ["large"]
 
 
@@ -168,17 +169,17 @@ async def test_waking_that_failed_is_tried_again_while_somebody_waits() -> None:
     w.manager.asked.clear()
     w.now += WAKE_SECONDS
     await w.waking.update()
-    await asyncio.wait_for(w.manager.asked.wait(), 20)
+    await asyncio.wait_for(w.manager.asked.wait(), CALL_S)
     w.manager.says["large"] = True
     await w.waking.update()
-    await asyncio.wait_for(waiting, 20)
+    await asyncio.wait_for(waiting, CALL_S)
     assert w.manager.woken == ["large", "large"]
 
 
 async def test_following_asks_until_it_is_stopped() -> None:
     w = World(large=False)
     following = asyncio.create_task(w.waking.follow())
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(CALL_S):
         while w.waking.asleep != {1}:
             await asyncio.sleep(0)
         w.manager.says["large"] = True

@@ -18,6 +18,7 @@ from services.stage.checkpoint import read_checkpoint
 from services.stage.rows import make_row, row_signals
 from services.stage.settings import ModelSettings
 from services.stage.verification import token_signals
+from tests.limits import PROCESS_S
 
 SMALL = Path(__file__).parents[3] / "models" / "small"
 
@@ -63,7 +64,7 @@ def test_a_stage_imports_no_engine_before_it_is_used() -> None:
         "'tensorrt_llm'} or m.endswith(('onnx_engine', 'vllm_engine', 'scoring_engine'))])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=PROCESS_S
     )
     assert done.stdout == "[]\n"
 

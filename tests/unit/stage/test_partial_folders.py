@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 from services.stage.partial_folders import partial_folder, remove_left, remove_own
+from tests.limits import CALL_S
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,7 +47,7 @@ def test_a_folder_stays_while_its_process_lives_and_no_longer(tmp_path: Path) ->
         folder = process.stdout.readline().strip()
         remove_left(tmp_path)
         assert [str(path) for path in tmp_path.iterdir()] == [folder]
-        process.communicate(timeout=30)
+        process.communicate(timeout=CALL_S)
     assert [str(path) for path in tmp_path.iterdir()] == [folder]
     remove_left(tmp_path)
     assert not [*tmp_path.iterdir()]

@@ -14,6 +14,7 @@ from services.stage.draft import DraftFeed
 from services.stage.engine import DraftPiece, DraftText, FinishReason, Turn
 from services.stage.reading import RequestReader
 from services.stage.tokenizer import TooManyTokens
+from tests.limits import CALL_S
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -73,7 +74,7 @@ class Gated(Letters):
             self._now += 1
             self.most = max(self.most, self._now)
         self.begun.put(text[0])
-        self.gate.wait(60)
+        self.gate.wait(CALL_S)
         with self._lock:
             self._now -= 1
         return [9]
@@ -93,7 +94,7 @@ async def test_a_cancelled_requests_long_text_counts_until_it_is_encoded(kind: s
 
     tasks = {letter: asyncio.create_task(read(letter)) for letter in "abcdef"}
     try:
-        begun = {await asyncio.to_thread(gated.begun.get, timeout=60) for _ in range(2)}
+        begun = {await asyncio.to_thread(gated.begun.get, timeout=CALL_S) for _ in range(2)}
         # Two are being encoded; another one is cancelled while it waits.
         waiting = sorted(set(tasks) - begun)
         gone = [tasks.pop(letter) for letter in (*begun, waiting[0])]
