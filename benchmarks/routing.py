@@ -1,6 +1,6 @@
 """Measures routers on published outcomes of real models: `python -m benchmarks.routing DATA`.
 
-Puts figures into benchmarks/results/policy.json, one by one: interrupt it, and what is measured is kept.
+Puts figures into benchmarks/results/routing.json, one by one: interrupt it, and what is measured is kept.
 The data is not part of the project (docs/routing.md).
 """
 
@@ -13,9 +13,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.arguments import count
 from benchmarks.record import update_result
 from policy_service.train.faults import UnfitOutcomes
-from policy_service.train.routing.evaluate import RoutingOptions, evaluate_file
+from policy_service.train.routing.evaluate import SUBJECT_REPEATS, RoutingOptions, evaluate_file
 
 _ROUTELLM = ("mixtral_8x7b_instruct_v0_1", "gpt_4_1106_preview")
 _LLAMA = ("llama_2_13b_hf", "meta_llama_3_70b")
@@ -37,10 +38,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.routing", description=__doc__)
     parser.add_argument("data", type=Path, help="directory of the outcome files")
     parser.add_argument("only", nargs="*", choices=[*CELLS, []], help="these alone")
+    parser.add_argument(
+        "--repeats",
+        type=count,
+        default=SUBJECT_REPEATS,
+        help="random assignments of subjects to folds, by subject (default: %(default)s)",
+    )
     parser.add_argument("--embeddings", type=Path, help="sentence encoder, as of `asd-policy evaluate`")
     options = parser.parse_args()
     console = Console(stderr=True)
-    command = f"python -m benchmarks.routing DATA{' --embeddings FILE' if options.embeddings else ''}"
+    command = f"python -m benchmarks.routing DATA --repeats {options.repeats}"
+    command += " --embeddings FILE" if options.embeddings else ""
     for figure in options.only or CELLS:
         file, ladder, by_subject = CELLS[figure]
         try:
@@ -48,7 +56,7 @@ def main() -> None:
                 evaluation = evaluate_file(
                     options.data / file,
                     ladder,
-                    RoutingOptions(by_subject=by_subject),
+                    RoutingOptions(by_subject=by_subject, repeats=options.repeats if by_subject else 1),
                     [],
                     options.embeddings,
                     status.update,
@@ -57,7 +65,7 @@ def main() -> None:
             raise SystemExit(f"benchmarks.routing: {error}") from error
         found = asdict(evaluation)
         apgr = found["routers"]["ours"]["apgr"]
-        path = update_result("policy", command, {figure: round(apgr, 4), f"{figure}_routing": found})
+        path = update_result("routing", command, {figure: round(apgr, 4), f"{figure}_routing": found})
         print(f"{figure} {apgr:.4f} {path}", file=sys.stderr)
 
 

@@ -46,16 +46,18 @@ def run_side_by_side(
     stopped = threading.Event()
 
     def work() -> None:
-        while not stopped.is_set():
-            try:
-                place, job = waiting.get_nowait()
-            except Empty:
-                return
-            try:
-                ended.put((place, job()))
-            except BaseException as error:
-                stopped.set()
-                ended.put(error)
+        # OpenMP counts threads for each thread that asks, and OpenBLAS for the process.
+        with threadpool_limits(limits=1, user_api="openmp"):
+            while not stopped.is_set():
+                try:
+                    place, job = waiting.get_nowait()
+                except Empty:
+                    return
+                try:
+                    ended.put((place, job()))
+                except BaseException as error:
+                    stopped.set()
+                    ended.put(error)
 
     made: dict[int, Made] = {}
     with one_thread():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,10 +13,10 @@ from sklearn.model_selection import GroupKFold, StratifiedKFold
 from policy_service.train.routing.embeddings import cached_vectors
 from policy_service.train.routing.ladder import Ladder, LadderLine, ladder_lines
 from policy_service.train.routing.metrics import Routed, measure
-from policy_service.train.routing.router import fit_word_scores, predict_targets, smooth_targets
+from policy_service.train.routing.router import CountedWords, fit_word_scores, predict_targets, smooth_targets
 from policy_service.train.routing.table import UnfitOptions, read_answers, read_sizes, read_table
 from policy_service.train.routing.text import describe_prompts
-from policy_service.train.threads import one_thread
+from policy_service.train.threads import one_thread, run_side_by_side, usable_cores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 ROUTELLM = "Ong et al. 2024, arXiv 2406.18665"
 # Assignments of subjects to folds. Chosen: the mean over so many moves by a quarter of what one does.
 SUBJECT_REPEATS = 20
+# Each holds two kernels: 0.3 GB for ten thousand prompts.
+_FOLDS_AT_ONCE = 4
 # Of the two members that predict the gain, against the difference of probabilities from words alone.
 _GAIN_WEIGHT = 3.0
 _ROUTELLM_LADDER = ("mixtral_8x7b_instruct_v0_1", "gpt_4_1106_preview")
@@ -120,7 +123,7 @@ def evaluate_routing(
     Raises UnfitOutcomes.
     """
     stages = len(table.ladder)
-    look = describe_prompts(table.prompts)
+    look, words = describe_prompts(table.prompts), CountedWords(table.prompts)
     gains = table.gains
     lengths = np.array([float(len(prompt)) for prompt in table.prompts])
     scores = {
@@ -129,24 +132,31 @@ def evaluate_routing(
     }
     tested_in = np.zeros((options.repeats, len(gains)), np.int64)
     lines: list[LadderLine] = []
+
+    def score_fold(train: Rows, test: Rows, seed: int) -> tuple[Floats, ...]:
+        p_right = fit_word_scores(words, table.outcomes[:, [0, stages - 1]], train, test)
+        gap = p_right[:, 1] - p_right[:, 0]
+        targets = smooth_targets(gains[train, None], table.others[train], seed)
+        gain = predict_targets(words, look, vectors, targets, train, test, seed)[:, 0]
+        return lengths[test], gap, gap + _GAIN_WEIGHT * gain
+
     for repeat, seed in enumerate(assignment_seeds(options)):
         folds = split_folds(table, options, seed)
-        for number, (train, test) in enumerate(folds):
-            which = f"assignment {repeat + 1} of {options.repeats}, " if options.repeats > 1 else ""
-            progress(f"{which}fold {number + 1} of {len(folds)}")
-            p_right = fit_word_scores(table.prompts, table.outcomes[:, [0, stages - 1]], train, test)
-            words = p_right[:, 1] - p_right[:, 0]
-            targets = smooth_targets(gains[train, None], table.others[train], seed)
-            gain = predict_targets(table.prompts, look, vectors, targets, train, test, seed)[:, 0]
-            found = (lengths[test], words, words + _GAIN_WEIGHT * gain)
-            for name, score in zip(scores, found, strict=True):
+        which = f"assignment {repeat + 1} of {options.repeats}: " if options.repeats > 1 else ""
+        found = run_side_by_side(
+            [functools.partial(score_fold, train, test, seed) for train, test in folds],
+            lambda done, which=which: progress(f"{which}{done} of {options.folds} folds"),
+            min(usable_cores(), _FOLDS_AT_ONCE),
+        )
+        for number, (_, test) in enumerate(folds):
+            for name, score in zip(scores, found[number], strict=True):
                 # Subjects that are drawn at random leave each fold another share of gains to train on. Its
                 # router's scores say nothing beside another's: each fold ranks its own prompts.
                 scores[name][repeat, test] = rankdata(score) / len(test) if options.by_subject else score
             tested_in[repeat, test] = number
         if ladder is not None and repeat == 0:
             progress("replaying the ladder")
-            lines = ladder_lines(table, ladder, look, vectors, folds, seed)
+            lines = ladder_lines(table, ladder, words, look, vectors, folds, seed)
     # What is unseen is resampled: prompts of a subject are right and wrong together.
     groups = np.unique(table.subjects, return_inverse=True)[1] if options.by_subject else None
     drawn = f", {options.repeats} random assignments" if options.repeats > 1 else ""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from policy_service.train.dataset import ViewKey
+    from policy_service.train.routing.router import CountedWords
     from policy_service.train.routing.table import RoutingTable
 
     Floats = npt.NDArray[np.float64]
@@ -57,6 +58,7 @@ class LadderLine:
 def ladder_lines(
     table: RoutingTable,
     ladder: Ladder,
+    words: CountedWords,
     look: Floats,
     vectors: Floats | None,
     folds: Sequence[tuple[Rows, Rows]],
@@ -78,7 +80,7 @@ def ladder_lines(
         targets = smooth_targets(table.outcomes[base][:, :stages], table.others[base], seed)
         unseen = np.concatenate([fitted, held_out, test])
         p_right = np.full((count, stages), np.nan)
-        p_right[unseen] = predict_targets(table.prompts, look, vectors, targets, base, unseen, seed)
+        p_right[unseen] = predict_targets(words, look, vectors, targets, base, unseen, seed)
         # Before any answer nothing can be returned, so the state need not be a P(right): what the last stage
         # gains over the best earlier one says more of whom to ask than P(right) of the first.
         gain = p_right[:, -1] - p_right[:, :-1].max(axis=1)

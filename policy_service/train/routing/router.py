@@ -6,13 +6,13 @@ two probabilities), kernel ridge regression on words, look and sentence vectors,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.sparse.linalg import LinearOperator, cg
 from sklearn.decomposition import PCA, TruncatedSVD
 from sklearn.ensemble import HistGradientBoostingRegressor
-from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import KFold
 from sklearn.preprocessing import StandardScaler
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy.typing as npt
+    from scipy.sparse import csr_matrix
 
     Floats = npt.NDArray[np.float64]
     Rows = npt.NDArray[np.int64]
@@ -46,11 +47,27 @@ _TREES = {
 }
 
 
-def fit_word_scores(prompts: Sequence[str], outcomes: Floats, train: Rows, test: Rows) -> Floats:
+class CountedWords:
+    """Words and pairs of words of all prompts, counted once: to read them takes longer than to weigh them."""
+
+    def __init__(self, prompts: Sequence[str]) -> None:
+        self._counts = CountVectorizer(ngram_range=(1, 2)).fit_transform(prompts)
+
+    def weigh(self, train: Rows, test: Rows, dtype: type[np.floating[Any]]) -> tuple[csr_matrix, csr_matrix]:
+        """Return TF-IDF of training and test prompts: what training prompts alone would make of both.
+
+        Words that fewer than two training prompts have are left out.
+        """
+        fitted, asked = self._counts[train], self._counts[test]
+        known = np.bincount(fitted.indices, minlength=fitted.shape[1]) >= 2
+        fitted, asked = (counts[:, known].astype(dtype) for counts in (fitted, asked))
+        weights = TfidfTransformer(sublinear_tf=True).fit(fitted)
+        return weights.transform(fitted), weights.transform(asked)
+
+
+def fit_word_scores(words: CountedWords, outcomes: Floats, train: Rows, test: Rows) -> Floats:
     """Return P(right) of each model on test prompts, by TF-IDF and logistic regression: [test, models]."""
-    words = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
-    fitted = words.fit_transform([prompts[row] for row in train])
-    asked = words.transform([prompts[row] for row in test])
+    fitted, asked = words.weigh(train, test, np.float64)
     columns = []
     for model in range(outcomes.shape[1]):
         right = outcomes[train, model] > 0.5
@@ -80,7 +97,7 @@ def smooth_targets(targets: Floats, others: Floats, seed: int) -> Floats:
 
 
 def predict_targets(
-    prompts: Sequence[str],
+    words: CountedWords,
     look: Floats,
     vectors: Floats | None,
     targets: Floats,
@@ -92,9 +109,7 @@ def predict_targets(
 
     look: [n, features], of text.describe_prompts. vectors: [n, size]. targets: [train, targets].
     """
-    words = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True, dtype=np.float32)
-    fitted = words.fit_transform([prompts[row] for row in train])
-    asked = words.transform([prompts[row] for row in test])
+    fitted, asked = words.weigh(train, test, np.float32)
     scaler = StandardScaler().fit(look[train])
     # A feature that is rare in training must not take a test prompt out of range.
     looks = [np.clip(scaler.transform(look[rows]), -4, 4).astype(np.float32) for rows in (train, test)]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from sklearn.feature_extraction.text import TfidfVectorizer
 from typer.testing import CliRunner
 
 from policy_service.train import cli
@@ -25,7 +26,7 @@ from policy_service.train.routing.evaluate import (
 )
 from policy_service.train.routing.ladder import Ladder
 from policy_service.train.routing.metrics import average_recovery, call_share, measure
-from policy_service.train.routing.router import smooth_targets
+from policy_service.train.routing.router import CountedWords, smooth_targets
 from policy_service.train.routing.table import RoutingTable, read_sizes, read_table
 from policy_service.train.routing.text import describe_prompts
 
@@ -231,6 +232,20 @@ def test_single_folds_are_rankings_of_their_own():
     routed = measure(scores, gains, 0, None, None, np.array([0, 0, 1, 1]))
     assert routed.folds == pytest.approx((0.25 + 0.5 * 0.025, 0.75 - 0.5 * 0.025))
     assert measure(scores, gains, 0).folds is None
+
+
+def test_words_weigh_what_the_training_prompts_alone_make_of_them():
+    prompts = [row["prompt"] for row in _rows(60)]
+    train, test = np.arange(45), np.arange(45, 60)
+    # A word of test prompts alone, and one of a single training prompt.
+    prompts[50] += " unseen unseen"
+    prompts[3] += " once"
+    reference = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
+    fitted = reference.fit_transform([prompts[row] for row in train])
+    asked = reference.transform([prompts[row] for row in test])
+    found = CountedWords(prompts).weigh(train, test, np.float64)
+    np.testing.assert_allclose(found[0].toarray(), fitted.toarray(), rtol=1e-12)
+    np.testing.assert_allclose(found[1].toarray(), asked.toarray(), rtol=1e-12)
 
 
 def test_other_models_take_the_noise_out_of_targets():
