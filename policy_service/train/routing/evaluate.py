@@ -145,7 +145,7 @@ def evaluate_routing(
         which = f"assignment {repeat + 1} of {options.repeats}: " if options.repeats > 1 else ""
         found = run_side_by_side(
             [functools.partial(score_fold, train, test, seed) for train, test in folds],
-            lambda done, which=which: progress(f"{which}{done} of {options.folds} folds"),
+            functools.partial(_tell_folds, progress, which, len(folds)),
             min(usable_cores(), _FOLDS_AT_ONCE),
         )
         for number, (_, test) in enumerate(folds):
@@ -183,6 +183,10 @@ def evaluate_routing(
         _PUBLISHED.get(table.benchmark) if table.ladder == _ROUTELLM_LADDER else None,
         tuple(lines),
     )
+
+
+def _tell_folds(progress: Callable[[str], None], which: str, folds: int, done: int) -> None:
+    progress(f"{which}{done} of {folds} folds")
 
 
 def assignment_seeds(options: RoutingOptions) -> list[int]:

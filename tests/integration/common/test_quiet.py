@@ -141,7 +141,7 @@ async def test_no_program_writes_or_calls_what_it_was_not_told_to(
                     {"name": name, "target": stage, "model": name, "cost": cost}
                     for name, cost in zip(STAGES, (1.0, 3.0, 10.0), strict=True)
                 ],
-                policy={"target": policy, "timeout_ms": 10_000},
+                policy={"target": policy, "timeout_ms": 60_000},
             )
             managed = {"name": "large", "deployment": "asd-large", "target": stage}
             router, _ = await asyncio.gather(

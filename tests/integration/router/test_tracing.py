@@ -131,7 +131,7 @@ async def test_spans_are_linked_across_processes(receiver, spawn, tmp_path):
     ]
     config = write_config(
         tmp_path / "router.yaml",
-        policy={"target": peers["policy"][0], "timeout_ms": 5000},
+        policy={"target": peers["policy"][0], "timeout_ms": CALL_S * 1e3},
         stages=stages,
         static_plan=["medium"],
     )
@@ -216,7 +216,7 @@ async def test_the_real_processes_send_linked_spans(receiver, spawn, tmp_path):
     costs = {"small": 1.6, "medium": 4.2, "large": 8.8}
     router_config = write_config(
         tmp_path / "router.yaml",
-        policy={"target": policy[0], "timeout_ms": 20_000},
+        policy={"target": policy[0], "timeout_ms": CALL_S * 1e3},
         stages=[{"name": name, "target": stage[0], "cost": cost} for name, cost in costs.items()],
         static_plan=["medium"],
     )

@@ -189,9 +189,9 @@ def test_assignments_are_drawn_by_the_seed_and_begin_with_it():
 
 def test_every_assignment_is_tested_and_the_mean_is_over_them(tmp_path):
     path = _write(tmp_path / "o.csv.gz", _rows(120))
-    both = _evaluate(path, by_subject=True, folds=4, repeats=2)
+    both = _evaluate(path, by_subject=True, folds=2, repeats=2)
     seeds = assignment_seeds(RoutingOptions(repeats=2))
-    alone = [_evaluate(path, by_subject=True, folds=4, seed=seed) for seed in seeds]
+    alone = [_evaluate(path, by_subject=True, folds=2, seed=seed) for seed in seeds]
     for name, routed in both.routers.items():
         areas = [each.routers[name].apgr for each in alone]
         assert areas[0] != areas[1]
