@@ -450,6 +450,8 @@ async def world():
             servicer = await build(RouterSettings(**options), stack)
             server, port = await start_server("127.0.0.1:0", [servicer.registration()])
             channel = await stack.enter_async_context(open_channel(f"127.0.0.1:{port}", retry=False))
+            # An attempt to connect has a second, which a busy machine may need for other programs.
+            await asyncio.wait_for(channel.channel_ready(), CALL_S)
             servers["router"] = server
             return World(
                 cascade_pb2_grpc.CascadeServiceStub(channel),

@@ -13,6 +13,7 @@ from services.client.convert import event_from
 from services.client.values import StreamedText
 from services.common.errors import (
     AsdError,
+    BudgetSpent,
     ConversationRefused,
     InvalidRequest,
     NotFound,
@@ -61,7 +62,7 @@ async def test_static_plan_keeps_to_max_cost(world):
     assert response.stages[0].reason == policy_pb2.DECISION_REASON_MAX_COST
 
 
-async def test_slow_policy_uses_static_plan_and_is_spared_after_repeated_failures(world):
+async def test_slow_policy_uses_static_plan_and_is_spared_after_repeated_failures(world, clock):
     w = await world(policy=world.policy(gate=asyncio.Event()), policy_timeout_ms=HANGS_MS)
     sources = [(await w.stub.Generate(ASK, timeout=CALL_S)).plan_source for _ in range(5)]
     assert sources == [STATIC] * 5
@@ -214,7 +215,7 @@ async def test_stage_away_names_stage_and_target_and_recovers(world):
     assert response.text == "one two three"
 
 
-async def test_first_stage_away_asks_the_policy_for_another(world):
+async def test_first_stage_away_asks_the_policy_for_another(world, clock):
     w = await world(policy=world.policy(), dead=("small",))
     response = await w.stub.Generate(ASK, timeout=CALL_S)
     assert (response.stage, response.plan_source) == ("medium", POLICY)
@@ -363,11 +364,12 @@ async def test_a_stage_that_has_answered_is_avoided_no_longer(world, clock):
 
 
 async def test_calls_that_hang_together_are_one_time(world, clock):
-    medium = world.stage("medium", pause_after=0)
+    # All have begun when the first is late.
+    medium = world.stage("medium", pause_after=0, fail_after=0, failure=BudgetSpent("late"))
+    medium.on_call = lambda: medium.gate.set() if len(medium.calls) == 6 else None
     w = await world(
         *(world.stage("small"), medium, world.stage("large")),
         policy=world.policy(script={"small": ("medium", "large")}),
-        stage_settings={"medium": {"timeout_ms": HANGS_MS}},
     )
     answers = await asyncio.gather(*(w.stub.Generate(ASK, timeout=CALL_S) for _ in range(6)))
     assert {answer.stage for answer in answers} == {"large"}
@@ -393,7 +395,7 @@ async def test_a_caller_in_a_hurry_does_not_take_a_stage_from_others(world):
     assert (await w.stub.Generate(ASK, timeout=CALL_S)).stage == "medium"
 
 
-async def test_a_drafter_that_dies_after_some_tokens_is_avoided(world):
+async def test_a_drafter_that_dies_after_some_tokens_is_avoided(world, clock):
     small = world.stage("small", fail_after=2)
     w = await world(small, world.stage("medium"), world.stage("large"), static_plan=("small",))
     await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi", chain=["small", "large"]), timeout=CALL_S)
@@ -673,8 +675,10 @@ async def test_escalated_stage_out_of_time_keeps_the_answer(world):
 async def test_callers_deadline_reaches_the_stage(world):
     stage = world.stage("small", pause_after=0)
     w = await world(stage, static_plan=("small",))
-    error = await failure(w.stub.Generate(ASK, timeout=HANGS_MS / 1e3))
-    assert error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    # A deadline may pass on the way, where other programs have the cores.
+    while not stage.started.is_set():
+        error = await failure(w.stub.Generate(ASK, timeout=HANGS_MS / 1e3))
+        assert error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     await asyncio.wait_for(stage.cancelled.wait(), CALL_S)
 
 
@@ -685,7 +689,7 @@ async def test_draining_router_refuses_new_requests(world):
     assert error.code() == grpc.StatusCode.UNAVAILABLE
 
 
-async def test_a_stage_that_hangs_is_replaced_within_the_deadline_and_avoided_after(world):
+async def test_a_stage_that_hangs_is_replaced_within_the_deadline_and_avoided_after(world, clock):
     small = world.stage("small", pause_after=0)
     w = await world(
         *(small, world.stage("medium")),
@@ -701,7 +705,7 @@ async def test_a_stage_that_hangs_is_replaced_within_the_deadline_and_avoided_af
 
 @pytest.mark.parametrize("hangs_after", [0, 1], ids=["silent", "in the midst"])
 @pytest.mark.parametrize("call", ["unary", "committed", "drafts"])
-async def test_a_last_stage_that_hangs_costs_no_answer_and_is_avoided_after(world, call, hangs_after):
+async def test_a_last_stage_that_hangs_costs_no_answer_and_is_avoided_after(world, clock, call, hangs_after):
     large = world.stage("large", pause_after=hangs_after)
     policy = world.policy(script={"small": ("large",)})
     w = await world(
