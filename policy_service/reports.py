@@ -8,16 +8,23 @@ import logging
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from services.common.documents import DamagedFile, numbered_lines, parse_json
+from services.common.documents import parse_json
+from services.common.line_log import LineLog, parse_lines
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from contextlib import AbstractContextManager
     from pathlib import Path
+
+    from services.common.line_log import Appendable
 
 logger = logging.getLogger(__name__)
 
 # Seconds since 1970: the year 9999, which dates end with.
 _LATEST = 253_402_300_799.0
+# Latest requests of a policy that are known to have been reported; up to twice as many are. Chosen: 12 MB at
+# most. A request that is reported again after so many others counts as a new one.
+KNOWN_REQUESTS = 100_000
 
 
 @dataclass(frozen=True)
@@ -40,64 +47,85 @@ class Receipt:
     reported_before: bool
 
 
+class _Requests:
+    """Which requests were reported of a policy: all are counted, and the latest ones known again.
+
+    Held in memory: the hashes of 2 * KNOWN_REQUESTS ids at most, about 60 bytes each.
+    """
+
+    def __init__(self, known: int) -> None:
+        self._known = known
+        self._newer: set[int] = set()
+        self._older: set[int] = set()
+        self.count = 0
+
+    def add(self, request_id: str) -> bool:
+        """Return whether a request is a new one, and count it then."""
+        key = hash(request_id)
+        if key in self._newer or key in self._older:
+            return False
+        self.count += 1
+        self._newer.add(key)
+        if len(self._newer) >= self._known:
+            self._older, self._newer = self._newer, set()
+        return True
+
+
 class ReportLog:
     """Appends reports to a file.
 
     Of a request that is reported again the file keeps both: drift takes the first, a refit the last.
-    Held in memory: the hash of each request id, about 60 bytes.
-    observe: is told of the first report of each request, those of the file included.
+    observe: is told of the first report of each request, those of the file included. opened: as in LineLog.
+    known: latest requests of a policy that are known to have been reported, from one to two times so many.
     """
 
-    def __init__(self, path: Path, observe: Callable[[OutcomeReport], None] | None = None) -> None:
-        self._path = path
+    def __init__(
+        self,
+        path: Path,
+        observe: Callable[[OutcomeReport], None] | None = None,
+        *,
+        opened: Callable[[Path], AbstractContextManager[Appendable]] | None = None,
+        known: int = KNOWN_REQUESTS,
+    ) -> None:
         self._observe = observe
+        self._known = known
         self._lock = asyncio.Lock()
-        self._seen: dict[str, set[int]] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._requests: dict[str, _Requests] = {}
+        # Fails now rather than at the first report.
+        self._file = LineLog(path, opened=opened, log=logger)
         if path.exists():
             for report in read_reports(path):
                 self._note(report)
-        # Fails now rather than at the first report.
-        with path.open("ab") as file:
-            if file.tell() and not _ends_with_newline(path):
-                file.write(b"\n")
 
     async def add(self, report: OutcomeReport) -> Receipt:
-        """Keep a report."""
-        line = json.dumps(asdict(report), separators=(",", ":")) + "\n"
+        """Keep a report. Raises ResourceExhausted on a full disk, PreconditionFailed where it fails."""
+        line = json.dumps(asdict(report), separators=(",", ":"))
         async with self._lock:
-            await asyncio.to_thread(self._append, line)
+            await asyncio.to_thread(self._file.append, line)
             return self._note(report)
 
-    def _append(self, line: str) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(line)
-
     def _note(self, report: OutcomeReport) -> Receipt:
-        seen = self._seen.setdefault(report.policy_version, set())
-        known = len(seen)
-        seen.add(hash(report.request_id))
-        reported_before = len(seen) == known
-        if self._observe is not None and not reported_before:
+        requests = self._requests.get(report.policy_version)
+        if requests is None:
+            requests = self._requests[report.policy_version] = _Requests(self._known)
+        is_new = requests.add(report.request_id)
+        if self._observe is not None and is_new:
             self._observe(report)
-        return Receipt(len(seen), reported_before)
+        return Receipt(requests.count, not is_new)
 
 
 def read_reports(path: Path) -> Iterator[OutcomeReport]:
-    """Yield the reports of a file in order; lines that are none, such as one that a crash cut off,
-    are skipped with one warning.
+    """Yield the reports of a file in order; damaged lines are skipped and counted in one warning.
 
     Raises OSError, DamagedFile where the file cannot be read.
     """
-    skipped, first = 0, 0
-    for number, line in numbered_lines(path):
-        if line.strip():
-            try:
-                yield parse_report(line)
-            except (TypeError, ValueError, DamagedFile):
-                skipped, first = skipped + 1, first or number
-    if skipped:
-        logger.warning("%s: line %d is no report and is skipped; %d such in all", path, first, skipped)
+
+    def warn(count: int, first: int) -> None:
+        logger.warning(
+            "%s: damaged lines: %d, the first one is line %d: they are skipped", path, count, first
+        )
+
+    return parse_lines(path, parse_report, warn)
 
 
 def first_reports(reports: Iterable[OutcomeReport]) -> list[OutcomeReport]:
@@ -124,9 +152,3 @@ def parse_report(line: str) -> OutcomeReport:
     if not (0.0 <= report.p_correct <= 1.0 and 0.0 <= report.reported_at <= _LATEST):
         raise ValueError("a number is out of range")
     return report
-
-
-def _ends_with_newline(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-1, 2)
-        return file.read(1) == b"\n"

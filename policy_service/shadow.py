@@ -15,7 +15,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Protocol
 
 from policy_service.policy import Decision, Plan
-from services.common.documents import DamagedFile, numbered_lines, parse_json
+from services.common.documents import parse_json
+from services.common.errors import AsdError
+from services.common.line_log import LineLog, parse_lines
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -125,18 +127,16 @@ class Shadow:
         self._policy = policy
         self._names = [stage.name for stage in policy.stages]
         self._path = path
+        # Fails now rather than at the first record.
+        self._file = None if path is None else LineLog(path, log=logger)
         self._observer = observer
         self._max_bytes = max_bytes
-        self._is_full = False
+        self._is_full = self._file is not None and self._file.size >= max_bytes
         self._jobs: queue.Queue[ShadowJob | None] = queue.Queue(capacity)
         self._thread = threading.Thread(target=self._work, name="shadow", daemon=True)
         # Each field has one writer: `dropped` the caller's thread, the others the shadow's own.
         self._dropped = 0
         self._compared = ShadowCounts(policy.version)
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("ab") as file:
-                self._is_full = file.tell() >= max_bytes
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -166,22 +166,29 @@ class Shadow:
             self._observer.shadow_dropped()
 
     def _work(self) -> None:
+        has_told = False
         while (job := self._jobs.get()) is not None:
             try:
                 self._take(job)
+            except AsdError:
+                # It could not be written, and the log has said so.
+                self._fail()
             except Exception:
-                failures = self._compared.failures + 1
-                self._compared = replace(self._compared, failures=failures)
-                self._observer.shadow_failed()
-                if failures == 1:
+                self._fail()
+                if not has_told:
                     logger.exception(
                         "the shadow policy %s failed; further failures are only counted", self._policy.version
                     )
+                has_told = True
+
+    def _fail(self) -> None:
+        self._compared = replace(self._compared, failures=self._compared.failures + 1)
+        self._observer.shadow_failed()
 
     def _take(self, job: ShadowJob) -> None:
         record = compare(job, job.ask(self._policy), self._policy.version, self._names)
-        if self._path is not None and not self._is_full:
-            self._write(self._path, record)
+        if self._file is not None and not self._is_full:
+            self._write(self._file, record)
         done = self._compared
         self._compared = replace(
             done, decisions=done.decisions + 1, agreements=done.agreements + record.agrees
@@ -189,12 +196,13 @@ class Shadow:
         stage = record.judged_stage or record.live_action
         self._observer.shadow_compared(record.step, stage, agrees=record.agrees)
 
-    def _write(self, path: Path, record: ShadowRecord) -> None:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(record), separators=(",", ":")) + "\n")
-            self._is_full = file.tell() >= self._max_bytes
+    def _write(self, file: LineLog, record: ShadowRecord) -> None:
+        file.append(json.dumps(asdict(record), separators=(",", ":")))
+        self._is_full = file.size >= self._max_bytes
         if self._is_full:
-            logger.warning("%s has reached its greatest size: decisions are only counted from here on", path)
+            logger.warning(
+                "%s has reached its greatest size: decisions are only counted from here on", self._path
+            )
 
 
 def compare(
@@ -224,17 +232,14 @@ def compare(
 
 
 def read_shadow(path: Path) -> Iterator[ShadowRecord]:
-    """Yield the records of a file; lines that are none are skipped with one warning. Raises OSError."""
-    skipped, first = 0, 0
-    for number, line in numbered_lines(path):
-        try:
-            yield parse_shadow(line)
-        except (TypeError, ValueError, DamagedFile):
-            skipped, first = skipped + 1, first or number
-    if skipped:
+    """Yield the records of a file; damaged lines are skipped and counted in one warning. Raises OSError."""
+
+    def warn(count: int, first: int) -> None:
         logger.warning(
-            "%s: line %d is no record of a shadow and is skipped; %d such in all", path, first, skipped
+            "%s: damaged lines: %d, the first one is line %d: they are skipped", path, count, first
         )
+
+    return parse_lines(path, parse_shadow, warn)
 
 
 def parse_shadow(line: str) -> ShadowRecord:

@@ -14,9 +14,9 @@ import typer
 from policy_service.train.console import number_table, result_console, warn
 from policy_service.train.faults import UnfitOutcomes
 from services.client.arguments import CheckedCommand
-from services.common.documents import DamagedFile, numbered_lines
 from services.common.errors import NotFound, PreconditionFailed
 from services.common.extras import missing_of
+from services.common.line_log import parse_lines
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -247,19 +247,12 @@ def _read_lines(file: Path, parse: Callable[[str], T], what: str) -> list[T]:
 
     Raises UnfitOutcomes where there are lines but none that it takes, OSError.
     """
-    kept: list[T] = []
-    skipped, first = 0, 0
-    for number, line in numbered_lines(file, is_pipe_fine=True):
-        if not line.strip():
-            continue
-        try:
-            kept.append(parse(line))
-        except (TypeError, ValueError, DamagedFile):
-            skipped, first = skipped + 1, first or number
-    if skipped and not kept:
-        raise UnfitOutcomes(f"{file}: no line is a {what}: give such a file")
-    if skipped:
-        warn(f"{file}: {skipped} of {skipped + len(kept)} lines skipped, first line {first}: no {what}")
+    damage: list[tuple[int, int]] = []
+    kept = list(parse_lines(file, parse, lambda *found: damage.append(found), is_pipe_fine=True))
+    for count, first in damage:
+        if not kept:
+            raise UnfitOutcomes(f"{file}: no line is a {what}: give such a file")
+        warn(f"{file}: {count} damaged lines skipped, first line {first}: no {what}; {len(kept)} are read")
     return kept
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from services.common.disks import cannot_write, is_full
+from services.common.documents import DamagedFile, numbered_lines
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -147,30 +148,36 @@ def open_for_appending(path: Path) -> Iterator[Appendable]:
     os.close(descriptor)
 
 
-def parse_lines(path: Path, parse: Callable[[str], T], damaged: Callable[[int, int], None]) -> Iterator[T]:
+def parse_lines(
+    path: Path,
+    parse: Callable[[str], T],
+    damaged: Callable[[int, int], None],
+    *,
+    is_pipe_fine: bool = False,
+) -> Iterator[T]:
     """Yield what stands in the lines of a file, in order.
 
-    parse: raises ValueError or TypeError for what it does not take. A line that it does not take is searched
-    for an object behind a damaged one. damaged: is told at the end, where there are damaged lines, of their
-    number and which is the first, from 1 on. Raises OSError where the file cannot be read.
+    parse: raises ValueError, TypeError or DamagedFile for what it does not take. A line that it does not take
+    is searched for an object behind a damaged one. damaged: is told at the end, where there are damaged
+    lines, of their number and which is the first, from 1 on. Raises OSError, DamagedFile where the file
+    cannot be read.
     """
     count = first = 0
-    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
+    for number, line in numbered_lines(path, is_pipe_fine=is_pipe_fine):
+        if not line.strip():
+            continue
+        try:
+            yield parse(line)
+            continue
+        except (TypeError, ValueError, DamagedFile):
+            count, first = count + 1, first or number
+        for begin in _beginnings(line):
             try:
-                yield parse(line)
+                behind = parse(line[begin:])
+            except (TypeError, ValueError, DamagedFile):
                 continue
-            except (TypeError, ValueError, RecursionError):
-                count, first = count + 1, first or number
-            for begin in _beginnings(line):
-                try:
-                    behind = parse(line[begin:])
-                except (TypeError, ValueError, RecursionError):
-                    continue
-                yield behind
-                break
+            yield behind
+            break
     if count:
         damaged(count, first)
 

@@ -179,7 +179,7 @@ def test_bad_lines_among_good_ones_are_counted_once(command, run, tmp_path):
     file.write_text("\n".join([good, "", *NOT_LINES[command], good, good[:40]]))
     ended = run(command, file)
     assert ended.code == 0
-    assert ended.errors.startswith(f"warning: {file}: 5 of 7 lines skipped, first line 3: ")
+    assert ended.errors.startswith(f"warning: {file}: 5 damaged lines skipped, first line 3: ")
     assert ended.errors.count("\n") == 1
     assert "v1" in ended.out
     file.write_text(f"{good}\n{good}\n")

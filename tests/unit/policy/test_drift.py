@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import random
+import re
 from dataclasses import asdict
 from statistics import fmean, median
 from typing import TYPE_CHECKING
@@ -13,7 +14,16 @@ from typing import TYPE_CHECKING
 import pytest
 
 from policy_service.drift import DriftDetector, DriftMonitor, DriftRule, RunningCalibration
-from policy_service.reports import OutcomeReport, ReportLog, first_reports, last_reports, read_reports
+from policy_service.reports import (
+    OutcomeReport,
+    Receipt,
+    ReportLog,
+    first_reports,
+    last_reports,
+    read_reports,
+)
+from services.common.errors import ResourceExhausted
+from tests.fakes.full_disk import filling
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -192,9 +202,34 @@ def test_first_and_last_reports_go_by_their_time():
         {"further": 1},
     ],
 )
-def test_a_line_that_is_no_report_is_skipped_and_named(wrong, tmp_path, caplog):
+def test_lines_that_are_no_reports_are_skipped_and_counted(wrong, tmp_path, caplog):
     path = tmp_path / "r.jsonl"
     good = asdict(report("b", correct=True))
     path.write_text(f"{json.dumps({**good, **wrong})}\n[1]\n{json.dumps(good)}\n")
     assert [each.request_id for each in read_reports(path)] == ["b"]
-    assert [f"line {number} is no report" in caplog.text for number in (1, 2, 3)] == [True, True, False]
+    (told,) = caplog.records
+    assert told.args == (path, 2, 1)
+
+
+async def test_of_many_requests_the_latest_are_known_and_all_are_counted(tmp_path: Path):
+    log = ReportLog(tmp_path / "r.jsonl", known=10)
+    for number in range(1000):
+        receipt = await log.add(report(str(number), correct=True))
+    assert receipt.reports == 1000
+    assert (await log.add(report("995", correct=False))).reported_before
+    assert not (await log.add(report("5", correct=True))).reported_before
+
+
+async def test_a_full_disk_refuses_reports_and_loses_none_that_it_took(tmp_path: Path, caplog):
+    path, full = tmp_path / "r.jsonl", [False]
+    log = ReportLog(path, opened=lambda path: filling(path, full))
+    await log.add(report("a", correct=True))
+    full[0] = True
+    for name in "bcd":
+        with pytest.raises(ResourceExhausted, match=re.escape(f"{path} cannot be written: the disk is full")):
+            await log.add(report(name, correct=True))
+    full[0] = False
+    # What was refused counts as not reported.
+    assert await log.add(report("b", correct=True)) == Receipt(2, reported_before=False)
+    assert [each.request_id for each in read_reports(path)] == ["a", "b"]
+    assert [each.levelname for each in caplog.records] == ["ERROR", "WARNING"]
