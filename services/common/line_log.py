@@ -169,12 +169,12 @@ def parse_lines(
         try:
             yield parse(line)
             continue
-        except (TypeError, ValueError, DamagedFile):
+        except (TypeError, ValueError, RecursionError, DamagedFile):
             count, first = count + 1, first or number
         for begin in _beginnings(line):
             try:
                 behind = parse(line[begin:])
-            except (TypeError, ValueError, DamagedFile):
+            except (TypeError, ValueError, RecursionError, DamagedFile):
                 continue
             yield behind
             break

@@ -128,9 +128,7 @@ class OnnxEngine:
                 return
             self._state = ModelState.LOADING
             try:
-                self._model = await asyncio.to_thread(self._open)
-                prompts = probe_prompts(self._tokenizer, self._shape.vocabulary, self._context)
-                await probe(self._name, prompts, lambda batch: asyncio.to_thread(self._answer_probe, batch))
+                await self._load()
             except Exception as error:
                 self._model = None
                 self._state, self._error = ModelState.FAILED, str(error)
@@ -244,10 +242,32 @@ class OnnxEngine:
         soon = self._options.cached_sequences * places_for(1, self._context)
         return weight_bytes(self._shape) + max(places, soon) * self._shape.kv_bytes_per_token
 
-    def _open(self) -> Any:
+    async def _load(self) -> None:
+        """Load the prepared model, and try whether it computes; once more where it had to be made anew."""
+        form = await asyncio.to_thread(self._prepare)
+        made = form.stat().st_ino
+        try:
+            await self._try(form)
+        except Exception:
+            # Content of large files is not compared before: that would take as long as loading them.
+            form = await asyncio.to_thread(self._prepare, reads_all=True)
+            if form.stat().st_ino == made:
+                raise
+            self._model = None
+            await self._try(form)
+
+    async def _try(self, form: Path) -> None:
+        self._model = await asyncio.to_thread(self._open, form)
+        prompts = probe_prompts(self._tokenizer, self._shape.vocabulary, self._context)
+        await probe(self._name, prompts, lambda batch: asyncio.to_thread(self._answer_probe, batch))
+
+    def _prepare(self, *, reads_all: bool = False) -> Path:
+        return prepare(self._directory, most_tokens=self._options.max_model_len, reads_all=reads_all)
+
+    def _open(self, form: Path) -> Any:
         og = load_binding()
         remember_array_formats()
-        config = og.Config(str(prepare(self._directory, most_tokens=self._options.max_model_len)))
+        config = og.Config(str(form))
         overlay = {"decoder": {"session_options": {"intra_op_num_threads": self._options.threads}}}
         config.overlay(json.dumps({"model": overlay}))
         return og.Model(config)

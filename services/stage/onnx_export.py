@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import mmap
 import os
 import re
@@ -20,16 +21,22 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from services.common.disks import writing
 from services.common.documents import parse_json, quoted
 from services.common.errors import PreconditionFailed
 from services.stage.llama_config import LlamaShape, read_shape
 from services.stage.model_files import check_file, read_json_file
 from services.stage.onnx_memory import places_for
-from services.stage.partial_folders import partial_folder, remove_left
+from services.stage.partial_folders import find_damage, finish, partial_folder, remove_left
 from services.stage.rope import rope_tables
 
 if TYPE_CHECKING:
     import onnx
+
+logger = logging.getLogger(__name__)
+
+# What a user can do about a cache that is of no use.
+_ELSEWHERE = "set ASD_CACHE_DIR to a folder of your own"
 
 # Part of the cache key: raise it when what is derived from the same model changes, or stages would go on with
 # what an earlier version derived. tests/unit/stage/test_onnx_export.py notices.
@@ -50,13 +57,22 @@ _MOST_TABLE_BYTES = 512 << 20
 Weights = dict[str, npt.NDArray[np.float32]]
 
 
-def prepare(directory: Path, cache: Path | None = None, most_tokens: int | None = None) -> Path:
+def prepare(
+    directory: Path,
+    cache: Path | None = None,
+    most_tokens: int | None = None,
+    *,
+    reads_all: bool = False,
+) -> Path:
     """Return the directory of a model's ONNX form, deriving it first where it is not there yet.
 
     It is kept under `cache` (default_cache() if None), by a hash of what it was made from; two processes may
-    prepare the same model at once. What interrupted ones left there is removed.
-    most_tokens: of prompt and answer that it must take, as in served_shape.
-    Raises PreconditionFailed if the model is missing, damaged or unsupported.
+    prepare the same model at once, and users who share a cache read what one of them has made. One that is
+    damaged is made anew. What interrupted ones left there is removed.
+    most_tokens: of prompt and answer that it must take, as in served_shape. reads_all: whether damage is also
+    looked for in files beyond 64 MiB, which takes a second per gigabyte or two.
+    Raises PreconditionFailed if the model is missing, damaged or unsupported, or if the cache cannot be read
+    or written to, ResourceExhausted if its disk is full.
     """
     directory = directory.resolve()
     shape = served_shape(directory, most_tokens)
@@ -68,23 +84,37 @@ def prepare(directory: Path, cache: Path | None = None, most_tokens: int | None 
             digest.update(hashlib.file_digest(file, "sha256").digest())
     target = (cache or default_cache()) / "onnx" / digest.hexdigest()[:32]
     remove_left(target.parent)
-    if target.exists():
+    if _is_whole(target, reads_all=reads_all):
         return target
-    with partial_folder(target) as partial:
-        weights = _read_weights(files)
-        try:
-            graph = build_graph(shape, weights)
-        except PreconditionFailed as error:
-            raise PreconditionFailed(f"{directory}: {error}") from error
+    weights = _read_weights(files)
+    try:
+        graph = build_graph(shape, weights)
+    except PreconditionFailed as error:
+        raise PreconditionFailed(f"{directory}: {error}") from error
+    with writing(target, _ELSEWHERE), partial_folder(target) as partial:
         _save(graph, partial)
         (partial / "genai_config.json").write_text(json.dumps(_genai_config(shape), indent=2))
-        try:
-            partial.rename(target)
-        except OSError:
-            # Another process was first; its copy is the same.
-            if not target.exists():
-                raise
+        finish(partial, target, reads_all=reads_all)
     return target
+
+
+def _is_whole(form: Path, *, reads_all: bool) -> bool:
+    """Return whether a prepared model is there without damage; say in the log where it is damaged.
+
+    Raises PreconditionFailed where this user may not read it.
+    """
+    if not os.path.lexists(form):
+        return False
+    try:
+        damage = find_damage(form, reads_all=reads_all)
+    except PermissionError as error:
+        raise PreconditionFailed(
+            f"{form} is another user's and may not be read: have it made readable (chmod -R a+rX), or "
+            f"{_ELSEWHERE}"
+        ) from error
+    if damage is not None:
+        logger.warning("%s is damaged (%s): the model is prepared anew", form, damage)
+    return damage is None
 
 
 def served_shape(directory: Path, most_tokens: int | None) -> LlamaShape:

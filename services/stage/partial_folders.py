@@ -3,19 +3,27 @@
 Whoever fills a folder holds a lock on it, which the system lets go with the process: a folder whose lock can
 be had is nobody's. Where the file system has no locks on folders (NFS), or the folder is of an earlier
 version, which took none, it counts as left once nothing in it has changed for an hour.
+
+A folder takes its name once its content is on the disk, with a list of its files: what a crash or a failing
+disk made of it later shows against that. Its mode is what the umask and the folder above leave, so that other
+users can read what one of them has made.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
+import json
 import os
 import re
+import secrets
 import shutil
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from services.common.disks import sync
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,6 +33,10 @@ _MARK = ".partial-"
 _NAME = re.compile(r"[0-9a-f]{32}\..+")
 # Chosen: no step of filling one is without a write for so long.
 _LEFT_SECONDS = 3600.0
+# The list of a folder's files, with their bytes and SHA-256.
+MANIFEST = "manifest.json"
+# Files up to this size are read at every check. Chosen: a twentieth of a second's work.
+_READ_BYTES = 64 << 20
 # Those that this process is filling.
 _own: set[Path] = set()
 
@@ -43,6 +55,58 @@ def partial_folder(target: Path) -> Iterator[Path]:
         os.close(lock)
 
 
+def finish(partial: Path, target: Path, *, reads_all: bool = False) -> None:
+    """Give a filled folder its name, once its files and their list are on the disk.
+
+    Where another process was first, its folder stays if it is whole. One that is damaged gives way.
+    reads_all: as in find_damage. Raises OSError.
+    """
+    _write_manifest(partial)
+    mode = partial.stat().st_mode & 0o666
+    for path in partial.iterdir():
+        # Libraries make files of their own modes: onnx (1.23) that of the weights for its user alone.
+        path.chmod(mode)
+        sync(path)
+    sync(partial)
+    with _alone(target.parent):
+        if os.path.lexists(target):
+            if find_damage(target, reads_all=reads_all) is None:
+                return
+            # To be removed as one that was left; who has opened its files keeps them.
+            aside = target.with_name(f"{target.name}{_MARK}{secrets.token_hex(8)}")
+            target.rename(aside)
+            partial.rename(target)
+            _remove(aside)
+        else:
+            partial.rename(target)
+        sync(target.parent)
+
+
+def find_damage(folder: Path, *, reads_all: bool = False) -> str | None:
+    """Return what is wrong with a finished folder; None: nothing.
+
+    Sizes are compared of all files, and the content of those up to 64 MiB. reads_all: of larger ones, too.
+    Raises PermissionError where this user may not read it.
+    """
+    try:
+        listed = json.loads((folder / MANIFEST).read_bytes())["files"]
+        for name, (size, digest) in listed.items():
+            path = folder / name
+            found = path.stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes instead of {size}"
+            if (reads_all or size <= _READ_BYTES) and _digest(path) != digest:
+                return f"{name} has another content than when it was made"
+    except PermissionError:
+        raise
+    except OSError as error:
+        name = Path(error.filename).name if error.filename else folder.name
+        return f"{name}: {(error.strerror or str(error)).lower()}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"{MANIFEST} is damaged"
+    return None
+
+
 def remove_own() -> None:
     """Remove the folders that this process is filling: for a process that is about to end on a signal."""
     for folder in tuple(_own):
@@ -51,9 +115,11 @@ def remove_own() -> None:
 
 def remove_left(parent: Path) -> None:
     """Remove the folders whose filler is gone; those being filled now, by any process, stay."""
-    if not parent.is_dir():
-        return
-    for folder in parent.iterdir():
+    folders: list[Path] = []
+    # Not there, or not to be looked into: then nothing in it is ours either.
+    with contextlib.suppress(OSError):
+        folders.extend(parent.iterdir())
+    for folder in folders:
         if _NAME.fullmatch(folder.name):
             with contextlib.suppress(OSError):
                 _remove_if_left(folder)
@@ -61,7 +127,9 @@ def remove_left(parent: Path) -> None:
 
 def _make(target: Path) -> tuple[Path, int]:
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=f"{target.name}{_MARK}", dir=target.parent))
+        folder = target.with_name(f"{target.name}{_MARK}{secrets.token_hex(8)}")
+        # With the mode that the umask leaves, and the group where the folder above hands it on.
+        folder.mkdir()
         try:
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:
@@ -70,6 +138,37 @@ def _make(target: Path) -> tuple[Path, int]:
         if _lock(lock) is not False and folder.exists():
             return folder, lock
         os.close(lock)
+
+
+def _write_manifest(folder: Path) -> None:
+    files = {path.name: [path.stat().st_size, _digest(path)] for path in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+@contextlib.contextmanager
+def _alone(parent: Path) -> Iterator[None]:
+    """Wait until no other process gives a folder its name there: each does so within milliseconds."""
+    descriptor = os.open(parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        # Where the file system has no locks, two that replace a damaged folder at once may both do so.
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _remove_if_left(folder: Path) -> None:
