@@ -41,6 +41,7 @@ from policy_service.artifact import (
 )
 from policy_service.features import Draft, PromptText, Verification
 from policy_service.policy import Objective, Policy, Preference, Spent
+from services.common.disks import is_full, sync, writing
 from services.common.documents import DamagedFile, parse_json, read_content
 from services.common.settings import explain
 
@@ -196,7 +197,8 @@ class PolicyStore:
         """Copy an artifact into the store and put it into force; return its document.
 
         A version that is there but cannot be served is replaced, and so is a damaged pointer. Raises
-        UnfitArtifact where the artifact cannot be served, or was made for other stages than the one in force.
+        UnfitArtifact where the artifact cannot be served, or was made for other stages than the one in force,
+        ResourceExhausted on a full disk, PreconditionFailed where the store cannot be written to.
         """
         if (self.directory / DOCUMENT).exists():
             raise UnfitStore(f"{self.directory} is an artifact, not a store: name another directory")
@@ -216,10 +218,9 @@ class PolicyStore:
         version = document.policy_version
         if not _VERSION.fullmatch(version):
             raise UnfitStore(f"{artifact}: version {version!r} cannot name a directory")
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with self._locked():
-            # Whoever made them held the lock, so nobody writes them now.
-            _remove_partial(self.directory / POLICIES)
+        with writing(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+        with self._locked(), self._tidied():
             history = self._history()
             self._check_cascade(document, history)
             self._copy(artifact, document)
@@ -300,17 +301,19 @@ class PolicyStore:
             try:
                 shutil.copyfile(artifact / name, partial / name)
             except OSError as error:
+                if is_full(error) or str(error.filename) == str(partial / name):
+                    raise
                 raise UnfitStore(f"{artifact / name}: {error.strerror}") from error
-            _sync(partial / name)
+            sync(partial / name)
         # The copy, not what was copied: it is what will be served.
         if load_usable(partial).document != document:
             raise UnfitStore(f"{artifact} was changed while it was copied: publish it again")
-        _sync(partial)
+        sync(partial)
         if target.exists() or target.is_symlink():
             # Damaged, so nothing is lost if a kill leaves neither: publishing again goes on from there.
             target.rename(target.parent / f"{_PARTIAL}{uuid.uuid4().hex}")
         partial.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
         _remove_partial(target.parent)
 
     def _is_usable(self, version: str) -> bool:
@@ -361,21 +364,43 @@ class PolicyStore:
         content = _Pointer(schema="asd.policies", history=history).model_dump(mode="json", by_alias=True)
         partial = self.directory / f"{POINTER}.partial"
         partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
-        _sync(partial)
+        sync(partial)
         partial.replace(self.directory / POINTER)
-        _sync(self.directory)
+        sync(self.directory)
+
+    @contextmanager
+    def _tidied(self) -> Iterator[None]:
+        """Remove what earlier writers left half done, and what the block leaves where it fails.
+
+        Whoever made it held the lock, so nobody writes it now.
+        """
+        _remove_partial(self.directory / POLICIES)
+        try:
+            yield
+        except BaseException:
+            # On a full disk, it is in the way of the next attempt.
+            with suppress(OSError):
+                _remove_partial(self.directory / POLICIES)
+            raise
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold the store for writing. The lock ends with the process, however that ends."""
-        with (self.directory / _LOCK).open("w") as file:
+        """Hold the store for writing. The lock ends with the process, however that ends.
+
+        An OSError of the block becomes what cannot_write returns: all that it reads has errors of its own.
+        """
+        with writing(self.directory, "name another store"):
+            descriptor = _open_lock(self.directory / _LOCK)
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UnfitStore(
-                    f"{self.directory}: another process is changing this store: try again when it is done"
-                ) from error
-            yield
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    raise UnfitStore(
+                        f"{self.directory}: another process is changing this store: try again when it is done"
+                    ) from error
+                yield
+            finally:
+                os.close(descriptor)
 
 
 class PolicyWatch:
@@ -523,13 +548,22 @@ def write_artifact(
     ones lie side by side until `policy.json` is replaced, in one rename: at every moment, also after a kill,
     the directory holds the old policy or the new one. All of it is written to a hidden directory and tried
     first. Directories above are made. A failure leaves the old policy, and no new directory. Raises
-    UnfitArtifact, OSError.
+    UnfitArtifact; ResourceExhausted on a full disk, PreconditionFailed where it cannot be written.
     """
     check_output(directory)
-    target = directory.resolve()
     files = {name: _name_with_digest(name, content) for name, content in models.items()}
     views = tuple(view.model_copy(update={"model": files[view.model]}) for view in document.views)
     document = document.model_copy(update={"views": views})
+    contents = {file: models[name] for name, file in files.items()}
+    with writing(directory, "name another directory"):
+        _write_whole(document, contents, directory.resolve(), lineage)
+    return document
+
+
+def _write_whole(
+    document: PolicyDocument, models: Mapping[str, bytes], target: Path, lineage: Lineage | None
+) -> None:
+    """Write an artifact as write_artifact does. models: by the names of their files. Raises OSError."""
     missing = [each for each in target.parents if not each.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     # Inside one that is there, which may be all that can be written to, or a file system of its own.
@@ -539,17 +573,17 @@ def write_artifact(
     partial = folder / f"{hidden}{uuid.uuid4().hex}"
     try:
         partial.mkdir()
-        for name, file in files.items():
-            (partial / file).write_bytes(models[name])
+        for file, content in models.items():
+            (partial / file).write_bytes(content)
         if lineage is not None:
             write_lineage(lineage, partial)
         write_document(document, partial)
         for path in partial.iterdir():
-            _sync(path)
+            sync(path)
         load_usable(partial)
-        _sync(partial)
+        sync(partial)
         if folder == target or not _rename_new(partial, target):
-            _merge(partial, set(files.values()), target)
+            _merge(partial, set(models), target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         for each in missing:
@@ -557,7 +591,6 @@ def write_artifact(
                 each.rmdir()
         raise
     shutil.rmtree(partial, ignore_errors=True)
-    return document
 
 
 def _rename_new(partial: Path, target: Path) -> bool:
@@ -568,7 +601,7 @@ def _rename_new(partial: Path, target: Path) -> bool:
         if not target.is_dir():
             raise
         return False
-    _sync(target.parent)
+    sync(target.parent)
     return True
 
 
@@ -578,12 +611,12 @@ def _merge(partial: Path, models: set[str], target: Path) -> None:
         try:
             for name in sorted(models):
                 (partial / name).replace(target / name)
-            _sync(target)
+            sync(target)
             before = _models_of(target)
             # Removed before and written after: it never stands beside another policy than its own.
             (target / LINEAGE).unlink(missing_ok=True)
             (partial / DOCUMENT).replace(target / DOCUMENT)
-            _sync(target)
+            sync(target)
             if (partial / LINEAGE).exists():
                 (partial / LINEAGE).replace(target / LINEAGE)
         except BaseException:
@@ -718,10 +751,9 @@ def _check_stages(document: PolicyDocument, stages: Sequence[str], whose: str) -
         )
 
 
-def _sync(path: Path) -> None:
-    """Have a file's or directory's content written to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+def _open_lock(path: Path) -> int:
+    """Return the descriptor of a lock; of one that another user has made, for reading: that does."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except PermissionError:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)

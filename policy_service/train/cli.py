@@ -437,11 +437,14 @@ def main() -> None:
 
 
 def _fail(error: Exception) -> NoReturn:
+    from services.common.disks import explain, is_full
     from services.common.errors import InvalidRequest, NotFound
     from services.common.settings import SettingsError
 
     message = in_tls_options(str(error))
-    if isinstance(error, OSError) and error.filename and error.strerror:
+    if isinstance(error, OSError) and is_full(error):
+        message = explain(error)
+    elif isinstance(error, OSError) and error.filename and error.strerror:
         message = f"{error.filename}: {say_why(error)}"
     _say(f"asd-policy: {message}", "red")
     is_misused = isinstance(error, InvalidRequest | NotFound | SettingsError)

@@ -12,19 +12,22 @@ import itertools
 import json
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, BinaryIO, cast, get_args
 
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from asd.v1 import common_pb2, stage_pb2, stage_pb2_grpc
 from policy_service.features import round_signals
+from policy_service.train.console import warn
 from policy_service.train.faults import UnfitOutcomes
 from policy_service.train.outcome_table import SCHEMA, VERSION, pair_name, pairs, write_outcomes
 from policy_service.train.outcomes import read_cascade, read_prompts
 from services.common.channel import call_stream, open_channel
+from services.common.disks import writing
 from services.common.documents import DamagedFile, parse_json
 from services.common.errors import AsdError, InvalidRequest
+from services.common.line_log import LineLog
 from suites import Task, grade
 from suites.splits import Split
 from suites.splits import split as split_tasks
@@ -129,10 +132,7 @@ async def collect_outcomes(options: CollectOptions, console: Console) -> None:
                 ]
                 for name, targets in options.targets.items()
             ]
-            file = stack.enter_context(partial.open("a", encoding="utf-8"))
-            if not done:
-                file.truncate(0)
-                file.write(json.dumps({"schema": SCHEMA, "version": VERSION, "cascade": cascade}) + "\n")
+            file = _open_partial(partial, cascade, is_new=not done)
             waiting = iter(todo)
             warm_calls = 0
 
@@ -142,8 +142,7 @@ async def collect_outcomes(options: CollectOptions, console: Console) -> None:
                 for task in waiting:
                     record = await _collect_one(stages, task, options.split)
                     warm_calls += _count_warm(record)
-                    file.write(json.dumps(record, separators=(",", ":")) + "\n")
-                    file.flush()
+                    file.append(json.dumps(record, separators=(",", ":")))
                     progress.advance(bar)
 
             try:
@@ -288,41 +287,64 @@ def _is_complete(output: Path, cascade: Sequence[str], tasks: Sequence[Task]) ->
     raise UnfitOutcomes(f"{output} holds other prompts or another cascade: choose another file")
 
 
+def _open_partial(partial: Path, cascade: Sequence[str], *, is_new: bool) -> LineLog:
+    """Return the file of what is collected, with its header. Raises the AsdError of cannot_write."""
+    with writing(partial, "name another file"):
+        if is_new:
+            partial.unlink(missing_ok=True)
+        file = LineLog(partial, log=None)
+    if is_new:
+        file.append(json.dumps({"schema": SCHEMA, "version": VERSION, "cascade": list(cascade)}))
+    return file
+
+
 def _read_partial(partial: Path, cascade: Sequence[str]) -> set[tuple[tuple[str, ...], str]]:
-    """Return the prompts of an earlier run; drop a last line that was cut off."""
+    """Return the prompts of an earlier run; those of damaged lines are not among them, and come once more.
+
+    Raises UnfitOutcomes where the file is another cascade's, or does not say whose.
+    """
     if not partial.exists():
         return set()
-    with partial.open("rb+") as file:
-        whole = 0
-        for line in file:
-            whole += len(line) if line.endswith(b"\n") else 0
-        file.truncate(whole)
-    with partial.open(encoding="utf-8") as file:
-        try:
-            header = parse_json(file.readline() or "null", str(partial))
-            records = [parse_json(line, str(partial)) for line in file]
-            found = {(tuple(record["history"]), record["prompt"]) for record in records}
-        except (ValueError, TypeError, KeyError, DamagedFile) as error:
-            raise UnfitOutcomes(f"{partial} is damaged: delete it, and collect anew") from error
-        if not records:
-            # Nothing is lost with it, whichever cascade it was begun for.
+    with partial.open("rb") as file:
+        first = file.readline()
+        places, damaged = _places(file)
+    try:
+        header = parse_json(first, str(partial))
+    except DamagedFile as error:
+        if not places and not first.endswith(b"\n"):
+            # It was cut off as it was begun.
             return set()
-        if header != {"schema": SCHEMA, "version": VERSION, "cascade": list(cascade)}:
-            raise UnfitOutcomes(f"{partial} holds another cascade: choose another file, or delete it")
-        return found
+        raise UnfitOutcomes(f"{partial} is damaged: delete it, and collect anew") from error
+    if damaged:
+        warn(f"{partial}: {damaged} damaged lines: their prompts are collected once more")
+    if not places:
+        # Nothing is lost with it, whichever cascade it was begun for.
+        return set()
+    if header != {"schema": SCHEMA, "version": VERSION, "cascade": list(cascade)}:
+        raise UnfitOutcomes(f"{partial} holds another cascade: choose another file, or delete it")
+    return set(places)
+
+
+def _places(file: BinaryIO) -> tuple[dict[tuple[tuple[str, ...], str], int], int]:
+    """Return where the record of each prompt begins, from a file's place on, and how many lines hold none."""
+    places: dict[tuple[tuple[str, ...], str], int] = {}
+    damaged = 0
+    while True:
+        place, line = file.tell(), file.readline()
+        if not line:
+            return places, damaged
+        try:
+            record = parse_json(line, "a line")
+            places[tuple(record["history"]), record["prompt"]] = place
+        except (TypeError, KeyError, DamagedFile):
+            damaged += 1
 
 
 def _finish(partial: Path, output: Path, cascade: Sequence[str], tasks: Sequence[Task]) -> None:
     """Write the output in the order of the prompts, in one step, and remove the partial file."""
     with partial.open("rb") as file:
-        places: dict[tuple[tuple[str, ...], str], int] = {}
         file.readline()
-        while True:
-            place, line = file.tell(), file.readline()
-            if not line:
-                break
-            record = json.loads(line)
-            places[tuple(record["history"]), record["prompt"]] = place
+        places, _ = _places(file)
 
         def rows() -> Iterator[dict[str, object]]:
             for task in tasks:

@@ -1,19 +1,22 @@
 """The Parquet form of outcomes: its schema, and a writer that leaves whole files only.
 
-Needs pyarrow alone, so that outcomes can be written where models are trained.
+Needs no library but pyarrow, so that outcomes can be written where models are trained.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from services.common.disks import sync, writing
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
 SCHEMA, VERSION = "asd.outcomes", 2
@@ -78,15 +81,28 @@ def table_schema(cascade: Sequence[str]) -> pa.Schema:
 def write_outcomes(path: Path, cascade: Sequence[str], rows: Iterable[Mapping[str, object]]) -> int:
     """Write a file in one step and return its number of rows: a run that is cut off leaves none.
 
-    rows: as outcomes.OutcomeRow describes them.
+    rows: as outcomes.OutcomeRow describes them; they raise no OSError. Raises ResourceExhausted on a full
+    disk, PreconditionFailed where the file cannot be written.
     """
     partial = path.with_name(path.name + ".writing")
-    schema = table_schema(cascade)
+    try:
+        with writing(path, "name another file"):
+            count = _write(partial, table_schema(cascade), iter(rows))
+            sync(partial)
+            partial.replace(path)
+            sync(path.absolute().parent)
+    except BaseException:
+        # On a full disk, it is in the way of the next attempt.
+        with suppress(OSError):
+            partial.unlink()
+        raise
+    return count
+
+
+def _write(path: Path, schema: pa.Schema, rows: Iterator[Mapping[str, object]]) -> int:
     count = 0
-    groups = iter(rows)
-    with pq.ParquetWriter(partial, schema, compression="zstd", compression_level=9) as writer:
-        while group := list(itertools.islice(groups, _GROUP)):
+    with pq.ParquetWriter(path, schema, compression="zstd", compression_level=9) as writer:
+        while group := list(itertools.islice(rows, _GROUP)):
             writer.write_table(pa.Table.from_pylist(group, schema=schema))
             count += len(group)
-    partial.replace(path)
     return count

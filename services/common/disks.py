@@ -10,13 +10,13 @@ import errno
 import os
 import secrets
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from services.common.errors import AsdError, PreconditionFailed, ResourceExhausted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 # No space for what is written. The same write may succeed later, so that they are RESOURCE_EXHAUSTED, as
 # gRPC's list of status codes has it ("perhaps the entire file system is out of space").
@@ -56,6 +56,15 @@ def cannot_write(path: Path, error: OSError, instead: str = "name another place"
     # A remedy with a comma in it needs one before its alternative, too.
     text = f"{path} cannot be written: {cause}: {what.replace(' or ', ', or ') if ',' in remedy else what}"
     return ResourceExhausted(text) if is_full(error) else PreconditionFailed(text)
+
+
+def explain(error: OSError) -> str:
+    """Return one sentence on an error that nobody else has explained, of a write or a read."""
+    path = str(error.filename) if error.filename is not None else ""
+    if is_full(error):
+        return cannot_write(Path(path or "what was to be written"), error).message
+    reason = (error.strerror or str(error)).lower()
+    return f"{path}: {reason}" if path else reason
 
 
 @contextmanager

@@ -50,6 +50,7 @@ class LineLog:
 
     Raises OSError where the file can never be written to. A full disk is no such thing: lines are refused
     until there is space. log: is told when writing begins to fail, and when it works again; nothing between.
+    None: nobody is told but the caller.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class LineLog:
         path: Path,
         *,
         opened: Callable[[Path], AbstractContextManager[Appendable]] | None = None,
-        log: logging.Logger = logger,
+        log: logging.Logger | None = logger,
     ) -> None:
         self._path = path
         self._opened = opened or open_for_appending
@@ -91,11 +92,13 @@ class LineLog:
             self._note(refusal.message)
             raise refusal from error
         if self._problem:
-            self._log.warning("%s is written again; lines refused meanwhile: %d", self._path, self._refused)
+            if self._log is not None:
+                text = "%s is written again; lines refused meanwhile: %d"
+                self._log.warning(text, self._path, self._refused)
             self._problem, self._refused = "", 0
 
     def _note(self, problem: str) -> None:
-        if problem != self._problem:
+        if problem != self._problem and self._log is not None:
             self._log.error("%s", problem)
         self._problem = problem
 

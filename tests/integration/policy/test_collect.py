@@ -6,6 +6,7 @@ import asyncio
 import io
 import itertools
 import json
+import resource
 import subprocess
 import sys
 from contextlib import AsyncExitStack
@@ -299,3 +300,44 @@ async def test_a_journal_without_prompts_blocks_nothing(targets: Targets, tmp_pa
 async def test_one_stage_is_no_cascade(targets: Targets, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="two stages or more"):
         await collect_outcomes(options(tmp_path / "o.parquet", {"small": targets["small"]}), QUIET)
+
+
+async def test_a_damaged_line_is_collected_once_more_and_no_other(
+    targets: Targets, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "train.parquet"
+    await collect_outcomes(options(output, targets), QUIET)
+    records = pq.read_table(output).to_pylist()
+    lines = [json.dumps({**each, "kind": "kept"}) for each in records[:4]]
+    lines[1] = lines[1][:40] + lines[1]
+    header = json.dumps({"schema": "asd.outcomes", "version": 2, "cascade": ["small", "medium"]})
+    (tmp_path / "train.parquet.partial").write_text("\n".join((header, *lines)) + "\n")
+    output.unlink()
+    await collect_outcomes(options(output, targets), QUIET)
+    assert "1 damaged lines" in capsys.readouterr().err
+    assert [row.kind == "kept" for row in read_rows(output)] == [
+        place in {0, 2, 3} for place in range(len(records))
+    ]
+
+
+def test_outcomes_on_a_full_disk_are_one_sentence_and_leave_nothing(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from policy_service.train.outcome_table import write_outcomes
+from services.common.errors import AsdError
+try:
+    write_outcomes(Path(sys.argv[1]), ["a", "b"], ({"prompt": str(n) * 50} for n in range(50_000)))
+except AsdError as error:
+    print(type(error).__name__, error.message)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "train.parquet")],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
+    )
+    assert ended.stdout.startswith(f"ResourceExhausted {tmp_path / 'train.parquet'} cannot be written: ")
+    assert not [*tmp_path.iterdir()]

@@ -26,6 +26,7 @@ from policy_service.store import (
     read_lineage,
     write_artifact,
 )
+from services.common.errors import ResourceExhausted
 from tests.limits import PROCESS_S
 from tests.unit.policy.test_fit import record, write
 from tests.unit.policy.tiny_policy import make_artifact
@@ -132,7 +133,7 @@ def test_a_disk_that_fails_while_models_move_leaves_the_old_policy_alone(old_and
         return replace(path, target)
 
     monkeypatch.setattr(Path, "replace", fail_at_the_fourth)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(ResourceExhausted, match="the disk is full"):
         put(new, served)
     assert moved[-1].parent == served
     assert {path.name for path in served.iterdir()} == before
@@ -194,6 +195,7 @@ import json, os, pathlib, shutil, signal, sys
 from policy_service.store import load_usable
 from policy_service.train.dataset import read_dataset
 from policy_service.train.fit import InputFile, fit_policy
+from services.common.errors import ResourceExhausted
 from tests.unit.policy.test_fit import COSTS
 work = pathlib.Path(sys.argv[1])
 inputs = [InputFile(work / name, read_dataset(work / name, COSTS)) for name in ("a.parquet", "b.parquet")]
