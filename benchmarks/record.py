@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from services.common.disks import replace_file, writing
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -66,7 +68,9 @@ def update_result(name: str, command: str, figures: Mapping[str, object]) -> Pat
 def _write(name: str, content: Mapping[str, object]) -> Path:
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    # A full disk must not cost the figures that are there.
+    with writing(path, "run it again once there is room"):
+        replace_file(path, json.dumps(content, indent=2) + "\n")
     return path
 
 

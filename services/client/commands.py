@@ -885,9 +885,10 @@ def _json_error(code: str, message: str, field: str) -> dict[str, Any]:
 
 
 def _explain(error: Exception) -> str:
+    from services.common.disks import explain
+
     if isinstance(error, OSError):
-        reason = (error.strerror or str(error)).lower()
-        return f"{error.filename}: {reason}" if error.filename else reason
+        return explain(error)
     return in_tls_options(str(error))
 
 
@@ -961,7 +962,10 @@ def _check_file(file: Path) -> None:
 
 
 def _write_file(file: Path, text: str) -> None:
-    file.write_text(text, encoding="utf-8")
+    from services.common.disks import replace_file, writing
+
+    with writing(file, "name another file"):
+        replace_file(file, text)
 
 
 def _say(line: str) -> None:

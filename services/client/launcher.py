@@ -9,16 +9,17 @@ import socket
 import sys
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Self
+from typing import IO, TYPE_CHECKING, Self
 
 import yaml
 
 from services.client.cascade_file import HOST, POLICY, ROUTER, Ports
 from services.client.client import CascadeClient
+from services.common.disks import cannot_write, replace_file
 from services.common.errors import AsdError, BudgetSpent, Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -37,6 +38,9 @@ _DESCRIBE_SECONDS = 2.0
 _REACH_PAUSE_S = 0.05
 # Of a start that failed, whose log goes.
 _LOG_LINES = 40
+# What else helps where the disk of logs and settings is full: they go to the directory of temporary files.
+_ELSEWHERE = "set TMPDIR to another folder"
+_LOSS = "go on without what it prints"
 # Below the range that systems take outgoing ports from, so that no connection of ours takes one that we
 # chose.
 _FREE_PORTS = range(20_000, 32_000)
@@ -147,8 +151,7 @@ class Child:
 
         Raises LaunchError if it ends before that, takes too long, or serves at another address.
         """
-        self._config.write_text(yaml.safe_dump(self.service.config, sort_keys=False), encoding="utf-8")
-        with self.log.open("ab") as log:
+        with self._prepared() as log:
             self._process = process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 # Python would look for modules in the current directory first.
@@ -256,9 +259,31 @@ class Child:
     async def _forward_output(self, process: asyncio.subprocess.Process) -> None:
         """Append what the process prints to its log until it closes its output."""
         output = _output(process)
+        is_lost = False
         while chunk := await output.read(65_536):
-            with self.log.open("ab") as log:
-                log.write(chunk)
+            try:
+                with self.log.open("ab") as log:
+                    log.write(chunk)
+            except OSError as error:
+                # Read on: the process would wait for its output to be taken.
+                if not is_lost:
+                    self._say(f"{self.service.name}: {cannot_write(self.log, error, _LOSS).message}")
+                is_lost = True
+            else:
+                is_lost = False
+
+    @contextlib.contextmanager
+    def _prepared(self) -> Iterator[IO[bytes]]:
+        """Write the service's settings where that has not been done, and open its log."""
+        try:
+            if not self._config.exists():
+                # Once: what it restarts with lies there, also when the disk is full.
+                replace_file(self._config, yaml.safe_dump(self.service.config, sort_keys=False))
+            log = self.log.open("ab")
+        except OSError as error:
+            raise LaunchError(cannot_write(self._config.parent, error, _ELSEWHERE).message) from error
+        with log:
+            yield log
 
     def _explain(self, what: str) -> str:
         with self.log.open(encoding="utf-8", errors="replace") as file:

@@ -8,7 +8,6 @@ the same revision reads nothing, and so that nothing that others put into the fo
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -20,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from services.common.disks import cannot_write, is_of_disk, sync
 from services.common.documents import DamagedFile, parse_json, read_content
 from services.common.errors import (
     AsdError,
@@ -161,6 +161,8 @@ def pull(
                 if file.name == _CONFIG:
                     config = target / _STAGING / _CONFIG
                     check_architecture(read_config(config), config)
+                # Before the record says that it was checked.
+                sync(target / _STAGING / file.name)
                 record.staged[file.name] = file.checksum
                 _write_record(target, record)
             removed = _place(target, record, files, info.sha)
@@ -267,11 +269,15 @@ def _place(target: Path, record: _Record, files: list[_File], commit: str) -> li
             (target / _CONFIG).unlink(missing_ok=True)
         else:
             (target / _CONFIG).replace(staging / _CONFIG)
+        # A disk may write renames in another order than they were made, but for what is synced between them.
+        sync(target)
         for name in stale:
             (target / name).unlink(missing_ok=True)
         for name in {*waiting, _CONFIG} - {_CONFIG}:
             (staging / name).replace(target / name)
+        sync(target)
         (staging / _CONFIG).replace(target / _CONFIG)
+        sync(target)
     done = _Record(record.model, commit, {file.name: file.checksum for file in files})
     if done != _read_record(target):
         _write_record(target, done)
@@ -394,6 +400,7 @@ def _write_record(target: Path, record: _Record) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(target / _RECORD)
+    sync(target)
 
 
 def _is_there(path: Path, checked: dict[str, list[Any] | None], file: _File) -> bool:
@@ -432,12 +439,9 @@ def _explain(  # noqa: PLR0911 - a table, most specific first
             "that may read it",
             field="MODEL",
         )
-    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        return ResourceExhausted(
-            f"{target}: the disk is full; what has come stays, and the next pull goes on"
-        )
-    if isinstance(error, OSError) and error.errno in {errno.EACCES, errno.EROFS, errno.EPERM}:
-        return PreconditionFailed(f"{target} cannot be written: name another place with --to")
+    if isinstance(error, OSError) and is_of_disk(error):
+        reason = cannot_write(target, error, "name another place with --to")
+        return type(reason)(f"{reason.message}; what has come stays, and the next pull goes on")
     # Of a file; those of the network name none.
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return PreconditionFailed(f"{error.filename}: {error.strerror.lower()}: name another place with --to")

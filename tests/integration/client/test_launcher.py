@@ -87,6 +87,44 @@ def test_a_port_in_use_is_named(cascade_file):
     assert "--port-base" in error["message"]
 
 
+# Prints more than a pipe holds.
+CHATTY = """
+print("READY chatty 127.0.0.1:1", flush=True)
+for _ in range(100):
+    print("x" * 10_000, flush=True)
+"""
+
+
+async def test_output_that_finds_no_room_is_lost_and_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    module = tmp_path / "modules" / "chatty.py"
+    module.parent.mkdir()
+    module.write_text(CHATTY)
+    monkeypatch.setenv("PYTHONPATH", str(module.parent))
+    lines: list[str] = []
+    service = Service("chatty", "chatty", {}, 1)
+    (tmp_path / "chatty.log").symlink_to("/dev/full")
+    child = Child(service, tmp_path, lines.append)
+    await child.start()
+    keeping = asyncio.create_task(child.keep())
+    async with asyncio.timeout(60):
+        # It has said all that it had to say.
+        while not any("ended with code 0" in line for line in lines):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    keeping.cancel()
+    await asyncio.gather(keeping, return_exceptions=True)
+    await child.stop(10)
+    assert sum("the disk is full" in line for line in lines) == 1
+
+
+async def test_settings_that_cannot_be_written_are_named(tmp_path: Path):
+    folder = tmp_path / "gone"
+    child = Child(Service("chatty", "chatty", {}, 1), folder, lambda _: None)
+    with pytest.raises(LaunchError, match=f"{folder} cannot be written: .*TMPDIR"):
+        await child.start()
+
+
 async def test_a_stage_that_was_killed_comes_back(services, tmp_path):
     lines: list[str] = []
     is_back = asyncio.Event()
