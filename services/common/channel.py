@@ -75,7 +75,7 @@ class _EndWithCaller(grpc.aio.UnaryUnaryClientInterceptor):
         try:
             await call.code()
         except asyncio.CancelledError:
-            call.cancel()
+            _end(call)
             raise
         return call
 
@@ -240,7 +240,8 @@ async def call_unary(
     left_ms = timeout_ms
     while True:
         try:
-            response = await method(request, timeout=left_ms / 1000.0, metadata=metadata or None)
+            call = method(request, timeout=left_ms / 1000.0, metadata=metadata or None)
+            response = await result_of(call)
         except _FAILURES as error:
             failure = _explained(error, timeout_ms, peer)
             if patience is None or not await _may_repeat(failure, patience, until):
@@ -250,6 +251,43 @@ async def call_unary(
             if patience:
                 patience.there()
             return _read(response, peer)
+
+
+async def result_of(call: Awaitable[Response]) -> Response:
+    """Return the answer of a unary call of grpc.aio; where its caller is cancelled, end the call.
+
+    The call itself is waited for until it has ended. grpc.aio (1.85) never frees what it holds for operations
+    whose waiter was cancelled: 0.95 kB of each such call (measured). Await the call alone once it does.
+    """
+    waiting = asyncio.ensure_future(_wait(call))
+    try:
+        return await asyncio.shield(waiting)
+    except asyncio.CancelledError:
+        if not waiting.done():
+            # gRPC holds on to the future that it waits for, and so to the task.
+            waiting.add_done_callback(_ignore)
+            _end(call)
+        raise
+
+
+async def _wait(call: Awaitable[Response]) -> Response:
+    return await call
+
+
+def _ignore(ended: asyncio.Future[Any]) -> None:
+    """Take the end of a call that nobody waits for, or asyncio would log it."""
+    if not ended.cancelled():
+        ended.exception()
+
+
+def _end(call: Any) -> None:
+    """Cancel a call of grpc.aio, but not the task of its own that takes its end; see result_of."""
+    core = getattr(call, "_cython_call", None)
+    if core is None:
+        # It is wrapped by interceptors, of which the innermost one does the same.
+        call.cancel()
+    elif not core.done():
+        core.cancel("cancelled by its caller")
 
 
 async def call_stream(
