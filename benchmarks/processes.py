@@ -8,7 +8,7 @@ import sys
 import tempfile
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import psutil
 import yaml
@@ -22,15 +22,22 @@ READY_TIMEOUT = 60.0
 
 @asynccontextmanager
 async def process(
-    module: str, *arguments: str, environment: Mapping[str, str] | None = None
+    module: str,
+    *arguments: str,
+    environment: Mapping[str, str] | None = None,
+    errors: IO[str] | None = None,
 ) -> AsyncIterator[tuple[str, psutil.Process]]:
-    """Run a service; yield its address and its process. environment: added to this process's own."""
+    """Run a service; yield its address and its process.
+
+    environment: added to this process's own. errors: takes what it logs; None: this process's standard error.
+    """
     child = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
         module,
         *arguments,
         stdout=asyncio.subprocess.PIPE,
+        stderr=errors,
         cwd=ROOT,
         env={**os.environ, **(environment or {})},
     )
