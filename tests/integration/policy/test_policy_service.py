@@ -267,6 +267,22 @@ async def test_a_second_report_of_a_request_is_kept_and_not_counted(service: Ser
     assert kept == {"a": False, "b": True}
 
 
+async def test_a_full_disk_is_told_to_who_reports_and_not_with_a_traceback(
+    service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    service.reports.unlink()
+    service.reports.symlink_to("/dev/full")
+    request = policy_pb2.ReportRequest(
+        request_id="a", stage="small", p_correct=0.5, policy_version=service.document.policy_version
+    )
+    for _ in range(3):
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await service.stub.Report(request, timeout=10)
+        assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert str(service.reports) in (raised.value.details() or "")
+    assert len(caplog.records) == 1
+
+
 async def test_reports_outlive_a_crash_in_the_middle_of_a_line(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     line = {
