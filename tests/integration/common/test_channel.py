@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import gc
 import struct
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
@@ -532,3 +534,53 @@ async def test_a_caller_that_leaves_is_cancelled_and_not_told_of_its_peer(kind: 
     finally:
         fake.gate.set()
         await server.stop(0)
+
+
+class _Mallinfo(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    )
+
+
+def allocated_bytes() -> int:
+    """Return what is allocated outside of Python's own pools; skip where the C library does not say."""
+    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo is None:
+        pytest.skip("the C library has no mallinfo2")
+    mallinfo.restype = _Mallinfo
+    gc.collect()
+    return int(mallinfo().uordblks)
+
+
+async def test_calls_whose_callers_go_away_leave_nothing_behind() -> None:
+    class Silent(stage_pb2_grpc.StageServiceServicer):
+        async def Status(self, request: object, context: Any) -> stage_pb2.StatusResponse:  # noqa: N802
+            await asyncio.Event().wait()
+            raise AssertionError
+
+    registration = ServiceRegistration(
+        "asd.v1.StageService",
+        lambda server: stage_pb2_grpc.add_StageServiceServicer_to_server(Silent(), server),
+    )
+    server, port = await start_server("127.0.0.1:0", [registration])
+    async with open_channel(f"127.0.0.1:{port}") as channel:
+        stub = stage_pb2_grpc.StageServiceStub(channel)
+
+        async def leave(calls: int) -> None:
+            for _ in range(calls):
+                call = asyncio.create_task(call_unary(stub.Status, ASK, timeout_ms=20_000))
+                await asyncio.sleep(0.001)
+                call.cancel()
+                with suppress(asyncio.CancelledError):
+                    await call
+
+        await leave(200)
+        before = allocated_bytes()
+        await leave(600)
+        # 570 kB where gRPC is not let to end them.
+        assert allocated_bytes() - before < 200_000
+    await server.stop(None)
