@@ -88,8 +88,12 @@ class _File:
 
     @property
     def checksum(self) -> list[Any]:
-        """What the record holds of a file that was checked."""
+        """What the record holds of a file that was checked, before the time of its last change."""
         return [self.size, self.digest]
+
+    def checked_at(self, path: Path) -> list[Any]:
+        """What the record holds of a file that was checked where it lies."""
+        return [*self.checksum, path.stat().st_mtime_ns]
 
 
 @dataclass(slots=True)
@@ -163,7 +167,7 @@ def pull(
                     check_architecture(read_config(config), config)
                 # Before the record says that it was checked.
                 sync(target / _STAGING / file.name)
-                record.staged[file.name] = file.checksum
+                record.staged[file.name] = file.checked_at(target / _STAGING / file.name)
                 _write_record(target, record)
             removed = _place(target, record, files, info.sha)
     return Pulled(
@@ -278,7 +282,7 @@ def _place(target: Path, record: _Record, files: list[_File], commit: str) -> li
         sync(target)
         (staging / _CONFIG).replace(target / _CONFIG)
         sync(target)
-    done = _Record(record.model, commit, {file.name: file.checksum for file in files})
+    done = _Record(record.model, commit, {file.name: file.checked_at(target / file.name) for file in files})
     if done != _read_record(target):
         _write_record(target, done)
     shutil.rmtree(staging)
@@ -404,10 +408,11 @@ def _write_record(target: Path, record: _Record) -> None:
 
 
 def _is_there(path: Path, checked: dict[str, list[Any] | None], file: _File) -> bool:
-    """Return whether a file lies there whole; its content is read where that was not checked before."""
+    """Return whether a file lies there whole; its content is read where it was not checked as it is now."""
     if not path.exists() or path.stat().st_size != file.size:
         return False
-    return checked.get(file.name) == file.checksum or _matches(path, file)
+    # Records had no times once.
+    return checked.get(file.name) in (file.checked_at(path), file.checksum) or _matches(path, file)
 
 
 @contextmanager

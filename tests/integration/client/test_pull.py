@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -234,6 +235,19 @@ def test_a_file_that_was_changed_here_is_loaded_anew(hub: Hub, tmp_path: Path) -
     _pull(hub, tmp_path)
     assert [name for name, _, _ in hub.sent] == [WEIGHTS]
     assert path.read_bytes() == hub.files[WEIGHTS]
+
+
+def test_a_file_that_was_damaged_here_is_loaded_anew_though_its_size_is_the_same(
+    hub: Hub, tmp_path: Path
+) -> None:
+    pulled = _pull(hub, tmp_path)
+    config = pulled.path / "config.json"
+    whole = config.read_bytes()
+    os.utime(config, ns=(0, 0))
+    assert _pull(hub, tmp_path).loaded_bytes == 0
+    config.write_bytes(whole[:-1] + b" ")
+    assert _pull(hub, tmp_path).loaded_bytes == len(whole)
+    assert config.read_bytes() == whole
 
 
 def test_a_wrong_architecture_is_known_before_the_weights_are_loaded(hub: Hub, tmp_path: Path) -> None:
