@@ -190,10 +190,24 @@ class CalibratedView:
 
 
 class Predictor(Protocol):
-    """Scores states. `scores(view, features)`: one score per head of the view, in the order of the stages."""
+    """Scores states: one score per head of a view, in the order of the stages, log-odds before calibration.
+
+    Both methods give the same scores, bit for bit.
+    """
 
     def scores(self, view: int, features: npt.NDArray[np.float32]) -> Sequence[float]:
-        """Return the scores, log-odds before calibration. features: float32 [size]."""
+        """Return the scores of one state. features: float32 [size]."""
+
+    def score_rows(self, view: int, features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Return the scores of several states of a view: float32 [n, heads]. features: float32 [n, size]."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What the predictor is asked of a request. view: place of the view that scores it."""
+
+    view: int
+    features: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -327,9 +341,52 @@ class Policy:
         self._solution = lru_cache(maxsize=_SOLUTIONS)(self._solve)
         self._kept_features = lru_cache(maxsize=_PROMPTS)(space.prompt)
 
-    def plan(self, prompt: PromptText, objective: Objective, conditions: Mapping[int, Condition]) -> Plan:
-        """Return the stage to start with. Raises UnmeetableBudget where no stage fits max_cost."""
-        scores, p_correct, stderr = self._predict(0, self._prompt_features(prompt))
+    def prompt_state(self, prompt: PromptText) -> State:
+        """Return what the predictor is asked for a plan."""
+        return State(0, self._prompt_features(prompt))
+
+    def answer_state(
+        self,
+        prompt: PromptText,
+        stage: int,
+        draft: Draft,
+        origin: int | None,
+        verification: Verification | None,
+    ) -> State:
+        """Return what the predictor is asked for a decision: the prompt's state where it does not know such
+        an answer (see `decide`)."""
+        if not self._knows(stage, draft):
+            return self.prompt_state(prompt)
+        features = self._prompt_features(prompt)
+        return State(
+            self._view_of(stage, origin, verification),
+            self._space.answer(features, prompt, stage, draft, origin, verification),
+        )
+
+    def score(self, states: Sequence[State]) -> list[list[float]]:
+        """Return the scores of states of one view, which `plan` and `decide` take."""
+        view = states[0].view
+        if len(states) == 1:
+            return [list(self._predictor.scores(view, states[0].features))]
+        rows: list[list[float]] = self._predictor.score_rows(
+            view, np.stack([each.features for each in states])
+        ).tolist()
+        return rows
+
+    def plan(
+        self,
+        prompt: PromptText,
+        objective: Objective,
+        conditions: Mapping[int, Condition],
+        scores: Sequence[float] | None = None,
+    ) -> Plan:
+        """Return the stage to start with. Raises UnmeetableBudget where no stage fits max_cost.
+
+        scores: of `prompt_state`; None: they are made here.
+        """
+        if scores is None:
+            (scores,) = self.score([self.prompt_state(prompt)])
+        p_correct, stderr = self._calibrate(0, scores)
         view = self.views[0]
         point = view.locate(scores, p_correct[0])
         estimates = _estimates(view, point, p_correct, stderr)
@@ -376,8 +433,11 @@ class Policy:
         objective: Objective,
         spent: Spent,
         conditions: Mapping[int, Condition],
+        scores: Sequence[float] | None = None,
     ) -> Decision:
         """Return whether a stage's answer is good enough, or which later stage to ask.
+
+        scores: of `answer_state`; None: they are made here.
 
         An answer that ended as hardly any did that the stage's predictor was fitted to, such as one that a
         limit of tokens cut, tells it nothing: among few tokens, few can be unsure. P(correct) of this stage
@@ -385,15 +445,15 @@ class Policy:
         stage is asked under the same rule, although it will be cut at the same place: what it writes up to
         there begins an answer that is right more often, and where it agrees, it reads the draft in one pass.
         """
-        index = self._places[stage, origin if verification else None]
+        if scores is None:
+            (scores,) = self.score([self.answer_state(prompt, stage, draft, origin, verification)])
+        index = self._view_of(stage, origin, verification)
         view = self.views[index]
-        prompt_features = self._prompt_features(prompt)
-        is_known = draft.finish_reason in self.stages[stage].finish_reasons
+        is_known = self._knows(stage, draft)
         if is_known:
-            features = self._space.answer(prompt_features, prompt, stage, draft, origin, verification)
-            scores, p_correct, stderr = self._predict(index, features)
+            p_correct, stderr = self._calibrate(index, scores)
         else:
-            scores, p_correct, stderr = self._foretell(index, prompt_features)
+            scores, p_correct, stderr = self._foretell(index, scores)
         problem = self._problem(objective, conditions)
         score = p_correct[stage]
         point = view.locate(scores, score)
@@ -595,25 +655,31 @@ class Policy:
             f"highest share of right answers is {max(accuracies):g}"
         )
 
-    def _predict(
-        self, index: int, features: npt.NDArray[np.float32]
-    ) -> tuple[Sequence[float], dict[int, float], dict[int, float]]:
+    def _view_of(self, stage: int, origin: int | None, verification: Verification | None) -> int:
+        """Return the place of an answer's view."""
+        return self._places[stage, origin if verification else None]
+
+    def _knows(self, stage: int, draft: Draft) -> bool:
+        """Return whether a stage's predictor was fitted to answers that ended as this one."""
+        return draft.finish_reason in self.stages[stage].finish_reasons
+
+    def _calibrate(self, index: int, scores: Sequence[float]) -> tuple[dict[int, float], dict[int, float]]:
+        """Return P(correct) by stage, and its standard error. scores: of the view's heads."""
         heads = self.views[index].heads
-        scores = self._predictor.scores(index, features)
         p_correct = {
             stage: head.p_correct(score) for (stage, head), score in zip(heads.items(), scores, strict=True)
         }
-        return scores, p_correct, {stage: heads[stage].stderr(p) for stage, p in p_correct.items()}
+        return p_correct, {stage: heads[stage].stderr(p) for stage, p in p_correct.items()}
 
     def _foretell(
-        self, index: int, features: npt.NDArray[np.float32]
+        self, index: int, scores: Sequence[float]
     ) -> tuple[Sequence[float], dict[int, float], dict[int, float]]:
-        """Return what `_predict` does for a view, by the prompt alone. features: of the prompt.
+        """Return scores, P(correct) and its standard error in a view, by the prompt alone.
 
-        The scores are those that the view's own heads would give for the same probabilities, since its cells
-        are cut by its own scores.
+        scores: of the prompt's heads. Those returned are what the view's own heads would give for the same
+        probabilities, since its cells are cut by its own scores.
         """
-        scores, p_correct, stderr = self._predict(0, features)
+        p_correct, stderr = self._calibrate(0, scores)
         heads, known = self.views[index].heads, self.views[0].heads
         log_odds = {
             stage: head.log_odds(score) for (stage, head), score in zip(known.items(), scores, strict=True)

@@ -22,6 +22,7 @@ from policy_service.policy import (
     UnmeetableBudget,
 )
 from policy_service.reports import OutcomeReport
+from policy_service.scoring import Scoring
 from policy_service.shadow import ShadowJob
 from services.common import telemetry
 from services.common.errors import InvalidRequest, NotFound, PreconditionFailed
@@ -161,6 +162,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         self._reports = reports
         self._monitor = monitor
         self._shadow = shadow
+        self._scoring = Scoring()
         self._known = {policy.version, *known_versions()}
         self._known_versions = known_versions
 
@@ -190,11 +192,12 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         prompt, objective = _prompt(request), _objective(request.objective)
         conditions = live.conditions(request.conditions)
 
-        def ask(policy: Policy) -> Plan:
-            return policy.plan(prompt, objective, conditions)
+        def ask(policy: Policy, scores: Sequence[float] | None = None) -> Plan:
+            return policy.plan(prompt, objective, conditions, scores)
 
+        scores = await self._scoring.scores(live.policy, live.policy.prompt_state(prompt))
         try:
-            plan = ask(live.policy)
+            plan = ask(live.policy, scores.values)
         except UnmeetableBudget as error:
             raise InvalidRequest(str(error), field="objective.max_cost") from error
         if self._shadow is not None:
@@ -231,12 +234,18 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         spent = Spent(_spent(request.spent_cost, "spent_cost"), _spent(request.spent_ms, "spent_ms"))
         prompt, conditions = _prompt(request), live.conditions(request.conditions)
 
-        def ask(policy: Policy) -> Decision:
-            return policy.decide(prompt, stage, draft, origin, verification, objective, spent, conditions)
+        def ask(policy: Policy, scores: Sequence[float] | None = None) -> Decision:
+            return policy.decide(
+                prompt, stage, draft, origin, verification, objective, spent, conditions, scores
+            )
 
         started = time.perf_counter()
-        decision = ask(live.policy)
+        state = live.policy.answer_state(prompt, stage, draft, origin, verification)
         predict_us = (time.perf_counter() - started) * 1e6
+        scores = await self._scoring.scores(live.policy, state)
+        started = time.perf_counter()
+        decision = ask(live.policy, scores.values)
+        predict_us += scores.took_us + (time.perf_counter() - started) * 1e6
         if self._shadow is not None:
             self._shadow.offer(_job(ask, decision, live.policy.version, stage, request.request_id))
         stops = decision.next_stage is None
