@@ -64,7 +64,8 @@ async def build(settings: RouterSettings, channels: AsyncExitStack) -> CascadeSe
             channel = open_channel(target, retry=False, tls=settings.policy.tls)
         await channels.enter_async_context(channel)
         health = Health(f"the policy service at {target}", clock)
-        policy = GrpcPolicy(target, channel, names, settings.policy.timeout_ms, Breaker(clock), health)
+        timeout_ms = settings.policy.timeout_ms
+        policy = GrpcPolicy(target, channel, names, timeout_ms, Breaker(clock), health, clock)
     static_plan = StaticPlan(tuple(names.index(name) for name in settings.static_plan), len(names))
     instruments = Instruments()
     options = SpeculationOptions(**settings.speculation.model_dump())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,7 +13,8 @@ class Breaker:
     """Opens after `failures` failures in a row; lets one call through every `interval_s` seconds until one
     succeeds.
 
-    clock: monotonic seconds.
+    Calls that are under way together and fail are one failure: a pause of the machine makes all of them late
+    and would open it by itself. clock: monotonic seconds.
     """
 
     def __init__(self, clock: Callable[[], float], *, failures: int = 3, interval_s: float = 1.0) -> None:
@@ -20,11 +22,17 @@ class Breaker:
         self._limit = failures
         self._interval_s = interval_s
         self._failures = 0
+        self._failed_at = -math.inf
         self._next_probe = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether calls are refused, probes excepted."""
+        return self._failures >= self._limit
 
     def allows(self) -> bool:
         """Return whether to make a call now. True while open makes the caller the probe."""
-        if self._failures < self._limit:
+        if not self.is_open:
             return True
         now = self._clock()
         if now < self._next_probe:
@@ -36,8 +44,11 @@ class Breaker:
         """Close."""
         self._failures = 0
 
-    def failed(self) -> None:
-        """Count a failure."""
+    def failed(self, began: float) -> None:
+        """Count a call's failure, unless it was under way when another one failed. began: by the clock."""
+        if began < self._failed_at:
+            return
+        self._failed_at = self._clock()
         self._failures += 1
         if self._failures >= self._limit:
             self._next_probe = self._clock() + self._interval_s

@@ -61,17 +61,30 @@ def test_breaker_opens_probes_and_closes():
     breaker = Breaker(lambda: now[0], failures=3, interval_s=1.0)
     for _ in range(3):
         assert breaker.allows()
-        breaker.failed()
+        breaker.failed(now[0])
     assert not breaker.allows()
     now[0] = 1.0
     assert breaker.allows()
     assert not breaker.allows()
-    breaker.failed()
+    breaker.failed(now[0])
     now[0] = 1.9
     assert not breaker.allows()
     now[0] = 2.0
     assert breaker.allows()
     breaker.succeeded()
     assert breaker.allows()
-    breaker.failed()
+    breaker.failed(now[0])
     assert breaker.allows()
+
+
+def test_calls_that_fail_together_are_one_failure():
+    now = [0.0]
+    breaker = Breaker(lambda: now[0], failures=3)
+    for _ in range(2):
+        began = now[0]
+        now[0] += 0.1
+        for _ in range(8):
+            breaker.failed(began)
+        assert not breaker.is_open
+    breaker.failed(now[0])
+    assert breaker.is_open
