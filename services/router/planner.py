@@ -378,14 +378,26 @@ class Planner:
         )
 
     def _plan_without_policy(self, progress: Progress) -> StaticPlan:
-        """Return the static plan; the last stage alone where quality was asked for.
+        """Return what is asked while the policy is away or late.
 
-        What an earlier one answers cannot be certified without the policy.
+        Where the caller wants quality certified or the BEST, the last stage alone: no other answer could
+        stand. FASTEST is the static plan, as it is written. What is between them must not lose quality
+        because the policy is late: the plan's stages draft, and the last stage of the cascade verifies. It
+        verifies at once what the policy had drafted and was too late to judge, and writes where max_cost does
+        not leave room for drafts. Without any policy service the static plan is all that its operator wants.
         """
-        objective = progress.request.objective
-        if objective.min_quality is None and objective.preference is not Preference.BEST:
+        objective, last = progress.request.objective, len(self._stages) - 1
+        alone = StaticPlan((last,), len(self._stages))
+        if objective.min_quality is not None or objective.preference is Preference.BEST:
+            return alone
+        is_fastest = objective.preference is Preference.FASTEST and objective.lambda_ is None
+        if self._policy is None or is_fastest:
             return self._static_plan
-        return StaticPlan((len(self._stages) - 1,), len(self._stages))
+        cost = sum(self._stages[place].cost for place in {*self._static_plan.stages, last})
+        is_too_dear = objective.max_cost is not None and is_above(cost, objective.max_cost)
+        if is_too_dear or progress.plan_source is PlanSource.POLICY:
+            return alone
+        return self._static_plan.ending_with_the_last()
 
     async def _first_stage(self, progress: Progress) -> int:
         request = progress.request

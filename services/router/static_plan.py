@@ -28,6 +28,10 @@ class StaticPlan:
         if not 0 <= self.stages[0] <= self.stages[-1] < self.stage_count:
             raise ValueError("the static plan names a stage that the cascade does not have")
 
+    def ending_with_the_last(self) -> StaticPlan:
+        """Return the plan with the last stage of the cascade behind it, where it ends before."""
+        return StaticPlan(tuple(sorted({*self.stages, self.stage_count - 1})), self.stage_count)
+
     def first(self, avoid: Collection[int], excluded: Collection[int]) -> int | None:
         """Return the stage to ask first; None if every stage is excluded.
 

@@ -42,9 +42,15 @@ async def failure(call) -> grpc.aio.AioRpcError:
 async def test_policy_down_uses_static_plan(world):
     w = await world(policy=world.policy(), dead=("policy",))
     response = await w.stub.Generate(ASK, timeout=CALL_S)
-    assert (response.stage, response.plan_source, response.policy_version) == ("medium", STATIC, "")
-    assert response.stages[0].reason == policy_pb2.DECISION_REASON_STATIC_PLAN
+    assert (response.stage, response.plan_source, response.policy_version) == ("large", STATIC, "")
+    # The static plan's stage drafts.
+    assert [record.stage for record in response.stages] == ["medium", "large"]
+    assert {record.reason for record in response.stages} == {policy_pb2.DECISION_REASON_STATIC_PLAN}
     assert not response.HasField("p_correct")
+    ask = cascade_pb2.GenerateRequest(
+        prompt="hi", objective=common_pb2.Objective(preference=common_pb2.PREFERENCE_FASTEST)
+    )
+    assert (await w.stub.Generate(ask, timeout=CALL_S)).stage == "medium"
 
 
 async def test_static_plan_escalates_by_verification_until_its_last_stage(world):
@@ -153,9 +159,9 @@ async def test_policy_that_refuses_the_cascade_surfaces(world):
 @pytest.mark.parametrize(
     ("first", "static_plan", "stages"),
     [
-        ("medium", ("medium",), ["medium"]),
+        ("medium", ("medium",), ["medium", "large"]),
         ("large", ("medium",), ["large"]),
-        ("small", ("medium",), ["small", "medium"]),
+        ("small", ("medium",), ["small", "large"]),
         ("small", ("small", "large"), ["small", "large"]),
     ],
 )
