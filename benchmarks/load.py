@@ -1,8 +1,9 @@
 """Measures what load does to answers: `python -m benchmarks.load`, the embedded family on this machine.
 
 The same held-out prompts by each way of asking, so many at a time, each when an earlier one is answered; and
-after each of these, one by one with the policy deciding: whether what the router saw of the load still shows.
-Writes benchmarks/results/load.json.
+after each of these cells, one by one with the policy deciding: whether what the router saw of the load still
+shows. Then a burst of more requests than can be answered within their deadlines. It takes half an hour; cells
+that were measured of this very tree are kept in build/load.json. Writes benchmarks/results/load.json.
 """
 
 from __future__ import annotations
@@ -10,81 +11,280 @@ from __future__ import annotations
 import argparse
 import asyncio
 import collections
+import hashlib
 import itertools
 import json
+import math
 import statistics
+import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import grpc
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
 
 from benchmarks.processes import embedded_cascade
 from benchmarks.record import percentile, write_result
 from services.client.client import CascadeClient
 from services.client.values import Objective, Request
+from services.common.errors import AsdError, BudgetSpent, ResourceExhausted
 from services.common.server import run_service
 from suites import grade, split
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from services.client.values import Answer
     from suites import Task
 
 BALANCED: dict[str, Any] = {"objective": Objective(preference="balanced")}
 WAYS: dict[str, dict[str, Any]] = {
-    "always large": {"stage": "large"},
+    "largest": {"stage": "large"},
     "balanced": BALANCED,
-    "min_quality 0.99": {"objective": Objective(min_quality=0.99)},
+    "min_quality": {"objective": Objective(min_quality=0.99)},
     "best": {"objective": Objective(preference="best")},
 }
-AT_A_TIME = (1, 8, 32)
-PROMPTS = 240
+AT_A_TIME = (1, 8, 32, 64)
+PROMPTS = 1200
 # Asked one by one after each load.
 AFTER = 40
 CALL_MS = 120_000.0
+# So many requests at once, so many times, each with this deadline. Chosen: the cascade answers some 30 a
+# second, so that two thirds of them cannot be answered in time; and they are as many as a router takes.
+BURST, BURSTS, BURST_MS = 256, 3, 3_000.0
+CELLS = (*(f"{way}@{at_a_time}" for at_a_time in AT_A_TIME for way in WAYS), "burst")
+# Of a normal distribution, for intervals of 95%.
+_Z = 1.959964
+_WORK = Path(__file__).parents[1] / "build" / "load.json"
 
 
-async def measure(prompts: int) -> dict[str, object]:
-    """Return a row for each way and number of requests at a time."""
+@dataclass
+class Tally:
+    """What became of requests. asked: all of them, so far. unexplained: refusals without a RetryInfo.
+
+    failed: by the error's kind, what was neither refused nor late.
+    """
+
+    asked: int = 0
+    right: int = 0
+    times_ms: list[float] = field(default_factory=list)
+    costs: list[float] = field(default_factory=list)
+    answered_by: collections.Counter[str] = field(default_factory=collections.Counter)
+    planned_by: collections.Counter[str] = field(default_factory=collections.Counter)
+    judged_statically: int = 0
+    refused: int = 0
+    unexplained: int = 0
+    deadline_exceeded: int = 0
+    failed: collections.Counter[str] = field(default_factory=collections.Counter)
+
+    @property
+    def answered(self) -> int:
+        """Requests that were answered."""
+        return len(self.times_ms)
+
+    def take(self, task: Task, outcome: Answer | AsdError, ms: float) -> None:
+        """Count what became of a request. ms: how long it took."""
+        self.asked += 1
+        if isinstance(outcome, ResourceExhausted):
+            self.refused += 1
+            self.unexplained += retry_after_s(outcome) is None
+        elif isinstance(outcome, BudgetSpent):
+            self.deadline_exceeded += 1
+        elif isinstance(outcome, AsdError):
+            self.failed[type(outcome).__name__] += 1
+        else:
+            self.right += grade(task, outcome.text)
+            self.times_ms.append(ms)
+            self.costs.append(outcome.cost)
+            self.answered_by[outcome.stage] += 1
+            self.planned_by[outcome.plan_source] += 1
+            is_static = any(each.reason == "static_plan" for each in outcome.stages)
+            self.judged_statically += is_static and outcome.plan_source != "static"
+
+    def row(self, seconds: float) -> dict[str, Any]:
+        """Return the figures. seconds: that all requests took together."""
+        share, answered = self.right / max(self.answered, 1), self.answered
+        row: dict[str, Any] = {
+            "asked": self.asked,
+            "answered": answered,
+            "accuracy": round(share, 4),
+            "accuracy_95": [round(each, 4) for each in wilson(self.right, answered)],
+            "answers_per_s": round(answered / seconds, 2),
+            "refused": self.refused,
+            "refused_without_retry_info": self.unexplained,
+            "deadline_exceeded": self.deadline_exceeded,
+            "failed": dict(self.failed),
+            "answered_by": dict(self.answered_by),
+            "planned_by": dict(self.planned_by),
+            "judged_by_static_plan": self.judged_statically,
+        }
+        if answered:
+            row["p50_ms"] = round(statistics.median(self.times_ms), 1)
+            row["p95_ms"] = round(percentile(self.times_ms, 0.95), 1)
+            row["cost"] = round(statistics.mean(self.costs), 3)
+        return row
+
+
+def wilson(right: int, count: int) -> tuple[float, float]:
+    """Return the 95% interval of a share, 0 to 1 where nothing was counted. Wilson 1927."""
+    if not count:
+        return 0.0, 1.0
+    share, spread = right / count, _Z * _Z / count
+    centre = (share + spread / 2) / (1 + spread)
+    half = math.sqrt(share * (1 - share) * spread + spread * spread / 4) / (1 + spread)
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def retry_after_s(error: BaseException) -> float | None:
+    """Return what the google.rpc.RetryInfo of a failed call says, in seconds; None where it has none."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, grpc.RpcError):
+        cause = cause.__cause__
+    status = rpc_status.from_call(cause) if cause is not None else None
+    for detail in status.details if status is not None else ():
+        retry = error_details_pb2.RetryInfo()
+        if detail.Unpack(retry):
+            return float(retry.retry_delay.ToNanoseconds()) / 1e9
+    return None
+
+
+def headline(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Return the figures that are quoted, from the rows by cell."""
+    largest = rows["largest@32"]
+    decided = [rows["balanced@64"], rows["best@64"]]
+    static = sum(row["planned_by"].get("static", 0) + row["judged_by_static_plan"] for row in decided)
+    return {
+        **{f"{way}_c{n}": rows[f"{way}@{n}"]["accuracy"] for way in ("best", "balanced") for n in (32, 64)},
+        "largest_c32": largest["accuracy"],
+        **{
+            f"{way}_rate_ratio_c32": round(
+                rows[f"{way}@32"]["answers_per_s"] / max(largest["answers_per_s"], 0.01), 2
+            )
+            for way in ("best", "balanced")
+        },
+        **{f"refused_c{n}": sum(rows[f"{way}@{n}"]["refused"] for way in WAYS) for n in (32, 64)},
+        "static_share_c64": round(static / max(sum(row["answered"] for row in decided), 1), 4),
+    }
+
+
+class Kept:
+    """Rows of cells that were measured of one tree, in a file. Those of another tree are forgotten."""
+
+    def __init__(self, file: Path, tree: str) -> None:
+        self._file = file
+        self._tree = tree
+        self.rows: dict[str, dict[str, Any]] = {}
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if content["tree"] == tree:
+                self.rows = {name: content["rows"][name] for name in CELLS if name in content["rows"]}
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+
+    def keep(self, cell: str, row: dict[str, Any]) -> None:
+        """Keep a cell's row: a run that is interrupted now goes on with the next one."""
+        self.rows[cell] = row
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._file.with_suffix(".partial")
+        partial.write_text(json.dumps({"tree": self._tree, "rows": self.rows}, indent=1), encoding="utf-8")
+        partial.replace(self._file)
+
+
+def tree_state() -> str:
+    """Return what names the tree's content: its commit, and a hash of what was changed since."""
+    commit, changes = (
+        subprocess.run(["git", *arguments], capture_output=True, check=False, timeout=30).stdout
+        for arguments in (["rev-parse", "HEAD"], ["diff", "HEAD"])
+    )
+    return f"{commit.decode().strip()} {hashlib.sha256(changes).hexdigest()[:12]}"
+
+
+def cells(text: str) -> tuple[str, ...]:
+    """Return the cells of a list with commas, in the order of CELLS."""
+    names = text.split(",")
+    unknown = [name for name in names if name not in CELLS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is no cell: choose of {', '.join(CELLS)}")
+    return tuple(name for name in CELLS if name in names)
+
+
+async def measure(names: Sequence[str], prompts: int, kept: Kept | None) -> dict[str, dict[str, Any]]:
+    """Return a row for each cell. kept: gets each row as it is there; None: nothing is kept."""
     tasks = list(split("evaluation", prompts))
-    rows = []
+    rows = {}
     async with embedded_cascade() as address, CascadeClient(address, timeout_ms=CALL_MS) as client:
         # A router that has seen nothing yet is not what is measured.
-        await _ask(client, tasks[:AFTER], BALANCED, 1)
-        for at_a_time, (name, way) in itertools.product(AT_A_TIME, WAYS.items()):
-            rows.append({"way": name, "at_a_time": at_a_time, **await _ask(client, tasks, way, at_a_time)})
-            after = await _ask(client, tasks[:AFTER], BALANCED, 1)
-            rows[-1]["balanced_right_after"] = after["accuracy"]
-            sys.stderr.write(f"{json.dumps(rows[-1])}\n")
-    return {"rows": rows, "prompts_after": AFTER}
+        await _ask(client, tasks[:AFTER], BALANCED, 1, "start")
+        for name in names:
+            way, _, at_a_time = name.partition("@")
+            if name == "burst":
+                row = await _burst(address, list(split("evaluation", BURST * BURSTS)), name)
+            else:
+                row = await _ask(client, tasks, WAYS[way], int(at_a_time), name)
+            after = await _ask(client, tasks[:AFTER], BALANCED, 1, "after it")
+            rows[name] = {
+                **row,
+                "balanced_right_after": after["accuracy"],
+                "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+            sys.stderr.write(f"{name}: {json.dumps(rows[name])}\n")
+            if kept is not None:
+                kept.keep(name, rows[name])
+    return rows
 
 
 async def _ask(
-    client: CascadeClient, tasks: Sequence[Task], way: dict[str, Any], at_a_time: int
+    client: CascadeClient, tasks: Sequence[Task], way: dict[str, Any], at_a_time: int, name: str
 ) -> dict[str, Any]:
-    waiting = iter(tasks)
-    found: list[tuple[Task, Answer, float]] = []
+    """Ask all tasks, so many at a time, each when an earlier one has ended."""
+    waiting, tally = iter(tasks), Tally()
 
     async def work() -> None:
         for task in waiting:
-            started = time.perf_counter()
-            answer = await client.answer(Request(task.prompt, **way))
-            found.append((task, answer, (time.perf_counter() - started) * 1e3))
+            await _ask_one(client, task, way, tally)
+            _show(name, tally.asked, len(tasks))
 
     started = time.perf_counter()
     await asyncio.gather(*(work() for _ in range(at_a_time)))
-    seconds = time.perf_counter() - started
-    times = [ms for _, _, ms in found]
-    return {
-        "prompts": len(tasks),
-        "accuracy": round(statistics.mean(grade(task, answer.text) for task, answer, _ in found), 4),
-        "answers_per_s": round(len(tasks) / seconds, 2),
-        "p50_ms": round(statistics.median(times), 1),
-        "p95_ms": round(percentile(times, 0.95), 1),
-        "cost": round(statistics.mean(answer.cost for _, answer, _ in found), 3),
-        "answered_by": dict(collections.Counter(answer.stage for _, answer, _ in found)),
-        "planned_by": dict(collections.Counter(answer.plan_source for _, answer, _ in found)),
-    }
+    return tally.row(time.perf_counter() - started)
+
+
+async def _burst(address: str, tasks: Sequence[Task], name: str) -> dict[str, Any]:
+    """Ask many tasks in the same instant, BALANCED and BEST by turns, each with a short deadline."""
+    tally, seconds = Tally(), 0.0
+    ways = [WAYS["balanced"], WAYS["best"]]
+    async with CascadeClient(address, timeout_ms=BURST_MS) as client:
+        for start in range(0, len(tasks), BURST):
+            batch = tasks[start : start + BURST]
+            started = time.perf_counter()
+            pairs = zip(batch, itertools.cycle(ways), strict=False)
+            await asyncio.gather(*(_ask_one(client, task, way, tally) for task, way in pairs))
+            seconds += time.perf_counter() - started
+            _show(name, tally.asked, len(tasks))
+    return {**tally.row(seconds), "at_once": BURST, "deadline_ms": BURST_MS}
+
+
+async def _ask_one(client: CascadeClient, task: Task, way: dict[str, Any], tally: Tally) -> None:
+    started = time.perf_counter()
+    outcome: Answer | AsdError
+    try:
+        outcome = await client.answer(Request(task.prompt, **way))
+    except AsdError as error:
+        outcome = error
+    tally.take(task, outcome, (time.perf_counter() - started) * 1e3)
+
+
+def _show(name: str, done: int, of: int) -> None:
+    """Say how far a cell is: on a terminal at each answer, else at each tenth."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r{name}: {done} of {of} " + ("\n" if done == of else ""))
+    elif of >= PROMPTS and done % (of // 10) == 0:
+        sys.stderr.write(f"{name}: {done} of {of}\n")
 
 
 def main() -> None:
@@ -93,10 +293,23 @@ def main() -> None:
         prog="python -m benchmarks.load", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--quick", action="store_true", help="a tenth of the prompts; keep nothing")
+    parser.add_argument("--cells", type=cells, default=CELLS, help="such as best@32,burst; default: all")
+    parser.add_argument("--anew", action="store_true", help="measure again what this tree has kept")
     options = parser.parse_args()
-    figures = run_service(measure(PROMPTS // 10 if options.quick else PROMPTS))
-    if not options.quick:
-        print(write_result("load", "python -m benchmarks.load", figures), file=sys.stderr)
+    if options.quick:
+        run_service(measure(options.cells, PROMPTS // 10, None))
+        return
+    kept = Kept(_WORK, tree_state())
+    names = [name for name in options.cells if options.anew or name not in kept.rows]
+    if names:
+        run_service(measure(names, PROMPTS, kept))
+    missing = [name for name in CELLS if name not in kept.rows]
+    if missing:
+        sys.stderr.write(f"kept in {_WORK}; still to be measured: {', '.join(missing)}\n")
+        return
+    rows = [{"cell": name, **kept.rows[name]} for name in CELLS]
+    figures = {**headline(kept.rows), "rows": rows, "prompts": PROMPTS, "prompts_after": AFTER}
+    sys.stderr.write(f"{write_result('load', 'python -m benchmarks.load', figures)}\n")
 
 
 if __name__ == "__main__":
