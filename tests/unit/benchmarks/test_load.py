@@ -67,7 +67,7 @@ def test_a_retry_info_is_found_among_other_details_below_the_clients_errors() ->
 def test_what_is_not_answered_is_counted_and_spoils_no_figure() -> None:
     tally = Tally()
     tally.take(TASK, answer(TASK.solution), 10.0)
-    tally.take(TASK, answer("no answer", "static"), 30.0)
+    tally.take(TASK, answer("no answer", "static", "static_plan"), 30.0)
     tally.take(TASK, answer(TASK.solution, "policy", "static_plan", "last_stage"), 20.0)
     retry = error_details_pb2.RetryInfo(retry_delay=Duration(seconds=1))
     failures: list[AsdError] = [refusal(retry), refusal(), BudgetSpent("late"), Unavailable("gone")]
