@@ -101,7 +101,8 @@ class RouterSettings(ServerSettings):
     # Absent: stages are never scaled to zero.
     manager: ManagerSettings | None = None
     stages: tuple[StageSettings, ...] = Field(min_length=1)
-    # Stages asked in order while the policy service is away; the last one answers.
+    # Stages asked in order while the policy service is away; the last one answers. With a policy service, for
+    # FASTEST alone: see services.router.planner.
     static_plan: tuple[str, ...] = Field(min_length=1)
     speculation: SpeculationSettings = SpeculationSettings()
     # Requests under way at once; a batch counts as one.
