@@ -121,7 +121,7 @@ class _Live:
         return {
             self.place(condition.stage, f"conditions[{index}].stage"): Condition(
                 condition.available,
-                _spent(condition.expected_queue_ms, f"conditions[{index}].expected_queue_ms"),
+                _amount(condition.expected_queue_ms, f"conditions[{index}].expected_queue_ms"),
             )
             for index, condition in enumerate(conditions)
         }
@@ -189,7 +189,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         check_input(request)
         live.check_cascade(request.cascade)
         _check_id(request.request_id)
-        prompt, objective = _prompt(request), _objective(request.objective)
+        prompt, objective = _prompt(request), _objective(request)
         conditions = live.conditions(request.conditions)
 
         def ask(policy: Policy, scores: Sequence[float] | None = None) -> Plan:
@@ -225,13 +225,13 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         check_input(request)
         live.check_cascade(request.cascade)
         _check_id(request.request_id)
-        objective = _objective(request.objective)
+        objective = _objective(request)
         stage = live.place(request.stage, "stage")
         if not request.HasField("draft"):
             raise InvalidRequest("draft is required: send the answer to be judged", field="draft")
         draft = _draft(request.draft)
         origin, verification = live.verification(request, stage)
-        spent = Spent(_spent(request.spent_cost, "spent_cost"), _spent(request.spent_ms, "spent_ms"))
+        spent = Spent(_amount(request.spent_cost, "spent_cost"), _amount(request.spent_ms, "spent_ms"))
         prompt, conditions = _prompt(request), live.conditions(request.conditions)
 
         def ask(policy: Policy, scores: Sequence[float] | None = None) -> Decision:
@@ -380,8 +380,10 @@ def _prompt(request: policy_pb2.PlanRequest | policy_pb2.DecideRequest) -> Promp
     return PromptText(turns[-1], tuple(turns[:-1]))
 
 
-def _objective(objective: common_pb2.Objective) -> Objective:
+def _objective(request: policy_pb2.PlanRequest | policy_pb2.DecideRequest) -> Objective:
+    objective = request.objective
     check_objective(objective)
+    share = request.min_accuracy_share if request.HasField("min_accuracy_share") else None
     has = objective.HasField
     return Objective(
         quality_value=getattr(objective, "lambda") if has("lambda") else None,
@@ -389,6 +391,7 @@ def _objective(objective: common_pb2.Objective) -> Objective:
         max_latency_ms=objective.max_latency_ms if has("max_latency_ms") else math.inf,
         min_quality=objective.min_quality if has("min_quality") else 0.0,
         preference=_PREFERENCES[objective.preference] if has("preference") else Preference.BALANCED,
+        min_accuracy_share=None if share is None else _amount(share, "min_accuracy_share"),
     )
 
 
@@ -409,7 +412,7 @@ def _draft(evidence: policy_pb2.DraftEvidence) -> Draft:
     return Draft(evidence.text, signals[0], signals[1], signals[2], _FINISH[evidence.finish_reason])
 
 
-def _spent(value: float, field: str) -> float:
+def _amount(value: float, field: str) -> float:
     if not (math.isfinite(value) and value >= 0.0):
         raise InvalidRequest(f"{field} must be finite and 0 or more, not {value:g}", field=field)
     return value

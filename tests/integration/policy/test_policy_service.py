@@ -166,6 +166,8 @@ BAD: dict[str, tuple[object, grpc.StatusCode, str]] = {
         INVALID,
         "conditions[0].expected_queue_ms",
     ),
+    "a share below none": (plan(min_accuracy_share=-0.1), INVALID, "min_accuracy_share"),
+    "a NaN share": (decide(min_accuracy_share=NAN), INVALID, "min_accuracy_share"),
     "no draft": (decide(draft=None), INVALID, "draft"),
     "no finish reason": (decide(draft=policy_pb2.DraftEvidence(text="x")), INVALID, "draft.finish_reason"),
     "a NaN log-probability": (decide(draft=evidence(NAN, -1.0)), INVALID, "draft.logprobs"),

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from policy_service.artifact import load_policy
 from policy_service.features import Draft, FeatureSpace, PromptText, Verification
 from policy_service.policy import (
     AbandonRule,
@@ -28,6 +31,7 @@ from policy_service.policy import (
 )
 from policy_service.solver import Move, View, expect, solve_policy
 
+EMBEDDED = Path(__file__).parents[3] / "policy_service" / "artifact"
 PROMPT = PromptText("What?")
 DRAFT = Draft("This.", np.zeros(2, np.float32), np.zeros(2, np.float32), np.ones(2, np.float32), "eos")
 VERIFIED = Verification(2, np.zeros(2, np.int64))
@@ -500,3 +504,66 @@ def test_means_that_cannot_be_kept_say_what_can(policy: Policy) -> None:
         policy.quality_value_for(min_accuracy=0.995)
     with pytest.raises(ValueError, match="exactly one"):
         policy.quality_value_for(mean_cost=1.0, min_accuracy=0.5)
+
+
+@pytest.mark.parametrize(
+    ("share", "next_stage"),
+    # Without waits half of the answers are escalated, and 0.5 * 0.99 + 0.5 * 0.8 = 0.895 of all are right; where
+    # all stop, 0.5. Two answers of waiting would add 8 to the 3 that large costs: more than it is worth.
+    [(None, None), (0.4, None), (0.5, 1), (0.97, 1), (1.0, 1), (7.0, 1)],
+)
+def test_waits_count_only_as_far_as_accuracy_keeps_its_floor(
+    policy: Policy, scores: FixedScores, share: float | None, next_stage: int | None
+) -> None:
+    scores.own = 0.2
+    objective = Objective(min_accuracy_share=share)
+    decision = decide(policy, objective, large=Condition(expected_queue_ms=200.0))
+    assert decision.next_stage == next_stage
+
+
+def test_waits_that_break_no_floor_count_in_full(policy: Policy, scores: FixedScores) -> None:
+    scores.own = 0.2
+    waiting = Condition(expected_queue_ms=100.0)
+    # One answer waited for adds 4 to large's 3, which leaves 10 * 0.99 - 7.
+    assert decide(policy, Objective(min_accuracy_share=0.97), large=waiting).escalate_value == pytest.approx(
+        2.9
+    )
+    assert decide(policy, Objective(min_accuracy_share=1.0), large=waiting).escalate_value == pytest.approx(
+        6.9
+    )
+
+
+def test_waits_count_against_a_latency_budget_whatever_the_floor(policy: Policy, scores: FixedScores) -> None:
+    scores.own = 0.1
+    objective = Objective(max_latency_ms=100.0, min_accuracy_share=1.0)
+    decision = decide(policy, objective, large=Condition(expected_queue_ms=80.0))
+    assert (decision.next_stage, decision.reason) == (None, Reason.MAX_LATENCY)
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Policy:
+    return load_policy(EMBEDDED)[0]
+
+
+@settings(deadline=None)
+@given(
+    share=st.floats(0.0, 0.97),
+    quality_value=st.floats(1.0, 100.0),
+    answers=st.lists(st.sampled_from([0.0, 0.25, 1.0, 4.0, 64.0]), min_size=3, max_size=3),
+    min_quality=st.sampled_from([0.0, 0.9]),
+)
+def test_no_wait_takes_expected_accuracy_below_its_floor(
+    embedded: Policy, share: float, quality_value: float, answers: list[float], min_quality: float
+) -> None:
+    conditions = {
+        place: Condition(expected_queue_ms=count * stage.latency_ms)
+        for place, (count, stage) in enumerate(zip(answers, embedded.stages, strict=True))
+    }
+    objective = Objective(quality_value, min_quality=min_quality)
+    idle, full = embedded.expect(objective, {}), embedded.expect(objective, conditions)
+    kept = embedded.expect(replace(objective, min_accuracy_share=share), conditions)
+    floor = min(share * embedded.stages[-1].accuracy, idle.accuracy)
+    assert kept.accuracy >= floor
+    # Nor is more of the waits left out than the floor and its margin need.
+    if full.accuracy >= min(floor + 0.02, idle.accuracy):
+        assert kept == full
