@@ -36,7 +36,7 @@ _SOLUTIONS = 2048
 _SHORTEST_WAIT, _LONGEST_WAIT = 0.125, 1024.0
 
 # Kept above a floor of accuracy, as a share of the largest stage's: what the views expect is not what comes.
-# Chosen: replays of the shipped policy on held-out prompts are within 0.9 points of it for lambda from 2 to 50.
+# Chosen: replays of the shipped policy on held-out prompts are within 0.9 points of it, lambda from 2 to 50.
 _FLOOR_MARGIN = 0.01
 # Steps of bisection for the part of the waits that counts. Chosen: each halves what is left, and solutions
 # differ at few values. A search takes a millisecond.

@@ -85,7 +85,7 @@ class CascadeClient:
     router or at the same one after its return.
     Every method raises the AsdError that the router's status stands for (services.common.errors):
     InvalidRequest and NotFound for a request at fault, Unavailable where nothing answers, BudgetSpent after
-    the deadline.
+    the deadline, Overloaded where there is no room for the request: its retry_after_s says when to ask again.
     """
 
     def __init__(

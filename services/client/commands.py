@@ -872,7 +872,10 @@ def _fail(error: Exception, *, as_json: bool, options: Mapping[str, str]) -> NoR
             code = status_of(error).name
         else:
             code = "INVALID_ARGUMENT" if is_misuse else "FAILED_PRECONDITION"
-        sys.stderr.write(_json_text(_json_error(code, message, option or field), sys.stderr.encoding))
+        failure = _json_error(code, message, option or field)
+        if isinstance(error, AsdError) and error.retry_after_s is not None:
+            failure["error"]["retry_after_s"] = error.retry_after_s
+        sys.stderr.write(_json_text(failure, sys.stderr.encoding))
     else:
         sys.stderr.write(
             f"asd: {visible(message)}{visible(f' (field {field})') if field and not option else ''}\n"

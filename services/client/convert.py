@@ -185,7 +185,8 @@ def batch_item_from(message: cascade_pb2.GenerateBatchResponse) -> BatchItem:
     if message.WhichOneof("outcome") == "response":
         return BatchItem(message.index, answer_from(message.response))
     error = message.error
-    return BatchItem(message.index, Failure(error.code, error.message, error.field))
+    after_s = error.retry_after_ms / 1000.0 if error.HasField("retry_after_ms") else None
+    return BatchItem(message.index, Failure(error.code, error.message, error.field, after_s))
 
 
 def answer_from(message: cascade_pb2.GenerateResponse) -> Answer:

@@ -196,11 +196,15 @@ Event = StageStarted | Drafted | Committed | Revised | Answer
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a request of a batch has no answer. code: a google.rpc.Code. field: the one at fault, or ""."""
+    """Why a request of a batch has no answer. code: a google.rpc.Code. field: the one at fault, or "".
+
+    retry_after_s: after how many seconds the same request may succeed; None: not known.
+    """
 
     code: int
     message: str
     field: str
+    retry_after_s: float | None = None
 
 
 @dataclass(frozen=True)

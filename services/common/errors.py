@@ -9,6 +9,7 @@ AsdError                    anything else: INTERNAL
 ├── PreconditionFailed      artifact absent, or not made for this cascade
 ├── Unauthenticated         no token, or an unknown one
 ├── ResourceExhausted       queue or KV cache full
+│   └── Overloaded              there is no room for the request now; says when to ask again
 ├── Unavailable             stage or policy unreachable, or draining
 │   ├── Away                it has not answered: gone, not there yet, or about to end
 │   ├── BrokenOff           it ended the call, and why is not known
@@ -25,11 +26,15 @@ from services.common import visible
 
 
 class AsdError(visible.OneLineError):
-    """An error with a public message and, where one request field is at fault, its path."""
+    """An error with a public message and, where one request field is at fault, its path.
 
-    def __init__(self, message: str, *, field: str = "") -> None:
+    retry_after_s: after how many seconds the same request may succeed; None: not known.
+    """
+
+    def __init__(self, message: str, *, field: str = "", retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.field = field
+        self.retry_after_s = retry_after_s
 
 
 class InvalidRequest(AsdError):
@@ -62,6 +67,10 @@ class Unauthenticated(AsdError):
 
 class ResourceExhausted(AsdError):
     """A queue or cache is full; the same request may succeed later."""
+
+
+class Overloaded(ResourceExhausted):
+    """More is asked than can be computed in time; the same request may succeed after retry_after_s."""
 
 
 class Unavailable(AsdError):

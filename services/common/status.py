@@ -19,6 +19,7 @@ from services.common.errors import (
     InvalidRequest,
     ModelRefusal,
     NotFound,
+    Overloaded,
     PreconditionFailed,
     PromptTooLong,
     ResourceExhausted,
@@ -38,6 +39,7 @@ STATUS_TABLE: tuple[tuple[type[AsdError], grpc.StatusCode], ...] = (
     (NotFound, grpc.StatusCode.NOT_FOUND),
     (PreconditionFailed, grpc.StatusCode.FAILED_PRECONDITION),
     (Unauthenticated, grpc.StatusCode.UNAUTHENTICATED),
+    (Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (ResourceExhausted, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (Away, grpc.StatusCode.UNAVAILABLE),
     (BrokenOff, grpc.StatusCode.UNAVAILABLE),
@@ -53,6 +55,7 @@ REASONS: dict[type[AsdError], str] = {
     ConversationRefused: "CONVERSATION_REFUSED",
     ModelRefusal: "MODEL_REFUSAL",
     Draining: "DRAINING",
+    Overloaded: "OVERLOADED",
 }
 # To its caller, a service that is about to end is away.
 _ERROR_OF_REASON = {reason: error for error, reason in REASONS.items()} | {REASONS[Draining]: Away}
@@ -104,8 +107,8 @@ def public_message(error: BaseException) -> str:
 def to_rpc_status(error: BaseException) -> status_pb2.Status:
     """Return the google.rpc.Status of an exception.
 
-    With a BadRequest detail where a field is at fault, and an ErrorInfo where the code alone does not say
-    what happened.
+    With a BadRequest detail where a field is at fault, an ErrorInfo where the code alone does not say what
+    happened, and a RetryInfo where it is known when the request may succeed.
     """
     message = public_message(error)
     status = status_pb2.Status(code=status_of(error).value[0], message=message)
@@ -116,6 +119,11 @@ def to_rpc_status(error: BaseException) -> status_pb2.Status:
     reason = REASONS.get(type(error)) if isinstance(error, AsdError) else None
     if reason:
         status.details.add().Pack(error_details_pb2.ErrorInfo(reason=reason, domain=ERROR_DOMAIN))
+    retry_after_s = error.retry_after_s if isinstance(error, AsdError) else None
+    if retry_after_s is not None:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromNanoseconds(round(retry_after_s * 1e9))
+        status.details.add().Pack(retry)
     return status
 
 
@@ -147,7 +155,7 @@ def from_rpc_error(error: grpc.RpcError, *, peer: str = "") -> AsdError:
         )
     if peer and not issubclass(kind, InvalidRequest):
         message = f"{peer}: {message}"
-    return kind(message, field=_field_of(details))
+    return kind(message, field=_field_of(details), retry_after_s=_delay_of(details))
 
 
 def _details_of(error: grpc.RpcError) -> status_pb2.Status | None:
@@ -173,6 +181,13 @@ def _field_of(status: status_pb2.Status | None) -> str:
     if bad_request is None or not bad_request.field_violations:
         return ""
     return str(bad_request.field_violations[0].field)
+
+
+def _delay_of(status: status_pb2.Status | None) -> float | None:
+    """Return after how many seconds a failed call's details say to call again; None: they do not say."""
+    retry = _find(status, error_details_pb2.RetryInfo())
+    # A message of another service may hold anything.
+    return max(float(retry.retry_delay.ToNanoseconds()) / 1e9, 0.0) if retry is not None else None
 
 
 def _find(status: status_pb2.Status | None, detail: Any) -> Any:

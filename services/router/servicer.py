@@ -156,6 +156,8 @@ class CascadeServicer(cascade_pb2_grpc.CascadeServiceServicer):
                 message=public_message(error),
                 field=error.field if isinstance(error, AsdError) else "",
             )
+            if isinstance(error, AsdError) and error.retry_after_s is not None:
+                failure.retry_after_ms = error.retry_after_s * 1000.0
             return cascade_pb2.GenerateBatchResponse(index=index, error=failure)
         response = convert.response_to(outcome, current_trace_id())
         return cascade_pb2.GenerateBatchResponse(index=index, response=response)
@@ -213,7 +215,8 @@ async def _fields_below(path: str) -> AsyncIterator[None]:
     except AsdError as error:
         if not error.field:
             raise
-        raise type(error)(error.message, field=path + error.field) from error
+        field = path + error.field
+        raise type(error)(error.message, field=field, retry_after_s=error.retry_after_s) from error
 
 
 def _domain_request(message: cascade_pb2.GenerateRequest) -> Request:

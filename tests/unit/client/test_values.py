@@ -250,6 +250,9 @@ def test_a_batch_item_is_an_answer_or_a_failure():
     )
     item = convert.batch_item_from(failed)
     assert (item.index, item.outcome) == (2, Failure(3, "no", "prompt"))
+    full = cascade_pb2.BatchError(code=8, message="full", retry_after_ms=1500.0)
+    refused = convert.batch_item_from(cascade_pb2.GenerateBatchResponse(error=full)).outcome
+    assert refused == Failure(8, "full", "", 1.5)
 
 
 def test_an_event_of_a_newer_server_is_passed_over():
