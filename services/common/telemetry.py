@@ -87,6 +87,7 @@ class Attributes:
     COST: Final = "asd.cost"
     LATENCY_MS: Final = "asd.latency_ms"
     POLICY_MS: Final = "asd.policy.latency_ms"
+    REFUSAL_REASON: Final = "asd.refusal.reason"
     SHADOW_OUTCOME: Final = "asd.shadow.outcome"
 
 
@@ -104,6 +105,7 @@ class Metrics:
     STAGE_DECODE_DURATION: Final = "asd.stage.decode_duration"
     COMPLETION_TOKENS: Final = "asd.stage.completion_tokens"
     REQUEST_FAILURES: Final = "asd.request.failures"
+    REQUESTS_REFUSED: Final = "asd.requests_refused"
     ACTIVE_REQUESTS: Final = "asd.active_requests"
     DECISIONS: Final = "asd.decisions"
     ESCALATIONS: Final = "asd.escalations"

@@ -73,7 +73,14 @@ async def build(settings: RouterSettings, channels: AsyncExitStack) -> CascadeSe
     if settings.manager is not None:
         instruments.watch_sleep([each.stage for each in stages], lambda: sleepers.asleep)
     planner = Planner(
-        [each.stage for each in stages], policy, static_plan, instruments, clock, options, sleepers
+        [each.stage for each in stages],
+        policy,
+        static_plan,
+        instruments,
+        clock,
+        options,
+        sleepers,
+        settings.overload,
     )
     return CascadeServicer(
         Cascade(stages, planner, instruments, clock, Patience(clock, new_seconds=NEW_SECONDS)),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from services.router.domain import Request, Stage
+    from services.router.load import Call
     from services.router.ports import StageClient
 
 
@@ -24,7 +25,7 @@ class PrefillAhead:
     """
 
     def __init__(
-        self, clock: Callable[[], float], calling: Callable[[Stage], AbstractContextManager[int]]
+        self, clock: Callable[[], float], calling: Callable[[Stage], AbstractContextManager[Call]]
     ) -> None:
         self._clock = clock
         self._calling = calling

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack, aclosing
 from typing import TYPE_CHECKING
 
-from services.common.errors import AsdError, InvalidRequest
+from services.common.errors import AsdError, BudgetSpent, InvalidRequest, Overloaded, ResourceExhausted
 from services.common.patience import Patience
 from services.router.ahead import PrefillAhead
 from services.router.domain import Event, Failure, Request, StageAction, StageStarted, View
@@ -42,14 +42,20 @@ class Cascade:
     async def answer(self, request: Request, deadline: float, view: View) -> AsyncGenerator[Event, None]:
         """Yield what the view shows while the answer is made, and last its outcome. deadline: by the clock.
 
-        Raises NotFound for an unknown fixed stage, BudgetSpent at the deadline, what the policy refuses the
-        request with, and what the stages failed or refused it with where none has answered.
+        Raises NotFound for an unknown fixed stage, BudgetSpent at the deadline, Overloaded where there is no
+        room for the request, what the policy refuses it with, and what the stages failed or refused it with
+        where none has answered.
         """
         progress = Progress(request, deadline, view, self._clock)
         try:
             async with aclosing(self._answer(progress)) as events:
                 async for event in events:
                     yield event
+        except (BudgetSpent, ResourceExhausted) as error:
+            refusal = self._planner.refused(progress, error)
+            if refusal is error:
+                raise
+            raise refusal from error
         finally:
             self._planner.ended(progress)
 
@@ -96,12 +102,15 @@ class Cascade:
         leave_after_ms = progress.call_ms = min(timeout_ms, self._planner.leave_after_ms(progress, stage))
         drafter = upstream[-1].stage.name if upstream else progress.drafter
         progress.start(stage, action, drafter, is_final=self._planner.is_final(progress, stage))
-        call = call_stage(progress, client, draft, upstream, timeout_ms, leave_after_ms, self._clock)
         with ExitStack() as calls:
-            depths = {
+            under_way = {
                 each.stage: calls.enter_context(self._planner.calling(each.stage))
                 for each in (client, *upstream)
             }
+            watch = self._planner.watch(progress, stage, under_way[stage])
+            call = call_stage(
+                progress, client, draft, upstream, timeout_ms, leave_after_ms, self._clock, watch
+            )
             # Of drafters, also where the call itself fails.
             calls.callback(lambda: self._note_failures(progress, progress.new_failures()))
             async with call as events:
@@ -112,12 +121,13 @@ class Cascade:
                         break
         for answer in progress.new_answers():
             self._patience.there()
-            self._planner.stage_answered(progress, answer, depths[answer.stage])
+            self._planner.stage_answered(progress, answer, under_way[answer.stage].depth)
             self._observer.stage_answered(answer, progress.request.task, is_adapted=answer.result.is_adapted)
 
     def _note_failures(self, progress: Progress, failures: Sequence[Failure]) -> None:
         for failure in failures:
-            if not isinstance(failure.error, InvalidRequest):
+            # Who leaves a line says nothing of the stage.
+            if not isinstance(failure.error, InvalidRequest | Overloaded):
                 self._observer.stage_failed(self._stages[failure.place].stage, failure.error)
             self._planner.stage_failed(progress, failure)
 

@@ -389,13 +389,21 @@ class GrpcPolicy:
         self._decide = stub.Decide
         self._describe = stub.Describe
 
-    async def plan(self, request: Request, conditions: Sequence[Condition], timeout_ms: float) -> Plan:
+    async def plan(
+        self,
+        request: Request,
+        conditions: Sequence[Condition],
+        timeout_ms: float,
+        *,
+        min_accuracy_share: float | None,
+    ) -> Plan:
         """Return the first stage."""
         message = policy_pb2.PlanRequest(
             request_id=request.id,
             objective=convert.objective_to(request.objective),
             cascade=self._stages,
             conditions=convert.conditions_to(conditions),
+            min_accuracy_share=min_accuracy_share,
         )
         convert.set_input(message, request.input)
         response = await self._ask(self._plan, message, timeout_ms)
@@ -418,6 +426,8 @@ class GrpcPolicy:
         spent_ms: float,
         conditions: Sequence[Condition],
         timeout_ms: float,
+        *,
+        min_accuracy_share: float | None,
     ) -> Decision:
         """Return what to do with an answer."""
         message = policy_pb2.DecideRequest(
@@ -430,6 +440,7 @@ class GrpcPolicy:
             spent_cost=spent_cost,
             spent_ms=spent_ms,
             conditions=convert.conditions_to(conditions),
+            min_accuracy_share=min_accuracy_share,
         )
         convert.set_input(message, request.input)
         try:

@@ -81,6 +81,23 @@ class PlanSource(IntEnum):
     FIXED = 3
 
 
+class Overload(Enum):
+    """What becomes of requests while more is asked than the stages compute."""
+
+    QUEUE = "queue"  # They wait; one whose deadline the line leaves no time for is refused.
+    DEGRADE = "degrade"  # They wait, and a stage with a line is dearer: others may answer, less well.
+    SHED = "shed"  # They are refused where the line at the wanted stage is longer than an answer.
+
+
+class Refusal(Enum):
+    """Why there was no room for a request."""
+
+    CONCURRENCY = "concurrency"  # The router has max_concurrent requests under way.
+    DEADLINE = "deadline"  # The line at the stage leaves no time for it.
+    LINE = "line"  # The stage has a line, and overload is SHED.
+    STAGE_FULL = "stage_full"  # The stage refused it.
+
+
 class View(Enum):
     """What a caller sees while an answer is made."""
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from opentelemetry.metrics import CallbackOptions, Observation
 
     from services.common.errors import AsdError
-    from services.router.domain import Answer, Outcome, Stage
+    from services.router.domain import Answer, Outcome, Refusal, Stage
     from services.router.speculation import Skip
 
 # From a small stage's verification to all stages after each other; costs are in the default units.
@@ -66,6 +66,9 @@ class Instruments:
         )
         self._failures = meter.create_counter(
             Metrics.REQUEST_FAILURES, unit="{request}", description="requests that ended with an error"
+        )
+        self._refusals = meter.create_counter(
+            Metrics.REQUESTS_REFUSED, unit="{request}", description="requests that there was no room for"
         )
         self._active = meter.create_up_down_counter(
             Metrics.ACTIVE_REQUESTS, unit="{request}", description="requests under way; a batch counts each"
@@ -145,6 +148,11 @@ class Instruments:
         """A stage works without a draft that it could have had."""
         if self._enabled:
             self._skips.add(1, {Attributes.STAGE_NAME: stage.name, Attributes.DRAFT_SKIPPED: reason.value})
+
+    def request_refused(self, reason: Refusal) -> None:
+        """There was no room for a request."""
+        if self._enabled:
+            self._refusals.add(1, {Attributes.REFUSAL_REASON: reason.value})
 
     def stage_failed(self, stage: Stage, error: AsdError) -> None:
         """A stage call failed."""

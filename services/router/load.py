@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -23,6 +25,10 @@ _FIRST_CAPACITY = 8.0
 # Share of a call's computing time from which on a wait says that the stage was full. Chosen: a call that only
 # waits for the pass under way, where there is room, waits less.
 _FULL = 0.25
+# Weight of the newest measurement in the mean deviation of a call's time, and how many of these deviations
+# above the mean hardly a call takes. RFC 6298, section 2: the round-trip times of a connection.
+_NEWEST_DEVIATION = 0.25
+_DEVIATIONS = 4.0
 # Least weight of the newest answer of the policy in the shares. Chosen: some forty carry nine tenths.
 _NEWEST_CHOICE = 0.05
 
@@ -32,6 +38,20 @@ class Question(Enum):
 
     PLAN = "plan"
     DECIDE = "decide"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One of this router's calls under way at a stage.
+
+    number: later calls have higher ones. depth: how many there were as it began, itself included. began: by
+    the clock, in seconds.
+    """
+
+    stage: int
+    number: int
+    depth: int
+    began: float
 
 
 class Load:
@@ -45,10 +65,13 @@ class Load:
 
     def __init__(self, stage_count: int, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._under_way = [0] * stage_count
+        # The numbers of the calls under way, ascending.
+        self._under_way: list[list[int]] = [[] for _ in range(stage_count)]
+        self._begun = 0
         self._others_ms = [0.0] * stage_count
         self._measured = [0.0] * stage_count
         self._service_ms = [0.0] * stage_count
+        self._deviation_ms = [0.0] * stage_count
         self._capacity = [_FIRST_CAPACITY] * stage_count
         # By the replica's address.
         self._others: list[dict[str, Others]] = [{} for _ in range(stage_count)]
@@ -58,13 +81,16 @@ class Load:
         self._shares = {question: [0.0] * stage_count for question in Question}
 
     @contextmanager
-    def calling(self, stage: int) -> Iterator[int]:
-        """Count the block as a call under way at a stage; give how many there are, this one included."""
-        self._under_way[stage] += 1
+    def calling(self, stage: int) -> Iterator[Call]:
+        """Count the block as a call under way at a stage."""
+        line = self._under_way[stage]
+        self._begun += 1
+        line.append(self._begun)
+        call = Call(stage, self._begun, len(line), self._clock())
         try:
-            yield self._under_way[stage]
+            yield call
         finally:
-            self._under_way[stage] -= 1
+            del line[bisect_left(line, call.number)]
 
     @contextmanager
     def asking(self, question: Question) -> Iterator[None]:
@@ -101,6 +127,12 @@ class Load:
         if service_ms <= 0.0:
             return
         known_ms = self._service_ms[stage] or service_ms
+        if self._service_ms[stage]:
+            deviation_ms = self._deviation_ms[stage]
+            newest_ms = abs(service_ms - known_ms)
+            self._deviation_ms[stage] = deviation_ms + _NEWEST_DEVIATION * (newest_ms - deviation_ms)
+        else:
+            self._deviation_ms[stage] = service_ms / 2.0
         mean_ms = known_ms + _NEWEST * (service_ms - known_ms)
         self._service_ms[stage] = mean_ms
         computed, capacity = depth * mean_ms / (queue_ms + mean_ms), self._capacity[stage]
@@ -121,11 +153,11 @@ class Load:
 
     def own_calls(self, stage: int) -> int:
         """Return the number of this router's calls under way at a stage."""
-        return self._under_way[stage]
+        return len(self._under_way[stage])
 
     def calls(self, stage: int) -> int:
         """Return how many calls are under way at a stage: this router's, and others' as last heard."""
-        return self._under_way[stage] + round(sum(map(self._left_of, self._others[stage].values())))
+        return len(self._under_way[stage]) + round(sum(map(self._left_of, self._others[stage].values())))
 
     def replicas(self, stage: int) -> int:
         """Return how many replicas a stage had as an answer of it last came; 1 before the first one."""
@@ -134,6 +166,10 @@ class Load:
     def service_ms(self, stage: int) -> float:
         """Return the mean time that a stage computes a call, waits not counted; 0 where none has ended."""
         return self._service_ms[stage]
+
+    def longest_ms(self, stage: int) -> float:
+        """Return the time that hardly a call takes longer at a stage, waits not counted; 0 as above."""
+        return self._service_ms[stage] + _DEVIATIONS * self._deviation_ms[stage]
 
     def capacity(self, stage: int) -> float:
         """Return how many of this router's calls a stage is taken to compute at a time, 1 or more."""
@@ -146,10 +182,19 @@ class Load:
         """
         return max(self._faded_ms(stage), self._line_ms(stage))
 
+    def left_to_wait_ms(self, call: Call) -> float:
+        """Return how long a call under way that nothing has come of will still wait; 0: it is being computed.
+
+        Stages take calls in the order in which they came.
+        """
+        ahead = bisect_left(self._under_way[call.stage], call.number)
+        waited_ms = (self._clock() - call.began) * 1000.0
+        return max(self._faded_ms(call.stage) - waited_ms, self._behind_ms(call.stage, ahead + 1.0))
+
     def _line_ms(self, stage: int) -> float:
         """Return the wait behind this router's calls, those that are being planned among them."""
         coming = sum(self._asking[each] * self._shares[each][stage] for each in Question)
-        return self._behind_ms(stage, self._under_way[stage] + coming + 1.0)
+        return self._behind_ms(stage, len(self._under_way[stage]) + coming + 1.0)
 
     def _behind_ms(self, stage: int, depth: float) -> float:
         """Return how long a call waits in this router's line. depth: calls under way, itself included."""

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING
 
-from services.common.errors import AsdError, BudgetSpent
+from services.common.errors import AsdError, BudgetSpent, Overloaded
 from services.common.telemetry import Spans, Traced
 from services.router import spans
 from services.router.domain import Failure, FinishReason, StageAction, StageResult, Tokens
 from services.router.stage_run import StageRun
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 
     from services.router.domain import Answer, Stage, StageEvent
     from services.router.ports import StageClient
@@ -33,12 +33,14 @@ async def call_stage(
     timeout_ms: float,
     leave_after_ms: float,
     clock: Callable[[], float],
+    watch: Callable[[], float],
 ) -> AsyncIterator[AsyncIterator[StageEvent]]:
     """Have a stage answer, as a context with its events; its answer is taken as the context ends well.
 
     It verifies the draft, or what the upstream stages write meanwhile, or writes by itself. What runs for it
     ends with the context. timeout_ms: of the call. leave_after_ms: after so long the request goes on without
-    it, as long as it can; BudgetSpent says so.
+    it, as long as it can; BudgetSpent says so. watch: is called while nothing has come, returns after how
+    many milliseconds it is to be called again, and raises Overloaded where the call is not to be waited for.
     """
     request = progress.request
     action = StageAction.VERIFY if draft or upstream else StageAction.GENERATE
@@ -55,8 +57,7 @@ async def call_stage(
             call = (
                 client.verify(request, draft, timeout_ms) if draft else client.generate(request, timeout_ms)
             )
-            if leave_after_ms < timeout_ms:
-                call = _until_left(call, progress, client.stage, leave_after_ms, clock)
+            call = _until_left(call, progress, client.stage, leave_after_ms, clock, watch)
             async with aclosing(call) as events:
                 yield events
         spans.describe_answer(span, progress.take_answer())
@@ -68,8 +69,10 @@ async def _until_left(
     stage: Stage,
     leave_after_ms: float,
     clock: Callable[[], float],
+    watch: Callable[[], float],
 ) -> AsyncGenerator[StageEvent, None]:
-    """Yield the events of a call. Raises BudgetSpent where it takes longer than leave_after_ms.
+    """Yield the events of a call. Raises BudgetSpent where it takes longer than leave_after_ms, and what the
+    watch raises before anything has come.
 
     Where the request cannot go on without them, it may take all the time that its call has: once text is
     committed that only this stage stands for, and where there is no other answer and it is at work.
@@ -78,14 +81,46 @@ async def _until_left(
     async with aclosing(call) as events:
         while True:
             left_s = until - clock() if progress.can_leave() else None
+            watching = None if progress.has_heard else _Watching(watch)
             try:
-                async with asyncio.timeout(left_s):
-                    event = await anext(events)
+                async with asyncio.timeout(left_s) as limit:
+                    with watching.until(limit) if watching else nullcontext():
+                        event = await anext(events)
             except StopAsyncIteration:
                 return
             except TimeoutError:
+                if watching is not None and watching.refusal is not None:
+                    raise watching.refusal from None
                 raise BudgetSpent(f"{stage} did not finish within {leave_after_ms:.0f} ms") from None
             yield event
+
+
+class _Watching:
+    """Calls a watch again and again; once it raises Overloaded, that is the refusal."""
+
+    def __init__(self, watch: Callable[[], float]) -> None:
+        self._watch = watch
+        self._timer: asyncio.Handle | None = None
+        self.refusal: Overloaded | None = None
+
+    @contextmanager
+    def until(self, limit: asyncio.Timeout) -> Iterator[None]:
+        """Watch during the block. limit: runs out with the refusal."""
+        self._timer = asyncio.get_running_loop().call_soon(self._look, limit)
+        try:
+            yield
+        finally:
+            self._timer.cancel()
+
+    def _look(self, limit: asyncio.Timeout) -> None:
+        if limit.expired():
+            return
+        loop = asyncio.get_running_loop()
+        try:
+            self._timer = loop.call_later(self._watch() / 1000.0, self._look, limit)
+        except Overloaded as refusal:
+            self.refusal = refusal
+            limit.reschedule(loop.time())
 
 
 class Pipeline:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from services.common.errors import (
     InvalidRequest,
     ModelRefusal,
     NotFound,
+    Overloaded,
     PreconditionFailed,
     PromptTooLong,
     ResourceExhausted,
@@ -20,14 +22,17 @@ from services.common.errors import (
 )
 from services.common.telemetry import Spans, Traced
 from services.router import spans
+from services.router.admission import MIN_QUEUE_MS, Admission
 from services.router.domain import (
     AcceptanceMode,
     Condition,
     Decision,
     DecisionAction,
     DecisionReason,
+    Overload,
     PlanSource,
     Preference,
+    Refusal,
     Stage,
 )
 from services.router.health import StageHealth
@@ -36,11 +41,12 @@ from services.router.speculation import BUSY, Speculation
 from services.router.static_plan import StaticPlan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from services.common.patience import Patience
     from services.router.domain import Answer, Failure, Plan, StageResult
+    from services.router.load import Call
     from services.router.ports import Observer, PolicyClient, Sleepers
     from services.router.progress import Progress
     from services.router.speculation import SpeculationOptions
@@ -65,14 +71,13 @@ _LIKELY = 0.5
 # Tokens that a chat template may add to a user's message, such as a default system text. Chosen: several
 # times what known ones add.
 _TEMPLATE_TOKENS = 1024
-# Shorter waits than this are not told to the policy. Chosen: no plan turns on them.
-MIN_QUEUE_MS = 1.0
 
 
 class Planner:
     """Chooses stages. Only where the policy service is away or late does the static plan stand in for it.
 
-    policy: None where there is no policy service. clock: monotonic seconds. A stage that sleeps is woken
+    policy: None where there is no policy service. clock: monotonic seconds. overload: what becomes of
+    requests where stages have lines. A stage that sleeps is woken
     where a plan would use it, and the plan is made again without it; only where nothing else can answer is it
     waited for.
     """
@@ -86,6 +91,7 @@ class Planner:
         clock: Callable[[], float],
         options: SpeculationOptions,
         sleepers: Sleepers,
+        overload: Overload = Overload.QUEUE,
     ) -> None:
         self._sleepers = sleepers
         self._options = options
@@ -100,10 +106,16 @@ class Planner:
         # What stages said last of their models: the tokenizer's fingerprint, and the context in tokens.
         self._contexts: dict[int, tuple[str, int]] = {}
         self._load = Load(len(self._stages), clock)
+        self._admission = Admission(self._load, overload)
 
     def stage_failed(self, progress: Progress, failure: Failure) -> None:
         """A stage has failed a request: avoid it for a while if others may find it so, too."""
         place, error = failure.place, failure.error
+        if isinstance(error, Overloaded):
+            # The request left its line.
+            self._drop(progress, place)
+            progress.choices.pop(place, None)
+            return
         choice = progress.choices.pop(place, None)
         if choice is not None:
             self._speculation.ended(choice)
@@ -113,7 +125,8 @@ class Planner:
             self._contexts.pop(place, None)
             health.went_away(error)
         elif isinstance(error, BudgetSpent):
-            if self._hangs(failure):
+            progress.met_a_hang = self._hangs(failure)
+            if progress.met_a_hang:
                 health.hung(error)
         elif isinstance(error, InvalidRequest):
             health.spoke()
@@ -124,6 +137,9 @@ class Planner:
         """Return whether another stage may still answer, after one did not."""
         if isinstance(error, BudgetSpent):
             return progress.left_ms(MARGIN_MS) > 0
+        if isinstance(error, Overloaded):
+            # Another one would answer less well, or be in the way of those that need it.
+            return False
         # The router has checked the request: what a stage finds beyond that holds for all of them.
         return not isinstance(error, InvalidRequest) or isinstance(error, ModelRefusal)
 
@@ -133,7 +149,7 @@ class Planner:
         It had enough for a stage that works, or calls before it were silent as well: no caller may have the
         time to see it alone.
         """
-        health, timeout_ms = self._health[failure.place], self._stages[failure.place].timeout_ms
+        health, timeout_ms = self._health[failure.place], self._timeout_of(self._stages[failure.place])
         usual_ms = self._usual_ms(failure.place)
         long_ms = min(timeout_ms, _USUAL_TIMES * usual_ms or _UNKNOWN_MS)
         if failure.has_heard:
@@ -161,8 +177,18 @@ class Planner:
         """Return how long a stage's call may take."""
         left_ms = progress.left_ms(MARGIN_MS)
         if not self.is_final(progress, stage):
-            left_ms *= _SHARE_OF_TIME
-        return min(left_ms, stage.timeout_ms)
+            left_ms = self._part_of(left_ms, stage)
+        return min(left_ms, self._timeout_of(stage))
+
+    def _timeout_of(self, stage: Stage) -> float:
+        """Return a stage's own limit, from when its line has been served: who waits in it is not late."""
+        return stage.timeout_ms + self._load.expected_queue_ms(stage.index)
+
+    def _part_of(self, left_ms: float, stage: Stage) -> float:
+        """Return what a stage may take of the time left where others could still answer: its line, and a
+        share of the rest."""
+        wait_ms = min(self._load.expected_queue_ms(stage.index), max(left_ms, 0.0))
+        return wait_ms + (left_ms - wait_ms) * _SHARE_OF_TIME
 
     def leave_after_ms(self, progress: Progress, stage: Stage) -> float:
         """Return after how long a request goes on without a stage, where it then still can.
@@ -175,7 +201,54 @@ class Planner:
             return left_ms
         # A stage that takes long for every answer may have more than half, but for the way back.
         usual_ms = min(_USUAL_TIMES * self._usual_ms(stage.index), left_ms - _RETURN_MS)
-        return max(left_ms * _SHARE_OF_TIME, usual_ms)
+        return max(self._part_of(left_ms, stage), usual_ms)
+
+    def watch(self, progress: Progress, stage: Stage, call: Call) -> Callable[[], float]:
+        """Return what looks at a call that nothing has come of.
+
+        It returns after how many milliseconds to look again, and raises Overloaded where the line at the
+        stage leaves no time for an answer.
+        """
+        progress.call = call
+
+        def look() -> float:
+            with _noting(progress, Refusal.DEADLINE):
+                return self._admission.look(stage, call, progress.left_ms(MARGIN_MS))
+
+        return look
+
+    def refused(self, progress: Progress, error: ResourceExhausted | BudgetSpent) -> AsdError:
+        """Return the error for a request that ran out of room or time: where others are why, when to ask
+        again."""
+        if isinstance(error, ResourceExhausted) and not isinstance(error, Overloaded):
+            if error.field:
+                # It is too large, for good.
+                return error
+            places = [place for place, each in progress.failed.items() if each is error]
+            stages = [self._stages[place] for place in places] or self._stages
+            progress.refusal = Refusal.STAGE_FULL
+            after_s = min(map(self._admission.retry_after_s, stages))
+            error = Overloaded(error.message, retry_after_s=after_s)
+        elif isinstance(error, BudgetSpent) and self._admission.refuses and self._is_shared(progress):
+            progress.refusal = Refusal.DEADLINE
+            stage = self._stages[progress.call.stage if progress.call else 0]
+            after_s = self._admission.retry_after_s(stage)
+            error = Overloaded(
+                f"{error.message}, beside other requests: allow more time, or call again in {after_s:.2f} s",
+                retry_after_s=after_s,
+            )
+        if isinstance(error, Overloaded):
+            self._observer.request_refused(progress.refusal or Refusal.STAGE_FULL)
+        return error
+
+    def _is_shared(self, progress: Progress) -> bool:
+        """Return whether a request that ran out of time had others beside it, and no stage hangs."""
+        call = progress.call
+        if progress.met_a_hang:
+            return False
+        if call is None:
+            return any(self._load.own_calls(stage.index) for stage in self._stages)
+        return call.depth > 1 or self._load.own_calls(call.stage) > 0
 
     def _has_others(self, progress: Progress, stage: Stage) -> bool:
         """Return whether a stage is awake, other than this one and those that failed the request."""
@@ -197,8 +270,8 @@ class Planner:
                 place: replace(choice, counts=False) for place, choice in progress.choices.items()
             }
 
-    def calling(self, stage: Stage) -> AbstractContextManager[int]:
-        """Return what counts its block as a call under way at a stage, and gives their number."""
+    def calling(self, stage: Stage) -> AbstractContextManager[Call]:
+        """Return what counts its block as a call under way at a stage."""
         return self._load.calling(stage.index)
 
     def stage_answered(self, progress: Progress, answer: Answer, depth: int) -> None:
@@ -271,14 +344,26 @@ class Planner:
 
     async def plan(self, progress: Progress) -> int:
         """Return the stage to ask first. Raises NotFound for an unknown fixed one, Unavailable if all
-        failed."""
+        failed, Overloaded where there is no room for the request."""
         with Traced(Spans.PLAN) as span:
             first = await self._first_stage(progress)
+            self._admit(progress, [self._stages[place] for place in (first, *progress.chain)])
             spans.describe_plan(span, progress, self._stages[first])
             return first
 
+    def _admit(self, progress: Progress, stages: Sequence[Stage]) -> None:
+        """Raise Overloaded where there is no room for a request at the stages that it needs."""
+        with _noting(progress, Refusal.LINE):
+            for stage in stages:
+                self._admission.shed(stage)
+        with _noting(progress, Refusal.DEADLINE):
+            self._admission.check(stages, progress.left_ms(MARGIN_MS))
+
     async def decide(self, progress: Progress) -> Decision:
-        """Judge the latest answer. An escalation that does not fit the deadline is not started."""
+        """Judge the latest answer. An escalation that does not fit the deadline is not started.
+
+        Raises Overloaded where lines are not waited in and the next stage has one.
+        """
         with Traced(Spans.DECIDE) as span:
             self._leave_out_short_contexts(progress)
             decision = await self._judge(progress)
@@ -287,12 +372,18 @@ class Planner:
                 # To the policy, one that is away is not there.
                 decision = decision.stopped(DecisionReason.STAGE_UNAVAILABLE)
             # A draft that was given up is no answer to stop with.
-            if decision.next_stage is not None and decision.reason is not DecisionReason.ABANDONED:
+            following = decision.next_stage
+            if following is not None and decision.reason is not DecisionReason.ABANDONED:
                 left_ms = progress.left_ms(MARGIN_MS)
-                if decision.next_stage in progress.failed:
+                if following in progress.failed:
                     decision = decision.stopped(DecisionReason.STAGE_UNAVAILABLE)
                 elif left_ms <= 0 or (decision.expected_ms or 0.0) > left_ms:
                     decision = decision.stopped(DecisionReason.DEADLINE)
+                elif progress.plan_source is not PlanSource.FIXED:
+                    with _noting(progress, Refusal.LINE):
+                        self._admission.shed(self._stages[following])
+                    if not self._admission.fits(self._stages[following], left_ms):
+                        decision = decision.stopped(DecisionReason.DEADLINE)
             progress.judged(decision)
             spans.describe_decision(span, progress, decision)
             return decision
@@ -350,6 +441,11 @@ class Planner:
             return following
         if progress.has_committed or not self.may_be_replaced(progress, error):
             raise error
+        if isinstance(error, ResourceExhausted) and self._admission.refuses:
+            # What stands in for a stage without room is not worse than it.
+            full = max(place for place, each in progress.failed.items() if each is error)
+            for place in range(full):
+                progress.failed.setdefault(place, error)
         try:
             return await self.plan(progress)
         except InvalidRequest as refusal:
@@ -452,12 +548,18 @@ class Planner:
 
     async def _ask_for_plan(self, policy: PolicyClient, progress: Progress, away: Collection[int]) -> Plan:
         """Return the policy's plan; where it begins with a stage that sleeps, the plan without those."""
-        avoided, may_repeat = away, True
+        avoided, share = away, self._admission.accuracy_share(progress.request.objective)
+        may_repeat = self._counts_waits(progress, share)
         with progress.waiting_for_policy():
             while True:
                 conditions, told_ms = self._conditions(avoided), self._queues_ms()
                 with self._load.asking(Question.PLAN):
-                    plan = await policy.plan(progress.request, conditions, progress.left_ms(MARGIN_MS))
+                    plan = await policy.plan(
+                        progress.request,
+                        conditions,
+                        progress.left_ms(MARGIN_MS),
+                        min_accuracy_share=share,
+                    )
                 asleep = self._woken({plan.first_stage})
                 if asleep and avoided is away:
                     avoided = asleep.union(away)
@@ -471,7 +573,8 @@ class Planner:
         """Return the policy's decision; where it goes to a stage that sleeps, the decision without those."""
         answer, spent_cost, spent_ms = progress.answer, progress.spent_cost, progress.spent_ms()
         known = away = self._away().union(progress.failed)
-        may_repeat = True
+        share = self._admission.accuracy_share(progress.request.objective)
+        may_repeat = self._counts_waits(progress, share)
         with progress.waiting_for_policy():
             while True:
                 conditions, told_ms = self._conditions(away), self._queues_ms()
@@ -479,7 +582,13 @@ class Planner:
                 left_ms = progress.left_ms(MARGIN_MS) * _SHARE_OF_TIME
                 with self._load.asking(Question.DECIDE):
                     decision = await policy.decide(
-                        progress.request, answer, spent_cost, spent_ms, conditions, left_ms
+                        progress.request,
+                        answer,
+                        spent_cost,
+                        spent_ms,
+                        conditions,
+                        left_ms,
+                        min_accuracy_share=share,
                     )
                 asleep = self._woken({decision.next_stage})
                 if asleep and away is not known:
@@ -492,6 +601,11 @@ class Planner:
                 else:
                     self._load.chosen(Question.DECIDE, decision.next_stage)
                     return decision
+
+    @staticmethod
+    def _counts_waits(progress: Progress, share: float | None) -> bool:
+        """Return whether waits may change what the policy answers. share: as it is told."""
+        return share is None or share < 1.0 or progress.request.objective.max_latency_ms is not None
 
     def _queues_ms(self) -> list[float]:
         """Return the wait to be expected at each stage."""
@@ -600,6 +714,16 @@ class Planner:
         return conditions
 
 
+@contextmanager
+def _noting(progress: Progress, refusal: Refusal) -> Iterator[None]:
+    """Note why a request was refused in the block, where it was."""
+    try:
+        yield
+    except Overloaded:
+        progress.refusal = refusal
+        raise
+
+
 def _failure_of_all(stages: Sequence[Stage], failed: Mapping[int, AsdError]) -> AsdError:
     """Return the one error for a request that every stage has failed or refused.
 
@@ -623,5 +747,6 @@ def _failure_of_all(stages: Sequence[Stage], failed: Mapping[int, AsdError]) -> 
         f"stage {stages[place].name}: {error.message}" if error in refusals else error.message
         for place, error in failed.items()
     ]
+    texts = list(dict.fromkeys(texts))
     fields = {error.field for error in counted}
     return kind("; ".join(texts), field=fields.pop() if len(fields) == 1 else "")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         FinishReason,
         Outcome,
         Plan,
+        Refusal,
         Request,
         Stage,
         StageEvent,
@@ -54,8 +55,15 @@ class StageClient(Protocol):
 class PolicyClient(Protocol):
     """Calls the policy service. Unavailable and BudgetSpent mean that it is away or late."""
 
-    async def plan(self, request: Request, conditions: Sequence[Condition], timeout_ms: float) -> Plan:
-        """Return the first stage."""
+    async def plan(
+        self,
+        request: Request,
+        conditions: Sequence[Condition],
+        timeout_ms: float,
+        *,
+        min_accuracy_share: float | None,
+    ) -> Plan:
+        """Return the first stage. min_accuracy_share: how far waits may lower quality, as in the contract."""
 
     async def decide(
         self,
@@ -65,6 +73,8 @@ class PolicyClient(Protocol):
         spent_ms: float,
         conditions: Sequence[Condition],
         timeout_ms: float,
+        *,
+        min_accuracy_share: float | None,
     ) -> Decision:
         """Return what to do with an answer. A stage to escalate to is later than the answer's."""
 
@@ -94,6 +104,9 @@ class Observer(Protocol):
 
     def draft_skipped(self, stage: Stage, reason: Skip) -> None:
         """A stage works without a draft that it could have had."""
+
+    def request_refused(self, reason: Refusal) -> None:
+        """There was no room for a request."""
 
     def stage_failed(self, stage: Stage, error: AsdError) -> None:
         """A stage call failed."""

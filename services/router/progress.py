@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from services.common.cost import prefill_cost
-from services.common.errors import AsdError, BudgetSpent
+from services.common.errors import AsdError, BudgetSpent, Overloaded
 from services.router.delivery import Delivery
 from services.router.domain import (
     AbandonRule,
@@ -21,6 +21,7 @@ from services.router.domain import (
     PlanSource,
     Prefilled,
     Record,
+    Refusal,
     Request,
     Stage,
     StageAction,
@@ -35,6 +36,7 @@ from services.router.stage_run import StageRun
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from services.router.load import Call
     from services.router.speculation import Choice
 
 
@@ -53,6 +55,11 @@ class Progress:
         self.policy_ms = 0.0
         # Time that the running stage had for its own work, in milliseconds, and whether it sent anything.
         self.call_ms = 0.0
+        # The running stage's call, whether the last one that ran out of time met a stage that hangs, and why
+        # there was no room for the request.
+        self.call: Call | None = None
+        self.met_a_hang = False
+        self.refusal: Refusal | None = None
         self.has_heard = False
         self.spent_cost = 0.0
         self._deadline = deadline
@@ -240,7 +247,9 @@ class Progress:
     def keep_earlier_answer(self, error: AsdError) -> None:
         """Let the earlier answer stand after the running stage failed."""
         reason = (
-            DecisionReason.DEADLINE if isinstance(error, BudgetSpent) else DecisionReason.STAGE_UNAVAILABLE
+            DecisionReason.DEADLINE
+            if isinstance(error, BudgetSpent | Overloaded)
+            else DecisionReason.STAGE_UNAVAILABLE
         )
         self._records[-1] = self._records[-1].stopped(reason)
         self._is_earlier = True

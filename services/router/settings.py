@@ -12,6 +12,7 @@ from services.common.auth import AuthSettings
 from services.common.serving import ServerSettings
 from services.common.settings import Section, Target, service_config
 from services.common.tls import ClientTls
+from services.router.domain import Overload
 
 # As names of services in Kubernetes.
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -105,6 +106,11 @@ class RouterSettings(ServerSettings):
     # FASTEST alone: see services.router.planner.
     static_plan: tuple[str, ...] = Field(min_length=1)
     speculation: SpeculationSettings = SpeculationSettings()
+    # What becomes of requests while more is asked than the stages compute. queue: they wait, and waits lower
+    # no quality unasked; one whose deadline the line leaves no time for is refused. degrade: they wait, and a
+    # stage with a line is dearer to the policy. shed: as queue, and a request is refused where the stage that
+    # it would go to has a line of more than an answer.
+    overload: Overload = Overload.QUEUE
     # Requests under way at once; a batch counts as one.
     max_concurrent: int = Field(default=256, ge=1)
     # Requests of one batch under way at once.

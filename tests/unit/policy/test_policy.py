@@ -509,7 +509,8 @@ def test_means_that_cannot_be_kept_say_what_can(policy: Policy) -> None:
 @pytest.mark.parametrize(
     ("share", "next_stage"),
     # Without waits half of the answers are escalated, and 0.5 * 0.99 + 0.5 * 0.8 = 0.895 of all are right;
-    # where all stop, 0.5. Two answers of waiting would add 8 to the 3 that large costs: more than it is worth.
+    # where all stop, 0.5. Two answers of waiting would add 8 to the 3 that large costs: more than it is
+    # worth.
     [(None, None), (0.4, None), (0.5, 1), (0.97, 1), (1.0, 1), (7.0, 1)],
 )
 def test_waits_count_only_as_far_as_accuracy_keeps_its_floor(

@@ -16,7 +16,9 @@ from services.router.domain import (
     Drafted,
     FinishReason,
     Outcome,
+    Overload,
     Plan,
+    Refusal,
     Request,
     Revised,
     Stage,
@@ -157,7 +159,14 @@ class Policy:
     decisions: list[set[str]] = field(default_factory=list)
     left_ms: list[float] = field(default_factory=list)
 
-    async def plan(self, request: Request, conditions: Sequence[Condition], timeout_ms: float) -> Plan:
+    async def plan(
+        self,
+        request: Request,
+        conditions: Sequence[Condition],
+        timeout_ms: float,
+        *,
+        min_accuracy_share: float | None,
+    ) -> Plan:
         away = _away(conditions)
         self.plans.append(away)
         if self.plan_failure is not None and len(self.plans) > 1:
@@ -174,6 +183,8 @@ class Policy:
         spent_ms: float,
         conditions: Sequence[Condition],
         timeout_ms: float,
+        *,
+        min_accuracy_share: float | None,
     ) -> Decision:
         away = _away(conditions)
         self.decisions.append(away)
@@ -186,13 +197,17 @@ class Policy:
 
 
 class Observer:
-    """Keeps which stage calls counted as failed."""
+    """Keeps which stage calls counted as failed, and why requests were refused."""
 
     def __init__(self) -> None:
         self.failures: list[tuple[str, str]] = []
+        self.refusals: list[Refusal] = []
 
     def stage_failed(self, stage: Stage, error: AsdError) -> None:
         self.failures.append((stage.name, type(error).__name__))
+
+    def request_refused(self, reason: Refusal) -> None:
+        self.refusals.append(reason)
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *arguments, **options: None
@@ -208,6 +223,7 @@ class SmallCascade:
         static_plan: Sequence[int] = (0, 2),
         pipelined: bool = True,
         timeout_ms: float = 60_000.0,
+        overload: Overload = Overload.QUEUE,
         **options: dict[str, Any],
     ) -> None:
         self.clock = Clock()
@@ -226,6 +242,7 @@ class SmallCascade:
             self.clock,
             SpeculationOptions(pipelined=pipelined),
             AllAwake(),
+            overload,
         )
         self._cascade = Cascade(tuple(self.stages.values()), self.planner, observer, self.clock)
 

@@ -56,7 +56,14 @@ class Toll:
     plans: int = 0
     decisions: int = 0
 
-    async def plan(self, request: Request, conditions: Sequence[Condition], timeout_ms: float) -> Plan:
+    async def plan(
+        self,
+        request: Request,
+        conditions: Sequence[Condition],
+        timeout_ms: float,
+        *,
+        min_accuracy_share: float | None,
+    ) -> Plan:
         self.plans += 1
         self._has_been_asked()
         await self.gate.wait()
@@ -70,6 +77,8 @@ class Toll:
         spent_ms: float,
         conditions: Sequence[Condition],
         timeout_ms: float,
+        *,
+        min_accuracy_share: float | None,
     ) -> Decision:
         self.decisions += 1
         self._has_been_asked()

@@ -151,7 +151,7 @@ def under_way(load: Load, stage: int, count: int) -> ExitStack:
 
 def test_a_call_is_told_how_many_are_under_way_with_it(load: Load) -> None:
     with load.calling(0) as first, load.calling(0) as second, load.calling(1) as other:
-        assert (first, second, other) == (1, 2, 1)
+        assert (first.depth, second.depth, other.depth) == (1, 2, 1)
 
 
 def test_calls_under_way_beyond_the_capacity_are_waited_for_before_any_wait_was_measured(load: Load) -> None:

@@ -12,13 +12,24 @@ from services.common.errors import (
     ConversationRefused,
     InvalidRequest,
     ModelRefusal,
+    Overloaded,
     PreconditionFailed,
     PromptTooLong,
     ResourceExhausted,
     Unavailable,
 )
-from services.router.domain import DecisionReason, Objective, PlanSource, Role, Turn, View
+from services.router.domain import (
+    DecisionReason,
+    Objective,
+    Overload,
+    PlanSource,
+    Refusal,
+    Role,
+    Turn,
+    View,
+)
 from tests.unit.router.small_cascade import (
+    NAMES,
     OTHER,
     OWN,
     Policy,
@@ -109,7 +120,7 @@ async def test_a_draft_that_breaks_off_with_a_fault_is_replaced() -> None:
         ((TOO_LONG, TOO_LONG, TOO_LONG), PromptTooLong),
         ((TOO_LONG, NO_SYSTEM, TOO_LONG), ModelRefusal),
         ((BROKEN, BROKEN, BROKEN), AsdError),
-        ((ResourceExhausted("full"),) * 3, ResourceExhausted),
+        ((ResourceExhausted("full"),) * 3, Overloaded),
         ((BudgetSpent("late"),) * 3, BudgetSpent),
         # The request is not at fault while a stage that was not there might take it.
         ((TOO_LONG, TOO_LONG, Unavailable("gone")), Unavailable),
@@ -124,7 +135,8 @@ async def test_a_request_that_no_stage_answers_says_why_of_each(
     errors: tuple[AsdError, ...], kind: type[AsdError], has_policy: bool
 ) -> None:
     options = {name: failing(error) for name, error in zip(("small", "medium", "large"), errors, strict=True)}
-    cascade = SmallCascade(Policy() if has_policy else None, **options)
+    policy = Policy() if has_policy else None
+    cascade = SmallCascade(policy, overload=Overload.DEGRADE, **options)
     with pytest.raises(AsdError) as caught:
         await cascade.ask()
     assert type(caught.value) is kind
@@ -140,8 +152,24 @@ async def test_what_a_fixed_stage_says_is_the_callers_to_know(error: AsdError) -
     cascade = SmallCascade(Policy(), medium=failing(error))
     with pytest.raises(type(error)) as caught:
         await cascade.ask(stage="medium")
-    assert caught.value is error
+    assert caught.value.message == error.message
     assert called(cascade) == ["medium"]
+
+
+@pytest.mark.parametrize("static_plan", [(0, 1, 2), (1, 2), (2,)])
+async def test_no_lesser_stage_stands_in_for_one_that_is_full(static_plan: tuple[int, ...]) -> None:
+    full = failing(ResourceExhausted("the queue is full"))
+    cascade = SmallCascade(static_plan=static_plan, **{NAMES[static_plan[0]]: full})
+    if static_plan[0] < 2:
+        assert (await cascade.ask()).answer.stage.name == "large"
+    else:
+        with pytest.raises(Overloaded, match="the queue is full") as caught:
+            await cascade.ask()
+        assert caught.value.retry_after_s is not None
+        assert cascade.observer.refusals == [Refusal.STAGE_FULL]
+    assert called(cascade) == list(NAMES[static_plan[0] :])
+    degraded = SmallCascade(static_plan=static_plan, overload=Overload.DEGRADE, large=full)
+    assert (await degraded.ask()).answer.stage.name != "large"
 
 
 async def test_a_request_that_breaks_the_contract_is_not_sent_to_every_stage() -> None:

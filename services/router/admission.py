@@ -1,0 +1,114 @@
+"""Whether there is room for a request: what is done where stages have lines. Pure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from services.common.errors import Overloaded
+from services.router.domain import Overload, Preference
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from services.router.domain import Objective, Stage
+    from services.router.load import Call, Load
+
+# Shorter waits than this count as none, and are not told to the policy. Chosen: no plan turns on them.
+MIN_QUEUE_MS = 1.0
+# Share of the largest stage's accuracy below which waits do not take a BALANCED request. Chosen: two points
+# less than what BALANCED keeps without waits.
+_LEAST_SHARE = 0.97
+# A request in a line is looked at again after half of the time that it has to spare, within these bounds, in
+# milliseconds. Chosen: its caller hears early of a line that became slower, and looking costs next to nothing.
+_SHORTEST_LOOK_MS, _LONGEST_LOOK_MS = 10.0, 250.0
+# Least and most that a caller is told to wait, in seconds. Chosen: sooner it would meet the same line, and
+# what is further away nobody knows.
+LEAST_RETRY_S, MOST_RETRY_S = 0.05, 60.0
+
+
+class Admission:
+    """Says which requests the stages have room for.
+
+    Under QUEUE and SHED a request is refused where the line at a stage leaves it no time to be answered.
+    Where there is no line, every request is let in: the stage is idle, or what is known of it is old.
+    """
+
+    def __init__(self, load: Load, overload: Overload) -> None:
+        self._load = load
+        self._overload = overload
+
+    @property
+    def refuses(self) -> bool:
+        """Whether requests are refused at all."""
+        return self._overload is not Overload.DEGRADE
+
+    def accuracy_share(self, objective: Objective) -> float | None:
+        """Return down to which share of the largest stage's accuracy waits may take a request; None: to any.
+
+        1: they do not count. Who asks for the BEST, or says what a right answer is worth, asked for no speed.
+        """
+        if self._overload is Overload.DEGRADE or objective.preference is Preference.FASTEST:
+            return None
+        is_bound = objective.lambda_ is not None or objective.preference is Preference.BEST
+        return 1.0 if is_bound else _LEAST_SHARE
+
+    def fits(self, stage: Stage, left_ms: float) -> bool:
+        """Return whether a call that comes now will be answered in time, as far as its line says."""
+        return not self.refuses or self._missing_ms([stage], left_ms) <= 0.0
+
+    def check(self, stages: Sequence[Stage], left_ms: float) -> None:
+        """Raise Overloaded where the stages, one after the other, have no time left to answer a request."""
+        missing_ms = self._missing_ms(stages, left_ms) if self.refuses else 0.0
+        if missing_ms > 0.0:
+            raise _late(stages[0], sum(map(self._wait_ms, stages)), left_ms, missing_ms)
+
+    def shed(self, stage: Stage) -> None:
+        """Raise Overloaded where a stage has a line of more than an answer, and nobody waits in such lines."""
+        wait_ms, service_ms = self._wait_ms(stage), self._load.service_ms(stage.index)
+        if self._overload is Overload.SHED and wait_ms > service_ms:
+            after_s = _bounded((wait_ms - service_ms) / 1000.0)
+            raise Overloaded(
+                f"{stage} has a line of {wait_ms:.0f} ms, and requests do not wait for more than an answer: "
+                f"call again in {after_s:.2f} s",
+                retry_after_s=after_s,
+            )
+
+    def look(self, stage: Stage, call: Call, left_ms: float) -> float:
+        """Return after how many milliseconds to look again at a call that nothing has come of.
+
+        Raises Overloaded where its line leaves no time for it.
+        """
+        wait_ms = self._load.left_to_wait_ms(call)
+        if not self.refuses or wait_ms < MIN_QUEUE_MS:
+            return _LONGEST_LOOK_MS
+        spare_ms = left_ms - wait_ms - self._load.longest_ms(stage.index)
+        if spare_ms < 0.0:
+            raise _late(stage, wait_ms, left_ms, -spare_ms)
+        return min(max(spare_ms / 2.0, _SHORTEST_LOOK_MS), _LONGEST_LOOK_MS)
+
+    def retry_after_s(self, stage: Stage) -> float:
+        """Return after how many seconds a stage that refused a call will have gone through its line."""
+        return _bounded((self._wait_ms(stage) + self._load.service_ms(stage.index)) / 1000.0)
+
+    def _wait_ms(self, stage: Stage) -> float:
+        return self._load.expected_queue_ms(stage.index)
+
+    def _missing_ms(self, stages: Sequence[Stage], left_ms: float) -> float:
+        """Return how much time more a request needs than it has; 0 where no stage has a line."""
+        wait_ms = sum(map(self._wait_ms, stages))
+        if wait_ms < MIN_QUEUE_MS:
+            return 0.0
+        return wait_ms + sum(self._load.longest_ms(stage.index) for stage in stages) - left_ms
+
+
+def _late(stage: Stage, wait_ms: float, left_ms: float, missing_ms: float) -> Overloaded:
+    after_s = _bounded(missing_ms / 1000.0)
+    return Overloaded(
+        f"{stage} has a line of {wait_ms:.0f} ms, which leaves no time for an answer within the {left_ms:.0f} "
+        f"ms to the deadline: allow more time, or call again in {after_s:.2f} s",
+        retry_after_s=after_s,
+    )
+
+
+def _bounded(seconds: float) -> float:
+    return min(max(seconds, LEAST_RETRY_S), MOST_RETRY_S)

@@ -1,0 +1,185 @@
+"""More requests than the stages compute in time: who waits, who is refused, and when. In simulated time."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from services.common.errors import AsdError, BudgetSpent, Overloaded
+from services.router.cascade import Cascade
+from services.router.domain import (
+    DecisionReason,
+    FinishReason,
+    Objective,
+    Outcome,
+    Overload,
+    Preference,
+    Refusal,
+    Request,
+    Stage,
+    StageResult,
+    Timing,
+    Tokens,
+    Usage,
+    Verification,
+    View,
+)
+from services.router.planner import Planner
+from services.router.speculation import SpeculationOptions
+from services.router.static_plan import StaticPlan
+from services.router.waking import AllAwake
+from tests.unit.router import simulated_time
+from tests.unit.router.small_cascade import NAMES, Observer, Policy
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterable, Callable, Collection
+
+    from services.router.domain import StageEvent
+
+CAPACITY = 8
+SERVICE_S = 1.0
+
+
+@dataclass
+class BusyStage:
+    """Computes 8 calls at a time, in the order in which they come. service_s: draws how long one takes."""
+
+    stage: Stage
+    service_s: Callable[[], float]
+    places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(CAPACITY))
+    answered: int = 0
+
+    async def generate(self, request: Request, timeout_ms: float) -> AsyncGenerator[StageEvent, None]:
+        clock = asyncio.get_running_loop().time
+        came, service_s = clock(), self.service_s()
+        try:
+            async with asyncio.timeout(timeout_ms / 1000.0), self.places:
+                queue_ms = (clock() - came) * 1000.0
+                await asyncio.sleep(service_s / 4.0)
+                yield Tokens((1,), "a", (-0.1,), (0.1,), (0.9,))
+                await asyncio.sleep(service_s * 3.0 / 4.0)
+        except TimeoutError:
+            raise BudgetSpent(f"{self.stage} did not finish within {timeout_ms:.0f} ms") from None
+        self.answered += 1
+        timing = Timing(queue_ms, total_ms=queue_ms + service_s * 1000.0)
+        yield StageResult("a", (1,), "a" * 64, FinishReason.EOS, Usage(4, completion_tokens=1), timing)
+
+    async def verify(
+        self, request: Request, draft: StageResult, timeout_ms: float
+    ) -> AsyncGenerator[StageEvent, None]:
+        async with aclosing(self.generate(request, timeout_ms)) as events:
+            async for event in events:
+                if isinstance(event, Tokens):
+                    yield Verification(1, 1)
+                yield event
+
+    def verify_stream(
+        self, request: Request, drafts: AsyncIterable[Tokens | FinishReason], timeout_ms: float
+    ) -> AsyncGenerator[StageEvent, None]:
+        raise NotImplementedError
+
+    async def prefill(self, request: Request, timeout_ms: float) -> int:
+        return 4
+
+
+@dataclass
+class Told:
+    """How one request ended, and how long after it came. error: None for an answer."""
+
+    error: AsdError | None
+    outcome: Outcome | None
+    after_s: float
+
+
+class Busy:
+    """A router before stages that compute 8 calls at a time."""
+
+    def __init__(
+        self,
+        policy: Policy | None = None,
+        *,
+        overload: Overload = Overload.QUEUE,
+        service_s: Callable[[], float] = lambda: SERVICE_S,
+        static_plan: tuple[int, ...] = (0,),
+    ) -> None:
+        self.clock = asyncio.get_running_loop().time
+        stages = [Stage(name, place, 1.0 + place, 60_000.0) for place, name in enumerate(NAMES)]
+        self.stages = {each.name: BusyStage(each, service_s) for each in stages}
+        self.observer = Observer()
+        observer: Any = self.observer
+        options = SpeculationOptions(prefill_ahead=False, adaptive=False)
+        plan = StaticPlan(static_plan, len(NAMES))
+        planner = Planner(stages, policy, plan, observer, self.clock, options, AllAwake(), overload)
+        self._cascade = Cascade(tuple(self.stages.values()), planner, observer, self.clock)
+
+    async def ask(self, seconds: float, **fields: Any) -> Told:
+        """Return how a request ends whose caller waits so long."""
+        came = self.clock()
+        request = Request("id", "hi", **fields)
+        error = outcome = None
+        try:
+            async with aclosing(self._cascade.answer(request, came + seconds, View.OUTCOME)) as events:
+                async for event in events:
+                    assert isinstance(event, Outcome)
+                    outcome = event
+        except AsdError as failure:
+            error = failure
+        return Told(error, outcome, self.clock() - came)
+
+    async def burst(self, count: int, seconds: float, **fields: Any) -> list[Told]:
+        """Return how requests end that come in the same instant."""
+        return await asyncio.gather(*(self.ask(seconds, **fields) for _ in range(count)))
+
+    async def warm(self, **fields: Any) -> None:
+        """Have the router see some answers."""
+        for _ in range(20):
+            assert (await self.ask(600.0, **fields)).error is None
+
+
+def kinds(told: Collection[Told]) -> Counter[str]:
+    return Counter("answer" if each.error is None else type(each.error).__name__ for each in told)
+
+
+def varied(seed: int) -> Callable[[], float]:
+    """Return what draws how long answers take: a second on average, half of it or twice as much at times."""
+    draw = random.Random(seed)
+    return lambda: draw.triangular(0.5, 2.0, 0.5)
+
+
+FIXED: dict[str, Any] = {"stage": "large"}
+PLANNED: dict[str, Any] = {"objective": Objective(preference=Preference.BALANCED)}
+
+
+@pytest.mark.parametrize("is_warm", [True, False])
+@pytest.mark.parametrize("fields", [FIXED, PLANNED], ids=["fixed", "planned"])
+@pytest.mark.parametrize("varies", [False, True])
+def test_a_burst_with_short_deadlines_is_answered_or_refused_and_never_late(
+    is_warm: bool, fields: dict[str, Any], varies: bool
+) -> None:
+    async def work() -> list[Told]:
+        busy = Busy(Policy(), service_s=varied(1) if varies else lambda: SERVICE_S)
+        if is_warm:
+            await busy.warm(**fields)
+        told = await busy.burst(400, 6.0 * SERVICE_S, **fields)
+        refused = [each for each in told if each.error is not None]
+        assert busy.observer.refusals == [Refusal.DEADLINE] * len(refused)
+        # Nothing is computed in vain.
+        assert sum(each.answered for each in busy.stages.values()) - 20 * is_warm == 400 - len(refused)
+        return told
+
+    told = simulated_time.run(work())
+    assert set(kinds(told)) == {"answer", "Overloaded"}
+    assert all(each.after_s < 6.0 * SERVICE_S for each in told)
+    # 8 at a time for 6 seconds are 48 answers; what may take longer than the mean is kept.
+    assert kinds(told)["answer"] >= (16 if varies else 32)
+    refused = [each for each in told if each.error is not None]
+    assert all(0.0 < each.error.retry_after_s <= 60.0 for each in refused)  # type: ignore[union-attr, operator]
+    if is_warm:
+        # What is known at once is said at once.
+        assert sum(each.after_s == 0.0 for each in refused) >= 340
