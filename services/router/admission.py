@@ -19,7 +19,7 @@ MIN_QUEUE_MS = 1.0
 # less than what BALANCED keeps without waits.
 _LEAST_SHARE = 0.97
 # A request in a line is looked at again after half of the time that it has to spare, within these bounds, in
-# milliseconds. Chosen: its caller hears early of a line that became slower, and looking costs next to nothing.
+# milliseconds. Chosen: its caller hears early of a line that became slower, and looking costs little.
 _SHORTEST_LOOK_MS, _LONGEST_LOOK_MS = 10.0, 250.0
 # Least and most that a caller is told to wait, in seconds. Chosen: sooner it would meet the same line, and
 # what is further away nobody knows.
@@ -63,7 +63,7 @@ class Admission:
             raise _late(stages[0], sum(map(self._wait_ms, stages)), left_ms, missing_ms)
 
     def shed(self, stage: Stage) -> None:
-        """Raise Overloaded where a stage has a line of more than an answer, and nobody waits in such lines."""
+        """Raise Overloaded where a stage has a line of more than an answer, and such lines are shed."""
         wait_ms, service_ms = self._wait_ms(stage), self._load.service_ms(stage.index)
         if self._overload is Overload.SHED and wait_ms > service_ms:
             after_s = _bounded((wait_ms - service_ms) / 1000.0)
@@ -104,8 +104,8 @@ class Admission:
 def _late(stage: Stage, wait_ms: float, left_ms: float, missing_ms: float) -> Overloaded:
     after_s = _bounded(missing_ms / 1000.0)
     return Overloaded(
-        f"{stage} has a line of {wait_ms:.0f} ms, which leaves no time for an answer within the {left_ms:.0f} "
-        f"ms to the deadline: allow more time, or call again in {after_s:.2f} s",
+        f"{stage} has a line of {wait_ms:.0f} ms, which leaves no time for an answer within the "
+        f"{left_ms:.0f} ms to the deadline: allow more time, or call again in {after_s:.2f} s",
         retry_after_s=after_s,
     )
 

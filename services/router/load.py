@@ -167,6 +167,10 @@ class Load:
         """Return the mean time that a stage computes a call, waits not counted; 0 where none has ended."""
         return self._service_ms[stage]
 
+    def has_answered_since(self, call: Call) -> bool:
+        """Return whether a stage has answered another call since one began."""
+        return self._measured[call.stage] > call.began
+
     def longest_ms(self, stage: int) -> float:
         """Return the time that hardly a call takes longer at a stage, waits not counted; 0 as above."""
         return self._service_ms[stage] + _DEVIATIONS * self._deviation_ms[stage]

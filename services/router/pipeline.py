@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING
 
-from services.common.errors import AsdError, BudgetSpent, Overloaded
+from services.common.errors import AsdError, BudgetSpent
 from services.common.telemetry import Spans, Traced
 from services.router import spans
 from services.router.domain import Failure, FinishReason, StageAction, StageResult, Tokens
@@ -40,7 +40,7 @@ async def call_stage(
     It verifies the draft, or what the upstream stages write meanwhile, or writes by itself. What runs for it
     ends with the context. timeout_ms: of the call. leave_after_ms: after so long the request goes on without
     it, as long as it can; BudgetSpent says so. watch: is called while nothing has come, returns after how
-    many milliseconds it is to be called again, and raises Overloaded where the call is not to be waited for.
+    many milliseconds it is to be called again, and raises an error where the call is not to be waited for.
     """
     request = progress.request
     action = StageAction.VERIFY if draft or upstream else StageAction.GENERATE
@@ -96,12 +96,12 @@ async def _until_left(
 
 
 class _Watching:
-    """Calls a watch again and again; once it raises Overloaded, that is the refusal."""
+    """Calls a watch again and again; what it raises at last is the refusal."""
 
     def __init__(self, watch: Callable[[], float]) -> None:
         self._watch = watch
         self._timer: asyncio.Handle | None = None
-        self.refusal: Overloaded | None = None
+        self.refusal: AsdError | None = None
 
     @contextmanager
     def until(self, limit: asyncio.Timeout) -> Iterator[None]:
@@ -118,7 +118,7 @@ class _Watching:
         loop = asyncio.get_running_loop()
         try:
             self._timer = loop.call_later(self._watch() / 1000.0, self._look, limit)
-        except Overloaded as refusal:
+        except AsdError as refusal:
             self.refusal = refusal
             limit.reschedule(loop.time())
 

@@ -125,7 +125,9 @@ class Planner:
             self._contexts.pop(place, None)
             health.went_away(error)
         elif isinstance(error, BudgetSpent):
-            progress.met_a_hang = self._hangs(failure)
+            # One that others are answered by meanwhile is busy.
+            answers = progress.call is not None and self._load.has_answered_since(progress.call)
+            progress.met_a_hang = not answers and self._hangs(failure)
             if progress.met_a_hang:
                 health.hung(error)
         elif isinstance(error, InvalidRequest):
@@ -185,10 +187,12 @@ class Planner:
         return stage.timeout_ms + self._load.expected_queue_ms(stage.index)
 
     def _part_of(self, left_ms: float, stage: Stage) -> float:
-        """Return what a stage may take of the time left where others could still answer: its line, and a
-        share of the rest."""
-        wait_ms = min(self._load.expected_queue_ms(stage.index), max(left_ms, 0.0))
-        return wait_ms + (left_ms - wait_ms) * _SHARE_OF_TIME
+        """Return what a stage may take of the time left where others could still answer.
+
+        All of it where its line is waited in: others are answered meanwhile, or it is found to hang.
+        """
+        is_waited = self._admission.refuses and self._load.expected_queue_ms(stage.index) >= MIN_QUEUE_MS
+        return left_ms if is_waited else left_ms * _SHARE_OF_TIME
 
     def leave_after_ms(self, progress: Progress, stage: Stage) -> float:
         """Return after how long a request goes on without a stage, where it then still can.
@@ -206,12 +210,15 @@ class Planner:
     def watch(self, progress: Progress, stage: Stage, call: Call) -> Callable[[], float]:
         """Return what looks at a call that nothing has come of.
 
-        It returns after how many milliseconds to look again, and raises Overloaded where the line at the
-        stage leaves no time for an answer.
+        It returns after how many milliseconds to look again. It raises Overloaded where the line at the stage
+        leaves no time for an answer, and BudgetSpent where the stage was found to hang.
         """
         progress.call = call
 
         def look() -> float:
+            if self._health[stage.index].is_avoided and call.depth > 1:
+                waited_ms = (self._clock() - call.began) * 1000.0
+                raise BudgetSpent(f"{stage} has not answered for {waited_ms:.0f} ms")
             with _noting(progress, Refusal.DEADLINE):
                 return self._admission.look(stage, call, progress.left_ms(MARGIN_MS))
 

@@ -183,3 +183,99 @@ def test_a_burst_with_short_deadlines_is_answered_or_refused_and_never_late(
     if is_warm:
         # What is known at once is said at once.
         assert sum(each.after_s == 0.0 for each in refused) >= 340
+
+
+@pytest.mark.parametrize("fields", [FIXED, PLANNED], ids=["fixed", "planned"])
+def test_twice_as_much_as_can_be_computed_is_answered_at_the_stages_rate(fields: dict[str, Any]) -> None:
+    count, seconds = 1200, 8.0
+
+    async def work() -> list[Told]:
+        busy = Busy(Policy(), service_s=varied(2))
+        await busy.warm(**fields)
+        draw = random.Random(3)
+        asked = []
+        for _ in range(count):
+            # 16 a second, of which 8 can be computed.
+            await asyncio.sleep(draw.expovariate(16.0))
+            asked.append(asyncio.create_task(busy.ask(seconds, **fields)))
+        return await asyncio.gather(*asked)
+
+    told = simulated_time.run(work())
+    assert set(kinds(told)) == {"answer", "Overloaded"}
+    # The stage is never idle: of 75 seconds, and of those that the last ones waited.
+    assert kinds(told)["answer"] >= 0.9 * count / 2
+
+
+def test_who_waits_longer_than_was_expected_is_refused_before_the_deadline() -> None:
+    async def work() -> list[Told]:
+        slow = SERVICE_S
+
+        busy = Busy(service_s=lambda: slow)
+        await busy.warm(**FIXED)
+        # From now on answers take three times as long, which nobody knows.
+        slow = 3.0 * SERVICE_S
+        return await busy.burst(32, 6.0 * SERVICE_S, **FIXED)
+
+    told = simulated_time.run(work())
+    assert kinds(told) == {"answer": 8, "Overloaded": 24}
+    # Their place in the line tells, or the first answers after three seconds. Eight begin then, with a little
+    # less time than they need.
+    refused = [each.after_s for each in told if each.error is not None]
+    assert sum(0.0 < after_s < 4.0 for after_s in refused) == 16
+    assert max(refused) < 6.0
+
+
+def test_an_answer_stands_where_the_line_at_the_next_stage_leaves_no_time() -> None:
+    async def work() -> tuple[list[Told], Told]:
+        busy = Busy(Policy(script={0: (2,)}))
+        await busy.warm()
+        waiting = asyncio.create_task(busy.burst(24, 60.0, stage="large"))
+        await asyncio.sleep(0.5)
+        told = await busy.ask(3.0)
+        return await waiting, told
+
+    waiting, told = simulated_time.run(work())
+    assert kinds(waiting) == {"answer": 24}
+    assert told.outcome is not None
+    (record,) = told.outcome.records
+    assert (record.answer.stage.name, record.decision.reason) == ("small", DecisionReason.DEADLINE)
+    assert told.after_s == pytest.approx(SERVICE_S)
+
+
+@pytest.mark.parametrize(
+    ("overload", "waits", "refusals"),
+    [(Overload.QUEUE, True, []), (Overload.DEGRADE, True, []), (Overload.SHED, False, [Refusal.LINE])],
+)
+@pytest.mark.parametrize("script", [{0: (2,)}, {}], ids=["as it goes on", "as it begins"])
+def test_who_sheds_does_not_wait_for_more_than_an_answer(
+    overload: Overload, waits: bool, refusals: list[Refusal], script: dict[int, tuple[int, ...]]
+) -> None:
+    async def work() -> tuple[Told, list[Refusal]]:
+        busy = Busy(Policy(script, first=0 if script else 2), overload=overload)
+        await busy.warm()
+        asked = asyncio.create_task(busy.ask(60.0)) if script else None
+        await asyncio.sleep(0.5)
+        # Eight are computed, and eight wait for as long as an answer takes.
+        line = asyncio.create_task(busy.burst(16, 60.0, stage="large"))
+        await asyncio.sleep(0.1)
+        told = await (asked or busy.ask(60.0))
+        assert kinds(await line) == {"answer": 16}
+        return told, busy.observer.refusals
+
+    told, counted = simulated_time.run(work())
+    assert (told.error is None) == waits
+    assert counted == refusals
+    if not waits:
+        assert isinstance(told.error, Overloaded)
+        # The line is (17 - 8) / 8 answers long, an eighth too long.
+        assert told.error.retry_after_s == pytest.approx(0.125)
+
+
+def test_a_request_that_is_alone_with_too_short_a_deadline_is_late() -> None:
+    async def work() -> Told:
+        busy = Busy()
+        await busy.warm(**FIXED)
+        return await busy.ask(0.5 * SERVICE_S, **FIXED)
+
+    # More room would not help it.
+    assert isinstance(simulated_time.run(work()).error, BudgetSpent)
