@@ -16,8 +16,11 @@ from services.router.domain import (
     DecisionAction,
     DecisionReason,
     FinishReason,
+    Objective,
+    Overload,
     Plan,
     PlanSource,
+    Preference,
     Request,
     Stage,
     StageAction,
@@ -46,7 +49,8 @@ BURST = 64
 @dataclass
 class Toll:
     """Takes the stage that is cheapest with its wait: its cost once more for each answer that a call waits
-    for, as the policy service has it. Answers only once everybody who will ask has asked.
+    for, as the policy service has it, unless waits do not count. Answers only once everybody who will ask has
+    asked.
     """
 
     gate: asyncio.Event = field(default_factory=asyncio.Event)
@@ -55,6 +59,8 @@ class Toll:
     later: Sequence[int] = (1, 2)
     plans: int = 0
     decisions: int = 0
+    # How far waits may lower quality, as told.
+    shares: set[float | None] = field(default_factory=set)
 
     async def plan(
         self,
@@ -67,7 +73,7 @@ class Toll:
         self.plans += 1
         self._has_been_asked()
         await self.gate.wait()
-        return Plan(self._cheapest(range(len(STAGES)), conditions))
+        return Plan(self._cheapest(range(len(STAGES)), conditions, min_accuracy_share))
 
     async def decide(
         self,
@@ -83,15 +89,16 @@ class Toll:
         self.decisions += 1
         self._has_been_asked()
         await self.gate.wait()
-        following = self._cheapest(self.later, conditions)
+        following = self._cheapest(self.later, conditions, min_accuracy_share)
         return Decision(DecisionAction.ESCALATE, DecisionReason.VALUE, following, 0.5)
 
     def _has_been_asked(self) -> None:
         if self.plans + self.decisions == BURST:
             self.everybody.set()
 
-    def _cheapest(self, stages: Sequence[int], conditions: Sequence[Condition]) -> int:
-        waits_ms = {each.stage: each.expected_queue_ms for each in conditions}
+    def _cheapest(self, stages: Sequence[int], conditions: Sequence[Condition], share: float | None) -> int:
+        self.shares.add(share)
+        waits_ms = {each.stage: each.expected_queue_ms for each in conditions if share is None or share < 1.0}
 
         def price(stage: int) -> float:
             return COSTS[stage] * (1.0 + waits_ms.get(STAGES[stage].name, 0.0) / LATENCIES_MS[stage])
@@ -99,14 +106,14 @@ class Toll:
         return min(stages, key=price)
 
 
-def make_planner(policy: Toll) -> Planner:
+def make_planner(policy: Toll, overload: Overload = Overload.DEGRADE) -> Planner:
     observer: Any = None
     plan = StaticPlan((2,), len(STAGES))
-    return Planner(STAGES, policy, plan, observer, lambda: 0.0, SpeculationOptions(), AllAwake())
+    return Planner(STAGES, policy, plan, observer, lambda: 0.0, SpeculationOptions(), AllAwake(), overload)
 
 
-def make_progress() -> Progress:
-    return Progress(Request("id", "hi"), 60.0, View.OUTCOME, lambda: 0.0)
+def make_progress(objective: Objective | None = None) -> Progress:
+    return Progress(Request("id", "hi", objective=objective or Objective()), 60.0, View.OUTCOME, lambda: 0.0)
 
 
 def make_answer(stage: Stage) -> Answer:
@@ -128,6 +135,7 @@ async def answer_some(planner: Planner, policy: Toll) -> None:
         await decide(planner, progress)
     policy.gate.clear()
     policy.plans = policy.decisions = 0
+    policy.shares.clear()
     policy.everybody.clear()
 
 
@@ -195,3 +203,53 @@ async def test_requests_that_come_one_by_one_go_where_they_always_went() -> None
             calls.enter_context(planner.calling(STAGES[first]))
             assert first == 0
     assert policy.plans == 8
+
+
+BEST = Objective(preference=Preference.BEST)
+
+
+@pytest.mark.parametrize("question", ["plan", "decide"])
+async def test_a_burst_for_the_best_is_not_told_to_step_down(question: str) -> None:
+    policy = Toll()
+    planner = make_planner(policy, Overload.QUEUE)
+    await answer_some(planner, policy)
+    with ExitStack() as calls:
+
+        async def start() -> int | None:
+            progress = make_progress(BEST)
+            if question == "plan":
+                stage: int | None = await planner.plan(progress)
+            else:
+                stage = (await decide(planner, progress)).next_stage
+            calls.enter_context(planner.calling(STAGES[stage or 0]))
+            return stage
+
+        burst = [asyncio.create_task(start()) for _ in range(BURST)]
+        await policy.everybody.wait()
+        policy.gate.set()
+        went = Counter(await asyncio.gather(*burst))
+    assert went == {0 if question == "plan" else 1: BURST}
+    assert policy.shares == {1.0}
+    # Nor is anybody asked again whose line has grown: the answer would be the same.
+    assert policy.plans + policy.decisions == BURST
+
+
+@pytest.mark.parametrize(
+    ("objective", "share"),
+    [
+        (Objective(), 0.97),
+        (Objective(preference=Preference.BALANCED, max_latency_ms=900.0), 0.97),
+        (Objective(min_quality=0.9), 0.97),
+        (BEST, 1.0),
+        (Objective(lambda_=3.0), 1.0),
+        (Objective(preference=Preference.FASTEST), None),
+    ],
+)
+async def test_waits_lower_no_quality_unasked(objective: Objective, share: float | None) -> None:
+    for overload, told in ((Overload.QUEUE, share), (Overload.SHED, share), (Overload.DEGRADE, None)):
+        policy = Toll()
+        policy.gate.set()
+        planner = make_planner(policy, overload)
+        await planner.plan(make_progress(objective))
+        await decide(planner, make_progress(objective))
+        assert policy.shares == {told}
