@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from services.common.settings import Section, ServiceSettings, SettingsError, explain, service_config
 from services.common.visible import one_line
+from services.router.domain import Overload
 from services.router.settings import Milliseconds, Name, RouterSettings, SpeculationSettings
 from services.stage.engine_settings import (
     ContextLength,
@@ -77,6 +78,8 @@ class CascadeFile(ServiceSettings):
     # Empty: the last stage alone.
     static_plan: tuple[str, ...] = ()
     speculation: SpeculationSettings | None = None
+    # None: the router's default.
+    overload: Overload | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -274,6 +277,8 @@ def router_config(cascade: CascadeFile, ports: Ports, *, drain_seconds: float) -
         }
     if cascade.speculation is not None:
         config["speculation"] = cascade.speculation.model_dump(mode="json", exclude_unset=True)
+    if cascade.overload is not None:
+        config["overload"] = cascade.overload.value
     return config
 
 

@@ -30,7 +30,8 @@ class Admission:
     """Says which requests the stages have room for.
 
     Under QUEUE and SHED a request is refused where the line at a stage leaves it no time to be answered.
-    Where there is no line, every request is let in: the stage is idle, or what is known of it is old.
+    Where there is no line, or this router has no call under way at the stage, every request is let in: the
+    stage is idle, or what is known of it is old.
     """
 
     def __init__(self, load: Load, overload: Overload) -> None:
@@ -79,7 +80,7 @@ class Admission:
         Raises Overloaded where its line leaves no time for it.
         """
         wait_ms = self._load.left_to_wait_ms(call)
-        if not self.refuses or wait_ms < MIN_QUEUE_MS:
+        if not self.refuses or wait_ms < MIN_QUEUE_MS or call.depth == 1:
             return _LONGEST_LOOK_MS
         spare_ms = left_ms - wait_ms - self._load.longest_ms(stage.index)
         if spare_ms < 0.0:
@@ -91,7 +92,8 @@ class Admission:
         return _bounded((self._wait_ms(stage) + self._load.service_ms(stage.index)) / 1000.0)
 
     def _wait_ms(self, stage: Stage) -> float:
-        return self._load.expected_queue_ms(stage.index)
+        has_calls = self._load.own_calls(stage.index) > 0
+        return self._load.expected_queue_ms(stage.index) if has_calls else 0.0
 
     def _missing_ms(self, stages: Sequence[Stage], left_ms: float) -> float:
         """Return how much time more a request needs than it has; 0 where no stage has a line."""

@@ -166,6 +166,7 @@ VARIANTS: dict[str, Variant] = {
             "router": {
                 "service": {"type": "LoadBalancer", "annotations": {"a.cloud/internal": "true"}},
                 "speculation": {"pipelined": False, "adaptive": False},
+                "overload": "shed",
                 "maxConnectionAgeSeconds": 0,
                 **_PLACED,
             },

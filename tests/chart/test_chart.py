@@ -17,6 +17,7 @@ from policy_service.settings import PolicySettings
 from services.common.privacy import SWITCHES
 from services.common.settings import ServiceSettings
 from services.manager.settings import ManagerSettings
+from services.router.domain import Overload
 from services.router.settings import RouterSettings
 from services.stage.settings import StageSettings
 from tests.chart.rendering import (
@@ -327,6 +328,7 @@ def test_router_config_of_the_defaults_holds_the_documented_costs_and_times(tmp_
     assert settings.static_plan == ("medium",)
     assert settings.policy is not None
     assert settings.policy.timeout_ms == 100
+    assert settings.overload is Overload.QUEUE
 
 
 def test_what_is_switched_off_or_zero_reaches_the_settings(tmp_path: Path) -> None:
@@ -334,6 +336,7 @@ def test_what_is_switched_off_or_zero_reaches_the_settings(tmp_path: Path) -> No
     assert not router.speculation.pipelined
     assert not router.speculation.adaptive
     assert router.speculation.prefill_ahead
+    assert router.overload is Overload.SHED
     assert router.grpc.max_connection_age_ms == 0
     stage = load(StageSettings, "everything on", "cascade-stage-small", tmp_path)
     assert stage.memory_budget_mb == 512

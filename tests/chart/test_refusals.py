@@ -26,6 +26,7 @@ SCHEMA = [
     ({"policy": {"enable": False}}, "enable"),
     ({"stageDefaults": {"replica": 2}}, "replica"),
     ({"stages": [{"name": "a", "cost": 1, "model": {"path": "/m"}, "timeout": 5}]}, "timeout"),
+    ({"router": {"overload": "drop"}}, "overload"),
     ({"stages": []}, "stages"),
     ({"stages": [{"name": "Upper", "cost": 1, "model": {"path": "/m"}}]}, "name"),
     ({"stages": [{"name": "a", "cost": 0, "model": {"path": "/m"}}]}, "cost"),

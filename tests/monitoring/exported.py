@@ -23,7 +23,7 @@ import services.router.instruments
 from services.common import telemetry
 from services.common.errors import Unavailable
 from services.common.telemetry import Spans, Traced
-from services.router.domain import DecisionAction, DecisionReason, PlanSource, StageAction
+from services.router.domain import DecisionAction, DecisionReason, PlanSource, Refusal, StageAction
 from services.router.speculation import Skip
 from services.stage.engine import EngineStatus, ModelState
 from services.stage.instruments import watch_models
@@ -78,6 +78,8 @@ def _router() -> None:
     for step in ("plan", "decide"):
         router.static_plan_used(step)
     router.draft_skipped(large, Skip.LOAD)
+    for refusal in Refusal:
+        router.request_refused(refusal)
     router.stage_failed(small, Unavailable("away"))
     with suppress(Unavailable), router.request_under_way():
         raise Unavailable("away")

@@ -10,6 +10,7 @@ import yaml
 from policy_service.settings import PolicySettings
 from services.client.cascade_file import EMBEDDED, CascadeFile, Ports, read_cascade, services_of
 from services.common.settings import SettingsError
+from services.router.domain import Overload
 from services.router.settings import RouterSettings
 from services.stage.settings import StageSettings
 
@@ -45,9 +46,10 @@ def _read(directory: Path, content: str) -> CascadeFile:
         ("- a\n- b", ["mapping"]),
         ("stages: [", ["not YAML"]),
         (_GOOD + "static_pan: [small]", ["static_pan: unknown key: did you mean static_plan?"]),
-        (_GOOD + "zzz: 1", ["zzz: unknown key: known: policy, stages, static_plan, speculation"]),
+        (_GOOD + "zzz: 1", ["zzz: unknown key: known: policy, stages, static_plan, speculation, overload"]),
         (_GOOD + "speculation: {adaptiv: false}", ["speculation.adaptiv", "did you mean adaptive?"]),
         (_GOOD + "policy: {artifact: artifact, timeout: 5}", ["did you mean timeout_ms?"]),
+        (_GOOD + "overload: drop", ["overload: ", "'queue', 'degrade' or 'shed'"]),
         (_GOOD + "speculation: yes", ["speculation: must be a mapping, such as"]),
         (_GOOD + "static_plan: small", ["static_plan: must be a list, such as"]),
         (_GOOD + "static_plan: [small]\nstatic_plan: [large]", ["not YAML", "static_plan is there twice"]),
@@ -198,6 +200,16 @@ def test_what_works_ahead_can_be_switched_off_for_the_cascade_and_by_a_variable(
     monkeypatch.setenv("ASD_ROUTER_SPECULATION__PIPELINED", "false")
     loaded = _load(RouterSettings, router.config, directory).speculation
     assert (loaded.adaptive, loaded.pipelined) == (False, False)
+
+
+def test_what_becomes_of_too_many_requests_is_said_for_the_cascade_or_by_a_variable(directory, monkeypatch):
+    services = services_of(_read(directory, _GOOD), Ports.from_base(7000, 2), Path("/run/asd"))
+    assert _load(RouterSettings, services[0].config, directory).overload is Overload.QUEUE
+    cascade = _read(directory, _GOOD + "overload: shed")
+    router, *_ = services_of(cascade, Ports.from_base(7000, 2), Path("/run/asd"))
+    assert _load(RouterSettings, router.config, directory).overload is Overload.SHED
+    monkeypatch.setenv("ASD_ROUTER_OVERLOAD", "degrade")
+    assert _load(RouterSettings, router.config, directory).overload is Overload.DEGRADE
 
 
 def test_the_embedded_cascade_is_readable():

@@ -279,3 +279,24 @@ def test_a_request_that_is_alone_with_too_short_a_deadline_is_late() -> None:
 
     # More room would not help it.
     assert isinstance(simulated_time.run(work()).error, BudgetSpent)
+
+
+def test_a_router_that_only_heard_of_a_line_sends_a_request_to_see() -> None:
+    async def work() -> list[Told]:
+        busy = Busy()
+        await busy.warm(**FIXED)
+        # Another router's calls hold every place.
+        places = busy.stages["large"].places
+        for _ in range(CAPACITY):
+            await places.acquire()
+        first = asyncio.create_task(busy.ask(600.0, **FIXED))
+        await asyncio.sleep(100.0)
+        for _ in range(CAPACITY):
+            places.release()
+        # It waited for 100 seconds, of which 20 are taken to be the mean.
+        assert (await first).error is None
+        return await busy.burst(2, 10.0, **FIXED)
+
+    probe, other = simulated_time.run(work())
+    assert probe.error is None
+    assert isinstance(other.error, Overloaded)
