@@ -96,11 +96,13 @@ class Admission:
         return self._load.expected_queue_ms(stage.index) if has_calls else 0.0
 
     def _missing_ms(self, stages: Sequence[Stage], left_ms: float) -> float:
-        """Return how much time more a request needs than it has; 0 where no stage has a line."""
+        """Return how much time more a request needs than it has; 0 or less where it has enough."""
         wait_ms = sum(map(self._wait_ms, stages))
-        if wait_ms < MIN_QUEUE_MS:
-            return 0.0
-        return wait_ms + sum(self._load.longest_ms(stage.index) for stage in stages) - left_ms
+        if wait_ms >= MIN_QUEUE_MS:
+            return wait_ms + sum(self._load.longest_ms(stage.index) for stage in stages) - left_ms
+        # Beside others it is computed as slowly as they are. Alone, it shows how fast the stage is.
+        shared = [stage for stage in stages if self._load.own_calls(stage.index)]
+        return sum(self._load.service_ms(stage.index) for stage in shared) - left_ms if shared else 0.0
 
 
 def _late(stage: Stage, wait_ms: float, left_ms: float, missing_ms: float) -> Overloaded:

@@ -25,10 +25,12 @@ _FIRST_CAPACITY = 8.0
 # Share of a call's computing time from which on a wait says that the stage was full. Chosen: a call that only
 # waits for the pass under way, where there is room, waits less.
 _FULL = 0.25
-# Weight of the newest measurement in the mean deviation of a call's time, and how many of these deviations
-# above the mean hardly a call takes. RFC 6298, section 2: the round-trip times of a connection.
+# Weight of the newest measurement in the mean deviation of a call's time. RFC 6298, section 2, has the same
+# for the round-trip times of a connection.
 _NEWEST_DEVIATION = 0.25
-_DEVIATIONS = 4.0
+# Few calls take longer than so many deviations above the mean. Chosen: half of that RFC's, since answers vary
+# more than connections, and a request that might just not fit is better tried than refused.
+_DEVIATIONS = 2.0
 # Least weight of the newest answer of the policy in the shares. Chosen: some forty carry nine tenths.
 _NEWEST_CHOICE = 0.05
 
@@ -126,19 +128,32 @@ class Load:
         self._measured[stage] = self._clock()
         if service_ms <= 0.0:
             return
-        known_ms = self._service_ms[stage] or service_ms
-        if self._service_ms[stage]:
-            deviation_ms = self._deviation_ms[stage]
-            newest_ms = abs(service_ms - known_ms)
-            self._deviation_ms[stage] = deviation_ms + _NEWEST_DEVIATION * (newest_ms - deviation_ms)
-        else:
-            self._deviation_ms[stage] = service_ms / 2.0
-        mean_ms = known_ms + _NEWEST * (service_ms - known_ms)
-        self._service_ms[stage] = mean_ms
+        self._took(stage, service_ms)
+        mean_ms = self._service_ms[stage]
         computed, capacity = depth * mean_ms / (queue_ms + mean_ms), self._capacity[stage]
         if queue_ms >= _FULL * mean_ms or computed > capacity:
             # 1 at least: what others ask of the stage is not in this router's line, and the mean fades.
             self._capacity[stage] = max(capacity + _NEWEST * (computed - capacity), 1.0)
+
+    def ran_out(self, call: Call) -> None:
+        """A call ran out of time while it was being computed: what it had is the least that it takes.
+
+        A stage that is too slow for every caller would otherwise never be known to be slow.
+        """
+        taken_ms = (self._clock() - call.began) * 1000.0 - self._behind_ms(call.stage, call.depth)
+        if taken_ms > self._service_ms[call.stage] > 0.0:
+            self._took(call.stage, taken_ms)
+
+    def _took(self, stage: int, service_ms: float) -> None:
+        """Learn how long a call was computed."""
+        known_ms = self._service_ms[stage]
+        if not known_ms:
+            self._service_ms[stage], self._deviation_ms[stage] = service_ms, service_ms / 2.0
+            return
+        deviation_ms = self._deviation_ms[stage]
+        newest_ms = abs(service_ms - known_ms)
+        self._deviation_ms[stage] = deviation_ms + _NEWEST_DEVIATION * (newest_ms - deviation_ms)
+        self._service_ms[stage] = known_ms + _NEWEST * (service_ms - known_ms)
 
     def heard(self, stage: int, others: Others) -> None:
         """An answer told of calls of others at a replica. Answers of a chain may be heard of out of order."""
@@ -163,6 +178,10 @@ class Load:
         """Return how many replicas a stage had as an answer of it last came; 1 before the first one."""
         return self._replicas[stage]
 
+    def is_shared(self) -> bool:
+        """Return whether several requests are at stages, or on their way to one."""
+        return sum(map(len, self._under_way)) + sum(self._asking.values()) > 1
+
     def service_ms(self, stage: int) -> float:
         """Return the mean time that a stage computes a call, waits not counted; 0 where none has ended."""
         return self._service_ms[stage]
@@ -172,7 +191,7 @@ class Load:
         return self._measured[call.stage] > call.began
 
     def longest_ms(self, stage: int) -> float:
-        """Return the time that hardly a call takes longer at a stage, waits not counted; 0 as above."""
+        """Return the time that few calls take longer than at a stage, waits not counted; 0 as above."""
         return self._service_ms[stage] + _DEVIATIONS * self._deviation_ms[stage]
 
     def capacity(self, stage: int) -> float:

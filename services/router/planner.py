@@ -53,6 +53,9 @@ if TYPE_CHECKING:
 
 # Kept from every deadline, for the router's own work and the way back. Chosen: above its own p95.
 MARGIN_MS = 10.0
+# Kept in its place beside other requests, as a share of the whole time and at most, in milliseconds. Chosen:
+# a refusal that its caller does not hear in time is none, and a busy machine takes long to say anything.
+_SHARE_KEPT, _MOST_KEPT_MS = 0.1, 250.0
 # A call that runs out of time says that the stage hangs where it had so many times what calls take there.
 # Chosen: answers differ in length. One that nothing was heard of needs once that time. Several of them, each
 # too short to tell, say it where nothing was heard for so many times that time in all.
@@ -128,6 +131,8 @@ class Planner:
             # One that others are answered by meanwhile is busy.
             answers = progress.call is not None and self._load.has_answered_since(progress.call)
             progress.met_a_hang = not answers and self._hangs(failure)
+            if progress.call is not None and progress.call.stage == place and not progress.met_a_hang:
+                self._load.ran_out(progress.call)
             if progress.met_a_hang:
                 health.hung(error)
         elif isinstance(error, InvalidRequest):
@@ -177,10 +182,16 @@ class Planner:
 
     def timeout_ms(self, progress: Progress, stage: Stage) -> float:
         """Return how long a stage's call may take."""
-        left_ms = progress.left_ms(MARGIN_MS)
+        left_ms = progress.left_ms(self._margin_ms(progress))
         if not self.is_final(progress, stage):
             left_ms = self._part_of(left_ms, stage)
         return min(left_ms, self._timeout_of(stage))
+
+    def _margin_ms(self, progress: Progress) -> float:
+        """Return what is kept of a request's deadline: more beside others, who make the way back longer."""
+        if not (self._admission.refuses and self._load.is_shared()):
+            return MARGIN_MS
+        return max(MARGIN_MS, min(progress.whole_ms() * _SHARE_KEPT, _MOST_KEPT_MS))
 
     def _timeout_of(self, stage: Stage) -> float:
         """Return a stage's own limit, from when its line has been served: who waits in it is not late."""
@@ -199,7 +210,7 @@ class Planner:
 
         Unlike the call's own time, this is not known as the call begins: see Progress.can_leave.
         """
-        left_ms = progress.left_ms(MARGIN_MS)
+        left_ms = progress.left_ms(self._margin_ms(progress))
         is_fixed = progress.plan_source is PlanSource.FIXED
         if is_fixed or not (progress.has_earlier_answer() or self._has_others(progress, stage)):
             return left_ms
@@ -220,7 +231,7 @@ class Planner:
                 waited_ms = (self._clock() - call.began) * 1000.0
                 raise BudgetSpent(f"{stage} has not answered for {waited_ms:.0f} ms")
             with _noting(progress, Refusal.DEADLINE):
-                return self._admission.look(stage, call, progress.left_ms(MARGIN_MS))
+                return self._admission.look(stage, call, progress.left_ms(self._margin_ms(progress)))
 
         return look
 
@@ -364,7 +375,7 @@ class Planner:
             for stage in stages:
                 self._admission.shed(stage)
         with _noting(progress, Refusal.DEADLINE):
-            self._admission.check(stages, progress.left_ms(MARGIN_MS))
+            self._admission.check(stages, progress.left_ms(self._margin_ms(progress)))
 
     async def decide(self, progress: Progress) -> Decision:
         """Judge the latest answer. An escalation that does not fit the deadline is not started.

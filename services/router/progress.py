@@ -95,6 +95,10 @@ class Progress:
         """Return the time to the deadline less a margin, in milliseconds; 0 or less if it has passed."""
         return (self._deadline - self._clock()) * 1000.0 - margin_ms
 
+    def whole_ms(self) -> float:
+        """Return the time from when the request arrived to its deadline, in milliseconds."""
+        return (self._deadline - self._arrived) * 1000.0
+
     def spent_ms(self) -> float:
         """Return the time since the request arrived, in milliseconds."""
         return (self._clock() - self._arrived) * 1000.0

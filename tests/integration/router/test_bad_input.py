@@ -7,7 +7,7 @@ import grpc
 import pytest
 
 from asd.v1 import cascade_pb2, common_pb2
-from services.common.errors import InvalidRequest
+from services.common.errors import InvalidRequest, ResourceExhausted
 from services.common.status import from_rpc_error
 from tests.limits import CALL_S
 
@@ -154,6 +154,15 @@ async def test_one_bad_request_of_a_batch_leaves_the_others_alone(world):
     assert (results[22].error.code, results[22].error.field) == (5, "requests[22].stage")
     assert all(results[index].response.text == "one two three" for index in range(23) if index not in {1, 22})
     assert 1 < w.stages["medium"].most_running <= 3
+
+
+async def test_a_request_of_a_batch_that_there_is_no_room_for_says_when_to_ask_again(world):
+    medium = world.stage("medium", fail_after=0, failure=ResourceExhausted("the queue is full"))
+    w = await world(world.stage("small"), medium)
+    call = w.stub.GenerateBatch(cascade_pb2.GenerateBatchRequest(requests=[ask()]), timeout=10)
+    (result,) = [each async for each in call]
+    assert result.error.code == 8
+    assert result.error.retry_after_ms > 0
 
 
 async def test_cancelled_batch_stops_all_of_it(world):

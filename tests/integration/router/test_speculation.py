@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from asd.v1 import cascade_pb2, common_pb2, policy_pb2
-from services.common.errors import BrokenOff, ResourceExhausted, Unavailable
+from services.common.errors import BrokenOff, Unavailable
 from services.router import clients, speculation
 from tests.limits import CALL_S, HANGS_MS
 
@@ -327,7 +327,7 @@ async def test_a_hopeless_draft_is_not_finished(world):
 
 async def test_a_draft_that_was_given_up_is_never_the_answer(world):
     small = world.stage("small", pause_after=2)
-    large = world.stage("large", fail_after=0, failure=ResourceExhausted("full"))
+    large = world.stage("large", fail_after=0, failure=Unavailable("gone"))
     rule = policy_pb2.AbandonRule(tokens=1, mean_logprob=-0.2)
     policy = world.policy(likely_next="large", abandon=(rule,))
     w = await world(

@@ -6,8 +6,10 @@ import asyncio
 
 import grpc
 import pytest
+from google.rpc import error_details_pb2, status_pb2
 
 from asd.v1 import cascade_pb2, common_pb2
+from services.common.status import DETAILS_KEY
 from tests.limits import CALL_S
 
 
@@ -209,6 +211,11 @@ async def test_cancelled_unary_call_stops_the_stage_and_frees_its_place(world):
         await w.stub.Generate(cascade_pb2.GenerateRequest(prompt="hi"), timeout=CALL_S)
     assert full.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "max_concurrent" in full.value.details()
+    status = status_pb2.Status.FromString(dict(full.value.trailing_metadata())[DETAILS_KEY])
+    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+    assert all(each.Unpack(detail) for each, detail in zip(status.details, (info, retry), strict=True))
+    assert info.reason == "OVERLOADED"
+    assert retry.retry_delay.ToNanoseconds() > 0
     call.cancel()
     await asyncio.wait_for(stage.cancelled.wait(), CALL_S)
     stage.gate.set()

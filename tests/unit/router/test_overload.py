@@ -290,10 +290,10 @@ def test_a_router_that_only_heard_of_a_line_sends_a_request_to_see() -> None:
         for _ in range(CAPACITY):
             await places.acquire()
         first = asyncio.create_task(busy.ask(600.0, **FIXED))
-        await asyncio.sleep(100.0)
+        await asyncio.sleep(50.0)
         for _ in range(CAPACITY):
             places.release()
-        # It waited for 100 seconds, of which 20 are taken to be the mean.
+        # It waited for 50 seconds, of which a fifth counts.
         assert (await first).error is None
         return await busy.burst(2, 10.0, **FIXED)
 
