@@ -290,3 +290,46 @@ def test_old_plans_are_forgotten(load: Load) -> None:
             asked.enter_context(load.asking(Question.PLAN))
         # 1 - 0.95 ** 90 = 0.9901.
         assert load.expected_queue_ms(1) == pytest.approx((99.01 + 1 - 8) * 5.0, rel=1e-3)
+
+
+def test_a_call_in_the_line_is_told_what_is_left_of_it(load: Load) -> None:
+    load.answered(0, 1, 0.0, 40.0)
+    with under_way(load, 0, 4), load.calling(0) as early, under_way(load, 0, 10), load.calling(0) as late:
+        # The fifth is computed with the first eight. Of the sixteen, the last waits for eight to end.
+        assert load.left_to_wait_ms(early) == 0.0
+        assert load.left_to_wait_ms(late) == pytest.approx(8 * 5.0)
+        with under_way(load, 0, 10):
+            # Who comes later is behind it.
+            assert load.left_to_wait_ms(late) == pytest.approx(40.0)
+
+
+def test_a_line_gets_shorter_as_calls_before_one_end(load: Load) -> None:
+    load.answered(0, 1, 0.0, 40.0)
+    first = under_way(load, 0, 6)
+    with under_way(load, 0, 6), load.calling(0) as call:
+        assert load.left_to_wait_ms(call) == pytest.approx(5 * 5.0)
+        first.close()
+        assert load.left_to_wait_ms(call) == 0.0
+
+
+def test_few_calls_take_longer_than_the_mean_and_two_deviations(load: Load) -> None:
+    assert load.longest_ms(0) == 0.0
+    load.answered(0, 1, 0.0, 40.0)
+    # Of one, half is taken to be the deviation: 40 + 2 * 20.
+    assert load.longest_ms(0) == pytest.approx(80.0)
+    load.answered(0, 1, 0.0, 80.0)
+    # The mean is 48, the deviation 20 + (40 - 20) / 4 = 25.
+    assert load.longest_ms(0) == pytest.approx(98.0)
+
+
+def test_a_call_that_ran_out_of_time_takes_that_at_least(load: Load, clock: Clock) -> None:
+    load.answered(0, 1, 0.0, 40.0)
+    with under_way(load, 0, 8), load.calling(0) as late:
+        clock.now += 0.065
+        # It waited for 5 ms.
+        load.ran_out(late)
+        assert load.service_ms(0) == pytest.approx(40.0 + 0.2 * (60.0 - 40.0))
+    with load.calling(0) as hurried:
+        clock.now += 0.03
+        load.ran_out(hurried)
+        assert load.service_ms(0) == pytest.approx(44.0)

@@ -175,7 +175,8 @@ def test_a_burst_with_short_deadlines_is_answered_or_refused_and_never_late(
 
     told = simulated_time.run(work())
     assert set(kinds(told)) == {"answer", "Overloaded"}
-    assert all(each.after_s < 6.0 * SERVICE_S for each in told)
+    # A refusal has a quarter of a second for its way.
+    assert all(each.after_s <= 6.0 * SERVICE_S - 0.25 * (each.error is not None) for each in told)
     # 8 at a time for 6 seconds are 48 answers; what may take longer than the mean is kept.
     assert kinds(told)["answer"] >= (16 if varies else 32)
     refused = [each for each in told if each.error is not None]
