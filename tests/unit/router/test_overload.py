@@ -53,11 +53,13 @@ class BusyStage:
     stage: Stage
     service_s: Callable[[], float]
     places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(CAPACITY))
+    called: int = 0
     answered: int = 0
 
     async def generate(self, request: Request, timeout_ms: float) -> AsyncGenerator[StageEvent, None]:
         clock = asyncio.get_running_loop().time
         came, service_s = clock(), self.service_s()
+        self.called += 1
         try:
             async with asyncio.timeout(timeout_ms / 1000.0), self.places:
                 queue_ms = (clock() - came) * 1000.0
@@ -169,6 +171,9 @@ def test_a_burst_with_short_deadlines_is_answered_or_refused_and_never_late(
         told = await busy.burst(400, 6.0 * SERVICE_S, **fields)
         refused = [each for each in told if each.error is not None]
         assert busy.observer.refusals == [Refusal.DEADLINE] * len(refused)
+        if is_warm:
+            # Who is refused at once is not sent to a stage.
+            assert sum(each.called for each in busy.stages.values()) <= 20 + 60
         # Nothing is computed in vain.
         assert sum(each.answered for each in busy.stages.values()) - 20 * is_warm == 400 - len(refused)
         return told
@@ -233,6 +238,8 @@ def test_an_answer_stands_where_the_line_at_the_next_stage_leaves_no_time() -> N
         waiting = asyncio.create_task(busy.burst(24, 60.0, stage="large"))
         await asyncio.sleep(0.5)
         told = await busy.ask(3.0)
+        # It is not begun in vain.
+        assert busy.stages["large"].called == 24 + 20
         return await waiting, told
 
     waiting, told = simulated_time.run(work())
