@@ -81,6 +81,7 @@ def main() -> None:
             monitor=monitor,
             shadow=shadow,
             known_versions=store.names if store else tuple,
+            novelty_threshold=settings.novelty_threshold,
         )
         instruments.watch_calibration(servicer.calibration)
         watch = PolicyWatch(store, loaded) if store else None
@@ -93,6 +94,8 @@ def _shadow(settings: PolicySettings, live: LoadedPolicy, instruments: Instrumen
         return None
     try:
         candidate, _ = open_policy(settings.shadow_artifact, live.stages)
+        if settings.novelty_threshold is not None:
+            candidate.policy.mark_above(settings.novelty_threshold)
         max_bytes = settings.shadow_max_mb * 2**20
         return Shadow(candidate.policy, settings.shadow_path, instruments, max_bytes=max_bytes)
     except (UnfitArtifact, DamagedFile, OSError) as error:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import itertools
 import json
@@ -22,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from policy_service.family import Family
 from policy_service.features import FEATURES_VERSION, FeatureSpace, FinishReason
 from policy_service.partition import Partition
 from policy_service.policy import (
@@ -49,6 +51,10 @@ DOCUMENT = "policy.json"
 # Chosen: a hundred times the shipped one's.
 MOST_DOCUMENT_BYTES = 16 << 20
 _MOST_NAME = 256
+# Bounds of what a file may make a service hold. Chosen: several times what `fit` writes.
+_MOST_FAMILY_WORDS = 65_536
+_MOST_GRAM_CHARACTERS = 2**21
+_GRAM = np.dtype("<u4")
 # A row of probabilities is kept to six decimals and may miss 1 by their rounding.
 _ROW_TOLERANCE = 1e-3
 
@@ -194,8 +200,48 @@ class Source(_Entry):
     prompts: Count
 
 
+class FamilyEntry(_Entry):
+    """A `family.Family`. grams: 4 bytes each, little-endian, ascending, in base64.
+
+    prompts, calibration_prompts: whose patterns these are, and that the threshold was chosen by.
+    """
+
+    words: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(max_length=_MOST_FAMILY_WORDS)]
+    grams: Annotated[str, Field(max_length=_MOST_GRAM_CHARACTERS, repr=False)]
+    threshold: Probability
+    prompts: Annotated[int, Field(ge=0)]
+    calibration_prompts: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _check_grams(self) -> Self:
+        try:
+            content = base64.b64decode(self.grams, validate=True)
+        except ValueError as error:
+            raise ValueError("family: grams is no base64") from error
+        if len(content) % _GRAM.itemsize:
+            raise ValueError("family: grams needs 4 bytes each")
+        return self
+
+    @classmethod
+    def of(cls, family: Family, *, prompts: int, calibration: int) -> Self:
+        """Return the entry of a family."""
+        grams = np.array(sorted(family.grams), _GRAM)
+        return cls(
+            words=tuple(sorted(family.words)),
+            grams=base64.b64encode(grams.tobytes()).decode(),
+            threshold=family.threshold,
+            prompts=prompts,
+            calibration_prompts=calibration,
+        )
+
+    def family(self) -> Family:
+        """Return what the entry describes."""
+        grams = np.frombuffer(base64.b64decode(self.grams), _GRAM)
+        return Family(frozenset(self.words), frozenset(grams.tolist()), self.threshold)
+
+
 class PolicyDocument(_Entry):
-    """Content of `policy.json`."""
+    """Content of `policy.json`. family: None in artifacts that do not know it; no prompt is then marked."""
 
     schema_name: Literal["asd.policy"] = Field("asd.policy", alias="schema")
     schema_version: Literal[2] = 2
@@ -209,6 +255,14 @@ class PolicyDocument(_Entry):
     train: Source
     calibration: Source
     views: Annotated[tuple[ViewEntry, ...], Field(min_length=1)]
+    family: FamilyEntry | None = None
+
+    @model_serializer(mode="wrap")
+    def _leave_out_no_family(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
+        content: dict[str, object] = handler(self)
+        if self.family is None:
+            del content["family"]
+        return content
 
     @model_validator(mode="after")
     def _check_curve(self) -> Self:
@@ -392,6 +446,7 @@ def build_policy(document: PolicyDocument, predictor: Predictor) -> Policy:
             place: tuple(AbandonRule(rule.tokens, rule.mean_logprob) for rule in stage.abandon)
             for place, stage in enumerate(document.stages)
         },
+        None if document.family is None else document.family.family(),
     )
 
 

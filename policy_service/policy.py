@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from policy_service.family import Family
     from policy_service.features import Draft, FeatureSpace, FinishReason, PromptText, Verification
     from policy_service.partition import Partition
     from policy_service.solver import Expectation, Move, Path, Solution
@@ -62,6 +63,7 @@ class Reason(Enum):
     MAX_COST = "max_cost"
     MAX_LATENCY = "max_latency"
     MIN_QUALITY = "min_quality"
+    OUT_OF_FAMILY = "out_of_family"
 
 
 class UnmeetableBudget(Exception):  # noqa: N818 - an error is named by its cause
@@ -268,11 +270,14 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is predicted of asking a stage. cost, latency_ms: of asking it next; 0 for the judged stage."""
+    """What is predicted of asking a stage. cost, latency_ms: of asking it next; 0 for the judged stage.
+
+    p_correct, stderr: None for a prompt that is unlike all that the policy was fitted to.
+    """
 
     stage: int
-    p_correct: float
-    stderr: float
+    p_correct: float | None
+    stderr: float | None
     cost: float
     latency_ms: float
 
@@ -292,6 +297,7 @@ class Plan:
     p_escalate: probability of asking a later stage as well. likely_next: that stage; None: no later one is
     ever asked. abandon: when a draft of the first stage is hopeless, by ascending number of tokens.
     abandon_to: the stage that is best asked then; None: even a hopeless answer is the better value.
+    is_unlike: the prompt is unlike all that the policy was fitted to.
     """
 
     first_stage: int
@@ -300,6 +306,7 @@ class Plan:
     likely_next: int | None
     abandon: tuple[AbandonRule, ...]
     abandon_to: int | None
+    is_unlike: bool = False
 
 
 @dataclass(frozen=True)
@@ -307,12 +314,13 @@ class Decision:
     """What to do with an answer. next_stage: None to stop. Values are in cost units, waits counted.
 
     escalate_value: of the best stage that the budgets leave; below stop_value where none is possible.
+    p_correct, stderr: None for a prompt that is unlike all that the policy was fitted to; values are 0 then.
     """
 
     next_stage: int | None
     reason: Reason
-    p_correct: float
-    stderr: float
+    p_correct: float | None
+    stderr: float | None
     stop_value: float
     escalate_value: float
     estimates: tuple[Estimate, ...]
@@ -322,7 +330,8 @@ class Policy:
     """Plans and decides for one cascade.
 
     views[0] is the prompt that nothing has answered. quality_values: by preference, cost units. curve: by
-    ascending value of quality. abandon: by stage, rules by ascending number of tokens.
+    ascending value of quality. abandon: by stage, rules by ascending number of tokens. family: what the
+    prompts look like that it was fitted to; None: not known, so that no prompt counts as unlike them.
     """
 
     def __init__(
@@ -335,7 +344,10 @@ class Policy:
         predictor: Predictor,
         curve: Sequence[CurvePoint] = (),
         abandon: Mapping[int, tuple[AbandonRule, ...]] | None = None,
+        family: Family | None = None,
     ) -> None:
+        self.family = family
+        self._kept_novelty = lru_cache(maxsize=_PROMPTS)(family.novelty if family else _not_new)
         self._abandon = dict(abandon or {})
         self.version = version
         self.stages = tuple(stages)
@@ -351,6 +363,18 @@ class Policy:
         self._solution = lru_cache(maxsize=_SOLUTIONS)(self._solve)
         self._above_floor = lru_cache(maxsize=_SOLUTIONS)(self._keep_above_floor)
         self._kept_features = lru_cache(maxsize=_PROMPTS)(space.prompt)
+
+    def mark_above(self, novelty: float) -> None:
+        """Have prompts above a novelty count as unlike all that the policy was fitted to; 1: none."""
+        if self.family is not None:
+            self.family = replace(self.family, threshold=novelty)
+
+    def is_unlike(self, prompt: PromptText) -> bool:
+        """Return whether a prompt is unlike all that the policy was fitted to."""
+        if self.family is None:
+            return False
+        is_kept = _size(prompt) <= _LONGEST_KEPT_PROMPT
+        return (self._kept_novelty if is_kept else self.family.novelty)(prompt) > self.family.threshold
 
     def prompt_state(self, prompt: PromptText) -> State:
         """Return what the predictor is asked for a plan."""
@@ -393,8 +417,14 @@ class Policy:
     ) -> Plan:
         """Return the stage to start with. Raises UnmeetableBudget where no stage fits max_cost.
 
+        What is predicted for a prompt that is unlike all that the policy was fitted to means nothing.
+        Whatever the preference, it goes to the last stage that the budgets leave, by way of the draft that is
+        expected to save most, if any does.
+
         scores: of `prompt_state`; None: they are made here.
         """
+        if self.is_unlike(prompt):
+            return self._plan_unlike(objective, conditions)
         if scores is None:
             (scores,) = self.score([self.prompt_state(prompt)])
         p_correct, stderr = self._calibrate(0, scores)
@@ -405,13 +435,7 @@ class Policy:
         # Every stage is away: the router knows best what it can still try.
         stages = problem.available or frozenset(range(len(self.stages)))
         limits = self._limits(0, estimates, objective, Spent(), conditions)
-        fitting = {stage for stage in stages if limits.get((stage,)) is not Reason.MAX_COST}
-        if not fitting:
-            cheapest = min((self.stages[stage] for stage in stages), key=lambda stage: stage.cost)
-            raise UnmeetableBudget(
-                f"max_cost {objective.max_cost:g} is below the cheapest stage that is available "
-                f"({cheapest.name}: {cheapest.cost:g}): raise it"
-            )
+        fitting = self._affordable(stages, limits, objective)
         timely = {stage for stage in fitting if (stage,) not in limits}
         if timely:
             lookup = self._solution_within(problem, 0, limits)
@@ -420,12 +444,7 @@ class Policy:
             first = max(values, key=values.__getitem__)
         else:
             # A latency budget is a wish: where no stage meets it, the fastest one comes closest, alone.
-            first = min(
-                fitting,
-                key=lambda stage: (
-                    estimates[stage].latency_ms + conditions.get(stage, Condition()).expected_queue_ms
-                ),
-            )
+            first = _fastest(fitting, estimates, conditions)
             lookup = self._solution(problem, 0, frozenset([(first,)]))
         p_next = {stage: point.of(p) for stage, p in lookup.p_next.get(first, {}).items()}
         likely = max(p_next, key=p_next.__getitem__, default=None)
@@ -455,10 +474,15 @@ class Policy:
         and of later ones is then what the prompt alone foretells, and no min_quality is certified. A later
         stage is asked under the same rule, although it will be cut at the same place: what it writes up to
         there begins an answer that is right more often, and where it agrees, it reads the draft in one pass.
+
+        The answer to a prompt that is unlike all that the policy was fitted to is not judged: the last stage
+        that the budgets leave is asked, whatever the preference, and no min_quality is certified.
         """
+        index = self._view_of(stage, origin, verification)
+        if self.is_unlike(prompt):
+            return self._decide_unlike(index, stage, objective, spent, conditions)
         if scores is None:
             (scores,) = self.score([self.answer_state(prompt, stage, draft, origin, verification)])
-        index = self._view_of(stage, origin, verification)
         view = self.views[index]
         is_known = self._knows(stage, draft)
         if is_known:
@@ -552,8 +576,71 @@ class Policy:
         return good
 
     def _prompt_features(self, prompt: PromptText) -> npt.NDArray[np.float32]:
-        size = len(prompt.question) + sum(map(len, prompt.history))
-        return self._kept_features(prompt) if size <= _LONGEST_KEPT_PROMPT else self._space.prompt(prompt)
+        is_kept = _size(prompt) <= _LONGEST_KEPT_PROMPT
+        return self._kept_features(prompt) if is_kept else self._space.prompt(prompt)
+
+    def _plan_unlike(self, objective: Objective, conditions: Mapping[int, Condition]) -> Plan:
+        estimates = self._mean_estimates(0)
+        everyone = range(len(self.stages))
+        stages = frozenset(s for s in everyone if conditions.get(s, Condition()).is_available) or everyone
+        limits = self._limits(0, estimates, objective, Spent(), conditions)
+        fitting = self._affordable(stages, limits, objective)
+        timely = [stage for stage in fitting if (stage,) not in limits]
+        last = max(timely) if timely else _fastest(fitting, estimates, conditions)
+        drafters = [stage for stage in stages if stage < last and timely and (stage, last) not in limits]
+        # By what it cost for prompts that the policy knows: the best guess for others.
+        first = min((last, *drafters), key=lambda stage: self._mean_cost(stage, last))
+        following = None if first == last else last
+        return Plan(first, estimates, float(first != last), following, (), None, is_unlike=True)
+
+    def _decide_unlike(
+        self,
+        index: int,
+        stage: int,
+        objective: Objective,
+        spent: Spent,
+        conditions: Mapping[int, Condition],
+    ) -> Decision:
+        estimates = self._mean_estimates(index)
+        limits = self._limits(index, estimates, objective, spent, conditions)
+        later = [s for s in range(stage + 1, len(self.stages)) if conditions.get(s, Condition()).is_available]
+        chosen = max((s for s in later if (s,) not in limits), default=None)
+        if chosen is not None or stage == len(self.stages) - 1:
+            reason = Reason.OUT_OF_FAMILY
+        else:
+            reason = limits[max(later),] if later else Reason.LAST_STAGE
+        return Decision(chosen, reason, None, None, 0.0, 0.0, estimates)
+
+    def _mean_estimates(self, index: int) -> tuple[Estimate, ...]:
+        """Return what asking the stages of a view takes on average, the judged one included."""
+        view = self.views[index].view
+        judged = [] if view.stage is None else [Estimate(view.stage, None, None, 0.0, 0.0)]
+        moves = (
+            Estimate(move.stage, None, None, float(move.cost.mean()), float(move.latency_ms.mean()))
+            for move in view.moves
+        )
+        return (*judged, *moves)
+
+    def _mean_cost(self, first: int, last: int) -> float:
+        """Return what a stage's answer costs on average with a later stage's verification of it."""
+        if first == last:
+            return self.stages[last].cost
+        moves = self.views[self._places[first, None]].view.moves
+        verifying = next(move for move in moves if move.stage == last)
+        return self.stages[first].cost + float(verifying.cost.mean())
+
+    def _affordable(
+        self, stages: Iterable[int], limits: Mapping[Path, Reason], objective: Objective
+    ) -> set[int]:
+        """Return the stages that fit max_cost alone. Raises UnmeetableBudget where none does."""
+        fitting = {stage for stage in stages if limits.get((stage,)) is not Reason.MAX_COST}
+        if not fitting:
+            cheapest = min((self.stages[stage] for stage in stages), key=lambda stage: stage.cost)
+            raise UnmeetableBudget(
+                f"max_cost {objective.max_cost:g} is below the cheapest stage that is available "
+                f"({cheapest.name}: {cheapest.cost:g}): raise it"
+            )
+        return fitting
 
     def _limits(
         self,
@@ -746,6 +833,23 @@ class Policy:
             {stage: p_correct[stage] for stage in heads},
             {stage: stderr[stage] for stage in heads},
         )
+
+
+def _size(prompt: PromptText) -> int:
+    return len(prompt.question) + sum(map(len, prompt.history))
+
+
+def _not_new(_: PromptText) -> float:
+    return 0.0
+
+
+def _fastest(
+    stages: Iterable[int], estimates: Sequence[Estimate], conditions: Mapping[int, Condition]
+) -> int:
+    return min(
+        stages,
+        key=lambda stage: estimates[stage].latency_ms + conditions.get(stage, Condition()).expected_queue_ms,
+    )
 
 
 def _choose(values: Mapping[int, float], stop_value: float, is_certified: bool) -> tuple[int | None, Reason]:

@@ -59,6 +59,7 @@ _REASONS = {
     Reason.MAX_COST: policy_pb2.DECISION_REASON_MAX_COST,
     Reason.MAX_LATENCY: policy_pb2.DECISION_REASON_MAX_LATENCY,
     Reason.MIN_QUALITY: policy_pb2.DECISION_REASON_MIN_QUALITY,
+    Reason.OUT_OF_FAMILY: policy_pb2.DECISION_REASON_OUT_OF_FAMILY,
 }
 MAX_REQUEST_ID_BYTES = 256
 
@@ -144,8 +145,9 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
 
     reports: None where the service keeps none. monitor: what the reports are watched by; None: by nothing.
     shadow: None where no candidate decides beside the policy. known_versions: policies of whose answers
-    reports are taken, besides those in force since the start; asked when another one is reported of, since
-    a router may have met a replica that follows the store sooner than this one.
+    reports are taken, besides those in force since the start; asked when another one is reported of, since a
+    router may have met a replica that follows the store sooner than this one. novelty_threshold: above which
+    a prompt counts as unlike all that a policy was fitted to; None: the policy's own.
     """
 
     def __init__(
@@ -157,8 +159,10 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         monitor: DriftMonitor | None = None,
         shadow: Shadow | None = None,
         known_versions: Callable[[], Collection[str]] = tuple,
+        novelty_threshold: float | None = None,
     ) -> None:
-        self._live = _Live(policy, document)
+        self._novelty_threshold = novelty_threshold
+        self._live = self._made_live(policy, document)
         self._reports = reports
         self._monitor = monitor
         self._shadow = shadow
@@ -169,7 +173,12 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
     def use(self, policy: Policy, document: PolicyDocument) -> None:
         """Put another policy into force; calls under way end with the one that they began with."""
         self._known.add(policy.version)
-        self._live = _Live(policy, document)
+        self._live = self._made_live(policy, document)
+
+    def _made_live(self, policy: Policy, document: PolicyDocument) -> _Live:
+        if self._novelty_threshold is not None:
+            policy.mark_above(self._novelty_threshold)
+        return _Live(policy, document)
 
     def calibration(self) -> tuple[StageCalibration, ...]:
         """Return how reported answers of the policy in force turned out, in the order of the stages."""
@@ -213,6 +222,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
             ],
             abandon_stage="" if plan.abandon_to is None else live.names[plan.abandon_to],
             policy_version=live.policy.version,
+            out_of_family=plan.is_unlike,
         )
 
     async def Decide(  # noqa: N802
@@ -275,6 +285,12 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         live = self._live
         _check_id(request.request_id, least_bytes=1)
         live.place(request.stage, "stage")
+        if not request.HasField("p_correct"):
+            raise InvalidRequest(
+                "p_correct is required: an answer without one, to a prompt unlike all that the policy "
+                "was fitted to, has nothing to be compared with and is not reported",
+                field="p_correct",
+            )
         if not 0.0 <= request.p_correct <= 1.0:
             raise InvalidRequest(f"p_correct must be 0 to 1, not {request.p_correct:g}", field="p_correct")
         if not await self._knows(request.policy_version):
@@ -339,6 +355,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
                 for each in self.calibration()
             ],
             shadow=self._shadow_status(),
+            novelty_threshold=None if live.policy.family is None else live.policy.family.threshold,
         )
 
     def _shadow_status(self) -> policy_pb2.ShadowStatus | None:

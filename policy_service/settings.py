@@ -18,7 +18,9 @@ class PolicySettings(ServerSettings):
 
     artifact: an artifact, or a store of versions, which is looked at every artifact_poll_seconds. cascade:
     names of the stages that its policies must have been made for; empty: any. drift_run_length,
-    drift_tolerance: of drift.DriftRule. shadow_artifact: candidate that decides beside the live policy.
+    drift_tolerance: of drift.DriftRule. novelty_threshold: of a prompt, above which it counts as unlike all
+    that a policy was fitted to; None: each policy's own, 1: none does. shadow_artifact: candidate that
+    decides beside the live policy.
     """
 
     model_config = service_config("ASD_POLICY_")
@@ -30,6 +32,7 @@ class PolicySettings(ServerSettings):
     reports_path: Path | None = None
     drift_run_length: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 10_000.0
     drift_tolerance: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
+    novelty_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
     shadow_artifact: Path | None = None
     shadow_path: Path | None = None
     shadow_max_mb: Positive = 256.0

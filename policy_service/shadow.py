@@ -60,7 +60,8 @@ class ShadowRecord:
     step: "plan" or "decide". judged_stage: "" for a plan. Actions: the stage to ask, or "stop". p_correct: of
     the judged answer; for a plan, of the stage that would start. Changes: of the candidate's action over the
     live one's, in P(correct) of that stage's answer and in the cost of asking it, as predicted by the live
-    policy and by the candidate; what may follow is not counted.
+    policy and by the candidate; what may follow is not counted. None where a policy predicts no P(correct),
+    as the prompt is unlike all that it was fitted to.
     """
 
     at: float
@@ -72,10 +73,10 @@ class ShadowRecord:
     shadow_version: str
     live_action: str
     shadow_action: str
-    live_p_correct: float
-    shadow_p_correct: float
-    quality_change_by_live: float
-    quality_change_by_shadow: float
+    live_p_correct: float | None
+    shadow_p_correct: float | None
+    quality_change_by_live: float | None
+    quality_change_by_shadow: float | None
     cost_change_by_live: float
     cost_change_by_shadow: float
 
@@ -224,8 +225,8 @@ def compare(
         shadow_action=STOP if shadow_next is None else names[shadow_next],
         live_p_correct=_p_correct(job.live),
         shadow_p_correct=_p_correct(shadow),
-        quality_change_by_live=by_live[1][0] - by_live[0][0],
-        quality_change_by_shadow=by_shadow[1][0] - by_shadow[0][0],
+        quality_change_by_live=_change(by_live[0][0], by_live[1][0]),
+        quality_change_by_shadow=_change(by_shadow[0][0], by_shadow[1][0]),
         cost_change_by_live=by_live[1][1] - by_live[0][1],
         cost_change_by_shadow=by_shadow[1][1] - by_shadow[0][1],
     )
@@ -249,6 +250,8 @@ def parse_shadow(line: str) -> ShadowRecord:
         value = getattr(record, field.name)
         if field.type == "str":
             is_fit = isinstance(value, str)
+        elif value is None:
+            is_fit = field.type == "float | None"
         else:
             is_fit = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if not is_fit:
@@ -260,7 +263,11 @@ def _next_stage(answer: Plan | Decision) -> int | None:
     return answer.first_stage if isinstance(answer, Plan) else answer.next_stage
 
 
-def _expected(answer: Plan | Decision, stage: int | None) -> tuple[float, float]:
+def _change(of: float | None, to: float | None) -> float | None:
+    return None if of is None or to is None else to - of
+
+
+def _expected(answer: Plan | Decision, stage: int | None) -> tuple[float | None, float]:
     """Return P(correct) and further cost of asking a stage, or of stopping at what was judged."""
     if stage is None:
         return _p_correct(answer), 0.0
@@ -268,7 +275,7 @@ def _expected(answer: Plan | Decision, stage: int | None) -> tuple[float, float]
     return estimate.p_correct, estimate.cost
 
 
-def _p_correct(answer: Plan | Decision) -> float:
+def _p_correct(answer: Plan | Decision) -> float | None:
     if isinstance(answer, Decision):
         return answer.p_correct
     (first,) = (each for each in answer.estimates if each.stage == answer.first_stage)

@@ -227,12 +227,18 @@ def _shadow_table(title: str, records: Sequence[ShadowRecord]) -> Table:
             stage,
             str(len(group)),
             f"{fmean(each.agrees for each in group):.1%}",
-            f"{fmean(each.quality_change_by_live for each in group):+.4f}",
-            f"{fmean(each.quality_change_by_shadow for each in group):+.4f}",
+            _mean_change(each.quality_change_by_live for each in group),
+            _mean_change(each.quality_change_by_shadow for each in group),
             f"{fmean(each.cost_change_by_live for each in group):+.3f}",
             f"{fmean(each.cost_change_by_shadow for each in group):+.3f}",
         )
     return table
+
+
+def _mean_change(changes: Iterable[float | None]) -> str:
+    """Return a mean over the records of which a quality was predicted."""
+    known = [change for change in changes if change is not None]
+    return f"{fmean(known):+.4f}" if known else "–"
 
 
 def _read(files: Iterable[Path]) -> list[OutcomeReport]:

@@ -1,0 +1,170 @@
+"""Tells prompts that are unlike all that a policy was fitted to. Pure.
+
+A prompt is read as tokens in which what varies from prompt to prompt is abstracted: numbers, names, and words
+in places that many different words take. Each token is looked up together with the three before it, as far as
+fitted prompts have them in this order. Its novelty is the share of the runs of one to four tokens that end
+with it and are in no fitted prompt. The mean over the tokens is the prompt's novelty, 0 to 1: a back-off
+n-gram model (Katz 1987) in which only counts of zero count. A prompt is marked whose novelty is above a
+threshold that hardly any of the prompts exceeds that the policy was calibrated on (train/family.py).
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from policy_service.features import PromptText
+
+# A longer question counts by its end, as for the features, and so does what came before it. Chosen: about
+# 1,000 words, which take a millisecond.
+MOST_CHARACTERS = 4096
+MOST_MESSAGES = 16
+# Tokens of the longest run that is looked up. Chosen: fixed words of a pattern have one or two others in
+# between.
+ORDER = 4
+
+# What stands before the first message of a prompt, before a later one, and behind each.
+FIRST, LATER, END = "<first>", "<later>", "<end>"
+# What stands for a number, a name, and another word that varies or is not known.
+NUMBER, NAME, WORD = "<number>", "<name>", "<word>"
+
+# A word may go on with digits and underscores, as names in programs do.
+_TOKEN = re.compile(r"[^\W\d]\w*|\d+|\n|[^\w\s]")
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the prompts look like that a policy was fitted to.
+
+    words: lower-case, that stand for themselves. grams: hashes (`gram_hash`) of the runs of tokens that
+    fitted prompts have. threshold: novelty above which a prompt is marked.
+    """
+
+    words: frozenset[str]
+    grams: frozenset[int]
+    threshold: float
+
+    def has(self, prompt: PromptText) -> bool:
+        """Return whether a prompt is like those that the policy was fitted to."""
+        return self.novelty(prompt) <= self.threshold
+
+    def novelty(self, prompt: PromptText) -> float:
+        """Return how new a prompt is, 0 to 1: its question, or what came before where that is newer.
+
+        A long history does not hide a new question, nor the reverse.
+        """
+        *history, question = (self._novelties(start, text) for start, text in messages(prompt))
+        return max(_mean(question), _mean([each for message in history for each in message]))
+
+    def _novelties(self, start: str, text: str) -> list[float]:
+        """Return the novelty of each token of a message and of its end. start: what stands before.
+
+        A fixed word may also be a name, or take a place that is open to any word, as "May" and variables do:
+        it counts as what is less new.
+        """
+        novelties = []
+        words, grams = self.words, self.grams
+        before = (*_PADDING, start)
+        for token in (*split_tokens(text), END):
+            lower = token.lower()
+            if lower in words:
+                chosen = lower
+            else:
+                chosen = END if token is END else abstract(token)
+                if chosen == NAME == before[-1]:
+                    continue
+            # Of most tokens the longest run is known: nothing else is looked up.
+            if gram_hash(" ".join((*before, chosen))) in grams:
+                novelties.append(0.0)
+            else:
+                novelty = self._novelty(before, chosen)
+                if (
+                    chosen is lower
+                    and (other := self._novelty(before, stand_in := abstract(token))) < novelty
+                ):
+                    chosen, novelty = stand_in, other
+                novelties.append(novelty)
+            before = (*before[1:], chosen)
+        return novelties
+
+    def _novelty(self, before: tuple[str, ...], token: str) -> float:
+        """Return the share of the runs that end with a token that are new. before: ORDER - 1 tokens."""
+        for count, gram in enumerate(_longest_first(before, token)):
+            if gram_hash(gram) in self.grams:
+                return count / ORDER
+        return 1.0
+
+
+def messages(prompt: PromptText) -> Iterator[tuple[str, str]]:
+    """Yield what stands before each message of a prompt, and the message; the question last.
+
+    A long history is cut to its latest characters and messages.
+    """
+    left = MOST_CHARACTERS
+    kept: list[tuple[str, str]] = []
+    for place in range(len(prompt.history) - 1, -1, -1):
+        if left <= 0 or len(kept) == MOST_MESSAGES:
+            break
+        text = prompt.history[place][-left:]
+        kept.append((LATER if place else FIRST, text))
+        left -= len(text)
+    yield from reversed(kept)
+    yield LATER if prompt.history else FIRST, prompt.question
+
+
+def split_tokens(text: str) -> list[str]:
+    """Return words, numbers, line breaks and other characters of a text, of a long one those at its end."""
+    return _TOKEN.findall(text[-MOST_CHARACTERS:])
+
+
+def abstract(token: str) -> str:
+    """Return what stands for a token that is no fixed word."""
+    first = token[0]
+    if first.isupper():
+        return NAME
+    if first.isalpha():
+        return WORD
+    return NUMBER if first.isdecimal() else token
+
+
+def abstract_text(text: str, words: frozenset[str]) -> list[str]:
+    """Return a text's tokens, abstracted where they are no fixed words; adjacent names are one."""
+    result: list[str] = []
+    for token in split_tokens(text):
+        lower = token.lower()
+        chosen = lower if lower in words else abstract(token)
+        if chosen != NAME or result[-1:] != [NAME]:
+            result.append(chosen)
+    return result
+
+
+def grams_of(start: str, tokens: Sequence[str]) -> Iterator[str]:
+    """Yield the runs of one to ORDER tokens that end with each token of a message, and with its end."""
+    before = (*_PADDING, start)
+    for token in (*tokens, END):
+        yield from _longest_first(before, token)
+        before = (*before[1:], token)
+
+
+def gram_hash(gram: str) -> int:
+    """Return the hash of a run of tokens: 0 to 2**32 - 1."""
+    return zlib.crc32(gram.encode("utf-8", "replace"))
+
+
+# Before the start of a message there is nothing, in every run alike.
+_PADDING = ("",) * (ORDER - 2)
+
+
+def _longest_first(before: tuple[str, ...], token: str) -> Iterator[str]:
+    """Yield the runs that end with a token, from ORDER tokens down to one. before: ORDER - 1 tokens."""
+    for start in range(ORDER):
+        yield " ".join((*before[start:], token))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
