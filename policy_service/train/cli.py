@@ -367,9 +367,10 @@ def _say(line: str, style: str) -> None:
 def _lines_table(evaluation: Evaluation, cascade: Sequence[str]) -> Table:
     first = ("accuracy", "of the\nlast's", "cost", "of oracle's\nsaving")
     headings = (*first, "latency\nms", "early\nstops", *cascade)
-    table = number_table(
-        f"policy {evaluation.policy_version} on {evaluation.prompts} prompts", ("", *headings)
-    )
+    title = f"policy {evaluation.policy_version} on {evaluation.prompts} prompts"
+    if evaluation.unlike_share is not None:
+        title += f", {evaluation.unlike_share:.1%} of them unlike all that it was fitted to"
+    table = number_table(title, ("", *headings))
     for line in evaluation.lines:
         table.add_row(
             line.name,

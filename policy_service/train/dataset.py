@@ -38,6 +38,7 @@ class Dataset:
     features: per view, float32 [n, size]. correct: bool [n, K]. costs, latencies_ms: per view but the first,
     [n], of the call that leads to it. prefixes: [n, K, PREFIXES], mean log-probability of the first tokens of
     each stage's answer; NaN where it is not longer. prompts: the questions, without what came before.
+    histories: what came before each.
     """
 
     cascade: tuple[str, ...]
@@ -49,9 +50,15 @@ class Dataset:
     levels: npt.NDArray[np.int64]
     prefixes: Floats
     prompts: tuple[str, ...] = ()
+    histories: tuple[tuple[str, ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.correct)
+
+    def prompt_texts(self) -> list[PromptText]:
+        """Return the prompts with what came before."""
+        histories = self.histories or ((),) * len(self.prompts)
+        return [PromptText(*each) for each in zip(self.prompts, histories, strict=True)]
 
 
 def view_keys(stages: int) -> list[ViewKey]:
@@ -78,7 +85,7 @@ def read_dataset(path: Path, costs: Sequence[StageCosts], *, with_history: bool 
     keys = view_keys(len(cascade))
     features: dict[ViewKey, list[npt.NDArray[np.float32]]] = {key: [] for key in keys}
     spent: dict[ViewKey, list[tuple[float, float]]] = {key: [] for key in keys[1:]}
-    correct, suites, levels, prefixes, prompts = [], [], [], [], []
+    correct, suites, levels, prefixes, prompts, histories = [], [], [], [], [], []
     for row in read_rows(path):
         for key, vector in _vectors(space, row, cascade, with_history):
             features[key].append(vector)
@@ -89,6 +96,7 @@ def read_dataset(path: Path, costs: Sequence[StageCosts], *, with_history: bool 
         suites.append(row.suite)
         levels.append(row.level)
         prompts.append(row.prompt)
+        histories.append(row.history if with_history else ())
     if not correct:
         raise UnfitOutcomes(f"{path}: holds no prompts")
     return Dataset(
@@ -101,6 +109,7 @@ def read_dataset(path: Path, costs: Sequence[StageCosts], *, with_history: bool 
         np.array(levels),
         np.array(prefixes),
         tuple(prompts),
+        tuple(histories),
     )
 
 

@@ -85,7 +85,9 @@ class Evaluation:
     """What a policy does on held-out outcomes.
 
     oracle_share: by line, the share of the oracle's saving of cost that is reached, where both are compared
-    with always asking the last stage.
+    with always asking the last stage. unlike_share: of the prompts, those that are unlike all that the policy
+    was fitted to; None: it does not know what they look like. The lines take every prompt as one that it
+    knows.
     """
 
     policy_version: str
@@ -95,6 +97,7 @@ class Evaluation:
     comparisons: tuple[Comparison, ...]
     groups: tuple[GroupCalibration, ...]
     oracle_share: dict[str, float]
+    unlike_share: float | None = None
 
 
 @one_thread()
@@ -130,6 +133,7 @@ def evaluate_policy(
         tuple(comparisons),
         tuple(_groups(data, p_correct)),
         {line.name: (dearest - line.cost) / (dearest - cheapest) for line in lines},
+        None if policy.family is None else float(np.mean([*map(policy.is_unlike, data.prompt_texts())])),
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import math
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
@@ -20,11 +22,14 @@ from policy_service.family import (
     messages,
     split_tokens,
 )
+from policy_service.features import PromptText
+from suites import split
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from policy_service.features import PromptText
+    from policy_service.artifact import PolicyDocument
+    from suites import Split
 
 # Share of prompts like the calibration prompts that may be marked, at most. Chosen.
 MARKED = 0.01
@@ -69,6 +74,26 @@ def fit_family(fitted: Sequence[PromptText], calibration: Sequence[PromptText]) 
     return FamilyEntry.of(
         Family(words, family.grams, min(threshold, 1.0)), prompts=len(fitted), calibration=len(calibration)
     )
+
+
+def with_family(
+    document: PolicyDocument, fitted: Sequence[PromptText], calibration: Sequence[PromptText]
+) -> PolicyDocument:
+    """Return a policy that knows what its prompts look like, as another version."""
+    family = fit_family(fitted, calibration)
+    # The version names the content: the same policy and the same prompts make the same version.
+    content = f"{document.policy_version} {family.model_dump_json()}"
+    version = hashlib.sha256(content.encode()).hexdigest()[:12]
+    return document.model_copy(update={"family": family, "policy_version": version})
+
+
+def suite_prompts(name: Split, count: int, seed: int) -> list[PromptText]:
+    """Return prompts of a split of the suites; one in five is the second turn of a conversation."""
+    second_turns = count // 5
+    tasks = itertools.chain(
+        split(name, count - second_turns, seed), split(name, second_turns, seed, follow_ups=True)
+    )
+    return [PromptText(task.prompt, tuple(itertools.chain.from_iterable(task.history))) for task in tasks]
 
 
 def fixed_words(prompts: Iterable[PromptText]) -> frozenset[str]:

@@ -30,6 +30,7 @@ from policy_service.predictor import OnnxPredictor
 from policy_service.solver import Move, View, expect, solve_policy
 from policy_service.store import write_artifact
 from policy_service.train.dataset import PREFIXES, view_keys
+from policy_service.train.family import fit_family
 from policy_service.train.outcomes import file_digest
 from policy_service.train.partitions import fit_partitions
 from policy_service.train.predictor import export_heads, fit_head
@@ -162,6 +163,8 @@ def fit_policy(
         )
         for place, stage in enumerate(costs)
     )
+    progress("learning what prompts look like")
+    family = fit_family(train.data.prompt_texts(), calibration.data.prompt_texts())
     # The version names the content: the same inputs make the same version.
     content = "".join(
         [
@@ -169,6 +172,7 @@ def fit_policy(
             repr(stages),
             repr(values),
             repr(curve),
+            family.model_dump_json(),
             *(source.sha256 for source in sources),
             str(seed),
             str(costs),
@@ -186,6 +190,7 @@ def fit_policy(
         train=sources[0],
         calibration=sources[1],
         views=tuple(entries),
+        family=family,
     )
     files = {model_name(key): model for key, model in zip(keys, models, strict=True)}
     return write_artifact(document, files, directory)

@@ -14,7 +14,7 @@ import typer
 from policy_service.train.console import number_table, result_console, warn
 from policy_service.train.faults import UnfitOutcomes
 from services.client.arguments import CheckedCommand
-from services.common.errors import NotFound, PreconditionFailed
+from services.common.errors import InvalidRequest, NotFound, PreconditionFailed
 from services.common.extras import missing_of
 from services.common.line_log import parse_lines
 
@@ -35,7 +35,7 @@ Reports = Annotated[list[Path], typer.Argument(help="Files of reports, as policy
 
 def register(app: typer.Typer) -> None:
     """Add the commands to an app."""
-    for command in (versions, publish, rollback, refit, drift, shadow):
+    for command in (versions, publish, rollback, refit, drift, shadow, add_family):
         app.command(cls=CheckedCommand)(command)
 
 
@@ -189,6 +189,55 @@ def shadow(
         result_console().print(_shadow_table(f"{candidate} beside {live}: {count} records", of_pair))
     if not records:
         _print(f"{file} holds no records")
+
+
+def add_family(
+    artifact: Annotated[Path, typer.Argument(help="Directory of the policy; its models stay as they are.")],
+    train: Annotated[
+        Path | None, typer.Argument(help="Outcomes that it was fitted to (Parquet).", show_default=False)
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Argument(help="Outcomes that it was calibrated on.", show_default=False)
+    ] = None,
+    suites: Annotated[
+        bool, typer.Option("--suites", help="It was fitted to the suites: take prompts of theirs.")
+    ] = False,
+    prompts: Annotated[
+        int, typer.Option(min=400, help="With --suites: how many; a third as many to choose a threshold by.")
+    ] = 20_000,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="With --suites: seed of the prompts.")] = 0,
+) -> None:
+    """Have a policy know what its prompts look like, so that it predicts nothing for others.
+
+    Nothing is fitted anew, and outcomes are read for their prompts alone. `fit` does the same for new
+    policies.
+    """
+    _check_extra("policy-train")
+    from policy_service.artifact import read_document, write_document
+    from policy_service.store import UnfitStore, is_store
+    from policy_service.train.family import suite_prompts, with_family
+    from policy_service.train.outcomes import read_prompt_texts
+
+    if suites == (train is not None) or (train is None) != (calibration is None):
+        raise InvalidRequest(
+            "give the files of outcomes that it was fitted to and calibrated on, or --suites"
+        )
+    if is_store(artifact):
+        raise UnfitStore(
+            f"{artifact} is a store of versions, which do not change: give an artifact, and publish it then"
+        )
+    document = read_document(artifact)
+    if train is not None and calibration is not None:
+        texts = [list(read_prompt_texts(path)) for path in (train, calibration)]
+    else:
+        texts = [suite_prompts("train", prompts, seed), suite_prompts("calibration", prompts // 3, seed)]
+    document = with_family(document, texts[0], texts[1])
+    write_document(document, artifact)
+    assert document.family is not None
+    _print(
+        f"policy {document.policy_version} is in {artifact}: prompts above a novelty of "
+        f"{document.family.threshold:g} are unlike the {len(texts[0])} that it knows"
+    )
 
 
 def _refit_table(version: str, refits: Iterable[StageRefit]) -> Table:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from policy_service.features import PromptText
 from policy_service.train.faults import UnfitOutcomes, say_why
 from policy_service.train.outcome_table import HEADER_KEY, table_schema
 
@@ -110,6 +111,12 @@ def read_prompts(path: Path) -> Iterator[tuple[tuple[str, ...], str]]:
                 yield from zip((tuple(history or ()) for history in histories), prompts, strict=True)
         except (OSError, ValueError, pa.ArrowException) as error:
             raise UnfitOutcomes(f"{path}: broken after row {number}: {say_why(error)}") from error
+
+
+def read_prompt_texts(path: Path) -> Iterator[PromptText]:
+    """Yield the prompt of every row. Raises UnfitOutcomes."""
+    for history, prompt in read_prompts(path):
+        yield PromptText(prompt, history)
 
 
 def check_disjoint(first: Path, second: Path) -> None:
