@@ -676,7 +676,7 @@ async def _up(file: Path | None, port_base: int, only: str | None, *, as_json: b
 
     from services.client import console
     from services.client.cascade_file import Ports
-    from services.client.demo import EXAMPLE_PROMPT
+    from services.client.demo import EXAMPLE_PROMPTS
     from services.client.running import running
     from services.common.settings import SettingsError
 
@@ -710,7 +710,11 @@ async def _up(file: Path | None, port_base: int, only: str | None, *, as_json: b
             output.print(console.processes(children, seconds))
             if only is None:
                 target = "" if port_base == _DEFAULT_PORT_BASE else f" --target {children[0].service.address}"
-                output.print(f'In another terminal: asd ask{target} "{EXAMPLE_PROMPT}"', soft_wrap=True)
+                # Another cascade's models and policy know other questions.
+                examples = EXAMPLE_PROMPTS if file is None else EXAMPLE_PROMPTS[:1]
+                output.print("To try, in another terminal:")
+                for prompt in examples:
+                    output.print(f'  asd ask{target} "{prompt}"', soft_wrap=True)
             output.print("Ctrl-C stops everything.")
             output.file.flush()
         await asyncio.Event().wait()

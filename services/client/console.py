@@ -79,7 +79,11 @@ def answer_line(answer: Answer, task: str = "", max_latency_ms: float | None = N
     """
     line = Text()
     line.append(visible(answer.stage), style="bold green")
-    line.append(f" · predicted quality {quality(answer.p_correct)} · {answer.latency_ms:.1f} ms")
+    if answer.out_of_family:
+        line.append(" · no predicted quality: unlike what the policy was fitted to", style="yellow")
+    else:
+        line.append(f" · predicted quality {quality(answer.p_correct)}")
+    line.append(f" · {answer.latency_ms:.1f} ms")
     if is_late(answer, max_latency_ms):
         line.append(f", over the {max_latency_ms:g} ms asked for", style="yellow")
     line.append(f" · cost {answer.cost:.2f}")
@@ -219,7 +223,7 @@ def demo_summary(summary: Summary) -> RenderableType:
 
 
 def quality(p_correct: float | None) -> str:
-    """Return a predicted quality, or a dash where the policy was not asked."""
+    """Return a predicted quality, or a dash where there is none."""
     return "–" if p_correct is None else f"{p_correct:.2f}"
 
 

@@ -75,6 +75,12 @@ def report_to(answer: Answer, *, correct: bool) -> policy_pb2.ReportRequest:
 
     Raises InvalidRequest if the policy gave no probability for the answer.
     """
+    if answer.out_of_family:
+        raise InvalidRequest(
+            "the answer has no predicted quality (its prompt is unlike what the policy was fitted to): there is "
+            "nothing to compare a report with",
+            field="p_correct",
+        )
     if answer.p_correct is None or not answer.policy_version:
         raise InvalidRequest(
             f"the policy did not judge this answer (plan_source: {answer.plan_source}), so there is nothing "
@@ -207,6 +213,7 @@ def answer_from(message: cascade_pb2.GenerateResponse) -> Answer:
         policy_version=message.policy_version,
         trace_id=message.trace_id,
         stages=tuple(_record_from(record) for record in message.stages),
+        out_of_family=message.out_of_family,
     )
 
 

@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from services.client.client import CascadeClient
     from services.client.values import Answer
 
-EXAMPLE_PROMPT = "Max has 9 beads. Max finds 10 more. How many beads does Max have now?"
+EXAMPLE_PROMPTS = (
+    "Max has 9 beads. Max finds 10 more. How many beads does Max have now?",
+    "What is Statnor known for? A) iron B) lamps C) grain",
+    "True or false? 3 plus 22 is more than 24.",
+)
+"""Questions of the suites that fit on a command line."""
+EXAMPLE_PROMPT = EXAMPLE_PROMPTS[0]
+
 # One task of each suite at each level.
 ROUND = len(suites.SUITES) * len(suites.LEVELS)
 

@@ -84,10 +84,11 @@ class StageRecord:
     """What one stage did for a request.
 
     `action` is "generate", "verify" or "prefill" (which decides nothing), `decision` "stop" or "escalate",
-    `reason` a DecisionReason such as "value" or "static_plan". Counts and times of the stage are 0 where
-    the stage failed. `p_correct` is None where the policy was not asked. accept_lengths: tokens emitted by
-    each pass that scored a proposal. cached_prompt_tokens: of prompt_tokens, from the prefix cache. model: as
-    the stage calls it; "" where no result came. adapted: whether its adapter for the type of task answered.
+    `reason` a DecisionReason such as "value" or "static_plan". Counts and times of the stage are 0 where the
+    stage failed. `p_correct` is None where the policy was not asked or had nothing to predict.
+    accept_lengths: tokens emitted by each pass that scored a proposal. cached_prompt_tokens: of
+    prompt_tokens, from the prefix cache. model: as the stage calls it; "" where no result came. adapted:
+    whether its adapter for the type of task answered.
     """
 
     stage: str
@@ -119,6 +120,7 @@ class Answer:
     """The answer to one request, with one record per stage that was asked, in order.
 
     `finish_reason` is "eos", "length" or "stop"; `plan_source` is "policy", "static" or "fixed".
+    `out_of_family`: the prompt is unlike all that the policy was fitted to, so `p_correct` is None.
     """
 
     request_id: str
@@ -136,6 +138,7 @@ class Answer:
     policy_version: str
     trace_id: str
     stages: tuple[StageRecord, ...]
+    out_of_family: bool = False
 
 
 @dataclass(frozen=True)

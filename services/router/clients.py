@@ -528,17 +528,20 @@ class GrpcPolicy:
             expected_ms = next(
                 (each.latency_ms for each in response.estimates if each.stage == response.next_stage), None
             )
+        has_p_correct = response.HasField("p_correct")
         if not (0.0 <= response.p_correct <= 1.0):
             raise AsdError(f"{self._peer} sent p_correct {response.p_correct:g}, which is no probability")
         return Decision(
             action,
             convert.member(DecisionReason, response.reason, self._peer),
             next_stage,
-            response.p_correct,
-            response.p_correct_stderr if math.isfinite(response.p_correct_stderr) else None,
+            response.p_correct if has_p_correct else None,
+            response.p_correct_stderr if has_p_correct and math.isfinite(response.p_correct_stderr) else None,
             response.policy_version,
             expected_ms,
             response.predict_us,
+            # A policy service of before did not send a 0, which no policy predicts.
+            is_out_of_family=not has_p_correct,
         )
 
     def _place(self, stage: str) -> int:

@@ -282,6 +282,7 @@ def response_to(outcome: Outcome, trace_id: str) -> cascade_pb2.GenerateResponse
             *(record_to(record) for record in outcome.records),
         ],
         trace_id=trace_id,
+        out_of_family=outcome.is_out_of_family,
     )
 
 

@@ -71,6 +71,7 @@ class DecisionReason(IntEnum):
     DEADLINE = 8
     STAGE_UNAVAILABLE = 9
     ABANDONED = 10
+    OUT_OF_FAMILY = 11
 
 
 class PlanSource(IntEnum):
@@ -349,8 +350,9 @@ class Decision:
     """What to do with an answer.
 
     next_stage: place of the stage to ask, for ESCALATE. p_correct: calibrated probability that the judged
-    answer is correct; None where the policy was not asked. expected_ms: latency to be expected of next_stage;
-    None: unknown.
+    answer is correct; None where the policy was not asked, or had nothing to predict, as the prompt is unlike
+    all that it was fitted to: is_out_of_family. expected_ms: latency to be expected of next_stage; None:
+    unknown.
     """
 
     action: DecisionAction
@@ -361,6 +363,7 @@ class Decision:
     policy_version: str = ""
     expected_ms: float | None = None
     predict_us: float | None = None
+    is_out_of_family: bool = False
 
     def stopped(self, reason: DecisionReason) -> Decision:
         """Return the decision turned into a stop, for a reason of the router's."""
@@ -426,6 +429,11 @@ class Outcome:
     def answer(self) -> Answer:
         """The answer that stands."""
         return self.records[-1].answer
+
+    @property
+    def is_out_of_family(self) -> bool:
+        """Whether the prompt is unlike all that the policy was fitted to."""
+        return any(record.decision.is_out_of_family for record in self.records)
 
     @property
     def cost(self) -> float:

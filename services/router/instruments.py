@@ -38,6 +38,11 @@ class Instruments:
         self._early_stops = meter.create_counter(
             Metrics.EARLY_STOPS, unit="{request}", description="requests answered before the last stage"
         )
+        self._out_of_family = meter.create_counter(
+            Metrics.OUT_OF_FAMILY,
+            unit="{request}",
+            description="answered requests unlike all that the policy was fitted to",
+        )
         self._stage_requests = meter.create_counter(
             Metrics.STAGE_REQUESTS, unit="{request}", description="stage calls that gave an answer"
         )
@@ -200,6 +205,8 @@ class Instruments:
         self._requests.add(1, answered)
         if stage.index < stage_count - 1:
             self._early_stops.add(1, answered)
+        if outcome.is_out_of_family:
+            self._out_of_family.add(1, {Attributes.STAGE_NAME: stage.name})
         for record, following in zip(outcome.records, (*outcome.records[1:], None), strict=True):
             decision = record.decision
             judged = {

@@ -65,7 +65,8 @@ def describe_decision(span: Traced, progress: Progress, decision: Decision) -> N
     """Say what was decided, by whom and why."""
     if not span.recording:
         return
-    source = "policy" if decision.p_correct is not None else progress.plan_source.name.lower()
+    is_judged = decision.p_correct is not None or decision.is_out_of_family
+    source = "policy" if is_judged else progress.plan_source.name.lower()
     if not progress.follows_policy:
         source = "static"
     span.set(Attributes.PLAN_SOURCE, source)
@@ -75,6 +76,8 @@ def describe_decision(span: Traced, progress: Progress, decision: Decision) -> N
     span.set(Attributes.POLICY_VERSION, progress.policy_version)
     if decision.p_correct is not None:
         span.set(Attributes.P_CORRECT, decision.p_correct)
+    if decision.is_out_of_family:
+        span.set(Attributes.OUT_OF_FAMILY, True)
     if decision.predict_us is not None:
         span.set(Attributes.PREDICT_US, decision.predict_us)
 
