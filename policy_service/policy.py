@@ -346,8 +346,7 @@ class Policy:
         abandon: Mapping[int, tuple[AbandonRule, ...]] | None = None,
         family: Family | None = None,
     ) -> None:
-        self.family = family
-        self._kept_novelty = lru_cache(maxsize=_PROMPTS)(family.novelty if family else _not_new)
+        self.use_family(family)
         self._abandon = dict(abandon or {})
         self.version = version
         self.stages = tuple(stages)
@@ -364,17 +363,27 @@ class Policy:
         self._above_floor = lru_cache(maxsize=_SOLUTIONS)(self._keep_above_floor)
         self._kept_features = lru_cache(maxsize=_PROMPTS)(space.prompt)
 
+    @property
+    def family(self) -> Family | None:
+        """What the prompts look like that the policy was fitted to; None: not known."""
+        return self._family
+
+    def use_family(self, family: Family | None) -> None:
+        """Have prompts count as unlike by another family, or none by None."""
+        self._family = family
+        self._kept_novelty = lru_cache(maxsize=_PROMPTS)(family.novelty if family else _not_new)
+
     def mark_above(self, novelty: float) -> None:
         """Have prompts above a novelty count as unlike all that the policy was fitted to; 1: none."""
-        if self.family is not None:
-            self.family = replace(self.family, threshold=novelty)
+        if self._family is not None:
+            self.use_family(replace(self._family, threshold=novelty))
 
     def is_unlike(self, prompt: PromptText) -> bool:
         """Return whether a prompt is unlike all that the policy was fitted to."""
-        if self.family is None:
+        if self._family is None:
             return False
         is_kept = _size(prompt) <= _LONGEST_KEPT_PROMPT
-        return (self._kept_novelty if is_kept else self.family.novelty)(prompt) > self.family.threshold
+        return (self._kept_novelty if is_kept else self._family.novelty)(prompt) > self._family.threshold
 
     def prompt_state(self, prompt: PromptText) -> State:
         """Return what the predictor is asked for a plan."""

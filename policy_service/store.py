@@ -698,7 +698,8 @@ def load_usable(directory: Path) -> LoadedPolicy:
     policy, document, _ = load_artifact(directory)
     prompt = PromptText("?")
     # The predictor is tried on it, whether or not it is a prompt that the policy would predict anything for.
-    family, policy.family = policy.family, None
+    family = policy.family
+    policy.use_family(None)
     signals = np.zeros(1, np.float32)
     draft = Draft("", signals, signals, signals, "eos")
     verification = Verification(0, np.zeros(1, np.int64))
@@ -712,7 +713,7 @@ def load_usable(directory: Path) -> LoadedPolicy:
                 policy.decide(prompt, stage, draft, origin, check, Objective(), Spent(), {})
     except Exception as error:
         raise UnfitArtifact(f"{directory}: the policy loads but does not decide: {error}") from error
-    policy.family = family
+    policy.use_family(family)
     return LoadedPolicy(policy, document)
 
 

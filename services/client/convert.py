@@ -77,8 +77,8 @@ def report_to(answer: Answer, *, correct: bool) -> policy_pb2.ReportRequest:
     """
     if answer.out_of_family:
         raise InvalidRequest(
-            "the answer has no predicted quality (its prompt is unlike what the policy was fitted to): there is "
-            "nothing to compare a report with",
+            "the answer has no predicted quality (its prompt is unlike what the policy was fitted to): there "
+            "is nothing to compare a report with",
             field="p_correct",
         )
     if answer.p_correct is None or not answer.policy_version:

@@ -175,6 +175,7 @@ VARIANTS: dict[str, Variant] = {
                 "artifactPollSeconds": 2.5,
                 "reportsClaim": "reports",
                 "drift": {"runLength": 500, "tolerance": 0.05},
+                "noveltyThreshold": 0.3,
                 "shadow": {"artifactClaim": "candidate", "maxMb": 7},
                 **_PLACED,
             },

@@ -358,6 +358,7 @@ def test_what_the_policy_learns_from_reaches_its_settings_and_its_volumes(tmp_pa
     settings = load(PolicySettings, "everything on", "cascade-policy", tmp_path)
     assert settings.artifact_poll_seconds == 2.5
     assert (settings.drift_run_length, settings.drift_tolerance) == (500, 0.05)
+    assert settings.novelty_threshold == 0.3
     assert (settings.shadow_artifact, settings.shadow_max_mb) == (Path("/shadow"), 7)
     assert settings.shadow_path == Path("/reports/shadow.jsonl")
     pod = pod_spec("everything on", "cascade-policy")
@@ -377,7 +378,8 @@ def test_what_the_policy_learns_from_reaches_its_settings_and_its_volumes(tmp_pa
 def test_by_default_the_policy_has_no_shadow_and_its_settings_own_values(tmp_path: Path) -> None:
     settings = load(PolicySettings, "defaults", "demo-policy", tmp_path)
     own = PolicySettings(artifact=Path("/policy"))
-    for name in ("artifact_poll_seconds", "drift_run_length", "drift_tolerance", "shadow_artifact"):
+    kept = ("artifact_poll_seconds", "drift_run_length", "drift_tolerance", "novelty_threshold")
+    for name in (*kept, "shadow_artifact"):
         assert getattr(settings, name) == getattr(own, name), name
     pod = pod_spec("defaults", "demo-policy")
     assert {"name": "reports", "emptyDir": {}} in pod["volumes"]

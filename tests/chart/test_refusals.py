@@ -31,6 +31,7 @@ SCHEMA = [
     ({"stages": [{"name": "Upper", "cost": 1, "model": {"path": "/m"}}]}, "name"),
     ({"stages": [{"name": "a", "cost": 0, "model": {"path": "/m"}}]}, "cost"),
     ({"policy": {"enabled": True, "drift": {"tolerance": 0}}}, "tolerance"),
+    ({"policy": {"enabled": True, "noveltyThreshold": 2}}, "noveltyThreshold"),
     ({"policy": {"enabled": True, "shadow": {"claim": "c"}}}, "claim"),
     ({"image": {"digests": {"router": "latest"}}}, "router"),
     ({"telemetry": {"metricsPort": 65536}}, "metricsPort"),

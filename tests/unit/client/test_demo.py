@@ -187,6 +187,9 @@ def test_the_closing_line_says_who_answered_and_why():
         "medium verifies (5 of 8 draft tokens accepted), stop: last stage"
     )
     assert "predicted quality – " in console.answer_line(_answer(p_correct=None)).plain
+    unlike = console.answer_line(_answer(p_correct=None, out_of_family=True)).plain
+    assert "no predicted quality: unlike what the policy was fitted to" in unlike
+    assert "predicted quality –" not in unlike
     assert "ended by length" in console.answer_line(_answer(finish_reason="length")).plain
 
 

@@ -23,7 +23,5 @@ def test_half_of_the_off_topic_prompts_are_held_back():
 
 def test_the_renamed_prompts_are_those_made_before_the_detector():
     content = json.dumps(list(renamed_prompts(60)))
-    assert (
-        hashlib.sha256(content.encode()).hexdigest()
-        == "243e9f24550a511274c43da9c546c8fb2958f7fc241222cfa04bb7d76828ab87"
-    )
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    assert digest == "243e9f24550a511274c43da9c546c8fb2958f7fc241222cfa04bb7d76828ab87"
