@@ -51,9 +51,10 @@ def _microseconds(policy: Policy, prompts: Sequence[PromptText]) -> dict[str, fl
     assert policy.family is not None
     taken = []
     for prompt in prompts:
-        started = time.perf_counter()
+        # Processor time: what else runs on the machine does not count.
+        started = time.process_time()
         policy.family.has(prompt)
-        taken.append((time.perf_counter() - started) * 1e6)
+        taken.append((time.process_time() - started) * 1e6)
     return {"p50": round(percentile(taken, 0.5), 1), "p99": round(percentile(taken, 0.99), 1)}
 
 

@@ -267,7 +267,7 @@ def test_the_readmes_overlay_gives_a_run_its_name_labels_image_and_parameters(tm
         "--requests=2000",
         "--warmup=50",
         "--seed=7",
-        "--label=policy-version=5040649c0658",
+        "--label=policy-version=6c781246084d",
         "--label=image-digest=0123456789ab",
     ):
         assert word in line

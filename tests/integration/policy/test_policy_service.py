@@ -252,6 +252,27 @@ async def test_a_prompt_of_9_mb_is_refused_with_what_to_change(
     assert (await service.stub.Decide(decide(), timeout=CALL_S)).p_correct > 0
 
 
+async def test_a_prompt_that_the_policy_does_not_know_has_no_p_correct(service: Service) -> None:
+    plan = await service.stub.Plan(
+        policy_pb2.PlanRequest(prompt="hello", cascade=decide().cascade), timeout=10
+    )
+    assert plan.out_of_family
+    assert not any(each.HasField("p_correct") for each in plan.estimates)
+    request = decide()
+    request.prompt = "hello"
+    decision = await service.stub.Decide(request, timeout=10)
+    assert decision.reason == policy_pb2.DECISION_REASON_OUT_OF_FAMILY
+    assert (decision.next_stage, decision.HasField("p_correct")) == ("large", False)
+    report = policy_pb2.ReportRequest(
+        request_id="a", stage="large", policy_version=decision.policy_version, correct=True
+    )
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await service.stub.Report(report, timeout=10)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "p_correct is required" in (caught.value.details() or "")
+    assert not list(read_reports(service.reports))
+
+
 async def test_a_second_report_of_a_request_is_kept_and_not_counted(service: Service) -> None:
     def report(request_id: str, *, correct: bool) -> policy_pb2.ReportRequest:
         version = service.document.policy_version

@@ -271,3 +271,10 @@ def test_an_answer_that_no_policy_judged_cannot_be_reported():
     with pytest.raises(InvalidRequest, match="static") as refused:
         convert.report_to(answer, correct=True)
     assert refused.value.field == "p_correct"
+
+
+def test_an_answer_without_a_predicted_quality_cannot_be_reported():
+    message = cascade_pb2.GenerateResponse(plan_source="PLAN_SOURCE_POLICY", out_of_family=True)
+    with pytest.raises(InvalidRequest, match="no predicted quality") as refused:
+        convert.report_to(convert.answer_from(message), correct=True)
+    assert refused.value.field == "p_correct"
