@@ -204,6 +204,23 @@ async def test_requests_stages_and_tokens_are_counted(world, metered):
     assert sums(metrics["asd.request.cost"]) == {(): (2, pytest.approx(escalated.cost + fixed.cost))}
 
 
+async def test_a_prompt_that_the_policy_does_not_know_is_marked_and_counted(world, recorded, metered):
+    unlike = policy_pb2.DecideResponse(
+        action=policy_pb2.DECISION_ACTION_STOP,
+        reason=policy_pb2.DECISION_REASON_OUT_OF_FAMILY,
+        policy_version="v1",
+    )
+    w = await world(policy=world.policy(decide_response=unlike))
+    response = await w.stub.Generate(ASK, timeout=5)
+    assert response.out_of_family
+    assert not response.HasField("p_correct")
+    assert recorded.values("asd.decide", "asd.decision.out_of_family") == [True]
+    assert recorded.values("asd.decide", "asd.plan.source") == ["policy"]
+    metrics = metered()
+    assert counts(metrics["asd.out_of_family"]) == {(response.stage,): 1}
+    assert counts(metrics["asd.requests"]) == {("policy", response.stage): 1}
+
+
 async def test_a_stage_that_fails_marks_its_span_and_the_requests(world, recorded, metered):
     w = await world(world.stage("small", fail_after=2), static_plan=("small",))
     error = await failure(w.stub.Generate(ASK, timeout=CALL_S))
