@@ -63,7 +63,7 @@ def _router() -> None:
         first, last = _answer(small, StageAction.GENERATE), _answer(large, StageAction.VERIFY)
         escalated = Fields(action=DecisionAction.ESCALATE, reason=DecisionReason.VALUE)
         stopped = Fields(action=DecisionAction.STOP, reason=DecisionReason.VALUE)
-        outcome = Fields(plan_source=source, cost=1.0, latency_ms=1.0, policy_ms=1.0)
+        outcome = Fields(plan_source=source, cost=1.0, latency_ms=1.0, policy_ms=1.0, is_out_of_family=True)
         ahead = Fields(stage=large)
         early = Fields(answer=first, records=(Fields(answer=first, decision=stopped),), prefilled=ahead)
         late = Fields(

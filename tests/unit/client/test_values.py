@@ -164,6 +164,7 @@ _RESPONSE = cascade_pb2.GenerateResponse(
     plan_source=cascade_pb2.PLAN_SOURCE_POLICY,
     policy_version="v7",
     trace_id="t" * 32,
+    out_of_family=True,
     stages=[
         cascade_pb2.StageRecord(
             stage="small",
@@ -212,6 +213,7 @@ def test_an_answer_has_every_field_of_the_message():
         "plan_source": "policy",
         "policy_version": "v7",
         "trace_id": "t" * 32,
+        "out_of_family": True,
         "stages": (),
     }
     assert (first.action, first.decision, first.reason) == ("generate", "escalate", "value")
@@ -260,14 +262,17 @@ def test_an_event_of_a_newer_server_is_passed_over():
 
 
 def test_a_report_repeats_what_the_policy_said():
-    message = convert.report_to(convert.answer_from(_RESPONSE), correct=True)
+    known = replace(convert.answer_from(_RESPONSE), out_of_family=False)
+    message = convert.report_to(known, correct=True)
     assert message == policy_pb2.ReportRequest(
         request_id="r1", stage="medium", p_correct=0.0, policy_version="v7", correct=True
     )
 
 
 def test_an_answer_that_no_policy_judged_cannot_be_reported():
-    answer = replace(convert.answer_from(_RESPONSE), p_correct=None, plan_source="static")
+    answer = replace(
+        convert.answer_from(_RESPONSE), p_correct=None, plan_source="static", out_of_family=False
+    )
     with pytest.raises(InvalidRequest, match="static") as refused:
         convert.report_to(answer, correct=True)
     assert refused.value.field == "p_correct"
