@@ -130,11 +130,10 @@ class Planner:
         elif isinstance(error, BudgetSpent):
             # One that others are answered by meanwhile is busy.
             answers = progress.call is not None and self._load.has_answered_since(progress.call)
-            progress.met_a_hang = not answers and self._hangs(failure)
-            if progress.call is not None and progress.call.stage == place and not progress.met_a_hang:
-                self._load.ran_out(progress.call)
-            if progress.met_a_hang:
+            if not answers and self._hangs(failure):
                 health.hung(error)
+            elif progress.call is not None and progress.call.stage == place:
+                self._load.ran_out(progress.call)
         elif isinstance(error, InvalidRequest):
             health.spoke()
         else:
@@ -260,10 +259,11 @@ class Planner:
         return error
 
     def _is_shared(self, progress: Progress) -> bool:
-        """Return whether a request that ran out of time had others beside it, and no stage hangs."""
+        """Return whether a request that ran out of time had others beside it.
+
+        A stage of which nothing came may hang as well: what cannot be told apart is worth another attempt.
+        """
         call = progress.call
-        if progress.met_a_hang:
-            return False
         if call is None:
             return any(self._load.own_calls(stage.index) for stage in self._stages)
         return call.depth > 1 or self._load.own_calls(call.stage) > 0

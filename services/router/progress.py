@@ -55,10 +55,8 @@ class Progress:
         self.policy_ms = 0.0
         # Time that the running stage had for its own work, in milliseconds, and whether it sent anything.
         self.call_ms = 0.0
-        # The running stage's call, whether the last one that ran out of time met a stage that hangs, and why
-        # there was no room for the request.
+        # The running stage's call, and why there was no room for the request.
         self.call: Call | None = None
-        self.met_a_hang = False
         self.refusal: Refusal | None = None
         self.has_heard = False
         self.spent_cost = 0.0

@@ -279,6 +279,19 @@ def test_who_sheds_does_not_wait_for_more_than_an_answer(
         assert told.error.retry_after_s == pytest.approx(0.125)
 
 
+def test_a_stage_that_others_make_slow_is_not_taken_to_hang() -> None:
+    async def work() -> list[Told]:
+        slow = 0.02
+
+        busy = Busy(Policy(), service_s=lambda: slow)
+        await busy.warm()
+        # Of eight at a time, no first token comes before the deadline.
+        slow = 100.0
+        return await busy.burst(8, 3.0)
+
+    assert kinds(simulated_time.run(work())) == {"Overloaded": 8}
+
+
 def test_a_request_that_is_alone_with_too_short_a_deadline_is_late() -> None:
     async def work() -> Told:
         busy = Busy()
