@@ -298,6 +298,10 @@ async def test_every_metric_of_a_router_is_in_the_documents(router: Any) -> None
         chain = cascade_pb2.GenerateRequest(prompt="hi", chain=(NAMES[0], NAMES[2]))
         await stub.Generate(chain, timeout=CALL_S)
     policy.likely_next = ""
+    policy.decide_response = policy_pb2.DecideResponse(
+        action=policy_pb2.DECISION_ACTION_STOP, reason=policy_pb2.DECISION_REASON_OUT_OF_FAMILY
+    )
+    await stub.Generate(PROMPT, timeout=CALL_S)
     small.fail_after, small.failure = 0, Unavailable("gone")
     with pytest.raises(grpc.aio.AioRpcError):
         await stub.Generate(cascade_pb2.GenerateRequest(prompt="hi", stage="small"), timeout=CALL_S)
