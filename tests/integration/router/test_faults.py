@@ -651,7 +651,7 @@ async def test_stage_without_a_result_is_an_internal_error(world):
 
 
 async def test_escalation_that_cannot_fit_is_not_started(world):
-    w = await world(policy=world.policy(script={"small": "large"}, expected_ms=60_000))
+    w = await world(policy=world.policy(script={"small": "large"}, expected_ms=2 * CALL_S * 1e3))
     response = await w.stub.Generate(ASK, timeout=CALL_S)
     assert response.stage == "small"
     assert response.stages[0].reason == policy_pb2.DECISION_REASON_DEADLINE

@@ -33,12 +33,12 @@ class Late(Policy):
         super().__init__()
         self._at, self._error = at, error
 
-    async def plan(self, *arguments: Any) -> Any:
+    async def plan(self, *arguments: Any, **options: Any) -> Any:
         if self._at == "plan":
             raise self._error
-        return await super().plan(*arguments)
+        return await super().plan(*arguments, **options)
 
-    async def decide(self, *arguments: Any) -> Any:
+    async def decide(self, *arguments: Any, **options: Any) -> Any:
         raise self._error
 
 

@@ -29,6 +29,8 @@ class Unknowing(Policy):
         spent_ms: float,
         conditions: Sequence[Condition],
         timeout_ms: float,
+        *,
+        min_accuracy_share: float | None,
     ) -> Decision:
         if self.stops:
             return Decision(DecisionAction.STOP, DecisionReason.MAX_COST, is_out_of_family=True)

@@ -61,7 +61,7 @@ class World:
     async def ask(self, count: int, timeout_ms: float = 60_000.0) -> list[asyncio.Task[Any]]:
         """Return requests, each as far as it comes by itself."""
         request = Request("id", input="hi")
-        plans = [self.policy.plan(request, (), timeout_ms) for _ in range(count)]
+        plans = [self.policy.plan(request, (), timeout_ms, min_accuracy_share=None) for _ in range(count)]
         tasks = [asyncio.ensure_future(plan) for plan in plans]
         await settled()
         return tasks

@@ -127,7 +127,7 @@ def test_a_checkpoint_is_what_its_files_say(tmp_path: Path) -> None:
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "architecture GPT2LMHeadModel is not one of"),
         ({"eos_token_id": None}, "eos_token_id is missing"),
-        ({"vocab_size": "many"}, "of the wrong type"),
+        ({"vocab_size": "many"}, "vocab_size is 'many'"),
     ],
 )
 def test_a_checkpoint_that_no_engine_runs_is_refused(
