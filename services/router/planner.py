@@ -37,7 +37,7 @@ from services.router.domain import (
 )
 from services.router.health import StageHealth
 from services.router.load import Load, Question
-from services.router.speculation import BUSY, Speculation
+from services.router.speculation import Speculation
 from services.router.static_plan import StaticPlan
 
 if TYPE_CHECKING:
@@ -74,6 +74,9 @@ _LIKELY = 0.5
 # Tokens that a chat template may add to a user's message, such as a default system text. Chosen: several
 # times what known ones add.
 _TEMPLATE_TOKENS = 1024
+# Requests under way per replica from which on a stage is busy: nothing is warmed there, and chains are not
+# pipelined. Chosen: with fewer, what a pass takes hardly depends on how many tokens it scores.
+_BUSY = 8
 
 
 class Planner:
@@ -322,12 +325,12 @@ class Planner:
         if draft is None or progress.plan_source is PlanSource.FIXED:
             # Whether a chain's drafts are worth it was asked once, when it started.
             return draft
-        return None if self._skips(progress, progress.answer.stage, stage) else draft
+        return None if self._skips(progress, progress.answer.stage, stage, has_draft=True) else draft
 
-    def _skips(self, progress: Progress, drafter: Stage, target: Stage) -> bool:
+    def _skips(self, progress: Progress, drafter: Stage, target: Stage, *, has_draft: bool = False) -> bool:
         """Return whether a target works without a drafter's draft, having noted why."""
         calls, replicas = self._load.calls(target.index) + 1, self._load.replicas(target.index)
-        choice = self._speculation.choose(drafter.name, target.name, calls, replicas)
+        choice = self._speculation.choose(drafter.name, target.name, calls, replicas, has_draft=has_draft)
         self._drop(progress, target.index)
         progress.choices[target.index] = choice
         if choice.reason is None:
@@ -357,8 +360,8 @@ class Planner:
         return None if is_busy or self._load.expected_queue_ms(stage) >= MIN_QUEUE_MS else stage
 
     def _is_crowded(self, stage: int) -> bool:
-        """Return whether a stage would have BUSY calls per replica with the next one, whoever makes them."""
-        return self._load.calls(stage) + 1 >= BUSY * self._load.replicas(stage)
+        """Return whether a stage would have _BUSY calls per replica with the next one, whoever makes them."""
+        return self._load.calls(stage) + 1 >= _BUSY * self._load.replicas(stage)
 
     async def plan(self, progress: Progress) -> int:
         """Return the stage to ask first. Raises NotFound for an unknown fixed one, Unavailable if all
@@ -663,7 +666,7 @@ class Planner:
                 f"chain must name two or more stages in the order of the cascade ({known})", field="chain"
             )
         self._woken(chain)
-        # Where drafts are worthless of late, the last stage writes alone: an exact answer is the same.
+        # Where drafts are not worth it, the last stage writes alone: an exact answer is the same.
         kept = [chain.pop()]
         acceptance = progress.request.acceptance
         is_exact = acceptance is None or acceptance.mode is AcceptanceMode.EXACT

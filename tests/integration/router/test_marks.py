@@ -318,7 +318,7 @@ async def test_a_draft_that_a_target_does_without_is_marked_and_counted(
     world, recorded, metered, monkeypatch
 ):
     choices = iter([Choice(Skip.PROBE), Choice(), Choice(Skip.LOAD)])
-    monkeypatch.setattr(Speculation, "choose", lambda *_: next(choices))
+    monkeypatch.setattr(Speculation, "choose", lambda *_, **__: next(choices))
     policy = world.policy(script={"small": "large"})
     w = await world(world.stage("small"), world.stage("medium"), world.stage("large"), policy=policy)
     actions = []

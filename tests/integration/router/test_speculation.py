@@ -411,57 +411,48 @@ async def test_chains_take_turns_where_their_last_stage_is_busy(world):
 @pytest.mark.parametrize(("others", "is_busy"), [(0, False), (40, True)])
 async def test_calls_of_other_routers_make_a_target_busy(world, others, is_busy):
     large = world.stage("large", others=others)
-    w = await world(*three_stages(world)[:2], large)
-    for _ in range(60):
+    w = await world(*three_stages(world)[:2], large, speculation={"adaptive": False})
+    for _ in range(20):
         await w.stub.Generate(ask("small", "large"), timeout=CALL_S)
     # The first answer tells of them.
     assert large.calls[0] == "verify_stream"
     assert ("verify_stream" in large.calls[1:]) is not is_busy
-    # How long writing takes is seen after a window of as many as are under way.
-    assert ("generate" in large.calls) is is_busy
-    assert "generate" not in large.calls[:38]
-
-
-@pytest.fixture
-def busy_at_once(monkeypatch):
-    """Have one request under way be a load, and one that has ended a window."""
-    monkeypatch.setattr(speculation, "BUSY", 1)
-    monkeypatch.setattr(speculation, "_LEAST_ENDED", 1)
 
 
 @pytest.mark.parametrize(("verify_s", "used"), [(0.5, ["large"]), (0.1, ["small", "large"])])
-async def test_what_answers_took_turns_what_is_chosen(world, clock, busy_at_once, verify_s, used):
+async def test_what_answers_took_turns_what_is_chosen(world, clock, verify_s, used):
     stages = three_stages(world)
     w = await world(*stages, speculation={"pipelined": False})
     large = w.stages["large"]
     large.on_call = lambda: clock.advance(verify_s if large.calls[-1] == "verify" else 0.3)
     found = []
-    for _ in range(5):
+    for _ in range(300):
         response = await w.stub.Generate(ask("small", "large"), timeout=CALL_S)
         found.append([record.stage for record in response.stages])
-    # Verified, written to see how long that takes, and then the faster way.
-    assert found == [["small", "large"], ["large"], used, used, used]
+    # Verified at first; then the faster way, but for trials of the other one.
+    assert found[0] == ["small", "large"]
+    assert found[-20:].count(used) >= 15
 
 
 @pytest.mark.parametrize("how", ["fails", "is cancelled"])
-async def test_a_request_without_an_answer_ends_what_was_chosen_for_it(world, busy_at_once, how):
-    large = world.stage("large", pause_after=0)
+async def test_a_request_without_an_answer_ends_what_was_chosen_for_it(world, monkeypatch, how):
+    large, ended = world.stage("large", pause_after=0), []
+    monkeypatch.setattr(speculation.Speculation, "ended", lambda _, choice: ended.append(choice))
     w = await world(*three_stages(world)[:2], large, speculation={"pipelined": False})
     if how == "fails":
         large.fail_after = 0
         large.gate.set()
         with pytest.raises(grpc.aio.AioRpcError):
             await w.stub.Generate(ask("small", "large"), timeout=CALL_S)
-        large.fail_after = None
     else:
         call = w.stub.Generate(ask("small", "large"), timeout=CALL_S)
         await asyncio.wait_for(running(large, 1), CALL_S)
         call.cancel()
         await asyncio.wait_for(large.cancelled.wait(), CALL_S)
-        large.gate.set()
-    # The window that it was in is over: the other way is tried.
-    response = await w.stub.Generate(ask("small", "large"), timeout=CALL_S)
-    assert [record.stage for record in response.stages] == ["large"]
+        async with asyncio.timeout(CALL_S):
+            while not ended:
+                await asyncio.sleep(0)
+    assert [choice.counts for choice in ended] == [True]
 
 
 @pytest.mark.parametrize("pipelined", [False, True])
@@ -481,8 +472,8 @@ async def test_worthless_drafts_are_no_longer_verified(world, pipelined):
         # A draft that was asked for is verified.
         assert response.stages[-1].action == (VERIFY if len(response.stages) == 2 else GENERATE)
     assert used[0] == ["small", "large"]
-    # Eight that say nothing yet, and one of sixteen.
-    assert used.count(["large"]) == 31
+    # A few that say nothing yet, and one of sixteen.
+    assert used[16:].count(["large"]) >= 22
     # It is tried again from time to time, and used again once it is worth it.
     assert ["small", "large"] in used[8:]
     w.stages["small"].pieces = w.stages["large"].pieces
