@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu.cascade 13b@0 34b@0 70b@1      13B and 34B on the first GPU, 70B on the second
     python -m benchmarks.gpu.cascade 13b@0 34b@1 70b@2+3    70B on two, with tensor parallelism
+    python -m benchmarks.gpu.cascade 13b@0 70b@1 --parts throughput --asked all-accepted --concurrencies 64,8
     python -m benchmarks.gpu.cascade tiny tiny tiny         anywhere that vLLM runs; its figures mean nothing
 
 Stage processes, a policy service and routers of this project; dummy weights whose next token is known
@@ -44,7 +45,7 @@ from services.client.values import Objective, Request, Sampling
 from services.common.server import ServiceRegistration, start_server
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from services.client.values import Answer
 
@@ -60,8 +61,19 @@ CACHE_GIB = {"13b": 18.0, "34b": 6.0, "70b": 4.5, "tiny": 0.5}
 # Requests at a time; the largest is also every engine's batch.
 CONCURRENCIES = (1, 8, 16, 32, 64)
 ACCEPTANCES = (1.0, 0.5, 0.0)
-# Of every throughput, where fewer requests come at a time.
+# Of every throughput, where fewer requests come at a time; and before it, for the router to learn from.
 LEAST_ANSWERS = 10
+LEAST_TO_LEARN = 40
+PARTS = ("latencies", "throughput")
+# What can be asked, by the name on the command line, beside always the largest.
+ASKED = {
+    "all-accepted": "escalated, all accepted",
+    "half-accepted": "escalated, half accepted",
+    "nothing-accepted": "escalated, nothing accepted",
+    "early-stops": "four of five stop early",
+    "policy": "the policy decides",
+}
+ALWAYS = "always the largest"
 
 
 @dataclass(frozen=True)
@@ -168,7 +180,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--rounds", type=kinds.count, default=4, help="timed requests of each of those at a time"
     )
     parser.add_argument(
-        "--rounds-to-learn", type=kinds.count, default=5, help="before them, for the router to learn from"
+        "--rounds-to-learn",
+        type=kinds.count,
+        default=4,
+        help=f"before them, {LEAST_TO_LEARN} requests at least, for the router to learn from",
+    )
+    parser.add_argument("--parts", type=_names(PARTS), default=PARTS, help=f"of {','.join(PARTS)}")
+    parser.add_argument(
+        "--asked",
+        type=_names(ASKED),
+        default=tuple(ASKED),
+        help=f"of the throughput, beside always asking the largest: of {','.join(ASKED)}",
     )
     parser.add_argument("--out", type=kinds.output, default=RESULTS / "gpu_cascade.json")
     options = parser.parse_args(arguments)
@@ -189,6 +211,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     asyncio.run(_measure(stages, options, options.concurrencies, keep))
     sys.stdout.write(f"{options.out}\n")
+
+
+def _names(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
+    """Return what reads names from a list with commas."""
+
+    def read(text: str) -> tuple[str, ...]:
+        names = tuple(text.split(","))
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
+        return names
+
+    return read
 
 
 def _merge(file: Path, row: dict[str, Any]) -> None:
@@ -217,17 +252,20 @@ async def _measure(
     plan = Plan() if vocabulary > TINY.highest_id * 40 else TINY
     async with AsyncExitStack() as stack:
         running = await _start(
-            stack, stages, max(concurrencies), Questions(plan, vocabulary // 1024 - 4), row
+            stack, stages, max(concurrencies), Questions(plan, vocabulary // 1024 - 4), row, options.asked
         )
         await _warm(running, stages)
-        row |= await _latencies(running, [stage.name for stage in stages], options.repeats)
-        keep(row)
-        _say("latencies", row)
+        if "latencies" in options.parts:
+            row |= await _latencies(running, [stage.name for stage in stages], options.repeats)
+            keep(row)
+            _say("latencies", row)
+        if "throughput" not in options.parts:
+            return
         row["throughput"] = []
         for concurrency in concurrencies:
             row["throughput"] += await _throughput(
                 running,
-                [stage.name for stage in stages],
+                _mixes([stage.name for stage in stages], options.asked),
                 concurrency,
                 options.rounds,
                 options.rounds_to_learn,
@@ -236,7 +274,12 @@ async def _measure(
 
 
 async def _start(
-    stack: AsyncExitStack, stages: list[Stage], batch: int, questions: Questions, row: dict[str, Any]
+    stack: AsyncExitStack,
+    stages: list[Stage],
+    batch: int,
+    questions: Questions,
+    row: dict[str, Any],
+    asked: Collection[str],
 ) -> Running:
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     spans = Spans()
@@ -295,7 +338,7 @@ async def _start(
         for name, target in targets.items()
     ]
     ways: dict[str, dict[str, Any]] = {
-        **{name: {} for name in _mixes([stage.name for stage in stages])},
+        **{name: {} for name in _mixes([stage.name for stage in stages], asked)},
         # Acceptance is set: drafts of which nothing is accepted must not stop the others' verification.
         "pipelined": {"adaptive": False},
         "sequential": {"adaptive": False, "pipelined": False},
@@ -387,12 +430,17 @@ async def _latencies(running: Running, names: list[str], repeats: int) -> dict[s
     return {"latencies": found}
 
 
-def _mixes(names: Sequence[str]) -> dict[str, list[tuple[dict[str, Any], float]]]:
-    """Return what is asked, by name: ways of asking with the acceptance of their drafts, taken in turn."""
+def _mixes(
+    names: Sequence[str], asked: Collection[str] = tuple(ASKED)
+) -> dict[str, list[tuple[dict[str, Any], float]]]:
+    """Return what is asked, by name: ways of asking with the acceptance of their drafts, taken in turn.
+
+    Always the largest comes first: the others are measured against it.
+    """
     small, large = names[0], names[-1]
     escalated = {"chain": (small, large)}
     mixes: dict[str, list[tuple[dict[str, Any], float]]] = {
-        "always the largest": [({"stage": large}, 1.0)],
+        ALWAYS: [({"stage": large}, 1.0)],
         "escalated, all accepted": [(escalated, 1.0)],
         "escalated, half accepted": [(escalated, 0.5)],
         "escalated, nothing accepted": [(escalated, 0.0)],
@@ -400,11 +448,16 @@ def _mixes(names: Sequence[str]) -> dict[str, list[tuple[dict[str, Any], float]]
     }
     if len(names) == len(NAMES):
         mixes["the policy decides"] = [({"objective": Objective(preference="balanced")}, 1.0)]
-    return mixes
+    wanted = {ALWAYS, *(ASKED[name] for name in asked)}
+    return {name: mix for name, mix in mixes.items() if name in wanted}
 
 
 async def _throughput(
-    running: Running, names: list[str], concurrency: int, rounds: int, rounds_to_learn: int
+    running: Running,
+    mixes: dict[str, list[tuple[dict[str, Any], float]]],
+    concurrency: int,
+    rounds: int,
+    rounds_to_learn: int,
 ) -> list[dict[str, Any]]:
     """Answers per second by what is asked, with so many requests at a time.
 
@@ -413,12 +466,12 @@ async def _throughput(
     neither what the router has yet to learn nor an empty stage at the beginning is in it.
     """
     rows: list[dict[str, Any]] = []
-    for name, mix in _mixes(names).items():
+    for name, mix in mixes.items():
         least = max(concurrency * rounds, LEAST_ANSWERS)
         count = -(-least // len(mix)) * len(mix)
-        learning = concurrency * (rounds_to_learn if rows and concurrency > 1 else 1)
+        learning = max(LEAST_TO_LEARN, concurrency * rounds_to_learn) if rows else concurrency
         jobs = itertools.cycle(mix)
-        ended: list[tuple[float, float, str]] = []
+        ended: list[tuple[float, float, str, bool]] = []
 
         async def work(
             name: str = name, jobs: Any = jobs, ended: Any = ended, most: int = learning + count
@@ -426,12 +479,12 @@ async def _throughput(
             while len(ended) < most:
                 way, acceptance = next(jobs)
                 ms, answer = await running.ask(name, way, acceptance)
-                ended.append((time.perf_counter(), ms, answer.stage))
+                ended.append((time.perf_counter(), ms, answer.stage, len(answer.stages) > 1))
 
         await asyncio.gather(*(work() for _ in range(concurrency)))
         timed = ended[learning : learning + count]
         rate = count / (timed[-1][0] - ended[learning - 1][0])
-        times = [ms for _, ms, _ in timed]
+        times = [ms for _, ms, *_ in timed]
         rows.append(
             {
                 "concurrency": concurrency,
@@ -442,7 +495,9 @@ async def _throughput(
                 "p95_ms": percentile(times, 0.95),
                 "answers": count,
                 "answers_before": learning,
-                "answered_by": dict(collections.Counter(stage for _, _, stage in timed)),
+                "answered_by": dict(collections.Counter(stage for _, _, stage, _ in timed)),
+                # By more than one stage: with a draft that was verified.
+                "with_drafts": sum(has_draft for *_, has_draft in timed),
             }
         )
         _say(f"{name} at {concurrency}", rows[-1])
