@@ -21,6 +21,7 @@ from services.common.errors import ConversationRefused, PreconditionFailed
 from services.stage.engine import Turn
 from services.stage.model_files import read_json_file, read_text_file
 from services.stage.template_limits import (
+    Meter,
     MeteredEnvironment,
     MeteredGenerator,
     TooMuchWork,
@@ -30,7 +31,7 @@ from services.stage.template_limits import (
 from services.stage.traced_text import MESSAGE, TEMPLATE, TracedText, join_texts, origins_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
     from jinja2 import Environment
@@ -49,16 +50,18 @@ _PROBES = (
 class ChatTemplate:
     """Writes conversations as one text.
 
-    Raises PreconditionFailed if there is no template, if it cannot be read, if it fails on a plain
-    conversation, or if it refuses every one.
+    meter: makes what counts a rendering's work, of a conversation's characters and messages. Raises
+    PreconditionFailed if there is no template, if it cannot be read, if it fails on a plain conversation, or
+    if it refuses every one.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, meter: Callable[[int, int], Meter] = Meter) -> None:
+        self._meter = meter
         config = read_json(directory / "tokenizer_config.json")
         source, self._where = _find_template(directory, config)
         self._tokens = _special_tokens(directory, config)
         try:
-            with metered(0):
+            with metered(Meter(0)):
                 self._plain = _environment(MeteredEnvironment).from_string(source)
                 self._tracing = _environment(_TracingEnvironment).from_string(source)
         except TemplateSyntaxError as error:
@@ -123,7 +126,7 @@ class ChatTemplate:
         own, given = (_own, _given) if traced else (str, str)
         messages = [{"role": own(turn.role), "content": given(turn.content)} for turn in turns]
         try:
-            with metered(sum(len(turn.content) for turn in turns)):
+            with metered(self._meter(sum(len(turn.content) for turn in turns), len(turns))):
                 text: str = template.render(
                     {name: own(token) for name, token in self._tokens.items()}
                     | {
