@@ -9,7 +9,7 @@ import signal
 
 from asd.v1 import stage_pb2_grpc
 from services.common import telemetry
-from services.common.errors import AsdError, PreconditionFailed
+from services.common.errors import AsdError
 from services.common.privacy import report_nothing
 from services.common.server import ServiceRegistration, run_service, serve
 from services.stage.engines import make_all
@@ -24,12 +24,26 @@ logger = logging.getLogger(__name__)
 
 def build(settings: StageSettings) -> tuple[Residency, StageServicer]:
     """Return the models that the settings describe, none of them loaded yet, and the servicer over them."""
-    residency = Residency(
-        make_all(settings.models, settings.default_name, settings.max_queue),
-        settings.default_name,
-        settings.memory_budget_mb << 20,
-    )
+    engines, damaged = make_all(settings.models, settings.default_name, settings.max_queue)
+    budget = settings.memory_budget_mb << 20
+    residency = Residency(engines, settings.default_name, budget, damaged=damaged)
     return residency, StageServicer(residency)
+
+
+async def preload(residency: Residency, settings: StageSettings) -> None:
+    """Load what is to be there from the start.
+
+    Where another model than the default one cannot be loaded now, the log says why, and a request for it
+    tries again. Raises as Residency.load does for the default one.
+    """
+    for model in settings.models:
+        if model.preload and model.name in residency.engines:
+            try:
+                await residency.load(model.name)
+            except AsdError as error:
+                if model.name == settings.default_name:
+                    raise
+                logger.error("model %s is not loaded: %s", model.name, error)
 
 
 async def run(settings: StageSettings) -> None:
@@ -40,14 +54,7 @@ async def run(settings: StageSettings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         # Until it serves, which takes these signals over.
         loop.add_signal_handler(number, _end, number)
-    for model in settings.models:
-        if model.preload and model.name in residency.engines:
-            try:
-                await residency.load(model.name)
-            except PreconditionFailed as error:
-                if model.name == settings.default_name:
-                    raise
-                logger.error("model %s is not loaded: %s", model.name, error)
+    await preload(residency, settings)
     registration = ServiceRegistration(
         "asd.v1.StageService",
         lambda server: stage_pb2_grpc.add_StageServiceServicer_to_server(servicer, server),

@@ -19,13 +19,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def make_all(models: Sequence[ModelSettings], default: str, max_queue: int) -> dict[str, Engine]:
-    """Return the engines of a process by their names.
+def make_all(
+    models: Sequence[ModelSettings], default: str, max_queue: int
+) -> tuple[dict[str, Engine], dict[str, str]]:
+    """Return the engines of a process by their names, and why other models have none.
 
-    A model that cannot be read is left out with an error in the log, and the others are served; requests for
-    it find no such model. Raises PreconditionFailed where the default model cannot be read.
+    A model that cannot be read is left out with an error in the log, and the others are served. Raises
+    PreconditionFailed where the default model cannot be read.
     """
     engines: dict[str, Engine] = {}
+    damaged: dict[str, str] = {}
     for model in models:
         try:
             engines |= make_engines(model, max_queue)
@@ -33,7 +36,10 @@ def make_all(models: Sequence[ModelSettings], default: str, max_queue: int) -> d
             if model.name == default:
                 raise
             logger.error("model %s is not served: %s", model.name, error)
-    return engines
+            damaged |= dict.fromkeys(
+                (model.name, *(f"{model.name}/{task}" for task in model.tasks)), str(error)
+            )
+    return engines, damaged
 
 
 def make_engines(model: ModelSettings, max_queue: int) -> dict[str, Engine]:

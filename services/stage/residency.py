@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from services.common.errors import NotFound, PreconditionFailed, ResourceExhausted
@@ -39,7 +40,7 @@ class Residency:
     """The models of one process, loaded on demand.
 
     budget_bytes bounds the memory of loaded models; 0: no bound. A model with calls under way is never
-    unloaded.
+    unloaded. damaged: why further models are not served, by name.
     """
 
     def __init__(
@@ -48,7 +49,9 @@ class Residency:
         default: str,
         budget_bytes: int = 0,
         clock: Callable[[], float] = time.monotonic,
+        damaged: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
+        self._damaged = damaged
         self._places = {name: _Place(engine) for name, engine in engines.items()}
         # Calls under way, by caller.
         self._calls: Counter[int] = Counter()
@@ -96,7 +99,7 @@ class Residency:
     async def use(self, name: str, caller: int = 0) -> AsyncIterator[tuple[str, Engine]]:
         """Hold a model for one call of a caller, loading it first if need be. "" names the default model.
 
-        Raises NotFound for an unknown name, and as `load` does.
+        Raises as `load` does.
         """
         name, place = self._find(name)
         place.users += 1
@@ -116,8 +119,8 @@ class Residency:
     async def load(self, name: str) -> Loaded:
         """Load a model, unloading others where the budget asks for it.
 
-        Raises NotFound for an unknown name, PreconditionFailed for a model larger than the budget or that
-        cannot be loaded, ResourceExhausted if the models in its way are all in use.
+        Raises NotFound for an unknown name, PreconditionFailed for a damaged model, for one larger than the
+        budget and for one that cannot be loaded, ResourceExhausted if the models in its way are all in use.
         """
         name, place = self._find(name)
         place.users += 1
@@ -129,7 +132,8 @@ class Residency:
     async def unload(self, name: str) -> tuple[str, int]:
         """Unload a model; return its name and the bytes that it gave back (0 if it was not loaded).
 
-        Raises NotFound for an unknown name, ResourceExhausted while calls are under way.
+        Raises NotFound for an unknown name, PreconditionFailed for a damaged model, ResourceExhausted while
+        calls are under way.
         """
         name, place = self._find(name)
         async with self._changing:
@@ -179,6 +183,8 @@ class Residency:
 
     def _find(self, name: str) -> tuple[str, _Place]:
         name = name or self._default
+        if name in self._damaged:
+            raise PreconditionFailed(f"model {name} is not served: {self._damaged[name]}")
         if name not in self._places:
             raise NotFound(f"no model {name!r} here: choose one of {', '.join(self.engines)}", field="model")
         return name, self._places[name]

@@ -1,13 +1,16 @@
-"""A model that cannot be read, among several of a process."""
+"""A model that cannot be read or loaded, among several of a process."""
 
 import logging
 
 import pytest
 
-from services.common.errors import PreconditionFailed
+from services.common.errors import NotFound, PreconditionFailed, ResourceExhausted
+from services.stage.__main__ import build, preload
 from services.stage.engines import make_all
-from services.stage.settings import ModelSettings
+from services.stage.residency import Residency
+from services.stage.settings import ModelSettings, StageSettings
 from tests.fakes import tiny_llama
+from tests.fakes.quick_stage import QuickEngine
 
 
 def _models(tmp_path):
@@ -19,7 +22,9 @@ def _models(tmp_path):
 
 def test_a_damaged_model_leaves_the_others_serving_with_one_line_in_the_log(tmp_path, caplog):
     with caplog.at_level(logging.ERROR):
-        assert list(make_all(_models(tmp_path), "sound", 8)) == ["sound"]
+        engines, damaged = make_all(_models(tmp_path), "sound", 8)
+    assert list(engines) == ["sound"]
+    assert list(damaged) == ["damaged"]
     (record,) = caplog.records
     assert "model damaged is not served" in record.getMessage()
     assert "config.json" in record.getMessage()
@@ -28,3 +33,67 @@ def test_a_damaged_model_leaves_the_others_serving_with_one_line_in_the_log(tmp_
 def test_a_damaged_default_model_ends_the_process(tmp_path):
     with pytest.raises(PreconditionFailed, match="NaN"):
         make_all(_models(tmp_path), "damaged", 8)
+
+
+async def test_a_request_for_a_damaged_model_is_told_the_file_and_the_place(tmp_path):
+    settings = StageSettings(default_model="sound", models=_models(tmp_path))
+    residency, _ = build(settings)
+    with pytest.raises(PreconditionFailed, match=r"model damaged is not served: .*config\.json.*NaN"):
+        async with residency.use("damaged"):
+            pass
+    for call in (residency.load, residency.unload):
+        with pytest.raises(PreconditionFailed, match="NaN"):
+            await call("damaged")
+        with pytest.raises(NotFound):
+            await call("other")
+
+
+def test_the_adapters_of_a_damaged_model_are_damaged_with_it(tmp_path):
+    models = _models(tmp_path)
+    models[0] = ModelSettings(
+        name="damaged",
+        path=tmp_path / "damaged",
+        engine="vllm",
+        vllm={"lora": {"code": tmp_path}},
+    )
+    _, damaged = make_all(models, "sound", 8)
+    assert list(damaged) == ["damaged", "damaged/code"]
+
+
+class _Unloadable(QuickEngine):
+    """Fails each load with an error."""
+
+    def __init__(self, error):
+        super().__init__()
+        self._error = error
+
+    async def load(self):
+        raise self._error
+
+
+def _of_two(error, default):
+    """Return a residency of two models, the first of which fails its loads, and its settings."""
+    settings = StageSettings(
+        default_model=default, models=[ModelSettings(name=name, path="/x") for name in ("bad", "good")]
+    )
+    return Residency({"bad": _Unloadable(error), "good": QuickEngine()}, default), settings
+
+
+@pytest.mark.parametrize("kind", [PreconditionFailed, ResourceExhausted])
+async def test_what_cannot_be_loaded_at_the_start_leaves_the_others_serving(kind, caplog):
+    residency, settings = _of_two(kind("weights are cut short"), "good")
+    with caplog.at_level(logging.ERROR):
+        await preload(residency, settings)
+    (record,) = caplog.records
+    assert "model bad is not loaded: weights are cut short" in record.getMessage()
+    async with residency.use("good"):
+        pass
+    with pytest.raises(kind, match="cut short"):
+        await residency.load("bad")
+
+
+@pytest.mark.parametrize("kind", [PreconditionFailed, ResourceExhausted])
+async def test_a_default_model_that_cannot_be_loaded_ends_the_process(kind):
+    residency, settings = _of_two(kind("weights are cut short"), "bad")
+    with pytest.raises(kind, match="cut short"):
+        await preload(residency, settings)
