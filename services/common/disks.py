@@ -1,4 +1,4 @@
-"""What a disk does to those who write: why a write failed, in one sentence, and content that stays. Pure.
+"""What a disk does to those who write: why a write failed, in one sentence, and content that stays.
 
 Files and folders are made with the modes that the umask leaves, so that other users of a shared folder can
 read what one of them has made there.

@@ -1,4 +1,4 @@
-"""Reads JSON and YAML that others wrote, within bounds: of size, depth, numbers and aliases. Pure.
+"""Reads JSON and YAML that others wrote, within bounds: of size, depth, numbers and aliases.
 
 Whatever is in a file, its reader gets plain values (no half of a surrogate pair, no key twice, nothing nested
 deeper than MOST_LEVELS, in JSON no NaN and no infinity) or one DamagedFile: a sentence with the file and the

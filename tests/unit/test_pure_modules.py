@@ -1,0 +1,31 @@
+"""A module whose docstring says that it is pure is held to it by the import contracts."""
+
+import ast
+import tomllib
+from pathlib import Path
+
+import services
+
+ROOT = Path(services.__file__).parents[1]
+FORBIDDEN = {"asd", "google", "grpc"}
+
+
+def _names():
+    for package in ("services", "policy_service", "suites"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            text = ast.get_docstring(ast.parse(path.read_text())) or ""
+            if text.partition("\n\n")[0].rstrip().endswith("Pure."):
+                yield ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def test_what_says_that_it_is_pure_is_in_a_contract():
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    held = {
+        name
+        for contract in contracts
+        if set(contract.get("forbidden_modules", ())) >= FORBIDDEN
+        for name in contract["source_modules"]
+    }
+    names = set(_names())
+    assert {"services.router.admission", "services.common.visible"} <= names
+    assert not names - held
