@@ -44,6 +44,8 @@ _MOST_NEW_TOKENS = 2**32 - 1
 _LARGEST_SEED = 2**64 - 1
 # A demo keeps its rows in memory. Chosen.
 _MOST_DEMO_PROMPTS = 100_000
+# Of what `asd ask --json` wrote. Chosen: a thousand times a long answer's.
+_MOST_ANSWER_BYTES = 64 << 20
 
 _EPILOG = (
     "Exit codes: 0 success, 1 failure, 2 wrong usage or a refused request, 130 interrupted, "
@@ -422,7 +424,7 @@ def report(
         else:
             typer.echo(console.receipt(receipt))
 
-    _run(lambda: send(_read_answer(answer), correct=is_right), as_json=as_json)
+    _run(lambda: send(read_answer(answer), correct=is_right), as_json=as_json)
 
 
 # Commands that run a cascade.
@@ -931,13 +933,19 @@ def _read_prompt(prompt: str | None) -> str:
     return text.removesuffix("\n")
 
 
-def _read_answer(file: Path) -> Answer:
+def read_answer(file: Path) -> Answer:
+    """Return what `asd ask --json` wrote; -: to standard input. Raises InvalidRequest for anything else."""
     from pydantic import TypeAdapter, ValidationError
 
     from services.client.values import Answer
+    from services.common.documents import read_content
     from services.common.errors import InvalidRequest
 
-    content = sys.stdin.buffer.read() if file == Path("-") else file.read_bytes()
+    content = (
+        sys.stdin.buffer.read()
+        if file == Path("-")
+        else read_content(file, _MOST_ANSWER_BYTES, is_pipe_fine=True)
+    )
     try:
         return TypeAdapter(Answer).validate_json(content)
     except ValidationError as error:

@@ -383,8 +383,8 @@ def _read_record(target: Path) -> _Record | None:
     try:
         record = parse_json(read_content(path, _MOST_RECORD_BYTES), str(path))
         files, staged = dict(record["files"]), dict(record.get("staged", {}))
-        # Files are removed by these names.
-        if not all(_WANTED.fullmatch(name) for name in (*files, *staged)):
+        # Files are removed by these names, and the terminal shows them.
+        if not all(_WANTED.fullmatch(name) and name.isprintable() for name in (*files, *staged)):
             raise ValueError("a name is not of a model")
         return _Record(str(record.get("model", "")), str(record["revision"]), files, staged)
     except FileNotFoundError:

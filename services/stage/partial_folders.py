@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from services.common.disks import sync
+from services.common.documents import DamagedFile, open_file, parse_json, quoted, read_content
+from services.common.visible import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,6 +37,10 @@ _NAME = re.compile(r"[0-9a-f]{32}\..+")
 _LEFT_SECONDS = 3600.0
 # The list of a folder's files, with their bytes and SHA-256.
 MANIFEST = "manifest.json"
+# Of such a list. Chosen: a thousand times a real one's.
+_MOST_LIST_BYTES = 1 << 20
+# A name of a file that is prepared: in the folder itself.
+_FILE = re.compile(r"[\w-][\w.-]*")
 # Files up to this size are read at every check. Chosen: a twentieth of a second's work.
 _READ_BYTES = 64 << 20
 # Those that this process is filling.
@@ -89,8 +95,7 @@ def find_damage(folder: Path, *, reads_all: bool = False) -> str | None:
     Raises PermissionError where this user may not read it.
     """
     try:
-        listed = json.loads((folder / MANIFEST).read_bytes())["files"]
-        for name, (size, digest) in listed.items():
+        for name, size, digest in _listed(folder):
             path = folder / name
             found = path.stat().st_size
             if found != size:
@@ -101,9 +106,9 @@ def find_damage(folder: Path, *, reads_all: bool = False) -> str | None:
         raise
     except OSError as error:
         name = Path(error.filename).name if error.filename else folder.name
-        return f"{name}: {(error.strerror or str(error)).lower()}"
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return f"{MANIFEST} is damaged"
+        return f"{one_line(name)}: {(error.strerror or str(error)).lower()}"
+    except DamagedFile as error:
+        return error.message
     return None
 
 
@@ -145,8 +150,28 @@ def _write_manifest(folder: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
 
 
+def _listed(folder: Path) -> list[tuple[str, int, str]]:
+    """Return the files of a folder's list: each with its bytes and SHA-256. Raises OSError, DamagedFile."""
+    content = parse_json(read_content(folder / MANIFEST, _MOST_LIST_BYTES), MANIFEST)
+    files = content.get("files") if isinstance(content, dict) else None
+    # One that lists nothing would let an empty folder pass for whole.
+    if not isinstance(files, dict) or not files:
+        raise DamagedFile(f"{MANIFEST} lists no files")
+    listed = []
+    for name, entry in files.items():
+        if not _FILE.fullmatch(name):
+            raise DamagedFile(f"{MANIFEST} lists {quoted(name)}, which is no file of the folder's")
+        match entry:
+            case [int(size), str(digest)]:
+                listed.append((name, size, digest))
+            case _:
+                raise DamagedFile(f"{MANIFEST} lists {name} without its size and its SHA-256")
+    return listed
+
+
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
+    # A pipe in the place of a file would block for ever.
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -488,7 +488,8 @@ def test_a_record_that_is_damaged_or_names_other_files_removes_nothing(hub: Hub,
     folder = _pull(hub, tmp_path).path
     (tmp_path / "precious.safetensors").write_text("mine")
     record = json.loads((folder / ".asd-pull.json").read_text())
-    for text in ("{", json.dumps(record | {"files": {"../precious.safetensors": None}})):
+    names = ("../precious.safetensors", "README\0", "README\n\x1b[2J")
+    for text in ("{", *(json.dumps(record | {"files": {name: None}}) for name in names)):
         (folder / ".asd-pull.json").write_text(text)
         with pytest.raises(PreconditionFailed, match=r"\.asd-pull\.json is damaged"):
             _pull(hub, tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -141,6 +142,48 @@ def test_content_of_large_files_is_compared_on_demand_alone(tmp_path: Path):
     assert find_damage(target, reads_all=True) is not None
     cut(target / "weights")
     assert find_damage(target) is not None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda files: {},
+        lambda files: {"../other": files["weights"]},
+        lambda files: {"/etc/hostname": files["weights"]},
+        lambda files: {"..": files["weights"]},
+        lambda files: {"weights\x1b[2J\n": files["weights"]},
+        lambda files: {"weights": ["\x1b[2J\r\n", "a"]},
+        lambda files: {"weights": [1e308, None]},
+        lambda files: {"weights": 1},
+        lambda files: [*files],
+    ],
+)
+def test_a_list_of_what_is_no_file_of_the_folder_is_damage_in_one_line(
+    change: Callable[[dict[str, object]], object], tmp_path: Path
+):
+    target = tmp_path / DIGEST
+    with partial_folder(target) as partial:
+        (partial / "weights").write_text("x")
+        finish(partial, target)
+    (tmp_path / "other").write_text("x")
+    files = json.loads((target / MANIFEST).read_text())["files"]
+    (target / MANIFEST).write_text(json.dumps({"files": change(files)}))
+    damage = find_damage(target)
+    assert damage is not None
+    assert damage.isprintable()
+
+
+@pytest.mark.parametrize("name", ["weights", MANIFEST])
+def test_a_pipe_in_the_place_of_a_prepared_file_blocks_nobody(name: str, tmp_path: Path):
+    target = tmp_path / DIGEST
+    with partial_folder(target) as partial:
+        (partial / "weights").write_text("")
+        finish(partial, target)
+    (target / name).unlink()
+    os.mkfifo(target / name)
+    damage = find_damage(target)
+    assert damage is not None
+    assert "pipe" in damage
 
 
 async def test_a_form_that_does_not_load_is_looked_through_and_made_anew(
