@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import resource
+import sys
 import tempfile
 import time
 from contextlib import AsyncExitStack
@@ -33,8 +35,14 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
 NAMES = ("small", "large")
-# Of one call. Generous: the slowest take a tenth of it on a busy machine.
-MOST_SECONDS = 20.0
+# Of one call, by the wall. No test of speed but of what hangs: a machine that runs other work beside may give
+# a process no time for many seconds.
+MOST_SECONDS = 60.0
+# By how much this process, with everything that answers in it, may grow over a run. No test of thrift but of
+# what has no end: it grows by some tens of MB as gRPC's and the allocator's pools fill.
+MOST_GROWTH_BYTES = 512 << 20
+# Messages before the growth counts: imports and pools.
+_WARM_UP = 100
 # What a caller can bring about. INTERNAL and UNKNOWN are faults.
 _FINE = frozenset(
     {
@@ -79,7 +87,7 @@ async def fuzz(seconds: float, seed: int) -> int:
         async with AsyncExitStack() as stack:
             methods = await _start(stack)
             end = time.monotonic() + seconds
-            count = 0
+            count, began = 0, 0
             while time.monotonic() < end:
                 rng = random.Random(f"{seed} {count}")
                 name, call, message = methods[count % len(methods)]
@@ -88,9 +96,20 @@ async def fuzz(seconds: float, seed: int) -> int:
                 if tracebacks.found:
                     raise MessageFault(f"{name}: a traceback in the log: {tracebacks.found[0]}", raw)
                 count += 1
+                if count == _WARM_UP:
+                    began = peak_bytes()
+                if count > _WARM_UP and peak_bytes() - began > MOST_GROWTH_BYTES:
+                    raise MessageFault(f"{name}: the process has grown by {MOST_GROWTH_BYTES >> 20} MB", raw)
             return count
     finally:
         logging.getLogger().removeHandler(tracebacks)
+
+
+def peak_bytes() -> int:
+    """Return the most memory that this process has had at a time."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts in KiB, macOS in bytes.
+    return peak if sys.platform == "darwin" else peak << 10
 
 
 async def _send(name: str, call: Any, raw: bytes) -> None:

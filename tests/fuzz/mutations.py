@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import random
+    from collections.abc import Sequence
 
 _NUMBERS = (0, -1, 1, 1.5, 2**31, 2**63, -(2**63), 10**30, 1e308, 5e-324, float("nan"), float("inf"))
 _TEXTS = (
@@ -55,18 +56,21 @@ def damage_bytes(rng: random.Random, content: bytes) -> bytes:
     return bytes(made)
 
 
-def damage_json(rng: random.Random, content: bytes) -> bytes:
-    """Return a JSON text with a value of another type, size or depth, a key less, more, or twice."""
+def damage_json(rng: random.Random, content: bytes, names: Sequence[str] = ()) -> bytes:
+    """Return a JSON text with a value of another type, size or depth, a key less, more, or twice.
+
+    names: further texts that keys and values become.
+    """
     value = json.loads(content)
     for _ in range(rng.choice((1, 1, 2, 3))):
-        value = _damage_value(rng, value)
+        value = _damage_value(rng, value, (*_TEXTS, *names))
     text = json.dumps(value)
     if rng.random() < 0.05 and text.startswith("{") and len(text) > 2:
         text = text[:-1] + ", " + text[1:]
     return text.encode()
 
 
-def _damage_value(rng: random.Random, value: Any) -> Any:
+def _damage_value(rng: random.Random, value: Any, texts: Sequence[str]) -> Any:
     root = [copy.deepcopy(value)]
     parent: Any = root
     key: Any = 0
@@ -77,13 +81,13 @@ def _damage_value(rng: random.Random, value: Any) -> Any:
     if kind == 0 and parent is not root:
         del parent[key]
     elif kind == 1 and isinstance(parent, dict):
-        parent[rng.choice(_TEXTS)] = parent.pop(key)
+        parent[rng.choice(texts)] = parent.pop(key)
     else:
-        parent[key] = _hostile(rng, parent[key])
+        parent[key] = _hostile(rng, parent[key], texts)
     return root[0]
 
 
-def _hostile(rng: random.Random, value: Any) -> Any:
+def _hostile(rng: random.Random, value: Any, texts: Sequence[str]) -> Any:
     kind = rng.randrange(8)
     if kind == 0:
         deep: Any = value
@@ -93,7 +97,7 @@ def _hostile(rng: random.Random, value: Any) -> Any:
     if kind == 1:
         return [value] * rng.choice((2, 300))
     if kind == 2:
-        return rng.choice(_TEXTS)
+        return rng.choice(texts)
     if kind == 3:
         return rng.choice((None, True, False, [], {}))
     return rng.choice(_NUMBERS)
