@@ -39,6 +39,7 @@ from policy_service.policy import (
 from policy_service.predictor import OnnxPredictor
 from policy_service.predictor_model import MOST_MODEL_BYTES, UnfitModel, check_model
 from policy_service.solver import Move, View
+from services.common.disks import replace_file
 from services.common.documents import DamagedFile, parse_json, quoted, read_content
 from services.common.visible import OneLineError
 
@@ -452,8 +453,6 @@ def build_policy(document: PolicyDocument, predictor: Predictor) -> Policy:
 
 def write_document(document: PolicyDocument, directory: Path) -> None:
     """Write `policy.json`, last of an artifact's files and in one step: a cut-off run leaves no policy."""
-    path = directory / DOCUMENT
-    partial = path.with_suffix(".partial")
     content = document.model_dump(mode="json", by_alias=True)
-    partial.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
-    partial.replace(path)
+    text = json.dumps(content, separators=(",", ":")) + "\n"
+    replace_file(directory / DOCUMENT, text, is_alone=True)

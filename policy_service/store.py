@@ -41,7 +41,7 @@ from policy_service.artifact import (
 )
 from policy_service.features import Draft, PromptText, Verification
 from policy_service.policy import Objective, Policy, Preference, Spent
-from services.common.disks import is_full, sync, writing
+from services.common.disks import alone, is_full, replace_file, sync, writing
 from services.common.documents import DamagedFile, parse_json, read_content
 from services.common.settings import explain
 
@@ -362,11 +362,7 @@ class PolicyStore:
             # It may be of a later version of asd, which could still read it.
             shutil.copyfile(self.directory / POINTER, self.directory / f"{POINTER}.damaged")
         content = _Pointer(schema="asd.policies", history=history).model_dump(mode="json", by_alias=True)
-        partial = self.directory / f"{POINTER}.partial"
-        partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
-        sync(partial)
-        partial.replace(self.directory / POINTER)
-        sync(self.directory)
+        replace_file(self.directory / POINTER, json.dumps(content) + "\n", is_alone=True)
 
     @contextmanager
     def _tidied(self) -> Iterator[None]:
@@ -607,7 +603,8 @@ def _rename_new(partial: Path, target: Path) -> bool:
 
 def _merge(partial: Path, models: set[str], target: Path) -> None:
     """Move an artifact into a directory that holds another one, so that it is always one of the two."""
-    with _alone(target):
+    # Without locks, one writer at a time is up to the user.
+    with alone(target):
         try:
             for name in sorted(models):
                 (partial / name).replace(target / name)
@@ -667,19 +664,6 @@ def _name_with_digest(name: str, content: bytes) -> str:
     if _MODEL_WITH_DIGEST.fullmatch(name):
         stem = stem[: -_DIGEST - 1]
     return f"{stem}.{hashlib.sha256(content).hexdigest()[:_DIGEST]}.onnx"
-
-
-@contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Wait until no other process writes to an artifact. The lock ends with the process."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        # Some network file systems cannot lock a directory; there, one writer at a time is up to the user.
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _content(artifact: Path) -> bytes:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from services.common.disks import cannot_write, is_of_disk, sync
+from services.common.disks import cannot_write, is_of_disk, replace_file, sync
 from services.common.documents import DamagedFile, parse_json, read_content
 from services.common.errors import (
     AsdError,
@@ -397,14 +397,7 @@ def _read_record(target: Path) -> _Record | None:
 
 
 def _write_record(target: Path, record: _Record) -> None:
-    partial = target / f"{_RECORD}.partial"
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(asdict(record), file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(target / _RECORD)
-    sync(target)
+    replace_file(target / _RECORD, json.dumps(asdict(record), indent=1) + "\n", is_alone=True)
 
 
 def _is_there(path: Path, checked: dict[str, list[Any] | None], file: _File) -> bool:

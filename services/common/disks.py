@@ -7,6 +7,7 @@ read what one of them has made there.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import secrets
 from contextlib import contextmanager, suppress
@@ -91,19 +92,36 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def replace_file(path: Path, content: str) -> None:
+@contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """Wait until no other process works in a folder under this lock, which ends with its process.
+
+    Where the file system cannot lock a folder, as some of the network cannot, nobody waits.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, content: str, *, is_alone: bool = False) -> None:
     """Write a text file whole or not at all: what was there before stays until its successor is on the disk.
 
-    What is no regular file, such as a pipe or a terminal, is written to as it is. Raises OSError.
+    What is no regular file, such as a pipe or a terminal, is written to as it is. is_alone: nobody else
+    writes it meanwhile, so that the next writer takes what a killed one left. Raises OSError.
     """
     if path.exists() and not path.is_file():
         path.write_text(content, encoding="utf-8")
         return
     # Links stay links.
     target = path.resolve()
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    own = "" if is_alone else f".{secrets.token_hex(4)}"
+    partial = target.with_name(f".{target.name}{own}.partial")
     try:
-        with partial.open("x", encoding="utf-8") as file:
+        with partial.open("w" if is_alone else "x", encoding="utf-8") as file:
             file.write(content)
             file.flush()
             if target.exists():

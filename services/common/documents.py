@@ -14,7 +14,7 @@ import os
 import re
 import stat
 from collections import Counter
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -23,6 +23,7 @@ from services.common.visible import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from io import BufferedReader
     from pathlib import Path
 
 # Objects and lists within each other. Chosen: far more than any real file has, far fewer than would exhaust
@@ -75,7 +76,7 @@ def numbered_lines(
             yield number, line.decode("utf-8", "replace")
 
 
-def open_file(path: Path, *, is_pipe_fine: bool = False) -> BinaryIO:
+def open_file(path: Path, *, is_pipe_fine: bool = False) -> BufferedReader:
     """Return a file, open for reading. Raises OSError, DamagedFile for what is no file; as read_content."""
     # Without O_NONBLOCK, opening a pipe would wait for its writer.
     flags = os.O_RDONLY | os.O_CLOEXEC | (0 if is_pipe_fine else os.O_NONBLOCK)

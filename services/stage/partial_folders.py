@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from services.common.disks import sync
+from services.common.disks import alone, sync
 from services.common.documents import DamagedFile, open_file, parse_json, quoted, read_content
 from services.common.visible import one_line
 
@@ -74,7 +74,8 @@ def finish(partial: Path, target: Path, *, reads_all: bool = False) -> None:
         path.chmod(mode)
         sync(path)
     sync(partial)
-    with _alone(target.parent):
+    # For milliseconds. Without locks, two that replace a damaged folder at once may both do so.
+    with alone(target.parent):
         if os.path.lexists(target):
             if find_damage(target, reads_all=reads_all) is None:
                 return
@@ -181,19 +182,6 @@ def _remove(path: Path) -> None:
     else:
         with contextlib.suppress(OSError):
             path.unlink()
-
-
-@contextlib.contextmanager
-def _alone(parent: Path) -> Iterator[None]:
-    """Wait until no other process gives a folder its name there: each does so within milliseconds."""
-    descriptor = os.open(parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        # Where the file system has no locks, two that replace a damaged folder at once may both do so.
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _remove_if_left(folder: Path) -> None:

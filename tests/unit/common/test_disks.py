@@ -83,3 +83,12 @@ def test_what_was_there_stays_where_there_is_no_room_for_its_successor(tmp_path:
     assert ended.stdout == f"{errno.EFBIG}\n"
     assert file.read_text() == "old"
     assert [*tmp_path.iterdir()] == [file]
+
+
+def test_one_who_writes_alone_leaves_nothing_of_a_killed_writer(tmp_path: Path):
+    file = tmp_path / "file"
+    replace_file(file, "before", is_alone=True)
+    (tmp_path / ".file.partial").write_text("of one that was killed, and longer")
+    replace_file(file, "after", is_alone=True)
+    assert [*tmp_path.iterdir()] == [file]
+    assert file.read_text() == "after"
