@@ -7,9 +7,11 @@ fewer than the machine has, most of the processor time goes there.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, TypeVar
 
@@ -37,7 +39,7 @@ def run_side_by_side(
     """Return what jobs return, in their order. The first error ends it and is raised.
 
     progress is told how many are done. workers: threads, at most; by default, one per core that this process
-    may run on. They are daemons: what is interrupted ends at once, not with the jobs under way.
+    may use. They are daemons: what is interrupted ends at once, not with the jobs under way.
     """
     waiting: SimpleQueue[tuple[int, Callable[[], Made]]] = SimpleQueue()
     ended: SimpleQueue[tuple[int, Made] | BaseException] = SimpleQueue()
@@ -76,6 +78,45 @@ def run_side_by_side(
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may run on."""
+    """Return how many cores this process may use: those that it may run on, or what its container may take."""
     # Not on every system: macOS has none.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(cores, cpu_quota())))
+
+
+def cpu_quota(root: Path = Path("/")) -> float:
+    """Return how many cores' time the control groups of this process may take; infinite where none says.
+
+    A container has all cores of its machine, and the kernel stops it where it has used its share of them.
+    root: the file system's. Source: the kernel's cgroup-v2.rst (cpu.max) and sched-bwc.rst (cpu.cfs_quota_us).
+    """
+    mounted = root / "sys" / "fs" / "cgroup"
+    quota = math.inf
+    for line in _read(root / "proc" / "self" / "cgroup").splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        base = mounted / controllers if controllers else mounted
+        # The parents bound it, too. In a container, its own group may be what is mounted.
+        place = PurePosixPath(group.lstrip("/"))
+        for each in (place, *place.parents):
+            quota = min(quota, _quota_of(base / each))
+    return quota
+
+
+def _quota_of(directory: Path) -> float:
+    allowed, _, period = _read(directory / "cpu.max").partition(" ")
+    if not allowed:
+        allowed, period = _read(directory / "cpu.cfs_quota_us"), _read(directory / "cpu.cfs_period_us")
+    try:
+        # "max", or -1 of old, is no bound.
+        return int(allowed) / int(period) if int(allowed) > 0 else math.inf
+    except (ValueError, ZeroDivisionError):
+        return math.inf
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8", "replace").strip()
+    except OSError:
+        return ""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -118,9 +120,44 @@ def test_an_interrupted_wait_ends_with_jobs_under_way(monkeypatch):
     assert not any(each.is_alive() for each in running)
 
 
-def test_workers_are_as_many_as_the_process_may_use(monkeypatch):
+@pytest.mark.parametrize(
+    ("quota", "cores"), [(math.inf, 3), (8.0, 3), (2.0, 2), (1.5, 2), (0.1, 1)], ids=str
+)
+def test_workers_are_as_many_as_the_process_may_use(monkeypatch, quota: float, cores: int):
+    monkeypatch.setattr(threads, "cpu_quota", lambda: quota)
     monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: {3, 5, 7}, raising=False)
-    assert threads.usable_cores() == 3
+    assert threads.usable_cores() == cores
     monkeypatch.delattr(threads.os, "sched_getaffinity")
     monkeypatch.setattr(threads.os, "cpu_count", lambda: None)
     assert threads.usable_cores() == 1
+
+
+V2, V1 = "0::/kubepods/pod1/box\n", "4:memory:/m\n3:cpu,cpuacct:/kubepods/pod1\n1:cpuset:/\n0::/\n"
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "quota"),
+    [
+        ("", {}, math.inf),
+        (V2, {}, math.inf),
+        ("0::/\n", {"cpu.max": "200000 100000\n"}, 2.0),
+        ("0::/\n", {"cpu.max": "max 100000\n"}, math.inf),
+        (V2, {"kubepods/pod1/box/cpu.max": "max 100000", "kubepods/pod1/cpu.max": "50000 100000"}, 0.5),
+        # Where the container's own group is what is mounted, its path on the machine is not there.
+        (V2, {"cpu.max": "150000 100000"}, 1.5),
+        (V1, {"cpu,cpuacct/cpu.cfs_quota_us": "200000", "cpu,cpuacct/cpu.cfs_period_us": "100000"}, 2.0),
+        (V1, {"cpu,cpuacct/cpu.cfs_quota_us": "-1", "cpu,cpuacct/cpu.cfs_period_us": "100000"}, math.inf),
+        (V2, {"cpu.max": "200000 0"}, math.inf),
+        (V2, {"cpu.max": "much"}, math.inf),
+    ],
+)
+def test_the_quota_is_the_least_of_a_groups_and_its_parents(
+    tmp_path: Path, groups: str, files: dict[str, str], quota: float
+):
+    contents = {"proc/self/cgroup": groups}
+    contents |= {f"sys/fs/cgroup/{name}": content for name, content in files.items()}
+    for name, content in contents.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    assert threads.cpu_quota(tmp_path) == quota
