@@ -33,7 +33,14 @@ from policy_service.solver import solve_policy
 from policy_service.train.compare import compare_predictors
 from policy_service.train.costs import EMBEDDED, read_costs
 from policy_service.train.dataset import read_dataset
-from policy_service.train.evaluate import area_under_roc, evaluate_policy, r_squared, served_states
+from policy_service.train.evaluate import (
+    area_under_roc,
+    evaluate_policy,
+    r_squared,
+    served_states,
+    unlike_prompts,
+    with_unlike,
+)
 from policy_service.train.fit import InputFile, fit_policy
 from policy_service.train.outcomes import read_rows
 from policy_service.train.replay import Run, always, least_spent, replay
@@ -136,12 +143,15 @@ class Replayer:
     def __init__(self, policy: Policy, predictor: OnnxPredictor, data: Dataset) -> None:
         self.data = data
         self._views = tuple(each.view for each in policy.views)
+        self._policy = policy
+        self._unlike = unlike_prompts(policy, data)
         self.p_correct, self._cells = served_states(policy, predictor, data)
 
     def run(self, quality_value: float) -> Run:
         """Return what the policy does."""
         solution = solve_policy(self._views, quality_value)
-        return replay(self.data, self._views, self.p_correct, solution, quality_value, self._cells)
+        run = replay(self.data, self._views, self.p_correct, solution, quality_value, self._cells)
+        return with_unlike(run, self._policy, self.data, self._unlike)
 
 
 def least_value(

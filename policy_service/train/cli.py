@@ -369,7 +369,8 @@ def _lines_table(evaluation: Evaluation, cascade: Sequence[str]) -> Table:
     headings = (*first, "latency\nms", "early\nstops", *cascade)
     title = f"policy {evaluation.policy_version} on {evaluation.prompts} prompts"
     if evaluation.unlike_share is not None:
-        title += f", {evaluation.unlike_share:.1%} of them unlike all that it was fitted to"
+        share = f"{evaluation.unlike_share:.1%}"
+        title += f", {share} of them unlike all that it was fitted to: as served, without predictions"
     table = number_table(title, ("", *headings))
     for line in evaluation.lines:
         table.add_row(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from policy_service.policy import Preference
+from policy_service.policy import Objective, Preference
 from policy_service.solver import solve_policy
 from policy_service.train.dataset import view_keys
 from policy_service.train.fit import expected_calibration_error
@@ -86,8 +86,8 @@ class Evaluation:
 
     oracle_share: by line, the share of the oracle's saving of cost that is reached, where both are compared
     with always asking the last stage. unlike_share: of the prompts, those that are unlike all that the policy
-    was fitted to; None: it does not know what they look like. The lines take every prompt as one that it
-    knows.
+    was fitted to; None: it does not know what they look like. The policy's lines have them go where they are
+    served, and predictions and groups leave them out, as nothing is predicted for them.
     """
 
     policy_version: str
@@ -106,6 +106,7 @@ def evaluate_policy(
 ) -> Evaluation:
     """Return what a policy does: at each preference, at further values of quality, beside bounds."""
     p_correct, cells = served_states(policy, predictor, data)
+    unlike = unlike_prompts(policy, data)
     views = tuple(each.view for each in policy.views)
     stages = len(data.cascade)
     last = float(data.correct[:, -1].mean())
@@ -117,7 +118,8 @@ def evaluate_policy(
     comparisons = []
     thresholds = [threshold(data, p_correct, least) for least in _THRESHOLDS]
     for name, value in wanted.items():
-        runs[name] = replay(data, views, p_correct, solve_policy(views, value), value, cells)
+        run = replay(data, views, p_correct, solve_policy(views, value), value, cells)
+        runs[name] = with_unlike(run, policy, data, unlike)
         comparisons.append(_compare(name, value, runs[name], thresholds))
     balanced = policy.quality_values[Preference.BALANCED]
     kept = runs[f"{Preference.BALANCED.value} (lambda {balanced:g})"].correct.mean()
@@ -129,12 +131,39 @@ def evaluate_policy(
         policy.version,
         len(data),
         lines,
-        tuple(_predictions(data, p_correct)),
+        tuple(_predictions(data, p_correct, ~unlike)),
         tuple(comparisons),
-        tuple(_groups(data, p_correct)),
+        tuple(_groups(data, p_correct, ~unlike)),
         {line.name: (dearest - line.cost) / (dearest - cheapest) for line in lines},
-        None if policy.family is None else float(np.mean([*map(policy.is_unlike, data.prompt_texts())])),
+        None if policy.family is None else float(unlike.mean()),
     )
+
+
+def unlike_prompts(policy: Policy, data: Dataset) -> npt.NDArray[np.bool_]:
+    """Return which prompts are unlike all that the policy was fitted to: bool [n]."""
+    if policy.family is None:
+        return np.zeros(len(data), np.bool_)
+    return np.array([policy.is_unlike(prompt) for prompt in data.prompt_texts()], np.bool_)
+
+
+def with_unlike(run: Run, policy: Policy, data: Dataset, unlike: npt.NDArray[np.bool_]) -> Run:
+    """Return a run in which prompts unlike all that the policy knows go where it sends them. unlike: [n]."""
+    rows = np.flatnonzero(unlike)
+    if not len(rows):
+        return run
+    # What is planned for one of them is planned for all.
+    plan = policy.plan(data.prompt_texts()[rows[0]], Objective(), {})
+    calls: list[ViewKey] = [(plan.first_stage, None)]
+    if plan.likely_next is not None:
+        calls.append((plan.likely_next, plan.first_stage))
+    last = plan.first_stage if plan.likely_next is None else plan.likely_next
+    stage, correct, cost, latency_ms = (
+        each.copy() for each in (run.stage, run.correct, run.cost, run.latency_ms)
+    )
+    stage[rows], correct[rows] = last, data.correct[rows, last]
+    cost[rows] = np.sum([data.costs[call][rows] for call in calls], axis=0)
+    latency_ms[rows] = np.sum([data.latencies_ms[call][rows] for call in calls], axis=0)
+    return Run(stage, correct, cost, latency_ms)
 
 
 def served_states(
@@ -188,10 +217,13 @@ def _compare(name: str, quality_value: float, run: Run, thresholds: Sequence[Run
     )
 
 
-def _groups(data: Dataset, p_correct: Mapping[ViewKey, Floats]) -> Iterator[GroupCalibration]:
+def _groups(
+    data: Dataset, p_correct: Mapping[ViewKey, Floats], known: npt.NDArray[np.bool_]
+) -> Iterator[GroupCalibration]:
     suites = np.array(data.suites)
     members = {f"suite {suite}": suites == suite for suite in dict.fromkeys(data.suites)}
     members |= {f"level {level}": data.levels == level for level in np.unique(data.levels)}
+    members = {group: rows & known for group, rows in members.items() if (rows & known).any()}
     for key, scores in p_correct.items():
         correct = data.correct[:, key[0] or 0]
         for group, rows in members.items():
@@ -225,10 +257,14 @@ def _line(name: str, run: Run, last: float, stages: int) -> Line:
     )
 
 
-def _predictions(data: Dataset, p_correct: Mapping[ViewKey, Floats]) -> list[Prediction]:
+def _predictions(
+    data: Dataset, p_correct: Mapping[ViewKey, Floats], known: npt.NDArray[np.bool_]
+) -> list[Prediction]:
+    if not known.any():
+        return []
     lines = []
-    for key, scores in p_correct.items():
-        correct = data.correct[:, key[0] or 0]
+    for key, of_all in p_correct.items():
+        scores, correct = of_all[known], data.correct[known, key[0] or 0]
         lines.append(
             Prediction(
                 _view_name(data.cascade, key),

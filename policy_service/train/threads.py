@@ -78,7 +78,7 @@ def run_side_by_side(
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may use: those that it may run on, or what its container may take."""
+    """Return how many cores this process may use: those it may run on, or what its container may take."""
     # Not on every system: macOS has none.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.ceil(min(cores, cpu_quota())))
@@ -88,7 +88,8 @@ def cpu_quota(root: Path = Path("/")) -> float:
     """Return how many cores' time the control groups of this process may take; infinite where none says.
 
     A container has all cores of its machine, and the kernel stops it where it has used its share of them.
-    root: the file system's. Source: the kernel's cgroup-v2.rst (cpu.max) and sched-bwc.rst (cpu.cfs_quota_us).
+    root: the file system's.
+    Source: the kernel's cgroup-v2.rst (cpu.max) and sched-bwc.rst (cpu.cfs_quota_us).
     """
     mounted = root / "sys" / "fs" / "cgroup"
     quota = math.inf

@@ -11,12 +11,20 @@ import pyarrow.parquet as pq
 import pytest
 
 from policy_service.artifact import UnfitArtifact, load_policy, load_predictor, read_document
+from policy_service.family import Family
 from policy_service.features import Draft, PromptText, Verification
 from policy_service.policy import Objective, Policy, Spent
 from policy_service.solver import solve_policy
 from policy_service.train.costs import StageCosts
 from policy_service.train.dataset import Dataset, read_dataset, view_keys
-from policy_service.train.evaluate import area_under_roc, r_squared, served_states
+from policy_service.train.evaluate import (
+    area_under_roc,
+    evaluate_policy,
+    r_squared,
+    served_states,
+    unlike_prompts,
+)
+from policy_service.train.family import fit_family
 from policy_service.train.faults import UnfitOutcomes
 from policy_service.train.fit import InputFile, expected_calibration_error, fit_policy
 from policy_service.train.outcome_table import HEADER_KEY, write_outcomes
@@ -132,6 +140,37 @@ def test_served_decisions_equal_the_replay(
         stages = [follow(policy, row, Objective(quality_value=quality_value)) for row in rows]
         assert stages == run.stage.tolist()
         assert len(set(stages)) > 1 or quality_value != 6.0
+
+
+def test_prompts_unlike_others_are_evaluated_as_they_are_served(
+    made: tuple[Path, Dataset, list[OutcomeRow]],
+) -> None:
+    artifact, data, rows = made
+    policy, document = load_policy(artifact)
+    predictor = load_predictor(artifact, document)
+    before = evaluate_policy(policy, predictor, data, [6.0])
+    policy.use_family(fit_family(data.prompt_texts()[:2], []).family())
+    family = policy.family
+    assert family is not None
+    policy.mark_above(float(np.median([*map(family.novelty, data.prompt_texts())])))
+    unlike = unlike_prompts(policy, data)
+    assert 0.1 < unlike.mean() < 0.9
+    after = evaluate_policy(policy, predictor, data, [6.0])
+    assert after.unlike_share == unlike.mean()
+    stages = [follow(policy, row, Objective(quality_value=6.0)) for row in rows]
+    line = next(line for line in after.lines if line.name == "lambda 6")
+    assert line.accuracy == np.mean(data.correct[np.arange(len(data)), stages])
+    assert line.mix == tuple(np.mean(np.array(stages) == stage) for stage in range(len(data.cascade)))
+    old = next(line for line in before.lines if line.name == "lambda 6")
+    assert (line.mix, line.cost) != (old.mix, old.cost)
+    # What is asked whatever is known, and the bound, are the same.
+    assert (after.lines[0], after.lines[-1]) == (before.lines[0], before.lines[-1])
+    # Nothing is predicted for them.
+    assert sum(each.prompts for each in after.groups if each.group.startswith("level")) == len(
+        after.predictions
+    ) * int((~unlike).sum())
+    policy.use_family(Family(frozenset(), frozenset(), 0.0))
+    assert (evaluate_policy(policy, predictor, data, []).predictions) == ()
 
 
 def follow(policy: Policy, row: OutcomeRow, objective: Objective) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import threading
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +19,7 @@ from tests.limits import CALL_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 
 @pytest.fixture(autouse=True)
@@ -120,9 +120,7 @@ def test_an_interrupted_wait_ends_with_jobs_under_way(monkeypatch):
     assert not any(each.is_alive() for each in running)
 
 
-@pytest.mark.parametrize(
-    ("quota", "cores"), [(math.inf, 3), (8.0, 3), (2.0, 2), (1.5, 2), (0.1, 1)], ids=str
-)
+@pytest.mark.parametrize(("quota", "cores"), [(math.inf, 3), (8.0, 3), (2.0, 2), (1.5, 2), (0.1, 1)], ids=str)
 def test_workers_are_as_many_as_the_process_may_use(monkeypatch, quota: float, cores: int):
     monkeypatch.setattr(threads, "cpu_quota", lambda: quota)
     monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: {3, 5, 7}, raising=False)
