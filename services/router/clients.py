@@ -80,9 +80,12 @@ DESCRIBE_TIMEOUT_MS = 1000.0
 # 100 ms where stages leave it a tenth of a processor. At 32 requests at a time beside others, 1 of 720 had
 # a late call with four, 5 with eight. At a millisecond each they are 4,000 a second, more than a router asks.
 _POLICY_CALLS = 4
-# Share of a call's time that it may spend in that line. Chosen: a request of half a second, which then
-# follows the static plan, still has most of it for its stages.
+# Share of a call's time that it may spend in that line, and of what is left of the request's latency budget.
+# Chosen: a request of half a second, which then follows the static plan, still has most of it for its stages.
 _SHARE_IN_LINE = 0.25
+# Timeouts of a call that it may spend there. Chosen: with four calls at a time, so many timeouts mean that a
+# policy service is late with each of some 20 calls before it, and the static plan is the better answer.
+_TIMEOUTS_IN_LINE = 5.0
 
 # For how long the draft is held of a verification that was broken off before. Chosen: refusals come within
 # milliseconds.
@@ -398,15 +401,23 @@ class GrpcPolicy:
         min_accuracy_share: float | None,
     ) -> Plan:
         """Return the first stage."""
-        message = policy_pb2.PlanRequest(
-            request_id=request.id,
-            objective=convert.objective_to(request.objective),
-            cascade=self._stages,
-            conditions=convert.conditions_to(conditions),
-            min_accuracy_share=min_accuracy_share,
-        )
-        convert.set_input(message, request.input)
-        response = await self._ask(self._plan, message, timeout_ms)
+
+        def message(waited_ms: float) -> policy_pb2.PlanRequest:
+            made = policy_pb2.PlanRequest(
+                request_id=request.id,
+                objective=convert.objective_to(request.objective),
+                cascade=self._stages,
+                conditions=convert.conditions_to(conditions),
+                min_accuracy_share=min_accuracy_share,
+            )
+            if made.objective.HasField("max_latency_ms"):
+                # A plan is not told what was spent. Who has waited longer than that has left the line.
+                made.objective.max_latency_ms -= min(waited_ms, made.objective.max_latency_ms)
+            convert.set_input(made, request.input)
+            return made
+
+        wait_ms = self._wait_ms(request, 0.0, timeout_ms)
+        response = await self._ask(self._plan, message, timeout_ms, wait_ms)
         first = self._place(response.first_stage)
         likely = self._later(first, response.likely_next_stage)
         return convert.plan_from(response, first, likely, self._later(first, response.abandon_stage))
@@ -429,22 +440,27 @@ class GrpcPolicy:
         *,
         min_accuracy_share: float | None,
     ) -> Decision:
-        """Return what to do with an answer."""
-        message = policy_pb2.DecideRequest(
-            request_id=request.id,
-            objective=convert.objective_to(request.objective),
-            cascade=self._stages,
-            stage=answer.stage.name,
-            draft=convert.evidence_to(answer),
-            verification=convert.verification_to(answer),
-            spent_cost=spent_cost,
-            spent_ms=spent_ms,
-            conditions=convert.conditions_to(conditions),
-            min_accuracy_share=min_accuracy_share,
-        )
-        convert.set_input(message, request.input)
+        """Return what to do with an answer. spent_ms: up to now; the wait in line is added."""
+
+        def message(waited_ms: float) -> policy_pb2.DecideRequest:
+            made = policy_pb2.DecideRequest(
+                request_id=request.id,
+                objective=convert.objective_to(request.objective),
+                cascade=self._stages,
+                stage=answer.stage.name,
+                draft=convert.evidence_to(answer),
+                verification=convert.verification_to(answer),
+                spent_cost=spent_cost,
+                spent_ms=spent_ms + waited_ms,
+                conditions=convert.conditions_to(conditions),
+                min_accuracy_share=min_accuracy_share,
+            )
+            convert.set_input(made, request.input)
+            return made
+
+        wait_ms = self._wait_ms(request, spent_ms, timeout_ms)
         try:
-            response = await self._ask(self._decide, message, timeout_ms)
+            response = await self._ask(self._decide, message, timeout_ms, wait_ms)
         except InvalidRequest as error:
             if error.field.startswith(("draft", "verification")):
                 # The caller did not write that: the stage did.
@@ -464,30 +480,43 @@ class GrpcPolicy:
         except AsdError:
             return None
 
+    def _wait_ms(self, request: Request, spent_ms: float, timeout_ms: float) -> float:
+        """Return how long a request may stand in line, by its deadline and by its latency budget."""
+        budget_ms = request.objective.max_latency_ms
+        left_ms = timeout_ms if budget_ms is None else min(timeout_ms, max(budget_ms - spent_ms, 0.0))
+        return min(left_ms * _SHARE_IN_LINE, self._timeout_ms * _TIMEOUTS_IN_LINE)
+
     async def _ask(
-        self, method: grpc.aio.UnaryUnaryMultiCallable[Sent, Received], message: Sent, timeout_ms: float
+        self,
+        method: grpc.aio.UnaryUnaryMultiCallable[Sent, Received],
+        message: Callable[[float], Sent],
+        timeout_ms: float,
+        wait_ms: float,
     ) -> Received:
         """Return the answer of a call; of a second one where a replica is away: another may be there.
 
         At once, and once: where none is, the static plan is the better answer. Who waits in line behind calls
-        that fail does not wait for each of them: the breaker is asked again when the turn comes.
+        that fail does not wait for each of them: the breaker is asked again when the turn comes. message: is
+        made then, and told the wait in line. wait_ms: of that, the most.
         """
         arrived = self._clock()
         if self._breaker.is_open and self._line.is_full:
             # What is under way are probes, or calls that are about to fail.
             raise self._refusal()
-        async with self._line.place(timeout_ms * _SHARE_IN_LINE, self._peer):
+        async with self._line.place(wait_ms, self._peer):
             began = self._clock()
-            left_ms = timeout_ms - (began - arrived) * 1000.0
+            waited_ms = (began - arrived) * 1000.0
+            left_ms = timeout_ms - waited_ms
             first_ms = min(left_ms, self._timeout_ms)
+            sent = message(waited_ms)
             with self._guarded(left_ms, began):
                 try:
-                    return await call_unary(method, message, timeout_ms=first_ms, peer=self._peer)
+                    return await call_unary(method, sent, timeout_ms=first_ms, peer=self._peer)
                 except Unavailable:
                     second_ms = first_ms - (self._clock() - began) * 1000.0
                     if second_ms <= 0:
                         raise
-                    return await call_unary(method, message, timeout_ms=second_ms, peer=self._peer)
+                    return await call_unary(method, sent, timeout_ms=second_ms, peer=self._peer)
 
     def _refusal(self) -> Unavailable:
         return Unavailable(f"{self._peer} failed repeatedly; it is tried again soon")

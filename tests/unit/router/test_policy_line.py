@@ -12,7 +12,18 @@ from asd.v1 import policy_pb2
 from services.common.errors import AsdError, BudgetSpent, Unavailable
 from services.router.breaker import Breaker
 from services.router.clients import GrpcPolicy
-from services.router.domain import Request
+from services.router.domain import (
+    Answer,
+    FinishReason,
+    Objective,
+    Request,
+    Stage,
+    StageAction,
+    StageResult,
+    Timing,
+    Tokens,
+    Usage,
+)
 from services.router.health import Health
 from services.router.line import Line
 from tests.unit.router.small_cascade import NAMES, Clock
@@ -26,11 +37,13 @@ class Channel:
 
     def __init__(self) -> None:
         self.timeouts: list[float] = []
+        self.messages: list[Any] = []
         self.under_way: list[asyncio.Future[Any]] = []
 
     def unary_unary(self, *_: Any, **__: Any) -> Any:
         async def call(message: Any, **options: Any) -> Any:
             self.timeouts.append(options["timeout"])
+            self.messages.append(message)
             self.under_way.append(asyncio.get_running_loop().create_future())
             return await self.under_way[-1]
 
@@ -155,3 +168,72 @@ async def test_a_request_leaves_the_line_where_its_time_is_short_and_takes_no_pl
         async with line.place(0.0, "the policy"):
             raise AsdError("of the block")
     assert not line.is_full
+
+
+ANSWER = Answer(
+    Stage("small", 0, 1.0, 1000.0),
+    StageAction.GENERATE,
+    StageResult("a", (1,), "f", FinishReason.EOS, Usage(), Timing()),
+    Tokens((1,), "a"),
+    None,
+    5.0,
+    1.0,
+)
+
+
+def within(max_latency_ms: float | None) -> Request:
+    return Request("id", input="hi", objective=Objective(max_latency_ms=max_latency_ms))
+
+
+@pytest.mark.parametrize(
+    ("timeout_ms", "max_latency_ms", "spent_ms", "waits"),
+    [
+        (60_000.0, None, 0.0, True),
+        (60_000.0, 60_000.0, 0.0, True),
+        # Nothing is left of the latency budget, or hardly anything.
+        (60_000.0, 100.0, 100.0, False),
+        (60_000.0, 100.0, 200.0, False),
+        (60_000.0, 1e-3, 0.0, False),
+        # A few timeouts of the policy are over.
+        (1e-3, None, 0.0, False),
+    ],
+)
+async def test_the_wait_in_line_keeps_within_the_latency_budget_and_a_few_timeouts(
+    timeout_ms: float, max_latency_ms: float | None, spent_ms: float, *, waits: bool
+):
+    world = World(timeout_ms)
+    before = await world.ask(64)
+    under_way = len(world.channel.timeouts)
+    asked = world.policy.decide(
+        within(max_latency_ms), ANSWER, 1.0, spent_ms, (), 60_000.0, min_accuracy_share=None
+    )
+    task = asyncio.ensure_future(asked)
+    await settled()
+    assert task.done() is not waits
+    if not waits:
+        assert errors([task]) == [BudgetSpent]
+    assert len(world.channel.timeouts) == under_way
+    for each in (*before, task):
+        each.cancel()
+    await settled()
+
+
+async def test_the_policy_is_told_the_wait_in_line_as_time_spent():
+    world = World(timeout_ms=60_000.0)
+    first = await world.ask(4)
+    ways = [
+        world.policy.decide(within(500.0), ANSWER, 1.0, 40.0, (), 60_000.0, min_accuracy_share=None),
+        world.policy.plan(within(500.0), (), 60_000.0, min_accuracy_share=None),
+    ]
+    tasks = [asyncio.ensure_future(way) for way in ways]
+    await settled()
+    assert len(world.channel.messages) == 4
+    await world.serve([*first], 0.1, is_late=False)
+    decide, plan = world.channel.messages[4:]
+    assert decide.spent_ms == pytest.approx(140.0)
+    assert decide.objective.max_latency_ms == 500.0
+    # A plan is told no time spent: what is left is its budget.
+    assert plan.objective.max_latency_ms == pytest.approx(400.0)
+    for task in tasks:
+        task.cancel()
+    await settled()
