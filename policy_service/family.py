@@ -33,6 +33,28 @@ FIRST, LATER, END = "<first>", "<later>", "<end>"
 # What stands for a number, a name, and another word that varies or is not known.
 NUMBER, NAME, WORD = "<number>", "<name>", "<word>"
 
+# Words in a row that one name may have in lower case, where nothing else tells its end. Chosen: a name and a
+# surname, as the suites have.
+_WORDS_OF_NAME = 2
+
+# Words of politeness behind a question, which the embedded models read over where they are sure. What stands
+# in front of it stays. Measured: of 62 answers of the middle one to "Please answer: ..." with a P(correct)
+# above 0.9, 74% were right; of 91 to questions with " Thanks!" behind them, 96%.
+_CLOSING = re.compile(
+    r"(?:(?:[\s,]\s*|(?<=[.?!]))(?:please|thanks|thank\s+you)(?:\s+(?:very\s+much|in\s+advance))?[.!]*)+\Z",
+    re.IGNORECASE,
+)
+# Characters of it, at most. Chosen: the search looks at all that is white space again and again.
+_LONGEST_CLOSING = 64
+# A message before the question that has no other words, as systems' default ones, asks for nothing. Longer
+# than so many characters it does. Chosen.
+_OF_ASSISTANTS = frozenset(
+    "you are re a an the and ai helpful useful friendly kind polite respectful honest harmless smart "
+    "knowledgeable intelligent capable virtual digital chat large language model bot chatbot "
+    "assistant".split()
+)
+_LONGEST_OF_ASSISTANTS = 200
+
 # A word may go on with digits and underscores, as names in programs do.
 _TOKEN = re.compile(r"[^\W\d]\w*|\d+|\n|[^\w\s]")
 
@@ -58,37 +80,54 @@ class Family:
 
         A long history does not hide a new question, nor the reverse.
         """
-        *history, question = (self._novelties(start, text) for start, text in messages(prompt))
+        *history, question = (self._message(start, text) for start, text in messages(prompt))
         return max(_mean(question), _mean([each for message in history for each in message]))
 
-    def _novelties(self, start: str, text: str) -> list[float]:
+    def _message(self, start: str, text: str) -> list[float]:
+        """Return the novelty of each token of a message and of its end, in lower case where it is less new.
+
+        Case is a hint and no more: many write names without it.
+        """
+        written = self._novelties(start, text)
+        if not any(written):
+            return written
+        lower = self._novelties(start, text.lower(), is_folded=True)
+        return min(written, lower, key=_mean)
+
+    def _novelties(self, start: str, text: str, *, is_folded: bool = False) -> list[float]:
         """Return the novelty of each token of a message and of its end. start: what stands before.
 
         A fixed word may also be a name, or take a place that is open to any word, as "May" and variables do:
-        it counts as what is less new.
+        it counts as what is less new. is_folded: names have no capital letters, so that any word may be one.
         """
         novelties = []
         words, grams = self.words, self.grams
         before = (*_PADDING, start)
+        in_name = 0
         for token in (*split_tokens(text), END):
             lower = token.lower()
             if lower in words:
                 chosen = lower
             else:
                 chosen = END if token is END else abstract(token)
-                if chosen == NAME == before[-1]:
+                if chosen == NAME == before[-1] or (
+                    is_folded and chosen is WORD and before[-1] is NAME and in_name < _WORDS_OF_NAME
+                ):
+                    in_name += 1
                     continue
             # Of most tokens the longest run is known: nothing else is looked up.
             if gram_hash(" ".join((*before, chosen))) in grams:
                 novelties.append(0.0)
             else:
                 novelty = self._novelty(before, chosen)
-                if (
-                    chosen is lower
-                    and (other := self._novelty(before, stand_in := abstract(token))) < novelty
-                ):
-                    chosen, novelty = stand_in, other
+                others = [abstract(token)] if chosen is lower else []
+                if is_folded and token[0].isalpha():
+                    others.append(NAME)
+                for other in others:
+                    if (found := self._novelty(before, other)) < novelty:
+                        chosen, novelty = other, found
                 novelties.append(novelty)
+            in_name = 1
             before = (*before[1:], chosen)
         return novelties
 
@@ -103,18 +142,37 @@ class Family:
 def messages(prompt: PromptText) -> Iterator[tuple[str, str]]:
     """Yield what stands before each message of a prompt, and the message; the question last.
 
-    A long history is cut to its latest characters and messages.
+    Of the history, messages that say nothing are left out, such as systems' default ones. A long history is
+    cut to its latest characters and messages.
     """
     left = MOST_CHARACTERS
     kept: list[tuple[str, str]] = []
-    for place in range(len(prompt.history) - 1, -1, -1):
+    history = [text for text in map(trimmed, prompt.history) if not says_nothing(text)]
+    for place in range(len(history) - 1, -1, -1):
         if left <= 0 or len(kept) == MOST_MESSAGES:
             break
-        text = prompt.history[place][-left:]
+        text = history[place][-left:]
         kept.append((LATER if place else FIRST, text))
         left -= len(text)
     yield from reversed(kept)
-    yield LATER if prompt.history else FIRST, prompt.question
+    yield LATER if history else FIRST, trimmed(prompt.question)
+
+
+def trimmed(text: str) -> str:
+    """Return a text's end with one kind of line break, without white space around and politeness behind it.
+
+    What is nothing but politeness stays.
+    """
+    text = text.strip()[-MOST_CHARACTERS:].replace("\r\n", "\n").replace("\r", "\n")
+    rest = text[:-_LONGEST_CLOSING] + _CLOSING.sub("", text[-_LONGEST_CLOSING:])
+    return rest if _TOKEN.search(rest) else text
+
+
+def says_nothing(text: str) -> bool:
+    """Return whether a message asks for nothing, such as "You are a helpful assistant."."""
+    if len(text) > _LONGEST_OF_ASSISTANTS:
+        return False
+    return all(not token[0].isalnum() or token.lower() in _OF_ASSISTANTS for token in _TOKEN.findall(text))
 
 
 def split_tokens(text: str) -> list[str]:

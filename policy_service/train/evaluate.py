@@ -157,9 +157,8 @@ def with_unlike(run: Run, policy: Policy, data: Dataset, unlike: npt.NDArray[np.
     if plan.likely_next is not None:
         calls.append((plan.likely_next, plan.first_stage))
     last = plan.first_stage if plan.likely_next is None else plan.likely_next
-    stage, correct, cost, latency_ms = (
-        each.copy() for each in (run.stage, run.correct, run.cost, run.latency_ms)
-    )
+    stage, correct = run.stage.copy(), run.correct.copy()
+    cost, latency_ms = run.cost.copy(), run.latency_ms.copy()
     stage[rows], correct[rows] = last, data.correct[rows, last]
     cost[rows] = np.sum([data.costs[call][rows] for call in calls], axis=0)
     latency_ms[rows] = np.sum([data.latencies_ms[call][rows] for call in calls], axis=0)

@@ -61,6 +61,19 @@ KNOWN = "Ulla has 7 spoons. Ulla buys 500 more. How many spoons does Ulla have n
         PromptText(KNOWN.replace("Ulla", "More")),
         PromptText("And is that much?", (KNOWN, "507")),
         PromptText("And is that much?", (KNOWN, "507", "And is that much?", "12")),
+        # White space at the ends, kinds of line breaks, case, thanks.
+        PromptText(f"\n {KNOWN}\r\n"),
+        PromptText("And is that much?\r", (f"{KNOWN}\n", " 507 ")),
+        PromptText(KNOWN.lower()),
+        PromptText(KNOWN.upper()),
+        PromptText(KNOWN.replace("Ulla", "mary smith")),
+        PromptText(f"{KNOWN} Thanks!"),
+        PromptText(f"{KNOWN}, please. Thank you very much."),
+        # System turns that ask for nothing.
+        PromptText(KNOWN, ("",)),
+        PromptText(KNOWN, ("You are a helpful assistant.",)),
+        PromptText(KNOWN, ("You are a helpful, respectful and honest AI assistant.",)),
+        PromptText("And is that much?", ("You are a helpful assistant.", KNOWN, "507")),
     ],
 )
 def test_new_names_things_and_numbers_in_known_patterns_are_known(family: Family, prompt: PromptText):
@@ -80,6 +93,15 @@ def test_new_names_things_and_numbers_in_known_patterns_are_known(family: Family
         # What is asked second is not asked first, and known words in another order are new.
         PromptText("And is that much?"),
         PromptText("How many have Ulla does more now?"),
+        # Thanks alone, a polite opening, which throws models off, and a system turn that asks for more.
+        PromptText("Thanks!"),
+        PromptText("write a poem about spoons. Thanks!"),
+        PromptText(f"Please answer: {KNOWN}"),
+        PromptText(KNOWN, ("You are a helpful assistant. Answer in rhymes.",)),
+        PromptText(KNOWN, ("You are an assistant " * 20,)),
+        PromptText("And is that much?", ("You are a helpful assistant.",)),
+        # What is asked first is not asked later: nothing was fitted to that.
+        PromptText("What does this print?", (KNOWN, "507")),
         # Neither a long history nor a known question hides the other.
         PromptText("Write a poem.", (KNOWN, "507") * 6),
         PromptText("And is that much?", ("Write a poem about the sea.", "Waves and salt and wind.")),
@@ -148,6 +170,26 @@ def test_the_shipped_policy_knows_the_suites_forms_with_new_names_and_numbers(sh
 
 def test_the_shipped_policy_knows_what_asd_up_proposes(shipped: Policy):
     assert not any(shipped.is_unlike(PromptText(prompt)) for prompt in EXAMPLE_PROMPTS)
+
+
+@pytest.mark.parametrize(
+    "form", ["{}\n", "\r\n{}\r\n", "{} Thanks!", "{} please", "{} Thank you.", "lower"], ids=repr
+)
+@pytest.mark.parametrize("history", [(), ("",), ("You are a helpful assistant.",)])
+def test_the_shipped_policy_knows_questions_in_other_forms(
+    shipped: Policy, form: str, history: tuple[str, ...]
+):
+    questions = [each.question for each in suite_prompts("evaluation", 100, 1) if not each.history]
+    written = [q.lower() if form == "lower" else form.format(q) for q in questions]
+    assert np.mean([shipped.is_unlike(PromptText(each, history)) for each in written]) <= 0.02
+
+
+@pytest.mark.parametrize("form", ["{} Thanks!", "{}\n", "lower"])
+def test_the_shipped_policy_marks_what_is_off_topic_in_other_forms(shipped: Policy, form: str):
+    rows = [json.loads(line) for line in OFF_TOPIC.read_text("utf-8").splitlines()]
+    texts = [row["prompt"] for row in rows if row["part"] == "open"]
+    written = [text.lower() if form == "lower" else form.format(text) for text in texts]
+    assert np.mean([shipped.is_unlike(PromptText(text)) for text in written]) >= 0.95
 
 
 # What becomes of them. Costs of 1, 2 and 3, and as much for a verification.

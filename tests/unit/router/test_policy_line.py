@@ -47,7 +47,8 @@ class Channel:
             self.under_way.append(asyncio.get_running_loop().create_future())
             return await self.under_way[-1]
 
-        return call
+        # A call can be cancelled.
+        return lambda message, **options: asyncio.ensure_future(call(message, **options))
 
     def end(self, *, is_late: bool) -> int:
         """End what is under way; return how many calls that were."""
@@ -91,7 +92,7 @@ class World:
 
 async def settled() -> None:
     """Let everything run that can."""
-    for _ in range(50):
+    for _ in range(400):
         await asyncio.sleep(0)
 
 
