@@ -38,8 +38,8 @@ NUMBER, NAME, WORD = "<number>", "<name>", "<word>"
 _WORDS_OF_NAME = 2
 
 # Words of politeness behind a question, which the embedded models read over where they are sure. What stands
-# in front of it stays. Measured: of 62 answers of the middle one to "Please answer: ..." with a P(correct)
-# above 0.9, 74% were right; of 91 to questions with " Thanks!" behind them, 96%.
+# in front of it stays. Measured (benchmarks/family.py): with "Please answer: " before it, 65% of the middle
+# one's answers with a P(correct) above 0.9 were right (23 answers); with " Thanks!" behind it, 93% (30).
 _CLOSING = re.compile(
     r"(?:(?:[\s,]\s*|(?<=[.?!]))(?:please|thanks|thank\s+you)(?:\s+(?:very\s+much|in\s+advance))?[.!]*)+\Z",
     re.IGNORECASE,
