@@ -54,6 +54,8 @@ class StageHealth(Health):
         super().__init__(str(stage), clock)
         self._avoided_until = clock()
         self._times_silent = 0
+        # Whether it was found to hang, and nothing has come from it since.
+        self._has_hung = False
         # Milliseconds of calls from which nothing came, since something did last, and when they ended.
         self._silent_ms = 0.0
         self._silent_until = -math.inf
@@ -62,6 +64,11 @@ class StageHealth(Health):
     def is_avoided(self) -> bool:
         """Whether plans leave it out."""
         return self._avoided_until > self._clock()
+
+    @property
+    def is_hanging(self) -> bool:
+        """Whether plans leave it out because it is silent, and not because it failed."""
+        return self._has_hung and self.is_avoided
 
     def was_silent(self, call_ms: float) -> float:
         """A call of so many milliseconds ends now, and nothing came from it.
@@ -77,6 +84,7 @@ class StageHealth(Health):
     def spoke(self) -> None:
         """Something came from it."""
         self._silent_ms = 0.0
+        self._has_hung = False
 
     def went_away(self, error: AsdError) -> None:
         """It cannot be called: avoid it for a second."""
@@ -88,6 +96,7 @@ class StageHealth(Health):
         """It is silent: avoid it, for twice as long as the last time. Calls that fail together are one
         time."""
         self.failed(error, "and avoided")
+        self._has_hung = True
         if self._avoid(min(AWAY_SECONDS * 2.0**self._times_silent, _LONGEST_AWAY_SECONDS)):
             self._times_silent += 1
 

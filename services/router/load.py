@@ -186,9 +186,9 @@ class Load:
         """Return the mean time that a stage computes a call, waits not counted; 0 where none has ended."""
         return self._service_ms[stage]
 
-    def has_answered_since(self, call: Call) -> bool:
-        """Return whether a stage has answered another call since one began."""
-        return self._measured[call.stage] > call.began
+    def has_answered_since(self, stage: int, began: float) -> bool:
+        """Return whether a stage has answered a call since a time by the clock, in seconds."""
+        return self._measured[stage] > began
 
     def longest_ms(self, stage: int) -> float:
         """Return the time that few calls take longer than at a stage, waits not counted; 0 as above."""

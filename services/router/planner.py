@@ -132,7 +132,8 @@ class Planner:
             health.went_away(error)
         elif isinstance(error, BudgetSpent):
             # One that others are answered by meanwhile is busy.
-            answers = progress.call is not None and self._load.has_answered_since(progress.call)
+            call = progress.call
+            answers = call is not None and self._load.has_answered_since(place, call.began)
             if not answers and self._hangs(failure):
                 health.hung(error)
             elif progress.call is not None and progress.call.stage == place:
@@ -224,13 +225,18 @@ class Planner:
         """Return what looks at a call that nothing has come of.
 
         It returns after how many milliseconds to look again. It raises Overloaded where the line at the stage
-        leaves no time for an answer, and BudgetSpent where the stage was found to hang.
+        leaves no time for an answer, and BudgetSpent where the stage was found to hang and the request can go
+        on without it. A stage that only failed others may answer this one.
         """
         progress.call = call
+        is_bound = progress.plan_source is PlanSource.FIXED or not self._has_others(progress, stage)
 
         def look() -> float:
-            if self._health[stage.index].is_avoided and call.depth > 1:
+            can_leave = progress.has_earlier_answer() or not is_bound
+            if can_leave and call.depth > 1 and self._health[stage.index].is_hanging:
+                # It says no more of the stage than the time that it waited.
                 waited_ms = (self._clock() - call.began) * 1000.0
+                progress.call_ms = min(progress.call_ms, waited_ms)
                 raise BudgetSpent(f"{stage} has not answered for {waited_ms:.0f} ms")
             with _noting(progress, Refusal.DEADLINE):
                 return self._admission.look(stage, call, progress.left_ms(self._margin_ms(progress)))

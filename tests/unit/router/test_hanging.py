@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from services.common.errors import AsdError, BudgetSpent, ResourceExhausted, Unavailable
-from services.router.domain import DecisionReason, View
+from services.router.domain import DecisionReason, Failure, Request, View
 from services.router.planner import MARGIN_MS
+from services.router.progress import Progress
 from tests.unit.router.small_cascade import FakeStage, Policy, SmallCascade, answered, called, shown
 
 # Short, as what hangs is waited for: half of it, by the clock on the wall.
@@ -230,6 +231,18 @@ async def test_a_stage_that_waits_for_a_drafter_that_hangs_is_not_blamed(chain: 
         late(cascade, name, seconds=0.0)
     with pytest.raises(BudgetSpent):
         await cascade.ask(chain=chain)
+    assert await avoided(cascade) == {"small"}
+
+
+async def test_a_drafter_that_hangs_is_found_though_others_are_answered_by_its_target() -> None:
+    cascade = SmallCascade(Policy())
+    progress = Progress(Request("id", "hi"), 60.0, View.OUTCOME, cascade.clock)
+    target = cascade.stages["large"].stage
+    with cascade.planner.calling(target) as call:
+        cascade.planner.watch(progress, target, call)
+        cascade.clock.now += 1.0
+        await cascade.ask(stage="large")
+        cascade.planner.stage_failed(progress, Failure(0, BudgetSpent("late"), 59_000.0, has_heard=False))
     assert await avoided(cascade) == {"small"}
 
 

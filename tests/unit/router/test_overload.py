@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from services.common.errors import AsdError, BudgetSpent, Overloaded
+from services.common.errors import AsdError, Away, BudgetSpent, Overloaded, PreconditionFailed
 from services.router.cascade import Cascade
 from services.router.domain import (
     DecisionReason,
@@ -48,11 +48,15 @@ SERVICE_S = 1.0
 
 @dataclass
 class BusyStage:
-    """Computes 8 calls at a time, in the order in which they come. service_s: draws how long one takes."""
+    """Computes 8 calls at a time, in the order in which they come. service_s: draws how long one takes.
+
+    failures: what calls for a prompt fail with, after half a second; None: they hang.
+    """
 
     stage: Stage
     service_s: Callable[[], float]
     places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(CAPACITY))
+    failures: dict[object, AsdError | None] = field(default_factory=dict)
     called: int = 0
     answered: int = 0
 
@@ -60,6 +64,10 @@ class BusyStage:
         clock = asyncio.get_running_loop().time
         came, service_s = clock(), self.service_s()
         self.called += 1
+        if request.input in self.failures:
+            failure = self.failures[request.input]
+            await asyncio.sleep(timeout_ms / 1000.0 if failure is None else 0.5)
+            raise failure or BudgetSpent(f"{self.stage} did not finish within {timeout_ms:.0f} ms")
         try:
             async with asyncio.timeout(timeout_ms / 1000.0), self.places:
                 queue_ms = (clock() - came) * 1000.0
@@ -123,7 +131,7 @@ class Busy:
     async def ask(self, seconds: float, **fields: Any) -> Told:
         """Return how a request ends whose caller waits so long."""
         came = self.clock()
-        request = Request("id", "hi", **fields)
+        request = Request("id", **{"input": "hi", **fields})
         error = outcome = None
         try:
             async with aclosing(self._cascade.answer(request, came + seconds, View.OUTCOME)) as events:
@@ -321,3 +329,40 @@ def test_a_router_that_only_heard_of_a_line_sends_a_request_to_see() -> None:
     probe, other = simulated_time.run(work())
     assert probe.error is None
     assert isinstance(other.error, Overloaded)
+
+
+@pytest.mark.parametrize("failure", [PreconditionFailed("no such model"), Away("it drains")], ids=str)
+@pytest.mark.parametrize("fields", [FIXED, {}], ids=["fixed", "planned"])
+def test_a_request_that_fails_takes_nobody_elses_place(fields: dict[str, Any], failure: AsdError) -> None:
+    async def work() -> list[Told]:
+        busy = Busy(Policy(first=2))
+        busy.stages["large"].failures["bad"] = failure
+        await busy.warm(**FIXED)
+        line = asyncio.create_task(busy.burst(24, 60.0, **fields))
+        await asyncio.sleep(0.1)
+        assert (await busy.ask(60.0, input="bad", **FIXED)).error is not None
+        return await line
+
+    told = simulated_time.run(work())
+    assert kinds(told) == {"answer": 24}
+    assert {each.outcome.answer.stage.name for each in told if each.outcome} == {"large"}
+
+
+def test_who_can_go_elsewhere_leaves_a_stage_that_hangs() -> None:
+    async def work() -> tuple[list[Told], list[Told]]:
+        busy = Busy(Policy(first=2))
+        large = busy.stages["large"]
+        large.failures |= {"planned": None, "fixed": None}
+        await busy.warm(**FIXED)
+        fixed = asyncio.create_task(busy.burst(3, 60.0, input="fixed", **FIXED))
+        planned = asyncio.create_task(busy.burst(3, 60.0, input="planned"))
+        await asyncio.sleep(0.1)
+        # Its callers give it ten times as long as answers take.
+        await busy.ask(10.0, input="fixed", **FIXED)
+        return await planned, await fixed
+
+    planned, fixed = simulated_time.run(work())
+    assert kinds(planned) == {"answer": 3}
+    assert max(each.after_s for each in planned) < 12.0
+    # Those that asked for the stage wait for it.
+    assert min(each.after_s for each in fixed) > 59.0
