@@ -7,8 +7,10 @@ AsdError                    anything else: INTERNAL
 │       └── ConversationRefused     its chat template refuses the conversation
 ├── NotFound                unknown stage, model or policy version
 ├── PreconditionFailed      artifact absent, or not made for this cascade
+│   └── InputFailed             a model's template or tokenizer fails on this input
 ├── Unauthenticated         no token, or an unknown one
-├── ResourceExhausted       queue or KV cache full
+├── ResourceExhausted       no room: a disk, or a message over a limit
+│   ├── QueueFull               an engine's queue or memory is full
 │   └── Overloaded              there is no room for the request now; says when to ask again
 ├── Unavailable             stage or policy unreachable, or draining
 │   ├── Away                it has not answered: gone, not there yet, or about to end
@@ -61,12 +63,20 @@ class PreconditionFailed(AsdError):
     """The service is not in a state in which the request could succeed."""
 
 
+class InputFailed(PreconditionFailed):
+    """A model's chat template or tokenizer fails on this input, and is not known to fail on others."""
+
+
 class Unauthenticated(AsdError):
     """The caller shows no token, or one that is not known."""
 
 
 class ResourceExhausted(AsdError):
-    """A queue or cache is full; the same request may succeed later."""
+    """There is no room: on a disk, within the limit on messages, or for one more request."""
+
+
+class QueueFull(ResourceExhausted):
+    """An engine's queue or memory is full with other requests; the same one may succeed later."""
 
 
 class Overloaded(ResourceExhausted):

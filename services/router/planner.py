@@ -11,12 +11,14 @@ from services.common.errors import (
     AsdError,
     Away,
     BudgetSpent,
+    InputFailed,
     InvalidRequest,
     ModelRefusal,
     NotFound,
     Overloaded,
     PreconditionFailed,
     PromptTooLong,
+    QueueFull,
     ResourceExhausted,
     Unavailable,
 )
@@ -126,7 +128,9 @@ class Planner:
         if choice is not None:
             self._speculation.ended(choice)
         health = self._health[place]
-        if isinstance(error, Unavailable | PreconditionFailed):
+        if isinstance(error, Unavailable) or (
+            isinstance(error, PreconditionFailed) and not isinstance(error, InputFailed)
+        ):
             # It may come back as another model.
             self._contexts.pop(place, None)
             health.went_away(error)
@@ -246,10 +250,7 @@ class Planner:
     def refused(self, progress: Progress, error: ResourceExhausted | BudgetSpent) -> AsdError:
         """Return the error for a request that ran out of room or time: where others are why, when to ask
         again."""
-        if isinstance(error, ResourceExhausted) and not isinstance(error, Overloaded):
-            if error.field:
-                # It is too large, for good.
-                return error
+        if isinstance(error, QueueFull):
             places = [place for place, each in progress.failed.items() if each is error]
             stages = [self._stages[place] for place in places] or self._stages
             progress.refusal = Refusal.STAGE_FULL
@@ -468,7 +469,7 @@ class Planner:
             return following
         if progress.has_committed or not self.may_be_replaced(progress, error):
             raise error
-        if isinstance(error, ResourceExhausted) and self._admission.refuses:
+        if isinstance(error, QueueFull) and self._admission.refuses:
             # What stands in for a stage without room is not worse than it.
             full = max(place for place, each in progress.failed.items() if each is error)
             for place in range(full):

@@ -17,7 +17,7 @@ from jinja2.ext import Extension
 from jinja2.filters import make_attrgetter
 from jinja2.utils import pass_environment
 
-from services.common.errors import ConversationRefused, PreconditionFailed
+from services.common.errors import ConversationRefused, InputFailed, PreconditionFailed
 from services.stage.engine import Turn
 from services.stage.model_files import read_json_file, read_text_file
 from services.stage.template_limits import (
@@ -92,7 +92,7 @@ class ChatTemplate:
     def render(self, turns: Sequence[Turn]) -> str:
         """Return a conversation's text, up to where the model's answer begins.
 
-        Raises ConversationRefused where the template refuses it, PreconditionFailed where it fails.
+        Raises ConversationRefused where the template refuses it, InputFailed where it fails.
         """
         return self._run(self._plain, turns, datetime.now())
 
@@ -116,9 +116,7 @@ class ChatTemplate:
         now = datetime.now()
         text = self._run(self._tracing, turns, now)
         if not isinstance(text, TracedText) or text != self._run(self._plain, turns, now):
-            raise PreconditionFailed(
-                f"{self._where}: what the chat template makes of a message cannot be followed"
-            )
+            raise InputFailed(f"{self._where}: what the chat template makes of a message cannot be followed")
         return text
 
     def _run(self, template: Any, turns: Sequence[Turn], now: datetime) -> str:
@@ -143,10 +141,10 @@ class ChatTemplate:
                 f"the model's chat template refuses the conversation: {error}", field="conversation"
             ) from error
         except TooMuchWork as error:
-            raise PreconditionFailed(f"{self._where}: the chat template is stopped: {error}") from error
+            raise InputFailed(f"{self._where}: the chat template is stopped: {error}") from error
         except Exception as error:
             # A template is a program: whatever it raises is a fault of its own.
-            raise PreconditionFailed(
+            raise InputFailed(
                 f"{self._where}: the chat template fails: {type(error).__name__}: {error}"
             ) from error
         return text

@@ -157,7 +157,7 @@ class Engine(Protocol):
     `generate` and `verify` yield events, a Result last. Closing the generator early cancels the call: its
     computation stops and its cache is freed. Errors: ModelRefusal for what this model cannot take and another
     one may (PromptTooLong, ConversationRefused), InvalidRequest for a draft that cannot be used,
-    ResourceExhausted for a full queue, PreconditionFailed for a missing artifact.
+    QueueFull for a full queue, PreconditionFailed for a missing artifact.
     """
 
     @property

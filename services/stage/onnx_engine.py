@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from services.common.errors import AsdError, PreconditionFailed, ResourceExhausted
+from services.common.errors import AsdError, PreconditionFailed, QueueFull
 from services.stage.answer import AnswerBuilder
 from services.stage.draft import DraftFeed
 from services.stage.engine import (
@@ -321,7 +321,7 @@ class OnnxEngine:
             raise PreconditionFailed(f"model {self._name} is not loaded")
         with self._wake:
             if len(self._waiting) >= self._options.max_queue:
-                raise ResourceExhausted(
+                raise QueueFull(
                     f"{len(self._waiting)} requests wait for {self._name} already: try again later"
                 )
             self._waiting.append(work)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from services.common.errors import NotFound, PreconditionFailed, ResourceExhausted
+from services.common.errors import NotFound, PreconditionFailed, QueueFull, ResourceExhausted
 from services.stage.engine import ModelState
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class Residency:
         """Load a model, unloading others where the budget asks for it.
 
         Raises NotFound for an unknown name, PreconditionFailed for a damaged model, for one larger than the
-        budget and for one that cannot be loaded, ResourceExhausted if the models in its way are all in use.
+        budget and for one that cannot be loaded, QueueFull if the models in its way are all in use.
         """
         name, place = self._find(name)
         place.users += 1
@@ -173,9 +173,7 @@ class Residency:
                 if not place.users and place.engine.status().state is ModelState.READY
             ]
             if not idle:
-                raise ResourceExhausted(
-                    f"model {name} does not fit beside models that are in use: try again later"
-                )
+                raise QueueFull(f"model {name} does not fit beside models that are in use: try again later")
             oldest = min(idle, key=lambda other: self._places[other].used)
             await self._places[oldest].engine.unload()
             unloaded.append(oldest)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from services.common.errors import AsdError, PreconditionFailed, ResourceExhausted
+from services.common.errors import AsdError, PreconditionFailed, QueueFull, ResourceExhausted
 from services.stage.answer import AnswerBuilder
 from services.stage.backend import BackendDied, TokenRequest
 from services.stage.draft import DraftFeed
@@ -452,9 +452,7 @@ class ScoringEngine:
         if self._state is not ModelState.READY:
             raise PreconditionFailed(f"model {self._name} is not loaded")
         if self._slots.locked() and self._waiting >= self._options.max_queue:
-            raise ResourceExhausted(
-                f"{self._waiting} requests wait for {self._name} already: try again later"
-            )
+            raise QueueFull(f"{self._waiting} requests wait for {self._name} already: try again later")
         self._calls.add(call)
         try:
             yield

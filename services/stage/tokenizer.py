@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from services.common.errors import ConversationRefused, PreconditionFailed
+from services.common.errors import ConversationRefused, InputFailed, PreconditionFailed
 from services.stage.chat_template import ChatTemplate
 from services.stage.model_files import read_json_file
 from services.stage.text_stream import Decoding, TextStream
@@ -81,7 +81,7 @@ class ChatTokenizer:
     def render(self, turns: Sequence[Turn]) -> str:
         """Return a conversation's text as the chat template writes it.
 
-        Raises ConversationRefused where the template refuses it, PreconditionFailed where it fails.
+        Raises ConversationRefused where the template refuses it, InputFailed where it fails.
         """
         return self._template.render(turns)
 
@@ -205,7 +205,7 @@ class _LiteralTokenizer:
 
 def _encode(tokenizer: Tokenizer, text: str, most: int | None = None) -> list[int]:
     # Of the library's calls, those on batches let the interpreter's lock go; this one counts no offsets.
-    with explained("the model's tokenizer fails on the text"):
+    with explained("the model's tokenizer fails on the text", InputFailed):
         encoding = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
     if most is not None and len(encoding) > most:
         raise TooManyTokens(len(encoding))
@@ -214,7 +214,7 @@ def _encode(tokenizer: Tokenizer, text: str, most: int | None = None) -> list[in
 
 def _places(tokenizer: Tokenizer, text: str, ids: set[int]) -> list[tuple[int, int]]:
     """Return where in a text the tokens of a set stand, begin and end."""
-    with explained("the model's tokenizer fails on the text"):
+    with explained("the model's tokenizer fails on the text", InputFailed):
         encoding = tokenizer.encode_batch([text], add_special_tokens=False)[0]
     # `offsets` would make a pair of every token, under the interpreter's lock.
     places = [encoding.token_to_chars(index) for index, each in enumerate(encoding.ids) if each in ids]

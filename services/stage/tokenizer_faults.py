@@ -10,7 +10,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from services.common.errors import AsdError, PreconditionFailed
+from services.common.errors import AsdError, InputFailed, PreconditionFailed
 from services.stage.tokenizer_description import patterns
 
 if TYPE_CHECKING:
@@ -28,20 +28,20 @@ _MOST_LETTERS = 32
 
 
 @contextmanager
-def explained(what: str) -> Iterator[None]:
-    """Raise PreconditionFailed for whatever the library raises, a panic included."""
+def explained(what: str, kind: type[AsdError] = PreconditionFailed) -> Iterator[None]:
+    """Raise an error of a kind for whatever the library raises, a panic included."""
     try:
         yield
     except AsdError:
         raise
     except BaseException as error:
-        raise said(what, error) from error
+        raise said(what, error, kind) from error
 
 
-def said(what: str, error: BaseException) -> BaseException:
-    """Return PreconditionFailed for an error of the library, a panic included; others as they are."""
+def said(what: str, error: BaseException, kind: type[AsdError] = InputFailed) -> BaseException:
+    """Return an error of a kind for one of the library, a panic included; others as they are."""
     if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-        return PreconditionFailed(f"{what}: {error}")
+        return kind(f"{what}: {error}")
     return error
 
 

@@ -25,7 +25,7 @@ from asd.v1 import (
     stage_pb2,
     stage_pb2_grpc,
 )
-from services.common.errors import ResourceExhausted, Unavailable
+from services.common.errors import QueueFull, Unavailable
 from services.common.server import ServiceRegistration, start_server
 from tests.integration.common.conftest import CALL_S, PROCESS_S, running
 from tests.integration.common.test_tls import failing, router_config
@@ -305,7 +305,7 @@ async def test_every_metric_of_a_router_is_in_the_documents(router: Any) -> None
     small.fail_after, small.failure = 0, Unavailable("gone")
     with pytest.raises(grpc.aio.AioRpcError):
         await stub.Generate(cascade_pb2.GenerateRequest(prompt="hi", stage="small"), timeout=CALL_S)
-    small.failure = ResourceExhausted("full")
+    small.failure = QueueFull("full")
     with pytest.raises(grpc.aio.AioRpcError):
         await stub.Generate(cascade_pb2.GenerateRequest(prompt="hi", stage="small"), timeout=CALL_S)
     policy.plan_failure = Unavailable("gone")

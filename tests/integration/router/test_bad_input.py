@@ -7,7 +7,7 @@ import grpc
 import pytest
 
 from asd.v1 import cascade_pb2, common_pb2
-from services.common.errors import InvalidRequest, ResourceExhausted
+from services.common.errors import InvalidRequest, QueueFull
 from services.common.status import from_rpc_error
 from tests.limits import CALL_S
 
@@ -157,7 +157,7 @@ async def test_one_bad_request_of_a_batch_leaves_the_others_alone(world):
 
 
 async def test_a_request_of_a_batch_that_there_is_no_room_for_says_when_to_ask_again(world):
-    medium = world.stage("medium", fail_after=0, failure=ResourceExhausted("the queue is full"))
+    medium = world.stage("medium", fail_after=0, failure=QueueFull("the queue is full"))
     w = await world(world.stage("small"), medium)
     call = w.stub.GenerateBatch(cascade_pb2.GenerateBatchRequest(requests=[ask()]), timeout=10)
     (result,) = [each async for each in call]

@@ -19,7 +19,7 @@ from services.common.errors import (
     NotFound,
     PreconditionFailed,
     PromptTooLong,
-    ResourceExhausted,
+    QueueFull,
     Unavailable,
 )
 from services.common.server import ServiceRegistration, start_server
@@ -286,7 +286,7 @@ OTHER = (b"one", b" other", b" x")
 AWAY = {
     "dead": {},
     "refuses": {"fail_after": 0},
-    "full": {"fail_after": 0, "failure": ResourceExhausted("the queue is full")},
+    "full": {"fail_after": 0, "failure": QueueFull("the queue is full")},
     "dies": {"fail_after": 2},
     "dies after a change": {"pieces": OTHER, "fail_after": 2},
     "hangs": {"pause_after": 0},
@@ -458,7 +458,7 @@ async def test_a_policy_that_refuses_after_a_failure_leaves_the_earlier_answer(w
 
     def refuse_the_second(kind):
         if len(policy.decisions) == 2:
-            policy.decide_failure = ResourceExhausted("the queue is full")
+            policy.decide_failure = QueueFull("the queue is full")
 
     policy.on_call = refuse_the_second
     w = await world(
@@ -575,7 +575,7 @@ async def test_drafting_stage_dying_mid_stream_is_replaced(world):
             "INVALID_ARGUMENT",
             "600 tokens",
         ),
-        (ResourceExhausted("the queue is full (256)"), "RESOURCE_EXHAUSTED", "queue is full"),
+        (QueueFull("the queue is full (256)"), "RESOURCE_EXHAUSTED", "queue is full"),
         (PreconditionFailed("the model is not loaded"), "FAILED_PRECONDITION", "not loaded"),
         # These are the router's configuration, not the caller's input.
         (NotFound("no model x", field="model"), "FAILED_PRECONDITION", "no model x"),
@@ -635,7 +635,7 @@ async def test_a_fault_of_one_stage_is_not_the_requests(world):
 
 
 async def test_full_queue_at_escalation_keeps_the_answer(world):
-    medium = world.stage("medium", fail_after=0, failure=ResourceExhausted("the queue is full"))
+    medium = world.stage("medium", fail_after=0, failure=QueueFull("the queue is full"))
     w = await world(
         world.stage("small"), medium, world.stage("large"), policy=world.policy(script={"small": "medium"})
     )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from services.common.errors import AsdError, ModelRefusal, PreconditionFailed, ResourceExhausted
+from services.common.errors import AsdError, ModelRefusal, PreconditionFailed, QueueFull, ResourceExhausted
 from services.stage import check, scoring_engine, tensorrt_llm_engine, vllm_engine
 from services.stage.check import main as check_main
 from services.stage.conformance import PROMPTS, Answer, Suite, collect
@@ -460,7 +460,7 @@ async def test_a_full_queue_refuses_and_serves_again_later(monkeypatch: pytest.M
     engine = await _vllm(max_batch=1, max_queue=2)
     outcomes = await asyncio.gather(*(_ask(engine, LONG) for _ in range(6)), return_exceptions=True)
     refused = [each for each in outcomes if isinstance(each, BaseException)]
-    assert [type(each) for each in refused] == [ResourceExhausted] * 3
+    assert [type(each) for each in refused] == [QueueFull] * 3
     assert (await _ask(engine, LONG)).result.queue_ms < 5
     status = engine.status()
     assert (status.running, status.queued, status.completed) == (0, 0, 4)

@@ -86,7 +86,7 @@ def test_a_service_that_is_about_to_end_is_told_from_one_that_says_what_is_away(
     assert as_told(errors.InvalidRequest("no", field="prompt")).field == "prompt"
 
 
-@pytest.mark.parametrize("kind", [errors.Overloaded, errors.ResourceExhausted])
+@pytest.mark.parametrize("kind", [errors.Overloaded, errors.QueueFull, errors.ResourceExhausted])
 def test_a_refusal_says_when_to_ask_again(kind):
     told = as_told(kind("full", retry_after_s=1.25))
     assert type(told) is kind

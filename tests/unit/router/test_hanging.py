@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from services.common.errors import AsdError, BudgetSpent, ResourceExhausted, Unavailable
+from services.common.errors import AsdError, BudgetSpent, QueueFull, Unavailable
 from services.router.domain import DecisionReason, Failure, Request, View
 from services.router.planner import MARGIN_MS
 from services.router.progress import Progress
@@ -189,9 +189,7 @@ async def test_a_stage_that_hangs_is_avoided_though_every_caller_is_in_a_hurry(
     assert 1 < len(large.calls) < requests
 
 
-@pytest.mark.parametrize(
-    "error", [None, AsdError("it failed"), ResourceExhausted("the queue is full")], ids=str
-)
+@pytest.mark.parametrize("error", [None, AsdError("it failed"), QueueFull("the queue is full")], ids=str)
 async def test_a_stage_that_says_anything_in_between_is_not_avoided(error: AsdError | None) -> None:
     policy = Policy()
     cascade = SmallCascade(policy)

@@ -10,11 +10,13 @@ from services.common.errors import (
     AsdError,
     BudgetSpent,
     ConversationRefused,
+    InputFailed,
     InvalidRequest,
     ModelRefusal,
     Overloaded,
     PreconditionFailed,
     PromptTooLong,
+    QueueFull,
     ResourceExhausted,
     Unavailable,
 )
@@ -49,12 +51,14 @@ OF_THE_STAGE = {
     "no form": NO_SYSTEM,
     "refused": ModelRefusal("the library refuses it"),
     "internal": BROKEN,
-    "full": ResourceExhausted("the queue is full"),
+    "full": QueueFull("the queue is full"),
+    "fails on this input": InputFailed("the chat template is stopped"),
+    "too large": ResourceExhausted("an answer of more bytes than a message may have"),
     "away": Unavailable("gone"),
     "not loaded": PreconditionFailed("the model is not loaded"),
 }
 # Those after which other requests go on asking the stage.
-OF_ONE_REQUEST = ("too long", "no form", "refused", "internal", "full")
+OF_ONE_REQUEST = ("too long", "no form", "refused", "internal", "full", "fails on this input", "too large")
 
 
 def failing(error: AsdError, after: int = 0) -> dict[str, Any]:
@@ -120,7 +124,9 @@ async def test_a_draft_that_breaks_off_with_a_fault_is_replaced() -> None:
         ((TOO_LONG, TOO_LONG, TOO_LONG), PromptTooLong),
         ((TOO_LONG, NO_SYSTEM, TOO_LONG), ModelRefusal),
         ((BROKEN, BROKEN, BROKEN), AsdError),
-        ((ResourceExhausted("full"),) * 3, Overloaded),
+        ((QueueFull("full"),) * 3, Overloaded),
+        # Only what a stage says of its queue passes with time.
+        ((ResourceExhausted("CLIENT: Received message larger than max"),) * 3, ResourceExhausted),
         ((BudgetSpent("late"),) * 3, BudgetSpent),
         # The request is not at fault while a stage that was not there might take it.
         ((TOO_LONG, TOO_LONG, Unavailable("gone")), Unavailable),
@@ -150,7 +156,9 @@ async def test_a_request_that_no_stage_answers_says_why_of_each(
 @pytest.mark.parametrize("error", [*OF_THE_STAGE.values(), InvalidRequest("no", field="sampling.top_p")])
 async def test_what_a_fixed_stage_says_is_the_callers_to_know(error: AsdError) -> None:
     cascade = SmallCascade(Policy(), medium=failing(error))
-    with pytest.raises(type(error)) as caught:
+    # Of a full one it is known when to ask again.
+    kind = Overloaded if isinstance(error, QueueFull) else type(error)
+    with pytest.raises(kind) as caught:
         await cascade.ask(stage="medium")
     assert caught.value.message == error.message
     assert called(cascade) == ["medium"]
@@ -158,7 +166,7 @@ async def test_what_a_fixed_stage_says_is_the_callers_to_know(error: AsdError) -
 
 @pytest.mark.parametrize("static_plan", [(0, 1, 2), (1, 2), (2,)])
 async def test_no_lesser_stage_stands_in_for_one_that_is_full(static_plan: tuple[int, ...]) -> None:
-    full = failing(ResourceExhausted("the queue is full"))
+    full = failing(QueueFull("the queue is full"))
     cascade = SmallCascade(static_plan=static_plan, **{NAMES[static_plan[0]]: full})
     if static_plan[0] < 2:
         assert (await cascade.ask()).answer.stage.name == "large"

@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from asd.v1 import stage_pb2
-from services.common.errors import AsdError, Away, InvalidRequest, NotFound, ResourceExhausted, Unavailable
+from services.common.errors import AsdError, Away, InvalidRequest, NotFound, QueueFull, Unavailable
 from services.common.patience import Patience
 from services.common.status import DETAILS_KEY, status_of, to_rpc_status
 from services.router.cascade import Cascade
@@ -193,7 +193,7 @@ async def test_what_a_stage_says_itself_is_no_reason_to_wait(time: Time) -> None
 
 
 @pytest.mark.parametrize(
-    "error", [ResourceExhausted("full"), InvalidRequest("no", field="prompt"), NotFound("no model")]
+    "error", [QueueFull("full"), InvalidRequest("no", field="prompt"), NotFound("no model")]
 )
 async def test_a_stage_that_refuses_a_request_is_there(time: Time, error: AsdError) -> None:
     """One that has answered in any way is waited for when it goes away next."""

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from services.common.errors import PreconditionFailed
+from services.common.errors import InputFailed, PreconditionFailed
 from services.stage.chat_template import ChatTemplate
 from services.stage.engine import Turn
 from services.stage.template_limits import MOST_BYTES, MOST_STEPS, Meter, TooMuchWork
@@ -172,9 +172,9 @@ def test_a_template_that_never_ends_on_one_conversation_alone_fails_that_request
         "{% if 'loop' in messages[-1].content %}{% for a in range(99999) %}{% for b in range(99999) %}"
         "{% endfor %}{% endfor %}{% endif %}{{ messages[-1].content }}",
     )
-    with pytest.raises(PreconditionFailed, match="stopped"):
+    with pytest.raises(InputFailed, match="stopped"):
         template.render((Turn("user", "loop"),))
-    with pytest.raises(PreconditionFailed, match="stopped"):
+    with pytest.raises(InputFailed, match="stopped"):
         template.trace((Turn("user", "loop"),))
     assert template.render(_HELLO) == "Hello"
 
