@@ -31,7 +31,8 @@ class Admission:
 
     Under QUEUE and SHED a request is refused where the line at a stage leaves it no time to be answered.
     Where there is no line, or this router has no call under way at the stage, every request is let in: the
-    stage is idle, or what is known of it is old.
+    stage is idle, or what is known of it is old. So it is where no call has waited yet: how many the stage
+    computes at a time is then a guess.
     """
 
     def __init__(self, load: Load, overload: Overload) -> None:
@@ -93,16 +94,17 @@ class Admission:
 
     def _wait_ms(self, stage: Stage) -> float:
         has_calls = self._load.own_calls(stage.index) > 0
-        return self._load.expected_queue_ms(stage.index) if has_calls else 0.0
+        return self._load.certain_queue_ms(stage.index) if has_calls else 0.0
 
     def _missing_ms(self, stages: Sequence[Stage], left_ms: float) -> float:
-        """Return how much time more a request needs than it has; 0 or less where it has enough."""
+        """Return how much time more a request needs than it has; 0 or less where it may have enough.
+
+        Without a line it may: its answer may be shorter than others.
+        """
         wait_ms = sum(map(self._wait_ms, stages))
-        if wait_ms >= MIN_QUEUE_MS:
-            return wait_ms + sum(self._load.longest_ms(stage.index) for stage in stages) - left_ms
-        # Beside others it is computed as slowly as they are. Alone, it shows how fast the stage is.
-        shared = [stage for stage in stages if self._load.own_calls(stage.index)]
-        return sum(self._load.service_ms(stage.index) for stage in shared) - left_ms if shared else 0.0
+        if wait_ms < MIN_QUEUE_MS:
+            return 0.0
+        return wait_ms + sum(self._load.longest_ms(stage.index) for stage in stages) - left_ms
 
 
 def _late(stage: Stage, wait_ms: float, left_ms: float, missing_ms: float) -> Overloaded:

@@ -47,13 +47,14 @@ class Call:
     """One of this router's calls under way at a stage.
 
     number: later calls have higher ones. depth: how many there were as it began, itself included. began: by
-    the clock, in seconds.
+    the clock, in seconds. expected_ms: the wait that was expected for it.
     """
 
     stage: int
     number: int
     depth: int
     began: float
+    expected_ms: float
 
 
 class Load:
@@ -75,6 +76,8 @@ class Load:
         self._service_ms = [0.0] * stage_count
         self._deviation_ms = [0.0] * stage_count
         self._capacity = [_FIRST_CAPACITY] * stage_count
+        # Whether a call has waited in this router's own line.
+        self._has_shown = [False] * stage_count
         # By the replica's address.
         self._others: list[dict[str, Others]] = [{} for _ in range(stage_count)]
         self._replicas = [1] * stage_count
@@ -85,10 +88,10 @@ class Load:
     @contextmanager
     def calling(self, stage: int) -> Iterator[Call]:
         """Count the block as a call under way at a stage."""
-        line = self._under_way[stage]
+        line, expected_ms = self._under_way[stage], self.expected_queue_ms(stage)
         self._begun += 1
         line.append(self._begun)
-        call = Call(stage, self._begun, len(line), self._clock())
+        call = Call(stage, self._begun, len(line), self._clock(), expected_ms)
         try:
             yield call
         finally:
@@ -131,16 +134,23 @@ class Load:
         self._took(stage, service_ms)
         mean_ms = self._service_ms[stage]
         computed, capacity = depth * mean_ms / (queue_ms + mean_ms), self._capacity[stage]
-        if queue_ms >= _FULL * mean_ms or computed > capacity:
+        has_waited = queue_ms >= _FULL * mean_ms
+        if not self._has_shown[stage] and computed > capacity:
+            # So many were computed, and nothing says that more cannot be.
+            self._capacity[stage] = computed
+            self._has_shown[stage] = has_waited
+        elif has_waited or computed > capacity:
+            # What a call waits that has a place by what is known may be of others' doing.
+            self._has_shown[stage] = self._has_shown[stage] or depth > capacity
             # 1 at least: what others ask of the stage is not in this router's line, and the mean fades.
             self._capacity[stage] = max(capacity + _NEWEST * (computed - capacity), 1.0)
 
     def ran_out(self, call: Call) -> None:
-        """A call ran out of time while it was being computed: what it had is the least that it takes.
+        """A call ran out of time that something had come of: what it had is the least that it takes.
 
         A stage that is too slow for every caller would otherwise never be known to be slow.
         """
-        taken_ms = (self._clock() - call.began) * 1000.0 - self._behind_ms(call.stage, call.depth)
+        taken_ms = (self._clock() - call.began) * 1000.0 - call.expected_ms
         if taken_ms > self._service_ms[call.stage] > 0.0:
             self._took(call.stage, taken_ms)
 
@@ -205,14 +215,25 @@ class Load:
         """
         return max(self._faded_ms(stage), self._line_ms(stage))
 
+    def certain_queue_ms(self, stage: int) -> float:
+        """Return how much of the expected wait was measured.
+
+        A line is none before calls have waited in one: the stage may compute more at a time than is thought.
+        """
+        return self.expected_queue_ms(stage) if self._has_shown[stage] else self._faded_ms(stage)
+
     def left_to_wait_ms(self, call: Call) -> float:
-        """Return how long a call under way that nothing has come of will still wait; 0: it is being computed.
+        """Return how long a call under way that nothing has come of is certain to wait still; 0: it may be
+        computed.
 
         Stages take calls in the order in which they came.
         """
-        ahead = bisect_left(self._under_way[call.stage], call.number)
         waited_ms = (self._clock() - call.began) * 1000.0
-        return max(self._faded_ms(call.stage) - waited_ms, self._behind_ms(call.stage, ahead + 1.0))
+        measured_ms = self._faded_ms(call.stage) - waited_ms
+        if not self._has_shown[call.stage]:
+            return max(measured_ms, 0.0)
+        ahead = bisect_left(self._under_way[call.stage], call.number)
+        return max(measured_ms, self._behind_ms(call.stage, ahead + 1.0))
 
     def _line_ms(self, stage: int) -> float:
         """Return the wait behind this router's calls, those that are being planned among them."""

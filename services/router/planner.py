@@ -140,8 +140,8 @@ class Planner:
             answers = call is not None and self._load.has_answered_since(place, call.began)
             if not answers and self._hangs(failure):
                 health.hung(error)
-            elif progress.call is not None and progress.call.stage == place:
-                self._load.ran_out(progress.call)
+            elif call is not None and call.stage == place and failure.has_heard:
+                self._load.ran_out(call)
         elif isinstance(error, InvalidRequest):
             health.spoke()
         else:

@@ -229,7 +229,8 @@ def test_the_capacity_of_a_stage_is_learned_from_waits(
 def test_where_nobody_waits_the_capacity_is_at_least_what_was_under_way(load: Load) -> None:
     for call in served(64, 48, 200):
         load.answered(0, *call)
-    assert 40.0 <= load.capacity(0) <= 48.0
+    assert load.capacity(0) == pytest.approx(48.0)
+    assert load.certain_queue_ms(0) == 0.0
     # And a quiet hour does not unlearn it.
     for _ in range(100):
         load.answered(0, 1, 0.0, 40.0)
@@ -292,8 +293,30 @@ def test_old_plans_are_forgotten(load: Load) -> None:
         assert load.expected_queue_ms(1) == pytest.approx((99.01 + 1 - 8) * 5.0, rel=1e-3)
 
 
-def test_a_call_in_the_line_is_told_what_is_left_of_it(load: Load) -> None:
+def test_a_guess_of_the_capacity_is_no_wait(load: Load) -> None:
     load.answered(0, 1, 0.0, 40.0)
+    with under_way(load, 0, 40), load.calling(0) as call:
+        assert (load.certain_queue_ms(0), load.left_to_wait_ms(call)) == (0.0, 0.0)
+        # One waits that has a place by the guess: others may be why.
+        load.answered(0, 4, 20.0, 40.0)
+        assert load.certain_queue_ms(0) == pytest.approx(4.0)
+        # 32 of 64 are computed at a time.
+        load.answered(0, 64, 40.0, 40.0)
+        assert load.capacity(0) == pytest.approx(32.0)
+        assert load.certain_queue_ms(0) == pytest.approx(10 * 40.0 / 32)
+        assert load.left_to_wait_ms(call) == pytest.approx(9 * 40.0 / 32)
+
+
+def show_a_line(load: Load) -> None:
+    """Have a call of 40 ms wait behind eight others."""
+    load.answered(0, 1, 0.0, 40.0)
+    for _ in range(100):
+        load.answered(0, 16, 40.0, 40.0)
+    assert load.capacity(0) == pytest.approx(8.0)
+
+
+def test_a_call_in_the_line_is_told_what_is_left_of_it(load: Load) -> None:
+    show_a_line(load)
     with under_way(load, 0, 4), load.calling(0) as early, under_way(load, 0, 10), load.calling(0) as late:
         # The fifth is computed with the first eight. Of the sixteen, the last waits for eight to end.
         assert load.left_to_wait_ms(early) == 0.0
@@ -304,7 +327,7 @@ def test_a_call_in_the_line_is_told_what_is_left_of_it(load: Load) -> None:
 
 
 def test_a_line_gets_shorter_as_calls_before_one_end(load: Load) -> None:
-    load.answered(0, 1, 0.0, 40.0)
+    show_a_line(load)
     first = under_way(load, 0, 6)
     with under_way(load, 0, 6), load.calling(0) as call:
         assert load.left_to_wait_ms(call) == pytest.approx(5 * 5.0)
@@ -326,10 +349,19 @@ def test_a_call_that_ran_out_of_time_takes_that_at_least(load: Load, clock: Cloc
     load.answered(0, 1, 0.0, 40.0)
     with under_way(load, 0, 8), load.calling(0) as late:
         clock.now += 0.065
-        # It waited for 5 ms.
+        # It was expected to wait for 5 ms.
         load.ran_out(late)
         assert load.service_ms(0) == pytest.approx(40.0 + 0.2 * (60.0 - 40.0))
     with load.calling(0) as hurried:
         clock.now += 0.03
         load.ran_out(hurried)
         assert load.service_ms(0) == pytest.approx(44.0)
+
+
+def test_what_a_call_waited_for_others_is_not_what_it_takes(load: Load, clock: Clock) -> None:
+    for _ in range(100):
+        load.answered(0, 1, 1000.0, 40.0)
+    with load.calling(0) as late:
+        clock.now += 1.05
+        load.ran_out(late)
+    assert load.service_ms(0) == pytest.approx(40.0 + 0.2 * 10.0)
