@@ -54,9 +54,10 @@ class Admission:
         is_bound = objective.lambda_ is not None or objective.preference is Preference.BEST
         return 1.0 if is_bound else _LEAST_SHARE
 
-    def fits(self, stage: Stage, left_ms: float) -> bool:
-        """Return whether a call that comes now will be answered in time, as far as its line says."""
-        return not self.refuses or self._missing_ms([stage], left_ms) <= 0.0
+    @staticmethod
+    def asks_for_quality(objective: Objective) -> bool:
+        """Return whether a request had rather be refused than be given an answer that was to be improved."""
+        return objective.min_quality is not None or objective.preference is Preference.BEST
 
     def check(self, stages: Sequence[Stage], left_ms: float) -> None:
         """Raise Overloaded where the stages, one after the other, have no time left to answer a request."""

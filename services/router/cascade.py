@@ -91,7 +91,7 @@ class Cascade:
 
     async def _run(self, progress: Progress, client: StageClient) -> AsyncGenerator[Event, None]:
         """Have a stage answer, by verifying an earlier stage's answer where there is one."""
-        progress.call_ms = 0.0
+        progress.call_ms, progress.call = 0.0, None
         stage, draft = client.stage, self._planner.draft_for(progress, client.stage)
         upstream = [self._stages[place] for place in progress.upstream]
         await self._planner.until_awake(progress, [each.stage for each in (client, *upstream)])
@@ -139,6 +139,8 @@ class Cascade:
         progress.failed[stage] = error
         if not progress.has_earlier_answer():
             return await self._planner.plan_again(progress, error, self._patience)
+        if isinstance(error, Overloaded) and self._planner.may_be_refused(progress):
+            raise error
         following = await self._planner.decide_again(progress)
         if following is None:
             progress.keep_earlier_answer(error)

@@ -147,6 +147,13 @@ class Planner:
         else:
             health.failed_a_request(error)
 
+    def may_be_refused(self, progress: Progress) -> bool:
+        """Return whether a request that has an answer is refused where there is no room for a better one.
+
+        Waits lower no quality unasked. Who did not ask for quality has more of the answer.
+        """
+        return self._admission.asks_for_quality(progress.request.objective) and not progress.has_committed
+
     def may_be_replaced(self, progress: Progress, error: AsdError) -> bool:
         """Return whether another stage may still answer, after one did not."""
         if isinstance(error, BudgetSpent):
@@ -256,26 +263,30 @@ class Planner:
             progress.refusal = Refusal.STAGE_FULL
             after_s = min(map(self._admission.retry_after_s, stages))
             error = Overloaded(error.message, retry_after_s=after_s)
-        elif isinstance(error, BudgetSpent) and self._admission.refuses and self._is_shared(progress):
+        elif (
+            isinstance(error, BudgetSpent)
+            and progress.call is not None
+            and self._admission.refuses
+            and self._is_shared(progress, progress.call)
+        ):
             progress.refusal = Refusal.DEADLINE
-            stage = self._stages[progress.call.stage if progress.call else 0]
-            after_s = self._admission.retry_after_s(stage)
+            after_s = self._admission.retry_after_s(self._stages[progress.call.stage])
             error = Overloaded(
-                f"{error.message}, beside other requests: allow more time, or call again in {after_s:.2f} s",
+                f"{error.message} while it was busy with other requests: allow more time, or call again in "
+                f"{after_s:.2f} s",
                 retry_after_s=after_s,
             )
         if isinstance(error, Overloaded):
             self._observer.request_refused(progress.refusal or Refusal.STAGE_FULL)
         return error
 
-    def _is_shared(self, progress: Progress) -> bool:
-        """Return whether a request that ran out of time had others beside it.
+    def _is_shared(self, progress: Progress, call: Call) -> bool:
+        """Return whether a request ran out of time in a call that had others beside it.
 
-        A stage of which nothing came may hang as well: what cannot be told apart is worth another attempt.
+        Not where they wait for a stage that hangs, nor where the caller was given final tokens.
         """
-        call = progress.call
-        if call is None:
-            return any(self._load.own_calls(stage.index) for stage in self._stages)
+        if progress.has_committed or self._health[call.stage].is_hanging:
+            return False
         return call.depth > 1 or self._load.own_calls(call.stage) > 0
 
     def _has_others(self, progress: Progress, stage: Stage) -> bool:
@@ -390,7 +401,7 @@ class Planner:
     async def decide(self, progress: Progress) -> Decision:
         """Judge the latest answer. An escalation that does not fit the deadline is not started.
 
-        Raises Overloaded where lines are not waited in and the next stage has one.
+        Raises Overloaded where there is no room for it, and the caller asked for quality.
         """
         with Traced(Spans.DECIDE) as span:
             self._leave_out_short_contexts(progress)
@@ -402,16 +413,19 @@ class Planner:
             # A draft that was given up is no answer to stop with.
             following = decision.next_stage
             if following is not None and decision.reason is not DecisionReason.ABANDONED:
-                left_ms = progress.left_ms(MARGIN_MS)
+                left_ms = progress.left_ms(self._margin_ms(progress))
                 if following in progress.failed:
                     decision = decision.stopped(DecisionReason.STAGE_UNAVAILABLE)
                 elif left_ms <= 0 or (decision.expected_ms or 0.0) > left_ms:
                     decision = decision.stopped(DecisionReason.DEADLINE)
                 elif progress.plan_source is not PlanSource.FIXED:
-                    with _noting(progress, Refusal.LINE):
-                        self._admission.shed(self._stages[following])
-                    if not self._admission.fits(self._stages[following], left_ms):
-                        decision = decision.stopped(DecisionReason.DEADLINE)
+                    try:
+                        self._admit(progress, [self._stages[following]])
+                    except Overloaded:
+                        if not self.may_be_refused(progress):
+                            decision = decision.stopped(DecisionReason.DEADLINE)
+                        else:
+                            raise
             progress.judged(decision)
             spans.describe_decision(span, progress, decision)
             return decision
@@ -486,6 +500,8 @@ class Planner:
             return None
         try:
             return (await self.decide(progress)).next_stage
+        except Overloaded:
+            raise
         except AsdError:
             # There is an answer.
             return None

@@ -249,14 +249,19 @@ def test_who_waits_longer_than_was_expected_is_refused_before_the_deadline() -> 
     assert max(refused) < 6.0
 
 
-def test_an_answer_stands_where_the_line_at_the_next_stage_leaves_no_time() -> None:
+FOR_QUALITY = [Objective(preference=Preference.BEST), Objective(min_quality=0.9)]
+NOT_FOR_QUALITY = [Objective(), Objective(preference=Preference.FASTEST), Objective(lambda_=3.0)]
+
+
+@pytest.mark.parametrize("objective", NOT_FOR_QUALITY)
+def test_an_answer_stands_where_the_line_at_the_next_stage_leaves_no_time(objective: Objective) -> None:
     async def work() -> tuple[list[Told], Told]:
         busy = Busy(Policy(script={0: (2,)}))
         await busy.warm()
         await busy.warm(**FIXED)
         waiting = asyncio.create_task(busy.burst(24, 60.0, stage="large"))
         await asyncio.sleep(0.5)
-        told = await busy.ask(3.0)
+        told = await busy.ask(3.0, objective=objective)
         # It is not begun in vain.
         assert busy.stages["large"].called == 24 + 2 * WARM
         return await waiting, told
@@ -267,6 +272,31 @@ def test_an_answer_stands_where_the_line_at_the_next_stage_leaves_no_time() -> N
     (record,) = told.outcome.records
     assert (record.answer.stage.name, record.decision.reason) == ("small", DecisionReason.DEADLINE)
     assert told.after_s == pytest.approx(SERVICE_S)
+
+
+@pytest.mark.parametrize("objective", FOR_QUALITY)
+@pytest.mark.parametrize("is_slower", [False, True], ids=["at once", "in the line"])
+def test_who_asks_for_quality_is_refused_and_not_given_less(objective: Objective, is_slower: bool) -> None:
+    async def work() -> tuple[Told, list[Refusal]]:
+        seconds = SERVICE_S
+        busy = Busy(Policy(script={0: (2,)}), service_s=lambda: seconds)
+        await busy.warm()
+        await busy.warm(**FIXED)
+        called = busy.stages["large"].called
+        # Slower than was known, or not.
+        seconds = 3.0 * SERVICE_S if is_slower else SERVICE_S
+        line = asyncio.create_task(busy.burst(24, 60.0, stage="large"))
+        await asyncio.sleep(0.1)
+        seconds = SERVICE_S
+        asked = asyncio.create_task(busy.ask(5.0 if is_slower else 3.0, objective=objective))
+        assert kinds(await line) == {"answer": 24}
+        assert busy.stages["large"].called == called + 24 + is_slower
+        return await asked, busy.observer.refusals
+
+    told, counted = simulated_time.run(work())
+    assert isinstance(told.error, Overloaded)
+    assert told.error.retry_after_s is not None
+    assert counted == [Refusal.DEADLINE]
 
 
 @pytest.mark.parametrize(
@@ -280,12 +310,20 @@ def test_who_sheds_does_not_wait_for_more_than_an_answer(
     async def work() -> tuple[Told, list[Refusal]]:
         busy = Busy(Policy(script, first=0 if script else 2), overload=overload)
         await busy.warm(**FIXED)
-        asked = asyncio.create_task(busy.ask(60.0)) if script else None
+        best: dict[str, Any] = {"objective": FOR_QUALITY[0]}
+        asked = asyncio.create_task(busy.ask(60.0, **best)) if script else None
+        other = asyncio.create_task(busy.ask(60.0)) if script else None
         await asyncio.sleep(0.5)
         # Eight are computed, and eight wait for as long as an answer takes.
         line = asyncio.create_task(busy.burst(16, 60.0, stage="large"))
         await asyncio.sleep(0.1)
         told = await (asked or busy.ask(60.0))
+        if other is not None:
+            # Who did not ask for quality keeps the answer that there is.
+            outcome = (await other).outcome
+            assert outcome is not None
+            reasons = [record.decision.reason for record in outcome.records]
+            assert (reasons == [DecisionReason.DEADLINE]) is (overload is Overload.SHED)
         assert kinds(await line) == {"answer": 16}
         return told, busy.observer.refusals
 
@@ -375,7 +413,8 @@ def test_who_can_go_elsewhere_leaves_a_stage_that_hangs() -> None:
     planned, fixed = simulated_time.run(work())
     assert kinds(planned) == {"answer": 3}
     assert max(each.after_s for each in planned) < 12.0
-    # Those that asked for the stage wait for it.
+    # Those that asked for the stage wait for it. It is no overload that they waited in vain.
+    assert kinds(fixed) == {"BudgetSpent": 3}
     assert min(each.after_s for each in fixed) > 59.0
 
 

@@ -26,10 +26,12 @@ from services.router.domain import (
     Overload,
     PlanSource,
     Refusal,
+    Request,
     Role,
     Turn,
     View,
 )
+from services.router.progress import Progress
 from tests.unit.router.small_cascade import (
     NAMES,
     OTHER,
@@ -298,3 +300,23 @@ async def test_a_draft_without_text_is_not_handed_on(is_silent: bool, calls: lis
     outcome = await cascade.ask(chain=("small", "large"))
     assert outcome.answer.result.text == "abc"
     assert cascade.stages["large"].calls == calls
+
+
+async def test_a_wait_for_a_stage_that_sleeps_is_no_overload() -> None:
+    """Unrelated requests are under way elsewhere."""
+    cascade = SmallCascade(Policy())
+    progress = Progress(Request("id", "hi"), 60.0, View.OUTCOME, cascade.clock)
+    with cascade.planner.calling(cascade.stages["small"].stage):
+        error = BudgetSpent("stage large is not awake")
+        assert cascade.planner.refused(progress, error) is error
+
+
+@pytest.mark.parametrize("view", [View.OUTCOME, View.COMMITTED])
+async def test_who_was_given_final_tokens_is_late_and_not_refused(view: View) -> None:
+    # Of a stage that always takes long, and does not hang.
+    cascade = SmallCascade(Policy(), medium={"total_ms": 20_000.0}, timeout_ms=120_000.0)
+    await cascade.ask(stage="medium")
+    cascade.stages["medium"].fail_after, cascade.stages["medium"].failure = 2, BudgetSpent("late")
+    with cascade.planner.calling(cascade.stages["medium"].stage):
+        with pytest.raises(Overloaded if view is View.OUTCOME else BudgetSpent):
+            await cascade.events(view, stage="medium")
