@@ -71,8 +71,8 @@ class Admission:
         if self._overload is Overload.SHED and wait_ms > service_ms:
             after_s = _bounded((wait_ms - service_ms) / 1000.0)
             raise Overloaded(
-                f"{stage} has a line of {wait_ms:.0f} ms, and requests do not wait for more than an answer: "
-                f"call again in {after_s:.2f} s",
+                f"{stage} is busy: a request would wait about {wait_ms:.0f} ms, and none waits for longer "
+                f"than an answer takes (overload: shed): call again in {after_s:.2f} s",
                 retry_after_s=after_s,
             )
 
@@ -111,8 +111,8 @@ class Admission:
 def _late(stage: Stage, wait_ms: float, left_ms: float, missing_ms: float) -> Overloaded:
     after_s = _bounded(missing_ms / 1000.0)
     return Overloaded(
-        f"{stage} has a line of {wait_ms:.0f} ms, which leaves no time for an answer within the "
-        f"{left_ms:.0f} ms to the deadline: allow more time, or call again in {after_s:.2f} s",
+        f"{stage} is busy: after a wait of about {wait_ms:.0f} ms there is no time for an answer within the "
+        f"{max(left_ms, 0.0):.0f} ms to the deadline: allow more time, or call again in {after_s:.2f} s",
         retry_after_s=after_s,
     )
 

@@ -24,6 +24,7 @@ from services.common.patience import Patience
 from services.common.version import VERSION
 from services.router import convert
 from services.router.adapters import Adapters, tasks_of
+from services.router.call_limit import CallLimit
 from services.router.domain import (
     Answer,
     Condition,
@@ -39,7 +40,6 @@ from services.router.domain import (
     StageResult,
     Tokens,
 )
-from services.router.line import Line
 
 if TYPE_CHECKING:
     from collections.abc import (
@@ -386,7 +386,7 @@ class GrpcPolicy:
         self._places = {name: index for index, name in enumerate(stages)}
         self._timeout_ms = timeout_ms
         self._breaker = breaker
-        self._line = Line(_POLICY_CALLS)
+        self._limit = CallLimit(_POLICY_CALLS)
         stub = policy_pb2_grpc.PolicyServiceStub(channel)
         self._plan = stub.Plan
         self._decide = stub.Decide
@@ -500,10 +500,10 @@ class GrpcPolicy:
         made then, and told the wait in line. wait_ms: of that, the most.
         """
         arrived = self._clock()
-        if self._breaker.is_open and self._line.is_full:
+        if self._breaker.is_open and self._limit.is_full:
             # What is under way are probes, or calls that are about to fail.
             raise self._refusal()
-        async with self._line.place(wait_ms, self._peer):
+        async with self._limit.place(wait_ms, self._peer):
             began = self._clock()
             waited_ms = (began - arrived) * 1000.0
             left_ms = timeout_ms - waited_ms

@@ -123,9 +123,7 @@ class Busy:
     ) -> None:
         self.clock = asyncio.get_running_loop().time
         stages = [Stage(name, place, 1.0 + place, 60_000.0) for place, name in enumerate(NAMES)]
-        self.stages = {
-            each.name: BusyStage(each, service_s, asyncio.Semaphore(capacity)) for each in stages
-        }
+        self.stages = {each.name: BusyStage(each, service_s, asyncio.Semaphore(capacity)) for each in stages}
         self.observer = Observer()
         observer: Any = self.observer
         options = SpeculationOptions(prefill_ahead=False, adaptive=False)

@@ -11,6 +11,7 @@ import pytest
 from asd.v1 import policy_pb2
 from services.common.errors import AsdError, BudgetSpent, Unavailable
 from services.router.breaker import Breaker
+from services.router.call_limit import CallLimit
 from services.router.clients import GrpcPolicy
 from services.router.domain import (
     Answer,
@@ -25,7 +26,6 @@ from services.router.domain import (
     Usage,
 )
 from services.router.health import Health
-from services.router.line import Line
 from tests.unit.router.small_cascade import NAMES, Clock
 
 TIMEOUT_MS = 100.0
@@ -158,17 +158,17 @@ async def test_the_wait_in_line_is_taken_from_the_requests_own_time():
 
 
 async def test_a_request_leaves_the_line_where_its_time_is_short_and_takes_no_place_with_it():
-    line = Line(1)
-    async with line.place(1_000.0, "the policy"):
-        assert line.is_full
+    limit = CallLimit(1)
+    async with limit.place(1_000.0, "the policy"):
+        assert limit.is_full
         with pytest.raises(BudgetSpent):
-            async with line.place(0.0, "the policy"):
+            async with limit.place(0.0, "the policy"):
                 raise AssertionError("there was no place")
-    assert not line.is_full
+    assert not limit.is_full
     with pytest.raises(AsdError):
-        async with line.place(0.0, "the policy"):
+        async with limit.place(0.0, "the policy"):
             raise AsdError("of the block")
-    assert not line.is_full
+    assert not limit.is_full
 
 
 ANSWER = Answer(

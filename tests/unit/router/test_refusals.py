@@ -317,6 +317,6 @@ async def test_who_was_given_final_tokens_is_late_and_not_refused(view: View) ->
     cascade = SmallCascade(Policy(), medium={"total_ms": 20_000.0}, timeout_ms=120_000.0)
     await cascade.ask(stage="medium")
     cascade.stages["medium"].fail_after, cascade.stages["medium"].failure = 2, BudgetSpent("late")
-    with cascade.planner.calling(cascade.stages["medium"].stage):
-        with pytest.raises(Overloaded if view is View.OUTCOME else BudgetSpent):
-            await cascade.events(view, stage="medium")
+    kind = Overloaded if view is View.OUTCOME else BudgetSpent
+    with cascade.planner.calling(cascade.stages["medium"].stage), pytest.raises(kind):
+        await cascade.events(view, stage="medium")

@@ -1,4 +1,4 @@
-"""A bound on the calls under way to a service; further ones wait in line. Pure."""
+"""A bound on the calls under way to a service; further ones wait for a place. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 
-class Line:
+class CallLimit:
     """Lets so many calls through at a time; the others wait in the order in which they came."""
 
     def __init__(self, places: int) -> None:

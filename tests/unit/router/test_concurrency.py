@@ -1,0 +1,114 @@
+"""What a router says that has as many requests under way as it runs: when to call again."""
+
+from __future__ import annotations
+
+from contextlib import aclosing, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from asd.v1 import cascade_pb2
+from services.common.errors import AsdError, Overloaded
+from services.router.cascade import Cascade
+from services.router.servicer import CascadeServicer
+from tests.unit.router.small_cascade import Observer, SmallCascade
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+
+class Instruments(Observer):
+    def request_under_way(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+class Context:
+    def time_remaining(self) -> float:
+        return 60.0
+
+
+class Router:
+    """Runs one request at a time, and has a clock by hand."""
+
+    def __init__(self) -> None:
+        self._small = SmallCascade(static_plan=(0,))
+        self._stage = self._small.stages["small"]
+        instruments: Any = Instruments()
+        directory: Any = None
+        cascade = Cascade(
+            tuple(self._small.stages.values()), self._small.planner, instruments, self._small.clock
+        )
+        self._servicer = CascadeServicer(
+            cascade,
+            directory,
+            self._small.clock,
+            instruments,
+            max_concurrent=1,
+            batch_concurrency=1,
+            default_deadline_ms=60_000.0,
+        )
+        self._context: Any = Context()
+
+    def takes(self, seconds: float, failure: AsdError | None = None) -> None:
+        """From now on requests take so long, and fail."""
+
+        def pass_time() -> None:
+            self._small.clock.now += seconds
+
+        self._stage.on_call = pass_time
+        self._stage.fail_after, self._stage.failure = (0, failure) if failure else (None, None)
+
+    async def ask(self) -> None:
+        await self._servicer.Generate(cascade_pb2.GenerateRequest(prompt="hi", stage="small"), self._context)
+
+    async def stream(self) -> None:
+        async with aclosing(self._servicer.GenerateStream(self._streamed(), self._context)) as events:
+            async for _ in events:
+                pass
+
+    async def batch(self, count: int) -> None:
+        requests = [cascade_pb2.GenerateRequest(prompt="hi", stage="small")] * count
+        batch = cascade_pb2.GenerateBatchRequest(requests=requests)
+        async with aclosing(self._servicer.GenerateBatch(batch, self._context)) as answers:
+            async for _ in answers:
+                pass
+
+    async def delay(self) -> float | None:
+        """Return how long the one who comes while another request is under way is told to wait."""
+        async with aclosing(self._servicer.GenerateStream(self._streamed(), self._context)) as events:
+            await anext(events)
+            with pytest.raises(Overloaded) as caught:
+                await self.ask()
+        return caught.value.retry_after_s
+
+    @staticmethod
+    def _streamed() -> cascade_pb2.GenerateStreamRequest:
+        return cascade_pb2.GenerateStreamRequest(
+            request=cascade_pb2.GenerateRequest(prompt="hi", stage="small")
+        )
+
+
+async def test_the_delay_is_what_whole_requests_took() -> None:
+    router = Router()
+    router.takes(4.0)
+    await router.ask()
+    # The first ones count alike.
+    assert await router.delay() == pytest.approx(4.0)
+    router.takes(2.0)
+    await router.stream()
+    assert await router.delay() == pytest.approx(3.0)
+
+
+async def test_neither_batches_nor_failures_say_how_long_a_request_takes() -> None:
+    router = Router()
+    router.takes(4.0)
+    await router.ask()
+    await router.batch(8)
+    router.takes(0.0, AsdError("it failed"))
+    for _ in range(8):
+        with pytest.raises(AsdError):
+            await router.ask()
+    router.takes(0.0)
+    # Nor do those that their callers leave.
+    for _ in range(8):
+        assert await router.delay() == pytest.approx(4.0)
