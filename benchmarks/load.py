@@ -24,10 +24,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import grpc
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
-
 from benchmarks.processes import embedded_cascade
 from benchmarks.record import percentile, write_result
 from services.client.client import CascadeClient
@@ -92,7 +88,7 @@ class Tally:
         self.asked += 1
         if isinstance(outcome, ResourceExhausted):
             self.refused += 1
-            self.unexplained += retry_after_s(outcome) is None
+            self.unexplained += outcome.retry_after_s is None
         elif isinstance(outcome, BudgetSpent):
             self.deadline_exceeded += 1
         elif isinstance(outcome, AsdError):
@@ -138,19 +134,6 @@ def wilson(right: int, count: int) -> tuple[float, float]:
     centre = (share + spread / 2) / (1 + spread)
     half = math.sqrt(share * (1 - share) * spread + spread * spread / 4) / (1 + spread)
     return max(centre - half, 0.0), min(centre + half, 1.0)
-
-
-def retry_after_s(error: BaseException) -> float | None:
-    """Return what the google.rpc.RetryInfo of a failed call says, in seconds; None where it has none."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, grpc.RpcError):
-        cause = cause.__cause__
-    status = rpc_status.from_call(cause) if cause is not None else None
-    for detail in status.details if status is not None else ():
-        retry = error_details_pb2.RetryInfo()
-        if detail.Unpack(retry):
-            return float(retry.retry_delay.ToNanoseconds()) / 1e9
-    return None
 
 
 def headline(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

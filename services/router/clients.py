@@ -503,9 +503,11 @@ class GrpcPolicy:
         if self._breaker.is_open and self._limit.is_full:
             # What is under way are probes, or calls that are about to fail.
             raise self._refusal()
+        waits = self._limit.is_full
         async with self._limit.place(wait_ms, self._peer):
             began = self._clock()
-            waited_ms = (began - arrived) * 1000.0
+            # What the caller asked for is passed on as it is where nothing was waited for.
+            waited_ms = (began - arrived) * 1000.0 if waits else 0.0
             left_ms = timeout_ms - waited_ms
             first_ms = min(left_ms, self._timeout_ms)
             sent = message(waited_ms)

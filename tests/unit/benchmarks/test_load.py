@@ -7,33 +7,16 @@ import random
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import grpc
 import pytest
-from google.protobuf.duration_pb2 import Duration
-from google.rpc import code_pb2, error_details_pb2, status_pb2
 
-from benchmarks.load import CELLS, WAYS, Kept, Tally, cells, headline, retry_after_s, wilson
+from benchmarks.load import CELLS, WAYS, Kept, Tally, cells, headline, wilson
 from services.common.errors import AsdError, BudgetSpent, ResourceExhausted, Unavailable
-from services.common.status import DETAILS_KEY
 from suites import generate
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 TASK = generate("arithmetic", 1, random.Random(0))
-
-
-def refusal(*details: Any) -> ResourceExhausted:
-    """Return a refusal as a client raises it, with details of the status."""
-    status = status_pb2.Status(code=code_pb2.RESOURCE_EXHAUSTED, message="full")
-    for each in details:
-        status.details.add().Pack(each)
-    trailing = grpc.aio.Metadata((DETAILS_KEY, status.SerializeToString()))
-    code = grpc.StatusCode.RESOURCE_EXHAUSTED
-    cause = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, "full")
-    inner, outer = ResourceExhausted("full"), ResourceExhausted("the cascade is full")
-    inner.__cause__, outer.__cause__ = cause, inner
-    return outer
 
 
 def answer(text: str, source: str = "policy", *reasons: str) -> Any:
@@ -56,21 +39,13 @@ def test_intervals_are_wilsons(right: int, count: int, low: float, high: float) 
     assert wilson(count - right, count) == pytest.approx((1 - high, 1 - low), abs=5e-5)
 
 
-def test_a_retry_info_is_found_among_other_details_below_the_clients_errors() -> None:
-    info = error_details_pb2.ErrorInfo(reason="OVERLOADED", domain="asd.v1")
-    retry = error_details_pb2.RetryInfo(retry_delay=Duration(seconds=1, nanos=500_000_000))
-    assert retry_after_s(refusal(info, retry)) == 1.5
-    assert retry_after_s(refusal(info)) is None
-    assert retry_after_s(ResourceExhausted("without a cause")) is None
-
-
 def test_what_is_not_answered_is_counted_and_spoils_no_figure() -> None:
     tally = Tally()
     tally.take(TASK, answer(TASK.solution), 10.0)
     tally.take(TASK, answer("no answer", "static", "static_plan"), 30.0)
     tally.take(TASK, answer(TASK.solution, "policy", "static_plan", "last_stage"), 20.0)
-    retry = error_details_pb2.RetryInfo(retry_delay=Duration(seconds=1))
-    failures: list[AsdError] = [refusal(retry), refusal(), BudgetSpent("late"), Unavailable("gone")]
+    told, untold = ResourceExhausted("full", retry_after_s=1.0), ResourceExhausted("full")
+    failures: list[AsdError] = [told, untold, BudgetSpent("late"), Unavailable("gone")]
     for error in failures:
         tally.take(TASK, error, 99.0)
     row = tally.row(2.0)
@@ -85,7 +60,7 @@ def test_what_is_not_answered_is_counted_and_spoils_no_figure() -> None:
 
 def test_a_cell_in_which_everything_was_refused_has_a_row() -> None:
     tally = Tally()
-    tally.take(TASK, refusal(), 1.0)
+    tally.take(TASK, ResourceExhausted("full"), 1.0)
     row = tally.row(0.5)
     assert (row["answered"], row["accuracy_95"], row["answers_per_s"]) == (0, [0.0, 1.0], 0.0)
 
