@@ -22,6 +22,7 @@ from services.stage.engine_settings import (
     Count,
     EngineName,
     TensorrtLlmSettings,
+    Threads,
     VllmSettings,
     check_options,
     most_at_a_time,
@@ -54,7 +55,7 @@ class StageEntry(Section):
     path: Path
     cost: float = Field(gt=0, allow_inf_nan=False)
     engine: EngineName = "onnx"
-    threads: Count = 1
+    threads: Threads = 1
     max_batch: Count | None = None
     max_model_len: ContextLength | None = None
     default_max_new_tokens: Count = 160

@@ -97,11 +97,13 @@ def _digests(content: bytes, where: str) -> tuple[bytes, ...]:
         text = line.strip()
         if not text or text.startswith("#"):
             continue
-        token = text.rpartition(":")[2].strip()
+        name, colon, rest = text.partition(":")
+        token = (rest if colon else name).strip()
         if not _TOKEN.fullmatch(token):
             # Never what the line holds.
             raise UnusableFile(
-                f"{where}: line {number} is no token: printable ASCII without spaces, after name: or alone"
+                f"{where}: line {number} is no token: printable ASCII without spaces and colons, after name: "
+                "or alone"
             )
         digests.append(_digest(token))
     return tuple(digests)

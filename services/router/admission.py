@@ -76,6 +76,11 @@ class Admission:
                 retry_after_s=after_s,
             )
 
+    def late(self, stage: Stage, left_ms: float) -> Overloaded:
+        """Return the refusal of a request that has no time left for a stage that is busy with others."""
+        missing_ms = self._wait_ms(stage) + self._load.longest_ms(stage.index) - left_ms
+        return _late(stage, self._wait_ms(stage), left_ms, missing_ms)
+
     def look(self, stage: Stage, call: Call, left_ms: float) -> float:
         """Return after how many milliseconds to look again at a call that nothing has come of.
 

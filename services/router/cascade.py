@@ -5,7 +5,14 @@ from __future__ import annotations
 from contextlib import ExitStack, aclosing
 from typing import TYPE_CHECKING
 
-from services.common.errors import AsdError, BudgetSpent, InvalidRequest, Overloaded, ResourceExhausted
+from services.common.errors import (
+    AsdError,
+    BudgetSpent,
+    InvalidRequest,
+    Overloaded,
+    QueueFull,
+    ResourceExhausted,
+)
 from services.common.patience import Patience
 from services.router.ahead import PrefillAhead
 from services.router.domain import Event, Failure, Request, StageAction, StageStarted, View
@@ -142,6 +149,8 @@ class Cascade:
         if isinstance(error, Overloaded) and self._planner.may_be_refused(progress):
             raise error
         following = await self._planner.decide_again(progress)
+        if following is None and isinstance(error, QueueFull) and self._planner.may_be_refused(progress):
+            raise error
         if following is None:
             progress.keep_earlier_answer(error)
         return following

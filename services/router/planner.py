@@ -417,6 +417,8 @@ class Planner:
                 if following in progress.failed:
                     decision = decision.stopped(DecisionReason.STAGE_UNAVAILABLE)
                 elif left_ms <= 0 or (decision.expected_ms or 0.0) > left_ms:
+                    if self.may_be_refused(progress) and self._load.own_calls(following):
+                        raise self._admission.late(self._stages[following], left_ms)
                     decision = decision.stopped(DecisionReason.DEADLINE)
                 elif progress.plan_source is not PlanSource.FIXED:
                     try:

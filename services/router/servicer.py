@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 
 # Least weight of the newest request in their mean duration. Chosen: some ten carry nine tenths of it.
 _NEWEST = 0.2
+# Kept of a batch's deadline for what became of its requests to reach the caller: a share, and seconds at
+# most.
+# Chosen: what the router keeps of a request's deadline beside others.
+_BATCH_MARGIN_SHARE, _BATCH_MARGIN_S = 0.1, 0.25
 MAX_BATCH = MAX_ENTRIES["asd.v1.GenerateBatchRequest.requests"]
 
 
@@ -106,7 +110,9 @@ class CascadeServicer(cascade_pb2_grpc.CascadeServiceServicer):
         count = len(request.requests)
         if not 1 <= count <= MAX_BATCH:
             raise InvalidRequest(f"send 1 to {MAX_BATCH} requests, not {count}", field="requests")
-        deadline = self._deadline(context)
+        # What has no answer by then is said, request by request, before the call itself ends.
+        left_s = self._deadline(context) - self._clock()
+        deadline = self._clock() + left_s - min(left_s * _BATCH_MARGIN_SHARE, _BATCH_MARGIN_S)
         with self._admitted():
             ready: asyncio.Queue[cascade_pb2.GenerateBatchResponse] = asyncio.Queue()
             waiting = iter(enumerate(request.requests))
@@ -154,6 +160,8 @@ class CascadeServicer(cascade_pb2_grpc.CascadeServiceServicer):
         try:
             path = f"requests[{index}]."
             check_request(message, path)
+            if self._clock() >= deadline:
+                raise self._not_begun()
             async with _fields_below(path):
                 outcome = await self._outcome(message, deadline)
         except Exception as error:
@@ -167,6 +175,16 @@ class CascadeServicer(cascade_pb2_grpc.CascadeServiceServicer):
             return cascade_pb2.GenerateBatchResponse(index=index, error=failure)
         response = convert.response_to(outcome, current_trace_id())
         return cascade_pb2.GenerateBatchResponse(index=index, response=response)
+
+    def _not_begun(self) -> Overloaded:
+        """Return the refusal of a request that others of its batch left no time for."""
+        self._instruments.request_refused(Refusal.DEADLINE)
+        after_s = min(max(self._request_s, LEAST_RETRY_S), MOST_RETRY_S)
+        return Overloaded(
+            f"others of the batch took the time to its deadline ({self._batch_concurrency} are under way at "
+            "once): allow more time, or send fewer together",
+            retry_after_s=after_s,
+        )
 
     def _deadline(self, context: Context) -> float:
         left_s = context.time_remaining()

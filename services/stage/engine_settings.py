@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
 Count = Annotated[int, Field(ge=1)]
+# Chosen: no machine has more cores, and each thread takes memory.
+Threads = Annotated[int, Field(ge=1, le=1024)]
 # Tokens of prompt and answer: at least one each.
 ContextLength = Annotated[int, Field(ge=2)]
 Share = Annotated[float, Field(gt=0, le=1)]

@@ -14,6 +14,7 @@ from services.stage.engine_settings import (
     Count,
     EngineName,
     TensorrtLlmSettings,
+    Threads,
     VllmSettings,
     check_options,
 )
@@ -28,7 +29,7 @@ class ModelSettings(Section):
     # Requests computed at a time. None: 8 for onnx, 64 for the others.
     max_batch: Count | None = None
     # Of the onnx engine; the others have a section of their own.
-    threads: Count = 1
+    threads: Threads = 1
     max_lanes: Count = 4
     cached_sequences: Annotated[int, Field(ge=0)] = 4
     # Tokens of prompt and answer at most. None: the model's.

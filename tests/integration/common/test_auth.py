@@ -144,6 +144,7 @@ async def test_tokens_are_read_again(guarded: tuple[FakeStage, grpc.aio.Channel]
         ("\n# nobody\n", "holds no token"),
         ("good\ntwo words\n", "line 2 is no token"),
         ("name:\n", "line 1 is no token"),
+        ("name:one:two\n", "line 1 is no token"),
         ("gr\u00fc\u00dfe\n", "line 1 is no token"),
     ],
 )

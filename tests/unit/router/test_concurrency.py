@@ -73,6 +73,13 @@ class Router:
             async for _ in answers:
                 pass
 
+    async def outcomes(self, count: int) -> list[cascade_pb2.GenerateBatchResponse]:
+        """Return what becomes of the requests of a batch."""
+        requests = [cascade_pb2.GenerateRequest(prompt="hi", stage="small")] * count
+        batch = cascade_pb2.GenerateBatchRequest(requests=requests)
+        async with aclosing(self._servicer.GenerateBatch(batch, self._context)) as answers:
+            return [each async for each in answers]
+
     async def delay(self) -> float | None:
         """Return how long the one who comes while another request is under way is told to wait."""
         async with aclosing(self._servicer.GenerateStream(self._streamed(), self._context)) as events:
@@ -112,3 +119,13 @@ async def test_neither_batches_nor_failures_say_how_long_a_request_takes() -> No
     # Nor do those that their callers leave.
     for _ in range(8):
         assert await router.delay() == pytest.approx(4.0)
+
+
+async def test_what_a_batch_leaves_no_time_for_is_refused_with_a_delay_and_the_rest_answered():
+    router = Router()
+    # Of the batch's 60 s; one of its requests is under way at a time.
+    router.takes(25.0)
+    found = sorted(await router.outcomes(5), key=lambda each: each.index)
+    assert [each.WhichOneof("outcome") for each in found] == ["response"] * 3 + ["error"] * 2
+    assert {each.error.code for each in found[3:]} == {8}
+    assert all(each.error.retry_after_ms > 0.0 for each in found[3:])
