@@ -25,6 +25,7 @@ from services.router.domain import (
     Objective,
     Overload,
     PlanSource,
+    Preference,
     Refusal,
     Request,
     Role,
@@ -180,6 +181,17 @@ async def test_no_lesser_stage_stands_in_for_one_that_is_full(static_plan: tuple
     assert called(cascade) == list(NAMES[static_plan[0] :])
     degraded = SmallCascade(static_plan=static_plan, overload=Overload.DEGRADE, large=full)
     assert (await degraded.ask()).answer.stage.name != "large"
+
+
+@pytest.mark.parametrize("objective", [Objective(preference=Preference.BEST), Objective(min_quality=0.9)])
+async def test_a_full_stage_costs_who_asks_for_quality_no_quality(objective: Objective) -> None:
+    cascade = SmallCascade(Policy({0: (2,)}), large=failing(QueueFull("the queue is full")))
+    with pytest.raises(Overloaded) as caught:
+        await cascade.ask(objective=objective)
+    assert caught.value.retry_after_s is not None
+    # Others have more of the answer that there is.
+    cascade = SmallCascade(Policy({0: (2,)}), large=failing(QueueFull("the queue is full")))
+    assert answered(await cascade.ask()) == ["small"]
 
 
 async def test_a_request_that_breaks_the_contract_is_not_sent_to_every_stage() -> None:
