@@ -88,7 +88,7 @@ class ServiceSettings(BaseSettings):
         try:
             return cls()
         except ValidationError as error:
-            where = str(file) if file else "the environment"
+            where = cls._variables_at_fault(error) or (str(file) if file else "the environment")
             raise SettingsError(f"{where}: {explain(error)}") from error
         except Exception as error:
             # pydantic-settings raises its own error where a variable's JSON does not parse.
@@ -97,6 +97,18 @@ class ServiceSettings(BaseSettings):
             raise
         finally:
             _loaded_file.reset(token)
+
+    @classmethod
+    def _variables_at_fault(cls, error: ValidationError) -> str:
+        """Return the variables that set what is wrong; "" where the file set some of it."""
+        prefix = str(cls.model_config.get("env_prefix") or "")
+        given = {variable.upper(): variable for variable in cls.variables_in(os.environ)}
+        found = []
+        for problem in error.errors(include_url=False):
+            names = [str(part) for part in problem["loc"]]
+            tried = [f"{prefix}{'__'.join(names[:count])}".upper() for count in range(len(names), 0, -1)]
+            found.append(next((given[name] for name in tried if name in given), ""))
+        return ", ".join(dict.fromkeys(found)) if all(found) else ""
 
     @classmethod
     def _explain_variable(cls, error: Exception) -> str:

@@ -181,6 +181,18 @@ def test_a_variable_that_is_no_json_is_named(monkeypatch, text):
         Sample.load(None)
 
 
+def test_a_variable_that_is_wrong_is_named_and_not_the_file_that_it_wins_over(tmp_path, monkeypatch):
+    file = tmp_path / "config.yaml"
+    file.write_text("names: [a, b]\n")
+    monkeypatch.setenv("ASD_SAMPLE_NAMES", "[1]")
+    with pytest.raises(SettingsError, match=r"^ASD_SAMPLE_NAMES: names\.0: "):
+        Sample.load(file)
+    # Where the file is wrong, too, it is named.
+    file.write_text("inner: {tarket: x}\n")
+    with pytest.raises(SettingsError, match=r"config\.yaml: .*inner\.tarket"):
+        Sample.load(file)
+
+
 def test_unknown_names_are_refused(tmp_path, monkeypatch):
     file = tmp_path / "config.yaml"
     file.write_text("inner: {tarket: x}\n")
