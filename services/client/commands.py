@@ -605,11 +605,16 @@ def pull_model(
 
 
 async def _write_answer(client: CascadeClient, request: Request) -> None:
-    from services.client.console import is_late
+    from services.client.console import gave_up_quality, is_late
 
     async with client as cascade:
         answer = await cascade.answer(request)
-    _write_json(asdict(answer) | {"missed_max_latency": is_late(answer, request.objective.max_latency_ms)})
+    objective = request.objective
+    missed = {
+        "missed_max_latency": is_late(answer, objective.max_latency_ms),
+        "missed_min_quality": gave_up_quality(answer, objective.min_quality),
+    }
+    _write_json(asdict(answer) | missed)
 
 
 async def _show_answer(client: CascadeClient, request: Request) -> None:
@@ -619,7 +624,8 @@ async def _show_answer(client: CascadeClient, request: Request) -> None:
     async with client as cascade:
         show = _stream_live if output.is_terminal else _stream_plain
         answer = await show(cascade, request, output)
-    line = console.answer_line(answer, request.task, request.objective.max_latency_ms)
+    objective = request.objective
+    line = console.answer_line(answer, request.task, objective.max_latency_ms, objective.min_quality)
     console.notes().print(line, soft_wrap=True)
 
 

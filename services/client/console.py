@@ -67,15 +67,27 @@ def streamed(text: StreamedText, started: StageStarted | None) -> RenderableType
     return Group(shown, literal(f"{started.stage} {doing} …", "cyan"))
 
 
+# Why an answer stands that a better one was wanted for. The caller's budgets come before a minimum.
+_BEFORE_QUALITY = ("max_cost", "max_latency", "deadline", "stage_unavailable")
+
+
 def is_late(answer: Answer, max_latency_ms: float | None) -> bool:
     """Return whether an answer took longer than the request wished."""
     return max_latency_ms is not None and answer.latency_ms > max_latency_ms
 
 
-def answer_line(answer: Answer, task: str = "", max_latency_ms: float | None = None) -> Text:
+def gave_up_quality(answer: Answer, min_quality: float | None) -> bool:
+    """Return whether an answer stands although a minimum was asked for that nobody says it keeps."""
+    reason = next((record.reason for record in reversed(answer.stages) if record.decision == "stop"), "")
+    return min_quality is not None and reason in _BEFORE_QUALITY
+
+
+def answer_line(
+    answer: Answer, task: str = "", max_latency_ms: float | None = None, min_quality: float | None = None
+) -> Text:
     """Return one line: who answered, how good it is thought to be, what it took, and why each stage ended.
 
-    task, max_latency_ms: of the request.
+    task, max_latency_ms, min_quality: of the request.
     """
     line = Text()
     line.append(visible(answer.stage), style="bold green")
@@ -83,6 +95,8 @@ def answer_line(answer: Answer, task: str = "", max_latency_ms: float | None = N
         line.append(" · no predicted quality: unlike what the policy was fitted to", style="yellow")
     else:
         line.append(f" · predicted quality {quality(answer.p_correct)}")
+    if gave_up_quality(answer, min_quality):
+        line.append(f", not known to be right {min_quality:.0%} of the time", style="yellow")
     line.append(f" · {answer.latency_ms:.1f} ms")
     if is_late(answer, max_latency_ms):
         line.append(f", over the {max_latency_ms:g} ms asked for", style="yellow")

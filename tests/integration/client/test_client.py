@@ -382,7 +382,7 @@ def test_ask_as_json_has_the_fields_of_an_answer(up):
     result = asd("ask", "--json", PROMPT, ASD_TARGET=up.target)
     assert (result.returncode, result.stderr) == (0, "")
     answer = json.loads(result.stdout)
-    assert set(answer) == {*Answer.__dataclass_fields__, "missed_max_latency"}
+    assert set(answer) == {*Answer.__dataclass_fields__, "missed_max_latency", "missed_min_quality"}
     assert (suites.extract_answer(answer["text"]), answer["stages"][1]["action"]) == ("19", "verify")
 
     result = asd("report", "-", "--right", text=result.stdout)

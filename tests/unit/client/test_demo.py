@@ -193,6 +193,22 @@ def test_the_closing_line_says_who_answered_and_why():
     assert "ended by length" in console.answer_line(_answer(finish_reason="length")).plain
 
 
+@pytest.mark.parametrize(
+    ("reason", "min_quality", "is_said"),
+    [
+        ("max_cost", 0.95, True),
+        ("deadline", 0.95, True),
+        ("value", 0.95, False),
+        ("last_stage", 0.95, False),
+        ("max_cost", None, False),
+    ],
+)
+def test_a_minimum_that_a_budget_came_before_is_said(reason, min_quality, is_said):
+    answer = _answer(stages=(_record("medium", "generate", "stop", reason),))
+    line = console.answer_line(answer, min_quality=min_quality).plain
+    assert ("not known to be right 95% of the time" in line) is is_said
+
+
 def test_a_stage_without_a_draft_writes():
     first, second = _answer().stages
     refused = replace(first, completion_tokens=0, text="")
