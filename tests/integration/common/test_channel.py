@@ -342,11 +342,13 @@ class Wire:
 
     async def close(self) -> None:
         """Cut what is left, and wait until all of it is closed."""
-        # The client may have connected anew a moment ago. asyncio (3.11) leaves a connection open that it has
-        # accepted and not yet begun as its server is closed: it begins in one of these turns.
-        for _ in range(5):
-            await asyncio.sleep(0)
         if self._server is not None:
+            # asyncio (3.11) leaks a connection that was accepted but not yet begun when its server closes.
+            # Stop accepting first; what was accepted has begun after these turns of the loop.
+            for listening in self._server.sockets:
+                asyncio.get_running_loop().remove_reader(listening.fileno())
+            for _ in range(5):
+                await asyncio.sleep(0)
             self._server.close()
         for task in self._tasks:
             task.cancel()
