@@ -188,9 +188,9 @@ class Load:
         """Return how many replicas a stage had as an answer of it last came; 1 before the first one."""
         return self._replicas[stage]
 
-    def is_shared(self) -> bool:
-        """Return whether several requests are at stages, or on their way to one."""
-        return sum(map(len, self._under_way)) + sum(self._asking.values()) > 1
+    def under_way(self) -> int:
+        """Return how many calls are at stages, or on their way to one."""
+        return sum(map(len, self._under_way)) + sum(self._asking.values())
 
     def service_ms(self, stage: int) -> float:
         """Return the mean time that a stage computes a call, waits not counted; 0 where none has ended."""

@@ -157,7 +157,7 @@ class Planner:
     def may_be_replaced(self, progress: Progress, error: AsdError) -> bool:
         """Return whether another stage may still answer, after one did not."""
         if isinstance(error, BudgetSpent):
-            return progress.left_ms(MARGIN_MS) > 0
+            return progress.left_ms(self._margin_ms(progress)) > 0
         if isinstance(error, Overloaded):
             # Another one would answer less well, or be in the way of those that need it.
             return False
@@ -203,9 +203,18 @@ class Planner:
 
     def _margin_ms(self, progress: Progress) -> float:
         """Return what is kept of a request's deadline: more beside others, who make the way back longer."""
-        if not (self._admission.refuses and self._load.is_shared()):
+        if not (self._admission.refuses and self._is_beside_others(progress)):
             return MARGIN_MS
         return max(MARGIN_MS, min(progress.whole_ms() * _SHARE_KEPT, _MOST_KEPT_MS))
+
+    def _is_beside_others(self, progress: Progress) -> bool:
+        """Return whether a request has had others beside it: what is kept for that is not given back.
+
+        A call that ends where it was to end would otherwise seem to have time left for another one.
+        """
+        own_calls = 1 + len(progress.upstream)
+        progress.was_beside_others |= self._load.under_way() > own_calls
+        return progress.was_beside_others
 
     def _timeout_of(self, stage: Stage) -> float:
         """Return a stage's own limit, from when its line has been served: who waits in it is not late."""
@@ -263,14 +272,10 @@ class Planner:
             progress.refusal = Refusal.STAGE_FULL
             after_s = min(map(self._admission.retry_after_s, stages))
             error = Overloaded(error.message, retry_after_s=after_s)
-        elif (
-            isinstance(error, BudgetSpent)
-            and progress.call is not None
-            and self._admission.refuses
-            and self._is_shared(progress, progress.call)
-        ):
+        elif isinstance(error, BudgetSpent) and self._admission.refuses and self._was_crowded_out(progress):
             progress.refusal = Refusal.DEADLINE
-            after_s = self._admission.retry_after_s(self._stages[progress.call.stage])
+            stages = self._stages if progress.call is None else [self._stages[progress.call.stage]]
+            after_s = min(map(self._admission.retry_after_s, stages))
             error = Overloaded(
                 f"{error.message} while it was busy with other requests: allow more time, or call again in "
                 f"{after_s:.2f} s",
@@ -280,14 +285,13 @@ class Planner:
             self._observer.request_refused(progress.refusal or Refusal.STAGE_FULL)
         return error
 
-    def _is_shared(self, progress: Progress, call: Call) -> bool:
-        """Return whether a request ran out of time in a call that had others beside it.
+    def _was_crowded_out(self, progress: Progress) -> bool:
+        """Return whether a request ran out of time that had others beside it.
 
         Not where they wait for a stage that hangs, nor where the caller was given final tokens.
         """
-        if progress.has_committed or self._health[call.stage].is_hanging:
-            return False
-        return call.depth > 1 or self._load.own_calls(call.stage) > 0
+        is_hanging = progress.call is not None and self._health[progress.call.stage].is_hanging
+        return self._is_beside_others(progress) and not progress.has_committed and not is_hanging
 
     def _has_others(self, progress: Progress, stage: Stage) -> bool:
         """Return whether a stage is awake, other than this one and those that failed the request."""

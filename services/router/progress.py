@@ -58,6 +58,8 @@ class Progress:
         # The running stage's call, and why there was no room for the request.
         self.call: Call | None = None
         self.refusal: Refusal | None = None
+        # Whether other requests were at stages, or on their way to one, while this one was.
+        self.was_beside_others = False
         self.has_heard = False
         self.spent_cost = 0.0
         self._deadline = deadline

@@ -247,6 +247,25 @@ def test_who_waits_longer_than_was_expected_is_refused_before_the_deadline() -> 
     assert max(refused) < 6.0
 
 
+def test_who_ran_out_of_time_beside_others_is_refused_without_a_further_call() -> None:
+    async def work() -> tuple[list[Told], list[int]]:
+        slow = SERVICE_S
+        busy = Busy(Policy(), service_s=lambda: slow)
+        await busy.warm(**PLANNED)
+        before = [each.called for each in busy.stages.values()]
+        # Long, but not so long that the stage is taken to hang.
+        slow = 3.0 * SERVICE_S
+        told = await busy.burst(CAPACITY, 3.0 * SERVICE_S, **PLANNED)
+        return told, [
+            each.called - calls for each, calls in zip(busy.stages.values(), before, strict=True)
+        ]
+
+    told, called = simulated_time.run(work())
+    assert kinds(told) == {"Overloaded": CAPACITY}
+    # What is kept for the way back is not spent on another stage.
+    assert called == [CAPACITY, 0, 0]
+
+
 FOR_QUALITY = [Objective(preference=Preference.BEST), Objective(min_quality=0.9)]
 NOT_FOR_QUALITY = [Objective(), Objective(preference=Preference.FASTEST), Objective(lambda_=3.0)]
 
