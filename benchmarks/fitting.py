@@ -1,7 +1,7 @@
 """Measures what `asd-policy fit` costs on a busy machine: `python -m benchmarks.fitting`.
 
-The command fits a policy to made-up outcomes, by turns alone and beside busy processes, and its processor time
-is taken from the system. Threads that spin while they wait for a core would show there. Writes
+The command fits a policy to made-up outcomes, by turns alone and beside busy processes. The system says how
+much processor time it took: threads that spin while they wait for a core would show there. Writes
 benchmarks/results/fitting.json.
 """
 

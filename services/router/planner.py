@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -583,6 +584,7 @@ class Planner:
         max_cost = request.objective.max_cost
         too_dear = {s.index for s in self._stages if max_cost is not None and s.cost > max_cost}
         excluded = too_dear.union(progress.failed)
+        excluded |= self._too_slow(progress, excluded)
         first = self._plan_without_policy(progress).first(away, excluded)
         if first is not None and self._woken({first}):
             first = self._plan_without_policy(progress).first(away | self._sleepers.asleep, excluded)
@@ -752,7 +754,26 @@ class Planner:
         cost = progress.spent_cost + self._stages[following].cost
         if max_cost is not None and is_above(cost, max_cost):
             return decision.stopped(DecisionReason.MAX_COST)
+        if self._expected_ms(following) > self._left_of_budget_ms(progress):
+            return decision.stopped(DecisionReason.MAX_LATENCY)
         return decision
+
+    def _too_slow(self, progress: Progress, excluded: Collection[int]) -> frozenset[int]:
+        """Return the stages that max_latency_ms leaves no time for, by what calls took; never all that are
+        left: where none fits, the quickest one does."""
+        left_ms = self._left_of_budget_ms(progress)
+        expected = {s.index: self._expected_ms(s.index) for s in self._stages if s.index not in excluded}
+        quickest = min(expected, key=lambda place: expected[place], default=None)
+        return frozenset(place for place, ms in expected.items() if ms > left_ms and place != quickest)
+
+    def _expected_ms(self, place: int) -> float:
+        """Return how long a call is expected to take at a stage, its wait included."""
+        return self._load.expected_queue_ms(place) + self._load.service_ms(place)
+
+    @staticmethod
+    def _left_of_budget_ms(progress: Progress) -> float:
+        budget_ms = progress.request.objective.max_latency_ms
+        return math.inf if budget_ms is None else budget_ms - progress.spent_ms()
 
     def _conditions(self, away: Collection[int]) -> list[Condition]:
         """Return the conditions of the stages that are away or busy: the policy takes others as idle."""

@@ -256,14 +256,55 @@ def test_who_ran_out_of_time_beside_others_is_refused_without_a_further_call() -
         # Long, but not so long that the stage is taken to hang.
         slow = 3.0 * SERVICE_S
         told = await busy.burst(CAPACITY, 3.0 * SERVICE_S, **PLANNED)
-        return told, [
-            each.called - calls for each, calls in zip(busy.stages.values(), before, strict=True)
-        ]
+        return told, [each.called - calls for each, calls in zip(busy.stages.values(), before, strict=True)]
 
     told, called = simulated_time.run(work())
     assert kinds(told) == {"Overloaded": CAPACITY}
     # What is kept for the way back is not spent on another stage.
     assert called == [CAPACITY, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("budget_s", "stages", "reason"),
+    [
+        (9.0, ["small", "large"], DecisionReason.STATIC_PLAN),
+        (3.0, ["small"], DecisionReason.MAX_LATENCY),
+        # None fits: the quickest one comes closest.
+        (0.5, ["small"], DecisionReason.MAX_LATENCY),
+    ],
+)
+def test_the_static_plan_goes_on_within_max_latency_only(
+    budget_s: float, stages: list[str], reason: DecisionReason
+) -> None:
+    async def work() -> Outcome | None:
+        busy = Busy(static_plan=(0, 2))
+        for name in NAMES:
+            await busy.warm(stage=name)
+        waiting = asyncio.create_task(busy.burst(3 * CAPACITY, 60.0, **FIXED))
+        await asyncio.sleep(0.1)
+        told = await busy.ask(60.0, objective=Objective(max_latency_ms=budget_s * 1000.0))
+        await waiting
+        return told.outcome
+
+    outcome = simulated_time.run(work())
+    assert outcome is not None
+    assert [each.answer.stage.name for each in outcome.records] == stages
+    assert outcome.records[-1].decision.reason is reason
+
+
+def test_the_static_plan_begins_where_max_latency_has_time() -> None:
+    async def work() -> Outcome | None:
+        busy = Busy(static_plan=(2,))
+        await busy.warm(**FIXED)
+        waiting = asyncio.create_task(busy.burst(3 * CAPACITY, 60.0, **FIXED))
+        await asyncio.sleep(0.1)
+        told = await busy.ask(60.0, objective=Objective(max_latency_ms=1500.0))
+        await waiting
+        return told.outcome
+
+    outcome = simulated_time.run(work())
+    assert outcome is not None
+    assert [each.answer.stage.name for each in outcome.records] == ["medium"]
 
 
 FOR_QUALITY = [Objective(preference=Preference.BEST), Objective(min_quality=0.9)]
