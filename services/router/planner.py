@@ -273,10 +273,14 @@ class Planner:
             progress.refusal = Refusal.STAGE_FULL
             after_s = min(map(self._admission.retry_after_s, stages))
             error = Overloaded(error.message, retry_after_s=after_s)
-        elif isinstance(error, BudgetSpent) and self._admission.refuses and self._was_crowded_out(progress):
+        elif (
+            isinstance(error, BudgetSpent)
+            and progress.call is not None
+            and self._admission.refuses
+            and self._was_crowded_out(progress, progress.call)
+        ):
             progress.refusal = Refusal.DEADLINE
-            stages = self._stages if progress.call is None else [self._stages[progress.call.stage]]
-            after_s = min(map(self._admission.retry_after_s, stages))
+            after_s = self._admission.retry_after_s(self._stages[progress.call.stage])
             error = Overloaded(
                 f"{error.message} while it was busy with other requests: allow more time, or call again in "
                 f"{after_s:.2f} s",
@@ -286,13 +290,14 @@ class Planner:
             self._observer.request_refused(progress.refusal or Refusal.STAGE_FULL)
         return error
 
-    def _was_crowded_out(self, progress: Progress) -> bool:
-        """Return whether a request ran out of time that had others beside it.
+    def _was_crowded_out(self, progress: Progress, call: Call) -> bool:
+        """Return whether a request ran out of time in a call, having had others beside it.
 
         Not where they wait for a stage that hangs, nor where the caller was given final tokens.
         """
-        is_hanging = progress.call is not None and self._health[progress.call.stage].is_hanging
-        return self._is_beside_others(progress) and not progress.has_committed and not is_hanging
+        if progress.has_committed or self._health[call.stage].is_hanging:
+            return False
+        return self._is_beside_others(progress)
 
     def _has_others(self, progress: Progress, stage: Stage) -> bool:
         """Return whether a stage is awake, other than this one and those that failed the request."""
