@@ -41,7 +41,7 @@ from policy_service.predictor_model import MOST_MODEL_BYTES, UnfitModel, check_m
 from policy_service.solver import Move, View
 from services.common.disks import replace_file
 from services.common.documents import DamagedFile, parse_json, quoted, read_content
-from services.common.visible import OneLineError
+from services.common.visible import OneLineError, one_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -244,8 +244,9 @@ class FamilyEntry(_Entry):
 class PolicyDocument(_Entry):
     """Content of `policy.json`. family: None in artifacts that do not know it; no prompt is then marked."""
 
-    schema_name: Literal["asd.policy"] = Field("asd.policy", alias="schema")
-    schema_version: Literal[2] = 2
+    # Without defaults: a file that does not say what it is may be of any version.
+    schema_name: Literal["asd.policy"] = Field(alias="schema")
+    schema_version: Literal[2]
     policy_version: Name
     features_version: Count
     features: Count
@@ -358,13 +359,19 @@ def read_document(directory: Path) -> PolicyDocument:
 
 
 def _check_schema_version(path: Path, content: object) -> None:
-    """Raise UnfitArtifact for a document of another version; one that is none is left to its parser."""
-    version = content.get("schema_version") if isinstance(content, dict) else None
+    """Raise UnfitArtifact for a document of another version or of none; what is no object is the parser's.
+
+    A Literal of pydantic takes 2.0 for 2.
+    """
+    if not isinstance(content, dict):
+        return
+    version = content.get("schema_version")
     (known,) = get_args(PolicyDocument.model_fields["schema_version"].annotation)
-    if isinstance(version, int) and version != known:
+    if type(version) is not int or version != known:
+        given = json.dumps(version) if "schema_version" in content else "is missing"
         raise UnfitArtifact(
-            f"{path}: schema_version {version}; this version of asd reads {known}: make the policy anew with "
-            "`asd-policy fit`"
+            f"{path}: schema_version {one_line(given, _MOST_NAME)}; this version of asd reads {known}: make "
+            "the policy anew with `asd-policy fit`"
         )
 
 

@@ -123,7 +123,7 @@ class _InForce(_Entry):
 class _Pointer(_Entry):
     """Content of `current.json`. history: the last one is in force."""
 
-    schema_name: Literal["asd.policies"] = Field("asd.policies", alias="schema")
+    schema_name: Literal["asd.policies"] = Field(alias="schema")
     history: Annotated[tuple[_InForce, ...], Field(min_length=1)]
 
 

@@ -180,6 +180,7 @@ def fit_policy(
     )
     document = PolicyDocument(
         schema="asd.policy",
+        schema_version=2,
         policy_version=hashlib.sha256(content.encode()).hexdigest()[:12],
         features_version=FEATURES_VERSION,
         features=size,

@@ -9,6 +9,7 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -25,7 +26,12 @@ from policy_service.store import (
 from tests.limits import PROCESS_S
 from tests.unit.policy.tiny_policy import make_artifact
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 ROOT = Path(__file__).parents[3]
+# A pointer that does not say that it is one.
+NAMELESS = '{"history": [{"version": "v2", "since": 1.0}]}'
 
 
 @pytest.fixture
@@ -112,6 +118,55 @@ def test_what_cannot_be_served_is_not_published(spoil, message, store: PolicySto
     # What was left of the attempt does not stand in the way.
     store.publish(make_artifact(tmp_path / "v3", "v3"))
     assert store.current() == "v3"
+
+
+def _without(key: str) -> Callable[[Any], Any]:
+    return lambda content: {name: value for name, value in content.items() if name != key}
+
+
+def _with(place: str, value: object) -> Callable[[Any], Any]:
+    """Return what sets an entry, such as stages.0.cost, to a value."""
+
+    def change(content: Any) -> Any:
+        *path, last = [int(part) if part.isdecimal() else part for part in place.split(".")]
+        entry = content
+        for part in path:
+            entry = entry[part]
+        entry[last] = value
+        return content
+
+    return change
+
+
+def _change(file: Path, change: Callable[[Any], Any]) -> None:
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+
+
+def _refusal(store: PolicyStore, artifact: Path) -> str:
+    """Return why an artifact is not published, which it must not be."""
+    with pytest.raises(UnfitArtifact) as caught:
+        store.publish(artifact)
+    assert artifact.name not in store.names()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_without("schema_version"), "schema_version is missing; this version of asd reads 2"),
+        (_without("schema"), "schema: Field required"),
+        (_with("schema_version", 2.0), "schema_version 2.0;"),
+        (_with("schema_version", "2"), 'schema_version "2";'),
+        (_with("schema_version", None), "schema_version null;"),
+        (_with("schema_version", "\x1b[31m"), 'schema_version "\\u001b[31m";'),
+    ],
+)
+def test_a_document_that_does_not_say_what_it_is_is_not_published(
+    change, words, store: PolicyStore, tmp_path: Path
+):
+    artifact = make_artifact(tmp_path / "v3", "v3")
+    _change(artifact / "policy.json", change)
+    assert _refusal(store, artifact).startswith(f"{artifact / 'policy.json'}: {words}")
 
 
 def test_a_policy_with_the_model_of_another_view_is_not_published(store: PolicyStore, tmp_path: Path):
@@ -366,7 +421,9 @@ def test_a_damaged_version_in_force_keeps_none_from_being_published(store: Polic
     assert store.rollback("v1") == "v1"
 
 
-@pytest.mark.parametrize("content", [None, "{", '{"schema": "asd.policies", "history": []}', "\x00" * 40])
+@pytest.mark.parametrize(
+    "content", [None, "{", '{"schema": "asd.policies", "history": []}', "\x00" * 40, NAMELESS]
+)
 def test_a_pointer_that_is_damaged_says_what_mends_it_and_that_does(
     content, store: PolicyStore, tmp_path: Path
 ):

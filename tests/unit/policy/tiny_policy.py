@@ -68,6 +68,8 @@ def _content(directory: Path, version: str, stages: tuple[str, ...], offset: flo
         )
     source = {"file": "x", "sha256": "0", "prompts": 300}
     return {
+        "schema": "asd.policy",
+        "schema_version": 2,
         "policy_version": version,
         "features_version": FEATURES_VERSION,
         "features": size,
