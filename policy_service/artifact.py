@@ -71,8 +71,10 @@ class UnfitArtifact(OneLineError):  # noqa: N818 - an error is named by its caus
     """The directory holds no policy that can be used; the message says why and what to do."""
 
 
-class _Entry(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+class Entry(BaseModel):
+    """Part of a document that asd writes and reads. Strict: true is not 1, nor is "1"; 1 is 1.0."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
 
 
 def _check_name(name: str) -> str:
@@ -85,7 +87,7 @@ def _check_name(name: str) -> str:
 Name = Annotated[str, Field(min_length=1), AfterValidator(_check_name)]
 
 
-class MoveEntry(_Entry):
+class MoveEntry(Entry):
     """A `solver.Move`. `to`: stage asked. transition: [bins, bins of the view that it leads to]."""
 
     to: str
@@ -94,7 +96,7 @@ class MoveEntry(_Entry):
     latency_ms: tuple[Amount, ...]
 
 
-class HeadEntry(_Entry):
+class HeadEntry(Entry):
     """A `policy.Calibration`: of `stage`'s head in its view."""
 
     stage: str
@@ -104,7 +106,7 @@ class HeadEntry(_Entry):
     counts: tuple[Count, ...]
 
 
-class CellsEntry(_Entry):
+class CellsEntry(Entry):
     """A `partition.Partition`."""
 
     heads: tuple[Annotated[int, Field(ge=0)], ...]
@@ -129,7 +131,7 @@ class CellsEntry(_Entry):
         return self
 
 
-class ViewEntry(_Entry):
+class ViewEntry(Entry):
     """A `policy.CalibratedView`. stage, origin: names, None as there. model: file; sha256: of its content.
 
     certified: as in `solver.View`. cells: None where the view is cut by its own score.
@@ -146,14 +148,14 @@ class ViewEntry(_Entry):
     moves: tuple[MoveEntry, ...]
 
 
-class AbandonEntry(_Entry):
+class AbandonEntry(Entry):
     """A `policy.AbandonRule`."""
 
     tokens: Annotated[int, Field(ge=1)]
     mean_logprob: Annotated[float, Field(le=0)]
 
 
-class StageEntry(_Entry):
+class StageEntry(Entry):
     """A `policy.StageFacts`. abandon: when one of its drafts is hopeless, by ascending number of tokens.
 
     finish_reasons: left out where the answers all ended by themselves, as in artifacts that know no others.
@@ -176,7 +178,7 @@ class StageEntry(_Entry):
         return content
 
 
-class QualityValues(_Entry):
+class QualityValues(Entry):
     """Value of a certainly right answer for each preference, in cost units."""
 
     fastest: Amount
@@ -184,7 +186,7 @@ class QualityValues(_Entry):
     best: Amount
 
 
-class CurveEntry(_Entry):
+class CurveEntry(Entry):
     """A `policy.CurvePoint`."""
 
     quality_value: Annotated[float, Field(gt=0, le=_MOST)]
@@ -193,7 +195,7 @@ class CurveEntry(_Entry):
     accuracy: Probability
 
 
-class Source(_Entry):
+class Source(Entry):
     """A file of outcomes that the policy was made from."""
 
     file: str
@@ -201,7 +203,7 @@ class Source(_Entry):
     prompts: Count
 
 
-class FamilyEntry(_Entry):
+class FamilyEntry(Entry):
     """A `family.Family`. grams: 4 bytes each, little-endian, ascending, in base64.
 
     prompts, calibration_prompts: whose patterns these are, and that the threshold was chosen by.
@@ -241,7 +243,7 @@ class FamilyEntry(_Entry):
         return Family(frozenset(self.words), frozenset(grams.tolist()), self.threshold)
 
 
-class PolicyDocument(_Entry):
+class PolicyDocument(Entry):
     """Content of `policy.json`. family: None in artifacts that do not know it; no prompt is then marked."""
 
     # Without defaults: a file that does not say what it is may be of any version.

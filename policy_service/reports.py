@@ -148,6 +148,8 @@ def parse_report(line: str) -> OutcomeReport:
     texts = (report.request_id, report.stage, report.policy_version)
     if not all(isinstance(text, str) for text in texts) or not isinstance(report.correct, bool):
         raise TypeError("a field has another type")
+    if isinstance(report.p_correct, bool) or isinstance(report.reported_at, bool):
+        raise TypeError("true is no number")
     # A comparison with a text raises TypeError.
     if not (0.0 <= report.p_correct <= 1.0 and 0.0 <= report.reported_at <= _LATEST):
         raise ValueError("a number is out of range")

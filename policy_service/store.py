@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from policy_service.artifact import (
     DOCUMENT,
     MOST_DOCUMENT_BYTES,
     Count,
+    Entry,
     Name,
     PolicyDocument,
     UnfitArtifact,
@@ -93,11 +94,7 @@ class LoadedPolicy(NamedTuple):
         return tuple(stage.name for stage in self.policy.stages)
 
 
-class _Entry(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class StageLineage(_Entry):
+class StageLineage(Entry):
     """What refitting changed of one stage: p_correct' = sigmoid(slope * logit(p_correct) + offset)."""
 
     stage: Name
@@ -106,21 +103,21 @@ class StageLineage(_Entry):
     offset: float
 
 
-class Lineage(_Entry):
+class Lineage(Entry):
     """Where a policy comes from. parent: version that it was refitted from."""
 
     parent: Name
     stages: tuple[StageLineage, ...]
 
 
-class _InForce(_Entry):
+class _InForce(Entry):
     """since: seconds since 1970."""
 
     version: Annotated[str, Field(pattern=_VERSION.pattern)]
     since: float
 
 
-class _Pointer(_Entry):
+class _Pointer(Entry):
     """Content of `current.json`. history: the last one is in force."""
 
     schema_name: Literal["asd.policies"] = Field(alias="schema")

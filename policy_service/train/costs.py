@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from services.common.documents import MOST_YAML_BYTES, DamagedFile, parse_yaml, read_content
+from services.common.settings import Section
 from services.common.visible import OneLineError
 
 if TYPE_CHECKING:
@@ -24,14 +25,12 @@ class UnfitCosts(OneLineError):  # noqa: N818 - an error is named by its cause
     """The file of costs cannot be used; the message says why."""
 
 
-class StageCosts(BaseModel):
+class StageCosts(Section):
     """One stage. cost: of a whole answer, cost units. Times stand in where outcomes hold no latency_ms.
 
     prefill_ms: a prompt. score_token_ms: each further token of a draft in the same pass. token_ms: each token
     written.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     cost: Annotated[float, Field(gt=0, le=_MOST, allow_inf_nan=False)]
@@ -57,10 +56,8 @@ class StageCosts(BaseModel):
         )
 
 
-class CascadeCosts(BaseModel):
+class CascadeCosts(Section):
     """The stages of a cascade, in order."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     stages: Annotated[tuple[StageCosts, ...], Field(min_length=1)]
 
@@ -76,4 +73,5 @@ def read_costs(path: Path) -> tuple[StageCosts, ...]:
         raise UnfitCosts(error.message) from error
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
-        raise UnfitCosts(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
+        said = problem["msg"].removeprefix("Value error, ")
+        raise UnfitCosts(f"{path}: {'.'.join(map(str, problem['loc']))}: {said}") from error

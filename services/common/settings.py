@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import os
 import re
+from collections.abc import Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from services.common.addresses import check_target
@@ -19,7 +21,7 @@ from services.common.documents import MOST_YAML_BYTES, DamagedFile, parse_yaml, 
 from services.common.visible import one_line, visible
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 # What a channel is opened to.
 Target = Annotated[str, AfterValidator(check_target)]
@@ -43,13 +45,28 @@ class SettingsError(Exception):
         super().__init__(visible(message))
 
 
-class Section(BaseModel):
+class _Numbers(BaseModel):
+    """Takes no `true` or `yes` for a number, as Python and so pydantic do.
+
+    pydantic's strict mode would refuse the texts of variables and the lists of YAML as well.
+    """
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_numbers(cls, value: object, info: ValidationInfo) -> object:
+        if info.field_name and _is_number(cls, info.field_name):
+            for truth in _truths(value):
+                raise ValueError(f"must be a number, not {str(truth).lower()}")
+        return value
+
+
+class Section(_Numbers):
     """Part of a service's settings: frozen, with no unknown keys. Hold sequences in tuples."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
-class ServiceSettings(BaseSettings):
+class ServiceSettings(_Numbers, BaseSettings):
     """Base of a service's settings.
 
     A subclass sets `model_config = service_config("ASD_ROUTER_")`. Its field `max_concurrent` is then read
@@ -163,6 +180,31 @@ def service_config(env_prefix: str) -> SettingsConfigDict:
         protected_namespaces=(),
         allow_inf_nan=False,
     )
+
+
+def _truths(value: object) -> Iterator[bool]:
+    """Yield a value that is true or false, or those in a list or a mapping."""
+    if isinstance(value, bool):
+        yield value
+    elif isinstance(value, list | tuple | Mapping):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _truths(each)
+
+
+@functools.cache
+def _is_number(model: type[BaseModel], name: str) -> bool:
+    """Return whether a field is for numbers, alone or in a list, and not for true and false as well."""
+    kinds = set(_kinds(model.model_fields[name].annotation))
+    return bool not in kinds and any(issubclass(kind, int | float) for kind in kinds)
+
+
+def _kinds(annotation: object) -> Iterator[type]:
+    """Yield the types that an annotation is made of; of a Literal, those of its values."""
+    parts = get_args(annotation)
+    for part in parts:
+        yield from _kinds(part)
+    if not parts:
+        yield annotation if isinstance(annotation, type) else type(annotation)
 
 
 def _read_yaml(file: Path | None) -> Mapping[str, Any]:

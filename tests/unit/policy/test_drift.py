@@ -197,6 +197,8 @@ def test_first_and_last_reports_go_by_their_time():
         {"p_correct": float("nan")},
         {"p_correct": 2},
         {"p_correct": "1"},
+        {"p_correct": True},
+        {"reported_at": False},
         {"correct": "no"},
         {"stage": None},
         {"further": 1},

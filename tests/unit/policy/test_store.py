@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import fcntl
 import json
 import logging
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from policy_service.artifact import UnfitArtifact
+from policy_service.artifact import UnfitArtifact, read_document
 from policy_service.store import (
     PolicyStore,
     PolicyWatch,
@@ -22,14 +23,16 @@ from policy_service.store import (
     follow,
     load_usable,
     open_policy,
+    read_lineage,
 )
 from tests.limits import PROCESS_S
 from tests.unit.policy.tiny_policy import make_artifact
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 ROOT = Path(__file__).parents[3]
+SHIPPED = ROOT / "policy_service" / "artifact"
 # A pointer that does not say that it is one.
 NAMELESS = '{"history": [{"version": "v2", "since": 1.0}]}'
 
@@ -167,6 +170,46 @@ def test_a_document_that_does_not_say_what_it_is_is_not_published(
     artifact = make_artifact(tmp_path / "v3", "v3")
     _change(artifact / "policy.json", change)
     assert _refusal(store, artifact).startswith(f"{artifact / 'policy.json'}: {words}")
+
+
+def _numbers(content: Any, place: str = "") -> Iterator[str]:
+    """Yield the place of each number of a document, of alike entries of a list the first one's."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from _numbers(value, f"{place}{key}.")
+    elif isinstance(content, list):
+        yield from (each for value in content[:1] for each in _numbers(value, f"{place}0."))
+    elif isinstance(content, int | float):
+        yield place[:-1]
+
+
+def test_true_is_no_number_in_an_artifact(tmp_path: Path):
+    content = json.loads((SHIPPED / "policy.json").read_text())
+    places = list(_numbers(content))
+    assert {"stages.0.cost", "seed", "train.prompts", "family.threshold"} <= set(places)
+    assert {"views.0.p_correct.0", "views.0.moves.0.transition.0.0", "views.0.cells.counts.0"} <= set(places)
+    for place in places:
+        for wrong in (True, False):
+            changed = _with(place, wrong)(copy.deepcopy(content))
+            (tmp_path / "policy.json").write_text(json.dumps(changed))
+            with pytest.raises(UnfitArtifact) as caught:
+                read_document(tmp_path)
+            assert str(caught.value).startswith(f"{tmp_path / 'policy.json'}: {place}"), place
+
+
+def test_true_is_no_number_in_a_store(store: PolicyStore, tmp_path: Path):
+    artifact = make_artifact(tmp_path / "v3", "v3")
+    stage = {"stage": "small", "reports": 5, "slope": 1, "offset": 0.5}
+    for key, wrong in (("reports", True), ("slope", True), ("offset", False), ("slope", "1")):
+        lineage = {"parent": "v2", "stages": [{**stage, key: wrong}]}
+        (artifact / "lineage.json").write_text(json.dumps(lineage))
+        with pytest.raises(UnfitStore, match=rf"lineage\.json: stages\.0\.{key}: "):
+            read_lineage(artifact)
+    (artifact / "lineage.json").write_text(json.dumps({"parent": "v2", "stages": [stage]}))
+    assert read_lineage(artifact) is not None
+    _change(store.directory / "current.json", _with("history.0.since", True))
+    with pytest.raises(UnfitStore, match="does not name a version"):
+        store.current()
 
 
 def test_a_policy_with_the_model_of_another_view_is_not_published(store: PolicyStore, tmp_path: Path):

@@ -7,6 +7,7 @@ log-probability where there is a draft; `offset` shifts the calibration of all h
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +29,7 @@ def make_artifact(
 ) -> Path:
     """Write a policy for some stages to a directory and return the directory."""
     directory.mkdir(parents=True, exist_ok=True)
-    document = PolicyDocument.model_validate(_content(directory, version, stages, offset))
+    document = PolicyDocument.model_validate_json(json.dumps(_content(directory, version, stages, offset)))
     write_document(document, directory)
     return directory
 
