@@ -9,6 +9,7 @@ import base64
 import hashlib
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self, get_args
 
@@ -19,6 +20,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -51,7 +53,8 @@ if TYPE_CHECKING:
 DOCUMENT = "policy.json"
 # Chosen: a hundred times the shipped one's.
 MOST_DOCUMENT_BYTES = 16 << 20
-_MOST_NAME = 256
+MOST_NAME = 256
+_DIGEST = re.compile("[0-9a-f]{64}")
 # Bounds of what a file may make a service hold. Chosen: several times what `fit` writes.
 _MOST_FAMILY_WORDS = 65_536
 _MOST_GRAM_CHARACTERS = 2**21
@@ -72,19 +75,41 @@ class UnfitArtifact(OneLineError):  # noqa: N818 - an error is named by its caus
 
 
 class Entry(BaseModel):
-    """Part of a document that asd writes and reads. Strict: true is not 1, nor is "1"; 1 is 1.0."""
+    """Part of a document that asd writes and reads.
+
+    Strict: true is not 1, nor is "1"; 1 is 1.0. Every text can be shown as it is, on one line.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
 
+    @field_validator("*")
+    @classmethod
+    def _check_texts(cls, value: object) -> object:
+        # All entries of a list are of one kind.
+        is_list = isinstance(value, tuple) and value and isinstance(value[0], str)
+        for text in value if is_list else (value,):  # type: ignore[attr-defined]
+            if isinstance(text, str) and one_line(text, len(text)) != text:
+                raise ValueError(f"{quoted(text)} has characters that cannot be shown: remove them")
+        return value
+
 
 def _check_name(name: str) -> str:
-    if not name.isprintable() or len(name) > _MOST_NAME:
-        raise ValueError(f"a name has 1 to {_MOST_NAME} printable characters")
+    if not name.isprintable() or len(name) > MOST_NAME:
+        raise ValueError(f"a name has 1 to {MOST_NAME} printable characters")
     return name
 
 
 # It is shown in logs and tables.
 Name = Annotated[str, Field(min_length=1), AfterValidator(_check_name)]
+
+
+def _check_digest(digest: str) -> str:
+    if not _DIGEST.fullmatch(digest):
+        raise ValueError("must be a SHA-256: 64 hexadecimal digits, in lower case")
+    return digest
+
+
+Digest = Annotated[str, AfterValidator(_check_digest)]
 
 
 class MoveEntry(Entry):
@@ -139,8 +164,8 @@ class ViewEntry(Entry):
 
     stage: str | None
     origin: str | None
-    model: str
-    sha256: str
+    model: Name
+    sha256: Digest
     p_correct: Annotated[tuple[Probability, ...], Field(min_length=1)]
     certified: tuple[Probability, ...]
     cells: CellsEntry | None = None
@@ -196,10 +221,10 @@ class CurveEntry(Entry):
 
 
 class Source(Entry):
-    """A file of outcomes that the policy was made from."""
+    """A file of outcomes that the policy was made from; `file` is for people."""
 
-    file: str
-    sha256: str
+    file: Annotated[str, Field(min_length=1, max_length=MOST_NAME)]
+    sha256: Digest
     prompts: Count
 
 
@@ -372,7 +397,7 @@ def _check_schema_version(path: Path, content: object) -> None:
     if type(version) is not int or version != known:
         given = json.dumps(version) if "schema_version" in content else "is missing"
         raise UnfitArtifact(
-            f"{path}: schema_version {one_line(given, _MOST_NAME)}; this version of asd reads {known}: make "
+            f"{path}: schema_version {one_line(given, MOST_NAME)}; this version of asd reads {known}: make "
             "the policy anew with `asd-policy fit`"
         )
 

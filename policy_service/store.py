@@ -113,7 +113,7 @@ class Lineage(Entry):
 class _InForce(Entry):
     """since: seconds since 1970."""
 
-    version: Annotated[str, Field(pattern=_VERSION.pattern)]
+    version: Annotated[str, Field(pattern=f"^{_VERSION.pattern}$")]
     since: float
 
 

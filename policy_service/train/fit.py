@@ -14,6 +14,7 @@ from scipy.stats import beta, norm
 from sklearn.linear_model import LogisticRegression
 
 from policy_service.artifact import (
+    MOST_NAME,
     AbandonEntry,
     CellsEntry,
     CurveEntry,
@@ -36,6 +37,7 @@ from policy_service.train.partitions import fit_partitions
 from policy_service.train.predictor import export_heads, fit_head
 from policy_service.train.replay import replay
 from policy_service.train.threads import one_thread, run_side_by_side
+from services.common.visible import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -148,7 +150,11 @@ def fit_policy(
     parts = [certifying[turns[certifying] == 0], certifying[turns[certifying] > 0]]
     values = choose_quality_values(calibration.data, views, p_correct, cells, parts)
     sources = [
-        Source(file=each.path.name, sha256=file_digest(each.path), prompts=len(each.data))
+        Source(
+            file=one_line(each.path.name, MOST_NAME),
+            sha256=file_digest(each.path),
+            prompts=len(each.data),
+        )
         for each in (train, calibration)
     ]
     stages = tuple(

@@ -197,6 +197,49 @@ def test_true_is_no_number_in_an_artifact(tmp_path: Path):
             assert str(caught.value).startswith(f"{tmp_path / 'policy.json'}: {place}"), place
 
 
+def _texts(content: Any, place: str = "") -> Iterator[str]:
+    """Yield the place of each text of a document, as _numbers."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from _texts(value, f"{place}{key}.")
+    elif isinstance(content, list):
+        yield from (each for value in content[:1] for each in _texts(value, f"{place}0."))
+    elif isinstance(content, str):
+        yield place[:-1]
+
+
+def test_no_text_of_an_artifact_has_what_a_terminal_would_execute(tmp_path: Path):
+    content = json.loads((SHIPPED / "policy.json").read_text())
+    places = list(_texts(content))
+    assert {"train.file", "train.sha256", "calibration.file", "views.0.model", "views.0.sha256"} <= set(
+        places
+    )
+    for place in places:
+        for wrong in ("a\x1b[2Jb", "a\nb", "a\u202eb"):
+            (tmp_path / "policy.json").write_text(json.dumps(_with(place, wrong)(copy.deepcopy(content))))
+            with pytest.raises(UnfitArtifact) as caught:
+                read_document(tmp_path)
+            said = str(caught.value)
+            assert said.startswith(f"{tmp_path / 'policy.json'}: "), place
+            assert said.isprintable(), place
+            # Of texts that name a stage, the view is named, which holds them.
+            assert place.rsplit(".", 1)[0].replace(".", "") in said.replace("[", "").replace(".", ""), place
+
+
+@pytest.mark.parametrize("wrong", ["", "0" * 63, "A" * 64, "0" * 64 + "\n"])
+def test_a_digest_is_one(wrong, store: PolicyStore, tmp_path: Path):
+    artifact = make_artifact(tmp_path / "v3", "v3")
+    _change(artifact / "policy.json", _with("train.sha256", wrong))
+    assert _refusal(store, artifact).startswith(f"{artifact / 'policy.json'}: train.sha256: ")
+
+
+@pytest.mark.parametrize("wrong", ["v2\x1b[2J", "../policies/v2", "v2\n"])
+def test_the_version_in_force_is_a_name(wrong, store: PolicyStore):
+    _change(store.directory / "current.json", _with("history.1.version", wrong))
+    with pytest.raises(UnfitStore, match="does not name a version"):
+        store.current()
+
+
 def test_true_is_no_number_in_a_store(store: PolicyStore, tmp_path: Path):
     artifact = make_artifact(tmp_path / "v3", "v3")
     stage = {"stage": "small", "reports": 5, "slope": 1, "offset": 0.5}

@@ -67,7 +67,7 @@ def _content(directory: Path, version: str, stages: tuple[str, ...], offset: flo
                 "moves": moves,
             }
         )
-    source = {"file": "x", "sha256": "0", "prompts": 300}
+    source = {"file": "x", "sha256": "0" * 64, "prompts": 300}
     return {
         "schema": "asd.policy",
         "schema_version": 2,
