@@ -18,6 +18,7 @@ from services.common.visible import one_line
 from services.router.domain import Overload
 from services.router.settings import Milliseconds, Name, RouterSettings, SpeculationSettings
 from services.stage.engine_settings import (
+    AtATime,
     ContextLength,
     Count,
     EngineName,
@@ -56,7 +57,7 @@ class StageEntry(Section):
     cost: float = Field(gt=0, allow_inf_nan=False)
     engine: EngineName = "onnx"
     threads: Threads = 1
-    max_batch: Count | None = None
+    max_batch: AtATime | None = None
     max_model_len: ContextLength | None = None
     default_max_new_tokens: Count = 160
     timeout_ms: Milliseconds = 30_000.0

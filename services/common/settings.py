@@ -13,7 +13,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from services.common.addresses import check_target
@@ -25,6 +33,10 @@ if TYPE_CHECKING:
 
 # What a channel is opened to.
 Target = Annotated[str, AfterValidator(check_target)]
+
+# Requests that a process holds at a time. Chosen: far more than one process answers within a deadline, and
+# few enough for its memory: each holds its prompt.
+Requests = Annotated[int, Field(ge=1, le=65_536)]
 
 # Kubernetes adds such variables for every Service of a namespace, so a Service named asd-router yields
 # ASD_ROUTER_PORT and its like. They are not ours.

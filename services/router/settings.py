@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 from services.common import validation
 from services.common.auth import AuthSettings
 from services.common.serving import ServerSettings
-from services.common.settings import Section, Target, service_config
+from services.common.settings import Requests, Section, Target, service_config
 from services.common.tls import ClientTls
 from services.router.domain import Overload
 
@@ -112,9 +112,9 @@ class RouterSettings(ServerSettings):
     # it would go to has a line of more than an answer.
     overload: Overload = Overload.QUEUE
     # Requests under way at once; a batch counts as one.
-    max_concurrent: int = Field(default=256, ge=1)
+    max_concurrent: Requests = 256
     # Requests of one batch under way at once.
-    batch_concurrency: int = Field(default=16, ge=1)
+    batch_concurrency: Requests = 16
     # For callers that set no deadline.
     default_deadline_ms: Milliseconds = 60_000.0
     drain_seconds: float = Field(default=10.0, ge=0, allow_inf_nan=False)

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 Count = Annotated[int, Field(ge=1)]
 # Chosen: no machine has more cores, and each thread takes memory.
 Threads = Annotated[int, Field(ge=1, le=1024)]
+# Requests, or batches, that one model computes or keeps at a time. Chosen: several
+# times what engines set by themselves on the largest GPUs. Each takes memory: more would fail as late as when
+# the model is loaded, or under load.
+MOST_AT_A_TIME = 4096
+AtATime = Annotated[int, Field(ge=1, le=MOST_AT_A_TIME)]
 # Tokens of prompt and answer: at least one each.
 ContextLength = Annotated[int, Field(ge=2)]
 Share = Annotated[float, Field(gt=0, le=1)]

@@ -8,8 +8,10 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from services.common.serving import ServerSettings
-from services.common.settings import Section, service_config
+from services.common.settings import Requests, Section, service_config
 from services.stage.engine_settings import (
+    MOST_AT_A_TIME,
+    AtATime,
     ContextLength,
     Count,
     EngineName,
@@ -27,11 +29,11 @@ class ModelSettings(Section):
     path: Path
     engine: EngineName = "onnx"
     # Requests computed at a time. None: 8 for onnx, 64 for the others.
-    max_batch: Count | None = None
+    max_batch: AtATime | None = None
     # Of the onnx engine; the others have a section of their own.
     threads: Threads = 1
-    max_lanes: Count = 4
-    cached_sequences: Annotated[int, Field(ge=0)] = 4
+    max_lanes: AtATime = 4
+    cached_sequences: Annotated[int, Field(ge=0, le=MOST_AT_A_TIME)] = 4
     # Tokens of prompt and answer at most. None: the model's.
     max_model_len: ContextLength | None = None
     preload: bool = True
@@ -61,7 +63,7 @@ class StageSettings(ServerSettings):
     default_model: str = ""
     memory_budget_mb: Annotated[int, Field(ge=0)] = 0
     models: Annotated[tuple[ModelSettings, ...], Field(min_length=1)]
-    max_queue: Count = 256
+    max_queue: Requests = 256
     drain_seconds: Annotated[float, Field(ge=0)] = 10.0
 
     @model_validator(mode="after")

@@ -49,6 +49,13 @@ SCHEMA = [
     ({"stageDefaults": {"model": {"cache": {"accessMode": "ReadOnlyMany"}}}}, "accessMode"),
     ({"stageDefaults": {"autoscaling": {"minReplicas": 0}}}, "minReplicas"),
     ({"stageDefaults": {"gpuResource": "gpus"}}, "gpuResource"),
+    ({"stageDefaults": {"model": {"maxBatch": 4097}}}, "maxBatch"),
+    (stage(model={"maxBatch": 4097}), "maxBatch"),
+    ({"stageDefaults": {"model": {"maxLanes": 4097}}}, "maxLanes"),
+    ({"stageDefaults": {"model": {"cachedSequences": 4097}}}, "cachedSequences"),
+    ({"stageDefaults": {"maxQueue": 65537}}, "maxQueue"),
+    ({"router": {"maxConcurrent": 65537}}, "maxConcurrent"),
+    ({"router": {"batchConcurrency": 65537}}, "batchConcurrency"),
     ({"podSecurity": {"runAsUser": 0}}, "runAsUser"),
     ({"podSecurity": {"fsGroup": "10001"}}, "fsGroup"),
 ]

@@ -10,7 +10,9 @@ import pytest
 import yaml
 
 from policy_service.settings import PolicySettings
+from services.router.settings import RouterSettings
 from services.stage.engine_settings import TensorrtLlmSettings, VllmSettings
+from services.stage.settings import ModelSettings, StageSettings
 from tests.chart.rendering import CHART, ROOT, VARIANTS, chart_values, helm
 
 SCHEMA: dict[str, Any] = json.loads((CHART / "values.schema.json").read_text())
@@ -224,3 +226,34 @@ def test_notes_say_what_to_do_next(variant: str, monkeypatch: pytest.MonkeyPatch
             "networkPolicy",
         ):
             assert word not in notes
+
+
+BOUNDED = {
+    "router.maxConcurrent": (RouterSettings, "max_concurrent"),
+    "router.batchConcurrency": (RouterSettings, "batch_concurrency"),
+    **{
+        f"{place}.{value}": (model, name)
+        for place in ("stageDefaults", "stages[]")
+        for value, model, name in (
+            ("maxQueue", StageSettings, "max_queue"),
+            ("model.threads", ModelSettings, "threads"),
+            ("model.maxBatch", ModelSettings, "max_batch"),
+            ("model.maxLanes", ModelSettings, "max_lanes"),
+            ("model.cachedSequences", ModelSettings, "cached_sequences"),
+        )
+    },
+}
+
+
+def _maximum(schema: dict[str, Any]) -> object:
+    """Return the bound of a number in JSON schema, of one that may be null as well."""
+    kinds = [schema, *schema.get("anyOf", ())]
+    return next((kind["maximum"] for kind in kinds if "maximum" in kind), None)
+
+
+@pytest.mark.parametrize("path", BOUNDED)
+def test_the_schema_takes_as_much_as_the_service(path: str) -> None:
+    model, name = BOUNDED[path]
+    most = _maximum(model.model_json_schema()["properties"][name])
+    assert most is not None
+    assert _maximum(dict(schemas(SCHEMA))[path]) == most

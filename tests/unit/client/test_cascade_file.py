@@ -61,6 +61,7 @@ def _read(directory: Path, content: str) -> CascadeFile:
         (_GOOD.replace("8.0", "-1"), ["stages.1.cost", "greater than 0"]),
         (_GOOD.replace("8.0", ".nan"), ["stages.1.cost", "finite"]),
         (_GOOD.replace("threads: 2", "threads: 0"), ["stages.1.threads"]),
+        (_GOOD.replace("max_batch: 4", "max_batch: 4097"), ["stages.1.max_batch", "equal to 4096"]),
         *(
             (_GOOD.replace("name: large", f"name: {name}"), ["stages.1.name", name, "a-z, 0-9 and '-'"])
             for name in ("f_wrap", "Large", "-a", "a" * 64)
