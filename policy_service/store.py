@@ -61,6 +61,8 @@ _LOCK = ".lock"
 _PARTIAL = ".partial-"
 # Of the pointer and of a lineage. Chosen: a store that changes each minute for a year names as much.
 _MOST_BYTES = 64 << 20
+# Seconds since 1970: the year 9999, which dates end with.
+_LATEST = 253_402_300_799.0
 # A version names a directory.
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # Digits of a model's SHA-256 in the name of its file.
@@ -114,7 +116,7 @@ class _InForce(Entry):
     """since: seconds since 1970."""
 
     version: Annotated[str, Field(pattern=f"^{_VERSION.pattern}$")]
-    since: float
+    since: Annotated[float, Field(ge=0, le=_LATEST)]
 
 
 class _Pointer(Entry):

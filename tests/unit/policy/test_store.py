@@ -240,6 +240,13 @@ def test_the_version_in_force_is_a_name(wrong, store: PolicyStore):
         store.current()
 
 
+@pytest.mark.parametrize("wrong", [-1, 1e15])
+def test_a_version_is_in_force_since_a_time_that_can_be_shown(wrong, store: PolicyStore):
+    _change(store.directory / "current.json", _with("history.1.since", wrong))
+    with pytest.raises(UnfitStore, match="does not name a version"):
+        store.current()
+
+
 def test_true_is_no_number_in_a_store(store: PolicyStore, tmp_path: Path):
     artifact = make_artifact(tmp_path / "v3", "v3")
     stage = {"stage": "small", "reports": 5, "slope": 1, "offset": 0.5}
