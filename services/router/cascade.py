@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, aclosing
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from services.common.errors import (
@@ -15,15 +15,16 @@ from services.common.errors import (
 )
 from services.common.patience import Patience
 from services.router.ahead import PrefillAhead
-from services.router.domain import Event, Failure, Request, StageAction, StageStarted, View
+from services.router.domain import Failure, Outcome, Request, StageAction, StageStarted, View
 from services.router.pipeline import call_stage
 from services.router.progress import Progress
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Sequence
+    from collections.abc import Callable, Sequence
 
     from services.router.planner import Planner
     from services.router.ports import Observer, StageClient
+    from services.router.progress import Emit
 
 
 class Cascade:
@@ -46,8 +47,9 @@ class Cascade:
         self._observer = observer
         self._clock = clock
 
-    async def answer(self, request: Request, deadline: float, view: View) -> AsyncGenerator[Event, None]:
-        """Yield what the view shows while the answer is made, and last its outcome. deadline: by the clock.
+    async def answer(self, request: Request, deadline: float, view: View, emit: Emit) -> Outcome:
+        """Answer a request. emit: is awaited with what the view shows while the answer is made. deadline: by
+        the clock.
 
         Raises NotFound for an unknown fixed stage, BudgetSpent at the deadline, Overloaded where there is no
         room for the request, what the policy refuses it with, and what the stages failed or refused it with
@@ -55,9 +57,7 @@ class Cascade:
         """
         progress = Progress(request, deadline, view, self._clock)
         try:
-            async with aclosing(self._answer(progress)) as events:
-                async for event in events:
-                    yield event
+            return await self._answer(progress, emit)
         except (BudgetSpent, ResourceExhausted) as error:
             refusal = self._planner.refused(progress, error)
             if refusal is error:
@@ -66,7 +66,7 @@ class Cascade:
         finally:
             self._planner.ended(progress)
 
-    async def _answer(self, progress: Progress) -> AsyncGenerator[Event, None]:
+    async def _answer(self, progress: Progress, emit: Emit) -> Outcome:
         stage = await self._planner.plan(progress)
         async with PrefillAhead(self._clock, self._planner.calling) as ahead:
             warm = self._planner.stage_to_warm(progress)
@@ -74,14 +74,11 @@ class Cascade:
                 ahead.start(progress.request, self._stages[warm], self._planner.warming_ms(progress, warm))
             while True:
                 try:
-                    async with aclosing(self._run(progress, self._stages[stage])) as events:
-                        async for event in events:
-                            yield event
+                    await self._run(progress, self._stages[stage], emit)
                 except AsdError as error:
                     self._note_failures(progress, [progress.failure(stage, error)])
                     following = await self._instead_of(progress, stage, error)
-                    for event in progress.go_back():
-                        yield event
+                    await progress.go_back(emit)
                 else:
                     progress.failed |= ahead.refusals()
                     following = (await self._planner.decide(progress)).next_stage
@@ -90,13 +87,12 @@ class Cascade:
                 stage = following
                 await ahead.settle(stage)
             progress.warmed(await ahead.close())
-        for event in progress.settle():
-            yield event
+        await progress.settle(emit)
         outcome = progress.outcome()
         self._observer.request_answered(outcome, len(self._stages))
-        yield outcome
+        return outcome
 
-    async def _run(self, progress: Progress, client: StageClient) -> AsyncGenerator[Event, None]:
+    async def _run(self, progress: Progress, client: StageClient, emit: Emit) -> None:
         """Have a stage answer, by verifying an earlier stage's answer where there is one."""
         progress.call_ms, progress.call = 0.0, None
         stage, draft = client.stage, self._planner.draft_for(progress, client.stage)
@@ -104,7 +100,7 @@ class Cascade:
         await self._planner.until_awake(progress, [each.stage for each in (client, *upstream)])
         action = StageAction.VERIFY if draft or upstream else StageAction.GENERATE
         if progress.view is not View.OUTCOME:
-            yield StageStarted(stage, action)
+            await emit(StageStarted(stage, action))
         timeout_ms = self._planner.timeout_ms(progress, stage)
         leave_after_ms = progress.call_ms = min(timeout_ms, self._planner.leave_after_ms(progress, stage))
         drafter = upstream[-1].stage.name if upstream else progress.drafter
@@ -115,17 +111,11 @@ class Cascade:
                 for each in (client, *upstream)
             }
             watch = self._planner.watch(progress, stage, under_way[stage])
-            call = call_stage(
-                progress, client, draft, upstream, timeout_ms, leave_after_ms, self._clock, watch
-            )
             # Of drafters, also where the call itself fails.
             calls.callback(lambda: self._note_failures(progress, progress.new_failures()))
-            async with call as events:
-                async for event in events:
-                    for shown in progress.take(event):
-                        yield shown
-                    if progress.is_hopeless():
-                        break
+            await call_stage(
+                progress, client, draft, upstream, timeout_ms, leave_after_ms, self._clock, watch, emit
+            )
         for answer in progress.new_answers():
             self._patience.there()
             self._planner.stage_answered(progress, answer, under_way[answer.stage].depth)

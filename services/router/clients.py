@@ -36,7 +36,6 @@ from services.router.domain import (
     Plan,
     Request,
     Stage,
-    StageEvent,
     StageResult,
     Tokens,
 )
@@ -59,7 +58,7 @@ if TYPE_CHECKING:
     from asd.v1.stage_pb2_grpc import StageServiceAsyncStub as Stub
     from services.router.breaker import Breaker
     from services.router.health import Health
-    from services.router.ports import Sleepers
+    from services.router.ports import Sleepers, Take
     from services.router.replicas import Replica, Replicas
 
 Sent = TypeVar("Sent")
@@ -128,8 +127,8 @@ class GrpcStage:
         """The stage that is called."""
         return self._stage
 
-    def generate(self, request: Request, timeout_ms: float) -> AsyncGenerator[StageEvent, None]:
-        """Yield tokens as the stage writes them, and last its result."""
+    async def generate(self, request: Request, timeout_ms: float, emit: Take) -> StageResult:
+        """Emit tokens as the stage writes them; return its result."""
         message = stage_pb2.StageServiceGenerateRequest(
             sampling=convert.sampling_to(request.sampling),
             session_id=request.session_id,
@@ -141,12 +140,12 @@ class GrpcStage:
         ) -> AsyncGenerator[stage_pb2.StageServiceGenerateResponse, None]:
             return call_stream(stub.Generate, message, timeout_ms=left_ms, peer=self._peer)
 
-        return self._events(self._call(request, message, call, timeout_ms), message)
+        return await self._result_of(request, message, call, timeout_ms, emit)
 
-    def verify(
-        self, request: Request, draft: StageResult, timeout_ms: float
-    ) -> AsyncGenerator[StageEvent, None]:
-        """Yield the verification of the draft, then tokens, and last the result."""
+    async def verify(
+        self, request: Request, draft: StageResult, timeout_ms: float, emit: Take
+    ) -> StageResult:
+        """Emit the verification of the draft, then tokens; return the result."""
         message = stage_pb2.VerifyRequest(
             draft=convert.draft_to(draft),
             sampling=convert.sampling_to(request.sampling),
@@ -158,12 +157,16 @@ class GrpcStage:
         def call(stub: Stub, left_ms: float, _: float) -> AsyncGenerator[stage_pb2.VerifyResponse, None]:
             return call_stream(stub.Verify, message, timeout_ms=left_ms, peer=self._peer)
 
-        return self._events(self._call(request, message, call, timeout_ms), message)
+        return await self._result_of(request, message, call, timeout_ms, emit)
 
-    def verify_stream(
-        self, request: Request, drafts: AsyncIterable[Tokens | FinishReason], timeout_ms: float
-    ) -> AsyncGenerator[StageEvent, None]:
-        """Verify a draft that is still being written; yield tokens, its verification, and last the result."""
+    async def verify_stream(
+        self,
+        request: Request,
+        drafts: AsyncIterable[Tokens | FinishReason],
+        timeout_ms: float,
+        emit: Take,
+    ) -> StageResult:
+        """Verify a draft that is still being written; emit tokens and its verification; return the result."""
         start = stage_pb2.VerifyStreamStart(
             sampling=convert.sampling_to(request.sampling),
             acceptance=convert.acceptance_to(request.acceptance),
@@ -183,7 +186,7 @@ class GrpcStage:
                 hold_s=hold_s,
             )
 
-        return self._events(self._call(request, start, call, timeout_ms), start)
+        return await self._result_of(request, start, call, timeout_ms, emit)
 
     async def prefill(self, request: Request, timeout_ms: float) -> int:
         """Put the prompt into the prefix cache; return its number of tokens."""
@@ -198,22 +201,22 @@ class GrpcStage:
 
         return (await self._ask_any(_key(request), call)).prompt_tokens
 
-    async def _call(
+    async def _result_of(
         self,
         request: Request,
         message: WithModel,
-        call: Callable[[Stub, float, float], AsyncGenerator[Received, None]],
+        call: Callable[[Stub, float, float], AsyncGenerator[Response, None]],
         timeout_ms: float,
-    ) -> AsyncGenerator[tuple[Replica, Received], None]:
-        """Call the request's replica; another one where it is away and has sent nothing.
+        emit: Take,
+    ) -> StageResult:
+        """Call the request's replica and return its result; another replica where it is away.
 
         Where all are away, a request that names its stages waits until one is back, within reason (Patience):
         it has nowhere else to go. Others fail at once: the next stage can have them.
         A call that the replica breaks off before it has sent anything is made once more, there and with the
-        draft held for a moment, since why it did so was lost. Yields which replica it is with each of its
-        messages. Where the stage lacks the adapter that it is asked for, its model answers without. message:
-        gets the model to ask for. call: sends the message to a replica, with so many milliseconds left, and
-        holds a draft for so many seconds.
+        draft held for a moment, since why it did so was lost. Where the stage lacks the adapter that it is
+        asked for, its model answers without. message: gets the model to ask for. call: sends the message to a
+        replica, with so many milliseconds left, and holds a draft for so many seconds.
         """
         until = self._clock() + timeout_ms / 1000.0
         message.model = await self._adapters.model_for(request.task, timeout_ms)
@@ -222,21 +225,16 @@ class GrpcStage:
         tried: list[str] = []
         hold_s = 0.0
         while True:
-            has_begun = False
+            heard = _Heard(emit, self._patience)
             try:
                 replica = await self._replicas.choose(_key(request), tried)
                 tried.append(replica.address)
                 left_ms = (until - self._clock()) * 1000.0
                 with self._replicas.calling(replica):
-                    async with aclosing(call(replica.stub, left_ms, hold_s)) as responses:
-                        async for response in responses:
-                            if not has_begun:
-                                self._patience.there()
-                            has_begun = True
-                            yield replica, response
-                return
+                    result = await heard.out(call(replica.stub, left_ms, hold_s))
+                return self._result(result, replica, is_adapted=message.model != self._stage.model)
             except Unavailable as error:
-                if has_begun:
+                if heard.has_begun:
                     raise
                 self._patience.failed(error)
                 if isinstance(error, BrokenOff) and not hold_s:
@@ -251,14 +249,26 @@ class GrpcStage:
             except NotFound as error:
                 self._patience.failed(error)
                 # What the caller was sent would come once more.
-                if has_begun or message.model == self._stage.model:
-                    raise
+                if heard.has_begun or message.model == self._stage.model:
+                    raise self._blame(error) from error
                 self._adapters.lacks(request.task, message.model)
                 message.model = self._stage.model
                 tried.pop()
+            except InvalidRequest as error:
+                self._patience.failed(error)
+                raise self._blame(error) from error
             except AsdError as error:
                 self._patience.failed(error)
                 raise
+
+    def _result(
+        self, message: stage_pb2.StageResult | None, replica: Replica, *, is_adapted: bool
+    ) -> StageResult:
+        if message is None:
+            raise AsdError(f"{self._stage}: the call ended without a result")
+        others = Others(replica.address, message.others_under_way, self._replicas.addresses, self._clock())
+        result = convert.result_from(message, self._peer)
+        return replace(result, is_adapted=is_adapted, others=others)
 
     async def _list_models(self) -> list[str]:
         """Return the names of the stage's models, the default one first."""
@@ -291,40 +301,6 @@ class GrpcStage:
             else:
                 self._patience.there()
                 return response
-
-    async def _events(
-        self, call: AsyncGenerator[tuple[Replica, Response], None], message: WithModel
-    ) -> AsyncGenerator[StageEvent, None]:
-        """Yield a call's answers as domain values. message: what the stage was sent, with the model asked
-        for."""
-        fingerprint = ""
-        try:
-            async with aclosing(call) as responses:
-                async for replica, response in responses:
-                    kind = response.WhichOneof("event")
-                    if not isinstance(response, stage_pb2.VerifyResponse):
-                        # It comes with the first message, whatever that is.
-                        fingerprint = fingerprint or response.tokenizer_fingerprint
-                    if kind == "tokens":
-                        yield convert.tokens_from(response.tokens, fingerprint)
-                    elif kind == "verification" and not isinstance(
-                        response, stage_pb2.StageServiceGenerateResponse
-                    ):
-                        yield convert.verification_from(response.verification)
-                    elif kind == "result":
-                        result = convert.result_from(response.result, self._peer)
-                        yield replace(
-                            result,
-                            is_adapted=message.model != self._stage.model,
-                            others=Others(
-                                replica.address,
-                                response.result.others_under_way,
-                                self._replicas.addresses,
-                                self._clock(),
-                            ),
-                        )
-        except (InvalidRequest, NotFound) as error:
-            raise self._blame(error) from error
 
     def describe_away(self) -> cascade_pb2.StageDescription:
         """Return what is configured of the stage."""
@@ -646,6 +622,38 @@ class Directory:
             description.asleep = True
             return description
         return await stage.describe()
+
+
+class _Heard:
+    """What one call of a stage sends. emit: is handed its tokens and verification."""
+
+    def __init__(self, emit: Take, patience: Patience) -> None:
+        self._emit = emit
+        self._patience = patience
+        self._fingerprint = ""
+        self.has_begun = False
+
+    async def out(self, responses: AsyncGenerator[Response, None]) -> stage_pb2.StageResult | None:
+        """Emit what comes, to the end of the call; return its result; None where it sent none."""
+        result = None
+        async with aclosing(responses):
+            async for response in responses:
+                if not self.has_begun:
+                    self._patience.there()
+                    self.has_begun = True
+                if not isinstance(response, stage_pb2.VerifyResponse):
+                    # It comes with the first message, whatever that is.
+                    self._fingerprint = self._fingerprint or response.tokenizer_fingerprint
+                kind = response.WhichOneof("event")
+                if kind == "tokens":
+                    await self._emit(convert.tokens_from(response.tokens, self._fingerprint))
+                elif kind == "result":
+                    result = response.result
+                elif kind == "verification" and not isinstance(
+                    response, stage_pb2.StageServiceGenerateResponse
+                ):
+                    await self._emit(convert.verification_from(response.verification))
+        return result
 
 
 def _key(request: Request) -> str:

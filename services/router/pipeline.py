@@ -1,9 +1,9 @@
-"""A chain of stages at work at the same time: each verifies what the one before it has written so far."""
+"""A call of a stage, and a chain of stages at work together: each verifies what the one before it writes."""
 
 from __future__ import annotations
 
 import asyncio
-from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext
+from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING
@@ -11,20 +11,22 @@ from typing import TYPE_CHECKING
 from services.common.errors import AsdError, BudgetSpent
 from services.common.telemetry import Spans, Traced
 from services.router import spans
-from services.router.domain import Failure, FinishReason, StageAction, StageResult, Tokens
+from services.router.domain import Failure, FinishReason, StageAction, Tokens
+from services.router.progress import DraftAbandoned
 from services.router.stage_run import StageRun
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
-    from services.router.domain import Answer, Stage, StageEvent
-    from services.router.ports import StageClient
+    from services.router.domain import Answer, Event, Stage, StageResult, Verification
+    from services.router.ports import StageClient, Take
     from services.router.progress import Progress
+
+    Emit = Callable[[Event], Awaitable[None]]
 
 Piece = Tokens | FinishReason
 
 
-@asynccontextmanager
 async def call_stage(
     progress: Progress,
     client: StageClient,
@@ -34,13 +36,15 @@ async def call_stage(
     leave_after_ms: float,
     clock: Callable[[], float],
     watch: Callable[[], float],
-) -> AsyncIterator[AsyncIterator[StageEvent]]:
-    """Have a stage answer, as a context with its events; its answer is taken as the context ends well.
+    emit: Emit,
+) -> None:
+    """Have a stage answer; the progress takes what it sends, and its answer at last.
 
-    It verifies the draft, or what the upstream stages write meanwhile, or writes by itself. What runs for it
-    ends with the context. timeout_ms: of the call. leave_after_ms: after so long the request goes on without
-    it, as long as it can; BudgetSpent says so. watch: is called while nothing has come, returns after how
-    many milliseconds it is to be called again, and raises an error where the call is not to be waited for.
+    It verifies the draft, or what the upstream stages write meanwhile, or writes by itself. timeout_ms: of
+    the call. leave_after_ms: after so long the request goes on without it, as long as it can; BudgetSpent
+    says so. watch: is called while nothing has come, returns after how many milliseconds it is to be called
+    again, and raises an error where the call is not to be waited for. emit: is told what that changes for the
+    caller.
     """
     request = progress.request
     action = StageAction.VERIFY if draft or upstream else StageAction.GENERATE
@@ -49,78 +53,100 @@ async def call_stage(
         if upstream:
             pipeline = Pipeline(progress, upstream, timeout_ms, clock)
             try:
-                async with aclosing(pipeline.verify(client)) as events:
-                    yield events
+                result = await pipeline.verify(client, lambda event: progress.take(event, emit))
+                progress.finish(result)
             finally:
                 progress.drafted_upstream(*await pipeline.close())
         else:
+            limit = _Limit(progress, client.stage, leave_after_ms, clock, watch, emit)
             call = (
-                client.verify(request, draft, timeout_ms) if draft else client.generate(request, timeout_ms)
+                client.verify(request, draft, timeout_ms, limit.take)
+                if draft
+                else client.generate(request, timeout_ms, limit.take)
             )
-            call = _until_left(call, progress, client.stage, leave_after_ms, clock, watch)
-            async with aclosing(call) as events:
-                yield events
+            # What there is of an abandoned draft counts as its answer.
+            with suppress(DraftAbandoned):
+                progress.finish(await limit.result_of(call))
         spans.describe_answer(span, progress.take_answer())
 
 
-async def _until_left(
-    call: AsyncGenerator[StageEvent, None],
-    progress: Progress,
-    stage: Stage,
-    leave_after_ms: float,
-    clock: Callable[[], float],
-    watch: Callable[[], float],
-) -> AsyncGenerator[StageEvent, None]:
-    """Yield the events of a call. Raises BudgetSpent where it takes longer than leave_after_ms, and what the
-    watch raises before anything has come.
+class _Limit:
+    """Ends a call that its request had better go on without.
 
-    Where the request cannot go on without them, it may take all the time that its call has: once text is
-    committed that only this stage stands for, and where there is no other answer and it is at work.
+    Where the request cannot go on without it, the call may take all the time that it has: once text is
+    committed that only this stage stands for, and where there is no other answer and the stage is at work.
+    Arguments: as of call_stage.
     """
-    until = clock() + leave_after_ms / 1000.0
-    async with aclosing(call) as events:
-        while True:
-            left_s = until - clock() if progress.can_leave() else None
-            watching = None if progress.has_heard else _Watching(watch)
-            try:
-                async with asyncio.timeout(left_s) as limit:
-                    with watching.until(limit) if watching else nullcontext():
-                        event = await anext(events)
-            except StopAsyncIteration:
-                return
-            except TimeoutError:
-                if watching is not None and watching.refusal is not None:
-                    raise watching.refusal from None
-                raise BudgetSpent(f"{stage} did not finish within {leave_after_ms:.0f} ms") from None
-            yield event
 
-
-class _Watching:
-    """Calls a watch again and again; what it raises at last is the refusal."""
-
-    def __init__(self, watch: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        progress: Progress,
+        stage: Stage,
+        leave_after_ms: float,
+        clock: Callable[[], float],
+        watch: Callable[[], float],
+        emit: Emit,
+    ) -> None:
+        self._progress = progress
+        self._stage = stage
+        self._leave_after_ms = leave_after_ms
+        self._clock = clock
         self._watch = watch
-        self._timer: asyncio.Handle | None = None
-        self.refusal: AsdError | None = None
+        self._emit = emit
+        self._until = clock() + leave_after_ms / 1000.0
+        self._timeout = asyncio.timeout(None)
+        self._watching: asyncio.Handle | None = None
+        self._is_taking = False
+        self._refusal: AsdError | None = None
 
-    @contextmanager
-    def until(self, limit: asyncio.Timeout) -> Iterator[None]:
-        """Watch during the block. limit: runs out with the refusal."""
-        self._timer = asyncio.get_running_loop().call_soon(self._look, limit)
+    async def result_of(self, call: Awaitable[StageResult]) -> StageResult:
+        """Return what the call returns. Raises BudgetSpent where it takes too long, and what the watch
+        raises before anything has come."""
+        loop = asyncio.get_running_loop()
+        leaving = loop.call_later(max(self._until - self._clock(), 0.0), self._leave)
         try:
-            yield
+            async with self._timeout:
+                self._watching = loop.call_soon(self._look)
+                return await call
+        except TimeoutError:
+            if self._refusal is None:
+                raise
+            raise self._refusal from None
         finally:
-            self._timer.cancel()
+            leaving.cancel()
+            self._stop_watching()
 
-    def _look(self, limit: asyncio.Timeout) -> None:
-        if limit.expired():
-            return
+    async def take(self, event: Tokens | Verification) -> None:
+        """Take what the stage sends. The time that its reader takes is no reason to leave in the midst."""
+        self._stop_watching()
+        self._is_taking = True
+        try:
+            await self._progress.take(event, self._emit)
+        finally:
+            self._is_taking = False
+        if self._clock() >= self._until:
+            self._leave()
+
+    def _leave(self) -> None:
+        """End the call, unless the request needs it."""
+        if not self._is_taking and self._progress.can_leave():
+            self._end(BudgetSpent(f"{self._stage} did not finish within {self._leave_after_ms:.0f} ms"))
+
+    def _look(self) -> None:
         loop = asyncio.get_running_loop()
         try:
-            self._timer = loop.call_later(self._watch() / 1000.0, self._look, limit)
+            self._watching = loop.call_later(self._watch() / 1000.0, self._look)
         except AsdError as refusal:
-            self.refusal = refusal
-            limit.reschedule(loop.time())
+            self._end(refusal)
+
+    def _end(self, refusal: AsdError) -> None:
+        if self._refusal is None:
+            self._refusal = refusal
+            self._timeout.reschedule(asyncio.get_running_loop().time())
+
+    def _stop_watching(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
 
 
 class Pipeline:
@@ -146,9 +172,9 @@ class Pipeline:
         for client in clients:
             self._start(client)
 
-    def verify(self, client: StageClient) -> AsyncGenerator[StageEvent, None]:
-        """Have the last stage verify what the others write."""
-        return client.verify_stream(self._request, self._written[-1], self._timeout_ms)
+    async def verify(self, client: StageClient, emit: Take) -> StageResult:
+        """Have the last stage verify what the others write; return its result."""
+        return await client.verify_stream(self._request, self._written[-1], self._timeout_ms, emit)
 
     async def close(self) -> tuple[list[Answer], list[Failure], float]:
         """Stop what is still being written; return the answers, whole or not, and the failures.
@@ -192,18 +218,19 @@ class Pipeline:
         with Traced(Spans.STAGE) as span:
             spans.describe_call(span, self._progress, run.stage, run.action)
             timeout_ms = self._time_of(client.stage)
-            if drafts is None:
-                call = client.generate(self._drafted, timeout_ms)
-            else:
-                call = client.verify_stream(self._drafted, drafts, timeout_ms)
+
+            async def take(event: Tokens | Verification) -> None:
+                run.take(event)
+                if isinstance(event, Tokens):
+                    written.add(event)
+
             try:
-                async with aclosing(call) as events:
-                    async for event in events:
-                        run.take(event)
-                        if isinstance(event, Tokens):
-                            written.add(event)
-                        elif isinstance(event, StageResult):
-                            written.add(event.finish_reason)
+                if drafts is None:
+                    result = await client.generate(self._drafted, timeout_ms, take)
+                else:
+                    result = await client.verify_stream(self._drafted, drafts, timeout_ms, take)
+                run.finish(result)
+                written.add(result.finish_reason)
             finally:
                 if not run.has_ended:
                     # The next stage goes on alone from what has come.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterable, Sequence
+    from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
 
     from services.common.errors import AsdError
     from services.router.domain import (
@@ -18,31 +18,41 @@ if TYPE_CHECKING:
         Refusal,
         Request,
         Stage,
-        StageEvent,
         StageResult,
         Tokens,
+        Verification,
     )
     from services.router.speculation import Skip
 
+    # Takes what a stage sends while it works; the stage goes on once it has been taken.
+    Take = Callable[[Tokens | Verification], Awaitable[None]]
+
 
 class StageClient(Protocol):
-    """Calls one stage. Every call raises the AsdError that the stage's status stands for."""
+    """Calls one stage. Every call raises the AsdError that the stage's status stands for.
+
+    emit: is awaited with each message, in the order in which they come. What it raises ends the call.
+    """
 
     @property
     def stage(self) -> Stage:
         """The stage that is called."""
 
-    def generate(self, request: Request, timeout_ms: float) -> AsyncGenerator[StageEvent, None]:
-        """Yield tokens as the stage writes them, and last its result."""
+    async def generate(self, request: Request, timeout_ms: float, emit: Take) -> StageResult:
+        """Emit tokens as the stage writes them; return its result."""
 
-    def verify(
-        self, request: Request, draft: StageResult, timeout_ms: float
-    ) -> AsyncGenerator[StageEvent, None]:
-        """Yield the verification of the draft, then tokens, and last the result."""
+    async def verify(
+        self, request: Request, draft: StageResult, timeout_ms: float, emit: Take
+    ) -> StageResult:
+        """Emit the verification of the draft, then tokens; return the result."""
 
-    def verify_stream(
-        self, request: Request, drafts: AsyncIterable[Tokens | FinishReason], timeout_ms: float
-    ) -> AsyncGenerator[StageEvent, None]:
+    async def verify_stream(
+        self,
+        request: Request,
+        drafts: AsyncIterable[Tokens | FinishReason],
+        timeout_ms: float,
+        emit: Take,
+    ) -> StageResult:
         """Verify a draft that is still being written; a FinishReason ends it. Tokens may come first.
 
         Each reader of the draft has it from its beginning: another call may need it, too.

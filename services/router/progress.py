@@ -25,7 +25,6 @@ from services.router.domain import (
     Request,
     Stage,
     StageAction,
-    StageEvent,
     StageResult,
     Tokens,
     Verification,
@@ -34,10 +33,16 @@ from services.router.domain import (
 from services.router.stage_run import StageRun
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 
     from services.router.load import Call
     from services.router.speculation import Choice
+
+    Emit = Callable[[Event], Awaitable[None]]
+
+
+class DraftAbandoned(Exception):  # noqa: N818 - it ends a call, and is no error
+    """A stage's draft is not worth finishing."""
 
 
 class Progress:
@@ -135,18 +140,28 @@ class Progress:
         self._may_abandon = not is_final
         self._delivery.start(is_final=is_final)
 
-    def take(self, event: StageEvent) -> Iterator[Event]:
-        """Take an event of the running stage; return what it changes for the caller."""
+    async def take(self, event: Tokens | Verification, emit: Emit) -> None:
+        """Take what the running stage sends; emit what it changes for the caller.
+
+        Raises DraftAbandoned once the stage's draft is not worth finishing; it then counts as answered.
+        """
         self.has_heard = True
         self._run.take(event)
         if isinstance(event, Tokens):
-            yield from self._delivery.written(event)
-        elif isinstance(event, Verification) and not self.upstream:
+            await _emit_all(self._delivery.written(event), emit)
+        elif not self.upstream:
             # Re-encoded tokens are not those that the caller was shown.
-            yield from self._delivery.verified(event.accepted_tokens if event.ids_used else 0)
+            await _emit_all(self._delivery.verified(event.accepted_tokens if event.ids_used else 0), emit)
+        if self._is_hopeless():
+            raise DraftAbandoned
 
-    def is_hopeless(self) -> bool:
-        """Return whether the running stage's draft is not worth finishing; then it counts as answered."""
+    def finish(self, result: StageResult) -> None:
+        """Take the running stage's result."""
+        self.has_heard = True
+        self._run.finish(result)
+
+    def _is_hopeless(self) -> bool:
+        """Return whether the running stage's draft is not worth finishing."""
         if not (self.abandon and self._may_abandon) or self._answer is not None or self._run.has_ended:
             return False
         rule = self.abandon[0]
@@ -156,7 +171,7 @@ class Progress:
             return False
         self.abandon = self.abandon[1:]
         self.is_abandoned = sum(logprobs[: rule.tokens]) / rule.tokens < rule.mean_logprob
-        return self.is_abandoned or self.is_hopeless()
+        return self.is_abandoned or self._is_hopeless()
 
     def take_answer(self) -> Answer:
         """Return the running stage's answer, and keep it. Raises AsdError if the stage sent no result."""
@@ -244,9 +259,10 @@ class Progress:
         is_silent = self.plan_source is not PlanSource.FIXED and not self.has_heard
         return is_silent or self.has_earlier_answer()
 
-    def go_back(self) -> Iterator[Event]:
+    async def go_back(self, emit: Emit) -> None:
         """Drop what is not of the earlier answer, where there is one: the running stage has failed."""
-        return self._delivery.go_back() if self.has_earlier_answer() else iter(())
+        if self.has_earlier_answer():
+            await _emit_all(self._delivery.go_back(), emit)
 
     def keep_earlier_answer(self, error: AsdError) -> None:
         """Let the earlier answer stand after the running stage failed."""
@@ -258,11 +274,11 @@ class Progress:
         self._records[-1] = self._records[-1].stopped(reason)
         self._is_earlier = True
 
-    def settle(self) -> Iterator[Event]:
-        """Return what commits the answer that stands."""
+    async def settle(self, emit: Emit) -> None:
+        """Commit the answer that stands."""
         result, tokens = self.answer.result, self.answer.tokens
         whole = Tokens(result.token_ids, result.text, tokens.logprobs, tokens.entropies, tokens.top2_margins)
-        return self._delivery.settle(whole, is_earlier=self._is_earlier)
+        await _emit_all(self._delivery.settle(whole, is_earlier=self._is_earlier), emit)
 
     def outcome(self) -> Outcome:
         """Return the outcome."""
@@ -275,3 +291,8 @@ class Progress:
             self.policy_ms,
             self._prefilled,
         )
+
+
+async def _emit_all(events: Iterable[Event], emit: Emit) -> None:
+    for event in events:
+        await emit(event)

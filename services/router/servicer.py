@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import uuid
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from services.router.cascade import Cascade
     from services.router.clients import Directory
     from services.router.instruments import Instruments
+    from services.router.progress import Emit
 
     Context = grpc.aio.ServicerContext[object, object]
 
@@ -88,9 +89,10 @@ class CascadeServicer(cascade_pb2_grpc.CascadeServiceServicer):
             outcome = await self._outcome(request, self._deadline(context))
             return convert.response_to(outcome, current_trace_id())
 
-    async def GenerateStream(  # noqa: N802 - the proto's name
+    # A coroutine that writes, as grpc.aio has it besides generators; the stubs know generators alone.
+    async def GenerateStream(  # type: ignore[override] # noqa: N802 - the proto's name
         self, request: cascade_pb2.GenerateStreamRequest, context: Context
-    ) -> AsyncGenerator[cascade_pb2.GenerateStreamResponse, None]:
+    ) -> None:
         """Answer a prompt and stream its tokens."""
         if not request.HasField("request"):
             raise InvalidRequest("request is required", field="request")
@@ -98,10 +100,12 @@ class CascadeServicer(cascade_pb2_grpc.CascadeServiceServicer):
         view = View.DRAFTS if request.include_drafts else View.COMMITTED
         with self._admitted(), self._timed():
             trace_id = current_trace_id()
-            answer = self._answer(request.request, self._deadline(context), view)
-            async with _fields_below("request."), aclosing(answer) as events:
-                async for event in events:
-                    yield convert.event_to(event, trace_id)
+
+            async def emit(event: Event) -> None:
+                await context.write(convert.event_to(event, trace_id))
+
+            async with _fields_below("request."):
+                await emit(await self._answer(request.request, self._deadline(context), view, emit))
 
     async def GenerateBatch(  # noqa: N802 - the proto's name
         self, request: cascade_pb2.GenerateBatchRequest, context: Context
@@ -137,22 +141,16 @@ class CascadeServicer(cascade_pb2_grpc.CascadeServiceServicer):
         return await self._directory.describe()
 
     async def _answer(
-        self, message: cascade_pb2.GenerateRequest, deadline: float, view: View
-    ) -> AsyncGenerator[Event, None]:
+        self, message: cascade_pb2.GenerateRequest, deadline: float, view: View, emit: Emit
+    ) -> Outcome:
         request = _domain_request(message)
         with self._instruments.request_under_way(), Traced(Spans.CASCADE) as span:
-            async with aclosing(self._cascade.answer(request, deadline, view)) as events:
-                async for event in events:
-                    if isinstance(event, Outcome):
-                        spans.describe_outcome(span, event)
-                    yield event
+            outcome = await self._cascade.answer(request, deadline, view, emit)
+            spans.describe_outcome(span, outcome)
+            return outcome
 
     async def _outcome(self, message: cascade_pb2.GenerateRequest, deadline: float) -> Outcome:
-        async with aclosing(self._answer(message, deadline, View.OUTCOME)) as events:
-            async for event in events:
-                if isinstance(event, Outcome):
-                    return event
-        raise AsdError("the cascade ended without an outcome")
+        return await self._answer(message, deadline, View.OUTCOME, _show_nothing)
 
     async def _batch_response(
         self, index: int, message: cascade_pb2.GenerateRequest, deadline: float
@@ -243,6 +241,10 @@ def check_request(request: cascade_pb2.GenerateRequest, path: str = "") -> None:
     if request.session_id:
         validation.check_session_id(request.session_id, f"{path}session_id")
     validation.check_task(request.task, f"{path}task")
+
+
+async def _show_nothing(event: Event) -> None:
+    """Take an event of an answer whose caller is shown the outcome alone."""
 
 
 @asynccontextmanager

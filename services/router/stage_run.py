@@ -20,7 +20,7 @@ from services.router.domain import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from services.router.domain import Stage, StageEvent
+    from services.router.domain import Stage
 
 
 class StageRun:
@@ -59,8 +59,8 @@ class StageRun:
         self._entropies: list[float] = []
         self._top2_margins: list[float] = []
 
-    def take(self, event: StageEvent) -> None:
-        """Take an event of the stage's call."""
+    def take(self, event: Tokens | Verification) -> None:
+        """Take what the stage sends while it works."""
         self.has_heard = True
         if isinstance(event, Tokens):
             self._fingerprint = self._fingerprint or event.fingerprint
@@ -72,12 +72,15 @@ class StageRun:
             self._logprobs.extend(event.logprobs)
             self._entropies.extend(event.entropies)
             self._top2_margins.extend(event.top2_margins)
-        elif isinstance(event, Verification):
-            self._verification = event
         else:
-            self._result = event
-            # A call is closed later where others work on its draft.
-            self._ended = self._clock()
+            self._verification = event
+
+    def finish(self, result: StageResult) -> None:
+        """Take the stage's result."""
+        self.has_heard = True
+        self._result = result
+        # A chain waits for its last stage after this one.
+        self._ended = self._clock()
 
     @property
     def has_ended(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -36,10 +35,11 @@ from services.router.waking import AllAwake
 from tests.limits import CALL_S
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterable, Callable, Sequence
+    from collections.abc import AsyncIterable, Callable, Sequence
 
     from services.common.errors import AsdError
-    from services.router.domain import Answer, Condition, Event, StageEvent
+    from services.router.domain import Answer, Condition, Event
+    from services.router.ports import Take
 
 NAMES = ("small", "medium", "large")
 COSTS = (1.0, 2.0, 4.0)
@@ -78,33 +78,34 @@ class FakeStage:
     on_token: Callable[[int], None] = lambda count: None
     calls: list[str] = field(default_factory=list)
 
-    async def generate(self, request: Request, timeout_ms: float) -> AsyncGenerator[StageEvent, None]:
+    async def generate(self, request: Request, timeout_ms: float, emit: Take) -> StageResult:
         self._begin("generate")
-        async for event in self._write():
-            yield event
+        return await self._write(emit)
 
     async def verify(
-        self, request: Request, draft: StageResult, timeout_ms: float
-    ) -> AsyncGenerator[StageEvent, None]:
+        self, request: Request, draft: StageResult, timeout_ms: float, emit: Take
+    ) -> StageResult:
         self._begin("verify")
         await self._may_fail(0)
         own = [ord(letter) for letter in self.text]
         pairs = zip(own, draft.token_ids, strict=False)
         accepted = next((n for n, (a, b) in enumerate(pairs) if a != b), len(draft.token_ids))
-        yield Verification(len(draft.token_ids), min(accepted, len(own)))
-        async for event in self._write():
-            yield event
+        await emit(Verification(len(draft.token_ids), min(accepted, len(own))))
+        return await self._write(emit)
 
     async def verify_stream(
-        self, request: Request, drafts: AsyncIterable[Tokens | FinishReason], timeout_ms: float
-    ) -> AsyncGenerator[StageEvent, None]:
+        self,
+        request: Request,
+        drafts: AsyncIterable[Tokens | FinishReason],
+        timeout_ms: float,
+        emit: Take,
+    ) -> StageResult:
         self._begin("verify_stream")
         proposed = 0
         async for piece in drafts:
             proposed += len(piece.ids) if isinstance(piece, Tokens) else 0
-        yield Verification(proposed, 0)
-        async for event in self._write():
-            yield event
+        await emit(Verification(proposed, 0))
+        return await self._write(emit)
 
     async def prefill(self, request: Request, timeout_ms: float) -> int:
         self.calls.append("prefill")
@@ -116,15 +117,15 @@ class FakeStage:
         self.calls.append(call)
         self.on_call()
 
-    async def _write(self) -> AsyncGenerator[StageEvent, None]:
+    async def _write(self, emit: Take) -> StageResult:
         for count, letter in enumerate(self.text):
             await self._may_fail(count)
             self.on_token(count)
             # What is warmed meanwhile, and who waits, has its turn.
             await asyncio.sleep(0)
-            yield Tokens((ord(letter),), "" if self.is_silent else letter, (-0.1,), (0.1,), (0.9,))
+            await emit(Tokens((ord(letter),), "" if self.is_silent else letter, (-0.1,), (0.1,), (0.9,)))
         await self._may_fail(len(self.text))
-        yield StageResult(
+        return StageResult(
             "" if self.is_silent else self.text,
             tuple(ord(letter) for letter in self.text),
             self.fingerprint,
@@ -249,10 +250,15 @@ class SmallCascade:
     async def events(self, view: View = View.OUTCOME, *, seconds: float = 60.0, **fields: Any) -> list[Event]:
         """Return what a request's caller sees."""
         request = Request("id", **{"input": "hi", **fields})
-        answer = self._cascade.answer(request, self.clock() + seconds, view)
+        seen: list[Event] = []
+
+        async def emit(event: Event) -> None:
+            seen.append(event)
+
         # What hangs, hangs no longer than a test may.
-        async with asyncio.timeout(CALL_S), aclosing(answer) as events:
-            return [event async for event in events]
+        async with asyncio.timeout(CALL_S):
+            outcome = await self._cascade.answer(request, self.clock() + seconds, view, emit)
+        return [*seen, outcome]
 
     async def ask(self, view: View = View.OUTCOME, *, seconds: float = 60.0, **fields: Any) -> Outcome:
         """Return the outcome of a request. fields: of the request."""
@@ -263,6 +269,11 @@ class SmallCascade:
     def forget_calls(self) -> None:
         for stage in self.stages.values():
             stage.calls.clear()
+
+
+async def show_nothing(event: Event) -> None:
+    """Take what a caller is shown."""
+    raise AssertionError(f"the outcome alone was to be shown, not {event}")
 
 
 def called(cascade: SmallCascade) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import aclosing, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,18 @@ class Instruments(Observer):
 
 
 class Context:
+    """Of a call whose caller reads nothing while reads is clear."""
+
+    def __init__(self) -> None:
+        self.reads, self.has_come = asyncio.Event(), asyncio.Event()
+        self.reads.set()
+
     def time_remaining(self) -> float:
         return 60.0
+
+    async def write(self, message: object) -> None:
+        self.has_come.set()
+        await self.reads.wait()
 
 
 class Router:
@@ -62,9 +73,7 @@ class Router:
         await self._servicer.Generate(cascade_pb2.GenerateRequest(prompt="hi", stage="small"), self._context)
 
     async def stream(self) -> None:
-        async with aclosing(self._servicer.GenerateStream(self._streamed(), self._context)) as events:
-            async for _ in events:
-                pass
+        await self._servicer.GenerateStream(self._streamed(), self._context)
 
     async def batch(self, count: int) -> None:
         requests = [cascade_pb2.GenerateRequest(prompt="hi", stage="small")] * count
@@ -82,10 +91,14 @@ class Router:
 
     async def delay(self) -> float | None:
         """Return how long the one who comes while another request is under way is told to wait."""
-        async with aclosing(self._servicer.GenerateStream(self._streamed(), self._context)) as events:
-            await anext(events)
-            with pytest.raises(Overloaded) as caught:
-                await self.ask()
+        context: Any = Context()
+        context.reads.clear()
+        stream = asyncio.create_task(self._servicer.GenerateStream(self._streamed(), context))
+        await context.has_come.wait()
+        with pytest.raises(Overloaded) as caught:
+            await self.ask()
+        stream.cancel()
+        await asyncio.gather(stream, return_exceptions=True)
         return caught.value.retry_after_s
 
     @staticmethod

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -35,12 +34,12 @@ from services.router.speculation import SpeculationOptions
 from services.router.static_plan import StaticPlan
 from services.router.waking import AllAwake
 from tests.unit.router import simulated_time
-from tests.unit.router.small_cascade import NAMES, Observer, Policy
+from tests.unit.router.small_cascade import NAMES, Observer, Policy, show_nothing
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterable, Callable, Collection
+    from collections.abc import AsyncIterable, Callable, Collection
 
-    from services.router.domain import StageEvent
+    from services.router.ports import Take
 
 CAPACITY = 8
 SERVICE_S = 1.0
@@ -62,7 +61,7 @@ class BusyStage:
     called: int = 0
     answered: int = 0
 
-    async def generate(self, request: Request, timeout_ms: float) -> AsyncGenerator[StageEvent, None]:
+    async def generate(self, request: Request, timeout_ms: float, emit: Take) -> StageResult:
         clock = asyncio.get_running_loop().time
         came, service_s = clock(), self.service_s()
         self.called += 1
@@ -74,26 +73,30 @@ class BusyStage:
             async with asyncio.timeout(timeout_ms / 1000.0), self.places:
                 queue_ms = (clock() - came) * 1000.0
                 await asyncio.sleep(service_s / 4.0)
-                yield Tokens((1,), "a", (-0.1,), (0.1,), (0.9,))
+                await emit(Tokens((1,), "a", (-0.1,), (0.1,), (0.9,)))
                 await asyncio.sleep(service_s * 3.0 / 4.0)
         except TimeoutError:
             raise BudgetSpent(f"{self.stage} did not finish within {timeout_ms:.0f} ms") from None
         self.answered += 1
         timing = Timing(queue_ms, total_ms=queue_ms + service_s * 1000.0)
-        yield StageResult("a", (1,), "a" * 64, FinishReason.EOS, Usage(4, completion_tokens=1), timing)
+        return StageResult("a", (1,), "a" * 64, FinishReason.EOS, Usage(4, completion_tokens=1), timing)
 
     async def verify(
-        self, request: Request, draft: StageResult, timeout_ms: float
-    ) -> AsyncGenerator[StageEvent, None]:
-        async with aclosing(self.generate(request, timeout_ms)) as events:
-            async for event in events:
-                if isinstance(event, Tokens):
-                    yield Verification(1, 1)
-                yield event
+        self, request: Request, draft: StageResult, timeout_ms: float, emit: Take
+    ) -> StageResult:
+        async def verified(event: Tokens | Verification) -> None:
+            await emit(Verification(1, 1))
+            await emit(event)
 
-    def verify_stream(
-        self, request: Request, drafts: AsyncIterable[Tokens | FinishReason], timeout_ms: float
-    ) -> AsyncGenerator[StageEvent, None]:
+        return await self.generate(request, timeout_ms, verified)
+
+    async def verify_stream(
+        self,
+        request: Request,
+        drafts: AsyncIterable[Tokens | FinishReason],
+        timeout_ms: float,
+        emit: Take,
+    ) -> StageResult:
         raise NotImplementedError
 
     async def prefill(self, request: Request, timeout_ms: float) -> int:
@@ -137,10 +140,7 @@ class Busy:
         request = Request("id", **{"input": "hi", **fields})
         error = outcome = None
         try:
-            async with aclosing(self._cascade.answer(request, came + seconds, View.OUTCOME)) as events:
-                async for event in events:
-                    assert isinstance(event, Outcome)
-                    outcome = event
+            outcome = await self._cascade.answer(request, came + seconds, View.OUTCOME, show_nothing)
         except AsdError as failure:
             error = failure
         return Told(error, outcome, self.clock() - came)

@@ -15,11 +15,23 @@ from services.common.patience import Patience
 from services.common.status import DETAILS_KEY, status_of, to_rpc_status
 from services.router.cascade import Cascade
 from services.router.clients import GrpcStage
-from services.router.domain import FinishReason, Outcome, Request, Stage, StageResult, Timing, Usage, View
+from services.router.domain import (
+    FinishReason,
+    Outcome,
+    Request,
+    Stage,
+    StageResult,
+    Timing,
+    Tokens,
+    Usage,
+    Verification,
+    View,
+)
 from services.router.planner import Planner
 from services.router.speculation import SpeculationOptions
 from services.router.static_plan import StaticPlan
 from services.router.waking import AllAwake
+from tests.unit.router.small_cascade import show_nothing
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection, Iterator
@@ -118,22 +130,23 @@ def time() -> Time:
     return Time()
 
 
-async def ask(site: Any, time: Time, request: Request, *, was_there: bool = True) -> list[str]:
-    """Return the texts of the results that a stage at a site gives."""
+async def ask(site: Any, time: Time, request: Request, *, was_there: bool = True) -> str:
+    """Return the text of the result that a stage at a site gives."""
     patience = Patience(time, time.sleep)
     if was_there:
         patience.there()
-    return await texts(stage_at(site, time, patience), request)
+    return await text_of(stage_at(site, time, patience), request)
 
 
 def stage_at(site: Any, time: Time, patience: Patience) -> GrpcStage:
     return GrpcStage(Stage("small", 0, 1.0, TIMEOUT_MS), site, time, 1, (), patience)
 
 
-async def texts(stage: GrpcStage, request: Request) -> list[str]:
-    return [
-        event.text async for event in stage.generate(request, TIMEOUT_MS) if isinstance(event, StageResult)
-    ]
+async def text_of(stage: GrpcStage, request: Request) -> str:
+    async def emit(event: Tokens | Verification) -> None:
+        """Take what comes before the result."""
+
+    return (await stage.generate(request, TIMEOUT_MS, emit)).text
 
 
 FIXED = Request("id", "hi", stage="small")
@@ -147,21 +160,21 @@ async def test_what_a_replica_has_not_begun_goes_to_another_one_at_once(
     time: Time, request_: Request, error: Exception
 ) -> None:
     site = Site({"a": [[error]], "b": [[RESULT]]})
-    assert await ask(site, time, request_) == ["19"]
+    assert await ask(site, time, request_) == "19"
     assert site.called == ["a", "b"]
     assert time.pauses == 0
 
 
 async def test_a_replica_that_has_taken_the_place_of_another_is_looked_for(time: Time) -> None:
     site = Site({"old": [[CANCELLED]], "new": [[RESULT]]}, appears="new")
-    assert await ask(site, time, PLANNED) == ["19"]
+    assert await ask(site, time, PLANNED) == "19"
     assert site.called == ["old", "new"]
 
 
 @pytest.mark.parametrize("request_", [FIXED, CHAINED])
 async def test_a_request_that_names_its_stage_waits_for_its_return(time: Time, request_: Request) -> None:
     site = Site({"a": [[CANCELLED], [REFUSED], [REFUSED], [RESULT]]})
-    assert await ask(site, time, request_) == ["19"]
+    assert await ask(site, time, request_) == "19"
     assert site.called == ["a"] * 4
     assert time.pauses == 3
 
@@ -200,8 +213,8 @@ async def test_a_stage_that_refuses_a_request_is_there(time: Time, error: AsdErr
     site = Site({"a": [[said(error)], [REFUSED], [RESULT]]})
     stage = stage_at(site, time, Patience(time, time.sleep))
     with pytest.raises(AsdError):
-        await texts(stage, FIXED)
-    assert await texts(stage, FIXED) == ["19"]
+        await text_of(stage, FIXED)
+    assert await text_of(stage, FIXED) == "19"
 
 
 async def test_an_answer_that_has_begun_is_not_begun_again(time: Time) -> None:
@@ -221,12 +234,12 @@ class Client:
         self.calls = 0
         self._script = script
 
-    async def generate(self, request: Request, timeout_ms: float) -> AsyncIterator[StageResult]:
+    async def generate(self, request: Request, timeout_ms: float, emit: object) -> StageResult:
         self.calls += 1
         error = self._script.pop(0) if len(self._script) > 1 else self._script[0]
         if error is not None:
             raise error
-        yield StageResult(
+        return StageResult(
             text=self.stage.name,
             token_ids=(1,),
             tokenizer_fingerprint="f",
@@ -258,10 +271,7 @@ def cascade_of(time: Time, *scripts: list[AsdError | None]) -> tuple[Cascade, li
 
 
 async def outcome(cascade: Cascade, time: Time) -> Outcome:
-    async for event in cascade.answer(PLANNED, time() + 60.0, View.OUTCOME):
-        if isinstance(event, Outcome):
-            return event
-    raise AssertionError("no outcome")
+    return await cascade.answer(PLANNED, time() + 60.0, View.OUTCOME, show_nothing)
 
 
 GONE = Away("gone")

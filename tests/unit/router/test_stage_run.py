@@ -75,6 +75,6 @@ def test_an_answer_took_until_its_result_came_not_until_its_call_is_closed():
     now = [10.0]
     run = StageRun(LARGE, StageAction.GENERATE, "", lambda: now[0])
     now[0] = 10.25
-    run.take(StageResult("x", (1,), "", FinishReason.EOS, Usage(completion_tokens=1), Timing()))
+    run.finish(StageResult("x", (1,), "", FinishReason.EOS, Usage(completion_tokens=1), Timing()))
     now[0] = 12.0
     assert run.answer().latency_ms == pytest.approx(250.0)
