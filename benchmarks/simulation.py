@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from services.router.domain import (
     Answer,
     FinishReason,
-    Others,
+    PeerLoad,
     Stage,
     StageAction,
     StageResult,
@@ -24,8 +24,8 @@ from services.router.domain import (
     Usage,
     Verification,
 )
-from services.router.load import Load
-from services.router.speculation import Choice, Skip, Speculation
+from services.router.planning.draft_selection import DraftChoice, DraftSelection, SkipReason
+from services.router.planning.load import Load
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -163,7 +163,7 @@ class _Request:
     kept: int
     router: int
     calls: ExitStack = field(default_factory=ExitStack)
-    choice: Choice | None = None
+    choice: DraftChoice | None = None
     cancel: Callable[[], None] | None = None
     is_over: bool = False
     asked_ms: float = 0.0
@@ -179,7 +179,7 @@ class ClosedLoop:
     def __init__(
         self,
         workload: Workload,
-        rule: Callable[[Callable[[], float]], Speculation] = Speculation,
+        rule: Callable[[Callable[[], float]], DraftSelection] = DraftSelection,
         *,
         never: bool = False,
         routers: int = 1,
@@ -239,7 +239,7 @@ class ClosedLoop:
     def _choose(self, request: _Request) -> None:
         rule, load = self._routers[request.router]
         if self._never:
-            request.choice = Choice(Skip.WORTHLESS)
+            request.choice = DraftChoice(SkipReason.WORTHLESS)
         else:
             request.choice = rule.choose(
                 "small", "large", load.calls(0) + 1, has_draft=self.workload.has_draft
@@ -265,7 +265,7 @@ class ClosedLoop:
         request.is_over = True
         rule, load = self._routers[request.router]
         others = self._large.under_way + 1 - load.own_calls(0)
-        load.heard(0, Others("gpu", others, ("gpu",), self.clock.seconds()))
+        load.heard(0, PeerLoad("gpu", others, ("gpu",), self.clock.seconds()))
         request.calls.close()
         is_verified = request.choice is None or request.choice.reason is None
         took_ms = self.clock.now_ms - request.asked_ms

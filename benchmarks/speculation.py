@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import arguments as kinds
 from benchmarks.record import write_result
 from benchmarks.simulation import ClosedLoop, Workload
-from services.router.speculation import Speculation
+from services.router.planning.draft_selection import DraftSelection
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -93,7 +93,7 @@ def _summary(workloads: Sequence[Workload], routers: int, seeds: int) -> dict[st
 
 def _way(workload: Workload, at_a_time: int, *, never: bool) -> float:
     """Return the tokens per second of never drafting or of always verifying."""
-    loop = ClosedLoop(workload, lambda clock: Speculation(clock, enabled=False), never=never)
+    loop = ClosedLoop(workload, lambda clock: DraftSelection(clock, enabled=False), never=never)
     loop.answers(at_a_time, max(40, 4 * at_a_time))
     return loop.answers(at_a_time, 20 * at_a_time + 200)
 

@@ -17,25 +17,27 @@ from services.common.patience import NEW_SECONDS, Patience
 from services.common.privacy import report_nothing
 from services.common.server import run_service, serve
 from services.common.watched_files import UnusableFile
-from services.router.breaker import Breaker
 from services.router.cascade import Cascade
-from services.router.clients import Directory, GrpcManager, GrpcPolicy, GrpcStage
+from services.router.clients.activation import Activation, AlwaysActive, GrpcManager
+from services.router.clients.breaker import Breaker
+from services.router.clients.directory import Directory
+from services.router.clients.policy import GrpcPolicy
+from services.router.clients.replicas import Replicas
+from services.router.clients.stage import GrpcStage
 from services.router.domain import Stage
-from services.router.health import Health
 from services.router.instruments import Instruments
-from services.router.planner import Planner
-from services.router.replicas import Replicas
+from services.router.planning.draft_selection import SpeculationOptions
+from services.router.planning.health import Health
+from services.router.planning.planner import Planner
+from services.router.planning.static_plan import StaticPlan
 from services.router.servicer import CascadeServicer
 from services.router.settings import RouterSettings
-from services.router.speculation import SpeculationOptions
-from services.router.static_plan import StaticPlan
-from services.router.waking import AllAwake, Waking
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from services.router.ports import Sleepers
-    from services.router.waking import Replicated
+    from services.router.clients.activation import Replicated
+    from services.router.interfaces import Activator
 
 
 async def build(settings: RouterSettings, channels: AsyncExitStack) -> CascadeServicer:
@@ -110,16 +112,16 @@ async def run(settings: RouterSettings) -> None:
 
 async def _sleepers(
     settings: RouterSettings, stages: Sequence[tuple[Stage, Replicated]], channels: AsyncExitStack
-) -> Sleepers:
+) -> Activator:
     """Return what knows of stages that sleep; it asks the manager until the stack closes."""
     if settings.manager is None:
-        return AllAwake()
+        return AlwaysActive()
     target = settings.manager.target
     with _within("manager"):
         channel = open_channel(target, tls=settings.manager.tls)
     await channels.enter_async_context(channel)
     manager = GrpcManager(target, channel, settings.manager.timeout_ms)
-    waking = Waking(stages, manager, time.monotonic, settings.manager.poll_ms)
+    waking = Activation(stages, manager, time.monotonic, settings.manager.poll_ms)
     following = asyncio.create_task(waking.follow())
 
     async def stop() -> None:

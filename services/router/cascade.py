@@ -14,17 +14,17 @@ from services.common.errors import (
     ResourceExhausted,
 )
 from services.common.patience import Patience
-from services.router.ahead import PrefillAhead
+from services.router.chain import call_stage
 from services.router.domain import Failure, Outcome, Request, StageAction, StageStarted, View
-from services.router.pipeline import call_stage
-from services.router.progress import Progress
+from services.router.prefill import PrefillAhead
+from services.router.request import RequestState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from services.router.planner import Planner
-    from services.router.ports import Observer, StageClient
-    from services.router.progress import Emit
+    from services.router.interfaces import Observer, StageClient
+    from services.router.planning.planner import Planner
+    from services.router.request import Emit
 
 
 class Cascade:
@@ -55,7 +55,7 @@ class Cascade:
         room for the request, what the policy refuses it with, and what the stages failed or refused it with
         where none has answered.
         """
-        progress = Progress(request, deadline, view, self._clock)
+        progress = RequestState(request, deadline, view, self._clock)
         try:
             return await self._answer(progress, emit)
         except (BudgetSpent, ResourceExhausted) as error:
@@ -66,7 +66,7 @@ class Cascade:
         finally:
             self._planner.ended(progress)
 
-    async def _answer(self, progress: Progress, emit: Emit) -> Outcome:
+    async def _answer(self, progress: RequestState, emit: Emit) -> Outcome:
         stage = await self._planner.plan(progress)
         async with PrefillAhead(self._clock, self._planner.calling) as ahead:
             warm = self._planner.stage_to_warm(progress)
@@ -78,7 +78,7 @@ class Cascade:
                 except AsdError as error:
                     self._note_failures(progress, [progress.failure(stage, error)])
                     following = await self._instead_of(progress, stage, error)
-                    await progress.go_back(emit)
+                    await progress.revert(emit)
                 else:
                     progress.failed |= ahead.refusals()
                     following = (await self._planner.decide(progress)).next_stage
@@ -92,7 +92,7 @@ class Cascade:
         self._observer.request_answered(outcome, len(self._stages))
         return outcome
 
-    async def _run(self, progress: Progress, client: StageClient, emit: Emit) -> None:
+    async def _run(self, progress: RequestState, client: StageClient, emit: Emit) -> None:
         """Have a stage answer, by verifying an earlier stage's answer where there is one."""
         progress.call_ms, progress.call = 0.0, None
         stage, draft = client.stage, self._planner.draft_for(progress, client.stage)
@@ -121,14 +121,14 @@ class Cascade:
             self._planner.stage_answered(progress, answer, under_way[answer.stage].depth)
             self._observer.stage_answered(answer, progress.request.task, is_adapted=answer.result.is_adapted)
 
-    def _note_failures(self, progress: Progress, failures: Sequence[Failure]) -> None:
+    def _note_failures(self, progress: RequestState, failures: Sequence[Failure]) -> None:
         for failure in failures:
             # Who leaves a line says nothing of the stage.
             if not isinstance(failure.error, InvalidRequest | Overloaded):
                 self._observer.stage_failed(self._stages[failure.place].stage, failure.error)
             self._planner.stage_failed(progress, failure)
 
-    async def _instead_of(self, progress: Progress, stage: int, error: AsdError) -> int | None:
+    async def _instead_of(self, progress: RequestState, stage: int, error: AsdError) -> int | None:
         """Return the stage to ask instead of one that failed; None: the earlier answer stands.
 
         Raises an error where neither may be.

@@ -240,7 +240,7 @@ class Timing:
 
 
 @dataclass(frozen=True, slots=True)
-class Others:
+class PeerLoad:
     """Calls of others than this router under way at a replica, as an answer from there ended.
 
     replica: its address. replicas: those of all that the stage has. when: by the router's clock, in seconds.
@@ -270,7 +270,7 @@ class StageResult:
     model: str = ""
     accept_lengths: Sequence[int] = ()
     is_adapted: bool = False
-    others: Others | None = None
+    others: PeerLoad | None = None
     context_length: int = 0
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from services.common.errors import AsdError
     from services.router.domain import Answer, Outcome, Refusal, Stage
-    from services.router.speculation import Skip
+    from services.router.planning.draft_selection import SkipReason
 
 # From a small stage's verification to all stages after each other; costs are in the default units.
 _COST_BUCKETS = (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 15.0, 20.0, 50.0)
@@ -149,7 +149,7 @@ class Instruments:
             self._proposed.add(answer.verification.proposed_tokens, stage)
             self._accepted.add(answer.verification.accepted_tokens, stage)
 
-    def draft_skipped(self, stage: Stage, reason: Skip) -> None:
+    def draft_skipped(self, stage: Stage, reason: SkipReason) -> None:
         """A stage works without a draft that it could have had."""
         if self._enabled:
             self._skips.add(1, {Attributes.STAGE_NAME: stage.name, Attributes.DRAFT_SKIPPED: reason.value})

@@ -18,8 +18,8 @@ from services.common.telemetry import Spans, Traced, current_trace_id
 from services.common.validation import MAX_REQUEST_BYTES
 from services.common.wire import MAX_ENTRIES
 from services.router import convert, spans
-from services.router.admission import LEAST_RETRY_S, MOST_RETRY_S
 from services.router.domain import Event, Outcome, Refusal, Request, View
+from services.router.planning.admission import LEAST_RETRY_S, MOST_RETRY_S
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     import grpc
 
     from services.router.cascade import Cascade
-    from services.router.clients import Directory
+    from services.router.clients.directory import Directory
     from services.router.instruments import Instruments
-    from services.router.progress import Emit
+    from services.router.request import Emit
 
     Context = grpc.aio.ServicerContext[object, object]
 

@@ -81,7 +81,7 @@ class StageSettings(Section):
 
 
 class SpeculationSettings(Section):
-    """Ways of working ahead, as in services.router.speculation.SpeculationOptions."""
+    """Ways of working ahead, as in services.router.planning.draft_selection.SpeculationOptions."""
 
     pipelined: bool = True
     prefill_ahead: bool = True
@@ -103,7 +103,7 @@ class RouterSettings(ServerSettings):
     manager: ManagerSettings | None = None
     stages: tuple[StageSettings, ...] = Field(min_length=1)
     # Stages asked in order while the policy service is away; the last one answers. With a policy service, for
-    # FASTEST alone: see services.router.planner.
+    # FASTEST alone: see services.router.planning.planner.
     static_plan: tuple[str, ...] = Field(min_length=1)
     speculation: SpeculationSettings = SpeculationSettings()
     # What becomes of requests while more is asked than the stages compute. queue: they wait, and waits lower

@@ -8,10 +8,10 @@ from services.common.telemetry import OPERATION_CHAT, PROVIDER_NAME, Attributes,
 
 if TYPE_CHECKING:
     from services.router.domain import Answer, Decision, Outcome, Stage, StageAction
-    from services.router.progress import Progress
+    from services.router.request import RequestState
 
 
-def describe_plan(span: Traced, progress: Progress, first: Stage) -> None:
+def describe_plan(span: Traced, progress: RequestState, first: Stage) -> None:
     """Say where the plan came from and what it is."""
     if span.recording:
         span.set(Attributes.PLAN_SOURCE, progress.plan_source.name.lower())
@@ -19,7 +19,7 @@ def describe_plan(span: Traced, progress: Progress, first: Stage) -> None:
         span.set(Attributes.POLICY_VERSION, progress.policy_version)
 
 
-def describe_call(span: Traced, progress: Progress, stage: Stage, action: StageAction) -> None:
+def describe_call(span: Traced, progress: RequestState, stage: Stage, action: StageAction) -> None:
     """Say which stage is asked for what."""
     if not span.recording:
         return
@@ -61,7 +61,7 @@ def describe_answer(span: Traced, answer: Answer) -> None:
         span.set(Attributes.ACCEPTED_TOKENS, answer.verification.accepted_tokens)
 
 
-def describe_decision(span: Traced, progress: Progress, decision: Decision) -> None:
+def describe_decision(span: Traced, progress: RequestState, decision: Decision) -> None:
     """Say what was decided, by whom and why."""
     if not span.recording:
         return

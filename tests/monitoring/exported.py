@@ -24,7 +24,7 @@ from services.common import telemetry
 from services.common.errors import Unavailable
 from services.common.telemetry import Spans, Traced
 from services.router.domain import DecisionAction, DecisionReason, PlanSource, Refusal, StageAction
-from services.router.speculation import Skip
+from services.router.planning.draft_selection import SkipReason
 from services.stage.engine import EngineStatus, ModelState
 from services.stage.instruments import watch_models
 
@@ -77,7 +77,7 @@ def _router() -> None:
         router.stage_answered(last, "", is_adapted=False)
     for step in ("plan", "decide"):
         router.static_plan_used(step)
-    router.draft_skipped(large, Skip.LOAD)
+    router.draft_skipped(large, SkipReason.LOAD)
     for refusal in Refusal:
         router.request_refused(refusal)
     router.stage_failed(small, Unavailable("away"))

@@ -27,5 +27,5 @@ def test_what_says_that_it_is_pure_is_in_a_contract():
         for name in contract["source_modules"]
     }
     names = set(_names())
-    assert {"services.router.admission", "services.common.visible"} <= names
+    assert {"services.router.planning.admission", "services.common.visible"} <= names
     assert not names - held

@@ -29,7 +29,7 @@ from services.common.server import (
 )
 from services.common.tls import ClientTls, ServerTls, server_credentials
 from services.common.watched_files import UnusableFile
-from services.router.replicas import Replicas
+from services.router.clients.replicas import Replicas
 from tests.integration.common.certificates import Authority
 from tests.integration.common.conftest import CALL_S, PROCESS_S, Health, running
 from tests.integration.router.conftest import FakeStage, free_port

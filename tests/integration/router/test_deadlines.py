@@ -16,7 +16,7 @@ import pytest
 from asd.v1 import cascade_pb2, common_pb2, policy_pb2
 from services.common import telemetry
 from services.common.errors import BudgetSpent, Unavailable
-from services.router.planner import MARGIN_MS
+from services.router.planning.planner import MARGIN_MS
 from tests.limits import CALL_S
 
 ASK = cascade_pb2.GenerateRequest(prompt="hi")
@@ -299,7 +299,7 @@ async def test_callers_in_a_hurry_do_not_open_the_breaker(world, clock, caplog):
         # The time left is less than the policy's own timeout: that it passed says nothing of the policy.
         assert (await w.stub.Generate(ASK, timeout=8)).plan_source == STATIC
         assert len(policy.plans) == count
-    assert not [record for record in caplog.records if record.name == "services.router.health"]
+    assert not [record for record in caplog.records if record.name == "services.router.planning.health"]
     policy.plan_failure = None
     assert (await w.stub.Generate(ASK, timeout=8)).plan_source == POLICY
 

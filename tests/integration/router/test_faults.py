@@ -87,7 +87,7 @@ async def test_policy_that_comes_back_is_asked_again(world):
 
 
 async def test_the_log_tells_of_the_policy_and_not_of_each_request(world, clock, caplog):
-    caplog.set_level("INFO", logger="services.router.health")
+    caplog.set_level("INFO", logger="services.router.planning.health")
     w = await world(policy=world.policy(), dead=("policy",))
     for _ in range(5):
         assert (await w.stub.Generate(ASK, timeout=CALL_S)).plan_source == STATIC

@@ -17,7 +17,7 @@ from opentelemetry.trace import StatusCode
 from asd.v1 import cascade_pb2, cascade_pb2_grpc, common_pb2, policy_pb2
 from services.common import telemetry
 from services.common.errors import Unavailable
-from services.router.speculation import Choice, Skip, Speculation
+from services.router.planning.draft_selection import DraftChoice, DraftSelection, SkipReason
 from tests.limits import CALL_S, HANGS_MS
 
 ASK = cascade_pb2.GenerateRequest(prompt="hi")
@@ -317,8 +317,8 @@ async def test_unary_calls_stop_with_what_they_were_made_for(world, request, tra
 async def test_a_draft_that_a_target_does_without_is_marked_and_counted(
     world, recorded, metered, monkeypatch
 ):
-    choices = iter([Choice(Skip.PROBE), Choice(), Choice(Skip.LOAD)])
-    monkeypatch.setattr(Speculation, "choose", lambda *_, **__: next(choices))
+    choices = iter([DraftChoice(SkipReason.PROBE), DraftChoice(), DraftChoice(SkipReason.LOAD)])
+    monkeypatch.setattr(DraftSelection, "choose", lambda *_, **__: next(choices))
     policy = world.policy(script={"small": "large"})
     w = await world(world.stage("small"), world.stage("medium"), world.stage("large"), policy=policy)
     actions = []

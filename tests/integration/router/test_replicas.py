@@ -11,7 +11,7 @@ import pytest
 from asd.v1 import cascade_pb2, common_pb2, stage_pb2
 from services.common.errors import Draining, Unavailable
 from services.common.server import ServiceRegistration, start_server
-from services.router.replicas import Replicas, resolve_addresses
+from services.router.clients.replicas import Replicas, resolve_addresses
 from tests.limits import CALL_S
 
 

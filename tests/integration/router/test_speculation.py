@@ -437,7 +437,7 @@ async def test_what_answers_took_turns_what_is_chosen(world, clock, verify_s, us
 @pytest.mark.parametrize("how", ["fails", "is cancelled"])
 async def test_a_request_without_an_answer_ends_what_was_chosen_for_it(world, monkeypatch, how):
     large, ended = world.stage("large", pause_after=0), []
-    monkeypatch.setattr(speculation.Speculation, "ended", lambda _, choice: ended.append(choice))
+    monkeypatch.setattr(speculation.DraftSelection, "ended", lambda _, choice: ended.append(choice))
     w = await world(*three_stages(world)[:2], large, speculation={"pipelined": False})
     if how == "fails":
         large.fail_after = 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from services.router.cascade import Cascade
+from services.router.clients.activation import AlwaysActive
 from services.router.domain import (
     Committed,
     Decision,
@@ -28,10 +29,9 @@ from services.router.domain import (
     Verification,
     View,
 )
-from services.router.planner import Planner
-from services.router.speculation import SpeculationOptions
-from services.router.static_plan import StaticPlan
-from services.router.waking import AllAwake
+from services.router.planning.draft_selection import SpeculationOptions
+from services.router.planning.planner import Planner
+from services.router.planning.static_plan import StaticPlan
 from tests.limits import CALL_S
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from services.common.errors import AsdError
     from services.router.domain import Answer, Condition, Event
-    from services.router.ports import Take
+    from services.router.interfaces import Take
 
 NAMES = ("small", "medium", "large")
 COSTS = (1.0, 2.0, 4.0)
@@ -242,7 +242,7 @@ class SmallCascade:
             observer,
             self.clock,
             SpeculationOptions(pipelined=pipelined),
-            AllAwake(),
+            AlwaysActive(),
             overload,
         )
         self._cascade = Cascade(tuple(self.stages.values()), self.planner, observer, self.clock)

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from services.common.errors import Unavailable
-from services.router.adapters import FRESH_SECONDS, RETRY_SECONDS, Adapters, tasks_of
+from services.router.clients.adapters import FRESH_SECONDS, RETRY_SECONDS, Adapters, tasks_of
 from services.router.settings import StageSettings
 from tests.limits import CALL_S
 

@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.router.affinity import choose_replica
+from services.router.clients.affinity import choose_replica
 
 IDLE = {f"10.0.0.{number}:50061": 0 for number in range(5)}
 

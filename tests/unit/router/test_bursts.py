@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from services.router.clients.activation import AlwaysActive
 from services.router.domain import (
     Answer,
     Decision,
@@ -30,11 +31,10 @@ from services.router.domain import (
     Usage,
     View,
 )
-from services.router.planner import Planner
-from services.router.progress import Progress
-from services.router.speculation import SpeculationOptions
-from services.router.static_plan import StaticPlan
-from services.router.waking import AllAwake
+from services.router.planning.draft_selection import SpeculationOptions
+from services.router.planning.planner import Planner
+from services.router.planning.static_plan import StaticPlan
+from services.router.request import RequestState
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -109,11 +109,15 @@ class Toll:
 def make_planner(policy: Toll, overload: Overload = Overload.DEGRADE) -> Planner:
     observer: Any = None
     plan = StaticPlan((2,), len(STAGES))
-    return Planner(STAGES, policy, plan, observer, lambda: 0.0, SpeculationOptions(), AllAwake(), overload)
+    return Planner(
+        STAGES, policy, plan, observer, lambda: 0.0, SpeculationOptions(), AlwaysActive(), overload
+    )
 
 
-def make_progress(objective: Objective | None = None) -> Progress:
-    return Progress(Request("id", "hi", objective=objective or Objective()), 60.0, View.OUTCOME, lambda: 0.0)
+def make_progress(objective: Objective | None = None) -> RequestState:
+    return RequestState(
+        Request("id", "hi", objective=objective or Objective()), 60.0, View.OUTCOME, lambda: 0.0
+    )
 
 
 def make_answer(stage: Stage) -> Answer:
@@ -139,7 +143,7 @@ async def answer_some(planner: Planner, policy: Toll) -> None:
     policy.everybody.clear()
 
 
-async def decide(planner: Planner, progress: Progress) -> Decision:
+async def decide(planner: Planner, progress: RequestState) -> Decision:
     """Have a small answer judged."""
     progress.plan_source = PlanSource.POLICY
     progress._answer = make_answer(STAGES[0])

@@ -8,8 +8,8 @@ import pytest
 
 from services.common.errors import AsdError, BudgetSpent, QueueFull, Unavailable
 from services.router.domain import DecisionReason, Failure, Request, View
-from services.router.planner import MARGIN_MS
-from services.router.progress import Progress
+from services.router.planning.planner import MARGIN_MS
+from services.router.request import RequestState
 from tests.unit.router.small_cascade import FakeStage, Policy, SmallCascade, answered, called, shown
 
 # Short, as what hangs is waited for: half of it, by the clock on the wall.
@@ -234,7 +234,7 @@ async def test_a_stage_that_waits_for_a_drafter_that_hangs_is_not_blamed(chain: 
 
 async def test_a_drafter_that_hangs_is_found_though_others_are_answered_by_its_target() -> None:
     cascade = SmallCascade(Policy())
-    progress = Progress(Request("id", "hi"), 60.0, View.OUTCOME, cascade.clock)
+    progress = RequestState(Request("id", "hi"), 60.0, View.OUTCOME, cascade.clock)
     target = cascade.stages["large"].stage
     with cascade.planner.calling(target) as call:
         cascade.planner.watch(progress, target, call)

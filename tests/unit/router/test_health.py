@@ -8,7 +8,7 @@ import pytest
 
 from services.common.errors import AsdError, PromptTooLong, Unavailable
 from services.router.domain import Stage
-from services.router.health import Health, StageHealth
+from services.router.planning.health import Health, StageHealth
 from tests.unit.router.small_cascade import Clock, Policy, SmallCascade
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ GONE = Unavailable("stage small at host:0: connection refused")
 @pytest.fixture
 def lines(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     """Return what gives the log's lines so far."""
-    caplog.set_level("INFO", logger="services.router.health")
+    caplog.set_level("INFO", logger="services.router.planning.health")
     return lambda: [record.getMessage() for record in caplog.records]
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from services.router.domain import Others
-from services.router.load import Load, Question
+from services.router.domain import PeerLoad
+from services.router.planning.load import Load, Question
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,7 +59,7 @@ def heard(
     replicas: tuple[str, ...] = (ONE, OTHER),
     ago_s: float = 0.0,
 ) -> None:
-    load.heard(1, Others(replica, calls, replicas, clock.now - ago_s))
+    load.heard(1, PeerLoad(replica, calls, replicas, clock.now - ago_s))
 
 
 def test_calls_of_others_count_until_they_were_heard_of_long_ago(load: Load, clock: Clock) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from services.common.errors import AsdError, Away, BudgetSpent, Overloaded, PreconditionFailed
 from services.router.cascade import Cascade
+from services.router.clients.activation import AlwaysActive
 from services.router.domain import (
     DecisionReason,
     FinishReason,
@@ -29,17 +30,16 @@ from services.router.domain import (
     Verification,
     View,
 )
-from services.router.planner import Planner
-from services.router.speculation import SpeculationOptions
-from services.router.static_plan import StaticPlan
-from services.router.waking import AllAwake
+from services.router.planning.draft_selection import SpeculationOptions
+from services.router.planning.planner import Planner
+from services.router.planning.static_plan import StaticPlan
 from tests.unit.router import simulated_time
 from tests.unit.router.small_cascade import NAMES, Observer, Policy, show_nothing
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Callable, Collection
 
-    from services.router.ports import Take
+    from services.router.interfaces import Take
 
 CAPACITY = 8
 SERVICE_S = 1.0
@@ -131,7 +131,7 @@ class Busy:
         observer: Any = self.observer
         options = SpeculationOptions(prefill_ahead=False, adaptive=False)
         plan = StaticPlan(static_plan, len(NAMES))
-        planner = Planner(stages, policy, plan, observer, self.clock, options, AllAwake(), overload)
+        planner = Planner(stages, policy, plan, observer, self.clock, options, AlwaysActive(), overload)
         self._cascade = Cascade(tuple(self.stages.values()), planner, observer, self.clock)
 
     async def ask(self, seconds: float, **fields: Any) -> Told:

@@ -10,9 +10,9 @@ import pytest
 
 from asd.v1 import policy_pb2
 from services.common.errors import AsdError, BudgetSpent, Unavailable
-from services.router.breaker import Breaker
-from services.router.call_limit import CallLimit
-from services.router.clients import GrpcPolicy
+from services.router.clients.breaker import Breaker
+from services.router.clients.call_limit import CallLimit
+from services.router.clients.policy import GrpcPolicy
 from services.router.domain import (
     Answer,
     FinishReason,
@@ -25,7 +25,7 @@ from services.router.domain import (
     Tokens,
     Usage,
 )
-from services.router.health import Health
+from services.router.planning.health import Health
 from tests.unit.router.small_cascade import NAMES, Clock
 
 TIMEOUT_MS = 100.0

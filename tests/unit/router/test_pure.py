@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from asd.v1 import cascade_pb2, common_pb2, policy_pb2
 from services.router import domain
-from services.router.breaker import Breaker
-from services.router.static_plan import StaticPlan
+from services.router.clients.breaker import Breaker
+from services.router.planning.static_plan import StaticPlan
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from services.router.domain import (
     Turn,
     View,
 )
-from services.router.progress import Progress
+from services.router.request import RequestState
 from tests.unit.router.small_cascade import (
     NAMES,
     OTHER,
@@ -317,7 +317,7 @@ async def test_a_draft_without_text_is_not_handed_on(is_silent: bool, calls: lis
 async def test_a_wait_for_a_stage_that_sleeps_is_no_overload() -> None:
     """Unrelated requests are under way elsewhere."""
     cascade = SmallCascade(Policy())
-    progress = Progress(Request("id", "hi"), 60.0, View.OUTCOME, cascade.clock)
+    progress = RequestState(Request("id", "hi"), 60.0, View.OUTCOME, cascade.clock)
     with cascade.planner.calling(cascade.stages["small"].stage):
         error = BudgetSpent("stage large is not awake")
         assert cascade.planner.refused(progress, error) is error

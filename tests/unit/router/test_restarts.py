@@ -14,7 +14,8 @@ from services.common.errors import AsdError, Away, InvalidRequest, NotFound, Que
 from services.common.patience import Patience
 from services.common.status import DETAILS_KEY, status_of, to_rpc_status
 from services.router.cascade import Cascade
-from services.router.clients import GrpcStage
+from services.router.clients.activation import AlwaysActive
+from services.router.clients.stage import GrpcStage
 from services.router.domain import (
     FinishReason,
     Outcome,
@@ -27,10 +28,9 @@ from services.router.domain import (
     Verification,
     View,
 )
-from services.router.planner import Planner
-from services.router.speculation import SpeculationOptions
-from services.router.static_plan import StaticPlan
-from services.router.waking import AllAwake
+from services.router.planning.draft_selection import SpeculationOptions
+from services.router.planning.planner import Planner
+from services.router.planning.static_plan import StaticPlan
 from tests.unit.router.small_cascade import show_nothing
 
 if TYPE_CHECKING:
@@ -264,7 +264,7 @@ def cascade_of(time: Time, *scripts: list[AsdError | None]) -> tuple[Cascade, li
     )
     plan = StaticPlan((0,), len(clients))
     stages = [client.stage for client in clients]
-    planner = Planner(stages, None, plan, observer, time, SpeculationOptions(), AllAwake())
+    planner = Planner(stages, None, plan, observer, time, SpeculationOptions(), AlwaysActive())
     patience = Patience(time, time.sleep)
     patience.there()
     return Cascade(clients, planner, observer, time, patience), clients  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.simulation import ClosedLoop, Workload, answer
-from services.router.speculation import Choice, Skip, Speculation
+from services.router.planning.draft_selection import DraftChoice, DraftSelection, SkipReason
 
 # Of an answer, the one that ends it included.
 TOKENS = 64
@@ -28,7 +28,7 @@ class Seconds:
 
 
 def ask(
-    speculation: Speculation,
+    speculation: DraftSelection,
     clock: Seconds,
     *,
     written_s: float,
@@ -38,7 +38,7 @@ def ask(
     times: int = 1,
     passes: int = 55,
     has_draft: bool = False,
-) -> list[Skip | None]:
+) -> list[SkipReason | None]:
     """Answer one request after the other, and return what was chosen for each.
 
     So little of a draft is kept that by the passes alone either way may be the faster one.
@@ -55,19 +55,19 @@ def ask(
     return reasons
 
 
-def runs(reasons: list[Skip | None]) -> list[tuple[Skip | None, int]]:
+def runs(reasons: list[SkipReason | None]) -> list[tuple[SkipReason | None, int]]:
     return [(reason, len(list(group))) for reason, group in itertools.groupby(reasons)]
 
 
 @pytest.mark.parametrize("depth", [1, 8, 64])
-@pytest.mark.parametrize(("verified_s", "held"), [(1.3, Skip.LOAD), (0.7, None)])
+@pytest.mark.parametrize(("verified_s", "held"), [(1.3, SkipReason.LOAD), (0.7, None)])
 def test_both_ways_are_tried_and_the_faster_one_holds(
-    depth: int, verified_s: float, held: Skip | None
+    depth: int, verified_s: float, held: SkipReason | None
 ) -> None:
     clock = Seconds()
-    found = ask(Speculation(clock), clock, written_s=1.0, verified_s=verified_s, depth=depth, times=400)
+    found = ask(DraftSelection(clock), clock, written_s=1.0, verified_s=verified_s, depth=depth, times=400)
     assert found[0] is None
-    assert (Skip.PROBE in found) or held is None
+    assert (SkipReason.PROBE in found) or held is None
     # But for trials.
     assert found[-100:].count(held) >= 88
 
@@ -75,21 +75,21 @@ def test_both_ways_are_tried_and_the_faster_one_holds(
 def test_what_verifying_foretells_spares_a_trial_of_writing() -> None:
     clock = Seconds()
     # One pass of 0.1 s, where writing takes 64.
-    found = ask(Speculation(clock), clock, written_s=6.0, verified_s=0.1, depth=1, passes=1, times=200)
+    found = ask(DraftSelection(clock), clock, written_s=6.0, verified_s=0.1, depth=1, passes=1, times=200)
     assert set(found) == {None}
 
 
 def test_a_wrong_forecast_is_corrected_by_a_trial() -> None:
     clock = Seconds()
     # A stage whose passes take as long as they compute tokens: writing is faster than one pass over a draft.
-    found = ask(Speculation(clock), clock, written_s=0.9, verified_s=1.0, depth=1, passes=16, times=3000)
-    assert set(found[-50:]) == {Skip.LOAD}
+    found = ask(DraftSelection(clock), clock, written_s=0.9, verified_s=1.0, depth=1, passes=16, times=3000)
+    assert set(found[-50:]) == {SkipReason.LOAD}
 
 
 @pytest.mark.parametrize("slower", [1.1, 1.5, 3.0])
 def test_trials_take_two_per_cent_of_the_time_at_most(slower: float) -> None:
     clock = Seconds()
-    speculation = Speculation(clock)
+    speculation = DraftSelection(clock)
     ask(speculation, clock, written_s=1.0, verified_s=slower, depth=16, times=2000)
     found = ask(speculation, clock, written_s=1.0, verified_s=slower, depth=16, times=20_000)
     assert found.count(None) * (slower - 1.0) < 0.02 * len(found)
@@ -99,7 +99,7 @@ def test_trials_take_two_per_cent_of_the_time_at_most(slower: float) -> None:
 
 def test_a_trial_that_ends_nothing_is_given_up() -> None:
     clock = Seconds()
-    speculation = Speculation(clock)
+    speculation = DraftSelection(clock)
     ask(speculation, clock, written_s=1.0, verified_s=0.5, depth=16, times=16)
     reasons = []
     for _ in range(400):
@@ -117,35 +117,35 @@ def test_a_trial_that_ends_nothing_is_given_up() -> None:
 
 def test_what_has_become_faster_is_found() -> None:
     clock = Seconds()
-    speculation = Speculation(clock)
+    speculation = DraftSelection(clock)
     ask(speculation, clock, written_s=1.0, verified_s=1.2, depth=16, times=200)
     assert set(ask(speculation, clock, written_s=1.0, verified_s=0.5, depth=16, times=2500)[-50:]) == {None}
 
 
 def test_what_has_become_slower_than_the_other_way_does_not_hold() -> None:
     clock = Seconds()
-    speculation = Speculation(clock)
+    speculation = DraftSelection(clock)
     ask(speculation, clock, written_s=1.0, verified_s=0.85, depth=16, times=200)
     found = ask(speculation, clock, written_s=1.0, verified_s=1.4, depth=16, times=200)
-    assert set(found[-150:]) == {Skip.LOAD}
+    assert set(found[-150:]) == {SkipReason.LOAD}
 
 
 def test_windows_of_equal_ways_do_not_turn_about() -> None:
     clock = Seconds()
-    speculation = Speculation(clock)
+    speculation = DraftSelection(clock)
     ask(speculation, clock, written_s=1.0, verified_s=1.0, depth=16, times=1000)
     found = runs(ask(speculation, clock, written_s=1.0, verified_s=1.0, depth=16, times=4000))
-    assert all(count >= 40 for reason, count in found[1:-1] if reason is not Skip.PROBE)
+    assert all(count >= 40 for reason, count in found[1:-1] if reason is not SkipReason.PROBE)
 
 
 def test_each_load_has_a_verdict_of_its_own_that_is_remembered() -> None:
     clock = Seconds()
-    speculation = Speculation(clock)
+    speculation = DraftSelection(clock)
     for _ in range(2):
         ask(speculation, clock, written_s=4.0, verified_s=5.0, depth=64, times=300)
         ask(speculation, clock, written_s=2.5, verified_s=1.5, depth=8, times=100)
     found = ask(speculation, clock, written_s=4.0, verified_s=5.0, depth=64, times=60)
-    assert found[-40:].count(Skip.LOAD) >= 32
+    assert found[-40:].count(SkipReason.LOAD) >= 32
     # Nor does it take long to see that the load has changed.
     found = ask(speculation, clock, written_s=2.5, verified_s=1.5, depth=8, times=40)
     assert found[-30:].count(None) >= 28
@@ -153,25 +153,25 @@ def test_each_load_has_a_verdict_of_its_own_that_is_remembered() -> None:
 
 def test_the_load_is_that_of_a_replica() -> None:
     clock = Seconds()
-    speculation = Speculation(clock)
+    speculation = DraftSelection(clock)
     ask(speculation, clock, written_s=4.0, verified_s=5.0, depth=64, times=300)
     found = ask(speculation, clock, written_s=4.0, verified_s=5.0, depth=256, replicas=4, times=20)
-    assert set(found) == {Skip.LOAD}
+    assert set(found) == {SkipReason.LOAD}
 
 
 def test_chains_and_escalations_have_verdicts_of_their_own() -> None:
     clock = Seconds()
-    speculation = Speculation(clock)
+    speculation = DraftSelection(clock)
     for _ in range(300):
         ask(speculation, clock, written_s=1.0, verified_s=1.4)
         ask(speculation, clock, written_s=1.0, verified_s=0.7, has_draft=True)
-    assert ask(speculation, clock, written_s=1.0, verified_s=1.4) == [Skip.LOAD]
+    assert ask(speculation, clock, written_s=1.0, verified_s=1.4) == [SkipReason.LOAD]
     assert ask(speculation, clock, written_s=1.0, verified_s=0.7, has_draft=True) == [None]
 
 
 def test_what_is_chosen_while_the_other_way_is_under_way_does_not_count() -> None:
     clock = Seconds()
-    speculation = Speculation(clock)
+    speculation = DraftSelection(clock)
     under_way = [speculation.choose("small", "large", 1) for _ in range(8)]
     while under_way[-1].reason is None:
         clock.now += 0.1
@@ -183,22 +183,22 @@ def test_what_is_chosen_while_the_other_way_is_under_way_does_not_count() -> Non
     for old in others:
         speculation.ended(old)
     settled = speculation.choose("small", "large", 1)
-    assert settled.reason is Skip.PROBE
+    assert settled.reason is SkipReason.PROBE
     assert settled.start
     assert settled.start.is_settled
 
 
 def test_one_that_does_not_end_keeps_a_window_from_counting_for_a_while_only() -> None:
     clock = Seconds()
-    speculation = Speculation(clock)
+    speculation = DraftSelection(clock)
     speculation.choose("small", "large", 1)
     found = ask(speculation, clock, written_s=1.0, verified_s=1.4, depth=2, times=200)
-    assert set(found[-100:]) == {Skip.LOAD}
+    assert set(found[-100:]) == {SkipReason.LOAD}
 
 
 def test_what_was_cut_off_or_is_of_another_way_counts_nowhere() -> None:
     clock = Seconds()
-    speculation = Speculation(clock)
+    speculation = DraftSelection(clock)
     cut = replace(answer(TOKENS, 33, 1e5, is_verified=True), is_whole=False)
     for other in (cut, answer(TOKENS, TOKENS, 1e5, is_verified=False)):
         for _ in range(100):
@@ -214,7 +214,7 @@ def test_what_was_cut_off_or_is_of_another_way_counts_nowhere() -> None:
 
 def test_a_pipelined_answer_takes_its_own_time() -> None:
     clock = Seconds()
-    speculation = Speculation(clock)
+    speculation = DraftSelection(clock)
     reasons = []
     for _ in range(300):
         choice = speculation.choose("small", "large", 64)
@@ -233,16 +233,16 @@ def test_a_pipelined_answer_takes_its_own_time() -> None:
 def test_drafts_that_save_no_passes_are_left_out_at_any_load(depth: int) -> None:
     clock = Seconds()
     times = {"written_s": 9.0, "verified_s": 1.0}
-    found = ask(Speculation(clock), clock, **times, depth=depth, times=500, passes=64)
+    found = ask(DraftSelection(clock), clock, **times, depth=depth, times=500, passes=64)
     # A few that say nothing yet; then one in 16 is verified, one in 32, one in 64, and one in 128.
-    first = found.index(Skip.WORTHLESS)
+    first = found.index(SkipReason.WORTHLESS)
     verified = [place - first for place, reason in enumerate(found) if place >= first and reason is None]
     assert verified[:5] == [15, 15 + 32, 15 + 96, 15 + 224, 15 + 352]
     assert first < 16
 
 
 def test_a_few_bad_drafts_in_a_row_do_not_turn_what_many_have_shown() -> None:
-    speculation = Speculation(Seconds())
+    speculation = DraftSelection(Seconds())
     for _ in range(100):
         speculation.answered(answer(TOKENS, 32, is_verified=True))
     for _ in range(10):
@@ -250,16 +250,16 @@ def test_a_few_bad_drafts_in_a_row_do_not_turn_what_many_have_shown() -> None:
     assert speculation.choose("small", "large", 1).reason is None
     for _ in range(40):
         speculation.answered(answer(TOKENS, 64, is_verified=True))
-    assert speculation.choose("small", "large", 1) == Choice(Skip.WORTHLESS)
+    assert speculation.choose("small", "large", 1) == DraftChoice(SkipReason.WORTHLESS)
     # One drafter's are not another's.
     assert speculation.choose("medium", "large", 1).reason is None
 
 
 def test_drafts_that_have_become_useful_are_found_by_the_first_of_them() -> None:
-    speculation = Speculation(Seconds())
+    speculation = DraftSelection(Seconds())
     for _ in range(100):
         speculation.answered(answer(TOKENS, 64, is_verified=True))
-    assert speculation.choose("small", "large", 1) == Choice(Skip.WORTHLESS)
+    assert speculation.choose("small", "large", 1) == DraftChoice(SkipReason.WORTHLESS)
     speculation.answered(answer(TOKENS, 2, is_verified=True))
     assert speculation.choose("small", "large", 1).reason is None
 
@@ -267,7 +267,7 @@ def test_drafts_that_have_become_useful_are_found_by_the_first_of_them() -> None
 def test_where_it_is_not_wanted_every_draft_is_verified() -> None:
     clock = Seconds()
     reasons = ask(
-        Speculation(clock, enabled=False), clock, written_s=1.0, verified_s=9.0, times=500, passes=64
+        DraftSelection(clock, enabled=False), clock, written_s=1.0, verified_s=9.0, times=500, passes=64
     )
     assert set(reasons) == {None}
 
@@ -282,7 +282,7 @@ def rate(workload: Workload, at_a_time: int, way: str = "", *, times: int = 1, *
     """
     loop = ClosedLoop(
         workload,
-        lambda clock: Speculation(clock, enabled=way != "always"),
+        lambda clock: DraftSelection(clock, enabled=way != "always"),
         never=way == "never",
         **options,
     )
@@ -344,7 +344,7 @@ def test_without_the_rule_a_chain_loses_under_load() -> None:
 @pytest.mark.parametrize("deadline_s", [3.0, 3.5])
 def test_a_way_that_no_deadline_allows_does_not_hold(deadline_s: float) -> None:
     workload = Workload("13b", deadline_s=deadline_s)
-    always = ClosedLoop(workload, lambda clock: Speculation(clock, enabled=False))
+    always = ClosedLoop(workload, lambda clock: DraftSelection(clock, enabled=False))
     found = [loop.answers_within(64, 300.0) for loop in (always, ClosedLoop(workload, never=True))]
     assert found[1] < 0.1 * found[0]
     assert ClosedLoop(workload).answers_within(64, 300.0) > 0.9 * found[0]

@@ -14,14 +14,14 @@ from services.router.domain import (
     Usage,
     Verification,
 )
-from services.router.stage_run import StageRun
+from services.router.stage_call import StageCall
 
 LARGE = Stage("large", 2, 8.0, 1000.0)
 
 
 def given_up(action: StageAction, *messages: int | tuple[int, int]) -> tuple[Usage, float]:
     """Return usage and cost of a call cut off. messages: numbers of tokens; of proposed and accepted ones."""
-    run = StageRun(LARGE, action, "small", lambda: 0.0)
+    run = StageCall(LARGE, action, "small", lambda: 0.0)
     for message in messages:
         run.take(
             Verification(*message)
@@ -73,7 +73,7 @@ def test_a_draft_that_was_given_up_took_a_pass_for_each_token():
 
 def test_an_answer_took_until_its_result_came_not_until_its_call_is_closed():
     now = [10.0]
-    run = StageRun(LARGE, StageAction.GENERATE, "", lambda: now[0])
+    run = StageCall(LARGE, StageAction.GENERATE, "", lambda: now[0])
     now[0] = 10.25
     run.finish(StageResult("x", (1,), "", FinishReason.EOS, Usage(completion_tokens=1), Timing()))
     now[0] = 12.0

@@ -8,10 +8,10 @@ import pytest
 
 from services.common.errors import Unavailable
 from services.router.domain import PlanSource, Request, Stage, View
-from services.router.planner import MARGIN_MS, Planner
-from services.router.progress import Progress
-from services.router.speculation import SpeculationOptions
-from services.router.static_plan import StaticPlan
+from services.router.planning.draft_selection import SpeculationOptions
+from services.router.planning.planner import MARGIN_MS, Planner
+from services.router.planning.static_plan import StaticPlan
+from services.router.request import RequestState
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -21,7 +21,7 @@ DEADLINE_S = 10.0
 LEFT_MS = DEADLINE_S * 1000.0 - MARGIN_MS
 
 
-class Sleepers:
+class Activator:
     """Some stages sleep; keeps who was waited for, and for how long at most."""
 
     def __init__(self, asleep: Collection[int]) -> None:
@@ -50,11 +50,11 @@ class Sleepers:
 async def test_a_request_waits_as_long_as_nothing_else_can_answer(
     source: PlanSource, asleep: set[int], failed: tuple[int, ...], share: float
 ) -> None:
-    sleepers = Sleepers(asleep)
+    sleepers = Activator(asleep)
     observer: Any = None
     plan = StaticPlan((2,), len(STAGES))
     planner = Planner(STAGES, None, plan, observer, lambda: 0.0, SpeculationOptions(), sleepers)
-    progress = Progress(Request("id", "hi"), DEADLINE_S, View.OUTCOME, lambda: 0.0)
+    progress = RequestState(Request("id", "hi"), DEADLINE_S, View.OUTCOME, lambda: 0.0)
     progress.plan_source = source
     progress.failed = {place: Unavailable("gone") for place in failed}
     await planner.until_awake(progress, STAGES[2:])
@@ -62,10 +62,10 @@ async def test_a_request_waits_as_long_as_nothing_else_can_answer(
 
 
 async def test_who_is_awake_is_not_waited_for() -> None:
-    sleepers = Sleepers({0})
+    sleepers = Activator({0})
     observer: Any = None
     plan = StaticPlan((2,), len(STAGES))
     planner = Planner(STAGES, None, plan, observer, lambda: 0.0, SpeculationOptions(), sleepers)
-    progress = Progress(Request("id", "hi"), DEADLINE_S, View.OUTCOME, lambda: 0.0)
+    progress = RequestState(Request("id", "hi"), DEADLINE_S, View.OUTCOME, lambda: 0.0)
     await planner.until_awake(progress, STAGES[1:])
     assert sleepers.waited == []

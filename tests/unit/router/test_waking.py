@@ -8,8 +8,8 @@ import asyncio
 import pytest
 
 from services.common.errors import AsdError, BudgetSpent, Unavailable
+from services.router.clients.activation import TRUSTED_SECONDS, WAKE_SECONDS, Activation
 from services.router.domain import Stage
-from services.router.waking import TRUSTED_SECONDS, WAKE_SECONDS, Waking
 from tests.limits import CALL_S
 
 SMALL, LARGE = Stage("small", 0, 1.0, 1000.0), Stage("large", 1, 9.0, 1000.0)
@@ -60,7 +60,7 @@ class World:
         self.manager = Manager(**awake)
         self.names = Name(), Name()
         stages = list(zip((SMALL, LARGE), self.names, strict=True))
-        self.waking = Waking(stages, self.manager, lambda: self.now, poll_ms=1.0)
+        self.waking = Activation(stages, self.manager, lambda: self.now, poll_ms=1.0)
 
 
 async def settled() -> None:

@@ -12,15 +12,15 @@ from services.common.errors import AsdError, BudgetSpent
 from services.common.telemetry import Spans, Traced
 from services.router import spans
 from services.router.domain import Failure, FinishReason, StageAction, Tokens
-from services.router.progress import DraftAbandoned
-from services.router.stage_run import StageRun
+from services.router.request import DraftAbandoned
+from services.router.stage_call import StageCall
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
     from services.router.domain import Answer, Event, Stage, StageResult, Verification
-    from services.router.ports import StageClient, Take
-    from services.router.progress import Progress
+    from services.router.interfaces import StageClient, Take
+    from services.router.request import RequestState
 
     Emit = Callable[[Event], Awaitable[None]]
 
@@ -28,7 +28,7 @@ Piece = Tokens | FinishReason
 
 
 async def call_stage(
-    progress: Progress,
+    progress: RequestState,
     client: StageClient,
     draft: StageResult | None,
     upstream: Sequence[StageClient],
@@ -51,7 +51,7 @@ async def call_stage(
     with Traced(Spans.STAGE) as span:
         spans.describe_call(span, progress, client.stage, action)
         if upstream:
-            pipeline = Pipeline(progress, upstream, timeout_ms, clock)
+            pipeline = Chain(progress, upstream, timeout_ms, clock)
             try:
                 result = await pipeline.verify(client, lambda event: progress.take(event, emit))
                 progress.finish(result)
@@ -80,7 +80,7 @@ class _Limit:
 
     def __init__(
         self,
-        progress: Progress,
+        progress: RequestState,
         stage: Stage,
         leave_after_ms: float,
         clock: Callable[[], float],
@@ -149,12 +149,12 @@ class _Limit:
             self._watching.cancel()
 
 
-class Pipeline:
+class Chain:
     """The earlier stages of a chain, drafting for the last one. Close it when the last one has answered."""
 
     def __init__(
         self,
-        progress: Progress,
+        progress: RequestState,
         clients: Sequence[StageClient],
         timeout_ms: float,
         clock: Callable[[], float],
@@ -165,7 +165,7 @@ class Pipeline:
         self._drafted = replace(progress.request, stage="", chain=())
         self._timeout_ms = timeout_ms
         self._clock = clock
-        self._runs: list[StageRun] = []
+        self._runs: list[StageCall] = []
         # What each of them writes.
         self._written: list[Draft] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -202,7 +202,7 @@ class Pipeline:
         drafts = self._written[-1] if self._written else None
         action = StageAction.VERIFY if drafts else StageAction.GENERATE
         drafter = self._runs[-1].stage.name if drafts else ""
-        run = StageRun(client.stage, action, drafter, self._clock, is_pipelined=drafts is not None)
+        run = StageCall(client.stage, action, drafter, self._clock, is_pipelined=drafts is not None)
         self._runs.append(run)
         written = Draft(self._clock)
         self._written.append(written)
@@ -211,7 +211,7 @@ class Pipeline:
     async def _work(
         self,
         client: StageClient,
-        run: StageRun,
+        run: StageCall,
         drafts: Draft | None,
         written: Draft,
     ) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from services.router.domain import Others
+    from services.router.domain import PeerLoad
 
 # Weight of the newest measurement in a mean. Chosen: some ten calls carry nine tenths of it.
 _NEWEST = 0.2
@@ -79,7 +79,7 @@ class Load:
         # Whether a call has waited in this router's own line.
         self._has_shown = [False] * stage_count
         # By the replica's address.
-        self._others: list[dict[str, Others]] = [{} for _ in range(stage_count)]
+        self._others: list[dict[str, PeerLoad]] = [{} for _ in range(stage_count)]
         self._replicas = [1] * stage_count
         self._asking = dict.fromkeys(Question, 0)
         self._choices = dict.fromkeys(Question, 0)
@@ -165,7 +165,7 @@ class Load:
         self._deviation_ms[stage] = deviation_ms + _NEWEST_DEVIATION * (newest_ms - deviation_ms)
         self._service_ms[stage] = known_ms + _NEWEST * (service_ms - known_ms)
 
-    def heard(self, stage: int, others: Others) -> None:
+    def heard(self, stage: int, others: PeerLoad) -> None:
         """An answer told of calls of others at a replica. Answers of a chain may be heard of out of order."""
         known = self._others[stage]
         last = known.get(others.replica)
@@ -254,7 +254,7 @@ class Load:
         faded_ms: float = mean_ms * 0.5 ** (elapsed_s / _HALF_LIFE_S)
         return max(min(faded_ms, mean_ms - elapsed_s * 1000.0), 0.0)
 
-    def _left_of(self, others: Others) -> float:
+    def _left_of(self, others: PeerLoad) -> float:
         """Return how many of the calls that were under way at a time are taken to be so still."""
         left: float = others.calls * 0.5 ** ((self._clock() - others.when) / _HALF_LIFE_S)
         return left

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-class Delivery:
+class AnswerStream:
     """Keeps what the caller holds, and says which events bring it to what stands.
 
     The caller holds the first `n` tokens of an answer. Positions in bytes are known at chunk boundaries only
@@ -81,12 +81,12 @@ class Delivery:
         else:
             yield Drafted(unseen)
 
-    def can_go_back(self) -> bool:
+    def can_revert(self) -> bool:
         """Return whether the answer before the running stage can still be given: nothing else was
         committed."""
         return self._committed <= self._agreed_with_earlier()
 
-    def go_back(self) -> Iterator[Event]:
+    def revert(self) -> Iterator[Event]:
         """The running stage failed: drop what is not of the answer before it. Only where can_go_back."""
         yield from self._drop_after(self._agreed_with_earlier())
 
@@ -94,12 +94,12 @@ class Delivery:
         """An answer stands: commit all of it.
 
         tokens: the whole answer. is_earlier: it is the one from before the running stage, which failed; only
-        where can_go_back.
+        where can_revert.
         """
         if self._view is View.OUTCOME:
             return
         if is_earlier:
-            yield from self.go_back()
+            yield from self.revert()
         self._skip_tokens, self._skip_bytes = self._token_bounds[-1], self._byte_bounds[-1]
         rest = self._unseen(tokens)
         if rest is not None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from services.common.cost import prefill_cost
 from services.common.errors import AsdError, BudgetSpent, Overloaded
-from services.router.delivery import Delivery
 from services.router.domain import (
     AbandonRule,
     Answer,
@@ -30,13 +29,14 @@ from services.router.domain import (
     Verification,
     View,
 )
-from services.router.stage_run import StageRun
+from services.router.stage_call import StageCall
+from services.router.stream import AnswerStream
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 
-    from services.router.load import Call
-    from services.router.speculation import Choice
+    from services.router.planning.draft_selection import DraftChoice
+    from services.router.planning.load import Call
 
     Emit = Callable[[Event], Awaitable[None]]
 
@@ -45,7 +45,7 @@ class DraftAbandoned(Exception):  # noqa: N818 - it ends a call, and is no error
     """A stage's draft is not worth finishing."""
 
 
-class Progress:
+class RequestState:
     """State of one request on its way through the cascade. Times by a monotonic clock in seconds."""
 
     def __init__(self, request: Request, deadline: float, view: View, clock: Callable[[], float]) -> None:
@@ -70,7 +70,7 @@ class Progress:
         self._deadline = deadline
         self._clock = clock
         self._arrived = clock()
-        self._delivery = Delivery(view)
+        self._delivery = AnswerStream(view)
         self._records: list[Record] = []
         self._answer: Answer | None = None
         self._new_answers: list[Answer] = []
@@ -86,7 +86,7 @@ class Progress:
         # Of a chain, those that draft while the running stage verifies.
         self.upstream: tuple[int, ...] = ()
         # What was chosen where a stage could verify a draft, by the stage's place.
-        self.choices: dict[int, Choice] = {}
+        self.choices: dict[int, DraftChoice] = {}
         # Stage that an escalation likely goes to; rules for giving a draft up, and the stage that goes on.
         self.likely_next: int | None = None
         self.p_escalate = 0.0
@@ -135,7 +135,7 @@ class Progress:
 
     def start(self, stage: Stage, action: StageAction, drafter: str, *, is_final: bool) -> None:
         """A stage starts on the request, on a drafter's draft where it verifies. is_final: it will stand."""
-        self._run = StageRun(stage, action, drafter, self._clock, is_pipelined=bool(self.upstream))
+        self._run = StageCall(stage, action, drafter, self._clock, is_pipelined=bool(self.upstream))
         self.has_heard = False
         self._may_abandon = not is_final
         self._delivery.start(is_final=is_final)
@@ -249,7 +249,7 @@ class Progress:
         # Who names the stages wants the last one's answer.
         is_fixed = self.plan_source is PlanSource.FIXED
         # A draft that was given up is no answer.
-        return not (is_fixed or self._is_fragment) and bool(self._records) and self._delivery.can_go_back()
+        return not (is_fixed or self._is_fragment) and bool(self._records) and self._delivery.can_revert()
 
     def can_leave(self) -> bool:
         """Return whether the request can go on without what the running stage has yet to send.
@@ -259,10 +259,10 @@ class Progress:
         is_silent = self.plan_source is not PlanSource.FIXED and not self.has_heard
         return is_silent or self.has_earlier_answer()
 
-    async def go_back(self, emit: Emit) -> None:
+    async def revert(self, emit: Emit) -> None:
         """Drop what is not of the earlier answer, where there is one: the running stage has failed."""
         if self.has_earlier_answer():
-            await _emit_all(self._delivery.go_back(), emit)
+            await _emit_all(self._delivery.revert(), emit)
 
     def keep_earlier_answer(self, error: AsdError) -> None:
         """Let the earlier answer stand after the running stage failed."""

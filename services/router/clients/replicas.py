@@ -14,7 +14,7 @@ from services.common.channel import open_channel
 from services.common.errors import Away
 from services.common.tls import watched_channel_credentials
 from services.common.watched_files import UnusableFile
-from services.router.affinity import choose_replica
+from services.router.clients.affinity import choose_replica
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Iterator

@@ -25,7 +25,6 @@ from services.common.errors import (
 )
 from services.common.telemetry import Spans, Traced
 from services.router import spans
-from services.router.admission import MIN_QUEUE_MS, Admission
 from services.router.domain import (
     AcceptanceMode,
     Condition,
@@ -38,10 +37,11 @@ from services.router.domain import (
     Refusal,
     Stage,
 )
-from services.router.health import StageHealth
-from services.router.load import Load, Question
-from services.router.speculation import Speculation
-from services.router.static_plan import StaticPlan
+from services.router.planning.admission import MIN_QUEUE_MS, Admission
+from services.router.planning.draft_selection import DraftSelection
+from services.router.planning.health import StageHealth
+from services.router.planning.load import Load, Question
+from services.router.planning.static_plan import StaticPlan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -49,10 +49,10 @@ if TYPE_CHECKING:
 
     from services.common.patience import Patience
     from services.router.domain import Answer, Failure, Plan, StageResult
-    from services.router.load import Call
-    from services.router.ports import Observer, PolicyClient, Sleepers
-    from services.router.progress import Progress
-    from services.router.speculation import SpeculationOptions
+    from services.router.interfaces import Activator, Observer, PolicyClient
+    from services.router.planning.draft_selection import SpeculationOptions
+    from services.router.planning.load import Call
+    from services.router.request import RequestState
 
 # Kept from every deadline, for the router's own work and the way back. Chosen: above its own p95.
 MARGIN_MS = 10.0
@@ -99,12 +99,12 @@ class Planner:
         observer: Observer,
         clock: Callable[[], float],
         options: SpeculationOptions,
-        sleepers: Sleepers,
+        sleepers: Activator,
         overload: Overload = Overload.QUEUE,
     ) -> None:
         self._sleepers = sleepers
         self._options = options
-        self._speculation = Speculation(clock, enabled=options.adaptive)
+        self._speculation = DraftSelection(clock, enabled=options.adaptive)
         self._stages = tuple(stages)
         self._policy = policy
         self._static_plan = static_plan
@@ -117,7 +117,7 @@ class Planner:
         self._load = Load(len(self._stages), clock)
         self._admission = Admission(self._load, overload)
 
-    def stage_failed(self, progress: Progress, failure: Failure) -> None:
+    def stage_failed(self, progress: RequestState, failure: Failure) -> None:
         """A stage has failed a request: avoid it for a while if others may find it so, too."""
         place, error = failure.place, failure.error
         if isinstance(error, Overloaded):
@@ -148,14 +148,14 @@ class Planner:
         else:
             health.failed_a_request(error)
 
-    def may_be_refused(self, progress: Progress) -> bool:
+    def may_be_refused(self, progress: RequestState) -> bool:
         """Return whether a request that has an answer is refused where there is no room for a better one.
 
         Waits lower no quality unasked. Who did not ask for quality has more of the answer.
         """
         return self._admission.asks_for_quality(progress.request.objective) and not progress.has_committed
 
-    def may_be_replaced(self, progress: Progress, error: AsdError) -> bool:
+    def may_be_replaced(self, progress: RequestState, error: AsdError) -> bool:
         """Return whether another stage may still answer, after one did not."""
         if isinstance(error, BudgetSpent):
             return progress.left_ms(self._margin_ms(progress)) > 0
@@ -191,24 +191,24 @@ class Planner:
         """Return the stages that are avoided now."""
         return frozenset(index for index, health in enumerate(self._health) if health.is_avoided)
 
-    def warming_ms(self, progress: Progress, place: int) -> float:
+    def warming_ms(self, progress: RequestState, place: int) -> float:
         """Return how long a stage may take to read a prompt ahead."""
         return min(progress.left_ms(MARGIN_MS) * _SHARE_FOR_WARMING, self._stages[place].timeout_ms)
 
-    def timeout_ms(self, progress: Progress, stage: Stage) -> float:
+    def timeout_ms(self, progress: RequestState, stage: Stage) -> float:
         """Return how long a stage's call may take."""
         left_ms = progress.left_ms(self._margin_ms(progress))
         if not self.is_final(progress, stage):
             left_ms = self._part_of(left_ms, stage)
         return min(left_ms, self._timeout_of(stage))
 
-    def _margin_ms(self, progress: Progress) -> float:
+    def _margin_ms(self, progress: RequestState) -> float:
         """Return what is kept of a request's deadline: more beside others, who make the way back longer."""
         if not (self._admission.refuses and self._is_beside_others(progress)):
             return MARGIN_MS
         return max(MARGIN_MS, min(progress.whole_ms() * _SHARE_KEPT, _MOST_KEPT_MS))
 
-    def _is_beside_others(self, progress: Progress) -> bool:
+    def _is_beside_others(self, progress: RequestState) -> bool:
         """Return whether a request has had others beside it: what is kept for that is not given back.
 
         A call that ends where it was to end would otherwise seem to have time left for another one.
@@ -229,10 +229,10 @@ class Planner:
         is_waited = self._admission.refuses and self._load.expected_queue_ms(stage.index) >= MIN_QUEUE_MS
         return left_ms if is_waited else left_ms * _SHARE_OF_TIME
 
-    def leave_after_ms(self, progress: Progress, stage: Stage) -> float:
+    def leave_after_ms(self, progress: RequestState, stage: Stage) -> float:
         """Return after how long a request goes on without a stage, where it then still can.
 
-        Unlike the call's own time, this is not known as the call begins: see Progress.can_leave.
+        Unlike the call's own time, this is not known as the call begins: see RequestState.can_leave.
         """
         left_ms = progress.left_ms(self._margin_ms(progress))
         is_fixed = progress.plan_source is PlanSource.FIXED
@@ -242,7 +242,7 @@ class Planner:
         usual_ms = min(_USUAL_TIMES * self._usual_ms(stage.index), left_ms - _RETURN_MS)
         return max(self._part_of(left_ms, stage), usual_ms)
 
-    def watch(self, progress: Progress, stage: Stage, call: Call) -> Callable[[], float]:
+    def watch(self, progress: RequestState, stage: Stage, call: Call) -> Callable[[], float]:
         """Return what looks at a call that nothing has come of.
 
         It returns after how many milliseconds to look again. It raises Overloaded where the line at the stage
@@ -264,7 +264,7 @@ class Planner:
 
         return look
 
-    def refused(self, progress: Progress, error: ResourceExhausted | BudgetSpent) -> AsdError:
+    def refused(self, progress: RequestState, error: ResourceExhausted | BudgetSpent) -> AsdError:
         """Return the error for a request that ran out of room or time: where others are why, when to ask
         again."""
         if isinstance(error, QueueFull):
@@ -290,7 +290,7 @@ class Planner:
             self._observer.request_refused(progress.refusal or Refusal.STAGE_FULL)
         return error
 
-    def _was_crowded_out(self, progress: Progress, call: Call) -> bool:
+    def _was_crowded_out(self, progress: RequestState, call: Call) -> bool:
         """Return whether a request ran out of time in a call, having had others beside it.
 
         Not where they wait for a stage that hangs, nor where the caller was given final tokens.
@@ -299,12 +299,12 @@ class Planner:
             return False
         return self._is_beside_others(progress)
 
-    def _has_others(self, progress: Progress, stage: Stage) -> bool:
+    def _has_others(self, progress: RequestState, stage: Stage) -> bool:
         """Return whether a stage is awake, other than this one and those that failed the request."""
         left_out = self._sleepers.asleep.union(progress.failed, {stage.index})
         return len(left_out) < len(self._stages)
 
-    async def until_awake(self, progress: Progress, stages: Sequence[Stage]) -> None:
+    async def until_awake(self, progress: RequestState, stages: Sequence[Stage]) -> None:
         """Wait for those of the stages that sleep. Raises BudgetSpent where one is not awake in time."""
         for stage in stages:
             if stage.index not in self._sleepers.asleep:
@@ -323,7 +323,7 @@ class Planner:
         """Return what counts its block as a call under way at a stage."""
         return self._load.calling(stage.index)
 
-    def stage_answered(self, progress: Progress, answer: Answer, depth: int) -> None:
+    def stage_answered(self, progress: RequestState, answer: Answer, depth: int) -> None:
         """Learn from an answer how long calls wait at its stage, and what its draft was worth.
 
         depth: calls under way at the stage as it began, itself included.
@@ -341,13 +341,13 @@ class Planner:
             if answer.result.others is not None:
                 self._load.heard(answer.stage.index, answer.result.others)
 
-    def ended(self, progress: Progress) -> None:
+    def ended(self, progress: RequestState) -> None:
         """A request has ended, however it did: what was chosen for it and found no answer is known too."""
         for choice in progress.choices.values():
             self._speculation.ended(choice)
         progress.choices.clear()
 
-    def draft_for(self, progress: Progress, stage: Stage) -> StageResult | None:
+    def draft_for(self, progress: RequestState, stage: Stage) -> StageResult | None:
         """Return the draft that a stage is to verify; None where it had better write anew."""
         draft = progress.draft()
         if draft is None or progress.plan_source is PlanSource.FIXED:
@@ -355,7 +355,9 @@ class Planner:
             return draft
         return None if self._skips(progress, progress.answer.stage, stage, has_draft=True) else draft
 
-    def _skips(self, progress: Progress, drafter: Stage, target: Stage, *, has_draft: bool = False) -> bool:
+    def _skips(
+        self, progress: RequestState, drafter: Stage, target: Stage, *, has_draft: bool = False
+    ) -> bool:
         """Return whether a target works without a drafter's draft, having noted why."""
         calls, replicas = self._load.calls(target.index) + 1, self._load.replicas(target.index)
         choice = self._speculation.choose(drafter.name, target.name, calls, replicas, has_draft=has_draft)
@@ -366,13 +368,13 @@ class Planner:
         self._observer.draft_skipped(target, choice.reason)
         return True
 
-    def _drop(self, progress: Progress, place: int) -> None:
+    def _drop(self, progress: RequestState, place: int) -> None:
         """Give back what was chosen for a stage, without a word on how long that took."""
         choice = progress.choices.get(place)
         if choice is not None:
             self._speculation.ended(replace(choice, counts=False))
 
-    def stage_to_warm(self, progress: Progress) -> int | None:
+    def stage_to_warm(self, progress: RequestState) -> int | None:
         """Return the stage to warm while the first one drafts; None: none is likely, or it is busy."""
         stage = progress.likely_next
         if stage is None or not self._options.prefill_ahead or progress.p_escalate < _LIKELY:
@@ -391,7 +393,7 @@ class Planner:
         """Return whether a stage would have _BUSY calls per replica with the next one, whoever makes them."""
         return self._load.calls(stage) + 1 >= _BUSY * self._load.replicas(stage)
 
-    async def plan(self, progress: Progress) -> int:
+    async def plan(self, progress: RequestState) -> int:
         """Return the stage to ask first. Raises NotFound for an unknown fixed one, Unavailable if all
         failed, Overloaded where there is no room for the request."""
         with Traced(Spans.PLAN) as span:
@@ -400,7 +402,7 @@ class Planner:
             spans.describe_plan(span, progress, self._stages[first])
             return first
 
-    def _admit(self, progress: Progress, stages: Sequence[Stage]) -> None:
+    def _admit(self, progress: RequestState, stages: Sequence[Stage]) -> None:
         """Raise Overloaded where there is no room for a request at the stages that it needs."""
         with _noting(progress, Refusal.LINE):
             for stage in stages:
@@ -408,7 +410,7 @@ class Planner:
         with _noting(progress, Refusal.DEADLINE):
             self._admission.check(stages, progress.left_ms(self._margin_ms(progress)))
 
-    async def decide(self, progress: Progress) -> Decision:
+    async def decide(self, progress: RequestState) -> Decision:
         """Judge the latest answer. An escalation that does not fit the deadline is not started.
 
         Raises Overloaded where there is no room for it, and the caller asked for quality.
@@ -442,7 +444,7 @@ class Planner:
             spans.describe_decision(span, progress, decision)
             return decision
 
-    def _leave_out_short_contexts(self, progress: Progress) -> None:
+    def _leave_out_short_contexts(self, progress: RequestState) -> None:
         """Leave later stages out whose context is certain not to hold the prompt.
 
         The stage that has just answered counted it after its own chat template. Another stage's template may
@@ -461,7 +463,7 @@ class Planner:
                 text = f"a prompt of at least {least} tokens leaves no room in a context of {context}"
                 progress.failed.setdefault(stage.index, PromptTooLong(text))
 
-    async def plan_again(self, progress: Progress, error: AsdError, patience: Patience) -> int:
+    async def plan_again(self, progress: RequestState, error: AsdError, patience: Patience) -> int:
         """Return the stage to ask after one has failed before there was an answer.
 
         Where none is left, those that were away are waited for and asked again; patience: for how long.
@@ -481,7 +483,7 @@ class Planner:
                 del progress.failed[place]
             return await self.plan(progress)
 
-    async def _stage_instead(self, progress: Progress, error: AsdError) -> int:
+    async def _stage_instead(self, progress: RequestState, error: AsdError) -> int:
         """Return a stage that has not failed the request; of a chain, the next one.
 
         Raises the error where nothing else may be asked; where everything was, one that says so of each.
@@ -506,7 +508,7 @@ class Planner:
             # What is left of the cascade does not fit the request's budget.
             raise _failure_of_all(self._stages, progress.failed) from refusal
 
-    async def decide_again(self, progress: Progress) -> int | None:
+    async def decide_again(self, progress: RequestState) -> int | None:
         """Return the stage to escalate to after one has failed; None: the earlier answer stands."""
         if progress.has_committed or progress.left_ms(MARGIN_MS) <= 0:
             return None
@@ -518,7 +520,7 @@ class Planner:
             # There is an answer.
             return None
 
-    def is_final(self, progress: Progress, stage: Stage) -> bool:
+    def is_final(self, progress: RequestState, stage: Stage) -> bool:
         """Return whether a stage's answer will stand, whatever it shows."""
         if progress.plan_source is PlanSource.FIXED:
             return not progress.chain
@@ -529,7 +531,7 @@ class Planner:
             and self._plan_without_policy(progress).next_after(stage.index, progress.failed) is None
         )
 
-    def _plan_without_policy(self, progress: Progress) -> StaticPlan:
+    def _plan_without_policy(self, progress: RequestState) -> StaticPlan:
         """Return what is asked while the policy is away or late.
 
         Where the caller wants quality certified or the BEST, the last stage alone: no other answer could
@@ -551,7 +553,7 @@ class Planner:
             return alone
         return self._static_plan.ending_with_the_last()
 
-    async def _first_stage(self, progress: Progress) -> int:
+    async def _first_stage(self, progress: RequestState) -> int:
         request = progress.request
         # An earlier plan of this request says nothing of the stage that is chosen now.
         progress.p_escalate, progress.likely_next, progress.abandon = 0.0, None, ()
@@ -603,7 +605,9 @@ class Planner:
             field="objective.max_cost",
         )
 
-    async def _ask_for_plan(self, policy: PolicyClient, progress: Progress, away: Collection[int]) -> Plan:
+    async def _ask_for_plan(
+        self, policy: PolicyClient, progress: RequestState, away: Collection[int]
+    ) -> Plan:
         """Return the policy's plan; where it begins with a stage that sleeps, the plan without those."""
         avoided, share = away, self._admission.accuracy_share(progress.request.objective)
         may_repeat = self._counts_waits(progress, share)
@@ -626,7 +630,7 @@ class Planner:
                     self._load.chosen(Question.PLAN, plan.first_stage)
                     return plan
 
-    async def _ask_for_decision(self, policy: PolicyClient, progress: Progress) -> Decision:
+    async def _ask_for_decision(self, policy: PolicyClient, progress: RequestState) -> Decision:
         """Return the policy's decision; where it goes to a stage that sleeps, the decision without those."""
         answer, spent_cost, spent_ms = progress.answer, progress.spent_cost, progress.spent_ms()
         known = away = self._away().union(progress.failed)
@@ -660,7 +664,7 @@ class Planner:
                     return decision
 
     @staticmethod
-    def _counts_waits(progress: Progress, share: float | None) -> bool:
+    def _counts_waits(progress: RequestState, share: float | None) -> bool:
         """Return whether waits may change what the policy answers. share: as it is told."""
         return share is None or share < 1.0 or progress.request.objective.max_latency_ms is not None
 
@@ -692,7 +696,7 @@ class Planner:
             raise NotFound(f"no stage {name!r}; the cascade has {', '.join(self._by_name)}", field=field)
         return self._by_name[name]
 
-    def _start_chain(self, progress: Progress) -> int:
+    def _start_chain(self, progress: RequestState) -> int:
         """Return the stage that a chain starts with, or that verifies while the others draft."""
         names = progress.request.chain
         chain = [self._place(name, f"chain[{index}]") for index, name in enumerate(names)]
@@ -721,14 +725,14 @@ class Planner:
         progress.chain = tuple(kept[1:])
         return kept[0]
 
-    def _judge_fixed(self, progress: Progress) -> Decision:
+    def _judge_fixed(self, progress: RequestState) -> Decision:
         if not progress.chain:
             return Decision(DecisionAction.STOP, DecisionReason.FIXED_STAGE)
         following, *rest = progress.chain
         progress.chain = tuple(rest)
         return Decision(DecisionAction.ESCALATE, DecisionReason.FIXED_STAGE, following)
 
-    async def _judge(self, progress: Progress) -> Decision:
+    async def _judge(self, progress: RequestState) -> Decision:
         if progress.plan_source is PlanSource.FIXED:
             return self._judge_fixed(progress)
         if progress.is_abandoned:
@@ -742,7 +746,7 @@ class Planner:
                 progress.follows_policy = False
         return self._judge_by_static_plan(progress)
 
-    def _judge_by_static_plan(self, progress: Progress) -> Decision:
+    def _judge_by_static_plan(self, progress: RequestState) -> Decision:
         plan, judged = self._plan_without_policy(progress), progress.answer.stage.index
         away = self._away().union(progress.failed)
         following = plan.next_after(judged, away)
@@ -763,7 +767,7 @@ class Planner:
             return decision.stopped(DecisionReason.MAX_LATENCY)
         return decision
 
-    def _too_slow(self, progress: Progress, excluded: Collection[int]) -> frozenset[int]:
+    def _too_slow(self, progress: RequestState, excluded: Collection[int]) -> frozenset[int]:
         """Return the stages that max_latency_ms leaves no time for, by what calls took; never all that are
         left: where none fits, the quickest one does."""
         left_ms = self._left_of_budget_ms(progress)
@@ -776,7 +780,7 @@ class Planner:
         return self._load.expected_queue_ms(place) + self._load.service_ms(place)
 
     @staticmethod
-    def _left_of_budget_ms(progress: Progress) -> float:
+    def _left_of_budget_ms(progress: RequestState) -> float:
         budget_ms = progress.request.objective.max_latency_ms
         return math.inf if budget_ms is None else budget_ms - progress.spent_ms()
 
@@ -791,7 +795,7 @@ class Planner:
 
 
 @contextmanager
-def _noting(progress: Progress, refusal: Refusal) -> Iterator[None]:
+def _noting(progress: RequestState, refusal: Refusal) -> Iterator[None]:
     """Note why a request was refused in the block, where it was."""
     try:
         yield

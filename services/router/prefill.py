@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from services.router.domain import Request, Stage
-    from services.router.load import Call
-    from services.router.ports import StageClient
+    from services.router.interfaces import StageClient
+    from services.router.planning.load import Call
 
 
 class PrefillAhead:

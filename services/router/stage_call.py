@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from services.router.domain import Stage
 
 
-class StageRun:
+class StageCall:
     """Collects what a stage sends.
 
     draft_stage: whose draft it verifies, or "". is_pipelined: whether that is being written meanwhile. clock:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         Tokens,
         Verification,
     )
-    from services.router.speculation import Skip
+    from services.router.planning.draft_selection import SkipReason
 
     # Takes what a stage sends while it works; the stage goes on once it has been taken.
     Take = Callable[[Tokens | Verification], Awaitable[None]]
@@ -89,7 +89,7 @@ class PolicyClient(Protocol):
         """Return what to do with an answer. A stage to escalate to is later than the answer's."""
 
 
-class Sleepers(Protocol):
+class Activator(Protocol):
     """Knows which stages have no replica, by their places, and has them woken."""
 
     @property
@@ -112,7 +112,7 @@ class Observer(Protocol):
     def stage_answered(self, answer: Answer, task: str, *, is_adapted: bool) -> None:
         """A stage gave an answer to a request of a type of task, or of none (""), with its adapter or not."""
 
-    def draft_skipped(self, stage: Stage, reason: Skip) -> None:
+    def draft_skipped(self, stage: Stage, reason: SkipReason) -> None:
         """A stage works without a draft that it could have had."""
 
     def request_refused(self, reason: Refusal) -> None:

@@ -1,8 +1,8 @@
 """Whether drafts are worth verifying, by the passes and the time that they save. Pure.
 
 Two rules. By passes: where verifying takes about as many as writing anew, drafts save nothing whatever the
-load. By time: the faster of the two ways holds (`services.router.paces`), and what one of them takes
-foretells the other.
+load. By time: the faster of the two ways holds (see bandit.py), and what one of them takes foretells the
+other.
 
 The forecast. A step of an engine that batches takes the time of reading the weights, a pass, and more for
 each token that is computed in it: the roofline (Williams, Waterman and Patterson 2009), as in the goodput
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from services.common.cost import verify_cost
 from services.router.domain import StageAction
-from services.router.paces import Paces, Start, Took
+from services.router.planning.bandit import Paces, Start, Took
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,7 +47,7 @@ _PROBE_EVERY_AT_MOST = 128
 _TOKEN = 0.0065
 
 
-class Skip(Enum):
+class SkipReason(Enum):
     """Why a draft is left out."""
 
     # Verifying it would take as many passes as writing anew.
@@ -74,19 +74,19 @@ class SpeculationOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class DraftChoice:
     """Whether a target verifies a draft: why not, or None. To be given back, once, when its request ends.
 
     paces, start: where times are compared. counts: whether the request shows how long that takes.
     """
 
-    reason: Skip | None = None
+    reason: SkipReason | None = None
     paces: Paces | None = None
     start: Start | None = None
     counts: bool = True
 
 
-class Speculation:
+class DraftSelection:
     """What is known of drafts. enabled: False, and every draft is verified. clock: monotonic seconds.
 
     Times are compared for each drafter of a target; of chains, which begin with the drafting, and of
@@ -101,23 +101,23 @@ class Speculation:
 
     def choose(
         self, drafter: str, target: str, calls: int, replicas: int = 1, *, has_draft: bool = False
-    ) -> Choice:
+    ) -> DraftChoice:
         """Choose whether a target verifies a drafter's draft or writes its next answer without.
 
         calls: under way at the target, over its replicas, the next one and those of other routers included.
         replicas: how many it has. has_draft: whether the draft is written already.
         """
         if not self._enabled:
-            return Choice()
+            return DraftChoice()
         pair = self._pairs.get((drafter, target))
         if pair is not None and pair.is_worthless:
-            return Choice(Skip.WORTHLESS if pair.leaves_out() else None)
+            return DraftChoice(SkipReason.WORTHLESS if pair.leaves_out() else None)
         paces = self._paces.setdefault((drafter, target, has_draft), Paces())
         start = paces.choose(calls, replicas, self._clock())
-        reason = None if start.is_first else Skip.PROBE if paces.is_trial else Skip.LOAD
-        return Choice(reason, paces, start)
+        reason = None if start.is_first else SkipReason.PROBE if paces.is_trial else SkipReason.LOAD
+        return DraftChoice(reason, paces, start)
 
-    def answered(self, answer: Answer, choice: Choice | None = None) -> None:
+    def answered(self, answer: Answer, choice: DraftChoice | None = None) -> None:
         """Learn from an answer. choice: what was chosen for it, if anything was; its request has ended."""
         usage = answer.result.usage
         if answer.verification is not None:
@@ -134,7 +134,7 @@ class Speculation:
         # One for the end, which is a token too where the answer was not cut.
         self._end(choice, Took(seconds, usage.completion_tokens + 1, otherwise_s))
 
-    def ended(self, choice: Choice) -> None:
+    def ended(self, choice: DraftChoice) -> None:
         """A request has ended without an answer of the target: that took its time and gave nothing."""
         if choice.start is not None:
             self._end(choice, Took(self._clock() - choice.start.started, 0))
@@ -149,7 +149,7 @@ class Speculation:
             for has_draft in (False, True):
                 self._paces.pop((drafter, target, has_draft), None)
 
-    def _end(self, choice: Choice, took: Took) -> None:
+    def _end(self, choice: DraftChoice, took: Took) -> None:
         if choice.paces is not None and choice.start is not None:
             choice.paces.ended(choice.start, self._clock(), took, counts=choice.counts)
 

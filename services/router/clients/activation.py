@@ -6,10 +6,14 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Protocol
 
+from asd.v1 import manager_pb2, manager_pb2_grpc
+from services.common.channel import call_unary
 from services.common.errors import AsdError, BudgetSpent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
+
+    import grpc
 
     from services.router.domain import Stage
 
@@ -41,7 +45,7 @@ class StageManager(Protocol):
         """Have a stage get replicas."""
 
 
-class AllAwake:
+class AlwaysActive:
     """The sleepers of a cascade whose stages never sleep."""
 
     asleep: frozenset[int] = frozenset()
@@ -53,7 +57,7 @@ class AllAwake:
         """Return at once."""
 
 
-class Waking:
+class Activation:
     """Follows which stages sleep. Run `follow` in a task.
 
     stages: every stage with where its replicas are looked for. clock: monotonic seconds. poll_ms: how often
@@ -157,3 +161,36 @@ class Waking:
         self.asleep = frozenset(asleep)
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+
+
+class GrpcManager:
+    """Calls the manager of stages that sleep. timeout_ms: of each call."""
+
+    def __init__(self, target: str, channel: grpc.aio.Channel, timeout_ms: float) -> None:
+        self._peer = f"the manager at {target}"
+        self._timeout_ms = timeout_ms
+        stub = manager_pb2_grpc.ManagerServiceStub(channel)
+        self._status = stub.Status
+        self._wake = stub.Wake
+
+    async def awake(self) -> dict[str, bool]:
+        """Return the names of the managed stages, and whether a replica of each is ready.
+
+        A stage whose state is not known is left out.
+        """
+        status = await call_unary(
+            self._status,
+            manager_pb2.ManagerServiceStatusRequest(),
+            timeout_ms=self._timeout_ms,
+            peer=self._peer,
+        )
+        return {
+            each.stage: each.state == manager_pb2.SLEEP_STATE_AWAKE
+            for each in status.stages
+            if each.state != manager_pb2.SLEEP_STATE_UNSPECIFIED
+        }
+
+    async def wake(self, stage: str) -> None:
+        """Have a stage get replicas."""
+        message = manager_pb2.WakeRequest(stage=stage)
+        await call_unary(self._wake, message, timeout_ms=self._timeout_ms, peer=self._peer)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from services.router.domain import Objective, Stage
-    from services.router.load import Call, Load
+    from services.router.planning.load import Call, Load
 
 # Shorter waits than this count as none, and are not told to the policy. Chosen: no plan turns on them.
 MIN_QUEUE_MS = 1.0

@@ -1,0 +1,1 @@
+"""How the router calls stages, the policy service and the scaler."""
