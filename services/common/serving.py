@@ -10,14 +10,15 @@ from services.common.server import ServerOptions
 from services.common.settings import Section, ServiceSettings
 from services.common.tls import ServerTls
 
-Count = Annotated[int, Field(ge=0)]
+# gRPC takes milliseconds as a 32-bit number: 24 days are the most.
+Milliseconds = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class GrpcSettings(Section):
     """Of the server's connections, as in services.common.server.ServerOptions."""
 
-    max_connection_age_ms: Count = 0
-    max_connection_age_grace_ms: Count = 0
+    max_connection_age_ms: Milliseconds = 0
+    max_connection_age_grace_ms: Milliseconds = 0
 
 
 class ServerSettings(ServiceSettings):

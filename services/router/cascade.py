@@ -10,7 +10,6 @@ from services.common.errors import (
     BudgetSpent,
     InvalidRequest,
     Overloaded,
-    QueueFull,
     ResourceExhausted,
 )
 from services.common.patience import Patience
@@ -114,7 +113,16 @@ class Cascade:
             # Of drafters, also where the call itself fails.
             calls.callback(lambda: self._note_failures(progress, progress.new_failures()))
             await call_stage(
-                progress, client, draft, upstream, timeout_ms, leave_after_ms, self._clock, watch, emit
+                progress,
+                client,
+                draft,
+                upstream,
+                timeout_ms,
+                leave_after_ms,
+                self._clock,
+                watch,
+                emit,
+                lambda: self._planner.heard(stage),
             )
         for answer in progress.new_answers():
             self._patience.there()
@@ -139,7 +147,7 @@ class Cascade:
         if isinstance(error, Overloaded) and self._planner.may_be_refused(progress):
             raise error
         following = await self._planner.decide_again(progress)
-        if following is None and isinstance(error, QueueFull) and self._planner.may_be_refused(progress):
+        if following is None and self._planner.is_refused_for(progress, error):
             raise error
         if following is None:
             progress.keep_earlier_answer(error)

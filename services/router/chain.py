@@ -37,6 +37,7 @@ async def call_stage(
     clock: Callable[[], float],
     watch: Callable[[], float],
     emit: Emit,
+    heard: Callable[[], None],
 ) -> None:
     """Have a stage answer; the progress takes what it sends, and its answer at last.
 
@@ -44,7 +45,7 @@ async def call_stage(
     the call. leave_after_ms: after so long the request goes on without it, as long as it can; BudgetSpent
     says so. watch: is called while nothing has come, returns after how many milliseconds it is to be called
     again, and raises an error where the call is not to be waited for. emit: is told what that changes for the
-    caller.
+    caller. heard: is called where the stage has sent something.
     """
     request = progress.request
     action = StageAction.VERIFY if draft or upstream else StageAction.GENERATE
@@ -58,7 +59,7 @@ async def call_stage(
             finally:
                 progress.drafted_upstream(*await pipeline.close())
         else:
-            limit = _Limit(progress, client.stage, leave_after_ms, clock, watch, emit)
+            limit = _Limit(progress, client.stage, leave_after_ms, clock, watch, emit, heard)
             call = (
                 client.verify(request, draft, timeout_ms, limit.take)
                 if draft
@@ -86,6 +87,7 @@ class _Limit:
         clock: Callable[[], float],
         watch: Callable[[], float],
         emit: Emit,
+        heard: Callable[[], None],
     ) -> None:
         self._progress = progress
         self._stage = stage
@@ -93,6 +95,7 @@ class _Limit:
         self._clock = clock
         self._watch = watch
         self._emit = emit
+        self._heard = heard
         self._until = clock() + leave_after_ms / 1000.0
         self._timeout = asyncio.timeout(None)
         self._watching: asyncio.Handle | None = None
@@ -119,6 +122,7 @@ class _Limit:
     async def take(self, event: Tokens | Verification) -> None:
         """Take what the stage sends. The time that its reader takes is no reason to leave in the midst."""
         self._stop_watching()
+        self._heard()
         self._is_taking = True
         try:
             await self._progress.take(event, self._emit)

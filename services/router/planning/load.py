@@ -73,6 +73,8 @@ class Load:
         self._begun = 0
         self._others_ms = [0.0] * stage_count
         self._measured = [0.0] * stage_count
+        # When it last sent something of a call.
+        self._sent = [0.0] * stage_count
         self._service_ms = [0.0] * stage_count
         self._deviation_ms = [0.0] * stage_count
         self._capacity = [_FIRST_CAPACITY] * stage_count
@@ -196,9 +198,17 @@ class Load:
         """Return the mean time that a stage computes a call, waits not counted; 0 where none has ended."""
         return self._service_ms[stage]
 
+    def heard_from(self, stage: int) -> None:
+        """A stage has sent something of a call that is under way."""
+        self._sent[stage] = self._clock()
+
     def has_answered_since(self, stage: int, began: float) -> bool:
         """Return whether a stage has answered a call since a time by the clock, in seconds."""
         return self._measured[stage] > began
+
+    def has_sent_since(self, stage: int, began: float) -> bool:
+        """Return whether a stage has sent something, of any call, since a time by the clock, in seconds."""
+        return self._sent[stage] > began
 
     def longest_ms(self, stage: int) -> float:
         """Return the time that few calls take longer than at a stage, waits not counted; 0 as above."""

@@ -12,6 +12,7 @@ from policy_service.settings import PolicySettings
 from services.common.addresses import check_target, host_of, is_loopback
 from services.common.channel import open_channel
 from services.common.server import ServerOptions
+from services.common.settings import SettingsError
 from services.common.tls import ServerTls
 from services.manager.settings import ManagerSettings
 from services.router.settings import RouterSettings
@@ -33,6 +34,13 @@ OWN = {
     StageSettings: "models: [{name: small, path: /models/small}]\n",
     ManagerSettings: "stages: [{name: small, deployment: asd-small, target: a:1}]\n",
 }
+
+
+def test_an_age_that_grpc_cannot_hold_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(OWN[RouterSettings] + f"grpc: {{max_connection_age_ms: {2**31}}}\n")
+    with pytest.raises(SettingsError, match="max_connection_age_ms"):
+        RouterSettings.load(file)
 
 
 @pytest.mark.parametrize("kind", OWN, ids=lambda kind: kind.__name__)
