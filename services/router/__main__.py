@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 from contextlib import AsyncExitStack, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from services.common import telemetry
@@ -28,6 +28,7 @@ from services.router.domain import Stage
 from services.router.instruments import Instruments
 from services.router.planning.draft_selection import SpeculationOptions
 from services.router.planning.health import Health
+from services.router.planning.knowledge import Knowledge
 from services.router.planning.planner import Planner
 from services.router.planning.static_plan import StaticPlan
 from services.router.servicer import CascadeServicer
@@ -38,10 +39,24 @@ if TYPE_CHECKING:
 
     from services.router.clients.activation import Replicated
     from services.router.interfaces import Activator
+    from services.router.planning.load import Load
+
+
+@dataclass(frozen=True)
+class Router:
+    """A router's parts: what serves it, and how busy it knows its stages to be."""
+
+    servicer: CascadeServicer
+    load: Load
 
 
 async def build(settings: RouterSettings, channels: AsyncExitStack) -> CascadeServicer:
     """Return the servicer that the settings describe; its channels close with the stack."""
+    return (await assemble(settings, channels)).servicer
+
+
+async def assemble(settings: RouterSettings, channels: AsyncExitStack) -> Router:
+    """Return the router that the settings describe; its channels close with the stack."""
     clock = time.monotonic
     names = [stage.name for stage in settings.stages]
     # 0 would be nobody.
@@ -74,18 +89,13 @@ async def build(settings: RouterSettings, channels: AsyncExitStack) -> CascadeSe
     sleepers = await _sleepers(settings, sleeping, channels)
     if settings.manager is not None:
         instruments.watch_sleep([each.stage for each in stages], lambda: sleepers.asleep)
-    planner = Planner(
-        [each.stage for each in stages],
-        policy,
-        static_plan,
-        instruments,
-        clock,
-        options,
-        sleepers,
-        settings.overload,
+    knowledge = Knowledge(
+        [each.stage for each in stages], clock, sleepers, has_adaptive_drafts=options.adaptive
     )
-    return CascadeServicer(
-        Cascade(stages, planner, instruments, clock, Patience(clock, new_seconds=NEW_SECONDS)),
+    patience = Patience(clock, new_seconds=NEW_SECONDS)
+    planner = Planner(knowledge, policy, static_plan, instruments, options, patience, settings.overload)
+    servicer = CascadeServicer(
+        Cascade(stages, planner, instruments, clock),
         Directory(stages, policy, settings.static_plan, sleepers),
         clock,
         instruments,
@@ -93,6 +103,7 @@ async def build(settings: RouterSettings, channels: AsyncExitStack) -> CascadeSe
         batch_concurrency=settings.batch_concurrency,
         default_deadline_ms=settings.default_deadline_ms,
     )
+    return Router(servicer, knowledge.load)
 
 
 async def run(settings: RouterSettings) -> None:

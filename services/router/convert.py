@@ -94,7 +94,7 @@ def objective_from(message: common_pb2.Objective) -> Objective:
     """Return an objective as a domain value."""
     has = message.HasField
     return Objective(
-        lambda_=cast("float", getattr(message, "lambda")) if has("lambda") else None,
+        quality_value=cast("float", getattr(message, "lambda")) if has("lambda") else None,
         max_cost=message.max_cost if has("max_cost") else None,
         max_latency_ms=message.max_latency_ms if has("max_latency_ms") else None,
         min_quality=message.min_quality if has("min_quality") else None,
@@ -135,8 +135,8 @@ def objective_to(objective: Objective) -> common_pb2.Objective:
         min_quality=objective.min_quality,
         preference=cast("common_pb2.Preference.ValueType | None", objective.preference),
     )
-    if objective.lambda_ is not None:
-        setattr(message, "lambda", objective.lambda_)
+    if objective.quality_value is not None:
+        setattr(message, "lambda", objective.quality_value)
     return message
 
 

@@ -7,7 +7,7 @@ from enum import Enum, IntEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from services.common.errors import AsdError
 
@@ -116,19 +116,6 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
-    """How a stage's call failed. place: of the stage. call_ms: time that the call had for its own work.
-
-    has_heard: whether anything came from it.
-    """
-
-    place: int
-    error: AsdError
-    call_ms: float
-    has_heard: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Sampling:
     """How tokens are chosen. None: the stage's default."""
 
@@ -141,9 +128,9 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What the caller wants optimised. Costs and `lambda_` in cost units. None: not set."""
+    """What the caller wants optimised. Costs and `quality_value` in cost units. None: not set."""
 
-    lambda_: float | None = None
+    quality_value: float | None = None
     max_cost: float | None = None
     max_latency_ms: float | None = None
     min_quality: float | None = None
@@ -383,6 +370,108 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
+class Call:
+    """One of this router's calls under way at a stage.
+
+    stage: its index. number: later calls have higher ones. depth: how many there were as it began, itself
+    included. began: by the clock, in seconds. expected_ms: the wait that was expected for it.
+    """
+
+    stage: int
+    number: int
+    depth: int
+    began: float
+    expected_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Who planned a request, and for how many milliseconds the policy was asked."""
+
+    source: PlanSource
+    policy_version: str = ""
+    policy_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A stage's call, as it was planned.
+
+    decision: on the answer before it; None: there is none. draft: the answer that the stage verifies; None:
+    it writes by itself, or verifies what the drafters write meanwhile. skip_reason: why it works without a
+    draft that there is. timeout_ms: of the call. leave_after_ms: after so long the request goes on without
+    it, where it can. is_final: whether its answer will stand. abandon: when its draft is not worth finishing.
+    prefill: the stage that the request likely escalates to, whose prefix cache is filled meanwhile, for
+    prefill_ms at most.
+    """
+
+    stage: Stage
+    provenance: Provenance
+    timeout_ms: float
+    leave_after_ms: float
+    is_final: bool
+    decision: Decision | None = None
+    draft: StageResult | None = None
+    drafters: tuple[Stage, ...] = ()
+    skip_reason: str = ""
+    abandon: tuple[AbandonRule, ...] = ()
+    prefill: Stage | None = None
+    prefill_ms: float = 0.0
+
+    @property
+    def action(self) -> StageAction:
+        """What the stage does."""
+        return StageAction.VERIFY if self.draft or self.drafters else StageAction.GENERATE
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The end of a request: an answer stands. decision: on it. is_earlier: a later stage has failed since."""
+
+    decision: Decision
+    provenance: Provenance
+    is_earlier: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """How a stage's call failed. call_ms: time that it had for its own work.
+
+    has_heard: whether anything came from it. call: None where none was made, and of drafters.
+    """
+
+    stage: Stage
+    error: AsdError
+    call_ms: float
+    has_heard: bool
+    call: Call | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What the calls of a step came to.
+
+    answers: each with the calls that were under way at its stage as it began, itself included; the step's own
+    is the last one. failures: of drafters. refusals: of a stage that refused the prompt as its prefix cache
+    was filled, by its index. is_abandoned: whether the answer is a draft that was not worth finishing.
+    """
+
+    answers: tuple[tuple[Answer, int], ...] = ()
+    failures: tuple[Failure, ...] = ()
+    refusals: Mapping[int, AsdError] = field(default_factory=dict)
+    is_abandoned: bool = False
+
+
+class StageFailed(Exception):  # noqa: N818 - an error is named by its cause
+    """The stage of a step has failed. drafters: those of its drafters that failed, too."""
+
+    def __init__(self, failure: Failure, drafters: tuple[Failure, ...] = ()) -> None:
+        super().__init__(failure.error.message)
+        self.failure = failure
+        self.drafters = drafters
+
+
+@dataclass(frozen=True, slots=True)
 class StageStarted:
     """A stage starts on the request."""
 
@@ -443,3 +532,7 @@ class Outcome:
 
 
 Event = StageStarted | Drafted | Committed | Revised | Outcome
+
+
+async def show_nothing(event: Event) -> None:
+    """Take an event of an answer whose caller is shown the outcome alone."""

@@ -1,4 +1,4 @@
-"""Prefill-ahead: warming the prefix cache of the stage that a request will likely escalate to."""
+"""Prefill-ahead: filling the prefix cache of the stage that a request will likely escalate to."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from services.common.errors import AsdError, ModelRefusal
 from services.router.domain import Prefilled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from contextlib import AbstractContextManager
+    from collections.abc import Callable, Sequence
 
-    from services.router.domain import Request, Stage
+    from services.router.domain import Request, Stage, Step
     from services.router.interfaces import StageClient
-    from services.router.planning.load import Call
+    from services.router.planning.load import Load
 
 
 class PrefillAhead:
-    """Prompts that are being put into a later stage's cache while an earlier one drafts, for one request.
+    """Fills the prefix cache of the stage that a request likely escalates to, while an earlier one drafts.
 
-    clock: monotonic seconds. calling: counts its block as a call under way at a stage.
+    clock: monotonic seconds.
     """
 
     def __init__(
-        self, clock: Callable[[], float], calling: Callable[[Stage], AbstractContextManager[Call]]
+        self, request: Request, clients: Sequence[StageClient], load: Load, clock: Callable[[], float]
     ) -> None:
+        self._request = request
+        self._clients = clients
+        self._load = load
         self._clock = clock
-        self._calling = calling
         self._task: asyncio.Task[Prefilled | None] | None = None
         self._stage = -1
         self._refusal: ModelRefusal | None = None
@@ -39,18 +40,20 @@ class PrefillAhead:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    def start(self, request: Request, client: StageClient, timeout_ms: float) -> None:
-        """Begin to warm a stage. timeout_ms: an escalation waits for it no longer than that."""
-        self._stage = client.stage.index
-        # Counted from now on, not from the task's first step: a request that looks in between would warm too.
+    def start(self, step: Step) -> None:
+        """Begin to fill the cache of a step's likely successor, if it has one."""
+        if step.prefill is None:
+            return
+        self._stage = step.prefill.index
+        # Counted from now on, not from the task's first step: a request in between would fill it too.
         counted = ExitStack()
-        counted.enter_context(self._calling(client.stage))
-        self._task = asyncio.create_task(self._warm(request, client, timeout_ms))
+        counted.enter_context(self._load.calling(self._stage))
+        self._task = asyncio.create_task(self._fill(self._clients[self._stage], step.prefill_ms))
         self._task.add_done_callback(lambda _: counted.close())
 
-    async def settle(self, stage: int) -> None:
-        """Wait for the warming of a stage: a verification beside it would process the prompt twice."""
-        if self._task is not None and self._stage == stage:
+    async def wait_for(self, stage: Stage) -> None:
+        """Wait until a stage has its prompt: a verification beside it would process the prompt twice."""
+        if self._task is not None and self._stage == stage.index:
             await asyncio.wait([self._task])
 
     def refusals(self) -> dict[int, AsdError]:
@@ -58,7 +61,7 @@ class PrefillAhead:
         return {} if self._refusal is None else {self._stage: self._refusal}
 
     async def close(self) -> Prefilled | None:
-        """Stop what is under way; return what was warmed, if anything."""
+        """Stop what is under way; return what was prefilled, if anything."""
         if self._task is None:
             return None
         self._task.cancel()
@@ -66,10 +69,10 @@ class PrefillAhead:
         (outcome,) = await asyncio.gather(self._task, return_exceptions=True)
         return outcome if isinstance(outcome, Prefilled) else None
 
-    async def _warm(self, request: Request, client: StageClient, timeout_ms: float) -> Prefilled | None:
+    async def _fill(self, client: StageClient, timeout_ms: float) -> Prefilled | None:
         started = self._clock()
         try:
-            tokens = await client.prefill(request, timeout_ms)
+            tokens = await client.prefill(self._request, timeout_ms)
         except ModelRefusal as refusal:
             self._refusal = refusal
             return None

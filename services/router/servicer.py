@@ -18,7 +18,7 @@ from services.common.telemetry import Spans, Traced, current_trace_id
 from services.common.validation import MAX_REQUEST_BYTES
 from services.common.wire import MAX_ENTRIES
 from services.router import convert, spans
-from services.router.domain import Event, Outcome, Refusal, Request, View
+from services.router.domain import Event, Outcome, Refusal, Request, View, show_nothing
 from services.router.planning.admission import LEAST_RETRY_S, MOST_RETRY_S
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class CascadeServicer(cascade_pb2_grpc.CascadeServiceServicer):
             return outcome
 
     async def _outcome(self, message: cascade_pb2.GenerateRequest, deadline: float) -> Outcome:
-        return await self._answer(message, deadline, View.OUTCOME, _show_nothing)
+        return await self._answer(message, deadline, View.OUTCOME, show_nothing)
 
     async def _batch_response(
         self, index: int, message: cascade_pb2.GenerateRequest, deadline: float
@@ -241,10 +241,6 @@ def check_request(request: cascade_pb2.GenerateRequest, path: str = "") -> None:
     if request.session_id:
         validation.check_session_id(request.session_id, f"{path}session_id")
     validation.check_task(request.task, f"{path}task")
-
-
-async def _show_nothing(event: Event) -> None:
-    """Take an event of an answer whose caller is shown the outcome alone."""
 
 
 @asynccontextmanager

@@ -7,23 +7,23 @@ from typing import TYPE_CHECKING
 from services.common.telemetry import OPERATION_CHAT, PROVIDER_NAME, Attributes, Traced
 
 if TYPE_CHECKING:
-    from services.router.domain import Answer, Decision, Outcome, Stage, StageAction
-    from services.router.request import RequestState
+    from services.router.domain import Answer, Decision, Outcome, Provenance, Request, Stage, StageAction
 
 
-def describe_plan(span: Traced, progress: RequestState, first: Stage) -> None:
+def describe_plan(span: Traced, provenance: Provenance, first: Stage) -> None:
     """Say where the plan came from and what it is."""
     if span.recording:
-        span.set(Attributes.PLAN_SOURCE, progress.plan_source.name.lower())
+        span.set(Attributes.PLAN_SOURCE, provenance.source.name.lower())
         span.set(Attributes.PLAN_FIRST_STAGE, first.name)
-        span.set(Attributes.POLICY_VERSION, progress.policy_version)
+        span.set(Attributes.POLICY_VERSION, provenance.policy_version)
 
 
-def describe_call(span: Traced, progress: RequestState, stage: Stage, action: StageAction) -> None:
-    """Say which stage is asked for what."""
+def describe_call(
+    span: Traced, request: Request, stage: Stage, action: StageAction, skip_reason: str = ""
+) -> None:
+    """Say which stage is asked for what. skip_reason: why it works without a draft that there is."""
     if not span.recording:
         return
-    request = progress.request
     span.set(Attributes.OPERATION, OPERATION_CHAT)
     span.set(Attributes.PROVIDER, PROVIDER_NAME)
     span.set(Attributes.REQUEST_MODEL, stage.model or stage.name)
@@ -36,9 +36,8 @@ def describe_call(span: Traced, progress: RequestState, stage: Stage, action: St
     span.set(Attributes.STAGE_ACTION, action.name.lower())
     if request.task:
         span.set(Attributes.REQUEST_TASK, request.task)
-    choice = progress.choices.get(stage.index)
-    if choice is not None and choice.reason is not None:
-        span.set(Attributes.DRAFT_SKIPPED, choice.reason.value)
+    if skip_reason:
+        span.set(Attributes.DRAFT_SKIPPED, skip_reason)
 
 
 def describe_answer(span: Traced, answer: Answer) -> None:
@@ -61,19 +60,21 @@ def describe_answer(span: Traced, answer: Answer) -> None:
         span.set(Attributes.ACCEPTED_TOKENS, answer.verification.accepted_tokens)
 
 
-def describe_decision(span: Traced, progress: RequestState, decision: Decision) -> None:
-    """Say what was decided, by whom and why."""
+def describe_decision(
+    span: Traced, decision: Decision, judged: Stage, provenance: Provenance, *, follows_policy: bool
+) -> None:
+    """Say what was decided on a stage's answer, by whom and why."""
     if not span.recording:
         return
     is_judged = decision.p_correct is not None or decision.is_out_of_family
-    source = "policy" if is_judged else progress.plan_source.name.lower()
-    if not progress.follows_policy:
+    source = "policy" if is_judged else provenance.source.name.lower()
+    if not follows_policy:
         source = "static"
     span.set(Attributes.PLAN_SOURCE, source)
     span.set(Attributes.DECISION_OUTCOME, decision.action.name.lower())
     span.set(Attributes.DECISION_REASON, decision.reason.name.lower())
-    span.set(Attributes.STAGE_NAME, progress.answer.stage.name)
-    span.set(Attributes.POLICY_VERSION, progress.policy_version)
+    span.set(Attributes.STAGE_NAME, judged.name)
+    span.set(Attributes.POLICY_VERSION, provenance.policy_version)
     if decision.p_correct is not None:
         span.set(Attributes.P_CORRECT, decision.p_correct)
     if decision.is_out_of_family:

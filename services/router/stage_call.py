@@ -18,16 +18,16 @@ from services.router.domain import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from services.router.domain import Stage
+    from services.router.domain import AbandonRule, Stage
 
 
 class StageCall:
     """Collects what a stage sends.
 
-    draft_stage: whose draft it verifies, or "". is_pipelined: whether that is being written meanwhile. clock:
-    monotonic seconds.
+    draft_stage: whose draft it verifies, or "". is_pipelined: whether that is being written meanwhile.
+    abandon: when its draft is not worth finishing. clock: monotonic seconds.
     """
 
     def __init__(
@@ -38,7 +38,9 @@ class StageCall:
         clock: Callable[[], float],
         *,
         is_pipelined: bool = False,
+        abandon: Sequence[AbandonRule] = (),
     ) -> None:
+        self._abandon = list(abandon)
         self.stage = stage
         self.action = action
         self._draft_stage = draft_stage
@@ -87,10 +89,16 @@ class StageCall:
         """Whether the stage sent its result."""
         return self._result is not None
 
-    @property
-    def logprobs(self) -> list[float]:
-        """Log-probabilities of the tokens so far."""
-        return self._logprobs
+    def is_hopeless(self) -> bool:
+        """Return whether the draft is not worth finishing. A rule is looked at once, when it can be told.
+
+        As in fitting: a draft that ends within a rule's tokens is heard to its end.
+        """
+        while self._abandon and len(self._logprobs) > self._abandon[0].tokens:
+            rule = self._abandon.pop(0)
+            if sum(self._logprobs[: rule.tokens]) / rule.tokens < rule.mean_logprob:
+                return True
+        return False
 
     def answer(self) -> Answer:
         """Return the stage's whole answer. Raises AsdError if it sent no result."""

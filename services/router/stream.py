@@ -90,7 +90,7 @@ class AnswerStream:
         """The running stage failed: drop what is not of the answer before it. Only where can_go_back."""
         yield from self._drop_after(self._agreed_with_earlier())
 
-    def settle(self, tokens: Tokens, *, is_earlier: bool = False) -> Iterator[Event]:
+    def commit(self, tokens: Tokens, *, is_earlier: bool = False) -> Iterator[Event]:
         """An answer stands: commit all of it.
 
         tokens: the whole answer. is_earlier: it is the one from before the running stage, which failed; only

@@ -10,8 +10,8 @@ from services.router.domain import Overload, Preference
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from services.router.domain import Objective, Stage
-    from services.router.planning.load import Call, Load
+    from services.router.domain import Call, Objective, Stage
+    from services.router.planning.load import Load
 
 # Shorter waits than this count as none, and are not told to the policy. Chosen: no plan turns on them.
 MIN_QUEUE_MS = 1.0
@@ -57,7 +57,7 @@ class Admission:
         """
         if self._overload is Overload.DEGRADE or objective.preference is Preference.FASTEST:
             return None
-        is_bound = objective.lambda_ is not None or objective.preference is Preference.BEST
+        is_bound = objective.quality_value is not None or objective.preference is Preference.BEST
         return 1.0 if is_bound else _LEAST_SHARE
 
     @staticmethod

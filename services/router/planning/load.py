@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from contextlib import contextmanager
-from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
+
+from services.router.domain import Call
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -40,21 +41,6 @@ class Question(Enum):
 
     PLAN = "plan"
     DECIDE = "decide"
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One of this router's calls under way at a stage.
-
-    number: later calls have higher ones. depth: how many there were as it began, itself included. began: by
-    the clock, in seconds. expected_ms: the wait that was expected for it.
-    """
-
-    stage: int
-    number: int
-    depth: int
-    began: float
-    expected_ms: float
 
 
 class Load:

@@ -5,8 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from services.common.cost import is_above
+from services.router.domain import Preference
+
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Sequence
+
+    from services.router.domain import Objective, Stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,3 +53,25 @@ class StaticPlan:
     def next_after(self, stage: int, excluded: Collection[int] = ()) -> int | None:
         """Return the stage to escalate to; None if the stage's answer stands."""
         return next((index for index in self.stages if index > stage and index not in excluded), None)
+
+
+def plan_without_policy(
+    objective: Objective, plan: StaticPlan, stages: Sequence[Stage], *, has_drafts: bool
+) -> StaticPlan:
+    """Return what is asked while the policy service is unavailable. plan: the configured one.
+
+    Where the caller wants quality certified or the BEST, the last stage alone: no other answer could stand.
+    FASTEST is the static plan, as it is written. What is between them must not lose quality because the
+    policy is late: the plan's stages draft, and the last stage of the cascade verifies. It verifies at once
+    what the policy had drafted and was too late to judge (has_drafts), and writes where max_cost does not
+    leave room for drafts.
+    """
+    last = len(stages) - 1
+    alone = StaticPlan((last,), len(stages))
+    if objective.min_quality is not None or objective.preference is Preference.BEST:
+        return alone
+    if objective.preference is Preference.FASTEST and objective.quality_value is None:
+        return plan
+    cost = sum(stages[index].cost for index in {*plan.stages, last})
+    is_too_dear = objective.max_cost is not None and is_above(cost, objective.max_cost)
+    return alone if is_too_dear or has_drafts else plan.ending_with_the_last()

@@ -25,7 +25,7 @@ from asd.v1 import (
 from services.common.channel import open_channel
 from services.common.errors import AsdError, NotFound, Unavailable
 from services.common.server import ServiceRegistration, start_server
-from services.router.__main__ import build
+from services.router.__main__ import assemble
 from services.router.settings import RouterSettings
 from tests.limits import CALL_S
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     import grpc
 
+    from services.router.planning.load import Load
     from services.router.servicer import CascadeServicer
 
 COSTS = (1.6, 4.2, 8.8)
@@ -373,6 +374,7 @@ class World:
     servers: dict[str, grpc.aio.Server]
     servicer: CascadeServicer
     port: int
+    load: Load
 
     async def stop(self, name: str) -> None:
         await self.servers[name].stop(0)
@@ -447,7 +449,8 @@ async def world():
                 options["policy"] = {"target": policy_target, "timeout_ms": policy_timeout_ms}
             elif policy:
                 options.setdefault("policy", {"target": targets["policy"], "timeout_ms": policy_timeout_ms})
-            servicer = await build(RouterSettings(**options), stack)
+            router = await assemble(RouterSettings(**options), stack)
+            servicer = router.servicer
             server, port = await start_server("127.0.0.1:0", [servicer.registration()])
             channel = await stack.enter_async_context(open_channel(f"127.0.0.1:{port}", retry=False))
             # An attempt to connect has a second, which a busy machine may need for other programs.
@@ -462,6 +465,7 @@ async def world():
                 servers,
                 servicer,
                 port,
+                router.load,
             )
 
         start.stage = FakeStage

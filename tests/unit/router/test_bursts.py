@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import pytest
 
-from services.router.clients.activation import AlwaysActive
 from services.router.domain import (
     Answer,
     Decision,
@@ -20,26 +19,28 @@ from services.router.domain import (
     Objective,
     Overload,
     Plan,
-    PlanSource,
     Preference,
+    Report,
     Request,
     Stage,
     StageAction,
     StageResult,
+    Step,
     Timing,
     Tokens,
     Usage,
     View,
 )
 from services.router.planning.draft_selection import SpeculationOptions
-from services.router.planning.planner import Planner
 from services.router.planning.static_plan import StaticPlan
 from services.router.request import RequestState
+from tests.unit.router.small_cascade import Observer, make_planner, show_nothing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from services.router.domain import Condition
+    from services.router.planning.planner import Planner, RequestPlan
 
 COSTS, LATENCIES_MS = (1.6, 4.2, 8.8), (20.0, 40.0, 80.0)
 STAGES = [Stage(name, index, COSTS[index], 5000.0) for index, name in enumerate(("small", "medium", "large"))]
@@ -106,18 +107,15 @@ class Toll:
         return min(stages, key=price)
 
 
-def make_planner(policy: Toll, overload: Overload = Overload.DEGRADE) -> Planner:
-    observer: Any = None
+def planner_of(policy: Toll, overload: Overload = Overload.DEGRADE) -> Planner:
     plan = StaticPlan((2,), len(STAGES))
-    return Planner(
-        STAGES, policy, plan, observer, lambda: 0.0, SpeculationOptions(), AlwaysActive(), overload
-    )
+    options = SpeculationOptions(adaptive=False)
+    return make_planner(STAGES, policy, plan, Observer(), lambda: 0.0, options, overload=overload)
 
 
-def make_progress(objective: Objective | None = None) -> RequestState:
-    return RequestState(
-        Request("id", "hi", objective=objective or Objective()), 60.0, View.OUTCOME, lambda: 0.0
-    )
+def make_state(objective: Objective | None = None) -> RequestState:
+    request = Request("id", "hi", objective=objective or Objective())
+    return RequestState(request, 60.0, View.OUTCOME, lambda: 0.0, show_nothing)
 
 
 def make_answer(stage: Stage) -> Answer:
@@ -131,34 +129,53 @@ async def answer_some(planner: Planner, policy: Toll) -> None:
     """Have the router see each stage answer, and the policy plan and decide, one request after the other."""
     for stage in STAGES:
         for _ in range(20):
-            planner.stage_answered(make_progress(), make_answer(stage), 1)
+            planner.knowledge.learn_answer(make_answer(stage), 1)
     policy.gate.set()
     for _ in range(20):
-        progress = make_progress()
-        assert await planner.plan(progress) == 0
-        await decide(planner, progress)
+        assert await first_of(planner, make_state()) == 0
+        with ExitStack() as requests:
+            await next_after(await answered(planner, requests))
     policy.gate.clear()
+    forget(policy)
+
+
+def forget(policy: Toll) -> None:
     policy.plans = policy.decisions = 0
     policy.shares.clear()
     policy.everybody.clear()
 
 
-async def decide(planner: Planner, progress: RequestState) -> Decision:
-    """Have a small answer judged."""
-    progress.plan_source = PlanSource.POLICY
-    progress._answer = make_answer(STAGES[0])
-    return await planner.decide(progress)
+async def first_of(planner: Planner, state: RequestState) -> int:
+    """Return the stage that a request begins with."""
+    with planner.plan_for(state) as plan:
+        return (await plan.first_step()).stage.index
+
+
+async def answered(planner: Planner, requests: ExitStack, objective: Objective | None = None) -> RequestPlan:
+    """Return the plan of a request that small has answered. requests: ends it."""
+    state = make_state(objective)
+    plan = requests.enter_context(planner.plan_for(state))
+    await state.begin(replace(await plan.first_step(), stage=STAGES[0]))
+    state.finish(make_answer(STAGES[0]).result)
+    return plan
+
+
+async def next_after(plan: RequestPlan) -> int:
+    """Return the stage that follows an answer."""
+    step = await plan.after_answer(Report())
+    assert isinstance(step, Step)
+    return step.stage.index
 
 
 async def test_a_burst_is_not_all_sent_to_one_stage() -> None:
     policy = Toll()
-    planner = make_planner(policy)
+    planner = planner_of(policy)
     await answer_some(planner, policy)
     with ExitStack() as calls:
 
         async def start() -> int:
-            first = await planner.plan(make_progress())
-            calls.enter_context(planner.calling(STAGES[first]))
+            first = await first_of(planner, make_state())
+            calls.enter_context(planner.load.calling(first))
             return first
 
         burst = [asyncio.create_task(start()) for _ in range(BURST)]
@@ -177,16 +194,20 @@ async def test_a_burst_is_not_all_sent_to_one_stage() -> None:
 
 async def test_escalations_that_come_together_are_not_all_sent_to_one_stage() -> None:
     policy = Toll()
-    planner = make_planner(policy)
+    planner = planner_of(policy)
     await answer_some(planner, policy)
-    with ExitStack() as calls:
+    with ExitStack() as requests, ExitStack() as calls:
+        policy.gate.set()
+        plans = [await answered(planner, requests) for _ in range(BURST)]
+        policy.gate.clear()
+        forget(policy)
 
-        async def go_on() -> int | None:
-            following = (await decide(planner, make_progress())).next_stage
-            calls.enter_context(planner.calling(STAGES[following or 0]))
+        async def go_on(plan: RequestPlan) -> int:
+            following = await next_after(plan)
+            calls.enter_context(planner.load.calling(following))
             return following
 
-        burst = [asyncio.create_task(go_on()) for _ in range(BURST)]
+        burst = [asyncio.create_task(go_on(plan)) for plan in plans]
         await policy.everybody.wait()
         policy.gate.set()
         went = Counter(await asyncio.gather(*burst))
@@ -198,13 +219,13 @@ async def test_escalations_that_come_together_are_not_all_sent_to_one_stage() ->
 
 async def test_requests_that_come_one_by_one_go_where_they_always_went() -> None:
     policy = Toll()
-    planner = make_planner(policy)
+    planner = planner_of(policy)
     await answer_some(planner, policy)
     policy.gate.set()
     with ExitStack() as calls:
         for _ in range(8):
-            first = await planner.plan(make_progress())
-            calls.enter_context(planner.calling(STAGES[first]))
+            first = await first_of(planner, make_state())
+            calls.enter_context(planner.load.calling(first))
             assert first == 0
     assert policy.plans == 8
 
@@ -215,20 +236,21 @@ BEST = Objective(preference=Preference.BEST)
 @pytest.mark.parametrize("question", ["plan", "decide"])
 async def test_a_burst_for_the_best_is_not_told_to_step_down(question: str) -> None:
     policy = Toll()
-    planner = make_planner(policy, Overload.QUEUE)
+    planner = planner_of(policy, Overload.QUEUE)
     await answer_some(planner, policy)
-    with ExitStack() as calls:
+    with ExitStack() as requests, ExitStack() as calls:
+        policy.gate.set()
+        plans = [await answered(planner, requests, BEST) for _ in range(BURST)]
+        policy.gate.clear()
+        forget(policy)
 
-        async def start() -> int | None:
-            progress = make_progress(BEST)
-            if question == "plan":
-                stage: int | None = await planner.plan(progress)
-            else:
-                stage = (await decide(planner, progress)).next_stage
-            calls.enter_context(planner.calling(STAGES[stage or 0]))
+        async def start(plan: RequestPlan) -> int:
+            asked = first_of(planner, make_state(BEST)) if question == "plan" else next_after(plan)
+            stage = await asked
+            calls.enter_context(planner.load.calling(stage))
             return stage
 
-        burst = [asyncio.create_task(start()) for _ in range(BURST)]
+        burst = [asyncio.create_task(start(plan)) for plan in plans]
         await policy.everybody.wait()
         policy.gate.set()
         went = Counter(await asyncio.gather(*burst))
@@ -245,7 +267,7 @@ async def test_a_burst_for_the_best_is_not_told_to_step_down(question: str) -> N
         (Objective(preference=Preference.BALANCED, max_latency_ms=900.0), 0.97),
         (Objective(min_quality=0.9), 0.97),
         (BEST, 1.0),
-        (Objective(lambda_=3.0), 1.0),
+        (Objective(quality_value=3.0), 1.0),
         (Objective(preference=Preference.FASTEST), None),
     ],
 )
@@ -253,7 +275,7 @@ async def test_waits_lower_no_quality_unasked(objective: Objective, share: float
     for overload, told in ((Overload.QUEUE, share), (Overload.SHED, share), (Overload.DEGRADE, None)):
         policy = Toll()
         policy.gate.set()
-        planner = make_planner(policy, overload)
-        await planner.plan(make_progress(objective))
-        await decide(planner, make_progress(objective))
+        planner = planner_of(policy, overload)
+        with ExitStack() as requests:
+            await next_after(await answered(planner, requests, objective))
         assert policy.shares == {told}

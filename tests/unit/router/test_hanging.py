@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from services.common.errors import AsdError, BudgetSpent, QueueFull, Unavailable
-from services.router.domain import DecisionReason, Failure, Request, View
-from services.router.planning.planner import MARGIN_MS
-from services.router.request import RequestState
+from services.router.domain import DecisionReason, Failure, Report, Step, View
+from services.router.planning.time_budget import MARGIN_MS
+from services.router.running import StageRunner
 from tests.unit.router.small_cascade import FakeStage, Policy, SmallCascade, answered, called, shown
 
 # Short, as what hangs is waited for: half of it, by the clock on the wall.
@@ -29,16 +29,16 @@ def late(cascade: SmallCascade, name: str, *, after: int = 0, seconds: float = 6
     return stage
 
 
-def keep_limits(cascade: SmallCascade) -> list[float]:
+def keep_limits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Return a list that gets after how long the planner would leave each call, in milliseconds."""
     seen: list[float] = []
-    leave_after_ms = cascade.planner.leave_after_ms
+    run = StageRunner.run
 
-    def keep(*arguments: Any) -> float:
-        seen.append(leave_after_ms(*arguments))
-        return seen[-1]
+    async def keep(runner: StageRunner, step: Step, *arguments: Any) -> Report:
+        seen.append(step.leave_after_ms)
+        return await run(runner, step, *arguments)
 
-    cascade.planner.leave_after_ms = keep  # type: ignore[method-assign]
+    monkeypatch.setattr(StageRunner, "run", keep)
     return seen
 
 
@@ -58,10 +58,12 @@ async def test_an_answer_is_not_lost_to_a_last_stage_that_hangs(
         assert shown(events) == "abc"
 
 
-async def test_a_last_stage_that_others_wait_for_has_half_of_the_time() -> None:
+async def test_a_last_stage_that_others_wait_for_has_half_of_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """By what the planner says: the router's clock stands still while the call is waited for."""
     cascade = SmallCascade(Policy({0: (2,)}))
-    seen = keep_limits(cascade)
+    seen = keep_limits(monkeypatch)
     await cascade.ask()
     assert seen == [pytest.approx(LEFT_MS / 2)] * 2
     seen.clear()
@@ -81,10 +83,12 @@ async def test_a_last_stage_that_others_wait_for_has_half_of_the_time() -> None:
         (50_000.0, LEFT_MS - 100.0),
     ],
 )
-async def test_a_stage_that_always_takes_long_has_more_than_half(total_ms: float, share_ms: float) -> None:
+async def test_a_stage_that_always_takes_long_has_more_than_half(
+    total_ms: float, share_ms: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cascade = SmallCascade(Policy({0: (2,)}), large={"total_ms": total_ms})
     await cascade.ask()
-    seen = keep_limits(cascade)
+    seen = keep_limits(monkeypatch)
     await cascade.ask()
     assert seen[-1] == pytest.approx(share_ms)
 
@@ -234,13 +238,11 @@ async def test_a_stage_that_waits_for_a_drafter_that_hangs_is_not_blamed(chain: 
 
 async def test_a_drafter_that_hangs_is_found_though_others_are_answered_by_its_target() -> None:
     cascade = SmallCascade(Policy())
-    progress = RequestState(Request("id", "hi"), 60.0, View.OUTCOME, cascade.clock)
-    target = cascade.stages["large"].stage
-    with cascade.planner.calling(target) as call:
-        cascade.planner.watch(progress, target, call)
-        cascade.clock.now += 1.0
-        await cascade.ask(stage="large")
-        cascade.planner.stage_failed(progress, Failure(0, BudgetSpent("late"), 59_000.0, has_heard=False))
+    small = cascade.stages["small"].stage
+    cascade.clock.now += 1.0
+    await cascade.ask(stage="large")
+    drafter = Failure(small, BudgetSpent("late"), 59_000.0, has_heard=False)
+    cascade.planner.knowledge.learn_failure(drafter)
     assert await avoided(cascade) == {"small"}
 
 

@@ -15,9 +15,9 @@ FASTEST = Objective(preference=Preference.FASTEST)
 BETTER = {
     "no wish": Objective(),
     "balanced": Objective(preference=Preference.BALANCED),
-    "lambda": Objective(lambda_=3.0),
+    "lambda": Objective(quality_value=3.0),
     # The value of an answer is given: the preference says nothing beside it.
-    "lambda and fastest": Objective(lambda_=3.0, preference=Preference.FASTEST),
+    "lambda and fastest": Objective(quality_value=3.0, preference=Preference.FASTEST),
 }
 BEST = {
     "best": Objective(preference=Preference.BEST),

@@ -12,7 +12,6 @@ import pytest
 
 from services.common.errors import AsdError, Away, BudgetSpent, Overloaded, PreconditionFailed
 from services.router.cascade import Cascade
-from services.router.clients.activation import AlwaysActive
 from services.router.domain import (
     DecisionReason,
     FinishReason,
@@ -31,10 +30,9 @@ from services.router.domain import (
     View,
 )
 from services.router.planning.draft_selection import SpeculationOptions
-from services.router.planning.planner import Planner
 from services.router.planning.static_plan import StaticPlan
 from tests.unit.router import simulated_time
-from tests.unit.router.small_cascade import NAMES, Observer, Policy, show_nothing
+from tests.unit.router.small_cascade import NAMES, Observer, Policy, make_planner, show_nothing
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Callable, Collection
@@ -131,7 +129,7 @@ class Busy:
         observer: Any = self.observer
         options = SpeculationOptions(prefill_ahead=False, adaptive=False)
         plan = StaticPlan(static_plan, len(NAMES))
-        planner = Planner(stages, policy, plan, observer, self.clock, options, AlwaysActive(), overload)
+        planner = make_planner(stages, policy, plan, observer, self.clock, options, overload=overload)
         self._cascade = Cascade(tuple(self.stages.values()), planner, observer, self.clock)
 
     async def ask(self, seconds: float, **fields: Any) -> Told:
@@ -373,7 +371,7 @@ def test_a_stage_that_writes_for_another_request_does_not_hang() -> None:
 
 
 FOR_QUALITY = [Objective(preference=Preference.BEST), Objective(min_quality=0.9)]
-NOT_FOR_QUALITY = [Objective(), Objective(preference=Preference.FASTEST), Objective(lambda_=3.0)]
+NOT_FOR_QUALITY = [Objective(), Objective(preference=Preference.FASTEST), Objective(quality_value=3.0)]
 
 
 @pytest.mark.parametrize("objective", NOT_FOR_QUALITY)

@@ -41,6 +41,7 @@ from tests.unit.router.small_cascade import (
     SmallCascade,
     answered,
     called,
+    show_nothing,
     shown,
 )
 
@@ -317,10 +318,10 @@ async def test_a_draft_without_text_is_not_handed_on(is_silent: bool, calls: lis
 async def test_a_wait_for_a_stage_that_sleeps_is_no_overload() -> None:
     """Unrelated requests are under way elsewhere."""
     cascade = SmallCascade(Policy())
-    progress = RequestState(Request("id", "hi"), 60.0, View.OUTCOME, cascade.clock)
-    with cascade.planner.calling(cascade.stages["small"].stage):
+    state = RequestState(Request("id", "hi"), 60.0, View.OUTCOME, cascade.clock, show_nothing)
+    with cascade.load.calling(0), cascade.load.calling(0), cascade.planner.plan_for(state) as plan:
         error = BudgetSpent("stage large is not awake")
-        assert cascade.planner.refused(progress, error) is error
+        assert plan.refusal(error) is error
 
 
 @pytest.mark.parametrize("view", [View.OUTCOME, View.COMMITTED])
@@ -330,5 +331,5 @@ async def test_who_was_given_final_tokens_is_late_and_not_refused(view: View) ->
     await cascade.ask(stage="medium")
     cascade.stages["medium"].fail_after, cascade.stages["medium"].failure = 2, BudgetSpent("late")
     kind = Overloaded if view is View.OUTCOME else BudgetSpent
-    with cascade.planner.calling(cascade.stages["medium"].stage), pytest.raises(kind):
+    with cascade.load.calling(1), pytest.raises(kind):
         await cascade.events(view, stage="medium")

@@ -14,7 +14,6 @@ from services.common.errors import AsdError, Away, InvalidRequest, NotFound, Que
 from services.common.patience import Patience
 from services.common.status import DETAILS_KEY, status_of, to_rpc_status
 from services.router.cascade import Cascade
-from services.router.clients.activation import AlwaysActive
 from services.router.clients.stage import GrpcStage
 from services.router.domain import (
     FinishReason,
@@ -28,10 +27,8 @@ from services.router.domain import (
     Verification,
     View,
 )
-from services.router.planning.draft_selection import SpeculationOptions
-from services.router.planning.planner import Planner
 from services.router.planning.static_plan import StaticPlan
-from tests.unit.router.small_cascade import show_nothing
+from tests.unit.router.small_cascade import make_planner, show_nothing
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection, Iterator
@@ -264,10 +261,10 @@ def cascade_of(time: Time, *scripts: list[AsdError | None]) -> tuple[Cascade, li
     )
     plan = StaticPlan((0,), len(clients))
     stages = [client.stage for client in clients]
-    planner = Planner(stages, None, plan, observer, time, SpeculationOptions(), AlwaysActive())
     patience = Patience(time, time.sleep)
     patience.there()
-    return Cascade(clients, planner, observer, time, patience), clients  # type: ignore[arg-type]
+    planner = make_planner(stages, None, plan, observer, time, patience=patience)
+    return Cascade(clients, planner, observer, time), clients  # type: ignore[arg-type]
 
 
 async def outcome(cascade: Cascade, time: Time) -> Outcome:

@@ -1,0 +1,101 @@
+"""The policy's plan: what the policy service is asked, and what it is told of the stages."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from services.router.domain import DecisionReason
+from services.router.planning.load import Question
+from services.router.planning.time_budget import MARGIN_MS, SHARE_OF_TIME
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+    from services.router.domain import Decision, Plan
+    from services.router.interfaces import PolicyClient
+    from services.router.planning.admission import Admission
+    from services.router.planning.knowledge import Knowledge
+    from services.router.request import RequestState
+
+
+class PolicyPlan:
+    """Of one request. What the policy raises is raised: Unavailable and BudgetSpent where it is away or
+    late."""
+
+    def __init__(
+        self, policy: PolicyClient, state: RequestState, knowledge: Knowledge, admission: Admission
+    ) -> None:
+        self._policy = policy
+        self._state = state
+        self._knowledge = knowledge
+        # Down to which share of the largest stage's accuracy waits may take the request.
+        self._share = admission.accuracy_share(state.request.objective)
+        # For how long the policy was asked, in milliseconds.
+        self.asked_ms = 0.0
+
+    async def plan(self, unavailable: Collection[int]) -> Plan:
+        """Return the policy's plan; without stages that have no replica, where it begins with one."""
+        avoided, may_repeat = unavailable, self._counts_waits()
+        with self._timed():
+            while True:
+                conditions, told_ms = self._knowledge.conditions(avoided), self._knowledge.queues_ms()
+                with self._knowledge.load.asking(Question.PLAN):
+                    plan = await self._policy.plan(
+                        self._state.request,
+                        conditions,
+                        self._state.left_ms(MARGIN_MS),
+                        min_accuracy_share=self._share,
+                    )
+                inactive = self._knowledge.activate({plan.first_stage})
+                if inactive and avoided is unavailable:
+                    avoided = inactive.union(unavailable)
+                elif may_repeat and self._knowledge.has_grown(plan.first_stage, told_ms):
+                    may_repeat = False
+                else:
+                    self._knowledge.load.chosen(Question.PLAN, plan.first_stage)
+                    return plan
+
+    async def decide(self, unavailable: Collection[int]) -> Decision:
+        """Return the decision on the latest answer; where it goes to a stage without a replica, the decision
+        without those."""
+        state, avoided, may_repeat = self._state, unavailable, self._counts_waits()
+        spent_ms = state.spent_ms()
+        with self._timed():
+            while True:
+                conditions, told_ms = self._knowledge.conditions(avoided), self._knowledge.queues_ms()
+                with self._knowledge.load.asking(Question.DECIDE):
+                    decision = await self._policy.decide(
+                        state.request,
+                        state.answer,
+                        state.spent_cost,
+                        spent_ms,
+                        conditions,
+                        # There is an answer, which is not lost to a question about it.
+                        state.left_ms(MARGIN_MS) * SHARE_OF_TIME,
+                        min_accuracy_share=self._share,
+                    )
+                inactive = self._knowledge.activate({decision.next_stage})
+                if inactive and avoided is not unavailable:
+                    # An answer that is there does not wait for a stage that is not.
+                    return decision.stopped(DecisionReason.STAGE_UNAVAILABLE)
+                if inactive:
+                    avoided = inactive.union(unavailable)
+                elif may_repeat and self._knowledge.has_grown(decision.next_stage, told_ms):
+                    may_repeat = False
+                else:
+                    self._knowledge.load.chosen(Question.DECIDE, decision.next_stage)
+                    return decision
+
+    def _counts_waits(self) -> bool:
+        """Return whether waits may change what the policy answers."""
+        has_budget = self._state.request.objective.max_latency_ms is not None
+        return self._share is None or self._share < 1.0 or has_budget
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = self._knowledge.clock()
+        try:
+            yield
+        finally:
+            self.asked_ms += (self._knowledge.clock() - started) * 1000.0
