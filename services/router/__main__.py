@@ -86,17 +86,17 @@ async def assemble(settings: RouterSettings, channels: AsyncExitStack) -> Router
     static_plan = StaticPlan(tuple(names.index(name) for name in settings.static_plan), len(names))
     instruments = Instruments()
     options = SpeculationOptions(**settings.speculation.model_dump())
-    sleepers = await _sleepers(settings, sleeping, channels)
+    activator = await _activator(settings, sleeping, channels)
     if settings.manager is not None:
-        instruments.watch_sleep([each.stage for each in stages], lambda: sleepers.asleep)
+        instruments.watch_sleep([each.stage for each in stages], lambda: activator.scaled_to_zero)
     knowledge = Knowledge(
-        [each.stage for each in stages], clock, sleepers, has_adaptive_drafts=options.adaptive
+        [each.stage for each in stages], clock, activator, has_adaptive_drafts=options.adaptive
     )
     patience = Patience(clock, new_seconds=NEW_SECONDS)
     planner = Planner(knowledge, policy, static_plan, instruments, options, patience, settings.overload)
     servicer = CascadeServicer(
         Cascade(stages, planner, instruments, clock),
-        Directory(stages, policy, settings.static_plan, sleepers),
+        Directory(stages, policy, settings.static_plan, activator),
         clock,
         instruments,
         max_concurrent=settings.max_concurrent,
@@ -121,7 +121,7 @@ async def run(settings: RouterSettings) -> None:
         )
 
 
-async def _sleepers(
+async def _activator(
     settings: RouterSettings, stages: Sequence[tuple[Stage, Replicated]], channels: AsyncExitStack
 ) -> Activator:
     """Return what knows of stages that sleep; it asks the manager until the stack closes."""

@@ -242,7 +242,7 @@ def result_from(message: stage_pb2.StageResult, peer: str) -> StageResult:
 def plan_from(
     message: policy_pb2.PlanResponse, first: int, likely_next: int | None, abandon_to: int | None
 ) -> Plan:
-    """Return a plan as a domain value. first, likely_next, abandon_to: places of its stages."""
+    """Return a plan as a domain value. first, likely_next, abandon_to: indices of its stages."""
     rules = tuple(AbandonRule(rule.tokens, rule.mean_logprob) for rule in message.abandon)
     return Plan(first, message.policy_version, message.p_escalate, likely_next, rules, abandon_to)
 

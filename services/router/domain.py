@@ -308,7 +308,7 @@ class AbandonRule:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The policy's choice of a first stage, by its place in the cascade.
+    """The policy's choice of a first stage, by its index.
 
     p_escalate: probability that a later stage will be asked. likely_next: that stage; None: there is none.
     abandon: by ascending number of tokens. abandon_to: the stage that goes on with a draft that was given up.
@@ -336,7 +336,7 @@ class Prefilled:
 class Decision:
     """What to do with an answer.
 
-    next_stage: place of the stage to ask, for ESCALATE. p_correct: calibrated probability that the judged
+    next_stage: index of the stage to ask, for ESCALATE. p_correct: calibrated probability that the judged
     answer is correct; None where the policy was not asked, or had nothing to predict, as the prompt is unlike
     all that it was fitted to: is_out_of_family. expected_ms: latency to be expected of next_stage; None:
     unknown.

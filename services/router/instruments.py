@@ -185,9 +185,9 @@ class Instruments:
         """Show which stages sleep. asleep: is called at each export."""
 
         def observe(_: CallbackOptions) -> Iterable[Observation]:
-            places = asleep()
+            inactive = asleep()
             return [
-                telemetry.observation(int(stage.index in places), {Attributes.STAGE_NAME: stage.name})
+                telemetry.observation(int(stage.index in inactive), {Attributes.STAGE_NAME: stage.name})
                 for stage in stages
             ]
 

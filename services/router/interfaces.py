@@ -90,17 +90,17 @@ class PolicyClient(Protocol):
 
 
 class Activator(Protocol):
-    """Knows which stages have no replica, by their places, and has them woken."""
+    """Knows which stages are scaled to zero, by their indices, and activates them."""
 
     @property
-    def asleep(self) -> frozenset[int]:
-        """Places of the stages that sleep."""
+    def scaled_to_zero(self) -> frozenset[int]:
+        """Indices of the stages that have no replica."""
 
-    def wake(self, stage: Stage) -> None:
-        """Have a stage woken, in the background."""
+    def activate(self, stage: Stage) -> None:
+        """Have a stage get a replica, in the background."""
 
-    async def until_awake(self, stage: Stage, timeout_ms: float) -> None:
-        """Wake a stage and wait for it. Raises BudgetSpent where it is not awake in time."""
+    async def until_active(self, stage: Stage, timeout_ms: float) -> None:
+        """Activate a stage and wait for it. Raises BudgetSpent where it has no replica in time."""
 
 
 class Observer(Protocol):

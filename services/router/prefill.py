@@ -57,7 +57,7 @@ class PrefillAhead:
             await asyncio.wait([self._task])
 
     def refusals(self) -> dict[int, AsdError]:
-        """Return the stage, by place, that has said that it cannot take the request, and why."""
+        """Return the stage, by index, that has said that it cannot take the request, and why."""
         return {} if self._refusal is None else {self._stage: self._refusal}
 
     async def close(self) -> Prefilled | None:

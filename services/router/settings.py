@@ -127,7 +127,7 @@ class RouterSettings(ServerSettings):
         unknown = [name for name in self.static_plan if name not in names]
         if unknown:
             raise ValueError(f"static_plan: {', '.join(unknown)} is not among stages ({', '.join(names)})")
-        places = [names.index(name) for name in self.static_plan]
-        if places != sorted(set(places)):
+        indices = [names.index(name) for name in self.static_plan]
+        if indices != sorted(set(indices)):
             raise ValueError("static_plan: name stages once each, in the order of stages")
         return self

@@ -46,14 +46,14 @@ class StageManager(Protocol):
 
 
 class AlwaysActive:
-    """The sleepers of a cascade whose stages never sleep."""
+    """Of a cascade whose stages always have replicas."""
 
-    asleep: frozenset[int] = frozenset()
+    scaled_to_zero: frozenset[int] = frozenset()
 
-    def wake(self, stage: Stage) -> None:
+    def activate(self, stage: Stage) -> None:
         """Do nothing: the stage is awake."""
 
-    async def until_awake(self, stage: Stage, timeout_ms: float) -> None:
+    async def until_active(self, stage: Stage, timeout_ms: float) -> None:
         """Return at once."""
 
 
@@ -75,7 +75,7 @@ class Activation:
         self._manager = manager
         self._clock = clock
         self._poll_s = poll_ms / 1000.0
-        self.asleep: frozenset[int] = frozenset()
+        self.scaled_to_zero: frozenset[int] = frozenset()
         self._heard = clock()
         self._problem = ""
         self._woken: dict[int, float] = {}
@@ -115,15 +115,15 @@ class Activation:
             if stage.name not in awake:
                 continue
             if not awake[stage.name]:
-                if stage.index not in self.asleep:
+                if stage.index not in self.scaled_to_zero:
                     replicas.forget()
                 asleep.append(stage.index)
-            elif stage.index in self.asleep and not await replicas.find():
+            elif stage.index in self.scaled_to_zero and not await replicas.find():
                 # It is ready, but its name does not say so yet.
                 asleep.append(stage.index)
         self._set(asleep)
 
-    def wake(self, stage: Stage) -> None:
+    def activate(self, stage: Stage) -> None:
         """Have a stage woken, in the background, unless that was asked a moment ago."""
         now = self._clock()
         if now - self._woken.get(stage.index, -WAKE_SECONDS) < WAKE_SECONDS:
@@ -133,12 +133,12 @@ class Activation:
         self._waking.add(task)
         task.add_done_callback(self._waking.discard)
 
-    async def until_awake(self, stage: Stage, timeout_ms: float) -> None:
+    async def until_active(self, stage: Stage, timeout_ms: float) -> None:
         """Wake a stage and wait for it. Raises BudgetSpent where it is not awake in time."""
         try:
             async with asyncio.timeout(max(timeout_ms, 0.0) / 1000.0):
-                while stage.index in self.asleep:
-                    self.wake(stage)
+                while stage.index in self.scaled_to_zero:
+                    self.activate(stage)
                     await self._changed.wait()
         except TimeoutError as error:
             problem = self._wake_problems.get(stage.index) or self._problem
@@ -158,7 +158,7 @@ class Activation:
             self._wake_problems.pop(stage.index, None)
 
     def _set(self, asleep: Collection[int]) -> None:
-        self.asleep = frozenset(asleep)
+        self.scaled_to_zero = frozenset(asleep)
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 

@@ -26,9 +26,9 @@ class Directory:
         stages: Sequence[GrpcStage],
         policy: GrpcPolicy | None,
         static_plan: Sequence[str],
-        sleepers: Activator,
+        activator: Activator,
     ) -> None:
-        self._sleepers = sleepers
+        self._activator = activator
         self._stages = tuple(stages)
         self._policy = policy
         self._static_plan = tuple(static_plan)
@@ -44,7 +44,7 @@ class Directory:
         )
 
     async def _describe(self, stage: GrpcStage) -> cascade_pb2.StageDescription:
-        if stage.stage.index in self._sleepers.asleep:
+        if stage.stage.index in self._activator.scaled_to_zero:
             description = stage.describe_away()
             description.asleep = True
             return description

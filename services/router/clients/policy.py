@@ -77,7 +77,7 @@ class GrpcPolicy:
         self._peer = f"the policy service at {target}"
         self._health = health
         self._stages = tuple(stages)
-        self._places = {name: index for index, name in enumerate(stages)}
+        self._indices = {name: index for index, name in enumerate(stages)}
         self._timeout_ms = timeout_ms
         self._breaker = breaker
         self._limit = CallLimit(_POLICY_CALLS)
@@ -112,16 +112,16 @@ class GrpcPolicy:
 
         wait_ms = self._wait_ms(request, 0.0, timeout_ms)
         response = await self._ask(self._plan, message, timeout_ms, wait_ms)
-        first = self._place(response.first_stage)
+        first = self._index(response.first_stage)
         likely = self._later(first, response.likely_next_stage)
         return convert.plan_from(response, first, likely, self._later(first, response.abandon_stage))
 
     def _later(self, first: int, name: str) -> int | None:
-        """Return the place of a stage that may follow the first one; None for no name."""
-        place = self._place(name) if name else None
-        if place is not None and place <= first:
+        """Return the index of a stage that may follow the first one; None for no name."""
+        index = self._index(name) if name else None
+        if index is not None and index <= first:
             raise AsdError(f"{self._peer} expects to escalate from {self._stages[first]} to an earlier stage")
-        return place
+        return index
 
     async def decide(
         self,
@@ -244,7 +244,7 @@ class GrpcPolicy:
         next_stage: int | None = None
         expected_ms: float | None = None
         if action is DecisionAction.ESCALATE:
-            next_stage = self._place(response.next_stage)
+            next_stage = self._index(response.next_stage)
             if next_stage <= judged:
                 raise AsdError(
                     f"{self._peer} escalates from {self._stages[judged]} to {response.next_stage}, "
@@ -269,8 +269,8 @@ class GrpcPolicy:
             is_out_of_family=not has_p_correct,
         )
 
-    def _place(self, stage: str) -> int:
-        place = self._places.get(stage)
-        if place is None:
+    def _index(self, stage: str) -> int:
+        index = self._indices.get(stage)
+        if index is None:
             raise AsdError(f"{self._peer} chose stage {stage!r}, which the cascade does not have")
-        return place
+        return index

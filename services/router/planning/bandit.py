@@ -247,9 +247,9 @@ class Paces:
         ]
         # Forecasts are corrected by what was seen where one had been made.
         seen = [
-            self._known[place].sums.pace / pace
-            for place, (pace, _) in self._foretold.items()
-            if place in self._known and place[0] == is_first
+            self._known[arm].sums.pace / pace
+            for arm, (pace, _) in self._foretold.items()
+            if arm in self._known and arm[0] == is_first
         ]
         error = min([1.0, *seen])
         for (way, level), (pace, since) in self._foretold.items():

@@ -79,7 +79,7 @@ class Knowledge:
 
     def scaled_to_zero(self) -> frozenset[int]:
         """Return the stages that have no replica, by their indices."""
-        return self._activator.asleep
+        return self._activator.scaled_to_zero
 
     def activate(self, wanted: Collection[int | None]) -> frozenset[int]:
         """Have the wanted stages activated that have no replica.
@@ -89,12 +89,12 @@ class Knowledge:
         inactive = self.scaled_to_zero()
         missing = inactive.intersection(wanted)
         for index in missing:
-            self._activator.wake(self.stages[index])
+            self._activator.activate(self.stages[index])
         return inactive if missing else frozenset()
 
     async def until_active(self, stage: Stage, timeout_ms: float) -> None:
         """Activate a stage and wait for it. Raises BudgetSpent where it is not active in time."""
-        await self._activator.until_awake(stage, timeout_ms)
+        await self._activator.until_active(stage, timeout_ms)
 
     # Times.
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class StaticPlan:
     """Stages that are asked in order; each escalates to the next, and the last one answers.
 
-    stages: places in the cascade, ascending, at least one. stage_count: stages of the cascade. Raises
+    stages: indices in the cascade, ascending, at least one. stage_count: stages of the cascade. Raises
     ValueError if they do not fit each other.
     """
 

@@ -35,14 +35,14 @@ class Activator:
         self.waited: list[tuple[str, float]] = []
 
     @property
-    def asleep(self) -> frozenset[int]:
+    def scaled_to_zero(self) -> frozenset[int]:
         self._awake -= 1
         return frozenset() if self._awake >= 0 else self._asleep
 
-    def wake(self, stage: Stage) -> None:
+    def activate(self, stage: Stage) -> None:
         """The planner asks for it before it waits."""
 
-    async def until_awake(self, stage: Stage, timeout_ms: float) -> None:
+    async def until_active(self, stage: Stage, timeout_ms: float) -> None:
         self.waited.append((stage.name, timeout_ms))
 
 

@@ -71,21 +71,21 @@ async def settled() -> None:
 
 async def test_what_the_manager_says_is_followed() -> None:
     w = World(small=True, large=False)
-    assert w.waking.asleep == frozenset()
+    assert w.waking.scaled_to_zero == frozenset()
     await w.waking.update()
-    assert w.waking.asleep == {1}
+    assert w.waking.scaled_to_zero == {1}
     # Its addresses lead nowhere any more; once is enough.
     await w.waking.update()
     assert [name.forgotten for name in w.names] == [0, 1]
     w.manager.says = {"small": False, "large": True}
     await w.waking.update()
-    assert w.waking.asleep == {0}
+    assert w.waking.scaled_to_zero == {0}
 
 
 async def test_a_stage_that_is_not_managed_never_sleeps() -> None:
     w = World(large=False)
     await w.waking.update()
-    assert w.waking.asleep == {1}
+    assert w.waking.scaled_to_zero == {1}
 
 
 async def test_a_stage_sleeps_until_its_name_has_an_address() -> None:
@@ -94,10 +94,10 @@ async def test_a_stage_sleeps_until_its_name_has_an_address() -> None:
     w.manager.says["large"] = True
     w.names[1].has_replicas = False
     await w.waking.update()
-    assert w.waking.asleep == {1}
+    assert w.waking.scaled_to_zero == {1}
     w.names[1].has_replicas = True
     await w.waking.update()
-    assert w.waking.asleep == frozenset()
+    assert w.waking.scaled_to_zero == frozenset()
 
 
 async def test_a_manager_that_is_away_is_believed_for_a_while() -> None:
@@ -106,22 +106,22 @@ async def test_a_manager_that_is_away_is_believed_for_a_while() -> None:
     w.manager.error = Unavailable("gone")
     w.now += TRUSTED_SECONDS - 0.1
     await w.waking.update()
-    assert w.waking.asleep == {1}
+    assert w.waking.scaled_to_zero == {1}
     w.now += 0.1
     await w.waking.update()
-    assert w.waking.asleep == frozenset()
+    assert w.waking.scaled_to_zero == frozenset()
 
 
 async def test_waking_is_asked_for_once_in_a_while_and_for_each_stage() -> None:
     w = World(small=False, large=False)
     await w.waking.update()
     for _ in range(3):
-        w.waking.wake(LARGE)
-    w.waking.wake(SMALL)
+        w.waking.activate(LARGE)
+    w.waking.activate(SMALL)
     await settled()
     assert w.manager.woken == ["large", "small"]
     w.now += WAKE_SECONDS
-    w.waking.wake(LARGE)
+    w.waking.activate(LARGE)
     await settled()
     assert w.manager.woken == ["large", "small", "large"]
 
@@ -129,7 +129,7 @@ async def test_waking_is_asked_for_once_in_a_while_and_for_each_stage() -> None:
 async def test_who_waits_goes_on_when_the_stage_is_awake() -> None:
     w = World(large=False)
     await w.waking.update()
-    waiting = asyncio.create_task(w.waking.until_awake(LARGE, LONG_MS))
+    waiting = asyncio.create_task(w.waking.until_active(LARGE, LONG_MS))
     await w.manager.asked.wait()
     await w.waking.update()
     await settled()
@@ -143,7 +143,7 @@ async def test_who_waits_goes_on_when_the_stage_is_awake() -> None:
 async def test_a_stage_that_is_awake_is_not_waited_for() -> None:
     w = World(large=True)
     await w.waking.update()
-    await w.waking.until_awake(LARGE, 0.0)
+    await w.waking.until_active(LARGE, 0.0)
     assert w.manager.woken == []
 
 
@@ -151,20 +151,20 @@ async def test_who_waits_in_vain_is_told_what_hinders() -> None:
     w = World(large=False)
     await w.waking.update()
     with pytest.raises(BudgetSpent, match=r"^stage large sleeps and was not awake within 0 ms: ask again"):
-        await w.waking.until_awake(LARGE, 0.0)
+        await w.waking.until_active(LARGE, 0.0)
     w.now += WAKE_SECONDS
     w.manager.wake_error = Unavailable("the Kubernetes API cannot be reached")
-    w.waking.wake(LARGE)
+    w.waking.activate(LARGE)
     await settled()
     with pytest.raises(BudgetSpent, match="Kubernetes API cannot be reached"):
-        await w.waking.until_awake(LARGE, 0.0)
+        await w.waking.until_active(LARGE, 0.0)
 
 
 async def test_waking_that_failed_is_tried_again_while_somebody_waits() -> None:
     w = World(large=False)
     w.manager.wake_error = Unavailable("busy")
     await w.waking.update()
-    waiting = asyncio.create_task(w.waking.until_awake(LARGE, LONG_MS))
+    waiting = asyncio.create_task(w.waking.until_active(LARGE, LONG_MS))
     await w.manager.asked.wait()
     w.manager.asked.clear()
     w.now += WAKE_SECONDS
@@ -180,16 +180,16 @@ async def test_following_asks_until_it_is_stopped() -> None:
     w = World(large=False)
     following = asyncio.create_task(w.waking.follow())
     async with asyncio.timeout(CALL_S):
-        while w.waking.asleep != {1}:
+        while w.waking.scaled_to_zero != {1}:
             await asyncio.sleep(0)
         w.manager.says["large"] = True
-        while w.waking.asleep:
+        while w.waking.scaled_to_zero:
             await asyncio.sleep(0)
         # A fault in between is not the end of it.
         w.manager.error = ValueError("a fault")  # type: ignore[assignment]
         await w.manager.failed.wait()
         w.manager.error, w.manager.says["large"] = None, False
-        while not w.waking.asleep:
+        while not w.waking.scaled_to_zero:
             await asyncio.sleep(0)
     following.cancel()
     with pytest.raises(asyncio.CancelledError):
