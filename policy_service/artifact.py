@@ -27,7 +27,6 @@ from pydantic import (
 
 from policy_service.family import Family
 from policy_service.features import FEATURES_VERSION, FeatureSpace, FinishReason
-from policy_service.partition import Partition
 from policy_service.policy import (
     AbandonRule,
     CalibratedView,
@@ -41,6 +40,7 @@ from policy_service.policy import (
 from policy_service.predictor import OnnxPredictor
 from policy_service.predictor_model import MOST_MODEL_BYTES, UnfitModel, check_model
 from policy_service.solver import Move, View
+from policy_service.state_cells import StateCells
 from services.common.disks import replace_file
 from services.common.documents import DamagedFile, parse_json, quoted, read_content
 from services.common.visible import OneLineError, one_line
@@ -132,7 +132,7 @@ class HeadEntry(Entry):
 
 
 class CellsEntry(Entry):
-    """A `partition.Partition`."""
+    """A `state_cells.StateCells`."""
 
     heads: tuple[Annotated[int, Field(ge=0)], ...]
     thresholds: tuple[float, ...]
@@ -459,7 +459,7 @@ def build_policy(document: PolicyDocument, predictor: Predictor) -> Policy:
             names.index(head.stage): Calibration(head.slope, head.offset, head.edges, head.counts)
             for head in entry.heads
         }
-        cells = None if entry.cells is None else Partition(**entry.cells.model_dump())
+        cells = None if entry.cells is None else StateCells(**entry.cells.model_dump())
         views.append(CalibratedView(view, heads, cells))
     values: Mapping[Preference, float] = {
         Preference.FASTEST: document.quality_values.fastest,

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from policy_service.family import Family
     from policy_service.features import Draft, FeatureSpace, FinishReason, PromptText, Verification
-    from policy_service.partition import Partition
     from policy_service.solver import Expectation, Move, Path, Solution
+    from policy_service.state_cells import StateCells
 
 # Prompts whose features are kept from Plan to Decide, and the characters above which they are not.
 _PROMPTS = 512
@@ -164,17 +164,17 @@ class CalibratedView:
     """A solver's view with what leads from a predictor's scores to its bins.
 
     heads: by stage, the calibration of that stage's head in this view. The bins of the head of the stage that
-    answered, or of the first one in the prompt's view, are the view's, unless a partition cuts it into cells.
+    answered, or of the first one in the prompt's view, are the view's, unless state_cells cuts it into cells.
     """
 
     view: View
     heads: Mapping[int, Calibration]
-    partition: Partition | None = None
+    state_cells: StateCells | None = None
 
     def locate(self, scores: Sequence[float], p_correct: float) -> _Point:
         """Return where a state lies among the bins. scores: of the heads. p_correct: of the first of them."""
-        if self.partition is not None:
-            cell = self.partition.cell_of(scores)
+        if self.state_cells is not None:
+            cell = self.state_cells.cell_of(scores)
             return _Point(cell, 0.0, cell)
         return _locate(self.centres, p_correct, next(iter(self.heads.values())).bin_of(p_correct))
 
@@ -186,7 +186,7 @@ class CalibratedView:
     @cached_property
     def prompt_shares(self) -> npt.NDArray[np.float64]:
         """Share of the calibration prompts in each bin of a prompt's view: the first stage's head cuts it."""
-        counts = np.array(self.partition.counts if self.partition else self.heads[0].counts, float)
+        counts = np.array(self.state_cells.counts if self.state_cells else self.heads[0].counts, float)
         shares: npt.NDArray[np.float64] = counts / counts.sum()
         return shares
 

@@ -175,8 +175,8 @@ def served_states(
         scores = predictor.score_rows(index, data.features[key])
         head = view.heads[key[0] or 0]
         p_correct[key] = np.array([head.p_correct(score) for score in scores[:, 0].tolist()])
-        if view.partition is not None:
-            cells[key] = view.partition.cells_of(scores)
+        if view.state_cells is not None:
+            cells[key] = view.state_cells.cells_of(scores)
     return p_correct, cells
 
 

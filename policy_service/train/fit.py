@@ -33,9 +33,9 @@ from policy_service.store import write_artifact
 from policy_service.train.dataset import PREFIXES, view_keys
 from policy_service.train.family import fit_family
 from policy_service.train.outcomes import file_digest
-from policy_service.train.partitions import fit_partitions
 from policy_service.train.predictor import export_heads, fit_head
 from policy_service.train.replay import replay
+from policy_service.train.state_cells import fit_state_cells
 from policy_service.train.threads import one_thread, run_side_by_side
 from services.common.visible import one_line
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from policy_service.features import FinishReason
-    from policy_service.partition import Partition
+    from policy_service.state_cells import StateCells
     from policy_service.train.costs import StageCosts
     from policy_service.train.dataset import Dataset, ViewKey
 
@@ -138,12 +138,12 @@ def fit_policy(
     order = np.random.default_rng(seed).permutation(len(calibration.data))
     # What is certified of cells must come of other prompts than those that they were cut by.
     cutting, certifying = np.split(order, [len(order) // _CUTTING])
-    partitions = fit_partitions(calibration.data, cutting, scores, p_correct, costs[-1].cost)
-    cells = {key: each.cells_of(scores[key]) for key, each in partitions.items() if each is not None}
+    state_cells = fit_state_cells(calibration.data, cutting, scores, p_correct, costs[-1].cost)
+    cells = {key: each.cells_of(scores[key]) for key, each in state_cells.items() if each is not None}
     views = estimate_views(calibration.data, p_correct, cells, certifying)
     entries = []
     for index, (key, view) in enumerate(zip(keys, views, strict=True)):
-        entries.append(_view_entry(key, view, partitions[key], calibrated[key], models[index], names))
+        entries.append(_view_entry(key, view, state_cells[key], calibrated[key], models[index], names))
     prompt_bins = cells.get(keys[0], _bins(p_correct[keys[0]]))
     curve = tabulate(views, np.bincount(prompt_bins) / len(prompt_bins))
     turns = calibration.data.features[keys[0]][:, FeatureSpace(len(names)).names.index("turns")]
@@ -504,7 +504,7 @@ def _means(bins: npt.NDArray[np.int64], values: Floats) -> Floats:
 def _view_entry(
     key: ViewKey,
     view: View,
-    partition: Partition | None,
+    state_cells: StateCells | None,
     heads: Mapping[int, CalibratedHead],
     model: bytes,
     names: Sequence[str],
@@ -517,7 +517,7 @@ def _view_entry(
         sha256=hashlib.sha256(model).hexdigest(),
         p_correct=tuple(view.p_correct.tolist()),
         certified=tuple(view.certified.tolist()),
-        cells=None if partition is None else CellsEntry(**dataclasses.asdict(partition)),
+        cells=None if state_cells is None else CellsEntry(**dataclasses.asdict(state_cells)),
         heads=tuple(_head_entry(names[place], head) for place, head in heads.items()),
         moves=tuple(
             MoveEntry(

@@ -11,7 +11,6 @@ import pytest
 
 from policy_service.artifact import load_policy, read_document, write_document
 from policy_service.features import Draft, FeatureSpace, FinishReason, PromptText, Verification
-from policy_service.partition import Partition
 from policy_service.policy import (
     CalibratedView,
     Calibration,
@@ -24,6 +23,7 @@ from policy_service.policy import (
     StageFacts,
 )
 from policy_service.solver import Move, View
+from policy_service.state_cells import StateCells
 from suites import split
 
 ARTIFACT = Path(__file__).parents[3] / "policy_service" / "artifact"
@@ -63,7 +63,7 @@ def make_policy(small: float, *finish_reasons: FinishReason) -> Policy:
 
     start = view_of(None, None, [0.5], move(0, 1, 1.0), move(1, 2, 4.0))
     start = replace(start, moves=(Move(0, 1, np.array([[0.5, 0.5]]), np.ones(1), np.ones(1)), start.moves[1]))
-    cells = Partition((0, 0, 0), (-0.5, 0.0, 0.0), (1, 0, 0), (2, 0, 0), (-1, 0, 1), (100, 100))
+    cells = StateCells((0, 0, 0), (-0.5, 0.0, 0.0), (1, 0, 0), (2, 0, 0), (-1, 0, 1), (100, 100))
     views = [
         CalibratedView(start, {0: ONE_BIN, 1: ONE_BIN}),
         CalibratedView(view_of(0, None, [0.2, 0.8], move(1, 3, 3.0, 1.0)), {0: STEEP, 1: ONE_BIN}, cells),

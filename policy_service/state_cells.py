@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Partition:
+class StateCells:
     """A binary tree, node 0 first: a state goes left where the score of `heads` is at most `thresholds`.
 
     left, right: the next node. cells: of a node where the tree ends, the cell; -1 elsewhere. Cells are

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from sklearn.tree import DecisionTreeRegressor
 
-from policy_service.partition import Partition
+from policy_service.state_cells import StateCells
 from policy_service.train.dataset import view_keys
 
 if TYPE_CHECKING:
@@ -31,9 +31,9 @@ _LEAST_PROMPTS = 3000
 _QUALITY_VALUES = (0.6, 1.2, 3.0)
 
 
-def fit_partitions(
+def fit_state_cells(
     data: Dataset, rows: Rows, scores: Scores, p_correct: Mapping[ViewKey, Floats], largest_cost: float
-) -> dict[ViewKey, Partition | None]:
+) -> dict[ViewKey, StateCells | None]:
     """Return the cells of each view, fitted to some of the prompts; None where its own score cuts it.
 
     rows: of those prompts. scores: per view, [n, heads], before calibration. p_correct: per view, [n], of the
@@ -44,14 +44,14 @@ def fit_partitions(
     Monte Carlo (Longstaff and Schwartz 2001), with trees for the regression.
     """
     keys = view_keys(len(data.cascade))
-    partitions: dict[ViewKey, Partition | None] = {}
+    fitted: dict[ViewKey, StateCells | None] = {}
     worth: dict[ViewKey, list[Floats]] = {}
     enough = len(rows) >= _LEAST_PROMPTS
     for key in reversed(keys):
         stage = key[0]
         right = data.correct[rows, stage or 0].astype(float)
         later = range(0 if stage is None else stage + 1, len(data.cascade))
-        partitions[key] = None
+        fitted[key] = None
         if not later or not enough:
             worth[key] = [value * largest_cost * right for value in _QUALITY_VALUES]
             continue
@@ -71,24 +71,24 @@ def fit_partitions(
         tree = DecisionTreeRegressor(
             max_leaf_nodes=_MOST_CELLS, min_samples_leaf=_LEAST_PER_CELL, random_state=0
         ).fit(scores[key][rows], np.concatenate(gains).T)
-        partition = _partition(tree, scores[key], rows, p_correct[key])
-        partitions[key] = partition
-        cells = partition.cells_of(scores[key][rows])
+        state_cells = _from_tree(tree, scores[key], rows, p_correct[key])
+        fitted[key] = state_cells
+        cells = state_cells.cells_of(scores[key][rows])
         worth[key] = []
         for each, stop, value in zip(moves, stopping, _QUALITY_VALUES, strict=True):
             expected = np.stack([_means(cells, move) for move in each])[:, cells]
             best = each[np.argmax(expected, axis=0), np.arange(len(rows))]
             worth[key].append(np.where(expected.max(axis=0) > stop, best, value * largest_cost * right))
-    return partitions
+    return fitted
 
 
-def _partition(
+def _from_tree(
     tree: DecisionTreeRegressor, scores: npt.NDArray[np.float32], rows: Rows, p_correct: Floats
-) -> Partition:
+) -> StateCells:
     """Return a fitted tree as cells, numbered by the mean P(correct) of all prompts in each."""
     nodes = tree.tree_
     is_end = nodes.children_left < 0
-    numbered = Partition(
+    numbered = StateCells(
         tuple(np.maximum(nodes.feature, 0).tolist()),
         tuple(np.where(is_end, 0.0, nodes.threshold).tolist()),
         tuple(np.maximum(nodes.children_left, 0).tolist()),
@@ -102,7 +102,7 @@ def _partition(
     rank[order] = np.arange(len(order))
     ranked = tuple(int(rank[cell]) if cell >= 0 else -1 for cell in numbered.cells)
     counts = np.bincount(rank[cells], minlength=len(order))
-    return Partition(
+    return StateCells(
         numbered.heads, numbered.thresholds, numbered.left, numbered.right, ranked, tuple(counts.tolist())
     )
 

@@ -11,20 +11,20 @@ from pydantic import ValidationError
 
 from policy_service.artifact import CellsEntry, build_policy, read_document
 from policy_service.features import Draft, PromptText
-from policy_service.partition import Partition
 from policy_service.policy import Objective, Spent
 from policy_service.solver import solve_policy
+from policy_service.state_cells import StateCells
 from policy_service.train.dataset import Dataset, view_keys
 from policy_service.train.fit import estimate_views
-from policy_service.train.partitions import fit_partitions
 from policy_service.train.replay import replay
+from policy_service.train.state_cells import fit_state_cells
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
 ARTIFACT = Path(__file__).parents[3] / "policy_service" / "artifact"
 # Head 0 at 0.5; on the right, head 1 at -1.
-TREE = Partition(
+TREE = StateCells(
     (0, 0, 1, 0, 0), (0.5, 0, -1.0, 0, 0), (1, 0, 3, 0, 0), (2, 0, 4, 0, 0), (-1, 0, -1, 2, 1), (1, 1, 1)
 )
 
@@ -40,10 +40,10 @@ def test_many_states_find_the_cells_that_each_finds_alone() -> None:
     assert with_cells
     for view in with_cells:
         assert view.cells is not None
-        partition = Partition(**view.cells.model_dump())
+        state_cells = StateCells(**view.cells.model_dump())
         scores = rng.normal(0, 4, (500, len(view.heads))).astype(np.float32)
-        alone = [partition.cell_of(row) for row in scores.tolist()]
-        assert partition.cells_of(scores).tolist() == alone
+        alone = [state_cells.cell_of(row) for row in scores.tolist()]
+        assert state_cells.cells_of(scores).tolist() == alone
         assert len(set(alone)) > 5
 
 
@@ -85,14 +85,14 @@ def test_decisions_are_those_of_the_cell() -> None:
     draft = Draft("x", *(np.zeros(1, np.float32) for _ in range(3)), "eos")
     view = policy.views[1]
     assert (view.view.stage, view.view.origin) == (0, None)
-    assert view.partition is not None
+    assert view.state_cells is not None
     taken = set()
     for scores in rng.normal(0, 3, (300, 3)).tolist():
         predictor.said = scores
         decision = policy.decide(
             PromptText("x"), 0, draft, None, None, Objective(quality_value=12.0), Spent(), {}
         )
-        cell = view.partition.cell_of(scores)
+        cell = view.state_cells.cell_of(scores)
         onward = {stage: values[cell] for stage, values in solution.continuations[1].items()}
         best = max(onward, key=onward.__getitem__)
         stop = 12.0 * view.heads[0].p_correct(scores[0])
@@ -129,9 +129,9 @@ def tell_apart(count: int) -> tuple[Dataset, dict, dict]:
 
 def test_cells_see_whom_a_later_stage_helps() -> None:
     data, scores, p_correct = tell_apart(12_000)
-    partitions = fit_partitions(data, np.arange(4000), scores, p_correct, 5.0)
-    assert partitions[1, None] is None
-    cells = {key: each.cells_of(scores[key]) for key, each in partitions.items() if each is not None}
+    state_cells = fit_state_cells(data, np.arange(4000), scores, p_correct, 5.0)
+    assert state_cells[1, None] is None
+    cells = {key: each.cells_of(scores[key]) for key, each in state_cells.items() if each is not None}
     worth = {}
     for name, cut in (("cells", cells), ("own score", {})):
         views = estimate_views(data, p_correct, cut)
@@ -142,4 +142,4 @@ def test_cells_see_whom_a_later_stage_helps() -> None:
 
 def test_few_prompts_cut_no_cells() -> None:
     data, scores, p_correct = tell_apart(2000)
-    assert set(fit_partitions(data, np.arange(2000), scores, p_correct, 5.0).values()) == {None}
+    assert set(fit_state_cells(data, np.arange(2000), scores, p_correct, 5.0).values()) == {None}
