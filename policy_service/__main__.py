@@ -19,7 +19,7 @@ from services.common.privacy import report_nothing
 from services.common.server import ServiceRegistration, run_service, serve
 
 with needs("policy", "asd-policy"):
-    from policy_service.artifact import UnfitArtifact
+    from policy_service.document import UnfitArtifact
     from policy_service.servicer import PolicyServicer
     from policy_service.shadow import Shadow
     from policy_service.store import PolicyWatch, follow, open_policy

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import grpc
     import numpy.typing as npt
 
-    from policy_service.artifact import PolicyDocument
+    from policy_service.document import PolicyDocument
     from policy_service.drift import DriftMonitor, StageCalibration
     from policy_service.features import FinishReason
     from policy_service.policy import Decision, Estimate, Plan, Policy

@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 import numpy as np
 from pydantic import Field, ValidationError
 
-from policy_service.artifact import (
+from policy_service.artifact import build_policy, load_predictor, read_document, write_document
+from policy_service.document import (
     DOCUMENT,
     MOST_DOCUMENT_BYTES,
     Count,
@@ -35,10 +36,6 @@ from policy_service.artifact import (
     Name,
     PolicyDocument,
     UnfitArtifact,
-    build_policy,
-    load_predictor,
-    read_document,
-    write_document,
 )
 from policy_service.features import Draft, PromptText, Verification
 from policy_service.policy import Objective, Policy, Preference, Spent

@@ -25,7 +25,8 @@ from benchmarks.experiments.report import render_report, verdicts
 from benchmarks.experiments.tables import figures, write_tables
 from benchmarks.processes import ROOT
 from benchmarks.record import record
-from policy_service.artifact import UnfitArtifact, load_policy, load_predictor
+from policy_service.artifact import load_policy, load_predictor
+from policy_service.document import UnfitArtifact
 from policy_service.train.costs import EMBEDDED, UnfitCosts, read_costs
 from policy_service.train.dataset import read_dataset
 from policy_service.train.outcomes import UnfitOutcomes, file_digest

@@ -431,7 +431,7 @@ def main() -> None:
         _fail(error)
     except Exception as error:
         # Its module needs onnxruntime, which a command that raises it has found.
-        from policy_service.artifact import UnfitArtifact
+        from policy_service.document import UnfitArtifact
 
         if not isinstance(error, UnfitArtifact):
             raise

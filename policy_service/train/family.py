@@ -8,7 +8,7 @@ import math
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
-from policy_service.artifact import FamilyEntry
+from policy_service.document import FamilyEntry
 from policy_service.family import (
     END,
     FIRST,
@@ -28,7 +28,7 @@ from suites import split
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from policy_service.artifact import PolicyDocument
+    from policy_service.document import PolicyDocument
     from suites import Split
 
 # Share of prompts like the calibration prompts that may be marked, at most. Chosen.

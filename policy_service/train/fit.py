@@ -13,7 +13,7 @@ import numpy as np
 from scipy.stats import beta, norm
 from sklearn.linear_model import LogisticRegression
 
-from policy_service.artifact import (
+from policy_service.document import (
     MOST_NAME,
     AbandonEntry,
     CellsEntry,

@@ -17,12 +17,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from policy_service.artifact import (
-    PolicyDocument,
-    build_policy,
-    load_predictor,
-    read_document,
-)
+from policy_service.artifact import build_policy, load_predictor, read_document
+from policy_service.document import PolicyDocument
 from policy_service.drift import RunningCalibration, logit, sigmoid
 from policy_service.reports import last_reports
 from policy_service.store import Lineage, StageLineage, UnfitStore, write_artifact
@@ -34,7 +30,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from policy_service.artifact import HeadEntry, ViewEntry
+    from policy_service.document import HeadEntry, ViewEntry
     from policy_service.reports import OutcomeReport
 
     Floats = npt.NDArray[np.float64]

@@ -16,7 +16,8 @@ import pyarrow as pa
 import yaml
 
 import policy_service
-from policy_service.artifact import UnfitArtifact, read_document
+from policy_service.artifact import read_document
+from policy_service.document import UnfitArtifact
 from policy_service.predictor import OnnxPredictor
 from policy_service.predictor_model import UnfitModel, check_model
 from policy_service.reports import read_reports

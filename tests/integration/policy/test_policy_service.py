@@ -26,7 +26,7 @@ from tests.limits import CALL_S, PROCESS_S
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from policy_service.artifact import PolicyDocument
+    from policy_service.document import PolicyDocument
 
 ROOT = Path(__file__).parents[3]
 ARTIFACT = ROOT / "policy_service" / "artifact"

@@ -15,7 +15,8 @@ import onnx
 import pytest
 
 from policy_service import store as module
-from policy_service.artifact import UnfitArtifact, read_document
+from policy_service.artifact import read_document
+from policy_service.document import UnfitArtifact
 from policy_service.store import (
     Lineage,
     PolicyStore,
@@ -32,7 +33,7 @@ from tests.unit.policy.test_fit import record, write
 from tests.unit.policy.tiny_policy import make_artifact
 
 if TYPE_CHECKING:
-    from policy_service.artifact import PolicyDocument
+    from policy_service.document import PolicyDocument
 
 ROOT = Path(__file__).parents[3]
 LINEAGE = Lineage(parent="v0", stages=())

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policy_service.artifact import FamilyEntry, UnfitArtifact, read_document
+from policy_service.artifact import read_document
+from policy_service.document import FamilyEntry, UnfitArtifact
 from policy_service.family import MOST_CHARACTERS, Family
 from policy_service.features import Draft, PromptText
 from policy_service.policy import Condition, Objective, Policy, Preference, Reason, Spent, UnmeetableBudget

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from policy_service.artifact import UnfitArtifact, load_policy, load_predictor, read_document
+from policy_service.artifact import load_policy, load_predictor, read_document
+from policy_service.document import UnfitArtifact
 from policy_service.family import Family
 from policy_service.features import Draft, PromptText, Verification
 from policy_service.policy import Objective, Policy, Spent

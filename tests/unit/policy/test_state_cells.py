@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from policy_service.artifact import CellsEntry, build_policy, read_document
+from policy_service.artifact import build_policy, read_document
+from policy_service.document import CellsEntry
 from policy_service.features import Draft, PromptText
 from policy_service.policy import Objective, Spent
 from policy_service.solver import solve_policy

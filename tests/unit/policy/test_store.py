@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from policy_service.artifact import UnfitArtifact, read_document
+from policy_service.artifact import read_document
+from policy_service.document import UnfitArtifact
 from policy_service.store import (
     PolicyStore,
     PolicyWatch,

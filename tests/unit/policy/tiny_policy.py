@@ -14,7 +14,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from policy_service.artifact import PolicyDocument, write_document
+from policy_service.artifact import write_document
+from policy_service.document import PolicyDocument
 from policy_service.features import FEATURES_VERSION, FeatureSpace
 
 if TYPE_CHECKING:

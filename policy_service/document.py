@@ -1,0 +1,334 @@
+"""What an artifact says of its policy: the content of `policy.json`."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, Self
+
+import numpy as np
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+from policy_service.family import Family
+from policy_service.features import FinishReason
+from services.common.documents import quoted
+from services.common.visible import OneLineError, one_line
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pydantic import SerializerFunctionWrapHandler
+
+DOCUMENT = "policy.json"
+# Chosen: a hundred times the shipped one's.
+MOST_DOCUMENT_BYTES = 16 << 20
+MOST_NAME = 256
+_DIGEST = re.compile("[0-9a-f]{64}")
+# Bounds of what a file may make a service hold. Chosen: several times what `fit` writes.
+_MOST_FAMILY_WORDS = 65_536
+_MOST_GRAM_CHARACTERS = 2**21
+_GRAM = np.dtype("<u4")
+# A row of probabilities is kept to six decimals and may miss 1 by their rounding.
+_ROW_TOLERANCE = 1e-3
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+# Chosen: beyond any real cost or latency, and low enough that products of a few stay finite.
+_MOST = 1e12
+Amount = Annotated[float, Field(ge=0, le=_MOST, allow_inf_nan=False)]
+# What every reader of JSON holds exactly.
+Count = Annotated[int, Field(ge=0, le=2**53)]
+
+
+class UnfitArtifact(OneLineError):  # noqa: N818 - an error is named by its cause
+    """The directory holds no policy that can be used; the message says why and what to do."""
+
+
+class Entry(BaseModel):
+    """Part of a document that asd writes and reads.
+
+    Strict: true is not 1, nor is "1"; 1 is 1.0. Every text can be shown as it is, on one line.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
+
+    @field_validator("*")
+    @classmethod
+    def _check_texts(cls, value: object) -> object:
+        # All entries of a list are of one kind.
+        is_list = isinstance(value, tuple) and value and isinstance(value[0], str)
+        for text in value if is_list else (value,):  # type: ignore[attr-defined]
+            if isinstance(text, str) and one_line(text, len(text)) != text:
+                raise ValueError(f"{quoted(text)} has characters that cannot be shown: remove them")
+        return value
+
+
+def _check_name(name: str) -> str:
+    if not name.isprintable() or len(name) > MOST_NAME:
+        raise ValueError(f"a name has 1 to {MOST_NAME} printable characters")
+    return name
+
+
+# It is shown in logs and tables.
+Name = Annotated[str, Field(min_length=1), AfterValidator(_check_name)]
+
+
+def _check_digest(digest: str) -> str:
+    if not _DIGEST.fullmatch(digest):
+        raise ValueError("must be a SHA-256: 64 hexadecimal digits, in lower case")
+    return digest
+
+
+Digest = Annotated[str, AfterValidator(_check_digest)]
+
+
+class MoveEntry(Entry):
+    """A `solver.Move`. `to`: stage asked. transition: [bins, bins of the view that it leads to]."""
+
+    to: str
+    transition: tuple[tuple[Probability, ...], ...]
+    cost: tuple[Amount, ...]
+    latency_ms: tuple[Amount, ...]
+
+
+class HeadEntry(Entry):
+    """A `policy.Calibration`: of `stage`'s head in its view."""
+
+    stage: str
+    slope: Annotated[float, Field(gt=0, le=_MOST)]
+    offset: Annotated[float, Field(ge=-_MOST, le=_MOST)]
+    edges: tuple[Probability, ...]
+    counts: tuple[Count, ...]
+
+
+class CellsEntry(Entry):
+    """A `state_cells.StateCells`."""
+
+    heads: tuple[Annotated[int, Field(ge=0)], ...]
+    thresholds: tuple[float, ...]
+    left: tuple[Annotated[int, Field(ge=0)], ...]
+    right: tuple[Annotated[int, Field(ge=0)], ...]
+    cells: tuple[Annotated[int, Field(ge=-1)], ...]
+    counts: tuple[Count, ...]
+
+    @model_validator(mode="after")
+    def _check_tree(self) -> Self:
+        nodes = len(self.cells)
+        if not nodes or {len(self.heads), len(self.thresholds), len(self.left), len(self.right)} != {nodes}:
+            raise ValueError("cells: needs one entry per node")
+        ends = sorted(cell for cell in self.cells if cell >= 0)
+        if ends != list(range(len(self.counts))):
+            raise ValueError("cells: needs every cell once, with its count")
+        for node, (left, right) in enumerate(zip(self.left, self.right, strict=True)):
+            # Later nodes alone, so that every walk ends.
+            if self.cells[node] < 0 and not node < min(left, right) <= max(left, right) < nodes:
+                raise ValueError(f"cells: node {node} must lead to later nodes")
+        return self
+
+
+class ViewEntry(Entry):
+    """A `policy.CalibratedView`. stage, origin: names, None as there. model: file; sha256: of its content.
+
+    certified: as in `solver.View`. cells: None where the view is cut by its own score.
+    """
+
+    stage: str | None
+    origin: str | None
+    model: Name
+    sha256: Digest
+    p_correct: Annotated[tuple[Probability, ...], Field(min_length=1)]
+    certified: tuple[Probability, ...]
+    cells: CellsEntry | None = None
+    heads: tuple[HeadEntry, ...]
+    moves: tuple[MoveEntry, ...]
+
+
+class AbandonEntry(Entry):
+    """A `policy.AbandonRule`."""
+
+    tokens: Annotated[int, Field(ge=1)]
+    mean_logprob: Annotated[float, Field(le=0)]
+
+
+class StageEntry(Entry):
+    """A `policy.StageFacts`. abandon: when one of its drafts is hopeless, by ascending number of tokens.
+
+    finish_reasons: left out where the answers all ended by themselves, as in artifacts that know no others.
+    """
+
+    name: Name
+    cost: Annotated[float, Field(gt=0, le=_MOST)]
+    latency_ms: Amount
+    accuracy: Probability
+    calibration_error: Probability
+    abandon: tuple[AbandonEntry, ...] = ()
+    # Not in the repr, of which `fit` makes the version: the outcomes, which are in it, say as much.
+    finish_reasons: Annotated[tuple[FinishReason, ...], Field(min_length=1, repr=False)] = ("eos",)
+
+    @model_serializer(mode="wrap")
+    def _leave_out_the_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
+        content: dict[str, object] = handler(self)
+        if self.finish_reasons == ("eos",):
+            del content["finish_reasons"]
+        return content
+
+
+class QualityValues(Entry):
+    """Value of a certainly right answer for each preference, in cost units."""
+
+    fastest: Amount
+    balanced: Amount
+    best: Amount
+
+
+class CurveEntry(Entry):
+    """A `policy.CurvePoint`."""
+
+    quality_value: Annotated[float, Field(gt=0, le=_MOST)]
+    cost: Amount
+    latency_ms: Amount
+    accuracy: Probability
+
+
+class Source(Entry):
+    """A file of outcomes that the policy was made from; `file` is for people."""
+
+    file: Annotated[str, Field(min_length=1, max_length=MOST_NAME)]
+    sha256: Digest
+    prompts: Count
+
+
+class FamilyEntry(Entry):
+    """A `family.Family`. grams: 4 bytes each, little-endian, ascending, in base64.
+
+    prompts, calibration_prompts: whose patterns these are, and that the threshold was chosen by.
+    """
+
+    words: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(max_length=_MOST_FAMILY_WORDS)]
+    grams: Annotated[str, Field(max_length=_MOST_GRAM_CHARACTERS, repr=False)]
+    threshold: Probability
+    prompts: Annotated[int, Field(ge=0)]
+    calibration_prompts: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _check_grams(self) -> Self:
+        try:
+            content = base64.b64decode(self.grams, validate=True)
+        except ValueError as error:
+            raise ValueError("family: grams is no base64") from error
+        if len(content) % _GRAM.itemsize:
+            raise ValueError("family: grams needs 4 bytes each")
+        return self
+
+    @classmethod
+    def of(cls, family: Family, *, prompts: int, calibration: int) -> Self:
+        """Return the entry of a family."""
+        grams = np.array(sorted(family.grams), _GRAM)
+        return cls(
+            words=tuple(sorted(family.words)),
+            grams=base64.b64encode(grams.tobytes()).decode(),
+            threshold=family.threshold,
+            prompts=prompts,
+            calibration_prompts=calibration,
+        )
+
+    def family(self) -> Family:
+        """Return what the entry describes."""
+        grams = np.frombuffer(base64.b64decode(self.grams), _GRAM)
+        return Family(frozenset(self.words), frozenset(grams.tolist()), self.threshold)
+
+
+class PolicyDocument(Entry):
+    """Content of `policy.json`. family: None in artifacts that do not know it; no prompt is then marked."""
+
+    # Without defaults: a file that does not say what it is may be of any version.
+    schema_name: Literal["asd.policy"] = Field(alias="schema")
+    schema_version: Literal[2]
+    policy_version: Name
+    features_version: Count
+    features: Count
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)]
+    stages: Annotated[tuple[StageEntry, ...], Field(min_length=1)]
+    quality_values: QualityValues
+    curve: tuple[CurveEntry, ...]
+    train: Source
+    calibration: Source
+    views: Annotated[tuple[ViewEntry, ...], Field(min_length=1)]
+    family: FamilyEntry | None = None
+
+    @model_serializer(mode="wrap")
+    def _leave_out_no_family(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
+        content: dict[str, object] = handler(self)
+        if self.family is None:
+            del content["family"]
+        return content
+
+    @model_validator(mode="after")
+    def _check_curve(self) -> Self:
+        if any(a.quality_value >= b.quality_value for a, b in itertools.pairwise(self.curve)):
+            raise ValueError("curve: quality_value must increase")
+        return self
+
+    @model_validator(mode="after")
+    def _check_shapes(self) -> Self:
+        names = [stage.name for stage in self.stages]
+        places = {(view.stage, view.origin): place for place, view in enumerate(self.views)}
+        if len(set(names)) < len(names) or len(places) < len(self.views):
+            raise ValueError("a stage, or a view, is there twice")
+        if self.views[0].stage is not None:
+            raise ValueError("views[0] must be the prompt's")
+        for place, view in enumerate(self.views):
+            where = f"views[{place}]"
+            if unknown := {view.stage, view.origin} - {None, *names}:
+                raise ValueError(f"{where}: {quoted(unknown.pop())} is none of the stages")
+            if Path(view.model).name != view.model or "\0" in view.model:
+                raise ValueError(f"{where}: {quoted(view.model)} is not the name of a file beside {DOCUMENT}")
+            first = names.index(view.stage) if view.stage is not None else 0
+            if [head.stage for head in view.heads] != names[first:]:
+                raise ValueError(f"{where}: needs one head per stage from its own on")
+            for head in view.heads:
+                if len(head.counts) != len(head.edges) + 1:
+                    raise ValueError(f"{where}: head {head.stage}: counts and edges do not fit")
+            if problem := _problem_of_bins(view):
+                raise ValueError(f"{where}: {problem}")
+            self._check_moves(place, view, places)
+        return self
+
+    def _check_moves(
+        self, place: int, view: ViewEntry, places: Mapping[tuple[str | None, str | None], int]
+    ) -> None:
+        where = f"views[{place}]"
+        for move in view.moves:
+            target = places.get((move.to, view.stage))
+            if target is None:
+                raise ValueError(f"{where}: no view of {move.to} verifying {view.stage}")
+            # Later views alone, so that every way ends.
+            if target <= place:
+                raise ValueError(f"{where}: move to {move.to}: must lead to a later view")
+            bins, onward = len(view.p_correct), len(self.views[target].p_correct)
+            rows = [len(row) for row in move.transition]
+            if rows != [onward] * bins or len(move.cost) != bins or len(move.latency_ms) != bins:
+                raise ValueError(f"{where}: move to {move.to}: shapes do not fit the views")
+            if any(abs(sum(row) - 1) > _ROW_TOLERANCE for row in move.transition):
+                raise ValueError(f"{where}: move to {move.to}: a row of transition does not sum to 1")
+
+
+def _problem_of_bins(view: ViewEntry) -> str:
+    """Return what is wrong with a view's bins, or ""."""
+    if any(a >= b for a, b in itertools.pairwise(view.p_correct)):
+        return "p_correct must increase"
+    counts = view.cells.counts if view.cells else view.heads[0].counts
+    if len({len(view.p_correct), len(view.certified), len(counts)}) > 1:
+        return "p_correct, certified and the cells, or else the first head, must have as many bins"
+    if view.cells and max(view.cells.heads) >= len(view.heads):
+        return "cells look at a head that is not there"
+    return "" if list(view.certified) == sorted(view.certified) else "certified must not decrease"
