@@ -82,7 +82,7 @@ ENTRYPOINT ["python", "-m", "services.router"]
 
 FROM base AS policy
 COPY --from=build-policy /opt/asd /opt/asd
-COPY policy_service/artifact /policy
+COPY policy_service/policy.zip /policy/
 EXPOSE 50051
 ENTRYPOINT ["python", "-m", "policy_service"]
 

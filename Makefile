@@ -60,10 +60,10 @@ bench-escalation: $(VENV)/.dev ## Measure verification of drafts; writes benchma
 models: ## Train the embedded family anew (a GPU; torch of the `train` extra)
 	$(PYTHON) -m models.train --out build/models
 
-policy: build/policy/policy.json ## Fit the policy anew to outcomes of the embedded family (hours on CPUs, resumable)
+policy: build/policy.zip ## Fit the policy anew to outcomes of the embedded family (hours on CPUs, resumable)
 
-build/policy/policy.json: build/outcomes/train.parquet build/outcomes/calibration.parquet
-	$(BIN)/asd-policy fit $^ --output build/policy
+build/policy.zip: build/outcomes/train.parquet build/outcomes/calibration.parquet
+	$(BIN)/asd-policy fit $^ --output $@
 
 # As many as the shipped policy was made from; `python -m models.train outcomes` makes the same on a GPU in minutes.
 build/outcomes/train.parquet: ROWS := --split train --prompts 100000 --conversations 20000

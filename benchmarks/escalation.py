@@ -92,7 +92,7 @@ async def running(*, with_policy: bool = True) -> AsyncIterator[Routers]:
             for way, part in sets.items()
         }
         noise, _ = await stack.enter_async_context(process("benchmarks.random_stage", "127.0.0.1:0"))
-        artifact = str(ROOT / "policy_service" / "artifact")
+        artifact = str(ROOT / "policy_service" / "policy.zip")
         policy = await start("policy_service", {"artifact": artifact}) if with_policy else ""
 
         async def router(stages: dict[str, str], **speculation: bool) -> str:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from benchmarks.record import percentile, write_result
+from policy_service.artifact import load_artifact
 from policy_service.features import Draft, PromptText
-from policy_service.store import load_artifact
 from policy_service.train.family import suite_prompts
 from services.stage.engine import Result, SamplingOptions, TokenChunk, Turn
 from services.stage.onnx_engine import OnnxEngine, OnnxOptions
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--answered", type=int, default=100, help="prompts of each form that stages answer")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    policy, document, _ = load_artifact(_ROOT / "policy_service" / "artifact")
+    policy, document, _ = load_artifact(_ROOT / "policy_service" / "policy.zip")
     assert document.family is not None
     rows = [json.loads(line) for line in _OFF_TOPIC.read_text("utf-8").splitlines()]
     off_topic = {

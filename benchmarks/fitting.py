@@ -111,7 +111,7 @@ def main() -> None:
         costs = Path(folder, "costs.yaml")
         costs.write_text(yaml.safe_dump(COSTS), encoding="utf-8")
         command = [str(Path(sys.executable).with_name("asd-policy")), "fit", *map(str, files)]
-        command += ["--costs", str(costs), "--output", str(Path(folder, "artifact"))]
+        command += ["--costs", str(costs), "--output", str(Path(folder, "policy.zip"))]
         rows = []
         for turn in range(options.turns):
             row = {}

@@ -277,7 +277,7 @@ async def measure(requests: int, at_a_time: int, seed: int) -> dict[str, object]
             process("benchmarks.mixed_stage", "127.0.0.1:0", errors=log)
         )
         policy_settings = {
-            "artifact": str(ROOT / "policy_service" / "artifact"),
+            "artifact": str(ROOT / "policy_service" / "policy.zip"),
             "reports_path": str(folder / "reports.jsonl"),
         }
         policy, policy_process = await stack.enter_async_context(

@@ -26,7 +26,7 @@ from rich.progress import track
 
 from benchmarks.processes import ROOT
 from benchmarks.record import percentile, update_result, write_result
-from policy_service.artifact import load_policy, load_predictor
+from policy_service.artifact import load_artifact
 from policy_service.features import Draft, PromptText
 from policy_service.policy import Objective, Preference, Spent
 from policy_service.solver import solve_policy
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from policy_service.train.dataset import Dataset
     from policy_service.train.evaluate import Evaluation, Line
 
-ARTIFACT = ROOT / "policy_service" / "artifact"
+ARTIFACT = ROOT / "policy_service" / "policy.zip"
 READY_TIMEOUT = 60.0
 LATENCIES = ("measured", "modelled", "partly measured")
 # Below this share of the largest stage's accuracy, a share of the oracle's saving says nothing: the oracle
@@ -217,9 +217,10 @@ def measure_context(
                 file = options.outcomes / f"{part}.parquet"
                 whole = read_dataset(file, costs, with_history=with_history)
                 inputs.append(InputFile(file, draw_rows(whole, options.context, 0)))
-            document = fit_policy(inputs[0], inputs[1], costs, Path(folder), 0, progress)
-            policy, _ = load_policy(Path(folder))
-            fitted[name] = Replayer(policy, load_predictor(Path(folder), document), data)
+            artifact = Path(folder, "policy.zip")
+            fit_policy(inputs[0], inputs[1], costs, artifact, 0, progress)
+            policy, _, own_predictor = load_artifact(artifact)
+            fitted[name] = Replayer(policy, own_predictor, data)
     shipped_runs = {each: hidden["with history"].run(shipped.quality_values[each]) for each in Preference}
     return {
         "context": {
@@ -481,8 +482,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, object]:
     """Return the figures of one measurement."""
     if name == "live":
         return run_service(measure_live(options.live))
-    policy, document = load_policy(ARTIFACT)
-    predictor = load_predictor(ARTIFACT, document)
+    policy, document, predictor = load_artifact(ARTIFACT)
     costs = read_costs(EMBEDDED)
     held_out = options.outcomes / "evaluation.parquet"
     if name == "replay":

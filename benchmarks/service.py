@@ -54,7 +54,7 @@ async def instant_cascade() -> AsyncIterator[tuple[str, str, list[psutil.Process
     """Run router and policy in front of an instant stage; yield their addresses and processes."""
     with tempfile.TemporaryDirectory() as folder:
         policy_file, router_file = Path(folder, "policy.yaml"), Path(folder, "router.yaml")
-        artifact = str(ROOT / "policy_service" / "artifact")
+        artifact = str(ROOT / "policy_service" / "policy.zip")
         policy_file.write_text(yaml.safe_dump({"listen": "127.0.0.1:0", "artifact": artifact}))
         async with (
             process("benchmarks.instant_stage", "127.0.0.1:0") as (stage, _),

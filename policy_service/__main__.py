@@ -25,7 +25,7 @@ with needs("policy", "asd-policy"):
     from policy_service.store import PolicyWatch, follow, open_policy
 
 if TYPE_CHECKING:
-    from policy_service.store import LoadedPolicy
+    from policy_service.artifact import LoadedArtifact
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def main() -> None:
         run_service(run(settings, servicer, watch))
 
 
-def _shadow(settings: PolicySettings, live: LoadedPolicy, instruments: Instruments) -> Shadow | None:
+def _shadow(settings: PolicySettings, live: LoadedArtifact, instruments: Instruments) -> Shadow | None:
     """Return the shadow of the settings; None, with an error in the log, where it cannot be had."""
     if settings.shadow_artifact is None:
         return None

@@ -1,127 +1,309 @@
-"""The artifact of a policy: a directory with `policy.json` and one ONNX model per view.
+"""The artifact of a policy: one zip file of `policy.json` and one ONNX model per view.
 
-`policy.json` names the models with their SHA-256, so a mixed-up directory is refused at start.
+Why a zip: one rename replaces one file, the standard library reads it and checks every byte (CRC-32), and
+`unzip` shows what is in it. Nothing in it is compressed, so that it never holds more than its size. No entry
+has a time or an owner, so that a policy always makes the same bytes. `policy.json` names the models with
+their SHA-256.
+
+A directory stands for the `policy.zip` in it, as a volume of Kubernetes needs. Of a directory that has none,
+the form of 0.1 is read: `policy.json` with its models, and perhaps `lineage.json`, beside each other.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from typing import TYPE_CHECKING, get_args
+import io
+import struct
+import zipfile
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 from pydantic import ValidationError
 
 from policy_service.document import (
-    DOCUMENT,
-    MOST_DOCUMENT_BYTES,
-    MOST_NAME,
+    Lineage,
     PolicyDocument,
     UnfitArtifact,
+    document_text,
+    first_problem,
+    parse_document,
 )
-from policy_service.features import FEATURES_VERSION, FeatureSpace
+from policy_service.features import Draft, FeatureSpace, PromptText, Verification
 from policy_service.policy import (
     AbandonRule,
     CalibratedView,
     Calibration,
     CurvePoint,
+    Objective,
     Policy,
     Predictor,
     Preference,
+    Spent,
     StageFacts,
 )
 from policy_service.predictor import OnnxPredictor
 from policy_service.predictor_model import MOST_MODEL_BYTES, UnfitModel, check_model
 from policy_service.solver import Move, View
 from policy_service.state_cells import StateCells
-from services.common.disks import replace_file
-from services.common.documents import DamagedFile, parse_json, read_content
-from services.common.visible import one_line
+from services.common.documents import DamagedFile, parse_json, quoted, read_content
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+ARTIFACT = "policy.zip"
+DOCUMENT = "policy.json"
+# Beside policy.json in an artifact of 0.1 that was refitted.
+_LINEAGE = "lineage.json"
+# Chosen: sixty and a hundred times the shipped one's.
+_MOST_BYTES = 256 << 20
+_MOST_DOCUMENT_BYTES = 16 << 20
+# Chosen: a cascade of 44 stages has about that many views.
+_MOST_FILES = 1024
+# What begins each entry of a zip's directory.
+_ENTRY = b"PK\x01\x02"
+# The first day that a zip can name.
+_NO_TIME = (1980, 1, 1, 0, 0, 0)
+_UNIX = 3
+# What zipfile raises for content that is no zip, or not one that it reads.
+_NO_ZIP = (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError, struct.error)
 
-def read_document(directory: Path) -> PolicyDocument:
-    """Return the content of an artifact's `policy.json`. Raises UnfitArtifact."""
-    path = directory / DOCUMENT
+
+@dataclass(frozen=True)
+class Artifact:
+    """A policy as it is stored. models: ONNX, by their names in the document's views."""
+
+    document: PolicyDocument
+    models: Mapping[str, bytes]
+
+
+class LoadedArtifact(NamedTuple):
+    """An artifact's policy, its document, and the predictor that the policy asks."""
+
+    policy: Policy
+    document: PolicyDocument
+    predictor: OnnxPredictor
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of the cascade's stages."""
+        return tuple(stage.name for stage in self.policy.stages)
+
+
+class _Files(Protocol):
+    """The files of an artifact."""
+
+    def name(self, file: str) -> str:
+        """Return what messages call a file."""
+
+    def read(self, file: str, most_bytes: int) -> bytes:
+        """Return what a file holds. Raises DamagedFile, OSError."""
+
+
+class _ZipFiles:
+    """The files of a zip. where: its path, for messages. Raises DamagedFile."""
+
+    def __init__(self, content: bytes, where: str) -> None:
+        self._where = where
+        # Before zipfile makes an object of each entry.
+        if content.count(_ENTRY) > _MOST_FILES:
+            raise DamagedFile(f"{where} has more than {_MOST_FILES} files in it: copy it again")
+        try:
+            self._archive = zipfile.ZipFile(io.BytesIO(content))
+        except _NO_ZIP as error:
+            raise DamagedFile(f"{where} is no policy of `asd-policy fit`: {error}: copy it again") from error
+        entries = self._archive.infolist()
+        self.names = {entry.filename for entry in entries}
+        if len(self.names) < len(entries):
+            raise DamagedFile(f"{where} has a file twice: copy it again")
+        packed = [each for each in entries if each.compress_type or each.compress_size != each.file_size]
+        if packed:
+            raise DamagedFile(f"{where}: {quoted(packed[0].filename)} is compressed: pack it with `zip -0`")
+        # Entries may lie on top of each other.
+        if sum(entry.file_size for entry in entries) > len(content):
+            raise DamagedFile(f"{where} says that it holds more than its size: copy it again")
+
+    def name(self, file: str) -> str:
+        return f"{self._where}: {file}"
+
+    def read(self, file: str, most_bytes: int) -> bytes:
+        if file not in self.names:
+            raise DamagedFile(f"{self._where} holds no {file}: copy it again")
+        if self._archive.getinfo(file).file_size > most_bytes:
+            raise DamagedFile(f"{self.name(file)} is larger than {most_bytes >> 20} MiB: copy it again")
+        try:
+            return self._archive.read(file)
+        except _NO_ZIP as error:
+            raise DamagedFile(f"{self.name(file)} is damaged: {error}: copy it again") from error
+
+
+class _DirectoryFiles:
+    """The files of an artifact of 0.1. To be removed with 0.3."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def name(self, file: str) -> str:
+        return str(self._directory / file)
+
+    def read(self, file: str, most_bytes: int) -> bytes:
+        return read_content(self._directory / file, most_bytes)
+
+    def lineage(self) -> Lineage | None:
+        """Return what `lineage.json` says; None without one. Raises UnfitArtifact, DamagedFile, OSError."""
+        where = self.name(_LINEAGE)
+        try:
+            content = self.read(_LINEAGE, _MOST_DOCUMENT_BYTES)
+            parse_json(content, where)
+            return Lineage.model_validate_json(content)
+        except FileNotFoundError:
+            return None
+        except ValidationError as error:
+            raise UnfitArtifact(f"{where}: {first_problem(error)}") from error
+
+
+def artifact_file(path: Path) -> Path:
+    """Return the file of an artifact, or the directory of one of 0.1. path: as a user names either."""
+    if not path.is_dir() or (not (path / ARTIFACT).exists() and (path / DOCUMENT).exists()):
+        return path
+    return path / ARTIFACT
+
+
+def read_document(path: Path) -> PolicyDocument:
+    """Return the document of an artifact, whatever its models are. Raises UnfitArtifact."""
+    return _document(_open(path))
+
+
+def read_artifact(path: Path) -> Artifact:
+    """Return what an artifact holds: models that belong to its document. Raises UnfitArtifact."""
+    return _artifact(_open(path))
+
+
+def unpack(content: bytes, where: str) -> Artifact:
+    """Return what an artifact's file holds, as read_artifact. where: its path, for messages."""
     try:
-        content = read_content(path, MOST_DOCUMENT_BYTES)
-        _check_schema_version(path, parse_json(content, str(path)))
-        document = PolicyDocument.model_validate_json(content)
+        files = _ZipFiles(content, where)
+    except DamagedFile as error:
+        raise UnfitArtifact(error.message) from error
+    return _artifact(files)
+
+
+def pack(artifact: Artifact) -> bytes:
+    """Return the file of an artifact: always the same bytes for the same policy."""
+    content = io.BytesIO()
+    models = {view.model: artifact.models[view.model] for view in artifact.document.views}
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, data in {DOCUMENT: document_text(artifact.document).encode(), **models}.items():
+            entry = zipfile.ZipInfo(name, _NO_TIME)
+            entry.create_system = _UNIX
+            entry.external_attr = 0o644 << 16
+            archive.writestr(entry, data)
+    return content.getvalue()
+
+
+def load_artifact(path: Path) -> LoadedArtifact:
+    """Return the policy of an artifact, ready to plan. Raises UnfitArtifact."""
+    return _load(read_artifact(path), str(path))
+
+
+def load_usable(path: Path) -> LoadedArtifact:
+    """Return the policy of an artifact after a trial, as `tried`. Raises UnfitArtifact."""
+    return tried(read_artifact(path), str(path))
+
+
+def tried(artifact: Artifact, where: str) -> LoadedArtifact:
+    """Return a policy after it planned and decided once in every view. where: its path, for messages.
+
+    Raises UnfitArtifact where it did not. Its solutions are kept, so that its first request does not wait.
+    """
+    loaded = _load(artifact, where)
+    policy = loaded.policy
+    prompt = PromptText("?")
+    # The predictor is tried on it, whether or not it is a prompt that the policy would predict anything for.
+    family = policy.family
+    policy.use_family(None)
+    signals = np.zeros(1, np.float32)
+    draft = Draft("", signals, signals, signals, "eos")
+    verification = Verification(0, np.zeros(1, np.int64))
+    try:
+        for preference in Preference:
+            policy.plan(prompt, Objective(preference=preference), {})
+        for each in policy.views:
+            stage, origin = each.view.stage, each.view.origin
+            if stage is not None:
+                check = None if origin is None else verification
+                policy.decide(prompt, stage, draft, origin, check, Objective(), Spent(), {})
+    except Exception as error:
+        raise UnfitArtifact(f"{where}: the policy loads but does not decide: {error}") from error
+    policy.use_family(family)
+    return loaded
+
+
+def _open(path: Path) -> _Files:
+    try:
+        file = artifact_file(path)
+        if file.is_dir():
+            return _DirectoryFiles(file)
+        return _ZipFiles(read_content(file, _MOST_BYTES), str(file))
     except DamagedFile as error:
         raise UnfitArtifact(error.message) from error
     except OSError as error:
         raise UnfitArtifact(
-            f"no policy in {directory}: {path.name}: {error.strerror}. Make one with `asd-policy fit`, or "
-            "set `artifact` to a directory that holds one"
+            f"no policy in {error.filename}: {error.strerror}. Make one with `asd-policy fit`, or set "
+            "`artifact` to one"
         ) from error
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in problem["loc"])
-        said = problem["msg"].removeprefix("Value error, ")
-        raise UnfitArtifact(f"{path}: {place}: {said}" if place else f"{path}: {said}") from error
-    if document.features_version != FEATURES_VERSION:
-        raise UnfitArtifact(
-            f"{path}: made with features {document.features_version}, this version computes "
-            f"{FEATURES_VERSION}: make the policy anew with `asd-policy fit`"
-        )
-    expected = FeatureSpace(len(document.stages)).size
-    if document.features != expected:
-        raise UnfitArtifact(f"{path}: features must be {expected} for {len(document.stages)} stages")
-    return document
 
 
-def _check_schema_version(path: Path, content: object) -> None:
-    """Raise UnfitArtifact for a document of another version or of none; what is no object is the parser's.
-
-    A Literal of pydantic takes 2.0 for 2.
-    """
-    if not isinstance(content, dict):
-        return
-    version = content.get("schema_version")
-    (known,) = get_args(PolicyDocument.model_fields["schema_version"].annotation)
-    if type(version) is not int or version != known:
-        given = json.dumps(version) if "schema_version" in content else "is missing"
-        raise UnfitArtifact(
-            f"{path}: schema_version {one_line(given, MOST_NAME)}; this version of asd reads {known}: make "
-            "the policy anew with `asd-policy fit`"
-        )
-
-
-def load_policy(directory: Path) -> tuple[Policy, PolicyDocument]:
-    """Return the policy that a directory holds, and its document. Raises UnfitArtifact."""
-    document = read_document(directory)
-    return build_policy(document, load_predictor(directory, document)), document
-
-
-def load_predictor(directory: Path, document: PolicyDocument) -> OnnxPredictor:
-    """Return the predictor of a document from the models beside it. Raises UnfitArtifact."""
-    models = []
-    for view in document.views:
-        path = directory / view.model
+def _document(files: _Files) -> PolicyDocument:
+    document = parse_document(_read(files, DOCUMENT, _MOST_DOCUMENT_BYTES), files.name(DOCUMENT))
+    if isinstance(files, _DirectoryFiles):
         try:
-            content = read_content(path, MOST_MODEL_BYTES)
+            return document.model_copy(update={"lineage": files.lineage()})
         except DamagedFile as error:
             raise UnfitArtifact(error.message) from error
         except OSError as error:
-            raise UnfitArtifact(f"{path}: {error.strerror}") from error
+            raise UnfitArtifact(f"{files.name(_LINEAGE)}: {error.strerror}") from error
+    return document
+
+
+def _artifact(files: _Files) -> Artifact:
+    document = _document(files)
+    models = {}
+    for view in document.views:
+        where = files.name(view.model)
+        content = models[view.model] = _read(files, view.model, MOST_MODEL_BYTES)
         if hashlib.sha256(content).hexdigest() != view.sha256:
-            raise UnfitArtifact(f"{path} is not the model that {DOCUMENT} was made with: copy both again")
+            raise UnfitArtifact(f"{where} is not the model that {DOCUMENT} was made with: copy both again")
         try:
             check_model(content, document.features, len(view.heads))
         except UnfitModel as error:
-            raise UnfitArtifact(f"{path} is no predictor of `asd-policy fit`: {error}") from error
-        models.append(content)
+            raise UnfitArtifact(f"{where} is no predictor of `asd-policy fit`: {error}") from error
+    if isinstance(files, _ZipFiles) and (unknown := files.names - {DOCUMENT, *models}):
+        raise UnfitArtifact(f"{files.name(quoted(min(unknown)))} belongs to no view: remove it")
+    return Artifact(document, models)
+
+
+def _read(files: _Files, file: str, most_bytes: int) -> bytes:
     try:
-        return OnnxPredictor(models)
+        return files.read(file, most_bytes)
+    except DamagedFile as error:
+        raise UnfitArtifact(error.message) from error
+    except OSError as error:
+        raise UnfitArtifact(f"{files.name(file)}: {error.strerror}") from error
+
+
+def _load(artifact: Artifact, where: str) -> LoadedArtifact:
+    document = artifact.document
+    try:
+        predictor = OnnxPredictor([artifact.models[view.model] for view in document.views])
     except Exception as error:
-        raise UnfitArtifact(f"{directory}: a model does not load: {error}") from error
+        raise UnfitArtifact(f"{where}: a model does not load: {error}") from error
+    return LoadedArtifact(build_policy(document, predictor), document, predictor)
 
 
-def build_policy(document: PolicyDocument, predictor: Predictor) -> Policy:
-    """Return the policy that a document describes, with a predictor for its views."""
+def build_views(document: PolicyDocument) -> list[CalibratedView]:
+    """Return the views that a document describes."""
     names = [stage.name for stage in document.stages]
     places = {(view.stage, view.origin): place for place, view in enumerate(document.views)}
     views = []
@@ -149,6 +331,11 @@ def build_policy(document: PolicyDocument, predictor: Predictor) -> Policy:
         }
         cells = None if entry.cells is None else StateCells(**entry.cells.model_dump())
         views.append(CalibratedView(view, heads, cells))
+    return views
+
+
+def build_policy(document: PolicyDocument, predictor: Predictor) -> Policy:
+    """Return the policy that a document describes, with a predictor for its views."""
     values: Mapping[Preference, float] = {
         Preference.FASTEST: document.quality_values.fastest,
         Preference.BALANCED: document.quality_values.balanced,
@@ -160,9 +347,9 @@ def build_policy(document: PolicyDocument, predictor: Predictor) -> Policy:
             StageFacts(s.name, s.cost, s.latency_ms, s.accuracy, s.calibration_error, s.finish_reasons)
             for s in document.stages
         ],
-        views,
+        build_views(document),
         values,
-        FeatureSpace(len(names)),
+        FeatureSpace(len(document.stages)),
         predictor,
         [CurvePoint(p.quality_value, p.cost, p.latency_ms, p.accuracy) for p in document.curve],
         {
@@ -171,10 +358,3 @@ def build_policy(document: PolicyDocument, predictor: Predictor) -> Policy:
         },
         None if document.family is None else document.family.family(),
     )
-
-
-def write_document(document: PolicyDocument, directory: Path) -> None:
-    """Write `policy.json`, last of an artifact's files and in one step: a cut-off run leaves no policy."""
-    content = document.model_dump(mode="json", by_alias=True)
-    text = json.dumps(content, separators=(",", ":")) + "\n"
-    replace_file(directory / DOCUMENT, text, is_alone=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import itertools
+import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self, get_args
 
 import numpy as np
 from pydantic import (
@@ -14,14 +15,15 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    ValidationError,
     field_validator,
     model_serializer,
     model_validator,
 )
 
 from policy_service.family import Family
-from policy_service.features import FinishReason
-from services.common.documents import quoted
+from policy_service.features import FEATURES_VERSION, FeatureSpace, FinishReason
+from services.common.documents import DamagedFile, parse_json, quoted
 from services.common.visible import OneLineError, one_line
 
 if TYPE_CHECKING:
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
     from pydantic import SerializerFunctionWrapHandler
 
 DOCUMENT = "policy.json"
-# Chosen: a hundred times the shipped one's.
-MOST_DOCUMENT_BYTES = 16 << 20
 MOST_NAME = 256
 _DIGEST = re.compile("[0-9a-f]{64}")
 # Bounds of what a file may make a service hold. Chosen: several times what `fit` writes.
@@ -50,7 +50,7 @@ Count = Annotated[int, Field(ge=0, le=2**53)]
 
 
 class UnfitArtifact(OneLineError):  # noqa: N818 - an error is named by its cause
-    """The directory holds no policy that can be used; the message says why and what to do."""
+    """There is no policy that can be used; the message says why and what to do."""
 
 
 class Entry(BaseModel):
@@ -247,8 +247,28 @@ class FamilyEntry(Entry):
         return Family(frozenset(self.words), frozenset(grams.tolist()), self.threshold)
 
 
+class StageLineage(Entry):
+    """What refitting changed of one stage: p_correct' = sigmoid(slope * logit(p_correct) + offset)."""
+
+    stage: Name
+    reports: Count
+    slope: float
+    offset: float
+
+
+class Lineage(Entry):
+    """Where a refitted policy comes from. parent: version that it was refitted from."""
+
+    parent: Name
+    stages: tuple[StageLineage, ...]
+
+
 class PolicyDocument(Entry):
-    """Content of `policy.json`. family: None in artifacts that do not know it; no prompt is then marked."""
+    """Content of `policy.json`.
+
+    family: None in artifacts that do not know it; no prompt is then marked. lineage: None where the policy
+    was fitted to outcomes.
+    """
 
     # Without defaults: a file that does not say what it is may be of any version.
     schema_name: Literal["asd.policy"] = Field(alias="schema")
@@ -264,13 +284,12 @@ class PolicyDocument(Entry):
     calibration: Source
     views: Annotated[tuple[ViewEntry, ...], Field(min_length=1)]
     family: FamilyEntry | None = None
+    lineage: Lineage | None = None
 
     @model_serializer(mode="wrap")
-    def _leave_out_no_family(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
+    def _leave_out_what_is_not_there(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
         content: dict[str, object] = handler(self)
-        if self.family is None:
-            del content["family"]
-        return content
+        return {key: value for key, value in content.items() if value is not None}
 
     @model_validator(mode="after")
     def _check_curve(self) -> Self:
@@ -291,7 +310,7 @@ class PolicyDocument(Entry):
             if unknown := {view.stage, view.origin} - {None, *names}:
                 raise ValueError(f"{where}: {quoted(unknown.pop())} is none of the stages")
             if Path(view.model).name != view.model or "\0" in view.model:
-                raise ValueError(f"{where}: {quoted(view.model)} is not the name of a file beside {DOCUMENT}")
+                raise ValueError(f"{where}: {quoted(view.model)} is not the name of a file")
             first = names.index(view.stage) if view.stage is not None else 0
             if [head.stage for head in view.heads] != names[first:]:
                 raise ValueError(f"{where}: needs one head per stage from its own on")
@@ -332,3 +351,53 @@ def _problem_of_bins(view: ViewEntry) -> str:
     if view.cells and max(view.cells.heads) >= len(view.heads):
         return "cells look at a head that is not there"
     return "" if list(view.certified) == sorted(view.certified) else "certified must not decrease"
+
+
+def parse_document(content: bytes, where: str) -> PolicyDocument:
+    """Return what a `policy.json` says. where: what messages call it. Raises UnfitArtifact."""
+    try:
+        _check_schema_version(where, parse_json(content, where))
+        document = PolicyDocument.model_validate_json(content)
+    except DamagedFile as error:
+        raise UnfitArtifact(error.message) from error
+    except ValidationError as error:
+        raise UnfitArtifact(f"{where}: {first_problem(error)}") from error
+    if document.features_version != FEATURES_VERSION:
+        raise UnfitArtifact(
+            f"{where}: made with features {document.features_version}, this version computes "
+            f"{FEATURES_VERSION}: make the policy anew with `asd-policy fit`"
+        )
+    expected = FeatureSpace(len(document.stages)).size
+    if document.features != expected:
+        raise UnfitArtifact(f"{where}: features must be {expected} for {len(document.stages)} stages")
+    return document
+
+
+def document_text(document: PolicyDocument) -> str:
+    """Return the `policy.json` that says this."""
+    return json.dumps(document.model_dump(mode="json", by_alias=True), separators=(",", ":")) + "\n"
+
+
+def first_problem(error: ValidationError) -> str:
+    """Return the first entry that a model refuses, and why."""
+    problem = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in problem["loc"])
+    said = problem["msg"].removeprefix("Value error, ")
+    return f"{place}: {said}" if place else said
+
+
+def _check_schema_version(where: str, content: object) -> None:
+    """Raise UnfitArtifact for a document of another version or of none.
+
+    Content that is no object is left to the parser. A Literal of pydantic takes 2.0 for 2.
+    """
+    if not isinstance(content, dict):
+        return
+    version = content.get("schema_version")
+    (known,) = get_args(PolicyDocument.model_fields["schema_version"].annotation)
+    if type(version) is not int or version != known:
+        given = json.dumps(version) if "schema_version" in content else "is missing"
+        raise UnfitArtifact(
+            f"{where}: schema_version {one_line(given, MOST_NAME)}; this version of asd reads {known}: make "
+            "the policy anew with `asd-policy fit`"
+        )

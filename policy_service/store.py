@@ -1,112 +1,67 @@
 """Artifacts on the disk: one that is written in place of another, and versions of which one is in force.
 
-    STORE/policies/<version>/   an artifact, never changed once it is there unless it is damaged
-    STORE/current.json          the version in force and those before it
+    STORE/policies/<version>.zip   an artifact, never changed once it is there unless it is damaged
+    STORE/current.json             the version in force and those before it
 
-Everything comes into being by one rename, after its content is on the disk: whoever dies at whatever moment
-leaves what was in force.
+Each file comes into being by one rename, after its content is on the disk: a writer that is killed leaves
+what was in force. Until 0.3, versions that 0.1 has published are read as well: directories
+STORE/policies/<version>/.
 """
 
 from __future__ import annotations
 
 import asyncio
 import fcntl
-import hashlib
 import json
 import logging
 import os
 import re
 import shutil
 import time
-import uuid
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import numpy as np
 from pydantic import Field, ValidationError
 
-from policy_service.artifact import build_policy, load_predictor, read_document, write_document
-from policy_service.document import (
+from policy_service.artifact import (
+    ARTIFACT,
     DOCUMENT,
-    MOST_DOCUMENT_BYTES,
-    Count,
-    Entry,
-    Name,
-    PolicyDocument,
-    UnfitArtifact,
+    Artifact,
+    LoadedArtifact,
+    load_usable,
+    pack,
+    read_artifact,
+    read_document,
+    tried,
+    unpack,
 )
-from policy_service.features import Draft, PromptText, Verification
-from policy_service.policy import Objective, Policy, Preference, Spent
-from services.common.disks import alone, is_full, replace_file, sync, writing
+from policy_service.document import Entry, PolicyDocument, UnfitArtifact
+from services.common.disks import alone, replace_file, writing
 from services.common.documents import DamagedFile, parse_json, read_content
-from services.common.settings import explain
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
+    from pathlib import Path
 
-    from policy_service.predictor import OnnxPredictor
+    from policy_service.policy import Policy
 
 logger = logging.getLogger(__name__)
 
 POINTER = "current.json"
 POLICIES = "policies"
-# Beside policy.json where a policy was made from another one.
-LINEAGE = "lineage.json"
 _LOCK = ".lock"
-_PARTIAL = ".partial-"
-# Of the pointer and of a lineage. Chosen: a store that changes each minute for a year names as much.
+_SUFFIX = ".zip"
+# Of the pointer. Chosen: a store that changes each minute for a year names as much.
 _MOST_BYTES = 64 << 20
 # Seconds since 1970: the year 9999, which dates end with.
 _LATEST = 253_402_300_799.0
-# A version names a directory.
+# A version names a file.
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-# Digits of a model's SHA-256 in the name of its file.
-_DIGEST = 12
-_MODEL_WITH_DIGEST = re.compile(rf".+\.[0-9a-f]{{{_DIGEST}}}\.onnx")
-# Writing an artifact takes seconds: what is older was left by a process that was killed. Chosen.
-_ABANDONED_SECONDS = 3600.0
 
 
 class UnfitStore(UnfitArtifact):
     """The store cannot do what was asked; the message says why and what to do."""
-
-
-class LoadedArtifact(NamedTuple):
-    """An artifact's policy, its document, and the predictor that it asks."""
-
-    policy: Policy
-    document: PolicyDocument
-    predictor: OnnxPredictor
-
-
-class LoadedPolicy(NamedTuple):
-    """A policy that can be served, and its document."""
-
-    policy: Policy
-    document: PolicyDocument
-
-    @property
-    def stages(self) -> tuple[str, ...]:
-        """Names of the cascade's stages."""
-        return tuple(stage.name for stage in self.policy.stages)
-
-
-class StageLineage(Entry):
-    """What refitting changed of one stage: p_correct' = sigmoid(slope * logit(p_correct) + offset)."""
-
-    stage: Name
-    reports: Count
-    slope: float
-    offset: float
-
-
-class Lineage(Entry):
-    """Where a policy comes from. parent: version that it was refitted from."""
-
-    parent: Name
-    stages: tuple[StageLineage, ...]
 
 
 class _InForce(Entry):
@@ -155,15 +110,19 @@ class PolicyStore:
         return tuple(each.version for each in self._read().history)
 
     def artifact(self, version: str) -> Path:
-        """Return the directory of a version."""
-        return self.directory / POLICIES / version
+        """Return the artifact of a version."""
+        file = self._file(version)
+        of_0_1 = self.directory / POLICIES / version
+        return of_0_1 if of_0_1.is_dir() and not file.exists() else file
 
     def names(self) -> tuple[str, ...]:
         """Return every version that is kept, in the order of their names."""
         folder = self.directory / POLICIES
         if not folder.is_dir():
             return ()
-        return tuple(sorted(path.name for path in folder.iterdir() if _VERSION.fullmatch(path.name)))
+        files = {path.stem for path in folder.glob(f"*{_SUFFIX}")}
+        of_0_1 = {path.name for path in folder.iterdir() if path.suffix != _SUFFIX and path.is_dir()}
+        return tuple(sorted(filter(_VERSION.fullmatch, files | of_0_1)))
 
     def versions(self) -> list[StoredVersion]:
         """Return every version: those of the history by their age, then the others.
@@ -179,9 +138,9 @@ class PolicyStore:
         for version in (*since, *(name for name in self.names() if name not in since)):
             parent, prompts, problem = "", 0, ""
             try:
-                prompts = read_document(self.artifact(version)).calibration.prompts
-                lineage = read_lineage(self.artifact(version))
-                parent = lineage.parent if lineage else ""
+                document = read_document(self.artifact(version))
+                prompts = document.calibration.prompts
+                parent = document.lineage.parent if document.lineage else ""
                 load_version(self, version)
             except UnfitArtifact as error:
                 problem = str(error)
@@ -189,40 +148,38 @@ class PolicyStore:
             listed.append(StoredVersion(version, parent, prompts, since.get(version), is_current, problem))
         return listed
 
-    def publish(self, artifact: Path) -> PolicyDocument:
+    def publish(self, path: Path) -> PolicyDocument:
         """Copy an artifact into the store and put it into force; return its document.
+
+        Raises as put_into_force.
+        """
+        artifact = read_artifact(path)
+        self.put_into_force(artifact, str(path))
+        return artifact.document
+
+    def put_into_force(self, artifact: Artifact, where: str = "the new policy") -> None:
+        """Keep a policy, and put it into force. where: its path, for messages.
 
         A version that is there but cannot be served is replaced, and so is a damaged pointer. Raises
         UnfitArtifact where the artifact cannot be served, or was made for other stages than the one in force,
         ResourceExhausted on a full disk, PreconditionFailed where the store cannot be written to.
         """
-        if (self.directory / DOCUMENT).exists():
+        if any((self.directory / name).exists() for name in (ARTIFACT, DOCUMENT)):
             raise UnfitStore(f"{self.directory} is an artifact, not a store: name another directory")
         if self.directory.exists() and not self.directory.is_dir():
             raise UnfitStore(f"{self.directory} is a file: name a directory")
-        before = _content(artifact)
-        try:
-            return self._publish(artifact)
-        except UnfitArtifact:
-            if _content(artifact) == before:
-                raise
-            # It was replaced while it was copied.
-            return self._publish(artifact)
-
-    def _publish(self, artifact: Path) -> PolicyDocument:
-        document = load_usable(artifact).document
-        version = document.policy_version
+        tried(artifact, where)
+        version = artifact.document.policy_version
         if not _VERSION.fullmatch(version):
-            raise UnfitStore(f"{artifact}: version {version!r} cannot name a directory")
+            raise UnfitStore(f"{where}: version {version!r} cannot name a file")
         with writing(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
-        with self._locked(), self._tidied():
+        with self._locked():
             history = self._history()
-            self._check_cascade(document, history)
-            self._copy(artifact, document)
+            self._check_cascade(artifact.document, history)
+            self._keep(artifact)
             if not history or history[-1].version != version:
                 self._write((*history, _InForce(version=version, since=self._clock())))
-        return document
 
     def _check_cascade(self, document: PolicyDocument, history: tuple[_InForce, ...]) -> None:
         """Check a policy against the newest one that can be read; all of a store are of one cascade."""
@@ -276,48 +233,29 @@ class PolicyStore:
             return history[: places[-1] + 1]
         return (*history, _InForce(version=to, since=self._clock()))
 
-    def _copy(self, artifact: Path, document: PolicyDocument) -> None:
-        """Make the version's directory, whole or not at all; one that cannot be served gives way."""
-        target = self.artifact(document.policy_version)
-        if self._is_usable(document.policy_version):
-            if _content(target) != _content(artifact):
-                raise UnfitStore(
-                    f"{target} holds another policy of this version, and a version never changes: give "
-                    "policy_version another name"
-                )
-            return
-        partial = target.parent / f"{_PARTIAL}{document.policy_version}"
-        partial.mkdir(parents=True)
-        files = {*(view.model for view in document.views), DOCUMENT}
-        if (artifact / LINEAGE).exists():
-            files.add(LINEAGE)
-        for name in sorted(files):
-            if Path(name).name != name:
-                raise UnfitStore(f"{artifact}: {name!r} is not the name of a file beside {DOCUMENT}")
-            try:
-                shutil.copyfile(artifact / name, partial / name)
-            except OSError as error:
-                if is_full(error) or str(error.filename) == str(partial / name):
-                    raise
-                raise UnfitStore(f"{artifact / name}: {error.strerror}") from error
-            sync(partial / name)
-        # The copy, not what was copied: it is what will be served.
-        if load_usable(partial).document != document:
-            raise UnfitStore(f"{artifact} was changed while it was copied: publish it again")
-        sync(partial)
-        if target.exists() or target.is_symlink():
-            # Damaged, so nothing is lost if a kill leaves neither: publishing again goes on from there.
-            target.rename(target.parent / f"{_PARTIAL}{uuid.uuid4().hex}")
-        partial.rename(target)
-        sync(target.parent)
-        _remove_partial(target.parent)
-
-    def _is_usable(self, version: str) -> bool:
+    def _keep(self, artifact: Artifact) -> None:
+        """Write the file of a version, in place of one that cannot be served or is of 0.1."""
+        version = artifact.document.policy_version
+        file = self._file(version)
+        file.parent.mkdir(exist_ok=True)
+        # The lock is held, so that no writer is at work on what is here.
+        for left_by_a_kill in file.parent.glob(f".*{_SUFFIX}.partial"):
+            left_by_a_kill.unlink()
         try:
             load_version(self, version)
+            kept = read_artifact(self.artifact(version))
         except UnfitArtifact:
-            return False
-        return True
+            kept = None
+        if kept is not None and kept != artifact:
+            raise UnfitStore(
+                f"{self.artifact(version)} holds another policy of this version, and a version never "
+                "changes: give policy_version another name"
+            )
+        if kept is None or not file.exists():
+            replace_file(file, pack(artifact), is_alone=True)
+
+    def _file(self, version: str) -> Path:
+        return self.directory / POLICIES / f"{version}{_SUFFIX}"
 
     def _read(self) -> _Pointer:
         """Return what the pointer says. Raises UnfitStore, which says how to mend it."""
@@ -361,21 +299,6 @@ class PolicyStore:
         replace_file(self.directory / POINTER, json.dumps(content) + "\n", is_alone=True)
 
     @contextmanager
-    def _tidied(self) -> Iterator[None]:
-        """Remove what earlier writers left half done, and what the block leaves where it fails.
-
-        Whoever made it held the lock, so nobody writes it now.
-        """
-        _remove_partial(self.directory / POLICIES)
-        try:
-            yield
-        except BaseException:
-            # On a full disk, it is in the way of the next attempt.
-            with suppress(OSError):
-                _remove_partial(self.directory / POLICIES)
-            raise
-
-    @contextmanager
     def _locked(self) -> Iterator[None]:
         """Hold the store for writing. The lock ends with the process, however that ends.
 
@@ -398,13 +321,13 @@ class PolicyStore:
 class PolicyWatch:
     """Follows a store: what is newly in force there, if it can be served in place of what is."""
 
-    def __init__(self, store: PolicyStore, loaded: LoadedPolicy) -> None:
+    def __init__(self, store: PolicyStore, loaded: LoadedArtifact) -> None:
         self._store = store
         self._version = loaded.policy.version
         self._stages = loaded.stages
         self._refused = ""
 
-    def poll(self) -> LoadedPolicy | None:
+    def poll(self) -> LoadedArtifact | None:
         """Return the policy that the store names if it is another one than before and can be served.
 
         One that cannot is logged once and tried again each time; what is in force stays.
@@ -438,10 +361,10 @@ async def follow(
         await sleep(poll_seconds)
         loaded = await asyncio.to_thread(watch.poll)
         if loaded is not None:
-            use(*loaded)
+            use(loaded.policy, loaded.document)
 
 
-def open_policy(path: Path, cascade: Sequence[str] = ()) -> tuple[LoadedPolicy, PolicyStore | None]:
+def open_policy(path: Path, cascade: Sequence[str] = ()) -> tuple[LoadedArtifact, PolicyStore | None]:
     """Return the policy to serve from an artifact or a store, and the store where it is one.
 
     A store whose version in force cannot be served gives the last one before it that can, with an error in
@@ -488,7 +411,7 @@ def artifact_in(path: Path) -> Path:
     return store.artifact(version)
 
 
-def load_version(store: PolicyStore, version: str, cascade: Sequence[str] = ()) -> LoadedPolicy:
+def load_version(store: PolicyStore, version: str, cascade: Sequence[str] = ()) -> LoadedArtifact:
     """Return a version of a store. Raises UnfitArtifact where it cannot be served."""
     loaded = _load_for(store.artifact(version), cascade)
     if loaded.policy.version != version:
@@ -496,231 +419,46 @@ def load_version(store: PolicyStore, version: str, cascade: Sequence[str] = ()) 
     return loaded
 
 
-def load_artifact(directory: Path) -> LoadedArtifact:
-    """Return what an artifact holds, also while `write_artifact` puts another one there.
-
-    Raises UnfitArtifact.
-    """
-    try:
-        return _load(directory)
-    except UnfitArtifact:
-        # The models that the document names may have gone in between.
-        return _load(directory)
-
-
-def _load(directory: Path) -> LoadedArtifact:
-    document = read_document(directory)
-    predictor = load_predictor(directory, document)
-    return LoadedArtifact(build_policy(document, predictor), document, predictor)
-
-
-def check_output(directory: Path) -> None:
-    """Check that an artifact can be written to a directory, before what takes long. Raises UnfitStore."""
-    if is_store(directory):
+def check_output(path: Path) -> None:
+    """Check that an artifact can be written to a path, before what takes long. Raises UnfitStore."""
+    if is_store(path):
         raise UnfitStore(
-            f"{directory} is a store of versions: write to another directory, and publish that with "
-            f"`asd-policy publish DIRECTORY {directory}`"
+            f"{path} is a store of versions: write to a file, and publish that with "
+            f"`asd-policy publish FILE {path}`"
         )
-    if directory.exists() and not directory.is_dir():
-        raise UnfitStore(f"{directory} is a file: name a directory")
-    target = directory.resolve()
-    nearest = next(each for each in (target, *target.parents) if each.exists())
+    target = _output_file(path)
+    nearest = next(each for each in target.parents if each.exists())
     if not nearest.is_dir():
-        raise UnfitStore(f"{directory}: {nearest} is a file: name another directory")
+        raise UnfitStore(f"{path}: {nearest} is a file: name another file")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UnfitStore(f"{directory}: no permission to write in {nearest}: name another directory")
+        raise UnfitStore(f"{path}: no permission to write in {nearest}: name another file")
 
 
-def write_artifact(
-    document: PolicyDocument, models: Mapping[str, bytes], directory: Path, lineage: Lineage | None = None
-) -> PolicyDocument:
-    """Put a policy into a directory, in place of one that is there; return its document as written.
+def write_artifact(artifact: Artifact, path: Path) -> None:
+    """Put a policy into a file, or into `policy.zip` of a directory that is there, after a trial.
 
-    models: by the names in the document's views. Their files get names with their digest, so that old and new
-    ones lie side by side until `policy.json` is replaced, in one rename: at every moment, also after a kill,
-    the directory holds the old policy or the new one. All of it is written to a hidden directory and tried
-    first. Directories above are made. A failure leaves the old policy, and no new directory. Raises
-    UnfitArtifact; ResourceExhausted on a full disk, PreconditionFailed where it cannot be written.
+    What was there stays until all of the new one is on the disk, also where that fails. Directories above
+    are made. Raises UnfitArtifact; ResourceExhausted on a full disk, PreconditionFailed where it cannot be
+    written.
     """
-    check_output(directory)
-    files = {name: _name_with_digest(name, content) for name, content in models.items()}
-    views = tuple(view.model_copy(update={"model": files[view.model]}) for view in document.views)
-    document = document.model_copy(update={"views": views})
-    contents = {file: models[name] for name, file in files.items()}
-    with writing(directory, "name another directory"):
-        _write_whole(document, contents, directory.resolve(), lineage)
-    return document
+    check_output(path)
+    file = _output_file(path)
+    content = pack(artifact)
+    # What will be read, and not what it was made from.
+    tried(unpack(content, str(file)), str(file))
+    with writing(path, "name another file"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with alone(file.parent):
+            replace_file(file, content, is_alone=True)
 
 
-def _write_whole(
-    document: PolicyDocument, models: Mapping[str, bytes], target: Path, lineage: Lineage | None
-) -> None:
-    """Write an artifact as write_artifact does. models: by the names of their files. Raises OSError."""
-    missing = [each for each in target.parents if not each.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Inside one that is there, which may be all that can be written to, or a file system of its own.
-    folder = target if target.exists() else target.parent
-    hidden = f".{target.name}{_PARTIAL}"
-    _remove_abandoned(folder, hidden)
-    partial = folder / f"{hidden}{uuid.uuid4().hex}"
-    try:
-        partial.mkdir()
-        for file, content in models.items():
-            (partial / file).write_bytes(content)
-        if lineage is not None:
-            write_lineage(lineage, partial)
-        write_document(document, partial)
-        for path in partial.iterdir():
-            sync(path)
-        load_usable(partial)
-        sync(partial)
-        if folder == target or not _rename_new(partial, target):
-            _merge(partial, set(models), target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        for each in missing:
-            with suppress(OSError):
-                each.rmdir()
-        raise
-    shutil.rmtree(partial, ignore_errors=True)
+def _output_file(path: Path) -> Path:
+    """Return the file to write. An artifact of 0.1 stays beside it, and is not looked at any more."""
+    return (path / ARTIFACT if path.is_dir() else path).resolve()
 
 
-def _rename_new(partial: Path, target: Path) -> bool:
-    """Rename a directory to a name that was free; return False where another writer was faster."""
-    try:
-        partial.rename(target)
-    except OSError:
-        if not target.is_dir():
-            raise
-        return False
-    sync(target.parent)
-    return True
-
-
-def _merge(partial: Path, models: set[str], target: Path) -> None:
-    """Move an artifact into a directory that holds another one, so that it is always one of the two."""
-    # Without locks, one writer at a time is up to the user.
-    with alone(target):
-        try:
-            for name in sorted(models):
-                (partial / name).replace(target / name)
-            sync(target)
-            before = _models_of(target)
-            # Removed before and written after: it never stands beside another policy than its own.
-            (target / LINEAGE).unlink(missing_ok=True)
-            (partial / DOCUMENT).replace(target / DOCUMENT)
-            sync(target)
-            if (partial / LINEAGE).exists():
-                (partial / LINEAGE).replace(target / LINEAGE)
-        except BaseException:
-            _remove_models(target, set())
-            raise
-        _remove_models(target, before)
-
-
-def _models_of(directory: Path) -> set[str]:
-    """Return the files of the models that a document names beside it; none where it cannot be read."""
-    try:
-        named = {view.model for view in read_document(directory).views}
-    except UnfitArtifact:
-        return set()
-    return {name for name in named if Path(name).name == name}
-
-
-def _remove_models(directory: Path, before: set[str]) -> None:
-    """Remove models that an artifact does not name: those of the one before, and what a kill left."""
-    kept = _models_of(directory)
-    if not kept:
-        return
-    for path in directory.iterdir():
-        if path.name not in kept and (path.name in before or _MODEL_WITH_DIGEST.fullmatch(path.name)):
-            with suppress(OSError):
-                path.unlink()
-
-
-def _remove_partial(policies: Path) -> None:
-    """Remove what is no version. The caller holds the store."""
-    for path in policies.glob(f"{_PARTIAL}*"):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
-def _remove_abandoned(folder: Path, hidden: str) -> None:
-    """Remove what killed writers left. Younger directories may be another writer's."""
-    for path in [each for each in folder.iterdir() if each.name.startswith(hidden)]:
-        with suppress(OSError):
-            if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
-                shutil.rmtree(path)
-
-
-def _name_with_digest(name: str, content: bytes) -> str:
-    stem = name.removesuffix(".onnx")
-    if _MODEL_WITH_DIGEST.fullmatch(name):
-        stem = stem[: -_DIGEST - 1]
-    return f"{stem}.{hashlib.sha256(content).hexdigest()[:_DIGEST]}.onnx"
-
-
-def _content(artifact: Path) -> bytes:
-    """Return an artifact's document as it is; nothing where it cannot be read."""
-    try:
-        return read_content(artifact / DOCUMENT, MOST_DOCUMENT_BYTES)
-    except (OSError, DamagedFile):
-        return b""
-
-
-def load_usable(directory: Path) -> LoadedPolicy:
-    """Return the policy of an artifact after it planned and decided once in every view.
-
-    Raises UnfitArtifact where it did not. What it solved is kept, so that its first request does not wait.
-    """
-    policy, document, _ = load_artifact(directory)
-    prompt = PromptText("?")
-    # The predictor is tried on it, whether or not it is a prompt that the policy would predict anything for.
-    family = policy.family
-    policy.use_family(None)
-    signals = np.zeros(1, np.float32)
-    draft = Draft("", signals, signals, signals, "eos")
-    verification = Verification(0, np.zeros(1, np.int64))
-    try:
-        for preference in Preference:
-            policy.plan(prompt, Objective(preference=preference), {})
-        for each in policy.views:
-            stage, origin = each.view.stage, each.view.origin
-            if stage is not None:
-                check = None if origin is None else verification
-                policy.decide(prompt, stage, draft, origin, check, Objective(), Spent(), {})
-    except Exception as error:
-        raise UnfitArtifact(f"{directory}: the policy loads but does not decide: {error}") from error
-    policy.use_family(family)
-    return LoadedPolicy(policy, document)
-
-
-def read_lineage(artifact: Path) -> Lineage | None:
-    """Return where an artifact comes from; None where it was fitted to outcomes. Raises UnfitStore."""
-    path = artifact / LINEAGE
-    try:
-        content = read_content(path, _MOST_BYTES)
-        parse_json(content, str(path))
-        return Lineage.model_validate_json(content)
-    except FileNotFoundError:
-        return None
-    except DamagedFile as error:
-        raise UnfitStore(error.message) from error
-    except OSError as error:
-        raise UnfitStore(f"{path}: {error.strerror}") from error
-    except ValidationError as error:
-        raise UnfitStore(f"{path}: {explain(error)}") from error
-
-
-def write_lineage(lineage: Lineage, artifact: Path) -> None:
-    """Write where an artifact comes from."""
-    (artifact / LINEAGE).write_text(lineage.model_dump_json() + "\n", encoding="utf-8")
-
-
-def _load_for(directory: Path, cascade: Sequence[str]) -> LoadedPolicy:
-    loaded = load_usable(directory)
+def _load_for(path: Path, cascade: Sequence[str]) -> LoadedArtifact:
+    loaded = load_usable(path)
     if cascade:
         _check_stages(loaded.document, cascade, "this service's `cascade`")
     return loaded

@@ -25,7 +25,7 @@ from benchmarks.experiments.report import render_report, verdicts
 from benchmarks.experiments.tables import figures, write_tables
 from benchmarks.processes import ROOT
 from benchmarks.record import record
-from policy_service.artifact import load_policy, load_predictor
+from policy_service.artifact import load_artifact
 from policy_service.document import UnfitArtifact
 from policy_service.train.costs import EMBEDDED, UnfitCosts, read_costs
 from policy_service.train.dataset import read_dataset
@@ -53,8 +53,7 @@ def run(
             f"--outcomes {outcomes.parent}` (a GPU), or with `asd-policy collect {outcomes} --split "
             "evaluation --prompts 3000` while `make up` runs"
         )
-    policy, document = load_policy(artifact)
-    predictor = load_predictor(artifact, document)
+    policy, document, predictor = load_artifact(artifact)
     digest = file_digest(outcomes)
     if digest in {document.train.sha256, document.calibration.sha256}:
         raise UnfitOutcomes(f"{outcomes}: policy {policy.version} was made from this file: use other prompts")
@@ -121,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--artifact",
         type=Path,
-        default=ROOT / "policy_service" / "artifact",
+        default=ROOT / "policy_service" / "policy.zip",
         help="directory of the policy (default: the embedded family's)",
     )
     parser.add_argument(

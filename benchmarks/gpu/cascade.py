@@ -331,7 +331,7 @@ async def _start(
     _say("load_s", row["load_s"])
     policy = ""
     if len(stages) == len(NAMES):
-        artifact = str(ROOT / "policy_service" / "artifact")
+        artifact = str(ROOT / "policy_service" / "policy.zip")
         policy = await start("policy_service", {"artifact": artifact}, {})
     entries = [
         {"name": name, "target": target, "cost": COSTS[name], "timeout_ms": CALL_MS}

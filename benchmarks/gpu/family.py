@@ -100,7 +100,7 @@ async def _ask(tasks: Sequence[Task], engine: str, dtype: str, at_a_time: int) -
             targets[name] = await start("services.stage", {"models": [model]})
         if engine == "vllm":
             await asyncio.gather(*(load_model(target) for target in targets.values()))
-        artifact = str(ROOT / "policy_service" / "artifact")
+        artifact = str(ROOT / "policy_service" / "policy.zip")
         policy = await start("policy_service", {"artifact": artifact})
         settings = {
             "stages": [

@@ -50,7 +50,7 @@ app = typer.Typer(
 )
 errors = LiteralConsole(stderr=True)
 
-_EMBEDDED_ARTIFACT = Path(__file__).resolve().parents[1] / "artifact"
+_EMBEDDED_ARTIFACT = Path(__file__).resolve().parents[1] / "policy.zip"
 # Below, what is fitted and calibrated says little of other prompts. Chosen.
 _FEW_PROMPTS = 1000
 
@@ -85,16 +85,14 @@ def fit(
     calibration: Annotated[Path, typer.Argument(help="Outcomes of other prompts, to calibrate on.")],
     output: Annotated[
         Path,
-        typer.Option(
-            "--output", "-o", help="Directory of the artifact; made if missing. A policy there is replaced."
-        ),
+        typer.Option("--output", "-o", help="File to write, such as policy.zip. A policy there is replaced."),
     ],
     costs: Costs = EMBEDDED,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the trees.")] = 0,
 ) -> None:
     """Fit a policy to outcomes and write its artifact.
 
-    Killed at any moment, it leaves the policy that was in the directory.
+    Killed at any moment, it leaves the policy that was there.
     """
     _check_extra()
     from policy_service.store import check_output
@@ -128,7 +126,7 @@ def evaluate(
         Path | None, typer.Argument(help="Outcomes (Parquet), as `collect` writes them.", show_default=False)
     ] = None,
     artifact: Annotated[
-        Path, typer.Option(help="Directory of a policy or a store.", show_default="the embedded family's")
+        Path, typer.Option(help="A policy or a store.", show_default="the embedded family's")
     ] = _EMBEDDED_ARTIFACT,
     costs: Costs = EMBEDDED,
     quality_value: Annotated[
@@ -196,7 +194,8 @@ def evaluate(
             result_console().print(each)
         return
     assert outcomes is not None
-    from policy_service.store import artifact_in, load_artifact
+    from policy_service.artifact import load_artifact
+    from policy_service.store import artifact_in
     from policy_service.train.costs import read_costs
     from policy_service.train.dataset import read_dataset
     from policy_service.train.evaluate import evaluate_policy
@@ -219,7 +218,7 @@ def evaluate(
 @app.command(cls=CheckedCommand)
 def price(
     artifact: Annotated[
-        Path, typer.Option(help="Directory of a policy or a store.", show_default="the embedded family's")
+        Path, typer.Option(help="A policy or a store.", show_default="the embedded family's")
     ] = _EMBEDDED_ARTIFACT,
     mean_cost: Annotated[
         float | None, typer.Option(min=1e-6, max=1e9, help="Mean cost of a request, at most.")
@@ -233,8 +232,9 @@ def price(
 ) -> None:
     """Say which lambda keeps a mean over requests: give exactly one of the three."""
     _check_extra()
+    from policy_service.artifact import load_artifact
     from policy_service.policy import UnmeetableBudget
-    from policy_service.store import artifact_in, load_artifact
+    from policy_service.store import artifact_in
     from services.common.errors import InvalidRequest
 
     if [mean_cost, mean_latency_ms, min_accuracy].count(None) != 2:
@@ -430,7 +430,7 @@ def main() -> None:
     except (UnfitCosts, UnfitOutcomes, AsdError, SettingsError, OSError) as error:
         _fail(error)
     except Exception as error:
-        # Its module needs onnxruntime, which a command that raises it has found.
+        # Its module needs pydantic, which a command that raises it has found.
         from policy_service.document import UnfitArtifact
 
         if not isinstance(error, UnfitArtifact):

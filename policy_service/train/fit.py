@@ -13,6 +13,7 @@ import numpy as np
 from scipy.stats import beta, norm
 from sklearn.linear_model import LogisticRegression
 
+from policy_service.artifact import Artifact
 from policy_service.document import (
     MOST_NAME,
     AbandonEntry,
@@ -103,11 +104,11 @@ def fit_policy(
     train: InputFile,
     calibration: InputFile,
     costs: Sequence[StageCosts],
-    directory: Path,
+    output: Path,
     seed: int,
     progress: Callable[[str], None],
 ) -> PolicyDocument:
-    """Put an artifact into a directory, as `store.write_artifact` does; return its document.
+    """Write an artifact, as `store.write_artifact` does; return its document.
 
     progress is told what is under way.
     """
@@ -200,7 +201,8 @@ def fit_policy(
         family=family,
     )
     files = {model_name(key): model for key, model in zip(keys, models, strict=True)}
-    return write_artifact(document, files, directory)
+    write_artifact(Artifact(document, files), output)
+    return document
 
 
 def model_name(key: ViewKey) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
@@ -66,9 +65,7 @@ def versions(store: Store) -> None:
 
 
 def publish(
-    artifact: Annotated[
-        Path, typer.Argument(help="Directory of the policy, as `fit` writes it, or another store.")
-    ],
+    artifact: Annotated[Path, typer.Argument(help="The policy, as `fit` writes it, or another store.")],
     store: Store,
 ) -> None:
     """Copy a policy into a store and put it into force. Services that read the store follow by themselves."""
@@ -107,16 +104,16 @@ def refit(
 ) -> None:
     """Refit the calibration of the policy in force to reports of its answers, and show what that changes."""
     _check_extra("policy-train")
-    from policy_service.artifact import read_document
-    from policy_service.store import PolicyStore, artifact_in, check_output
-    from policy_service.train.refit import fit_corrections, write_refitted
+    from policy_service.artifact import read_artifact
+    from policy_service.store import PolicyStore, artifact_in, check_output, write_artifact
+    from policy_service.train.refit import fit_corrections, refit_artifact
 
     versions = PolicyStore(store)
     versions.current()
-    parent = artifact_in(store)
+    parent = read_artifact(artifact_in(store))
     if output is not None:
         check_output(output)
-    document = read_document(parent)
+    document = parent.document
     stages = [stage.name for stage in document.stages]
     refits = fit_corrections(_read(reports), document.policy_version, stages, seed)
     console = result_console()
@@ -124,16 +121,17 @@ def refit(
     if not any(each.correction for each in refits):
         _print(f"policy {document.policy_version} stays: no correction lowers the log loss beyond doubt")
         return
-    if output is not None:
-        refitted = write_refitted(parent, refits, output)
-        _print(f"policy {refitted.policy_version} is in {output}")
-    if publish:
-        with tempfile.TemporaryDirectory() as folder:
-            write_refitted(parent, refits, Path(folder))
-            refitted = versions.publish(Path(folder))
-        _print(f"policy {refitted.policy_version} is in force in {store}, after {document.policy_version}")
-    elif output is None:
+    if output is None and not publish:
         _print("nothing was written: --publish puts the refitted policy into force, --output writes it")
+        return
+    refitted = refit_artifact(parent, refits)
+    version = refitted.document.policy_version
+    if output is not None:
+        write_artifact(refitted, output)
+        _print(f"policy {version} is in {output}")
+    if publish:
+        versions.put_into_force(refitted)
+        _print(f"policy {version} is in force in {store}, after {document.policy_version}")
 
 
 def drift(
@@ -192,7 +190,7 @@ def shadow(
 
 
 def add_family(
-    artifact: Annotated[Path, typer.Argument(help="Directory of the policy; its models stay as they are.")],
+    artifact: Annotated[Path, typer.Argument(help="The policy; its models stay as they are.")],
     train: Annotated[
         Path | None, typer.Argument(help="Outcomes that it was fitted to (Parquet).", show_default=False)
     ] = None,
@@ -213,8 +211,8 @@ def add_family(
     policies.
     """
     _check_extra("policy-train")
-    from policy_service.artifact import read_document, write_document
-    from policy_service.store import UnfitStore, is_store
+    from policy_service.artifact import Artifact, read_artifact
+    from policy_service.store import UnfitStore, is_store, write_artifact
     from policy_service.train.family import suite_prompts, with_family
     from policy_service.train.outcomes import read_prompt_texts
 
@@ -226,13 +224,13 @@ def add_family(
         raise UnfitStore(
             f"{artifact} is a store of versions, which do not change: give an artifact, and publish it then"
         )
-    document = read_document(artifact)
+    given = read_artifact(artifact)
     if train is not None and calibration is not None:
         texts = [list(read_prompt_texts(path)) for path in (train, calibration)]
     else:
         texts = [suite_prompts("train", prompts, seed), suite_prompts("calibration", prompts // 3, seed)]
-    document = with_family(document, texts[0], texts[1])
-    write_document(document, artifact)
+    document = with_family(given.document, texts[0], texts[1])
+    write_artifact(Artifact(document, given.models), artifact)
     assert document.family is not None
     _print(
         f"policy {document.policy_version} is in {artifact}: prompts above a novelty of "

@@ -17,16 +17,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from policy_service.artifact import build_policy, load_predictor, read_document
-from policy_service.document import PolicyDocument
+from policy_service.artifact import Artifact, build_views
+from policy_service.document import Lineage, PolicyDocument, StageLineage
 from policy_service.drift import RunningCalibration, logit, sigmoid
 from policy_service.reports import last_reports
-from policy_service.store import Lineage, StageLineage, UnfitStore, write_artifact
+from policy_service.store import UnfitStore
 from policy_service.train.fit import tabulate
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
-    from pathlib import Path
 
     import numpy.typing as npt
 
@@ -105,12 +104,9 @@ def fit_corrections(
     return refits
 
 
-def write_refitted(parent: Path, refits: Iterable[StageRefit], directory: Path) -> PolicyDocument:
-    """Write the policy of an artifact with corrections to another directory; return its document.
-
-    Its `lineage.json` names the parent. Raises UnfitArtifact.
-    """
-    document = read_document(parent)
+def refit_artifact(parent: Artifact, refits: Iterable[StageRefit]) -> Artifact:
+    """Return a policy with corrections. Its lineage names the parent. Raises UnfitArtifact."""
+    document = parent.document
     corrected = {each.stage: each for each in refits if each.correction is not None}
     lineage = Lineage(
         parent=document.policy_version,
@@ -131,10 +127,9 @@ def write_refitted(parent: Path, refits: Iterable[StageRefit], directory: Path) 
         # The version names the content: the same reports make the same version.
         hashlib.sha256(lineage.model_dump_json().encode()).hexdigest()[:12],
     )
-    policy = build_policy(refitted, load_predictor(parent, document))
-    curve = tabulate(tuple(each.view for each in policy.views), policy.views[0].prompt_shares)
-    models = {view.model: (parent / view.model).read_bytes() for view in document.views}
-    return write_artifact(refitted.model_copy(update={"curve": curve}), models, directory, lineage)
+    views = build_views(refitted)
+    curve = tabulate(tuple(each.view for each in views), views[0].prompt_shares)
+    return Artifact(refitted.model_copy(update={"curve": curve, "lineage": lineage}), parent.models)
 
 
 def correct_document(

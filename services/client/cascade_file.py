@@ -162,9 +162,9 @@ def read_cascade(file: Path) -> CascadeFile:
     policy = cascade.policy
     if policy is not None:
         artifact = _resolved(base / policy.artifact, f"{file}: policy.artifact")
-        if not artifact.is_dir():
+        if not artifact.exists():
             raise SettingsError(
-                f"{file}: policy.artifact: {artifact} is not a directory; make one with asd-policy, or leave "
+                f"{file}: policy.artifact: {artifact} is not there; make one with asd-policy, or leave "
                 f"`policy` out to follow static_plan{_relative(policy.artifact)}"
             )
         reports = policy.reports_path and _resolved(

@@ -107,22 +107,24 @@ def alone(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def replace_file(path: Path, content: str, *, is_alone: bool = False) -> None:
-    """Write a text file whole or not at all: what was there before stays until its successor is on the disk.
+def replace_file(path: Path, content: str | bytes, *, is_alone: bool = False) -> None:
+    """Write a file whole or not at all: what was there before stays until its successor is on the disk.
 
-    What is no regular file, such as a pipe or a terminal, is written to as it is. is_alone: nobody else
-    writes it meanwhile, so that the next writer takes what a killed one left. Raises OSError.
+    Text is written as UTF-8. What is no regular file, such as a pipe or a terminal, is written to as it is.
+    is_alone: nobody else writes it meanwhile, so that the next writer takes what a killed one left. Raises
+    OSError.
     """
+    data = content.encode() if isinstance(content, str) else content
     if path.exists() and not path.is_file():
-        path.write_text(content, encoding="utf-8")
+        path.write_bytes(data)
         return
     # Links stay links.
     target = path.resolve()
     own = "" if is_alone else f".{secrets.token_hex(4)}"
     partial = target.with_name(f".{target.name}{own}.partial")
     try:
-        with partial.open("w" if is_alone else "x", encoding="utf-8") as file:
-            file.write(content)
+        with partial.open("wb" if is_alone else "xb") as file:
+            file.write(data)
             file.flush()
             if target.exists():
                 os.fchmod(file.fileno(), target.stat().st_mode & 0o7777)

@@ -16,14 +16,14 @@ import pyarrow as pa
 import yaml
 
 import policy_service
-from policy_service.artifact import read_document
+from policy_service.artifact import load_usable, read_artifact
 from policy_service.document import UnfitArtifact
 from policy_service.predictor import OnnxPredictor
 from policy_service.predictor_model import UnfitModel, check_model
 from policy_service.reports import read_reports
 from policy_service.settings import PolicySettings
 from policy_service.shadow import read_shadow
-from policy_service.store import PolicyStore, load_usable
+from policy_service.store import PolicyStore
 from policy_service.train.costs import EMBEDDED as COSTS
 from policy_service.train.costs import UnfitCosts, read_costs
 from policy_service.train.faults import UnfitOutcomes
@@ -45,13 +45,13 @@ from tests.fakes.chat_templates import FAMILIES
 from tests.fakes.tiny_tokenizers import write_family
 from tests.fuzz.client_files import HOSTILE_NAMES, make_readers
 from tests.fuzz.mutations import damage_bytes, damage_json
-from tests.unit.policy.tiny_policy import make_artifact
+from tests.unit.policy.tiny_policy import as_of_0_1, make_artifact, write_files
 
 if TYPE_CHECKING:
     import random
     from collections.abc import Callable
 
-_SHIPPED = Path(policy_service.__file__).with_name("artifact")
+_SHIPPED = Path(policy_service.__file__).with_name("policy.zip")
 # Processor seconds of a file. No test of speed but of what never ends, on any machine and beside any other
 # work: the slowest refusals take a second on an idle core.
 MOST_SECONDS = 20.0
@@ -97,10 +97,13 @@ def make_loaders(folder: Path) -> list[Loader]:
     shutil.copytree(folder / "tokenizer llama 3.1", template)
     (template / "chat_template.jinja").write_text(FAMILIES["llama 3.1"].template)
     loaders.append(Loader("template", template, _encode, (PreconditionFailed,), ("chat_template.jinja",)))
-    artifact = make_artifact(folder / "artifact", "v1")
+    artifact = make_artifact(folder / "artifact" / "policy.zip", "v1")
+    of_0_1 = as_of_0_1(artifact, folder / "artifact of 0.1")
     loaders += [
-        Loader("policy", artifact, load_usable, (UnfitArtifact,), ("policy.json",)),
-        Loader("predictor", artifact, load_usable, (UnfitArtifact,), ("*.onnx",), _rehash),
+        Loader("policy zip", artifact.parent, load_usable, (UnfitArtifact,), ("policy.zip",)),
+        Loader("policy", of_0_1, _load_zipped, (UnfitArtifact,), ("policy.json",)),
+        Loader("predictor", of_0_1, _load_zipped, (UnfitArtifact,), ("*.onnx",), _rehash),
+        Loader("policy of 0.1", of_0_1, load_usable, (UnfitArtifact,), ("policy.json", "*.onnx")),
         Loader("trees", _trees(folder / "trees"), _score, (UnfitModel,), ("model.onnx",), names_file=False),
     ]
     store = PolicyStore(folder / "store")
@@ -185,6 +188,10 @@ def _damage(rng: random.Random, file: Path) -> bytes:
         if file.suffix == ".yaml":
             # YAML takes all of JSON.
             return damage_json(rng, json.dumps(yaml.safe_load(content)).encode())
+        if file.suffix == ".zip":
+            # Its directory: the rest is the files in it.
+            start = content.index(b"PK\x01\x02")
+            return content[:start] + damage_bytes(rng, content[start:])
         if file.suffix == ".safetensors":
             size = int.from_bytes(content[:8], "little")
             header = damage_json(rng, content[8 : 8 + size])
@@ -215,6 +222,13 @@ def _prepare(at: Path) -> None:
         shutil.rmtree(at / "cache", ignore_errors=True)
 
 
+def _load_zipped(at: Path) -> None:
+    """Read files as the artifact that they make, whose zip is sound."""
+    zipped = at / "policy.zip"
+    write_files(zipped, {path.name: path.read_bytes() for path in at.iterdir()})
+    load_usable(zipped)
+
+
 def _rehash(at: Path) -> None:
     document = json.loads((at / "policy.json").read_bytes())
     for view in document["views"]:
@@ -224,10 +238,10 @@ def _rehash(at: Path) -> None:
 
 def _trees(folder: Path) -> Path:
     folder.mkdir()
-    shipped = read_document(_SHIPPED)
-    view = min(shipped.views, key=lambda view: (_SHIPPED / view.model).stat().st_size)
-    shutil.copy(_SHIPPED / view.model, folder / "model.onnx")
-    (folder / "sizes.json").write_text(json.dumps([shipped.features, len(view.heads)]))
+    shipped = read_artifact(_SHIPPED)
+    view = min(shipped.document.views, key=lambda view: len(shipped.models[view.model]))
+    (folder / "model.onnx").write_bytes(shipped.models[view.model])
+    (folder / "sizes.json").write_text(json.dumps([shipped.document.features, len(view.heads)]))
     return folder
 
 

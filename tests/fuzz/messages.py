@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from asd.v1 import cascade_pb2, common_pb2, policy_pb2, policy_pb2_grpc, stage_pb2, stage_pb2_grpc
+from policy_service.artifact import load_usable
 from policy_service.servicer import PolicyServicer
-from policy_service.store import load_usable
 from services.common.server import ServiceRegistration, start_server
 from services.router.__main__ import build
 from services.router.settings import RouterSettings
@@ -183,7 +183,7 @@ async def _start(stack: AsyncExitStack) -> list[tuple[str, Any, Message]]:
     for name in NAMES:
         servicer = StageServicer(Residency({name: QuickEngine()}, name))
         stages.append(await _serve(stack, "StageService", stage_pb2_grpc, servicer))
-    policy, document = load_usable(make_artifact(folder / "policy", "v1", stages=NAMES))
+    policy, document, _ = load_usable(make_artifact(folder / "policy", "v1", stages=NAMES))
     port = await _serve(stack, "PolicyService", policy_pb2_grpc, PolicyServicer(policy, document, None))
     settings = RouterSettings(
         stages=[

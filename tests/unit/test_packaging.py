@@ -144,8 +144,7 @@ def test_the_wheel_has_every_file_of_its_packages(wheel: Wheel) -> None:
     assert {
         "services/client/embedded.yaml",
         "policy_service/train/embedded.yaml",
-        "policy_service/artifact/policy.json",
-        "policy_service/artifact/prompt.onnx",
+        "policy_service/policy.zip",
         *(f"models/{name}/model.safetensors" for name in ("small", "medium", "large", "foreign")),
         *(f"models/{name}/tokenizer.json" for name in ("small", "medium", "large", "foreign")),
     } <= wheel.names
@@ -191,5 +190,5 @@ def test_an_installed_wheel_finds_its_cascade(wheel: Wheel, tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     paths = [Path(each).resolve() for each in done.stdout.split()]
     assert [path.relative_to(wheel.folder.resolve()).as_posix() for path in paths] == [
-        *("models/small", "models/medium", "models/large", "policy_service/artifact")
+        *("models/small", "models/medium", "models/large", "policy_service/policy.zip")
     ]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = {
-    "policy_service": {"artifact": "policy_service/artifact"},
+    "policy_service": {"artifact": "policy_service/policy.zip"},
     "services.stage": {"models": [{"name": "small", "path": "models/small", "preload": False}]},
     "services.router": {
         "stages": [{"name": "small", "cost": 1, "target": "127.0.0.1:1", "timeout_ms": 1000}],

@@ -255,7 +255,7 @@ async def test_a_stages_metrics_follow_its_models(tmp_path: Path) -> None:
 
 async def test_a_policys_metrics_are_served(tmp_path: Path) -> None:
     address = f"127.0.0.1:{free_port()}"
-    artifact = str(ROOT / "policy_service" / "artifact")
+    artifact = str(ROOT / "policy_service" / "policy.zip")
     config = {
         "artifact": artifact,
         "shadow_artifact": artifact,

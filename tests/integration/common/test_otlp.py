@@ -116,7 +116,7 @@ async def test_what_the_services_themselves_count_is_received(
     config.write_text(kubeconfig(api[1]))
     monkeypatch.setenv("KUBECONFIG", str(config))
     models = [{"name": name, "path": str(ROOT / "models" / name)} for name in STAGES]
-    artifact = str(ROOT / "policy_service" / "artifact")
+    artifact = str(ROOT / "policy_service" / "policy.zip")
     async with asyncio.timeout(PROCESS_S), AsyncExitStack() as stack:
 
         async def start(module: str, **settings: Any) -> Any:

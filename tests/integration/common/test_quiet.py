@@ -125,7 +125,7 @@ async def test_no_program_writes_or_calls_what_it_was_not_told_to(
     config = tmp_path / "kubeconfig"
     config.write_text(kubeconfig(api[1]))
     watched.environment["KUBECONFIG"] = str(config)
-    artifact = str(ROOT / "policy_service" / "artifact")
+    artifact = str(ROOT / "policy_service" / "policy.zip")
     models = [{"name": name, "path": str(ROOT / "models" / name)} for name in STAGES]
     question = "True or false? 3 plus 22 is more than 24."
     began = time.monotonic()

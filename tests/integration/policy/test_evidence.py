@@ -13,17 +13,18 @@ import grpc
 import pytest
 
 from asd.v1 import common_pb2, policy_pb2, policy_pb2_grpc
-from policy_service.artifact import load_policy
+from policy_service.artifact import load_artifact
 from policy_service.servicer import PolicyServicer
 from services.common.channel import open_channel
 from services.common.server import ServiceRegistration, start_server
 from suites import split
 from tests.limits import CALL_S
+from tests.unit.policy.tiny_policy import files_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
 
-ARTIFACT = Path(__file__).parents[3] / "policy_service" / "artifact"
+ARTIFACT = Path(__file__).parents[3] / "policy_service" / "policy.zip"
 CASCADE = ["small", "medium", "large"]
 STOP, ESCALATE = policy_pb2.DECISION_ACTION_STOP, policy_pb2.DECISION_ACTION_ESCALATE
 LAST_STAGE = policy_pb2.DECISION_REASON_LAST_STAGE
@@ -39,7 +40,7 @@ LONG_MS = 2000.0
 
 @pytest.fixture
 async def stub() -> AsyncIterator[policy_pb2_grpc.PolicyServiceAsyncStub]:
-    policy, document = load_policy(ARTIFACT)
+    policy, document, _ = load_artifact(ARTIFACT)
     servicer = PolicyServicer(policy, document, None)
     registration = ServiceRegistration(
         "asd.v1.PolicyService",
@@ -234,7 +235,7 @@ async def test_plan_spends_max_cost_to_the_last(stub: policy_pb2_grpc.PolicyServ
 async def test_standard_errors_are_those_of_the_calibration(
     stub: policy_pb2_grpc.PolicyServiceAsyncStub,
 ) -> None:
-    views = json.loads((ARTIFACT / "policy.json").read_text())["views"]
+    views = json.loads(files_of(ARTIFACT)["policy.json"])["views"]
     (heads,) = [view["heads"] for view in views if (view["stage"], view["origin"]) == ("small", None)]
     for evidence in (LOST, SURE):
         response = await stub.Decide(decide(draft=evidence), timeout=CALL_S)

@@ -22,12 +22,13 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from asd.v1 import common_pb2, policy_pb2, policy_pb2_grpc
 from policy_service import instruments as instruments_module
+from policy_service.artifact import load_usable
 from policy_service.drift import DriftMonitor, DriftRule
 from policy_service.instruments import Instruments
 from policy_service.reports import ReportLog
 from policy_service.servicer import PolicyServicer
 from policy_service.shadow import Shadow, read_shadow
-from policy_service.store import PolicyStore, PolicyWatch, load_usable, open_policy
+from policy_service.store import PolicyStore, PolicyWatch, open_policy
 from policy_service.train import cli
 from services.common.channel import open_channel
 from services.common.server import ServiceRegistration, start_server
@@ -185,7 +186,7 @@ async def test_feedback_from_report_to_a_refitted_policy_and_back(
 async def test_a_bad_new_version_leaves_the_last_good_one(store: PolicyStore, tmp_path: Path, caplog):
     async with running(store, tmp_path / "r.jsonl") as service:
         store.publish(make_artifact(tmp_path / "v2", "v2"))
-        (store.artifact("v2") / "policy.json").write_text("{")
+        store.artifact("v2").write_bytes(b"PK")
         service.follow()
         assert (await service.stub.Decide(decide(-0.4), timeout=CALL_S)).policy_version == "v1"
     assert "policy v1 stays in force" in caplog.text

@@ -14,7 +14,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from asd.v1 import common_pb2, policy_pb2, policy_pb2_grpc
-from policy_service.artifact import load_policy
+from policy_service.artifact import load_artifact
 from policy_service.reports import ReportLog, read_reports
 from policy_service.servicer import PolicyServicer
 from services.common.channel import call_unary, open_channel
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from policy_service.document import PolicyDocument
 
 ROOT = Path(__file__).parents[3]
-ARTIFACT = ROOT / "policy_service" / "artifact"
+ARTIFACT = ROOT / "policy_service" / "policy.zip"
 CASCADE = ["small", "medium", "large"]
 NAN = float("nan")
 
@@ -45,7 +45,7 @@ class Service(NamedTuple):
 
 @pytest.fixture
 async def service(tmp_path: Path) -> AsyncIterator[Service]:
-    policy, document = load_policy(ARTIFACT)
+    policy, document, _ = load_artifact(ARTIFACT)
     reports = tmp_path / "reports" / "reports.jsonl"
     servicer = PolicyServicer(policy, document, ReportLog(reports))
     registration = ServiceRegistration(

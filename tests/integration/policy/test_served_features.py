@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from suites import Task
 
-ARTIFACT = Path(__file__).parents[3] / "policy_service" / "artifact"
+ARTIFACT = Path(__file__).parents[3] / "policy_service" / "policy.zip"
 CASCADE = ["small", "medium", "large"]
 ROWS = 10_000
 

@@ -205,7 +205,9 @@ def check_stage_span(span, record):
 
 
 async def test_the_real_processes_send_linked_spans(receiver, spawn, tmp_path):
-    policy_config = write_config(tmp_path / "policy.yaml", artifact=str(ROOT / "policy_service" / "artifact"))
+    policy_config = write_config(
+        tmp_path / "policy.yaml", artifact=str(ROOT / "policy_service" / "policy.zip")
+    )
     models = [{"name": "small", "path": str(ROOT / "models" / "small")}]
     stage_config = write_config(tmp_path / "stage.yaml", models=models)
     policy, stage = await asyncio.gather(

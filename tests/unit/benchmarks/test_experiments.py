@@ -276,8 +276,7 @@ class TestCommand:
             raise error
 
         (tmp_path / "outcomes").write_bytes(b"")
-        monkeypatch.setattr(experiments, "load_policy", lambda _: (Policy, Policy))
-        monkeypatch.setattr(experiments, "load_predictor", lambda *_: None)
+        monkeypatch.setattr(experiments, "load_artifact", lambda _: (Policy, Policy, None))
         monkeypatch.setattr(experiments, "read_dataset", lambda *_: Policy)
         monkeypatch.setattr(experiments, "measure", lambda *_: measured_of())
         monkeypatch.setattr(experiments, "draw_plots", stop)

@@ -20,9 +20,9 @@ from policy_service.train import cli
 from policy_service.train.faults import UnfitOutcomes
 from policy_service.train.outcomes import check_disjoint, read_prompts, read_rows
 from tests.unit.policy.test_fit import record, write
-from tests.unit.policy.tiny_policy import make_artifact
+from tests.unit.policy.tiny_policy import change_file, files_of, make_artifact
 
-EMBEDDED = Path(cli.__file__).parents[1] / "artifact"
+EMBEDDED = Path(cli.__file__).parents[1] / "policy.zip"
 REPORT = OutcomeReport("r", "small", 0.9, "v1", correct=True, reported_at=1.0)
 RECORD = ShadowRecord(1.0, "r", "t", "plan", "", "v1", "v2", "small", "small", 0.9, 0.8, 0.0, 0.0, 0.0, 0.0)
 
@@ -78,7 +78,7 @@ def test_a_fit_that_fails_leaves_no_directory_and_no_other_policy(
     spoil, message, run, fit_arguments, tmp_path
 ):
     served = make_artifact(tmp_path / "served", "v1")
-    before = {path.name: path.read_bytes() for path in served.iterdir()}
+    before = served.read_bytes()
     spoil(tmp_path)
     for output in (tmp_path / "new", served):
         ended = run(*fit_arguments, output)
@@ -86,7 +86,7 @@ def test_a_fit_that_fails_leaves_no_directory_and_no_other_policy(
         assert message in ended.errors
         assert ended.errors.splitlines()[-1].startswith("asd-policy: ")
     assert not (tmp_path / "new").exists()
-    assert {path.name: path.read_bytes() for path in served.iterdir()} == before
+    assert served.read_bytes() == before
 
 
 def test_a_fit_into_a_store_is_refused_at_once(run, fit_arguments, tmp_path):
@@ -94,7 +94,7 @@ def test_a_fit_into_a_store_is_refused_at_once(run, fit_arguments, tmp_path):
     # Before the files are read: they are not there.
     ended = run("fit", "nowhere", "nowhere", "--output", tmp_path / "store")
     assert ended.code == 1
-    assert "is a store of versions: write to another directory, and publish that" in ended.errors
+    assert "is a store of versions: write to a file, and publish that" in ended.errors
 
 
 def test_a_store_is_priced_and_measured_by_its_version_in_force(run, tmp_path):
@@ -141,7 +141,7 @@ def test_an_interrupted_command_ends_with_its_code_and_no_traceback(run, monkeyp
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("policy_service.store.load_artifact", interrupt)
+    monkeypatch.setattr("policy_service.artifact.load_artifact", interrupt)
     ended = run("price", "--mean-cost", "3")
     assert (ended.code, ended.out) == (130, "")
     assert "Traceback" not in ended.errors
@@ -164,7 +164,7 @@ NOT_LINES = {
 @pytest.mark.parametrize("command", ["drift", "shadow"])
 def test_a_file_of_another_format_is_refused_in_one_line(command, run, tmp_path):
     file = tmp_path / "wrong"
-    for content in ("\n".join(NOT_LINES[command]).encode(), (EMBEDDED / "prompt.onnx").read_bytes()):
+    for content in ("\n".join(NOT_LINES[command]).encode(), files_of(EMBEDDED)["prompt.onnx"]):
         file.write_bytes(content)
         ended = run(command, file)
         assert (ended.code, ended.out) == (1, "")
@@ -200,7 +200,7 @@ def test_damaged_versions_and_a_damaged_pointer_are_listed_and_mended(run, tmp_p
     store = PolicyStore(tmp_path / "store")
     for name in ("v1", "v2"):
         store.publish(make_artifact(tmp_path / name, name))
-    (store.artifact("v1") / "0-None.onnx").write_bytes(b"x")
+    change_file(store.artifact("v1"), "0-None.onnx", b"x")
     (store.directory / "current.json").write_text("{")
     ended = run("versions", store.directory)
     assert ended.code == 0

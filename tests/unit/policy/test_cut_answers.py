@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from policy_service.artifact import load_policy, read_document, write_document
+from policy_service.artifact import load_artifact, pack, read_artifact
 from policy_service.features import Draft, FeatureSpace, FinishReason, PromptText, Verification
 from policy_service.policy import (
     CalibratedView,
@@ -26,7 +26,7 @@ from policy_service.solver import Move, View
 from policy_service.state_cells import StateCells
 from suites import split
 
-ARTIFACT = Path(__file__).parents[3] / "policy_service" / "artifact"
+ARTIFACT = Path(__file__).parents[3] / "policy_service" / "policy.zip"
 PROMPT = PromptText("What?")
 VERIFIED = Verification(3, np.zeros(3, np.int64))
 ONE_BIN = Calibration(1.0, 0.0, (), (200,))
@@ -140,7 +140,7 @@ def test_the_last_stage_stops_with_a_cut_answer() -> None:
 
 
 def test_the_shipped_policy_expects_of_a_cut_answer_what_it_planned_with() -> None:
-    policy, _ = load_policy(ARTIFACT)
+    policy = load_artifact(ARTIFACT).policy
     tasks = [task for task in split("demo", 120) if task.suite == "arithmetic"]
     easy, hard = tasks[0], max(tasks, key=lambda task: task.level)
     decisions = {}
@@ -163,9 +163,8 @@ def test_the_shipped_policy_expects_of_a_cut_answer_what_it_planned_with() -> No
     assert decisions[hard, 0].p_correct < 0.5
 
 
-def test_an_artifact_without_finish_reasons_is_of_answers_that_ended_by_themselves(tmp_path: Path) -> None:
-    document = read_document(ARTIFACT)
-    assert {stage.finish_reasons for stage in document.stages} == {("eos",)}
-    write_document(document, tmp_path)
-    assert (tmp_path / "policy.json").read_bytes() == (ARTIFACT / "policy.json").read_bytes()
-    assert load_policy(ARTIFACT)[0].stages[0].finish_reasons == ("eos",)
+def test_an_artifact_without_finish_reasons_is_of_answers_that_ended_by_themselves() -> None:
+    artifact = read_artifact(ARTIFACT)
+    assert {stage.finish_reasons for stage in artifact.document.stages} == {("eos",)}
+    assert pack(artifact) == ARTIFACT.read_bytes()
+    assert load_artifact(ARTIFACT).policy.stages[0].finish_reasons == ("eos",)

@@ -12,17 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policy_service.artifact import read_document
+from policy_service.artifact import Artifact, load_artifact, load_usable, read_artifact, read_document
 from policy_service.document import FamilyEntry, UnfitArtifact
 from policy_service.family import MOST_CHARACTERS, Family
 from policy_service.features import Draft, PromptText
 from policy_service.policy import Condition, Objective, Policy, Preference, Reason, Spent, UnmeetableBudget
 from policy_service.servicer import PolicyServicer
-from policy_service.store import load_artifact, load_usable
+from policy_service.store import write_artifact
 from policy_service.train.family import MARKED, fit_family, suite_prompts, with_family
 from services.client.demo import EXAMPLE_PROMPTS
 from tests.fakes.renamed_tasks import renamed_prompts
-from tests.unit.policy.tiny_policy import make_artifact
+from tests.unit.policy.tiny_policy import change_document, make_artifact
 
 ROOT = Path(__file__).parents[3]
 OFF_TOPIC = ROOT / "tests" / "data" / "off_topic.jsonl"
@@ -151,7 +151,7 @@ def test_too_few_calibration_prompts_mark_nothing():
 
 @pytest.fixture(scope="module")
 def shipped() -> Policy:
-    return load_artifact(ROOT / "policy_service" / "artifact").policy
+    return load_artifact(ROOT / "policy_service" / "policy.zip").policy
 
 
 def test_the_shipped_policy_marks_what_is_off_topic(shipped: Policy):
@@ -286,14 +286,15 @@ def test_prompts_that_it_knows_are_judged_as_ever(policy: Policy):
 
 
 def test_an_artifact_keeps_it(tmp_path: Path):
-    document = read_document(make_artifact(tmp_path, "v1"))
+    path = make_artifact(tmp_path / "v1", "v1")
+    document, models = read_document(path), read_artifact(path).models
     assert document.family is None
     assert "family" not in document.model_dump(by_alias=True)
     changed = with_family(document, stories(50, 1), stories(60, 2))
     assert changed.policy_version != "v1"
     assert changed.model_copy(update={"family": None, "policy_version": "v1"}) == document
-    (tmp_path / "policy.json").write_text(changed.model_dump_json(by_alias=True))
-    assert load_usable(tmp_path).policy.family == fit_family(stories(50, 1), stories(60, 2)).family()
+    write_artifact(Artifact(changed, models), path)
+    assert load_usable(path).policy.family == fit_family(stories(50, 1), stories(60, 2)).family()
 
 
 @pytest.mark.parametrize(
@@ -301,13 +302,11 @@ def test_an_artifact_keeps_it(tmp_path: Path):
     [("grams", "ä"), ("grams", "AAAA"), ("threshold", 2), ("words", [""]), ("prompts", -1)],
 )
 def test_a_damaged_one_is_refused_by_name(tmp_path: Path, field: str, value: object):
-    directory = make_artifact(tmp_path, "v1")
-    content = json.loads((directory / "policy.json").read_text())
+    artifact = make_artifact(tmp_path / "v1", "v1")
     entry = FamilyEntry.of(Family(frozenset("a"), frozenset({1, 2}), 0.5), prompts=1, calibration=1)
-    content["family"] = {**entry.model_dump(), field: value}
-    (directory / "policy.json").write_text(json.dumps(content))
+    change_document(artifact, lambda content: {**content, "family": {**entry.model_dump(), field: value}})
     with pytest.raises(UnfitArtifact, match="family"):
-        read_document(directory)
+        read_document(artifact)
 
 
 def test_the_service_may_have_a_threshold_of_its_own(tmp_path: Path, policy: Policy):

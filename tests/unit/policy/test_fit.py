@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from policy_service.artifact import load_policy, load_predictor, read_document
+from policy_service.artifact import load_artifact, read_artifact, read_document
 from policy_service.document import UnfitArtifact
 from policy_service.family import Family
 from policy_service.features import Draft, PromptText, Verification
@@ -32,10 +34,10 @@ from policy_service.train.outcome_table import HEADER_KEY, write_outcomes
 from policy_service.train.outcomes import OutcomeRow, check_disjoint, read_rows
 from policy_service.train.predictor import export_heads, fit_head
 from policy_service.train.replay import always, oracle, replay, threshold
+from tests.unit.policy.tiny_policy import change_document, change_file, files_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
 COSTS = (
     StageCosts(name="small", cost=1.0, prefill_ms=1.0, token_ms=0.1),
@@ -103,7 +105,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Dataset, list[
 
 @pytest.fixture(scope="module")
 def policy(made: tuple[Path, Dataset, list[OutcomeRow]]) -> Policy:
-    return load_policy(made[0])[0]
+    return load_artifact(made[0]).policy
 
 
 def test_the_exported_trees_equal_scikit_learns() -> None:
@@ -134,7 +136,7 @@ def test_served_decisions_equal_the_replay(
     made: tuple[Path, Dataset, list[OutcomeRow]], policy: Policy
 ) -> None:
     artifact, data, rows = made
-    scores, cells = served_states(policy, load_predictor(artifact, read_document(artifact)), data)
+    scores, cells = served_states(policy, load_artifact(artifact).predictor, data)
     views = tuple(each.view for each in policy.views)
     for quality_value in (2.0, 6.0, 20.0):
         run = replay(data, views, scores, solve_policy(views, quality_value), quality_value, cells)
@@ -147,8 +149,7 @@ def test_prompts_unlike_others_are_evaluated_as_they_are_served(
     made: tuple[Path, Dataset, list[OutcomeRow]],
 ) -> None:
     artifact, data, rows = made
-    policy, document = load_policy(artifact)
-    predictor = load_predictor(artifact, document)
+    policy, _, predictor = load_artifact(artifact)
     before = evaluate_policy(policy, predictor, data, [6.0])
     policy.use_family(fit_family(data.prompt_texts()[:2], []).family())
     family = policy.family
@@ -231,7 +232,7 @@ def test_a_policy_knows_the_ways_to_end_that_one_answer_in_a_hundred_had(tmp_pat
         )
     )
     fit_policy(train, calibration, COSTS, tmp_path / "artifact", 0, lambda _: None)
-    small, large = load_policy(tmp_path / "artifact")[0].stages
+    small, large = load_artifact(tmp_path / "artifact").policy.stages
     assert (small.finish_reasons, large.finish_reasons) == (("eos", "length"), ("eos",))
 
 
@@ -354,12 +355,10 @@ def test_shared_prompts_are_refused(tmp_path: Path) -> None:
 def test_an_artifact_with_a_foreign_model_is_refused(
     made: tuple[Path, Dataset, list[OutcomeRow]], tmp_path: Path
 ) -> None:
-    for path in made[0].iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    models = {view.stage: view.model for view in read_document(tmp_path).views if view.origin is None}
-    (tmp_path / models["small"]).write_bytes((tmp_path / models["large"]).read_bytes())
-    with pytest.raises(UnfitArtifact, match=r"stage-0\.[0-9a-f]{12}\.onnx is not the model"):
-        load_policy(tmp_path)
+    artifact = Path(shutil.copy(made[0], tmp_path))
+    change_file(artifact, "stage-0.onnx", files_of(artifact)["stage-1.onnx"])
+    with pytest.raises(UnfitArtifact, match=r"artifact: stage-0\.onnx is not the model"):
+        read_artifact(artifact)
 
 
 @pytest.mark.parametrize(
@@ -384,12 +383,12 @@ def test_an_artifact_with_a_foreign_model_is_refused(
 def test_an_unfit_document_is_refused(
     made: tuple[Path, Dataset, list[OutcomeRow]], tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
-    document = json.loads((made[0] / "policy.json").read_text())
-    (tmp_path / "policy.json").write_text(json.dumps({**document, **change}))
+    artifact = Path(shutil.copy(made[0], tmp_path))
+    change_document(artifact, lambda document: {**document, **change})
     with pytest.raises(UnfitArtifact, match=message):
-        read_document(tmp_path)
+        read_document(artifact)
 
 
 def test_no_artifact_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(UnfitArtifact, match="asd-policy fit"):
-        load_policy(tmp_path)
+        load_artifact(tmp_path)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policy_service.artifact import load_policy
+from policy_service.artifact import load_artifact
 from policy_service.features import Draft, FeatureSpace, PromptText, Verification
 from policy_service.policy import (
     AbandonRule,
@@ -31,7 +31,7 @@ from policy_service.policy import (
 )
 from policy_service.solver import Move, View, expect, solve_policy
 
-EMBEDDED = Path(__file__).parents[3] / "policy_service" / "artifact"
+EMBEDDED = Path(__file__).parents[3] / "policy_service" / "policy.zip"
 PROMPT = PromptText("What?")
 DRAFT = Draft("This.", np.zeros(2, np.float32), np.zeros(2, np.float32), np.ones(2, np.float32), "eos")
 VERIFIED = Verification(2, np.zeros(2, np.int64))
@@ -543,7 +543,7 @@ def test_waits_count_against_a_latency_budget_whatever_the_floor(policy: Policy,
 
 @pytest.fixture(scope="module")
 def embedded() -> Policy:
-    return load_policy(EMBEDDED)[0]
+    return load_artifact(EMBEDDED).policy
 
 
 @settings(deadline=None)

@@ -7,18 +7,19 @@ import pytest
 from onnx import TensorProto, helper
 
 import policy_service
-from policy_service.artifact import read_document
+from policy_service.artifact import read_artifact
 from policy_service.predictor_model import UnfitModel, check_model
 
-_SHIPPED = Path(policy_service.__file__).with_name("artifact")
+_SHIPPED = Path(policy_service.__file__).with_name("policy.zip")
 
 
 @pytest.fixture(scope="module")
 def trees():
     """The smallest shipped model, its features and its heads."""
-    document = read_document(_SHIPPED)
-    view = min(document.views, key=lambda view: (_SHIPPED / view.model).stat().st_size)
-    return onnx.load(_SHIPPED / view.model), document.features, len(view.heads)
+    artifact = read_artifact(_SHIPPED)
+    document, models = artifact.document, artifact.models
+    view = min(document.views, key=lambda view: len(models[view.model]))
+    return onnx.load_from_string(models[view.model]), document.features, len(view.heads)
 
 
 def _changed(trees, name, change):
@@ -30,9 +31,9 @@ def _changed(trees, name, change):
 
 
 def test_every_shipped_model_is_one():
-    document = read_document(_SHIPPED)
-    for view in document.views:
-        check_model((_SHIPPED / view.model).read_bytes(), document.features, len(view.heads))
+    artifact = read_artifact(_SHIPPED)
+    for view in artifact.document.views:
+        check_model(artifact.models[view.model], artifact.document.features, len(view.heads))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from asd.v1 import common_pb2, policy_pb2
-from policy_service.artifact import build_policy, load_predictor, read_document
+from policy_service.artifact import build_policy, load_artifact
 from policy_service.policy import State
 from policy_service.scoring import Scoring
 from policy_service.servicer import PolicyServicer
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-ARTIFACT = Path(__file__).parents[3] / "policy_service" / "artifact"
+ARTIFACT = Path(__file__).parents[3] / "policy_service" / "policy.zip"
 CASCADE = ["small", "medium", "large"]
 
 
@@ -147,8 +147,8 @@ def decisions() -> list[policy_pb2.DecideRequest]:
 
 @pytest.mark.parametrize(("method", "requests"), [("Plan", plans()), ("Decide", decisions())])
 async def test_answers_together_are_those_given_alone_bit_for_bit(method: str, requests: list[Any]) -> None:
-    document = read_document(ARTIFACT)
-    predictor = Counting(load_predictor(ARTIFACT, document))
+    _, document, own_predictor = load_artifact(ARTIFACT)
+    predictor = Counting(own_predictor)
     servicer = PolicyServicer(build_policy(document, predictor), document, None)
     ask: Any = getattr(servicer, method)
     alone = [await ask(request, None) for request in requests]

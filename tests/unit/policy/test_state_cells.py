@@ -23,7 +23,7 @@ from policy_service.train.state_cells import fit_state_cells
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-ARTIFACT = Path(__file__).parents[3] / "policy_service" / "artifact"
+ARTIFACT = Path(__file__).parents[3] / "policy_service" / "policy.zip"
 # Head 0 at 0.5; on the right, head 1 at -1.
 TREE = StateCells(
     (0, 0, 1, 0, 0), (0.5, 0, -1.0, 0, 0), (1, 0, 3, 0, 0), (2, 0, 4, 0, 0), (-1, 0, -1, 2, 1), (1, 1, 1)

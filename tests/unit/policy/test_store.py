@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from policy_service.artifact import read_document
+from policy_service.artifact import load_usable, read_document
 from policy_service.document import UnfitArtifact
 from policy_service.store import (
     PolicyStore,
@@ -22,18 +22,16 @@ from policy_service.store import (
     UnfitStore,
     artifact_in,
     follow,
-    load_usable,
     open_policy,
-    read_lineage,
 )
 from tests.limits import PROCESS_S
-from tests.unit.policy.tiny_policy import make_artifact
+from tests.unit.policy.tiny_policy import change_document, change_file, files_of, make_artifact, write_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 ROOT = Path(__file__).parents[3]
-SHIPPED = ROOT / "policy_service" / "artifact"
+SHIPPED = ROOT / "policy_service" / "policy.zip"
 # A pointer that does not say that it is one.
 NAMELESS = '{"history": [{"version": "v2", "since": 1.0}]}'
 
@@ -49,7 +47,7 @@ def store(tmp_path: Path) -> PolicyStore:
 
 
 def break_model(store: PolicyStore, version: str) -> None:
-    (store.artifact(version) / "0-None.onnx").write_bytes(b"cut off")
+    change_file(store.artifact(version), "0-None.onnx", b"cut off")
 
 
 def test_a_published_policy_is_in_force_and_the_one_before_is_kept(store: PolicyStore, tmp_path: Path):
@@ -60,7 +58,7 @@ def test_a_published_policy_is_in_force_and_the_one_before_is_kept(store: Policy
     listed = [(each.version, each.since, each.is_current, each.prompts) for each in store.versions()]
     assert listed == [("v1", 100.0, False, 300), ("v2", 101.0, True, 300)]
     # What it was copied from may go.
-    (tmp_path / "v2" / "policy.json").unlink()
+    (tmp_path / "v2").unlink()
     assert open_policy(store.directory)[0].policy.version == "v2"
 
 
@@ -106,10 +104,12 @@ def test_rollback_to_what_cannot_be_served_is_refused(store: PolicyStore):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda path: (path / "policy.json").unlink(), "No such file"),
-        (lambda path: (path / "policy.json").write_text("{}"), "policy.json"),
-        (lambda path: (path / "1-0.onnx").write_bytes(b"x"), "is not the model"),
-        (lambda path: (path / "1-0.onnx").unlink(), "1-0.onnx"),
+        (lambda path: path.unlink(), "v3: No such file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-9]), "v3 is no policy of `asd-policy fit`"),
+        (lambda path: change_file(path, "policy.json", None), "v3 holds no policy.json"),
+        (lambda path: change_file(path, "policy.json", b"{}"), "v3: policy.json: schema_version is missing"),
+        (lambda path: change_file(path, "1-0.onnx", b"x"), "v3: 1-0.onnx is not the model"),
+        (lambda path: change_file(path, "1-0.onnx", None), "v3 holds no 1-0.onnx"),
     ],
 )
 def test_what_cannot_be_served_is_not_published(spoil, message, store: PolicyStore, tmp_path: Path):
@@ -142,7 +142,8 @@ def _with(place: str, value: object) -> Callable[[Any], Any]:
     return change
 
 
-def _change(file: Path, change: Callable[[Any], Any]) -> None:
+def _change_pointer(store: PolicyStore, change: Callable[[Any], Any]) -> None:
+    file = store.directory / "current.json"
     file.write_text(json.dumps(change(json.loads(file.read_text()))))
 
 
@@ -169,8 +170,8 @@ def test_a_document_that_does_not_say_what_it_is_is_not_published(
     change, words, store: PolicyStore, tmp_path: Path
 ):
     artifact = make_artifact(tmp_path / "v3", "v3")
-    _change(artifact / "policy.json", change)
-    assert _refusal(store, artifact).startswith(f"{artifact / 'policy.json'}: {words}")
+    change_document(artifact, change)
+    assert _refusal(store, artifact).startswith(f"{artifact}: policy.json: {words}")
 
 
 def _numbers(content: Any, place: str = "") -> Iterator[str]:
@@ -185,17 +186,18 @@ def _numbers(content: Any, place: str = "") -> Iterator[str]:
 
 
 def test_true_is_no_number_in_an_artifact(tmp_path: Path):
-    content = json.loads((SHIPPED / "policy.json").read_text())
+    content = json.loads(files_of(SHIPPED)["policy.json"])
+    artifact = tmp_path / "policy.zip"
     places = list(_numbers(content))
     assert {"stages.0.cost", "seed", "train.prompts", "family.threshold"} <= set(places)
     assert {"views.0.p_correct.0", "views.0.moves.0.transition.0.0", "views.0.cells.counts.0"} <= set(places)
     for place in places:
         for wrong in (True, False):
             changed = _with(place, wrong)(copy.deepcopy(content))
-            (tmp_path / "policy.json").write_text(json.dumps(changed))
+            write_files(artifact, {"policy.json": json.dumps(changed).encode()})
             with pytest.raises(UnfitArtifact) as caught:
-                read_document(tmp_path)
-            assert str(caught.value).startswith(f"{tmp_path / 'policy.json'}: {place}"), place
+                read_document(artifact)
+            assert str(caught.value).startswith(f"{artifact}: policy.json: {place}"), place
 
 
 def _texts(content: Any, place: str = "") -> Iterator[str]:
@@ -210,18 +212,20 @@ def _texts(content: Any, place: str = "") -> Iterator[str]:
 
 
 def test_no_text_of_an_artifact_has_what_a_terminal_would_execute(tmp_path: Path):
-    content = json.loads((SHIPPED / "policy.json").read_text())
+    content = json.loads(files_of(SHIPPED)["policy.json"])
+    artifact = tmp_path / "policy.zip"
     places = list(_texts(content))
     assert {"train.file", "train.sha256", "calibration.file", "views.0.model", "views.0.sha256"} <= set(
         places
     )
     for place in places:
         for wrong in ("a\x1b[2Jb", "a\nb", "a\u202eb"):
-            (tmp_path / "policy.json").write_text(json.dumps(_with(place, wrong)(copy.deepcopy(content))))
+            changed = _with(place, wrong)(copy.deepcopy(content))
+            write_files(artifact, {"policy.json": json.dumps(changed).encode()})
             with pytest.raises(UnfitArtifact) as caught:
-                read_document(tmp_path)
+                read_document(artifact)
             said = str(caught.value)
-            assert said.startswith(f"{tmp_path / 'policy.json'}: "), place
+            assert said.startswith(f"{artifact}: policy.json: "), place
             assert said.isprintable(), place
             # Of texts that name a stage, the view is named, which holds them.
             assert place.rsplit(".", 1)[0].replace(".", "") in said.replace("[", "").replace(".", ""), place
@@ -230,20 +234,20 @@ def test_no_text_of_an_artifact_has_what_a_terminal_would_execute(tmp_path: Path
 @pytest.mark.parametrize("wrong", ["", "0" * 63, "A" * 64, "0" * 64 + "\n"])
 def test_a_digest_is_one(wrong, store: PolicyStore, tmp_path: Path):
     artifact = make_artifact(tmp_path / "v3", "v3")
-    _change(artifact / "policy.json", _with("train.sha256", wrong))
-    assert _refusal(store, artifact).startswith(f"{artifact / 'policy.json'}: train.sha256: ")
+    change_document(artifact, _with("train.sha256", wrong))
+    assert _refusal(store, artifact).startswith(f"{artifact}: policy.json: train.sha256: ")
 
 
 @pytest.mark.parametrize("wrong", ["v2\x1b[2J", "../policies/v2", "v2\n"])
 def test_the_version_in_force_is_a_name(wrong, store: PolicyStore):
-    _change(store.directory / "current.json", _with("history.1.version", wrong))
+    _change_pointer(store, _with("history.1.version", wrong))
     with pytest.raises(UnfitStore, match="does not name a version"):
         store.current()
 
 
 @pytest.mark.parametrize("wrong", [-1, 1e15])
 def test_a_version_is_in_force_since_a_time_that_can_be_shown(wrong, store: PolicyStore):
-    _change(store.directory / "current.json", _with("history.1.since", wrong))
+    _change_pointer(store, _with("history.1.since", wrong))
     with pytest.raises(UnfitStore, match="does not name a version"):
         store.current()
 
@@ -253,45 +257,44 @@ def test_true_is_no_number_in_a_store(store: PolicyStore, tmp_path: Path):
     stage = {"stage": "small", "reports": 5, "slope": 1, "offset": 0.5}
     for key, wrong in (("reports", True), ("slope", True), ("offset", False), ("slope", "1")):
         lineage = {"parent": "v2", "stages": [{**stage, key: wrong}]}
-        (artifact / "lineage.json").write_text(json.dumps(lineage))
-        with pytest.raises(UnfitStore, match=rf"lineage\.json: stages\.0\.{key}: "):
-            read_lineage(artifact)
-    (artifact / "lineage.json").write_text(json.dumps({"parent": "v2", "stages": [stage]}))
-    assert read_lineage(artifact) is not None
-    _change(store.directory / "current.json", _with("history.0.since", True))
+        change_document(artifact, _with("lineage", lineage))
+        with pytest.raises(UnfitArtifact, match=rf"policy\.json: lineage\.stages\.0\.{key}: "):
+            read_document(artifact)
+    change_document(artifact, _with("lineage", {"parent": "v2", "stages": [stage]}))
+    assert read_document(artifact).lineage is not None
+    _change_pointer(store, _with("history.0.since", True))
     with pytest.raises(UnfitStore, match="does not name a version"):
         store.current()
 
 
 def test_a_policy_with_the_model_of_another_view_is_not_published(store: PolicyStore, tmp_path: Path):
     artifact = make_artifact(tmp_path / "v3", "v3")
-    document = json.loads((artifact / "policy.json").read_text())
-    by_name = {view["model"]: view for view in document["views"]}
-    # The model of another view has a head too many.
-    by_name["1-0.onnx"]["model"], by_name["1-0.onnx"]["sha256"] = (
-        "0-None.onnx",
-        by_name["0-None.onnx"]["sha256"],
-    )
-    (artifact / "policy.json").write_text(json.dumps(document))
+    change_file(artifact, "1-0.onnx", None)
+
+    def use_another(document: Any) -> Any:
+        by_name = {view["model"]: view for view in document["views"]}
+        # The model of another view has a head too many.
+        by_name["1-0.onnx"].update({key: by_name["0-None.onnx"][key] for key in ("model", "sha256")})
+        return document
+
+    change_document(artifact, use_another)
     with pytest.raises(UnfitArtifact, match=r"0-None\.onnx is no predictor .* float32 \[n, 1\]"):
         store.publish(artifact)
     assert store.current() == "v2"
 
 
-def test_a_directory_that_holds_another_version_than_its_name_is_refused(store: PolicyStore):
+def test_a_file_that_holds_another_version_than_its_name_is_refused(store: PolicyStore):
     store.artifact("v2").rename(store.artifact("v3"))
     store.artifact("v1").rename(store.artifact("v2"))
-    with pytest.raises(UnfitStore, match="v2 holds policy v1"):
+    with pytest.raises(UnfitStore, match=r"v2\.zip holds policy v1"):
         open_policy(store.directory)
 
 
 def test_names_that_lead_out_of_the_store_are_refused(store: PolicyStore, tmp_path: Path):
-    with pytest.raises(UnfitStore, match="cannot name a directory"):
+    with pytest.raises(UnfitStore, match="cannot name a file"):
         store.publish(make_artifact(tmp_path / "odd", "../v3"))
     artifact = make_artifact(tmp_path / "v3", "v3")
-    document = json.loads((artifact / "policy.json").read_text())
-    document["views"][0]["model"] = "../v3/None-None.onnx"
-    (artifact / "policy.json").write_text(json.dumps(document))
+    change_document(artifact, _with("views.0.model", "../v3/None-None.onnx"))
     with pytest.raises(UnfitArtifact, match="not the name of a file"):
         store.publish(artifact)
 
@@ -308,8 +311,10 @@ def test_a_policy_of_another_cascade_is_refused(store: PolicyStore, tmp_path: Pa
 
 
 def test_an_artifact_is_no_store(tmp_path: Path):
-    artifact = make_artifact(tmp_path / "v1", "v1")
+    artifact = make_artifact(tmp_path / "v1" / "policy.zip", "v1")
     with pytest.raises(UnfitStore, match="is an artifact, not a store"):
+        PolicyStore(artifact.parent).publish(artifact)
+    with pytest.raises(UnfitStore, match="is a file: name a directory"):
         PolicyStore(artifact).publish(artifact)
 
 
@@ -347,7 +352,6 @@ def test_at_start_the_last_policy_that_can_be_served_stands_in(store: PolicyStor
 # it has after publishing anew.
 _KILLED = """
 import json, os, pathlib, shutil, sys
-from policy_service import store as module
 from policy_service.store import PolicyStore, open_policy
 source, work = map(pathlib.Path, sys.argv[1:])
 found = []
@@ -365,10 +369,9 @@ for last in range(1000):
                 steps += 1
                 return call(*given, **named)
             return step
-        shutil.copyfile, os.fsync = dying(shutil.copyfile), dying(os.fsync)
-        pathlib.Path.rename, pathlib.Path.replace = map(dying, (pathlib.Path.rename, pathlib.Path.replace))
-        pathlib.Path.mkdir = dying(pathlib.Path.mkdir)
-        pathlib.Path.write_text = dying(pathlib.Path.write_text)
+        os.fsync = dying(os.fsync)
+        for name in ("mkdir", "open", "replace", "unlink"):
+            setattr(pathlib.Path, name, dying(getattr(pathlib.Path, name)))
         PolicyStore(directory).publish(source / "v3")
         os._exit(0)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -388,8 +391,8 @@ def test_publishing_killed_at_any_step_leaves_the_last_good_policy(store: Policy
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PROCESS_S, check=False)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
-    # Five files are copied and synced, two directories and the pointer come after.
-    assert len(found) > 12
+    # Of the artifact and of the pointer: written, synced, renamed, and the rename synced.
+    assert len(found) > 8
     assert {status for status, _, _ in found} == {0, 9}
     in_force = [version for _, version, _ in found]
     assert in_force == sorted(in_force)
@@ -418,14 +421,14 @@ def test_a_watch_refuses_a_bad_version_once_in_the_log_and_takes_it_when_it_is_m
 ):
     watch = PolicyWatch(store, open_policy(store.directory)[0])
     store.publish(make_artifact(tmp_path / "v3", "v3"))
-    whole = (store.artifact("v3") / "0-None.onnx").read_bytes()
+    whole = store.artifact("v3").read_bytes()
     break_model(store, "v3")
     with caplog.at_level(logging.ERROR):
         assert [watch.poll(), watch.poll()] == [None, None]
     (said,) = [record.getMessage() for record in caplog.records]
     assert said.startswith("policy v2 stays in force: ")
     assert "0-None.onnx is not the model" in said
-    (store.artifact("v3") / "0-None.onnx").write_bytes(whole)
+    store.artifact("v3").write_bytes(whole)
     loaded = watch.poll()
     assert loaded is not None
     assert loaded.policy.version == "v3"
@@ -490,18 +493,18 @@ def test_a_usable_policy_has_solved_what_its_first_requests_need(tmp_path: Path,
 
 def test_publishing_mends_a_version_that_is_damaged(store: PolicyStore, tmp_path: Path):
     break_model(store, "v2")
-    (store.artifact("v1") / "policy.json").write_text("{")
+    change_file(store.artifact("v1"), "policy.json", b"{")
     assert store.publish(tmp_path / "v2").policy_version == "v2"
     assert load_usable(store.artifact("v2")).policy.version == "v2"
     assert store.history() == ("v1", "v2")
     store.publish(tmp_path / "v1")
     assert [each.problem for each in store.versions()] == ["", ""]
     # Nothing is left of what was damaged.
-    assert {path.name for path in (store.directory / "policies").iterdir()} == {"v1", "v2"}
+    assert {path.name for path in (store.directory / "policies").iterdir()} == {"v1.zip", "v2.zip"}
 
 
 def test_a_damaged_version_in_force_keeps_none_from_being_published(store: PolicyStore, tmp_path: Path):
-    (store.artifact("v2") / "policy.json").unlink()
+    store.artifact("v2").unlink()
     other = make_artifact(tmp_path / "other", "other", stages=("small", "medium", "large"))
     # The cascade is still known from v1.
     with pytest.raises(UnfitStore, match="but policy v1 is for small, large"):
@@ -550,23 +553,22 @@ def test_a_pointer_that_is_damaged_says_what_mends_it_and_that_does(
 
 def test_damaged_versions_are_listed_with_what_is_wrong(store: PolicyStore):
     break_model(store, "v1")
-    (store.artifact("v2") / "lineage.json").write_text("no")
-    (store.directory / "policies" / "v3").write_text("a file")
+    change_document(store.artifact("v2"), _with("lineage", "no"))
+    (store.directory / "policies" / "v3.zip").write_text("no zip")
     first, second, third = store.versions()
     assert (first.since, first.prompts) == (100.0, 300)
     assert "0-None.onnx is not the model" in first.problem
     assert second.is_current
-    assert "lineage.json" in second.problem
+    assert "lineage" in second.problem
     assert "v3" in third.problem
 
 
 def test_what_killed_publishes_left_is_removed_and_versions_stay(store: PolicyStore, tmp_path: Path):
     policies = store.directory / "policies"
-    (policies / ".partial-v9").mkdir()
-    (policies / ".partial-v9" / "policy.json").write_text("{")
+    (policies / ".v9.zip.partial").write_bytes(b"PK")
     # Also where the version is there already, and nothing is copied.
     store.publish(tmp_path / "v2")
-    assert {path.name for path in policies.iterdir()} == {"v1", "v2"}
+    assert {path.name for path in policies.iterdir()} == {"v1.zip", "v2.zip"}
 
 
 def test_a_store_that_is_not_there_is_not_made_by_what_fails(tmp_path: Path):
@@ -576,7 +578,7 @@ def test_a_store_that_is_not_there_is_not_made_by_what_fails(tmp_path: Path):
     with pytest.raises(UnfitStore, match="no policy was published"):
         PolicyStore(nowhere).versions()
     spoilt = make_artifact(tmp_path / "v1", "v1")
-    (spoilt / "1-0.onnx").write_bytes(b"x")
+    change_file(spoilt, "1-0.onnx", b"x")
     with pytest.raises(UnfitArtifact, match="is not the model"):
         PolicyStore(nowhere).publish(spoilt)
     assert not nowhere.exists()
@@ -585,6 +587,6 @@ def test_a_store_that_is_not_there_is_not_made_by_what_fails(tmp_path: Path):
 def test_a_store_stands_for_its_version_in_force(store: PolicyStore, tmp_path: Path):
     assert artifact_in(store.directory) == store.artifact("v2")
     assert artifact_in(tmp_path / "v1") == tmp_path / "v1"
-    (store.artifact("v2") / "policy.json").unlink()
+    store.artifact("v2").unlink()
     with pytest.raises(UnfitStore, match=r"version v2, which is in force in .* `asd-policy rollback"):
         artifact_in(store.directory)

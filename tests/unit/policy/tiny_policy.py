@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from policy_service.artifact import write_document
+from policy_service.artifact import Artifact, pack
 from policy_service.document import PolicyDocument
 from policy_service.features import FEATURES_VERSION, FeatureSpace
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
 COSTS = {"small": 1.0, "medium": 2.0, "large": 3.0}
@@ -26,16 +28,59 @@ CENTRES = (0.2, 0.5, 0.8)
 
 
 def make_artifact(
-    directory: Path, version: str, *, stages: tuple[str, ...] = ("small", "large"), offset: float = 0.0
+    path: Path, version: str, *, stages: tuple[str, ...] = ("small", "large"), offset: float = 0.0
 ) -> Path:
-    """Write a policy for some stages to a directory and return the directory."""
-    directory.mkdir(parents=True, exist_ok=True)
-    document = PolicyDocument.model_validate_json(json.dumps(_content(directory, version, stages, offset)))
-    write_document(document, directory)
+    """Write a policy for some stages to a file and return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(pack(make_policy(version, stages=stages, offset=offset)))
+    return path
+
+
+def make_policy(
+    version: str, *, stages: tuple[str, ...] = ("small", "large"), offset: float = 0.0, note: str = ""
+) -> Artifact:
+    """Return a policy for some stages. note: stands in its models, and changes their bytes alone."""
+    models: dict[str, bytes] = {}
+    content = _content(models, version, stages, offset, note)
+    return Artifact(PolicyDocument.model_validate_json(json.dumps(content)), models)
+
+
+def files_of(artifact: Path) -> dict[str, bytes]:
+    """Return the files in an artifact, by their names."""
+    with zipfile.ZipFile(artifact) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def write_files(artifact: Path, files: Mapping[str, bytes], compression: int = zipfile.ZIP_STORED) -> None:
+    """Write an artifact with these files in it, whatever they are."""
+    with zipfile.ZipFile(artifact, "w", compression) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+
+
+def change_file(artifact: Path, name: str, content: bytes | None) -> None:
+    """Replace a file in an artifact. None: take it out."""
+    files: dict[str, bytes | None] = {**files_of(artifact), name: content}
+    write_files(artifact, {each: kept for each, kept in files.items() if kept is not None})
+
+
+def change_document(artifact: Path, change: Callable[[Any], Any]) -> None:
+    """Replace the document of an artifact by what a function makes of it."""
+    document = change(json.loads(files_of(artifact)["policy.json"]))
+    change_file(artifact, "policy.json", json.dumps(document).encode())
+
+
+def as_of_0_1(artifact: Path, directory: Path) -> Path:
+    """Write the files of an artifact beside each other, as asd 0.1 did; return the directory."""
+    directory.mkdir(parents=True)
+    for name, content in files_of(artifact).items():
+        (directory / name).write_bytes(content)
     return directory
 
 
-def _content(directory: Path, version: str, stages: tuple[str, ...], offset: float) -> dict[str, Any]:
+def _content(
+    models: dict[str, bytes], version: str, stages: tuple[str, ...], offset: float, note: str
+) -> dict[str, Any]:
     size = FeatureSpace(len(stages)).size
     keys: list[tuple[int | None, int | None]] = [(None, None)]
     keys += [(s, o) for s in range(len(stages)) for o in (None, *range(s))]
@@ -43,8 +88,7 @@ def _content(directory: Path, version: str, stages: tuple[str, ...], offset: flo
     for stage, origin in keys:
         heads = stages[stage or 0 :]
         name = f"{stage}-{origin}.onnx"
-        model = _model(size, len(heads), stage, stages)
-        (directory / name).write_bytes(model)
+        model = models[name] = _model(size, len(heads), stage, stages, note)
         moves = [
             {
                 "to": later,
@@ -91,7 +135,7 @@ def _content(directory: Path, version: str, stages: tuple[str, ...], offset: flo
     }
 
 
-def _model(size: int, heads: int, stage: int | None, stages: tuple[str, ...]) -> bytes:
+def _model(size: int, heads: int, stage: int | None, stages: tuple[str, ...], note: str) -> bytes:
     """Return features @ weights + places."""
     weights = np.zeros((size, heads), np.float32)
     if stage is not None:
@@ -104,7 +148,9 @@ def _model(size: int, heads: int, stage: int | None, stages: tuple[str, ...]) ->
         [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["n", heads])],
         [numpy_helper.from_array(weights, "weights"), numpy_helper.from_array(places, "places")],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8, doc_string=note
+    )
     onnx.checker.check_model(model)
     content: bytes = model.SerializeToString()
     return content
