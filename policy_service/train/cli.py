@@ -172,9 +172,9 @@ def evaluate(
     if any(not math.isfinite(value) or value < 0 for value in quality_value or ()):
         raise InvalidRequest("--lambda must be a number of 0 or more", field="lambda")
     if published is not None:
-        from policy_service.train.routing.evaluate import SUBJECT_REPEATS, RoutingOptions, evaluate_file
-        from policy_service.train.routing.report import routing_tables
-        from policy_service.train.routing.table import UnfitOptions
+        from benchmarks.routing.evaluate import SUBJECT_REPEATS, RoutingOptions, evaluate_file
+        from benchmarks.routing.report import routing_tables
+        from benchmarks.routing.table import UnfitOptions
 
         is_by_subject = group == "subject"
         drawn = repeats or (SUBJECT_REPEATS if is_by_subject else 1)

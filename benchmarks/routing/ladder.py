@@ -10,21 +10,21 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from benchmarks.routing.router import predict_targets, smooth_targets
 from policy_service.solver import solve_policy
 from policy_service.train.dataset import PREFIXES, Dataset, view_keys
 from policy_service.train.faults import UnfitOutcomes
 from policy_service.train.fit import choose_quality_values, estimate_views
 from policy_service.train.replay import Run, always, oracle, replay, threshold
-from policy_service.train.routing.router import predict_targets, smooth_targets
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import numpy.typing as npt
 
+    from benchmarks.routing.router import CountedWords
+    from benchmarks.routing.table import RoutingTable
     from policy_service.train.dataset import ViewKey
-    from policy_service.train.routing.router import CountedWords
-    from policy_service.train.routing.table import RoutingTable
 
     Floats = npt.NDArray[np.float64]
     AnswerKey = tuple[int, int | None]

@@ -10,12 +10,12 @@ import numpy as np
 from scipy.stats import rankdata
 from sklearn.model_selection import GroupKFold, StratifiedKFold
 
-from policy_service.train.routing.embeddings import cached_vectors
-from policy_service.train.routing.ladder import Ladder, LadderLine, ladder_lines
-from policy_service.train.routing.metrics import Routed, measure
-from policy_service.train.routing.router import CountedWords, fit_word_scores, predict_targets, smooth_targets
-from policy_service.train.routing.table import UnfitOptions, read_answers, read_sizes, read_table
-from policy_service.train.routing.text import describe_prompts
+from benchmarks.routing.embeddings import cached_vectors
+from benchmarks.routing.ladder import Ladder, LadderLine, ladder_lines
+from benchmarks.routing.metrics import Routed, measure
+from benchmarks.routing.router import CountedWords, fit_word_scores, predict_targets, smooth_targets
+from benchmarks.routing.table import UnfitOptions, read_answers, read_sizes, read_table
+from benchmarks.routing.text import describe_prompts
 from policy_service.train.threads import one_thread, run_side_by_side, usable_cores
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from policy_service.train.routing.table import RoutingTable
+    from benchmarks.routing.table import RoutingTable
 
     Floats = npt.NDArray[np.float64]
     Rows = npt.NDArray[np.int64]

@@ -15,8 +15,8 @@ from rich.console import Console
 
 from benchmarks.arguments import count
 from benchmarks.record import update_result
+from benchmarks.routing.evaluate import SUBJECT_REPEATS, RoutingOptions, evaluate_file
 from policy_service.train.faults import UnfitOutcomes
-from policy_service.train.routing.evaluate import SUBJECT_REPEATS, RoutingOptions, evaluate_file
 
 _ROUTELLM = ("mixtral_8x7b_instruct_v0_1", "gpt_4_1106_preview")
 _LLAMA = ("llama_2_13b_hf", "meta_llama_3_70b")

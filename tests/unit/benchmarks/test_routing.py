@@ -14,21 +14,21 @@ import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
 from typer.testing import CliRunner
 
-from policy_service.train import cli
-from policy_service.train.faults import UnfitOutcomes
-from policy_service.train.routing.embeddings import embed_prompts
-from policy_service.train.routing.evaluate import (
+from benchmarks.routing.embeddings import embed_prompts
+from benchmarks.routing.evaluate import (
     RoutingOptions,
     assignment_seeds,
     evaluate_file,
     evaluate_routing,
     split_folds,
 )
-from policy_service.train.routing.ladder import Ladder
-from policy_service.train.routing.metrics import average_recovery, call_share, measure
-from policy_service.train.routing.router import CountedWords, smooth_targets
-from policy_service.train.routing.table import RoutingTable, read_sizes, read_table
-from policy_service.train.routing.text import describe_prompts
+from benchmarks.routing.ladder import Ladder
+from benchmarks.routing.metrics import average_recovery, call_share, measure
+from benchmarks.routing.router import CountedWords, smooth_targets
+from benchmarks.routing.table import RoutingTable, read_sizes, read_table
+from benchmarks.routing.text import describe_prompts
+from policy_service.train import cli
+from policy_service.train.faults import UnfitOutcomes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -130,7 +130,7 @@ def test_labels_that_prompts_do_not_tell_leave_apgr_at_a_half(by_subject, tmp_pa
 
 
 def test_labels_of_test_prompts_change_no_score(tmp_path, monkeypatch):
-    from policy_service.train.routing import evaluate
+    from benchmarks.routing import evaluate
 
     table = read_table(_write(tmp_path / "o.csv.gz", _rows(120)), ["tiny", "huge"])
     options = RoutingOptions(folds=3)
@@ -410,7 +410,7 @@ def test_whole_groups_are_resampled_where_folds_are_by_group():
 
 
 def test_only_figures_by_subject_have_intervals_by_subject(tmp_path, monkeypatch):
-    from policy_service.train.routing import evaluate
+    from benchmarks.routing import evaluate
 
     table = read_table(_write(tmp_path / "o.csv.gz", _rows(120)), ["tiny", "huge"])
     seen = []

@@ -10,7 +10,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from policy_service.train.routing.evaluate import RoutingEvaluation
+    from benchmarks.routing.evaluate import RoutingEvaluation
 
 
 def routing_tables(evaluation: RoutingEvaluation) -> Iterator[Table]:
