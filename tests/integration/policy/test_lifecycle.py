@@ -63,7 +63,7 @@ class Service(NamedTuple):
         """Do what `store.follow` does once between two sleeps."""
         loaded = self.watch.poll()
         if loaded is not None:
-            self.servicer.use(*loaded)
+            self.servicer.use(loaded.policy, loaded.document)
 
 
 @asynccontextmanager
@@ -335,7 +335,7 @@ async def test_a_shadow_that_fails_or_hangs_touches_no_answer(
     [
         (["versions", "nowhere"], "no policy was published in nowhere"),
         (["publish", "nowhere", "store"], "no policy in nowhere"),
-        (["publish", "v1", "v1"], "v1 is an artifact, not a store"),
+        (["publish", "v1", "v1"], "v1 is a file: name a directory"),
         (["rollback", "store"], "there is no version before v1"),
         (["rollback", "store", "--to", "v9"], "holds no version 'v9'"),
         (["refit", "store", "--reports", "nowhere"], "nowhere: no such file"),
