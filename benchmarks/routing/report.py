@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich import box
-from rich.table import Table
+from policy_service.train.console import number_table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
+
+    from rich.table import Table
 
     from benchmarks.routing.evaluate import RoutingEvaluation
 
@@ -16,10 +17,10 @@ if TYPE_CHECKING:
 def routing_tables(evaluation: RoutingEvaluation) -> Iterator[Table]:
     """Yield tables of an evaluation: the routers, then the ladder's stages where it was replayed."""
     small, large = evaluation.ladder[0], evaluation.ladder[-1]
-    table = _table(
+    table = number_table(
         f"{small} ({evaluation.accuracy[0]:.1%}) to {large} ({evaluation.accuracy[-1]:.1%}): "
         f"{evaluation.prompts} prompts, {evaluation.folds}",
-        ("APGR", "95% interval", "over length", "CPT(50%)", "CPT(80%)"),
+        ("", "APGR", "95% interval", "over length", "CPT(50%)", "CPT(80%)"),
     )
     for name, routed in evaluation.routers.items():
         table.add_row(
@@ -44,19 +45,11 @@ def routing_tables(evaluation: RoutingEvaluation) -> Iterator[Table]:
     table.caption = "\n".join(notes)
     yield table
     if evaluation.ladder_lines:
-        headings = ("accuracy", "of the\nlast's", "cost", *evaluation.ladder)
-        table = _table("the ladder; cost by parameters, the last stage alone is 1", headings)
+        headings = ("", "accuracy", "of the\nlast's", "cost", *evaluation.ladder)
+        table = number_table("the ladder; cost by parameters, the last stage alone is 1", headings)
         for line in evaluation.ladder_lines:
             shares = (f"{share:.1%}" for share in line.mix)
             table.add_row(
                 line.name, f"{line.accuracy:.2%}", f"{line.accuracy_ratio:.1%}", f"{line.cost:.3f}", *shares
             )
         yield table
-
-
-def _table(title: str, numbers: Sequence[str]) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("", overflow="fold")
-    for heading in numbers:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table

@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
 from policy_service.train import lifecycle
-from policy_service.train.console import number_table, result_console
+from policy_service.train.console import finite, number_table, result_console
 from policy_service.train.costs import EMBEDDED, UnfitCosts
 from policy_service.train.faults import UnfitOutcomes, say_why
 from services.client.arguments import CheckedCommand
@@ -24,9 +25,6 @@ from services.common.terminal import LiteralConsole, prepare_streams
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rich.table import Table
-
-    from policy_service.train.evaluate import Comparison, Evaluation, Prediction
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 
@@ -122,9 +120,7 @@ def fit(
 
 @app.command(cls=CheckedCommand)
 def evaluate(
-    outcomes: Annotated[
-        Path | None, typer.Argument(help="Outcomes (Parquet), as `collect` writes them.", show_default=False)
-    ] = None,
+    outcomes: Outcomes,
     artifact: Annotated[
         Path, typer.Option(help="A policy or a store.", show_default="the embedded family's")
     ] = _EMBEDDED_ARTIFACT,
@@ -133,86 +129,33 @@ def evaluate(
         list[float] | None,
         typer.Option("--lambda", help="Values of quality. Default: 0.5, 1, 2, 5."),
     ] = None,
-    published: Annotated[
-        Path | None,
-        typer.Option("--outcomes", help="Outcomes of real models (.csv.gz): docs/routing.md."),
-    ] = None,
-    ladder: Annotated[str, typer.Option(help="Models of --outcomes, smallest first: a,b[,c].")] = "",
-    group: Annotated[
-        Literal["question", "subject"], typer.Option(help="Test on unseen questions, or on unseen subjects.")
-    ] = "question",
-    folds: Annotated[int, typer.Option(min=2, max=100, help="Folds of the cross-validation.")] = 5,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the folds and routers.")] = 0,
-    repeats: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=1000,
-            help="Assignments to folds that are drawn; each trains and tests anew.",
-            show_default="20 by subject, 1 by question",
-        ),
-    ] = None,
-    also: Annotated[
-        list[Path] | None, typer.Option(help="Further models on the prompts of --outcomes, to train on.")
-    ] = None,
-    embeddings: Annotated[
-        Path | None, typer.Option(help="Sentence encoder (zip with .onnx, tokenizer.json), for --outcomes.")
-    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure a policy on outcomes that it was not made from, beside fixed stages, a threshold, an oracle.
-
-    With --outcomes and --ladder: train and test routers on published outcomes of real models.
-    """
-    from services.common.errors import InvalidRequest
-
+    """Measure a policy on outcomes that it was not made from, beside fixed stages, a threshold, an oracle."""
     _check_extra()
-    if (outcomes is None) == (published is None) or (outcomes is not None and ladder):
-        raise InvalidRequest("give either a file of outcomes, or --outcomes FILE with --ladder")
-    if any(not math.isfinite(value) or value < 0 for value in quality_value or ()):
-        raise InvalidRequest("--lambda must be a number of 0 or more", field="lambda")
-    if published is not None:
-        from benchmarks.routing.evaluate import SUBJECT_REPEATS, RoutingOptions, evaluate_file
-        from benchmarks.routing.report import routing_tables
-        from benchmarks.routing.table import UnfitOptions
-
-        is_by_subject = group == "subject"
-        drawn = repeats or (SUBJECT_REPEATS if is_by_subject else 1)
-        options = RoutingOptions(is_by_subject, folds, seed, drawn)
-        names = [name.strip() for name in ladder.split(",") if name.strip()]
-        try:
-            with errors.status("reading") as status:
-                routing = evaluate_file(published, names, options, also or [], embeddings, status.update)
-        except UnfitOptions as error:
-            raise InvalidRequest(str(error)) from error
-        if as_json:
-            typer.echo(json.dumps(_finite(dataclasses.asdict(routing)), indent=2))
-            return
-        if routing.dropped:
-            _say(f"{routing.dropped} prompts lack an outcome of the ladder and were left out", "yellow")
-        for each in routing_tables(routing):
-            result_console().print(each)
-        return
-    assert outcomes is not None
     from policy_service.artifact import load_artifact
     from policy_service.store import artifact_in
     from policy_service.train.costs import read_costs
     from policy_service.train.dataset import read_dataset
     from policy_service.train.evaluate import evaluate_policy
     from policy_service.train.outcomes import file_digest
+    from policy_service.train.tables import comparisons_table, lines_table, predictions_table
+    from services.common.errors import InvalidRequest
 
+    if any(not math.isfinite(value) or value < 0 for value in quality_value or ()):
+        raise InvalidRequest("--lambda must be a number of 0 or more", field="lambda")
     policy, document, predictor = load_artifact(artifact_in(artifact))
     if file_digest(outcomes) in {document.train.sha256, document.calibration.sha256}:
         raise UnfitOutcomes(f"{outcomes}: policy {policy.version} was made from this file: use other prompts")
     data = read_dataset(outcomes, read_costs(costs))
     evaluation = evaluate_policy(policy, predictor, data, quality_value or [0.5, 1.0, 2.0, 5.0])
     if as_json:
-        typer.echo(json.dumps(_finite(dataclasses.asdict(evaluation)), indent=2))
+        typer.echo(json.dumps(finite(dataclasses.asdict(evaluation)), indent=2))
         return
     console = result_console()
-    console.print(_lines_table(evaluation, data.cascade))
-    console.print(_comparisons_table(evaluation.comparisons))
-    console.print(_predictions_table(evaluation.predictions))
+    console.print(lines_table(evaluation, data.cascade))
+    console.print(comparisons_table(evaluation.comparisons))
+    console.print(predictions_table(evaluation.predictions))
 
 
 @app.command(cls=CheckedCommand)
@@ -273,7 +216,7 @@ def compare(
         data = [read_dataset(path, stages) for path in (train, held_out)]
         scores = compare_predictors(data[0], data[1], seed, status.update)
     if as_json:
-        typer.echo(json.dumps(_finite([dataclasses.asdict(score) for score in scores]), indent=2))
+        typer.echo(json.dumps(finite([dataclasses.asdict(score) for score in scores]), indent=2))
         return
     headings = ("log loss", "Brier", "R²", "AUROC", "ECE")
     table = number_table(
@@ -364,57 +307,6 @@ def _say(line: str, style: str) -> None:
     errors.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def _lines_table(evaluation: Evaluation, cascade: Sequence[str]) -> Table:
-    first = ("accuracy", "of the\nlast's", "cost", "of oracle's\nsaving")
-    headings = (*first, "latency\nms", "early\nstops", *cascade)
-    title = f"policy {evaluation.policy_version} on {evaluation.prompts} prompts"
-    if evaluation.unlike_share is not None:
-        share = f"{evaluation.unlike_share:.1%}"
-        title += f", {share} of them unlike all that it was fitted to: as served, without predictions"
-    table = number_table(title, ("", *headings))
-    for line in evaluation.lines:
-        table.add_row(
-            line.name,
-            f"{line.accuracy:.2%}",
-            f"{line.accuracy_ratio:.2%}",
-            f"{line.cost:.2f}",
-            f"{evaluation.oracle_share[line.name]:.0%}",
-            f"{line.latency_ms:.1f}",
-            f"{line.early_stop_share:.1%}",
-            *(f"{share:.1%}" for share in line.mix),
-        )
-    return table
-
-
-def _comparisons_table(comparisons: Sequence[Comparison]) -> Table:
-    headings = ("lambda", "policy", "best\nthreshold", "difference", "95% interval")
-    table = number_table(
-        "Value per prompt, beside the best fixed threshold (chosen with hindsight)", ("", *headings)
-    )
-    for each in comparisons:
-        interval = f"{each.low:+.4f} to {each.high:+.4f}"
-        numbers = (f"{each.quality_value:g}", f"{each.value:.4f}", f"{each.threshold_value:.4f}")
-        table.add_row(each.name, *numbers, f"{each.difference:+.4f}", interval)
-    return table
-
-
-def _predictions_table(predictions: Sequence[Prediction]) -> Table:
-    table = number_table("P(correct) of the judged answer", ("answer of", "R²", "AUROC", "ECE", "Brier"))
-    for each in predictions:
-        numbers = (each.r2, each.auroc, each.calibration_error, each.brier)
-        table.add_row(each.view, *("–" if math.isnan(number) else f"{number:.3f}" for number in numbers))
-    return table
-
-
-def _finite(value: object) -> object:
-    """Return a value with null for what JSON has no number for."""
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 lifecycle.register(app)
 
 
@@ -426,6 +318,7 @@ def main() -> None:
 
     prepare_streams()
     try:
+        _check_moved(sys.argv[1:])
         app()
     except (UnfitCosts, UnfitOutcomes, AsdError, SettingsError, OSError) as error:
         _fail(error)
@@ -436,6 +329,17 @@ def main() -> None:
         if not isinstance(error, UnfitArtifact):
             raise
         _fail(error)
+
+
+def _check_moved(arguments: Sequence[str]) -> None:
+    """Refuse what 0.1 had in this command. To be removed with 0.3."""
+    from services.common.errors import InvalidRequest
+
+    if arguments[:1] == ["evaluate"] and any(each.startswith("--outcomes") for each in arguments):
+        raise InvalidRequest(
+            "--outcomes: published outcomes of real models are measured in a checkout, with `python -m "
+            "benchmarks.routing FILE --ladder SMALL,LARGE`"
+        )
 
 
 def _fail(error: Exception) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -40,3 +41,12 @@ def number_table(title: str, headings: Sequence[str], texts: int = 1) -> Table:
             heading, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold"
         )
     return table
+
+
+def finite(value: object) -> object:
+    """Return a value with null for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,14 +6,13 @@ import csv
 import gzip
 import json
 import random
-import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
-from typer.testing import CliRunner
 
+from benchmarks.routing.__main__ import main
 from benchmarks.routing.embeddings import embed_prompts
 from benchmarks.routing.evaluate import (
     RoutingOptions,
@@ -27,7 +26,6 @@ from benchmarks.routing.metrics import average_recovery, call_share, measure
 from benchmarks.routing.router import CountedWords, smooth_targets
 from benchmarks.routing.table import RoutingTable, read_sizes, read_table
 from benchmarks.routing.text import describe_prompts
-from policy_service.train import cli
 from policy_service.train.faults import UnfitOutcomes
 
 if TYPE_CHECKING:
@@ -312,14 +310,16 @@ def test_what_a_prompt_looks_like_is_finite_and_sees_numbers_and_options():
     assert (plain != asked).sum() > 10
 
 
-def _fail(monkeypatch, capsys, *arguments: str, code: int = 1) -> str:
-    monkeypatch.setattr(sys, "argv", ["asd-policy", "evaluate", *arguments])
+def _fail(capsys, *arguments: str, code: int = 1) -> str:
     with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == code
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1
-    return line.removeprefix("asd-policy: ").rstrip("\n")
+        main(list(arguments))
+    said = capsys.readouterr().err.splitlines()
+    if code != 1:
+        assert ended.value.code == code
+        return said[-1]
+    line = str(ended.value.code)
+    assert line.count("\n") == 0
+    return line.removeprefix("benchmarks.routing: ")
 
 
 @pytest.mark.parametrize(
@@ -332,9 +332,9 @@ def _fail(monkeypatch, capsys, *arguments: str, code: int = 1) -> str:
         ("huge,tiny", "tiny is no better than huge: give the smallest first"),
     ],
 )
-def test_ladders_that_cannot_be_are_refused(ladder, error, tmp_path, monkeypatch, capsys):
+def test_ladders_that_cannot_be_are_refused(ladder, error, tmp_path, capsys):
     path = _write(tmp_path / "o.csv.gz", _rows(60))
-    assert error in _fail(monkeypatch, capsys, "--outcomes", str(path), "--ladder", ladder, code=2)
+    assert error in _fail(capsys, str(path), "--ladder", ladder, code=2)
 
 
 @pytest.mark.parametrize(
@@ -348,11 +348,11 @@ def test_ladders_that_cannot_be_are_refused(ladder, error, tmp_path, monkeypatch
         (gzip.compress(b"prompt_id,prompt,tiny,huge\n1,x,0,1\n"), "1 prompts have an outcome of every model"),
     ],
 )
-def test_files_that_cannot_be_are_refused(content, error, tmp_path, monkeypatch, capsys):
+def test_files_that_cannot_be_are_refused(content, error, tmp_path, capsys):
     path = tmp_path / "o.csv.gz"
     if content is not None:
         path.write_bytes(content)
-    line = _fail(monkeypatch, capsys, "--outcomes", str(path), "--ladder", "tiny,huge")
+    line = _fail(capsys, str(path), "--ladder", "tiny,huge")
     assert line.startswith(f"{path}: {error}")
 
 
@@ -362,8 +362,11 @@ def test_more_folds_than_subjects_are_refused(tmp_path):
         _evaluate(path, by_subject=True, folds=9)
 
 
-def test_evaluate_without_a_file_says_what_it_needs(monkeypatch, capsys):
-    assert "--outcomes FILE with --ladder" in _fail(monkeypatch, capsys, code=2)
+def test_folds_are_some(tmp_path, capsys):
+    path = _write(tmp_path / "o.csv.gz", _rows(60))
+    for folds in ("1", "1000"):
+        said = _fail(capsys, str(path), "--ladder", "tiny,huge", "--folds", folds, code=2)
+        assert f"--folds: '{folds}' is not a number from 2 to" in said
 
 
 def test_an_encoder_that_is_none_is_refused(tmp_path):
@@ -373,14 +376,15 @@ def test_an_encoder_that_is_none_is_refused(tmp_path):
         embed_prompts(["a"], model, lambda _: None)
 
 
-def test_the_command_prints_tables_and_json(tmp_path):
+def test_the_command_prints_tables_and_json(tmp_path, capsys):
     path = _write(tmp_path / "o.csv.gz", _rows(100))
-    arguments = ["evaluate", "--outcomes", str(path), "--ladder", "tiny, huge", "--folds", "2"]
-    result = CliRunner().invoke(cli.app, arguments)
-    assert result.exit_code == 0
+    arguments = [str(path), "--ladder", "tiny, huge", "--folds", "2"]
+    main(arguments)
+    printed = capsys.readouterr().out
     for wanted in ("prompt length", "TF-IDF, logistic regression", "ours", "CPT(50%)", "2 folds by question"):
-        assert wanted in result.stdout
-    document = json.loads(CliRunner().invoke(cli.app, [*arguments, "--json"]).stdout)
+        assert wanted in printed
+    main([*arguments, "--json"])
+    document = json.loads(capsys.readouterr().out)
     assert document["ladder"] == ["tiny", "huge"]
     assert document["routers"]["ours"]["apgr"] > 0.6
 

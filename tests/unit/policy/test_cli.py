@@ -13,7 +13,9 @@ from typer.testing import CliRunner
 
 from policy_service.train import cli
 from policy_service.train.cli import app
+from policy_service.train.console import finite
 from policy_service.train.evaluate import Comparison, Evaluation, Line, Prediction
+from policy_service.train.tables import lines_table, predictions_table
 from services.common.version import VERSION
 from tests.unit.policy.test_fit import record, write
 
@@ -95,7 +97,7 @@ def _printed(table, width: int) -> str:
 
 
 def test_no_number_is_cut_in_eighty_columns():
-    text = _printed(cli._lines_table(_EVALUATION, _CASCADE), 80)
+    text = _printed(lines_table(_EVALUATION, _CASCADE), 80)
     assert "…" not in text
     for number in ("100.00%", "99.11%", "12.34", "1118.8", "43.2", "78.3%", "100.0%"):
         assert number in text
@@ -103,9 +105,9 @@ def test_no_number_is_cut_in_eighty_columns():
 
 
 def test_what_is_not_defined_is_a_dash_in_tables_and_null_in_json():
-    row = _printed(cli._predictions_table(_PREDICTIONS), 80).splitlines()[-2]
+    row = _printed(predictions_table(_PREDICTIONS), 80).splitlines()[-2]
     assert row.split()[-4:] == ["0.000", "–", "0.003", "0.000"]
-    assert json.dumps(cli._finite({"a": (1.5, float("nan"), "x"), "b": [float("inf")]})) == (
+    assert json.dumps(finite({"a": (1.5, float("nan"), "x"), "b": [float("inf")]})) == (
         '{"a": [1.5, null, "x"], "b": [null]}'
     )
 
@@ -165,7 +167,6 @@ def test_a_mean_that_cannot_be_kept_says_what_can(arguments, message, monkeypatc
         ["compare", "a", "b", "--seed", str(2**32)],
         ["price", "--min-accuracy", "95"],
         ["price", "--mean-cost", "-1"],
-        ["evaluate", "--outcomes", "a.csv.gz", "--ladder", "a,b", "--folds", "1000"],
     ],
 )
 def test_numbers_out_of_range_are_refused(arguments):
@@ -207,13 +208,10 @@ def test_a_lambda_that_is_no_value_is_refused(value, monkeypatch, capsys):
     assert "--lambda must be a number of 0 or more" in message
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], ["o.parquet", "--ladder", "a,b"], ["o.parquet", "--outcomes", "a.csv.gz"]]
-)
-def test_own_and_published_outcomes_are_not_mixed(arguments, monkeypatch, capsys):
-    code, message = _main(monkeypatch, capsys, "evaluate", *arguments)
+def test_published_outcomes_are_measured_by_another_command(monkeypatch, capsys):
+    code, message = _main(monkeypatch, capsys, "evaluate", "--outcomes", "a.csv.gz", "--ladder", "a,b")
     assert code == 2
-    assert "give either a file of outcomes" in message
+    assert "`python -m benchmarks.routing FILE --ladder SMALL,LARGE`" in message
 
 
 def test_a_collection_that_is_interrupted_says_how_it_goes_on(tmp_path, monkeypatch):
@@ -246,7 +244,6 @@ def test_by_default_as_many_prompts_are_under_way_as_have_replicas_of_their_own(
     ("arguments", "named"),
     [
         (["collect", "o.parquet", "--stage", ""], "--stage"),
-        (["evaluate", "o.parquet", "--ladder="], "--ladder"),
         (["rollback", "store", "--to", ""], "--to"),
         (["versions", ""], "store"),
         (["rollback", "store", "--to", "\udcff"], "--to"),
