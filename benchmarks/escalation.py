@@ -26,11 +26,13 @@ from asd.v1 import common_pb2, stage_pb2, stage_pb2_grpc
 from benchmarks.escalation_plots import draw_plots
 from benchmarks.processes import ROOT, process, service
 from benchmarks.random_stage import random_text
-from benchmarks.record import percentile, update_result, write_result
+from benchmarks.record import update_result, write_result
+from policy_service.train.scores import area_under_roc
 from services.client.client import CascadeClient
 from services.client.values import Acceptance, Committed, Message, Objective, Request
 from services.common.channel import open_channel
 from services.common.server import run_service
+from services.common.stats import percentile
 from suites import Task, grade, split
 
 if TYPE_CHECKING:
@@ -537,12 +539,12 @@ async def measure_evidence(stages: dict[str, str], tasks: Sequence[Task]) -> dic
                 )
     return {
         "evidence_auroc_draft_right": {
-            name: round(_auroc(np.array(values), np.array(draft_right)), 4)
+            name: round(area_under_roc(np.array(values), np.array(draft_right)), 4)
             for name, values in features.items()
         },
         "evidence_auroc_target_right": {
             target: {
-                name: round(_auroc(np.array(values), np.array(right)), 4)
+                name: round(area_under_roc(np.array(values), np.array(right)), 4)
                 for name, values in features.items()
                 if name.startswith(("draft", target))
             }
@@ -578,16 +580,6 @@ async def _verify(
         elif response.HasField("result"):
             result = response.result
     return check, result
-
-
-def _auroc(scores: np.ndarray, right: np.ndarray) -> float:
-    """Return the probability that a right answer scores above a wrong one, ties half."""
-    order = np.sort(scores[right])
-    wrong = scores[~right]
-    if not len(order) or not len(wrong):
-        return float("nan")
-    below, not_above = np.searchsorted(order, wrong, "left"), np.searchsorted(order, wrong, "right")
-    return float(np.mean(1.0 - (below + not_above) / (2 * len(order))))
 
 
 MEASUREMENTS = (

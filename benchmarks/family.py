@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from benchmarks.record import percentile, write_result
+from benchmarks.record import write_result
 from policy_service.artifact import load_artifact
 from policy_service.features import Draft, PromptText
 from policy_service.train.family import suite_prompts
+from services.common.stats import percentile
 from services.stage.engine import Result, SamplingOptions, TokenChunk, Turn
 from services.stage.onnx_engine import OnnxEngine, OnnxOptions
 from suites import grade, split

@@ -25,11 +25,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.processes import embedded_cascade
-from benchmarks.record import percentile, write_result
+from benchmarks.record import write_result
 from services.client.client import CascadeClient
 from services.client.values import Objective, Request
 from services.common.errors import AsdError, BudgetSpent, ResourceExhausted
 from services.common.server import run_service
+from services.common.stats import percentile
 from suites import grade, split
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.processes import ROOT
-from benchmarks.record import percentile, update_result, write_result
+from benchmarks.record import update_result, write_result
 from policy_service.artifact import load_artifact
 from policy_service.features import Draft, PromptText
 from policy_service.policy import Objective, Preference, Spent
@@ -34,9 +34,7 @@ from policy_service.train.compare import compare_predictors
 from policy_service.train.costs import EMBEDDED, read_costs
 from policy_service.train.dataset import read_dataset
 from policy_service.train.evaluate import (
-    area_under_roc,
     evaluate_policy,
-    r_squared,
     served_states,
     unlike_prompts,
     with_unlike,
@@ -44,10 +42,12 @@ from policy_service.train.evaluate import (
 from policy_service.train.fit import InputFile, fit_policy
 from policy_service.train.outcomes import read_rows
 from policy_service.train.replay import Run, always, least_spent, replay
+from policy_service.train.scores import area_under_roc, r_squared
 from services.client.client import CascadeClient
 from services.client.values import Objective as ClientObjective
 from services.client.values import Request
 from services.common.server import run_service
+from services.common.stats import percentile
 from suites import grade, split
 
 if TYPE_CHECKING:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import subprocess
@@ -14,14 +13,9 @@ from typing import TYPE_CHECKING
 from services.common.disks import replace_file, writing
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """Return the smallest value that `share` of the values do not exceed (nearest rank)."""
-    return sorted(values)[max(math.ceil(share * len(values)) - 1, 0)]
 
 
 def record(command: str) -> dict[str, object]:

@@ -24,7 +24,7 @@ import yaml
 
 from asd.v1 import cascade_pb2, cascade_pb2_grpc, common_pb2, policy_pb2, policy_pb2_grpc
 from benchmarks.processes import READY_TIMEOUT, ROOT, embedded_cascade, process
-from benchmarks.record import percentile, write_result
+from benchmarks.record import write_result
 from services.client.cascade_file import read_cascade
 from services.client.client import CascadeClient
 from services.client.demo import ask_both_ways, choose_tasks, summarise
@@ -32,6 +32,7 @@ from services.client.values import Objective
 from services.common.channel import open_channel
 from services.common.privacy import report_nothing
 from services.common.server import run_service
+from services.common.stats import percentile
 from services.stage.engine import Result, SamplingOptions, TokenChunk, Turn
 from services.stage.llama_config import read_shape
 from services.stage.onnx_engine import OnnxEngine, OnnxOptions

@@ -23,9 +23,10 @@ from benchmarks.experiments.grid import (
 from benchmarks.experiments.response import check_response
 from policy_service.policy import Preference
 from policy_service.solver import solve_policy
-from policy_service.train.evaluate import area_under_roc, r_squared, served_states
+from policy_service.train.evaluate import served_states
 from policy_service.train.fit import expected_calibration_error
 from policy_service.train.replay import always, oracle, replay, threshold
+from policy_service.train.scores import area_under_roc, r_squared
 from suites import LEVELS
 
 if TYPE_CHECKING:

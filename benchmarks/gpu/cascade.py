@@ -39,10 +39,11 @@ from benchmarks.gpu.predictable import last_token
 from benchmarks.gpu.service import load_model
 from benchmarks.gpu.shapes import SHAPES, make_model
 from benchmarks.processes import ROOT, service
-from benchmarks.record import RESULTS, percentile, record
+from benchmarks.record import RESULTS, record
 from services.client.client import CascadeClient
 from services.client.values import Objective, Request, Sampling
 from services.common.server import ServiceRegistration, start_server
+from services.common.stats import percentile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence

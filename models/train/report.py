@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from policy_service.train.scores import area_under_roc
 from suites import LEVELS, SUITES
 
 if TYPE_CHECKING:
@@ -22,7 +23,9 @@ def summarise(tasks: Sequence[Task], answers: Sequence[Answer]) -> dict[str, obj
     suites = np.array([task.suite for task in tasks])
     levels = np.array([task.level for task in tasks])
     kinds = np.array([f"{task.suite}/{task.kind}" for task in tasks])
-    features = {name: auroc(values, right) for name, values in draft_features(answers).items()}
+    features = {
+        name: round(area_under_roc(values, right), 4) for name, values in draft_features(answers).items()
+    }
     best = max(features, key=lambda name: features[name])
     return {
         "prompts": len(tasks),
@@ -58,17 +61,6 @@ def draft_features(answers: Sequence[Answer]) -> dict[str, npt.NDArray[np.float6
         "min_margin": column(2, "min"),
         "length": -np.array([float(len(a.ids)) for a in answers]),
     }
-
-
-def auroc(scores: npt.NDArray[np.float64], right: npt.NDArray[np.bool_]) -> float:
-    """Return the probability that a right answer scores above a wrong one, ties counting half."""
-    values, places = np.unique(scores, return_inverse=True)
-    counts = np.bincount(places, minlength=len(values))
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[places]
-    positives, negatives = int(right.sum()), int((~right).sum())
-    if not positives or not negatives:
-        return float("nan")
-    return round(float((ranks[right].sum() - positives * (positives + 1) / 2) / (positives * negatives)), 4)
 
 
 def _share(right: npt.NDArray[np.bool_]) -> float:

@@ -13,10 +13,10 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from policy_service.train.evaluate import area_under_roc, r_squared
 from policy_service.train.faults import UnfitOutcomes
 from policy_service.train.fit import expected_calibration_error
 from policy_service.train.predictor import fit_head
+from policy_service.train.scores import area_under_roc, r_squared
 from policy_service.train.threads import one_thread
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from policy_service.solver import solve_policy
 from policy_service.train.dataset import view_keys
 from policy_service.train.fit import expected_calibration_error
 from policy_service.train.replay import Run, always, oracle, replay, threshold
+from policy_service.train.scores import area_under_roc, r_squared
 from policy_service.train.threads import one_thread
 
 if TYPE_CHECKING:
@@ -178,22 +179,6 @@ def served_states(
         if view.state_cells is not None:
             cells[key] = view.state_cells.cells_of(scores)
     return p_correct, cells
-
-
-def r_squared(p_correct: Floats, correct: npt.NDArray[np.bool_]) -> float:
-    """Return the share of the variance of correctness that a prediction explains. [n] each."""
-    variance = float(((correct - correct.mean()) ** 2).sum())
-    return 1.0 - float(((correct - p_correct) ** 2).sum()) / variance if variance else 0.0
-
-
-def area_under_roc(p_correct: Floats, correct: npt.NDArray[np.bool_]) -> float:
-    """Return the probability that a right answer scores above a wrong one, ties half. [n] each."""
-    right, wrong = np.sort(p_correct[correct]), p_correct[~correct]
-    if not len(right) or not len(wrong):
-        return float("nan")
-    below = np.searchsorted(right, wrong, side="left")
-    not_above = np.searchsorted(right, wrong, side="right")
-    return float(np.mean(len(right) - (below + not_above) / 2) / len(right))
 
 
 def _best_threshold(runs: Sequence[Run], accuracy: float) -> Run:

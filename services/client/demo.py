@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import suites
 from services.client.values import Objective, Request
+from services.common.stats import percentile
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
@@ -157,8 +158,3 @@ def summarise(rows: Sequence[Row]) -> Summary:
         plan_sources=tuple(sorted({each.plan_source for each in cascade})),
         policy_version=next((each.policy_version for each in cascade if each.policy_version), ""),
     )
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """Return the smallest value that at least `share` (0 to 1) of the values do not exceed."""
-    return sorted(values)[max(math.ceil(share * len(values)), 1) - 1]

@@ -11,7 +11,8 @@ import json
 import subprocess
 import sys
 
-from benchmarks.record import percentile, write_result
+from benchmarks.record import write_result
+from services.common.stats import percentile
 from tests.chart.rendering import VARIANTS
 from tests.cluster import images, release
 from tests.cluster.build import MissingProgramError, cache_dir, say

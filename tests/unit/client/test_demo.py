@@ -17,7 +17,6 @@ from services.client.demo import (
     Row,
     ask_both_ways,
     choose_tasks,
-    percentile,
     summarise,
 )
 from services.client.values import (
@@ -74,13 +73,6 @@ def test_the_summary_holds_means_by_hand():
     assert summary.stage_shares == {"small": 0.5, "medium": 0.25, "large": 0.25}
     assert (summary.largest_stage, summary.policy_version) == ("large", "v7")
     assert summary.plan_sources == ("policy", "static")
-
-
-def test_a_percentile_is_one_of_the_values():
-    values = [float(value) for value in range(100, 0, -1)]
-    assert percentile(values, 0.95) == 95.0
-    assert percentile(values, 0.955) == 96.0
-    assert percentile([3.0], 0.95) == 3.0
 
 
 class _Cascade:

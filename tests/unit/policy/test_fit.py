@@ -21,9 +21,7 @@ from policy_service.solver import solve_policy
 from policy_service.train.costs import StageCosts
 from policy_service.train.dataset import Dataset, read_dataset, view_keys
 from policy_service.train.evaluate import (
-    area_under_roc,
     evaluate_policy,
-    r_squared,
     served_states,
     unlike_prompts,
 )
@@ -34,6 +32,7 @@ from policy_service.train.outcome_table import HEADER_KEY, write_outcomes
 from policy_service.train.outcomes import OutcomeRow, check_disjoint, read_rows
 from policy_service.train.predictor import export_heads, fit_head
 from policy_service.train.replay import always, oracle, replay, threshold
+from policy_service.train.scores import area_under_roc, r_squared
 from tests.unit.policy.tiny_policy import change_document, change_file, files_of
 
 if TYPE_CHECKING:
