@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import fcntl
+import hashlib
 import json
 import logging
 import subprocess
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import onnx
 import pytest
 
 from policy_service.artifact import load_usable, read_document
@@ -25,7 +27,14 @@ from policy_service.store import (
     open_policy,
 )
 from tests.limits import PROCESS_S
-from tests.unit.policy.tiny_policy import change_document, change_file, files_of, make_artifact, write_files
+from tests.unit.policy.tiny_policy import (
+    change_document,
+    change_file,
+    files_of,
+    make_artifact,
+    make_policy,
+    write_files,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -590,3 +599,19 @@ def test_a_store_stands_for_its_version_in_force(store: PolicyStore, tmp_path: P
     store.artifact("v2").unlink()
     with pytest.raises(UnfitStore, match=r"version v2, which is in force in .* `asd-policy rollback"):
         artifact_in(store.directory)
+
+
+def test_a_policy_whose_model_does_not_load_is_not_published(store: PolicyStore, tmp_path: Path):
+    model = onnx.load_from_string(make_policy("v3").models["1-0.onnx"])
+    model.opset_import[0].version = 9999
+    content = model.SerializeToString()
+    artifact = make_artifact(tmp_path / "v3", "v3")
+    change_file(artifact, "1-0.onnx", content)
+
+    def name_it(document: Any) -> Any:
+        (view,) = [each for each in document["views"] if each["model"] == "1-0.onnx"]
+        view["sha256"] = hashlib.sha256(content).hexdigest()
+        return document
+
+    change_document(artifact, name_it)
+    assert "v3: a model does not load: " in _refusal(store, artifact)
