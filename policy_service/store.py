@@ -1,4 +1,4 @@
-"""Artifacts on the disk: one that is written in place of another, and versions of which one is in force.
+"""Artifacts on disk: writing one, and a store of versions of which one is in force.
 
     STORE/policies/<version>.zip   an artifact, never changed once it is there unless it is damaged
     STORE/current.json             the version in force and those before it
@@ -228,9 +228,9 @@ class PolicyStore:
             raise UnfitStore(
                 f"{self.directory} holds no version {to!r}: choose one of {', '.join(self.names())}"
             )
-        places = [place for place, each in enumerate(history) if each.version == to]
-        if places:
-            return history[: places[-1] + 1]
+        indexes = [index for index, each in enumerate(history) if each.version == to]
+        if indexes:
+            return history[: indexes[-1] + 1]
         return (*history, _InForce(version=to, since=self._clock()))
 
     def _keep(self, artifact: Artifact) -> None:
@@ -246,7 +246,7 @@ class PolicyStore:
             kept = read_artifact(self.artifact(version))
         except UnfitArtifact:
             kept = None
-        if kept is not None and kept != artifact:
+        if kept is not None and _without_names(kept.document) != _without_names(artifact.document):
             raise UnfitStore(
                 f"{self.artifact(version)} holds another policy of this version, and a version never "
                 "changes: give policy_version another name"
@@ -319,7 +319,7 @@ class PolicyStore:
 
 
 class PolicyWatch:
-    """Follows a store: what is newly in force there, if it can be served in place of what is."""
+    """Follows a store: returns each policy that newly comes into force there and can be served."""
 
     def __init__(self, store: PolicyStore, loaded: LoadedArtifact) -> None:
         self._store = store
@@ -328,9 +328,9 @@ class PolicyWatch:
         self._refused = ""
 
     def poll(self) -> LoadedArtifact | None:
-        """Return the policy that the store names if it is another one than before and can be served.
+        """Return the policy in force in the store, if it is a new one and can be served; else None.
 
-        One that cannot is logged once and tried again each time; what is in force stays.
+        One that cannot be served is logged once and tried again each time; the policy before it stays.
         """
         try:
             version = self._store.current()
@@ -356,7 +356,7 @@ async def follow(
     poll_seconds: float,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> None:
-    """Hand over what a store newly names, until cancelled."""
+    """Pass each new policy of a store to `use`, until cancelled."""
     while True:
         await sleep(poll_seconds)
         loaded = await asyncio.to_thread(watch.poll)
@@ -388,7 +388,7 @@ def open_policy(path: Path, cascade: Sequence[str] = ()) -> tuple[LoadedArtifact
 
 
 def is_store(path: Path) -> bool:
-    """Say whether a directory holds versions, whatever state they are in."""
+    """Return whether a directory is a store, sound or damaged."""
     return (path / POINTER).exists() or (path / POLICIES).is_dir()
 
 
@@ -450,6 +450,12 @@ def write_artifact(artifact: Artifact, path: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with alone(file.parent):
             replace_file(file, content, is_alone=True)
+
+
+def _without_names(document: PolicyDocument) -> PolicyDocument:
+    """Return a document without the names of its models, which 0.1 has put digests into."""
+    views = tuple(view.model_copy(update={"model": ""}) for view in document.views)
+    return document.model_copy(update={"views": views})
 
 
 def _output_file(path: Path) -> Path:

@@ -71,10 +71,18 @@ def change_document(artifact: Path, change: Callable[[Any], Any]) -> None:
 
 
 def as_of_0_1(artifact: Path, directory: Path) -> Path:
-    """Write the files of an artifact beside each other, as asd 0.1 did; return the directory."""
+    """Write the files of an artifact as asd 0.1 did, and return the directory.
+
+    They were beside each other, and the names of models had digests in them.
+    """
     directory.mkdir(parents=True)
-    for name, content in files_of(artifact).items():
-        (directory / name).write_bytes(content)
+    files = files_of(artifact)
+    document = json.loads(files["policy.json"])
+    for view in document["views"]:
+        content = files[view["model"]]
+        view["model"] = f"{view['model'].removesuffix('.onnx')}.{view['sha256'][:12]}.onnx"
+        (directory / view["model"]).write_bytes(content)
+    (directory / "policy.json").write_text(json.dumps(document))
     return directory
 
 
@@ -96,8 +104,8 @@ def _content(
                 "cost": [COSTS[later]] * 3,
                 "latency_ms": [COSTS[later]] * 3,
             }
-            for place, later in enumerate(stages)
-            if stage is None or place > stage
+            for index, later in enumerate(stages)
+            if stage is None or index > stage
         ]
         head = {"slope": 1.0, "offset": offset, "edges": [0.35, 0.65], "counts": [100, 100, 100]}
         views.append(
