@@ -305,13 +305,13 @@ def _load(artifact: Artifact, where: str) -> LoadedArtifact:
 def build_views(document: PolicyDocument) -> list[CalibratedView]:
     """Return the views that a document describes."""
     names = [stage.name for stage in document.stages]
-    places = {(view.stage, view.origin): place for place, view in enumerate(document.views)}
+    indexes = {(view.stage, view.origin): index for index, view in enumerate(document.views)}
     views = []
     for entry in document.views:
         moves = tuple(
             Move(
                 names.index(move.to),
-                places[move.to, entry.stage],
+                indexes[move.to, entry.stage],
                 np.array(move.transition),
                 np.array(move.cost),
                 np.array(move.latency_ms),
@@ -353,8 +353,8 @@ def build_policy(document: PolicyDocument, predictor: Predictor) -> Policy:
         predictor,
         [CurvePoint(p.quality_value, p.cost, p.latency_ms, p.accuracy) for p in document.curve],
         {
-            place: tuple(AbandonRule(rule.tokens, rule.mean_logprob) for rule in stage.abandon)
-            for place, stage in enumerate(document.stages)
+            index: tuple(AbandonRule(rule.tokens, rule.mean_logprob) for rule in stage.abandon)
+            for index, stage in enumerate(document.stages)
         },
         None if document.family is None else document.family.family(),
     )

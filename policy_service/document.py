@@ -300,13 +300,13 @@ class PolicyDocument(Entry):
     @model_validator(mode="after")
     def _check_shapes(self) -> Self:
         names = [stage.name for stage in self.stages]
-        places = {(view.stage, view.origin): place for place, view in enumerate(self.views)}
-        if len(set(names)) < len(names) or len(places) < len(self.views):
+        indexes = {(view.stage, view.origin): index for index, view in enumerate(self.views)}
+        if len(set(names)) < len(names) or len(indexes) < len(self.views):
             raise ValueError("a stage, or a view, is there twice")
         if self.views[0].stage is not None:
             raise ValueError("views[0] must be the prompt's")
-        for place, view in enumerate(self.views):
-            where = f"views[{place}]"
+        for index, view in enumerate(self.views):
+            where = f"views[{index}]"
             if unknown := {view.stage, view.origin} - {None, *names}:
                 raise ValueError(f"{where}: {quoted(unknown.pop())} is none of the stages")
             if Path(view.model).name != view.model or "\0" in view.model:
@@ -319,19 +319,19 @@ class PolicyDocument(Entry):
                     raise ValueError(f"{where}: head {head.stage}: counts and edges do not fit")
             if problem := _problem_of_bins(view):
                 raise ValueError(f"{where}: {problem}")
-            self._check_moves(place, view, places)
+            self._check_moves(index, view, indexes)
         return self
 
     def _check_moves(
-        self, place: int, view: ViewEntry, places: Mapping[tuple[str | None, str | None], int]
+        self, index: int, view: ViewEntry, indexes: Mapping[tuple[str | None, str | None], int]
     ) -> None:
-        where = f"views[{place}]"
+        where = f"views[{index}]"
         for move in view.moves:
-            target = places.get((move.to, view.stage))
+            target = indexes.get((move.to, view.stage))
             if target is None:
                 raise ValueError(f"{where}: no view of {move.to} verifying {view.stage}")
             # Later views alone, so that every way ends.
-            if target <= place:
+            if target <= index:
                 raise ValueError(f"{where}: move to {move.to}: must lead to a later view")
             bins, onward = len(view.p_correct), len(self.views[target].p_correct)
             rows = [len(row) for row in move.transition]
@@ -381,9 +381,9 @@ def document_text(document: PolicyDocument) -> str:
 def first_problem(error: ValidationError) -> str:
     """Return the first entry that a model refuses, and why."""
     problem = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in problem["loc"])
+    entry = ".".join(str(part) for part in problem["loc"])
     said = problem["msg"].removeprefix("Value error, ")
-    return f"{place}: {said}" if place else said
+    return f"{entry}: {said}" if entry else said
 
 
 def _check_schema_version(where: str, content: object) -> None:

@@ -1,4 +1,4 @@
-"""Running calibration of reported answers, and an alarm on its drift. Pure.
+"""Running calibration of reported answers, and an alarm on its drift. No gRPC, no protobuf.
 
 The alarm bets against the policy. Each report pays bets on a few alternatives to the predicted probability:
 its odds shifted or stretched, or itself moved. Their likelihood ratio beside the nearest probability that is
@@ -75,7 +75,7 @@ class DriftDetector:
         self.evidence = 1.0
 
     def add(self, p_correct: float, *, correct: bool) -> bool:
-        """Take how an answer turned out; return whether the evidence suffices for an alarm."""
+        """Add an outcome. Return whether the evidence suffices for an alarm."""
         tolerance = self._rule.tolerance
         # Beyond 0 and 1 no alternative lies, so that neither is ever divided by.
         low, high = p_correct - tolerance, p_correct + tolerance
@@ -96,7 +96,7 @@ class DriftDetector:
 
 
 class RunningCalibration:
-    """What was predicted beside what came out, in bins of p_correct."""
+    """Predicted and actual shares of right answers, in bins of p_correct."""
 
     def __init__(self) -> None:
         self._counts = [0] * ECE_BINS
@@ -104,11 +104,11 @@ class RunningCalibration:
         self._right = [0] * ECE_BINS
 
     def add(self, p_correct: float, *, correct: bool) -> None:
-        """Take how an answer turned out."""
-        place = min(int(p_correct * ECE_BINS), ECE_BINS - 1)
-        self._counts[place] += 1
-        self._expected[place] += p_correct
-        self._right[place] += correct
+        """Add an outcome."""
+        index = min(int(p_correct * ECE_BINS), ECE_BINS - 1)
+        self._counts[index] += 1
+        self._expected[index] += p_correct
+        self._right[index] += correct
 
     @property
     def count(self) -> int:
@@ -178,7 +178,7 @@ class DriftMonitor:
         self._stages: dict[str, dict[str, _Stage]] = {}
 
     def add(self, report: OutcomeReport) -> None:
-        """Take a request's first report; a bet that was paid is not taken back by a later one."""
+        """Add a request's first report. Later ones are ignored: a bet that was paid is not taken back."""
         stages = self._stages.setdefault(report.policy_version, {})
         stage = stages.get(report.stage)
         if stage is None:
@@ -190,11 +190,11 @@ class DriftMonitor:
         self._on_alarm(report.policy_version, stage.summary())
 
     def versions(self) -> tuple[str, ...]:
-        """Return the policy versions that answers were reported of, in the order of their first report."""
+        """Return the policy versions with reports, in the order of their first report."""
         return tuple(self._stages)
 
     def of(self, version: str) -> tuple[StageCalibration, ...]:
-        """Return the calibration of a version's stages; empty where nothing was reported."""
+        """Return the calibration of a version's stages; empty without reports."""
         return tuple(stage.summary() for stage in tuple(self._stages.get(version, {}).values()))
 
 

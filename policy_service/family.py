@@ -1,4 +1,4 @@
-"""Tells prompts that are unlike all that a policy was fitted to. Pure.
+"""Tells prompts that are unlike all that a policy was fitted to. No gRPC, no protobuf.
 
 A prompt is read as tokens in which what varies from prompt to prompt is abstracted: numbers, names, and words
 in places that many different words take. Each token is looked up together with the three before it, as far as
@@ -148,11 +148,11 @@ def messages(prompt: PromptText) -> Iterator[tuple[str, str]]:
     left = MOST_CHARACTERS
     kept: list[tuple[str, str]] = []
     history = [text for text in map(trimmed, prompt.history) if not says_nothing(text)]
-    for place in range(len(history) - 1, -1, -1):
+    for index in range(len(history) - 1, -1, -1):
         if left <= 0 or len(kept) == MOST_MESSAGES:
             break
-        text = history[place][-left:]
-        kept.append((LATER if place else FIRST, text))
+        text = history[index][-left:]
+        kept.append((LATER if index else FIRST, text))
         left -= len(text)
     yield from reversed(kept)
     yield LATER if history else FIRST, trimmed(prompt.question)

@@ -1,4 +1,4 @@
-"""Features of a prompt, an answer and its verification: one float32 vector per state. Pure.
+"""Features of a prompt, an answer and its verification: one float32 vector per state. No gRPC, no protobuf.
 
 Training and serving both call `FeatureSpace.of`, so they cannot differ. A change here makes every artifact
 unfit: raise FEATURES_VERSION, which an artifact records and the policy service checks.
@@ -258,7 +258,7 @@ def _draft_features(draft: Draft, prompt: PromptText) -> list[float]:
     lowest = sorted(logprobs)
     widest = sorted(entropies)
     unsure = bisect.bisect_left(lowest, _LOG_90)
-    first_unsure = next((place for place, x in enumerate(logprobs) if x < _LOG_90), length) / length
+    first_unsure = next((index for index, x in enumerate(logprobs) if x < _LOG_90), length) / length
     equations, false_equations = _check_equations(text)
     return [
         math.log1p(count),

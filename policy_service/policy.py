@@ -1,4 +1,4 @@
-"""Plans and decisions: predict, calibrate, look the optimal action up. Pure."""
+"""Plans and decisions: predict, calibrate, look the optimal action up. No gRPC, no protobuf."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _PROMPTS = 512
 _LONGEST_KEPT_PROMPT = 4096
 
 # Solutions kept, one per distinct objective, set of available stages and set of queues.
-# One takes about 10 kB. Budgets add few: what counts of them is which ways on still fit.
+# One takes about 10 kB. Budgets add few: a solution depends on which paths still fit, not on the amounts.
 _SOLUTIONS = 2048
 
-# Waits are counted in answers of the stage waited for and rounded to powers of two: solutions stay few.
+# Waits are counted in answers of the stage and rounded to powers of two, so that there are few solutions.
 # Chosen: a shorter wait than an eighth of an answer changes no plan, and beyond 1024 all are hopeless.
 _SHORTEST_WAIT, _LONGEST_WAIT = 0.125, 1024.0
 
@@ -56,7 +56,7 @@ class Preference(Enum):
 
 
 class Reason(Enum):
-    """What tipped a decision."""
+    """What a decision was based on."""
 
     VALUE = "value"
     LAST_STAGE = "last_stage"
@@ -67,7 +67,7 @@ class Reason(Enum):
 
 
 class UnmeetableBudget(Exception):  # noqa: N818 - an error is named by its cause
-    """Nothing keeps within a budget; the message says what would."""
+    """No stage fits the budget; the message says what would."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class Condition:
-    """What is known of a stage at the moment of the call."""
+    """State of a stage at the time of the call."""
 
     is_available: bool = True
     expected_queue_ms: float = 0.0
@@ -98,7 +98,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Spent:
-    """What a request took so far."""
+    """Cost and time that a request has taken so far."""
 
     cost: float = 0.0
     latency_ms: float = 0.0
@@ -172,7 +172,7 @@ class CalibratedView:
     state_cells: StateCells | None = None
 
     def locate(self, scores: Sequence[float], p_correct: float) -> _Point:
-        """Return where a state lies among the bins. scores: of the heads. p_correct: of the first of them."""
+        """Return a state's position among the bins. scores: of the heads. p_correct: of the first head."""
         if self.state_cells is not None:
             cell = self.state_cells.cell_of(scores)
             return _Point(cell, 0.0, cell)
@@ -192,7 +192,7 @@ class CalibratedView:
 
     @cached_property
     def certified(self) -> tuple[float, ...]:
-        """Share of right answers that each bin has at least."""
+        """Least share of right answers of each bin."""
         return tuple(self.view.certified.tolist())
 
     @cached_property
@@ -216,7 +216,7 @@ class Predictor(Protocol):
 
 @dataclass(frozen=True)
 class State:
-    """What the predictor is asked of a request. view: place of the view that scores it."""
+    """What the predictor is asked of a request. view: index of the view that scores it."""
 
     view: int
     features: npt.NDArray[np.float32]
@@ -353,7 +353,7 @@ class Policy:
         self.quality_values = dict(quality_values)
         self.views = tuple(views)
         self.curve = tuple(curve)
-        self._places = {(each.view.stage, each.view.origin): i for i, each in enumerate(views)}
+        self._indexes = {(each.view.stage, each.view.origin): i for i, each in enumerate(views)}
         self._solver_views = tuple(each.view for each in views)
         self._ways = [self._ways_from(index) for index in range(len(views))]
         self._certified = sorted({share for each in views for share in each.certified})
@@ -441,7 +441,7 @@ class Policy:
         point = view.locate(scores, p_correct[0])
         estimates = _estimates(view, point, p_correct, stderr)
         problem = self._problem(objective, conditions)
-        # Every stage is away: the router knows best what it can still try.
+        # No stage is available: the router knows best what it can still try.
         stages = problem.available or frozenset(range(len(self.stages)))
         limits = self._limits(0, estimates, objective, Spent(), conditions)
         fitting = self._affordable(stages, limits, objective)
@@ -565,7 +565,7 @@ class Policy:
                 return point.latency_ms <= mean_latency_ms
             return min_accuracy is not None and point.accuracy >= min_accuracy
 
-        kept = [place for place, point in enumerate(self.curve) if keeps(point)]
+        kept = [index for index, point in enumerate(self.curve) if keeps(point)]
         if not kept:
             raise UnmeetableBudget(self._extremes())
         # More value of quality costs more and is right more often: of a budget, as much as it pays for.
@@ -590,14 +590,16 @@ class Policy:
 
     def _plan_unlike(self, objective: Objective, conditions: Mapping[int, Condition]) -> Plan:
         estimates = self._mean_estimates(0)
-        everyone = range(len(self.stages))
-        stages = frozenset(s for s in everyone if conditions.get(s, Condition()).is_available) or everyone
+        every_stage = range(len(self.stages))
+        stages = (
+            frozenset(s for s in every_stage if conditions.get(s, Condition()).is_available) or every_stage
+        )
         limits = self._limits(0, estimates, objective, Spent(), conditions)
         fitting = self._affordable(stages, limits, objective)
         timely = [stage for stage in fitting if (stage,) not in limits]
         last = max(timely) if timely else _fastest(fitting, estimates, conditions)
         drafters = [stage for stage in stages if stage < last and timely and (stage, last) not in limits]
-        # By what it cost for prompts that the policy knows: the best guess for others.
+        # By what it cost for prompts that the policy knows: the best guess for unknown ones.
         first = min((last, *drafters), key=lambda stage: self._mean_cost(stage, last))
         following = None if first == last else last
         return Plan(first, estimates, float(first != last), following, (), None, is_unlike=True)
@@ -634,7 +636,7 @@ class Policy:
         """Return what a stage's answer costs on average with a later stage's verification of it."""
         if first == last:
             return self.stages[last].cost
-        moves = self.views[self._places[first, None]].view.moves
+        moves = self.views[self._indexes[first, None]].view.moves
         verifying = next(move for move in moves if move.stage == last)
         return self.stages[first].cost + float(verifying.cost.mean())
 
@@ -673,7 +675,7 @@ class Policy:
         limits: dict[Path, Reason] = {}
         for way in self._ways[index]:
             if len(way.path) > 1 and way.path[:-1] in limits:
-                # Cut off before; whoever goes on from here is, too.
+                # A path that is cut off stays cut off further on.
                 limits[way.path] = limits[way.path[:-1]]
                 continue
             queues_ms = sum(conditions[stage].expected_queue_ms for stage in way.path if stage in conditions)
@@ -688,17 +690,17 @@ class Policy:
         quality_value = objective.quality_value
         if quality_value is None:
             quality_value = self.quality_values[objective.preference]
-        away = {stage for stage, condition in conditions.items() if not condition.is_available}
+        unavailable = {stage for stage, condition in conditions.items() if not condition.is_available}
         share = objective.min_accuracy_share
         waiting: Iterable[tuple[int, float]] = ()
         if share is None or share < 1.0:
             waiting = ((s, self._waiting_cost(s, each.expected_queue_ms)) for s, each in conditions.items())
         # All values of min_quality between two certified shares are one problem.
-        place = bisect.bisect_left(self._certified, objective.min_quality)
+        index = bisect.bisect_left(self._certified, objective.min_quality)
         problem = _Problem(
             quality_value,
-            frozenset(range(len(self.stages))) - away,
-            self._certified[place] if place < len(self._certified) else math.inf,
+            frozenset(range(len(self.stages))) - unavailable,
+            self._certified[index] if index < len(self._certified) else math.inf,
             tuple(sorted((stage, cost) for stage, cost in waiting if cost)),
         )
         return problem if share is None or not problem.waiting_cost else self._above_floor(problem, share)
@@ -707,8 +709,8 @@ class Policy:
         """Return the problem with the largest part of its waits at which expected accuracy keeps a floor.
 
         The floor is a share of the largest stage's accuracy, with a margin, or what is expected without waits
-        where that is less. What is away and what min_quality asks hold for both; budgets of single requests
-        do not, which take their own part.
+        where that is less. Unavailable stages and min_quality count for both. Budgets of single requests do
+        not: they take their own part.
         """
 
         def scaled(part: float) -> _Problem:
@@ -762,8 +764,8 @@ class Policy:
         solution = self._solved(problem, views)
         solved = solution.continuations if fitting is None else solution.continuations[:1]
         onward = {
-            root + place: {stage: values.tolist() for stage, values in each.items()}
-            for place, each in enumerate(solved)
+            root + index: {stage: values.tolist() for stage, values in each.items()}
+            for index, each in enumerate(solved)
         }
         starts = views[0].moves if root == 0 else ()
         return _Lookup(
@@ -797,7 +799,7 @@ class Policy:
         ]
 
     def _extremes(self) -> str:
-        """Say what the curve reaches."""
+        """Return what the curve reaches, for a message."""
         if not self.curve:
             return "this policy has no curve: make it anew with `asd-policy fit`"
         costs, latencies_ms, accuracies = zip(
@@ -809,11 +811,11 @@ class Policy:
         )
 
     def _view_of(self, stage: int, origin: int | None, verification: Verification | None) -> int:
-        """Return the place of an answer's view."""
-        return self._places[stage, origin if verification else None]
+        """Return the index of an answer's view."""
+        return self._indexes[stage, origin if verification else None]
 
     def _knows(self, stage: int, draft: Draft) -> bool:
-        """Return whether a stage's predictor was fitted to answers that ended as this one."""
+        """Return whether a stage's predictor was fitted to answers with this finish reason."""
         return draft.finish_reason in self.stages[stage].finish_reasons
 
     def _calibrate(self, index: int, scores: Sequence[float]) -> tuple[dict[int, float], dict[int, float]]:
@@ -887,7 +889,7 @@ def _next_stages(first: Move, solution: Solution) -> dict[int, list[float]]:
 
 @dataclass(frozen=True, slots=True)
 class _Point:
-    """A place between the centres of two bins: `share` of the way from `low` to `low + 1`; in `bin`."""
+    """A position between the centres of two bins: `share` of the way from `low` to `low + 1`; in `bin`."""
 
     low: int
     share: float

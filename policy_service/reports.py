@@ -1,4 +1,4 @@
-"""Keeps what callers report of answers, as JSON lines."""
+"""Keeps the outcomes that callers report, as JSON lines."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 # Seconds since 1970: the year 9999, which dates end with.
 _LATEST = 253_402_300_799.0
 # Latest requests of a policy that are known to have been reported; up to twice as many are. Chosen: 12 MB at
-# most. A request that is reported again after so many others counts as a new one.
+# most. A request that is reported again after so many further ones counts as new.
 KNOWN_REQUESTS = 100_000
 
 
@@ -91,7 +91,7 @@ class ReportLog:
         self._known = known
         self._lock = asyncio.Lock()
         self._requests: dict[str, _Requests] = {}
-        # Fails now rather than at the first report.
+        # Fail now rather than at the first report.
         self._file = LineLog(path, opened=opened, log=logger)
         if path.exists():
             for report in read_reports(path):
@@ -129,7 +129,7 @@ def read_reports(path: Path) -> Iterator[OutcomeReport]:
 
 
 def first_reports(reports: Iterable[OutcomeReport]) -> list[OutcomeReport]:
-    """Return the earliest report of each request under each policy, in time's order: what drift shows in."""
+    """Return the earliest report of each request under each policy, by time, to look for drift."""
     kept: dict[tuple[str, str], OutcomeReport] = {}
     for report in sorted(reports, key=lambda each: each.reported_at):
         kept.setdefault((report.policy_version, report.request_id), report)
@@ -137,7 +137,7 @@ def first_reports(reports: Iterable[OutcomeReport]) -> list[OutcomeReport]:
 
 
 def last_reports(reports: Iterable[OutcomeReport]) -> list[OutcomeReport]:
-    """Return the latest report of each request under each policy: what is true of it."""
+    """Return the latest report of each request under each policy, which is the valid one."""
     in_time = sorted(reports, key=lambda each: each.reported_at)
     return list({(each.policy_version, each.request_id): each for each in in_time}.values())
 

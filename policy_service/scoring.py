@@ -1,4 +1,4 @@
-"""Scores what several calls ask for at the same time as one batch per view. Pure."""
+"""Scores what several calls ask for at the same time as one batch per view. No gRPC, no protobuf."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a policy's predictor gave for a state. took_us: time of the pass, which others may share."""
+    """What a policy's predictor gave for a state. took_us: time of the pass, perhaps of several states."""
 
     values: Sequence[float]
     took_us: float
@@ -53,13 +53,13 @@ class Scoring:
         return Scores(values, (time.perf_counter() - started) * 1e6)
 
     def _end_turn(self) -> None:
-        """Score all that waits; who gave up meanwhile is left out."""
+        """Score all waiting states, except those whose call was cancelled."""
         self._is_turn_taken = False
         waiting, self._waiting = self._waiting, []
         batches: dict[tuple[int, int], list[_Waiting]] = {}
         for each in waiting:
             if not each.scores.done():
-                # A policy that comes into force meanwhile does not score what was asked of the one before.
+                # Each state is scored by the policy that its call began with.
                 batches.setdefault((id(each.policy), each.state.view), []).append(each)
         for batch in batches.values():
             started = time.perf_counter()

@@ -76,14 +76,14 @@ class _Live:
         return [stage.name for stage in self.policy.stages]
 
     @cached_property
-    def _places(self) -> dict[str, int]:
-        return {name: place for place, name in enumerate(self.names)}
+    def _indexes(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.names)}
 
-    def place(self, name: str, field: str) -> int:
-        place = self._places.get(name)
-        if place is None:
+    def index_of(self, name: str, field: str) -> int:
+        index = self._indexes.get(name)
+        if index is None:
             raise NotFound(f"unknown stage {name!r}: choose one of {', '.join(self.names)}", field=field)
-        return place
+        return index
 
     def check_cascade(self, cascade: Sequence[str]) -> None:
         if list(cascade) != self.names:
@@ -99,7 +99,7 @@ class _Live:
         if not request.HasField("verification"):
             return None, None
         evidence = request.verification
-        origin = self.place(evidence.draft_stage, "verification.draft_stage")
+        origin = self.index_of(evidence.draft_stage, "verification.draft_stage")
         if origin >= stage:
             raise InvalidRequest(
                 f"{evidence.draft_stage} is not an earlier stage than {request.stage}",
@@ -120,7 +120,7 @@ class _Live:
 
     def conditions(self, conditions: Iterable[policy_pb2.StageCondition]) -> dict[int, Condition]:
         return {
-            self.place(condition.stage, f"conditions[{index}].stage"): Condition(
+            self.index_of(condition.stage, f"conditions[{index}].stage"): Condition(
                 condition.available,
                 _amount(condition.expected_queue_ms, f"conditions[{index}].expected_queue_ms"),
             )
@@ -171,7 +171,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         self._known_versions = known_versions
 
     def use(self, policy: Policy, document: PolicyDocument) -> None:
-        """Put another policy into force; calls under way end with the one that they began with."""
+        """Put another policy into force. Calls in flight keep the one that they began with."""
         self._known.add(policy.version)
         self._live = self._made_live(policy, document)
 
@@ -236,7 +236,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         live.check_cascade(request.cascade)
         _check_id(request.request_id)
         objective = _objective(request)
-        stage = live.place(request.stage, "stage")
+        stage = live.index_of(request.stage, "stage")
         if not request.HasField("draft"):
             raise InvalidRequest("draft is required: send the answer to be judged", field="draft")
         draft = _draft(request.draft)
@@ -284,7 +284,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
             )
         live = self._live
         _check_id(request.request_id, least_bytes=1)
-        live.place(request.stage, "stage")
+        live.index_of(request.stage, "stage")
         if not request.HasField("p_correct"):
             raise InvalidRequest(
                 "p_correct is required: an answer without one, to a prompt unlike all that the policy "

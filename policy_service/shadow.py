@@ -40,7 +40,7 @@ STOP = "stop"
 class ShadowJob:
     """What the live policy was asked and said.
 
-    ask: puts the same question to a policy. judged: place of the stage whose answer was judged; None for a
+    ask: puts the same question to a policy. judged: index of the stage whose answer was judged; None for a
     plan. at: seconds since 1970.
     """
 
@@ -98,16 +98,16 @@ class ShadowCounts:
 
 
 class ShadowObserver(Protocol):
-    """Is told what becomes of jobs."""
+    """Observes the jobs."""
 
     def shadow_compared(self, step: str, stage: str, *, agrees: bool) -> None:
         """Take a comparison. stage: the judged one; for a plan the one that the live policy starts with."""
 
     def shadow_dropped(self) -> None:
-        """Take that a job found no place."""
+        """A job was dropped: the queue was full."""
 
     def shadow_failed(self) -> None:
-        """Take that a job failed."""
+        """A job failed."""
 
 
 class Shadow:
@@ -128,7 +128,7 @@ class Shadow:
         self._policy = policy
         self._names = [stage.name for stage in policy.stages]
         self._path = path
-        # Fails now rather than at the first record.
+        # Fail now rather than at the first record.
         self._file = None if path is None else LineLog(path, log=logger)
         self._observer = observer
         self._max_bytes = max_bytes
@@ -146,7 +146,7 @@ class Shadow:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace_back: TracebackType | None
     ) -> None:
-        """Have what waits written, for a short time: a candidate that hangs must not hold the service."""
+        """Finish the waiting jobs, for a short time: a candidate that hangs must not hold up the service."""
         try:
             self._jobs.put(None, timeout=_CLOSING_SECONDS)
         except queue.Full:
@@ -155,11 +155,11 @@ class Shadow:
 
     @property
     def counts(self) -> ShadowCounts:
-        """What became of the jobs so far."""
+        """Counts of the jobs so far."""
         return replace(self._compared, dropped=self._dropped)
 
     def offer(self, job: ShadowJob) -> None:
-        """Take a job without waiting; drop it where too many wait."""
+        """Queue a job without waiting. Drop it if the queue is full."""
         try:
             self._jobs.put_nowait(job)
         except queue.Full:

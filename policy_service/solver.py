@@ -1,4 +1,4 @@
-"""Optimal stopping over a cascade by backward induction. Pure.
+"""Optimal stopping over a cascade by backward induction. No gRPC, no protobuf.
 
 The states of a request are views: nothing answered yet, or an answer of one stage, written by itself or
 verified from a draft of an earlier stage. Within a view a state is the bin of the calibrated probability
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     Floats = npt.NDArray[np.float64]
 
 Path = tuple[int, ...]
-"""Stages asked one after the other, by place, ascending."""
+"""Stages asked one after the other, by index, ascending."""
 
 
 @dataclass(frozen=True)
 class Move:
     """Asking a later stage from a view of `bins` bins.
 
-    stage: place of the stage asked. view: index of the view that it leads to. transition: [bins, bins of that
+    stage: index of the stage asked. view: index of the view that it leads to. transition: [bins, bins of that
     view], rows sum to 1. cost, latency_ms: [bins], expected of this call alone.
     """
 
@@ -50,7 +50,7 @@ class Move:
 class View:
     """What is known at one point of a request.
 
-    stage: place of the stage that answered; None before the first. origin: place of the stage whose draft it
+    stage: index of the stage that answered; None before the first. origin: index of the stage whose draft it
     verified; None where it wrote by itself. p_correct: [bins], mean probability that the answer is correct.
     certified: [bins], what that share is at least, with confidence; it does not decrease.
     """
@@ -143,7 +143,7 @@ def unfold(views: tuple[View, ...], root: int, fits: Callable[[Path], bool]) -> 
     moves: list[list[Move]] = []
     for path, index in nodes:
         children = [move for move in views[index].moves if fits((*path, move.stage))]
-        moves.append([replace(move, view=len(nodes) + place) for place, move in enumerate(children)])
+        moves.append([replace(move, view=len(nodes) + child) for child, move in enumerate(children)])
         nodes.extend(((*path, move.stage), move.view) for move in children)
     return tuple(
         replace(views[index], moves=tuple(own)) for (_, index), own in zip(nodes, moves, strict=True)
@@ -165,7 +165,7 @@ def expect(views: tuple[View, ...], solution: Solution, start: Floats) -> Expect
         if not continuations:
             continue
         best = np.argmax(np.stack(list(continuations.values())), axis=0)
-        asked = {stage: goes_on & (best == place) for place, stage in enumerate(continuations)}
+        asked = {stage: goes_on & (best == option) for option, stage in enumerate(continuations)}
         for move in view.moves:
             if move.stage in asked:
                 moving = np.where(asked[move.stage], shares[index], 0.0)

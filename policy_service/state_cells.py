@@ -1,4 +1,4 @@
-"""Cells of a view: a small tree over the scores of all its heads tells states apart. Pure.
+"""Cells of a view: a small tree over the scores of all its heads tells states apart. No gRPC, no protobuf.
 
 The score of the stage that answered says whether to stop. Where to go instead depends also on what later
 stages are predicted to make of the prompt, which their heads say.

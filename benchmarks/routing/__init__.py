@@ -1,1 +1,1 @@
-"""Routing between real models from the prompt alone: trained and tested on published outcomes of theirs."""
+"""Routing between real models by the prompt alone, trained and tested on their published outcomes."""

@@ -85,9 +85,9 @@ def embed_prompts(prompts: Sequence[str], model: Path, progress: Callable[[str],
         longest = max(len(tokens[row]) for row in rows)
         ids = np.zeros((len(rows), longest), np.int64)
         mask = np.zeros_like(ids)
-        for place, row in enumerate(rows):
-            ids[place, : len(tokens[row])] = tokens[row]
-            mask[place, : len(tokens[row])] = 1
+        for index, row in enumerate(rows):
+            ids[index, : len(tokens[row])] = tokens[row]
+            mask[index, : len(tokens[row])] = 1
         inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
         hidden = session.run(None, inputs)[0]
         means = (hidden * mask[:, :, None]).sum(axis=1) / mask.sum(axis=1, keepdims=True)

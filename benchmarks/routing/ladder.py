@@ -109,7 +109,7 @@ def ladder_lines(
                 getattr(whole, field)[test] = getattr(run, field)
     last = float(data.correct[:, -1].mean())
     kept = float(runs["policy, balanced"].correct.mean())
-    named = {f"always {name}": always(data, place) for place, name in enumerate(table.ladder)}
+    named = {f"always {name}": always(data, index) for index, name in enumerate(table.ladder)}
     named |= runs
     named["best fixed choice at balanced's accuracy"] = _best_fixed(data, scores, kept)
     named["oracle"] = oracle(data)
@@ -125,9 +125,9 @@ def _features(ladder: Ladder, p_right: Floats) -> dict[AnswerKey, npt.NDArray[np
         columns = [p_right]
         if ladder.answers is not None:
             lengths, answers = ladder.answers
-            for place in (origin, stage):
-                if place is not None:
-                    columns.extend((np.log1p(lengths[:, [place]]), (answers[:, [place]] == "").astype(float)))
+            for index in (origin, stage):
+                if index is not None:
+                    columns.extend((np.log1p(lengths[:, [index]]), (answers[:, [index]] == "").astype(float)))
             if origin is not None:
                 columns.append((answers[:, [stage]] == answers[:, [origin]]).astype(float))
         features[stage, origin] = np.hstack(columns).astype(np.float32)

@@ -41,11 +41,11 @@ def recovery_curve(scores: Floats, gains: Floats) -> tuple[Floats, Floats]:
     the small one. Every threshold is a point; prompts of equal score go together. PGR 0 is the small model
     alone, 1 the large one alone. The large model must be the better one: ValueError if not.
     """
-    _, place = np.unique(-scores, return_inverse=True)
-    recovered = np.concatenate(([0.0], np.cumsum(np.bincount(place, weights=gains))))
+    _, index = np.unique(-scores, return_inverse=True)
+    recovered = np.concatenate(([0.0], np.cumsum(np.bincount(index, weights=gains))))
     if recovered[-1] <= 0:
         raise ValueError("the large model is not better than the small one: there is no gap to recover")
-    shares = np.concatenate(([0.0], np.cumsum(np.bincount(place)))) / len(scores)
+    shares = np.concatenate(([0.0], np.cumsum(np.bincount(index)))) / len(scores)
     return shares, recovered / recovered[-1]
 
 

@@ -118,23 +118,23 @@ def predict_targets(
     svd = TruncatedSVD(components, n_iter=2, random_state=seed).fit(fitted)
     columns = [[part, svd.transform(rows)] for part, rows in zip(looks, (fitted, asked), strict=True)]
     weight = 2 if vectors is None else 3
-    for place, part in enumerate(looks):
-        kernels[place] += _gaussian(part, looks[0], _LOOK_WIDTH)
+    for index, part in enumerate(looks):
+        kernels[index] += _gaussian(part, looks[0], _LOOK_WIDTH)
     if vectors is not None:
         parts = [vectors[rows].astype(np.float32) for rows in (train, test)]
         components = min(_COMPONENTS, *parts[0].shape)
         pca = PCA(components, svd_solver="randomized", random_state=seed).fit(parts[0])
-        for place, part in enumerate(parts):
-            kernels[place] += _gaussian(part, parts[0], _VECTOR_WIDTH)
-            columns[place].append(pca.transform(part))
+        for index, part in enumerate(parts):
+            kernels[index] += _gaussian(part, parts[0], _VECTOR_WIDTH)
+            columns[index].append(pca.transform(part))
     stacked = [np.hstack(parts).astype(np.float32) for parts in columns]
     mean = targets.mean(axis=0)
     predicted = []
-    for place, target in enumerate(targets.T):
+    for index, target in enumerate(targets.T):
         # The kernels are added, not averaged: the ridge grows with their number.
-        dual = _solve(kernels[0], target - mean[place], _RIDGE * weight)
+        dual = _solve(kernels[0], target - mean[index], _RIDGE * weight)
         trees = HistGradientBoostingRegressor(random_state=seed, **_TREES).fit(stacked[0], target)
-        ridge = kernels[1] @ dual + mean[place]
+        ridge = kernels[1] @ dual + mean[index]
         predicted.append((_RIDGE_WEIGHT * ridge + trees.predict(stacked[1])) / (_RIDGE_WEIGHT + 1))
     return np.stack(predicted, axis=1)
 

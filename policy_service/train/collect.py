@@ -56,7 +56,7 @@ class CollectOptions:
 
     prompts: single questions. conversations: those whose question is a second turn, after the prompts.
     concurrency: prompts under way at once; each keeps to one replica of every stage, by turns, so that up to
-    as many as there are replicas wait for nobody. timeout_ms: of one stage call. tls: None for plain
+    as many as there are replicas never wait. timeout_ms: of one stage call. tls: None for plain
     connections.
     """
 
@@ -73,7 +73,7 @@ class CollectOptions:
 
 @dataclass(frozen=True)
 class _Written:
-    """A stage's answer, as a draft for others and as a record of the file."""
+    """A stage's answer, as a draft for later stages and as a record of the file."""
 
     draft: common_pb2.Draft
     record: dict[str, object]
@@ -307,35 +307,35 @@ def _read_partial(partial: Path, cascade: Sequence[str]) -> set[tuple[tuple[str,
         return set()
     with partial.open("rb") as file:
         first = file.readline()
-        places, damaged = _places(file)
+        positions, damaged = _positions(file)
     try:
         header = parse_json(first, str(partial))
     except DamagedFile as error:
-        if not places and not first.endswith(b"\n"):
+        if not positions and not first.endswith(b"\n"):
             # It was cut off as it was begun.
             return set()
         raise UnfitOutcomes(f"{partial} is damaged: delete it, and collect anew") from error
     if damaged:
         warn(f"{partial}: {damaged} damaged lines: their prompts are collected once more")
-    if not places:
+    if not positions:
         # Nothing is lost with it, whichever cascade it was begun for.
         return set()
     if header != {"schema": SCHEMA, "version": VERSION, "cascade": list(cascade)}:
         raise UnfitOutcomes(f"{partial} holds another cascade: choose another file, or delete it")
-    return set(places)
+    return set(positions)
 
 
-def _places(file: BinaryIO) -> tuple[dict[tuple[tuple[str, ...], str], int], int]:
-    """Return where the record of each prompt begins, from a file's place on, and how many lines hold none."""
-    places: dict[tuple[tuple[str, ...], str], int] = {}
+def _positions(file: BinaryIO) -> tuple[dict[tuple[tuple[str, ...], str], int], int]:
+    """Return where the record of each prompt begins, from a file's position on, and the lines without one."""
+    positions: dict[tuple[tuple[str, ...], str], int] = {}
     damaged = 0
     while True:
-        place, line = file.tell(), file.readline()
+        position, line = file.tell(), file.readline()
         if not line:
-            return places, damaged
+            return positions, damaged
         try:
             record = parse_json(line, "a line")
-            places[tuple(record["history"]), record["prompt"]] = place
+            positions[tuple(record["history"]), record["prompt"]] = position
         except (TypeError, KeyError, DamagedFile):
             damaged += 1
 
@@ -344,11 +344,11 @@ def _finish(partial: Path, output: Path, cascade: Sequence[str], tasks: Sequence
     """Write the output in the order of the prompts, in one step, and remove the partial file."""
     with partial.open("rb") as file:
         file.readline()
-        places, _ = _places(file)
+        positions, _ = _positions(file)
 
         def rows() -> Iterator[dict[str, object]]:
             for task in tasks:
-                file.seek(places[_key(task)])
+                file.seek(positions[_key(task)])
                 yield json.loads(file.readline())
 
         write_outcomes(output, cascade, rows())

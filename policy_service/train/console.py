@@ -20,7 +20,7 @@ _WIDE = 160
 
 
 def result_console() -> Console:
-    """Return the console for results, wide enough for every table where nobody sees its width."""
+    """Return the console for results, wide enough for every table where it is no terminal."""
     console = LiteralConsole()
     return console if console.is_terminal else LiteralConsole(width=_WIDE)
 
@@ -35,8 +35,8 @@ def warn(line: str) -> None:
 def number_table(title: str, headings: Sequence[str], texts: int = 1) -> Table:
     """Return a table whose first columns, so many of them, are texts; they give way, no number is cut."""
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for place, heading in enumerate(headings):
-        is_text = place < texts or not heading
+    for index, heading in enumerate(headings):
+        is_text = index < texts or not heading
         table.add_column(
             heading, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold"
         )

@@ -28,7 +28,7 @@ PREFIXES = (8, 16, 32, 64, 128)
 """Tokens of a draft after which it may be given up."""
 
 ViewKey = tuple[int | None, int | None]
-"""Stage that answered and stage whose draft it verified, by place; None as in solver.View."""
+"""Stage that answered and stage whose draft it verified, by index; None as in solver.View."""
 
 
 @dataclass(frozen=True)

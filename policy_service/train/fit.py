@@ -162,13 +162,13 @@ def fit_policy(
         StageEntry(
             name=stage.name,
             cost=stage.cost,
-            latency_ms=round(float(calibration.data.latencies_ms[place, None].mean()), 3),
-            accuracy=round(float(calibration.data.correct[:, place].mean()), 5),
-            calibration_error=round(_held_out_error(predictor, keys, place, calibration.data, seed), 5),
-            abandon=abandon_rules(train.data, calibration.data, place),
-            finish_reasons=known_finish_reasons(train.data, place),
+            latency_ms=round(float(calibration.data.latencies_ms[number, None].mean()), 3),
+            accuracy=round(float(calibration.data.correct[:, number].mean()), 5),
+            calibration_error=round(_held_out_error(predictor, keys, number, calibration.data, seed), 5),
+            abandon=abandon_rules(train.data, calibration.data, number),
+            finish_reasons=known_finish_reasons(train.data, number),
         )
-        for place, stage in enumerate(costs)
+        for number, stage in enumerate(costs)
     )
     progress("learning what prompts look like")
     family = fit_family(train.data.prompt_texts(), calibration.data.prompt_texts())
@@ -343,7 +343,7 @@ def choose_quality_values(
         )
     chosen = {}
     for name, least in KEPT_ACCURACY.items():
-        passing = next((place for place, share in enumerate(kept) if share < least), len(kept))
+        passing = next((index for index, share in enumerate(kept) if share < least), len(kept))
         # Nothing keeps it: the highest value of quality comes closest.
         chosen[name] = round(float(_QUALITY_VALUES[::-1][max(passing - 1, 0)]), 3)
     return chosen
@@ -395,16 +395,16 @@ def _propose_rules(data: Dataset, stage: int, share: float) -> tuple[AbandonEntr
     """
     prefixes, correct = data.prefixes[:, stage], data.correct[:, stage]
     rules: list[AbandonEntry] = []
-    for place, tokens in enumerate(PREFIXES):
-        left = np.flatnonzero(np.isfinite(prefixes[:, place]) & ~_given_up(prefixes, rules))
+    for index, tokens in enumerate(PREFIXES):
+        left = np.flatnonzero(np.isfinite(prefixes[:, index]) & ~_given_up(prefixes, rules))
         if not len(left):
             continue
-        order = left[np.argsort(prefixes[left, place], kind="stable")]
+        order = left[np.argsort(prefixes[left, index], kind="stable")]
         counts = np.unique(np.geomspace(1, len(order), _RULES_TRIED).astype(int))
         right = np.cumsum(correct[order])[counts - 1]
         fitting = np.flatnonzero(_upper_bound(right, counts, DOUBT) <= share)
         if len(fitting):
-            least = round(float(prefixes[order[counts[fitting[-1]] - 1], place]), 5)
+            least = round(float(prefixes[order[counts[fitting[-1]] - 1], index]), 5)
             rules.append(AbandonEntry(tokens=tokens, mean_logprob=least))
     return tuple(rules)
 
@@ -520,7 +520,7 @@ def _view_entry(
         p_correct=tuple(view.p_correct.tolist()),
         certified=tuple(view.certified.tolist()),
         cells=None if state_cells is None else CellsEntry(**dataclasses.asdict(state_cells)),
-        heads=tuple(_head_entry(names[place], head) for place, head in heads.items()),
+        heads=tuple(_head_entry(names[index], head) for index, head in heads.items()),
         moves=tuple(
             MoveEntry(
                 to=names[move.stage],

@@ -205,7 +205,7 @@ def add_family(
     ] = 20_000,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="With --suites: seed of the prompts.")] = 0,
 ) -> None:
-    """Have a policy know what its prompts look like, so that it predicts nothing for others.
+    """Teach a policy what its prompts look like, so that it predicts nothing for unlike ones.
 
     Nothing is fitted anew, and outcomes are read for their prompts alone. `fit` does the same for new
     policies.

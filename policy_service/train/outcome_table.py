@@ -50,7 +50,7 @@ _CHECK = pa.struct(
 
 
 def pairs(cascade: Sequence[str]) -> list[tuple[int, int]]:
-    """Return places (draft stage, target stage) of every pair of a cascade."""
+    """Return indexes (draft stage, target stage) of every pair of a cascade."""
     return [(draft, target) for target in range(len(cascade)) for draft in range(target)]
 
 

@@ -192,5 +192,5 @@ def _parse_row(where: str, record: Mapping[str, object]) -> OutcomeRow:
 
 def _explain(error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in problem["loc"])
-    return f"{place}: {problem['msg']}" if place else problem["msg"]
+    entry = ".".join(str(part) for part in problem["loc"])
+    return f"{entry}: {problem['msg']}" if entry else problem["msg"]

@@ -73,7 +73,7 @@ def export_heads(heads: list[Head], size: int) -> bytes:
     weights: list[float] = []
     base = []
     tree_id = 0
-    for place, head in enumerate(heads):
+    for index, head in enumerate(heads):
         # scikit-learn has no public view of these trees; tests compare the export with the original.
         base.append(head.base if head.trees is None else float(head.trees._baseline_prediction.ravel()[0]))
         ensembles = [] if head.trees is None else [trees[0] for trees in head.trees._predictors]
@@ -90,7 +90,7 @@ def export_heads(heads: list[Head], size: int) -> bytes:
                 if is_leaf:
                     targets["treeids"].append(tree_id)
                     targets["nodeids"].append(node_id)
-                    targets["ids"].append(place)
+                    targets["ids"].append(index)
                     weights.append(float(node["value"]))
             tree_id += 1
     features = helper.make_tensor_value_info("features", TensorProto.FLOAT, [None, size])

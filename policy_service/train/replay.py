@@ -53,12 +53,12 @@ def replay(
     """
     cells = cells or {}
     count = len(data)
-    place = np.zeros(count, np.int64)
+    at = np.zeros(count, np.int64)
     cost, latency_ms = np.zeros(count), np.zeros(count)
     answered = np.zeros(count, np.int64)
-    places: dict[ViewKey, int] = {(view.stage, view.origin): index for index, view in enumerate(views)}
+    indexes: dict[ViewKey, int] = {(view.stage, view.origin): index for index, view in enumerate(views)}
     for index, view in enumerate(views):
-        rows = np.flatnonzero(place == index)
+        rows = np.flatnonzero(at == index)
         key: ViewKey = (view.stage, view.origin)
         if view.stage is not None:
             answered[rows] = view.stage
@@ -78,7 +78,7 @@ def replay(
         for stage in stages:
             target: ViewKey = (int(stage), view.stage)
             moving = rows[goes_on & (stages[best] == stage)]
-            place[moving] = places[target]
+            at[moving] = indexes[target]
             cost[moving] += data.costs[target][moving]
             latency_ms[moving] += data.latencies_ms[target][moving]
     return Run(answered, data.correct[np.arange(count), answered], cost, latency_ms)
@@ -132,7 +132,7 @@ def oracle(data: Dataset) -> Run:
 
 
 def least_spent(correct: npt.NDArray[np.bool_], amounts: Mapping[ViewKey, Floats], right: int) -> float:
-    """Return the least mean amount at which `right` prompts of n are right, for whoever knows the outcomes.
+    """Return the least mean amount at which `right` prompts of n are right, where the outcomes are known.
 
     correct: [n, K]. amounts: costs or latencies as Dataset has them. Each prompt goes its cheapest way to any
     answer, and those whose cheapest way to a right one costs least more go that one. Where fewer than `right`

@@ -61,8 +61,8 @@ def fit_state_cells(
             for value in _QUALITY_VALUES
         ]
         moves = [
-            np.stack([worth[target, stage][place] - data.costs[target, stage][rows] for target in later])
-            for place in range(len(_QUALITY_VALUES))
+            np.stack([worth[target, stage][index] - data.costs[target, stage][rows] for target in later])
+            for index in range(len(_QUALITY_VALUES))
         ]
         gains = [
             (each - (stop if stage is not None else 0.0)) / np.sqrt(value)

@@ -52,11 +52,11 @@ def run_side_by_side(
         with threadpool_limits(limits=1, user_api="openmp"):
             while not stopped.is_set():
                 try:
-                    place, job = waiting.get_nowait()
+                    index, job = waiting.get_nowait()
                 except Empty:
                     return
                 try:
-                    ended.put((place, job()))
+                    ended.put((index, job()))
                 except BaseException as error:
                     stopped.set()
                     ended.put(error)
@@ -74,7 +74,7 @@ def run_side_by_side(
                 progress(len(made))
         finally:
             stopped.set()
-    return [made[place] for place in range(len(jobs))]
+    return [made[index] for index in range(len(jobs))]
 
 
 def usable_cores() -> int:

@@ -316,7 +316,7 @@ async def test_a_damaged_line_is_collected_once_more_and_no_other(
     await collect_outcomes(options(output, targets), QUIET)
     assert "1 damaged lines" in capsys.readouterr().err
     assert [row.kind == "kept" for row in read_rows(output)] == [
-        place in {0, 2, 3} for place in range(len(records))
+        index in {0, 2, 3} for index in range(len(records))
     ]
 
 

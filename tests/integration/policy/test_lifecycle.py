@@ -133,13 +133,13 @@ async def test_feedback_from_report_to_a_refitted_policy_and_back(
     rng = random.Random(0)
     reports = tmp_path / "reports.jsonl"
     async with running(store, reports) as service:
-        for place in range(400):
+        for index in range(400):
             judged = await service.stub.Decide(decide(-rng.random()), timeout=CALL_S)
             assert judged.policy_version == "v1"
             # Odds of a third of what was predicted.
             odds = judged.p_correct / (1 - judged.p_correct) / 3
             correct = rng.random() < odds / (1 + odds)
-            await service.stub.Report(report(f"r{place}", judged.p_correct, correct=correct), timeout=CALL_S)
+            await service.stub.Report(report(f"r{index}", judged.p_correct, correct=correct), timeout=CALL_S)
         (told,) = (await describe(service)).calibration
         assert (told.stage, told.reports, told.drifted) == ("small", 400, True)
         assert told.observed < told.expected - 0.1
@@ -251,8 +251,8 @@ async def test_calibration_shows_as_metrics_of_the_policy_in_force(
 ):
     async with running(store, tmp_path / "r.jsonl") as service:
         Instruments().watch_calibration(service.servicer.calibration)
-        for place in range(60):
-            await service.stub.Report(report(f"r{place}", 0.9, correct=place % 2 == 0), timeout=CALL_S)
+        for index in range(60):
+            await service.stub.Report(report(f"r{index}", 0.9, correct=index % 2 == 0), timeout=CALL_S)
         seen = measured(metrics)
         assert seen[Metrics.REPORTS] == {("small",): 60}
         assert seen[Metrics.REPORTED_P_CORRECT][("small",)] == pytest.approx(0.9)

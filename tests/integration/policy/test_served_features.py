@@ -55,7 +55,7 @@ def conversation(task: Task) -> common_pb2.Conversation:
     roles = {0: common_pb2.ROLE_USER, 1: common_pb2.ROLE_ASSISTANT}
     texts = [message for turn in task.history for message in turn] + [task.prompt]
     return common_pb2.Conversation(
-        messages=[common_pb2.Message(role=roles[place % 2], content=text) for place, text in enumerate(texts)]
+        messages=[common_pb2.Message(role=roles[index % 2], content=text) for index, text in enumerate(texts)]
     )
 
 
@@ -82,7 +82,7 @@ async def test_features_of_requests_equal_those_of_outcome_files(cases: Any, tmp
     keys = view_keys(len(CASCADE))
     rows = []
     for task, drafts, ranks in cases:
-        accepted = next((place for place, rank in enumerate(ranks) if rank), len(ranks))
+        accepted = next((index for index, rank in enumerate(ranks) if rank), len(ranks))
         check = {
             "proposed": len(ranks),
             "accepted": accepted,

@@ -41,13 +41,13 @@ def alarm_after(
     truth: Callable[[float, int], float],
     rule: DriftRule,
 ) -> int | None:
-    """Return how many reports an alarm took. truth: P(correct) from the predicted one and the place."""
+    """Return how many reports an alarm took. truth: P(correct), of the predicted one and a report's index."""
     rng = random.Random(seed)
     detector = DriftDetector(rule)
-    for place in range(reports):
+    for index in range(reports):
         p_correct = rng.betavariate(*shape)
-        if detector.add(p_correct, correct=rng.random() < truth(p_correct, place)):
-            return place + 1
+        if detector.add(p_correct, correct=rng.random() < truth(p_correct, index)):
+            return index + 1
     return None
 
 
@@ -114,8 +114,8 @@ def test_the_mean_run_length_is_kept():
 def test_a_drift_is_found_soon(name, shape, logit_shift, slope, typical):
     calibrated = 300
 
-    def truth(p: float, place: int) -> float:
-        if place < calibrated:
+    def truth(p: float, index: int) -> float:
+        if index < calibrated:
             return p
         log_odds = slope * math.log(p / (1 - p)) + logit_shift
         return 1 / (1 + math.exp(-log_odds))
@@ -147,10 +147,10 @@ def test_running_calibration_by_hand():
 def test_an_alarm_is_logged_once_and_stays_with_its_stage_and_version(caplog):
     monitor = DriftMonitor(DriftRule())
     with caplog.at_level(logging.WARNING):
-        for place in range(200):
-            monitor.add(report(f"a{place}", correct=False))
-            monitor.add(report(f"b{place}", correct=place % 10 != 0, stage="large"))
-            monitor.add(report(f"c{place}", correct=place % 10 != 0, policy_version="v2"))
+        for index in range(200):
+            monitor.add(report(f"a{index}", correct=False))
+            monitor.add(report(f"b{index}", correct=index % 10 != 0, stage="large"))
+            monitor.add(report(f"c{index}", correct=index % 10 != 0, policy_version="v2"))
     (said,) = [record.getMessage() for record in caplog.records]
     assert "policy v1: the calibration of small has drifted: 0.0% of" in said
     assert "90.0% were predicted to be" in said

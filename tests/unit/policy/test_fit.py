@@ -117,9 +117,9 @@ def test_the_exported_trees_equal_scikit_learns() -> None:
     from policy_service.predictor import OnnxPredictor
 
     exported = OnnxPredictor([export_heads(heads, 6)]).score_rows(0, features)
-    for place, head in enumerate(heads):
+    for index, head in enumerate(heads):
         # float32 sums of 150 leaves against float64.
-        np.testing.assert_allclose(exported[:, place], head.scores(features), atol=1e-4)
+        np.testing.assert_allclose(exported[:, index], head.scores(features), atol=1e-4)
 
 
 def test_a_head_with_too_few_wrong_answers_is_a_constant() -> None:
@@ -219,10 +219,10 @@ def test_the_same_inputs_make_the_same_policy(tmp_path: Path) -> None:
 def test_a_policy_knows_the_ways_to_end_that_one_answer_in_a_hundred_had(tmp_path: Path) -> None:
     rng = random.Random(4)
     records = [record(rng) for _ in range(400)]
-    for place, each in enumerate(records):
+    for index, each in enumerate(records):
         stages: dict[str, dict[str, object]] = each["stages"]  # type: ignore[assignment]
-        if place < 7:
-            stages["small"]["finish_reason"] = "length" if place < 4 else "stop"
+        if index < 7:
+            stages["small"]["finish_reason"] = "length" if index < 4 else "stop"
     train, calibration = (
         InputFile(path, read_dataset(path, COSTS))
         for path in (

@@ -565,8 +565,8 @@ def test_no_wait_takes_expected_accuracy_below_its_floor(
     embedded: Policy, share: float, quality_value: float, answers: list[float], min_quality: float
 ) -> None:
     conditions = {
-        place: Condition(expected_queue_ms=count * stage.latency_ms)
-        for place, (count, stage) in enumerate(zip(answers, embedded.stages, strict=True))
+        index: Condition(expected_queue_ms=count * stage.latency_ms)
+        for index, (count, stage) in enumerate(zip(answers, embedded.stages, strict=True))
     }
     objective = Objective(quality_value, min_quality=min_quality)
     idle, full = embedded.expect(objective, {}), embedded.expect(objective, conditions)

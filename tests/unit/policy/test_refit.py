@@ -44,11 +44,11 @@ def reports(
     """Reports of answers that are right as a correction of their p_correct says."""
     rng = random.Random(seed)
     made = []
-    for place in range(count):
+    for index in range(count):
         p_correct = rng.uniform(0.05, 0.95)
         truth = 1 / (1 + math.exp(-slope * math.log(p_correct / (1 - p_correct)) - offset))
         made.append(
-            OutcomeReport(f"{stage}-{place}", stage, p_correct, version, rng.random() < truth, float(place))
+            OutcomeReport(f"{stage}-{index}", stage, p_correct, version, rng.random() < truth, float(index))
         )
     return made
 

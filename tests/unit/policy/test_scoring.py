@@ -53,7 +53,7 @@ async def score(scoring: Scoring, *asked: tuple[Any, State]) -> list[Any]:
 
 async def test_of_what_comes_together_the_first_is_not_held_up_and_the_rest_is_one_pass_per_view():
     policy, scoring = Doubling(), Scoring()
-    asked = [(policy, state(view, 10.0 * view + place)) for place in range(3) for view in (0, 4)]
+    asked = [(policy, state(view, 10.0 * view + index)) for index in range(3) for view in (0, 4)]
     assert await score(scoring, *asked) == [0.0, 80.0, 2.0, 82.0, 4.0, 84.0]
     assert policy.passes[0] == (0, 1)
     assert sorted(policy.passes[1:]) == [(0, 2), (4, 3)]
@@ -61,14 +61,14 @@ async def test_of_what_comes_together_the_first_is_not_held_up_and_the_rest_is_o
 
 async def test_nothing_is_waited_for_and_nothing_is_scored_twice():
     policy, scoring = Doubling(), Scoring()
-    for place in range(3):
-        assert await score(scoring, (policy, state(0, place))) == [2.0 * place]
+    for index in range(3):
+        assert await score(scoring, (policy, state(0, index))) == [2.0 * index]
     assert policy.passes == [(0, 1)] * 3
 
 
 async def test_a_policy_that_comes_into_force_meanwhile_scores_its_own_calls_alone():
     before, after, scoring = Doubling(), Doubling(), Scoring()
-    asked = [(policy, state(0, place)) for place in range(3) for policy in (before, after)]
+    asked = [(policy, state(0, index)) for index in range(3) for policy in (before, after)]
     assert await score(scoring, *asked) == [0.0, 0.0, 2.0, 2.0, 4.0, 4.0]
     assert (before.passes, after.passes) == ([(0, 1), (0, 2)], [(0, 3)])
 
@@ -118,9 +118,9 @@ def decisions() -> list[policy_pb2.DecideRequest]:
     """Return questions about answers of every kind: written, verified, and cut."""
     rng = np.random.default_rng(0)
     found = []
-    for place, task in enumerate(split("demo", 24)):
+    for index, task in enumerate(split("demo", 24)):
         count = int(rng.integers(2, 30))
-        stage = place % 3
+        stage = index % 3
         request = policy_pb2.DecideRequest(
             prompt=task.prompt,
             cascade=CASCADE,
@@ -130,10 +130,10 @@ def decisions() -> list[policy_pb2.DecideRequest]:
                 logprobs=-rng.exponential(0.5, count),
                 entropies=rng.exponential(0.5, count),
                 top2_margins=rng.random(count),
-                finish_reason="FINISH_REASON_LENGTH" if place % 5 == 0 else "FINISH_REASON_EOS",
+                finish_reason="FINISH_REASON_LENGTH" if index % 5 == 0 else "FINISH_REASON_EOS",
             ),
         )
-        if stage and place % 2:
+        if stage and index % 2:
             ranks = rng.integers(0, 3, count).tolist()
             request.verification.CopyFrom(
                 policy_pb2.VerificationEvidence(

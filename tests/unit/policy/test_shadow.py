@@ -60,10 +60,10 @@ def decision(next_stage: int | None, *p_correct: float, judged: int = 0) -> Deci
 
 def estimates(first: int, *p_correct: float, own_cost: float = 1.0) -> tuple[Estimate, ...]:
     """One estimate per stage from the first on; stage i costs 10 ** i."""
-    costs = [own_cost, *(10.0**place for place in range(first + 1, first + len(p_correct)))]
+    costs = [own_cost, *(10.0**index for index in range(first + 1, first + len(p_correct)))]
     return tuple(
-        Estimate(first + place, p, 0.0, cost, 0.0)
-        for place, (p, cost) in enumerate(zip(p_correct, costs, strict=True))
+        Estimate(first + index, p, 0.0, cost, 0.0)
+        for index, (p, cost) in enumerate(zip(p_correct, costs, strict=True))
     )
 
 
