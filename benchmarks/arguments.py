@@ -6,7 +6,7 @@ from argparse import ArgumentTypeError
 from pathlib import Path
 
 from services.common.errors import AsdError
-from services.stage.checkpoint import read_checkpoint
+from services.stage.engines.checkpoint import read_checkpoint
 
 
 def count(text: str) -> int:

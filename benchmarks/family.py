@@ -22,8 +22,8 @@ from policy_service.artifact import load_artifact
 from policy_service.features import Draft, PromptText
 from policy_service.train.family import suite_prompts
 from services.common.stats import percentile
-from services.stage.engine import Result, SamplingOptions, TokenChunk, Turn
-from services.stage.onnx_engine import OnnxEngine, OnnxOptions
+from services.stage.engines.engine import Result, SamplingOptions, TokenChunk, Turn
+from services.stage.engines.onnx.engine import OnnxEngine, OnnxOptions
 from suites import grade, split
 from tests.fakes.renamed_tasks import renamed_prompts
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from policy_service.features import FinishReason
     from policy_service.policy import Policy
-    from services.stage.engine import Engine
+    from services.stage.engines.engine import Engine
     from suites import Task
 
 _ROOT = Path(__file__).resolve().parents[1]

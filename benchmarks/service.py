@@ -33,11 +33,11 @@ from services.common.channel import open_channel
 from services.common.privacy import report_nothing
 from services.common.server import run_service
 from services.common.stats import percentile
-from services.stage.engine import Result, SamplingOptions, TokenChunk, Turn
-from services.stage.llama_config import read_shape
-from services.stage.onnx_engine import OnnxEngine, OnnxOptions
-from services.stage.onnx_export import prepare
-from services.stage.tokenizer import ChatTokenizer
+from services.stage.engines.engine import Result, SamplingOptions, TokenChunk, Turn
+from services.stage.engines.onnx.engine import OnnxEngine, OnnxOptions
+from services.stage.engines.onnx.export import prepare
+from services.stage.engines.onnx.llama_config import read_shape
+from services.stage.generation.tokenizer import ChatTokenizer
 from suites import split
 
 report_nothing()

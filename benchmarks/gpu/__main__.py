@@ -25,9 +25,9 @@ from benchmarks.gpu import device, service
 from benchmarks.gpu.measure import TINY, Plan, passes, prefilled, residency, speculation
 from benchmarks.gpu.shapes import RESEARCH_MS, SHAPES, make_model
 from benchmarks.record import RESULTS, record
-from services.stage import vllm_engine
-from services.stage.checkpoint import read_checkpoint
-from services.stage.vllm_engine import VllmBackend, VllmOptions
+from services.stage.engines.checkpoint import read_checkpoint
+from services.stage.engines.vllm import engine as vllm_engine
+from services.stage.engines.vllm.engine import VllmBackend, VllmOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

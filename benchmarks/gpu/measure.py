@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.gpu.device import used_bytes
-from services.stage.backend import TokenRequest
+from services.stage.engines.backend import TokenRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from services.stage.backend import Backend
+    from services.stage.engines.backend import Backend
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ async def prefilled(backend: Backend, plan: Plan) -> dict[str, Any]:
     times = []
     for _ in range(plan.repeats + 1):
         known = prompt(plan.prompt)
-        # All but the last token, as services.stage.scoring_engine prefills.
+        # All but the last token, as services.stage.engines.scoring prefills.
         await write(backend, known[:-1], 1)
         times.append((await timed(backend.score([*known, *own], plan.prompt, "")))[0])
     # The first warms up.

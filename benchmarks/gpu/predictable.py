@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.gpu.shapes import FIRST_WORD
 from services.stage import __main__ as stage
-from services.stage import vllm_engine
+from services.stage.engines.vllm import engine as vllm_engine
 
 JUMP_EVERY = 1024
 JUMP_AFTER = 512

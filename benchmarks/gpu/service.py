@@ -13,7 +13,7 @@ from services.common.channel import open_channel
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from services.stage.backend import Backend
+    from services.stage.engines.backend import Backend
 
 CALL_S = 600.0
 LOAD_S = 900.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from services.stage.resync import Resynchroniser
+from services.stage.generation.resync import Resynchroniser
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -17,7 +17,7 @@ from services.common.settings import Section, ServiceSettings, SettingsError, ex
 from services.common.visible import one_line
 from services.router.domain import Overload
 from services.router.settings import Milliseconds, Name, RouterSettings, SpeculationSettings
-from services.stage.engine_settings import (
+from services.stage.engines.settings import (
     AtATime,
     ContextLength,
     Count,

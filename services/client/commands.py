@@ -794,7 +794,7 @@ def _onnx_export() -> Any:
     from services.common.extras import explain_missing
 
     try:
-        from services.stage import onnx_export
+        from services.stage.engines.onnx import export as onnx_export
     except ModuleNotFoundError as error:
         raise explain_missing(error, "stage") from error
     return onnx_export

@@ -32,7 +32,7 @@ from services.common.errors import (
 from services.common.extras import explain_missing
 from services.common.privacy import report_nothing
 from services.common.terminal import visible
-from services.stage.checkpoint import check_architecture, read_config
+from services.stage.engines.checkpoint import check_architecture, read_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

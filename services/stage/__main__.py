@@ -12,10 +12,10 @@ from services.common import telemetry
 from services.common.errors import AsdError
 from services.common.privacy import report_nothing
 from services.common.server import ServiceRegistration, run_service, serve
-from services.stage.engines import make_all
+from services.stage.engines.factory import make_all
+from services.stage.engines.onnx.partial_folders import remove_own
 from services.stage.instruments import watch_models
-from services.stage.partial_folders import remove_own
-from services.stage.residency import Residency
+from services.stage.model_pool import Residency
 from services.stage.servicer import StageServicer
 from services.stage.settings import StageSettings
 

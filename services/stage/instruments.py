@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 
 from services.common import telemetry
 from services.common.telemetry import Attributes, Metrics
-from services.stage.engine import ModelState
+from services.stage.engines.engine import ModelState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from opentelemetry.metrics import CallbackOptions, Observation
 
-    from services.stage.engine import EngineStatus
-    from services.stage.residency import Residency
+    from services.stage.engines.engine import EngineStatus
+    from services.stage.model_pool import Residency
 
     Read = Callable[[EngineStatus], float]
 

@@ -16,7 +16,7 @@ from services.common.validation import (
     check_session_id,
 )
 from services.common.version import VERSION
-from services.stage.engine import (
+from services.stage.engines.engine import (
     DraftPiece,
     DraftText,
     FinishReason,
@@ -27,15 +27,15 @@ from services.stage.engine import (
     Turn,
     VerificationResult,
 )
-from services.stage.memory import resident_bytes
+from services.stage.process_memory import resident_bytes
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     import grpc
 
-    from services.stage.engine import EngineStatus
-    from services.stage.residency import Residency
+    from services.stage.engines.engine import EngineStatus
+    from services.stage.model_pool import Residency
 
 _ROLES = {
     common_pb2.ROLE_SYSTEM: "system",

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from services.common.serving import ServerSettings
 from services.common.settings import Requests, Section, service_config
-from services.stage.engine_settings import (
+from services.stage.engines.settings import (
     MOST_AT_A_TIME,
     AtATime,
     ContextLength,

@@ -11,7 +11,7 @@ import yaml
 
 from policy_service.settings import PolicySettings
 from services.router.settings import RouterSettings
-from services.stage.engine_settings import TensorrtLlmSettings, VllmSettings
+from services.stage.engines.settings import TensorrtLlmSettings, VllmSettings
 from services.stage.settings import ModelSettings, StageSettings
 from tests.chart.rendering import CHART, ROOT, VARIANTS, chart_values, helm
 

@@ -15,7 +15,7 @@ import yaml
 
 from asd.v1 import stage_pb2_grpc
 from services.common.server import ServiceRegistration, run_service, serve
-from services.stage.engine import (
+from services.stage.engines.engine import (
     EngineStatus,
     FinishReason,
     ModelState,
@@ -24,13 +24,13 @@ from services.stage.engine import (
     TokenChunk,
     VerificationResult,
 )
-from services.stage.residency import Residency
+from services.stage.model_pool import Residency
 from services.stage.servicer import StageServicer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
 
-    from services.stage.engine import DraftPiece, DraftText, Event, SamplingOptions, Turn
+    from services.stage.engines.engine import DraftPiece, DraftText, Event, SamplingOptions, Turn
 
 WORDS = ("The", " answer", " is", " 19.")
 # Long enough that calls are under way whenever the process is asked to end.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime_genai as og
 
-from services.stage.onnx_export import prepare
+from services.stage.engines.onnx.export import prepare
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -24,7 +24,7 @@ from services.common.errors import (
 )
 from services.common.settings import SettingsError
 from services.common.tls import ClientTls, ServerTls, server_credentials, watched_channel_credentials
-from services.stage.partial_folders import MANIFEST, find_damage, finish, partial_folder
+from services.stage.engines.onnx.partial_folders import MANIFEST, find_damage, finish, partial_folder
 from tests.fakes import tiny_llama
 from tests.integration.common.certificates import Authority
 

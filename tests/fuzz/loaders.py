@@ -34,12 +34,12 @@ from services.common.auth import AuthSettings, TokenInterceptor
 from services.common.errors import PreconditionFailed
 from services.common.settings import SettingsError
 from services.router.settings import RouterSettings
-from services.stage.checkpoint import read_checkpoint
-from services.stage.engine import Turn
-from services.stage.llama_config import read_shape
-from services.stage.onnx_export import prepare
+from services.stage.engines.checkpoint import read_checkpoint
+from services.stage.engines.engine import Turn
+from services.stage.engines.onnx.export import prepare
+from services.stage.engines.onnx.llama_config import read_shape
+from services.stage.generation.tokenizer import ChatTokenizer
 from services.stage.settings import StageSettings
-from services.stage.tokenizer import ChatTokenizer
 from tests.fakes import tiny_llama
 from tests.fakes.chat_templates import FAMILIES
 from tests.fakes.tiny_tokenizers import write_family

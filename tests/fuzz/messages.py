@@ -25,7 +25,7 @@ from policy_service.servicer import PolicyServicer
 from services.common.server import ServiceRegistration, start_server
 from services.router.__main__ import build
 from services.router.settings import RouterSettings
-from services.stage.residency import Residency
+from services.stage.model_pool import Residency
 from services.stage.servicer import StageServicer
 from tests.fakes.quick_stage import QuickEngine
 from tests.fuzz.mutations import damage_bytes

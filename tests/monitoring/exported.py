@@ -25,7 +25,7 @@ from services.common.errors import Unavailable
 from services.common.telemetry import Spans, Traced
 from services.router.domain import DecisionAction, DecisionReason, PlanSource, Refusal, StageAction
 from services.router.planning.draft_selection import SkipReason
-from services.stage.engine import EngineStatus, ModelState
+from services.stage.engines.engine import EngineStatus, ModelState
 from services.stage.instruments import watch_models
 
 

@@ -24,7 +24,7 @@ from services.common.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from services.stage.checkpoint import read_checkpoint
+from services.stage.engines.checkpoint import read_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -37,7 +37,7 @@ def base_install(tmp_path_factory):
         ("services.client.cli", ["models", "prepare"], "[stage]"),
         ("services.client.cli", ["models", "pull", "owner/name"], "[hub]"),
         ("services.stage", ["--config", "stage.yaml"], "[stage]"),
-        ("services.stage.check", ["check", str(MODELS / "small"), "--engine", "onnx"], "[stage]"),
+        ("services.stage.engines.check", ["check", str(MODELS / "small"), "--engine", "onnx"], "[stage]"),
         ("policy_service", [], "[policy]"),
         ("policy_service.train.cli", ["versions", "store"], "[policy]"),
         ("policy_service.train.cli", ["shadow", "file"], "[policy]"),

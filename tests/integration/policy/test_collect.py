@@ -27,8 +27,8 @@ from policy_service.train.outcomes import read_rows
 from services.common.errors import InvalidRequest, Unavailable
 from services.common.server import ServerOptions, ServiceRegistration, start_server
 from services.common.tls import ServerTls
-from services.stage.onnx_engine import OnnxEngine, OnnxOptions
-from services.stage.residency import Residency
+from services.stage.engines.onnx.engine import OnnxEngine, OnnxOptions
+from services.stage.model_pool import Residency
 from services.stage.servicer import StageServicer
 from suites import grade, split
 from tests.integration.common.certificates import Authority

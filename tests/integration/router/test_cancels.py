@@ -16,8 +16,8 @@ from services.common.channel import open_channel
 from services.common.server import ServiceRegistration, start_server
 from services.router.__main__ import build
 from services.router.settings import RouterSettings
-from services.stage.onnx_engine import OnnxOptions
-from services.stage.residency import Residency
+from services.stage.engines.onnx.engine import OnnxOptions
+from services.stage.model_pool import Residency
 from services.stage.servicer import StageServicer
 from suites import split
 from tests.integration.stage.conftest import LiveGenerators, engine

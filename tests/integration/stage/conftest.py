@@ -16,8 +16,8 @@ import pytest
 
 from asd.v1 import stage_pb2_grpc
 from services.common.server import ServiceRegistration, start_server
-from services.stage.onnx_engine import OnnxEngine, OnnxOptions
-from services.stage.residency import Residency
+from services.stage.engines.onnx.engine import OnnxEngine, OnnxOptions
+from services.stage.model_pool import Residency
 from services.stage.servicer import StageServicer
 
 if TYPE_CHECKING:

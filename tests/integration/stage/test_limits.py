@@ -22,7 +22,7 @@ from tests.limits import CALL_S
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from services.stage.residency import Residency
+    from services.stage.model_pool import Residency
 
 MODELS = Path(__file__).parents[3] / "models"
 Generate = stage_pb2.StageServiceGenerateRequest

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[3]
 REPORTING = {"onnxruntime", "onnxruntime_genai", "vllm", "tensorrt_llm", "huggingface_hub"}
 # Once vLLM's engine runs, and so once vLLM was imported.
-LATER = {("services/stage/vllm_engine.py", "_ask"), ("services/stage/vllm_engine.py", "_output_kind")}
+LATER = {
+    ("services/stage/engines/vllm/engine.py", "_ask"),
+    ("services/stage/engines/vllm/engine.py", "_output_kind"),
+}
 SOURCES = [
     path
     for folder in ("services", "policy_service", "benchmarks")

@@ -13,7 +13,7 @@ from services.client.cascade_file import CascadeFile
 from services.common.settings import Section, SettingsError
 from services.manager.settings import ManagerSettings
 from services.router.settings import RouterSettings, SpeculationSettings
-from services.stage.engine_settings import VllmSettings
+from services.stage.engines.settings import VllmSettings
 from services.stage.settings import StageSettings
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from services.stage.engine import ModelState
-from services.stage.residency import Residency
+from services.stage.engines.engine import ModelState
+from services.stage.model_pool import Residency
 
 
 class Engine:

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from services.common.errors import PreconditionFailed
-from services.stage.checkpoint import read_config
-from services.stage.llama_config import read_shape
+from services.stage.engines.checkpoint import read_config
+from services.stage.engines.onnx.llama_config import read_shape
+from services.stage.generation.tokenizer import ChatTokenizer
 from services.stage.model_files import parse_json, read_json_file
-from services.stage.tokenizer import ChatTokenizer
 
 SMALL = Path(__file__).parents[3] / "models" / "small"
 

@@ -6,8 +6,8 @@ import pytest
 
 from services.common.errors import NotFound, PreconditionFailed, ResourceExhausted
 from services.stage.__main__ import build, preload
-from services.stage.engines import make_all
-from services.stage.residency import Residency
+from services.stage.engines.factory import make_all
+from services.stage.model_pool import Residency
 from services.stage.settings import ModelSettings, StageSettings
 from tests.fakes import tiny_llama
 from tests.fakes.quick_stage import QuickEngine

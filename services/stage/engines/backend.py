@@ -1,0 +1,72 @@
+"""What a GPU library must do for services.stage.engines.scoring: tokens in, rows out. No text, no gRPC."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Sequence
+
+    from services.stage.generation.logprobs import Row
+
+
+class BackendDied(Exception):  # noqa: N818 - named by its cause, as in services.common.errors
+    """The library's engine is gone; it has to be loaded again."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRequest:
+    """How to go on from a prompt. temperature 0: greedily. adapter: "" for the model itself."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    adapter: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens that were written, the end-of-sequence token left out or not.
+
+    cached: prompt tokens taken from the prefix cache. is_last: nothing follows. has_ended: by the model's own
+    end, not by length.
+    """
+
+    rows: Sequence[Row]
+    cached: int = 0
+    is_last: bool = False
+    has_ended: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Outcome of a scoring pass: a row for each scored token, and the model's own token after the last."""
+
+    rows: Sequence[Row]
+    following: Row
+    cached: int = 0
+
+
+class Backend(Protocol):
+    """One model in a GPU library.
+
+    Closing `generate` early, or cancelling `score`, ends the library's work on it. Raises BackendDied where
+    the library's engine is gone, ModelRefusal for what it refuses.
+    """
+
+    async def start(self) -> None:
+        """Load the model, or wake it."""
+
+    async def stop(self) -> None:
+        """Free the model's memory, as far as is set."""
+
+    async def close(self) -> None:
+        """End the library's engine and its processes."""
+
+    def generate(self, ids: list[int], request: TokenRequest) -> AsyncGenerator[Piece, None]:
+        """Write tokens after a prompt."""
+
+    async def score(self, ids: list[int], start: int, adapter: str) -> Scores:
+        """Judge ids[start:] in one pass. start: 1 or more."""

@@ -1,0 +1,1 @@
+"""The `onnx` engine: onnxruntime-genai on the CPU."""

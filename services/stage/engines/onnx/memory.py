@@ -1,0 +1,35 @@
+"""What a model takes of main memory in the `onnx` engine: weights, KV caches, the work of a pass. Pure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from services.stage.engines.onnx.llama_config import LlamaShape
+
+# Places that a KV cache has at least. Chosen: a short conversation's, so that its turns share one.
+LEAST_PLACES = 512
+# What the intermediate results of one pass may take: of this, and of a share of the weights, the larger.
+_PASS_BYTES = 64 << 20
+_PASS_SHARE = 1 / 32
+
+
+def places_for(tokens: int, context: int) -> int:
+    """Return the places of a KV cache that holds so many tokens: the next power of two.
+
+    So a conversation that grows moves to a larger cache, and is computed again, only when it has doubled.
+    context: the most that the model serves.
+    """
+    return min(max(LEAST_PLACES, 1 << (tokens - 1).bit_length()), context)
+
+
+def weight_bytes(shape: LlamaShape) -> int:
+    """Return the bytes of the weights in float32; tied embeddings are there twice, and RoPE's tables once."""
+    head = shape.vocabulary * shape.hidden if shape.is_tied else 0
+    return 4 * (shape.parameters + head + shape.context * shape.head_dim)
+
+
+def pass_tokens(shape: LlamaShape) -> int:
+    """Return how many tokens one pass may compute: the library holds logits and activations of all."""
+    per_token = 4 * (shape.vocabulary + 4 * shape.intermediate + 4 * shape.hidden)
+    return max(int(max(_PASS_BYTES, weight_bytes(shape) * _PASS_SHARE)) // per_token, 1)

@@ -1,0 +1,61 @@
+"""What a model must do before it counts as loaded: answer alone, and beside another request."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from services.common.errors import PreconditionFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    import numpy.typing as npt
+
+    from services.stage.generation.tokenizer import ChatTokenizer
+
+# Of different lengths, so that a batch of them is padded.
+_TEXTS = ("A probe.", "A longer probe, so that the two of them differ in length.")
+# Of both ways together. Chosen: some passes, where a GPU library compiles what it needs for the first.
+_SECONDS = 300.0
+# Tokens of a probe's answer, and room for them.
+ANSWER_TOKENS = 2
+
+
+async def probe(
+    name: str,
+    prompts: Sequence[list[int]],
+    answer: Callable[[Sequence[list[int]]], Awaitable[npt.NDArray[np.floating]]],
+) -> None:
+    """Have a model answer alone, then in a batch. It does not count as a request anywhere.
+
+    answer: computes prompts together and returns logits or log-probabilities, of any shape. Raises
+    PreconditionFailed with the reason where it fails, takes minutes, or gives numbers that are not finite.
+    """
+    try:
+        async with asyncio.timeout(_SECONDS):
+            for way, batch in (("alone", prompts[:1]), ("in a batch", prompts)):
+                try:
+                    values = await answer(batch)
+                except PreconditionFailed:
+                    raise
+                except TimeoutError:
+                    raise
+                except Exception as error:
+                    raise PreconditionFailed(f"model {name} cannot answer {way}: {error}") from error
+                if not np.isfinite(values).all():
+                    raise PreconditionFailed(
+                        f"model {name} computes numbers that are not finite, {way}: its weights are damaged, "
+                        "or do not fit the configuration or the dtype"
+                    )
+    except TimeoutError as error:
+        raise PreconditionFailed(f"model {name} did not answer a probe within {_SECONDS:.0f} s") from error
+
+
+def probe_prompts(tokenizer: ChatTokenizer, vocabulary: int, context: int) -> list[list[int]]:
+    """Return two prompts of different lengths, in ids of the vocabulary, that leave room for an answer."""
+    most = max(context - ANSWER_TOKENS - 1, 1)
+    encoded = [[each for each in tokenizer.encode_text(text) if each < vocabulary] for text in _TEXTS]
+    return [(ids or [0])[:most] for ids in encoded]

@@ -1,0 +1,707 @@
+"""The engine over a GPU library that batches by itself: `vllm` and `tensorrt_llm` are backends of it.
+
+Such a library takes token ids and gives the likeliest tokens of each place, never the logits.
+
+Greedy verification. One pass scores prompt and draft; what agrees is kept, the model's own token follows
+from the same pass, and a further request writes on, reading what the pass left in the prefix cache. After a
+correction the rest of the draft is scored again where it is long enough to be worth a pass.
+
+Sampling. The library draws by itself, so its draw cannot be known from a scoring pass. An exact answer at a
+temperature above 0 is therefore written as if there were no draft, from the request's seed, and what it
+shares with the draft is reported as accepted: the target's own draw, and no time saved. A tolerant one keeps
+the draft's likely tokens and draws on after them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import secrets
+import time
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from services.common.errors import AsdError, PreconditionFailed, QueueFull, ResourceExhausted
+from services.stage.engines.backend import BackendDied, TokenRequest
+from services.stage.engines.engine import (
+    DraftPiece,
+    DraftText,
+    EngineStatus,
+    Event,
+    FinishReason,
+    ModelState,
+    PrefillResult,
+    Result,
+    SamplingOptions,
+    TokenChunk,
+    Turn,
+    VerificationResult,
+)
+from services.stage.engines.probe import ANSWER_TOKENS, probe, probe_prompts
+from services.stage.generation.answer import AnswerBuilder
+from services.stage.generation.draft import DraftFeed
+from services.stage.generation.inputs import RequestReader
+from services.stage.generation.logprobs import row_signals
+from services.stage.generation.tokenizer import ChatTokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+    from pathlib import Path
+
+    import numpy.typing as npt
+
+    from services.stage.engines.backend import Backend, Scores
+    from services.stage.engines.checkpoint import Checkpoint
+    from services.stage.generation.logprobs import Row
+
+logger = logging.getLogger(__name__)
+
+# Draft tokens that make a scoring pass worth its price, where more are to come or after a correction: a pass
+# takes as long as some 4 decoded tokens (section 6 of the design: 46 to 83 ms against 10.6 to 34.3), and only
+# part of what is proposed is kept. Chosen.
+_WORTH = 16
+# Kept tokens of a pass after a correction below which plain decoding takes over. As above.
+_LEAST_KEPT = 6
+# Tokens that first passes after a correction must keep in the mean to be made at all: what such a pass takes.
+_LEAST_MEAN_KEPT = 4.0
+# Calls in the library from which on it is bound by its arithmetic, and the share of what is scored that must
+# be kept then. A scored token takes about a third of what a written one takes in a full batch: a 70B on an
+# H200 scores one in 0.22 ms and writes 64 in 40.
+_BUSY = 8
+_LEAST_MEAN_SHARE = 0.4
+# Weight of the newest pass in these means, and their number from which on they say something; while they say
+# no, one answer in so many tries all the same. Chosen.
+_NEWEST = 0.1
+_LEAST_TRIED = 8
+_TRY_EVERY = 16
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringOptions:
+    """How a model is served.
+
+    max_batch: requests in the library at a time; more wait here. max_queue: requests that may wait. context:
+    tokens of prompt and answer at most. resync: whether the rest of a draft is proposed after a correction.
+    kv_bytes: bytes of one number in the KV cache. cache_bytes: set aside for it, where that is known.
+    """
+
+    max_batch: int
+    max_queue: int
+    context: int
+    default_max_new_tokens: int = 160
+    resync: bool = True
+    kv_bytes: int = 2
+    cache_bytes: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """One call under way. ids: chosen so far, those that a stop sequence may yet cut off included.
+
+    queued: seconds that it waited for places in the batch; queued_at_first: until the library first answered.
+    """
+
+    prompt: list[int]
+    most_tokens: int
+    sampling: SamplingOptions
+    answer: AnswerBuilder
+    eos_ids: tuple[int, ...]
+    arrived: float
+    ids: list[int] = field(default_factory=list)
+    emitted: list[range] = field(default_factory=list)
+    finish: FinishReason | None = None
+    has_slot: bool = False
+    queued: float = 0.0
+    queued_at_first: float = 0.0
+    prefilled: float = 0.0
+    cached: int = 0
+    passes: int = 0
+    proposed: int = 0
+    accepted: int = 0
+
+    def is_over(self) -> bool:
+        """Whether the answer has ended."""
+        return self.finish is not None
+
+    @property
+    def room(self) -> int:
+        """Tokens that the answer may still take."""
+        return self.most_tokens - len(self.ids)
+
+    def take(self, rows: Sequence[Row], has_ended: bool = False) -> TokenChunk | None:
+        """Add tokens up to the one that ends the answer; return the chunk that may go out now, or None."""
+        rows = rows[: self.room]
+        end = next((place for place, row in enumerate(rows) if row.token in self.eos_ids), None)
+        if end is not None or has_ended:
+            self.finish = FinishReason.EOS
+            rows = rows[:end]
+        ids = [row.token for row in rows]
+        self.ids += ids
+        if self.finish is None and self.room <= 0:
+            self.finish = FinishReason.LENGTH
+        chunk = self.answer.extend_known(ids, row_signals(rows)) if ids else None
+        if self.answer.has_stopped:
+            self.finish = FinishReason.STOP
+        return chunk
+
+    def answered(self, cached: int) -> None:
+        """The library answered; cached: prompt tokens that it took from its prefix cache."""
+        if not self.prefilled:
+            self.prefilled, self.cached, self.queued_at_first = time.monotonic(), cached, self.queued
+
+    def result(self) -> Result:
+        """Return the outcome of a call that has finished."""
+        assert self.finish is not None
+        # What a pass accepted beyond the token that ended the answer was given to nobody.
+        end = self.answer.taken + (self.finish is FinishReason.EOS)
+        lengths = tuple(len(range(places.start, min(places.stop, end))) for places in self.emitted)
+        unused = sum(
+            max(len(places) - 1 - length, 0) for places, length in zip(self.emitted, lengths, strict=True)
+        )
+        now = time.monotonic()
+        return Result(
+            text=self.answer.text,
+            ids=self.answer.ids,
+            finish=self.finish,
+            prompt_tokens=len(self.prompt),
+            cached_prompt_tokens=min(self.cached, len(self.prompt)),
+            proposed_tokens=self.proposed,
+            accepted_tokens=self.accepted - unused,
+            forward_passes=self.passes,
+            accept_lengths=lengths,
+            queue_ms=self.queued * 1e3,
+            prefill_ms=(self.prefilled - self.arrived - self.queued_at_first) * 1e3,
+            decode_ms=(now - self.prefilled - (self.queued - self.queued_at_first)) * 1e3,
+            total_ms=(now - self.arrived) * 1e3,
+        )
+
+
+class _Draft:
+    """A draft as it comes, and how it fared so far. cursor: its tokens that were accepted."""
+
+    def __init__(self, feed: DraftFeed) -> None:
+        self.feed = feed
+        self.cursor = 0
+        self.agrees = True
+        self._ranks: list[int] = []
+        self._logprobs: list[float] = []
+        self._changed = asyncio.Event()
+        self._error: AsdError | None = None
+
+    def notify(self, error: AsdError | None = None) -> None:
+        """Something has come, or nothing more can."""
+        self._error = self._error or error
+        self._changed.set()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether enough has come for a pass."""
+        fresh = len(self.feed.ids) - self.cursor
+        return self.feed.is_complete or fresh >= _WORTH or (self.feed.is_full and fresh > 0)
+
+    async def wait(self, *, is_whole: bool = False) -> None:
+        """Wait until enough has come, or all. Raises the error of a draft that cannot be read."""
+        while True:
+            if self._error is not None:
+                raise self._error
+            if self.feed.is_complete if is_whole else self.is_due:
+                return
+            self._changed.clear()
+            await self._changed.wait()
+
+    def judge(self, rows: Sequence[Row], accepted: int) -> None:
+        """Keep what a pass shows of the draft's next tokens."""
+        self.cursor += accepted
+        self._ranks += [row.rank for row in rows]
+        self._logprobs += [row.logprob for row in rows]
+
+    def evidence(self) -> VerificationResult:
+        """Return how the draft fared."""
+        return VerificationResult(
+            len(self._ranks),
+            self.cursor,
+            np.array(self._ranks, np.int64),
+            np.array(self._logprobs, np.float32),
+            self.feed.ids_used,
+        )
+
+
+class _ResyncWorth:
+    """Whether what follows a correction in drafts is worth scoring: means over the latest passes."""
+
+    def __init__(self) -> None:
+        self._kept = self._share = 0.0
+        self._tried = self._left_out = 0
+
+    def is_worth(self, running: int) -> bool:
+        """Return whether to score it now. running: calls in the library."""
+        is_enough = self._share >= _LEAST_MEAN_SHARE if running >= _BUSY else self._kept >= _LEAST_MEAN_KEPT
+        if is_enough or self._tried < _LEAST_TRIED:
+            return True
+        self._left_out = (self._left_out + 1) % _TRY_EVERY
+        return self._left_out == 0
+
+    def learn(self, proposed: int, kept: int) -> None:
+        """Learn from the first pass after a correction."""
+        self._tried += 1
+        weight = max(_NEWEST, 1.0 / self._tried)
+        self._kept += weight * (kept - self._kept)
+        self._share += weight * (kept / proposed - self._share)
+
+
+class ScoringEngine:
+    """Runs one model through a backend; see services.stage.engines.engine.Engine for the contract.
+
+    queue_ms is the wait for a place in the batch. What the library lets a request wait is part of prefill_ms,
+    and so is the wait for the beginning of a draft: the stage is not busy with it.
+    A draft that comes in pieces counts as one proposal in accept_lengths, however many passes score it.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        name: str,
+        directory: Path,
+        checkpoint: Checkpoint,
+        backend: Backend,
+        options: ScoringOptions,
+    ) -> None:
+        self.kind = kind
+        self._name = name
+        self._checkpoint = checkpoint
+        self._backend = backend
+        self._options = options
+        self._tokenizer = ChatTokenizer(directory)
+        self._reader = RequestReader(
+            name, self._tokenizer, options.context, checkpoint.vocabulary, checkpoint.eos_ids
+        )
+        self._reader.check_shortest_prompt()
+        self._state = ModelState.UNLOADED
+        self._error = ""
+        self._loading = asyncio.Lock()
+        self._slots = asyncio.Semaphore(options.max_batch)
+        self._waiting = 0
+        self._resync_worth = _ResyncWorth()
+        self._calls: set[_Call] = set()
+        self._completed = 0
+        self._cancelled = 0
+
+    async def load(self) -> None:
+        """Load the model, or wake it; a loaded one stays as it is."""
+        async with self._loading:
+            if self._state is ModelState.READY:
+                return
+            has_failed = self._state is ModelState.FAILED
+            self._state = ModelState.LOADING
+            try:
+                if has_failed:
+                    await self._backend.close()
+                await self._backend.start()
+                await self._probe()
+            except BaseException as error:
+                self._state, self._error = ModelState.FAILED, str(error) or type(error).__name__
+                if isinstance(error, AsdError) or not isinstance(error, Exception):
+                    raise
+                logger.error("model %s cannot be loaded", self._name, exc_info=error)
+                raise PreconditionFailed(f"model {self._name} cannot be loaded: {error}") from error
+            self._state, self._error = ModelState.READY, ""
+
+    async def _probe(self) -> None:
+        """Have the library answer, and score, before the model counts as loaded."""
+        prompts = probe_prompts(self._tokenizer, self._checkpoint.vocabulary, self._options.context)
+        try:
+            await probe(self._name, prompts, self._answer_probe)
+        except BaseException:
+            # It would keep the device's memory.
+            await self._backend.close()
+            raise
+
+    async def _answer_probe(self, prompts: Sequence[list[int]]) -> npt.NDArray[np.floating]:
+        """Return log-probabilities of what the library writes after prompts, together if it may."""
+
+        async def write(ids: list[int]) -> list[float]:
+            request = TokenRequest(ANSWER_TOKENS)
+            async with self._slots, aclosing(self._backend.generate(ids, request)) as pieces:
+                return [row.logprob async for piece in pieces for row in piece.rows]
+
+        written = await asyncio.gather(*map(write, prompts))
+        known = prompts[-1]
+        scores = await self._backend.score([*known, known[0]], len(known), "")
+        rows = [*scores.rows, scores.following]
+        return np.array([*(value for each in written for value in each), *(row.logprob for row in rows)])
+
+    async def unload(self) -> None:
+        """Free the model. Raises ResourceExhausted while calls are under way, those of its adapters too."""
+        async with self._loading:
+            if self._state is not ModelState.READY:
+                return
+            if self._calls:
+                raise ResourceExhausted(
+                    f"model {self._name} has {len(self._calls)} calls under way: try again later"
+                )
+            self._state = ModelState.UNLOADED
+            await self._backend.stop()
+
+    async def close(self) -> None:
+        """End the library's engine and its processes, for good."""
+        async with self._loading:
+            self._state = ModelState.UNLOADED
+            await self._backend.close()
+
+    async def generate(
+        self, turns: tuple[Turn, ...], sampling: SamplingOptions, adapter: str = ""
+    ) -> AsyncGenerator[Event, None]:
+        """Write an answer. adapter: by name; "" for the model itself."""
+        call = await self._admit(turns, sampling)
+        async with self._under_way(call), aclosing(self._decode(call, adapter)) as events:
+            async for event in events:
+                yield event
+
+    async def verify(
+        self,
+        turns: tuple[Turn, ...],
+        sampling: SamplingOptions,
+        draft: DraftText,
+        threshold: float | None,
+        adapter: str = "",
+    ) -> AsyncGenerator[Event, None]:
+        """Accept a prefix of a draft and go on from there."""
+        call = await self._admit(turns, sampling)
+        feed = DraftFeed(call.most_tokens)
+        await self._reader.read_draft(draft, feed)
+        async with (
+            self._under_way(call),
+            aclosing(self._judge(call, _Draft(feed), threshold, adapter)) as events,
+        ):
+            async for event in events:
+                yield event
+
+    async def verify_stream(
+        self,
+        turns: tuple[Turn, ...],
+        sampling: SamplingOptions,
+        pieces: AsyncIterator[DraftPiece | FinishReason],
+        threshold: float | None,
+        adapter: str = "",
+    ) -> AsyncGenerator[Event, None]:
+        """Verify a draft while it is being written, a pass for every 16 tokens that came."""
+        call = await self._admit(turns, sampling)
+        draft = _Draft(DraftFeed(call.most_tokens))
+        reader = asyncio.create_task(self._reader.follow_draft(pieces, draft.feed, draft.notify))
+        try:
+            async with (
+                self._under_way(call),
+                aclosing(self._judge(call, draft, threshold, adapter)) as events,
+            ):
+                async for event in events:
+                    yield event
+        finally:
+            reader.cancel()
+
+    async def prefill(self, turns: tuple[Turn, ...], adapter: str = "") -> PrefillResult:
+        """Put a prompt into the prefix cache: the library has no such call, so a token is written."""
+        call = await self._admit(turns, SamplingOptions(max_new_tokens=1))
+        count = len(call.prompt)
+        # Not the last token: a verification needs to know what follows it, which a cache does not say.
+        call.prompt = call.prompt[:-1] or call.prompt
+        async with self._under_way(call), aclosing(self._decode(call, adapter)) as events:
+            async for _ in events:
+                pass
+        return PrefillResult(count, call.cached, (call.prefilled - call.arrived) * 1e3)
+
+    def status(self) -> EngineStatus:
+        """Say what is loaded, queued and running."""
+        running = [call for call in self._calls if call.has_slot]
+        held = sum(len(call.prompt) + len(call.ids) for call in running)
+        return EngineStatus(
+            state=self._state,
+            parameters=self._checkpoint.parameters,
+            context_length=self._options.context,
+            fingerprint=self._tokenizer.fingerprint,
+            memory_bytes=self.memory_bytes,
+            kv_cache_bytes=held * self._checkpoint.kv_values_per_token * self._options.kv_bytes,
+            queued=self._waiting,
+            running=len(running),
+            cached_sequences=0,
+            completed=self._completed,
+            cancelled=self._cancelled,
+            error=self._error,
+        )
+
+    @property
+    def memory_bytes(self) -> int:
+        """Weights, and the KV cache where its size is set: the library takes further memory for itself."""
+        return self._checkpoint.weight_bytes + self._options.cache_bytes
+
+    async def _admit(self, turns: tuple[Turn, ...], sampling: SamplingOptions) -> _Call:
+        prompt = await self._reader.read_prompt(turns)
+        room = self._options.context - len(prompt)
+        wanted = sampling.max_new_tokens or self._options.default_max_new_tokens
+        if sampling.temperature > 0 and sampling.seed is None:
+            sampling = replace(sampling, seed=secrets.randbits(63))
+        answer = AnswerBuilder(self._tokenizer.stream(), sampling.stop)
+        return _Call(prompt, min(wanted, room), sampling, answer, self._checkpoint.eos_ids, time.monotonic())
+
+    @asynccontextmanager
+    async def _under_way(self, call: _Call) -> AsyncIterator[None]:
+        """Count a call, give its slot back, and turn what the library raises into our errors."""
+        if self._state is not ModelState.READY:
+            raise PreconditionFailed(f"model {self._name} is not loaded")
+        if self._slots.locked() and self._waiting >= self._options.max_queue:
+            raise QueueFull(f"{self._waiting} requests wait for {self._name} already: try again later")
+        self._calls.add(call)
+        try:
+            yield
+            self._completed += 1
+        except (GeneratorExit, asyncio.CancelledError):
+            self._cancelled += 1
+            raise
+        except BackendDied as error:
+            self._state, self._error = ModelState.FAILED, str(error)
+            logger.error("the engine of model %s is gone", self._name, exc_info=error)
+            raise AsdError(f"model {self._name} failed on this request") from error
+        except AsdError:
+            raise
+        except Exception as error:
+            logger.error("model %s failed", self._name, exc_info=error)
+            raise AsdError(f"model {self._name} failed on this request") from error
+        finally:
+            self._release(call)
+            self._calls.discard(call)
+
+    async def _acquire(self, call: _Call) -> None:
+        """Wait for a place in the library's batch."""
+        if not call.has_slot:
+            self._waiting += 1
+            asked = time.monotonic()
+            try:
+                await self._slots.acquire()
+            finally:
+                self._waiting -= 1
+            call.has_slot = True
+            # Not what a verification waited for its draft: routers take this for how busy the stage is.
+            call.queued += time.monotonic() - asked
+
+    def _release(self, call: _Call) -> None:
+        if call.has_slot:
+            call.has_slot = False
+            self._slots.release()
+
+    async def _decode(self, call: _Call, adapter: str) -> AsyncGenerator[Event, None]:
+        """Write on from what there is, to the end."""
+        async with aclosing(self._tokens(call, adapter)) as chunks:
+            async for chunk in chunks:
+                if chunk is not None:
+                    yield chunk
+        for event in _ending(call):
+            yield event
+
+    async def _tokens(self, call: _Call, adapter: str) -> AsyncGenerator[TokenChunk | None, None]:
+        """Write on; yield after each piece, with what may go out."""
+        if call.is_over():
+            return
+        await self._acquire(call)
+        sampling = call.sampling
+        request = TokenRequest(call.room, sampling.temperature, sampling.top_p, sampling.seed, adapter)
+        async with aclosing(self._backend.generate([*call.prompt, *call.ids], request)) as pieces:
+            async for piece in pieces:
+                call.answered(piece.cached)
+                call.passes += len(piece.rows)
+                yield call.take(piece.rows, piece.has_ended)
+                # Only a stop sequence ends an answer before the library does, which is then told.
+                if call.is_over() and not piece.is_last:
+                    break
+        if not call.is_over():
+            raise RuntimeError(f"the library ended an answer after {len(call.ids)} tokens, without a reason")
+
+    async def _judge(
+        self, call: _Call, draft: _Draft, threshold: float | None, adapter: str
+    ) -> AsyncGenerator[Event, None]:
+        """Judge a draft, go on after it, and end."""
+        is_sampled = call.sampling.temperature > 0
+        judge = self._compare if is_sampled and threshold is None else self._verify
+        async with aclosing(judge(call, draft, threshold, adapter)) as events:
+            async for event in events:
+                yield event
+        if not is_sampled and self._options.resync:
+            async with aclosing(self._resync(call, draft, adapter)) as events:
+                async for event in events:
+                    yield event
+        async with aclosing(self._decode(call, adapter)) as events:
+            async for event in events:
+                yield event
+
+    async def _verify(
+        self, call: _Call, draft: _Draft, threshold: float | None, adapter: str
+    ) -> AsyncGenerator[Event, None]:
+        """Keep what the model agrees with, and its own token after that."""
+        feed, chunk = draft.feed, None
+        # What the pass before said of the next token: the place after it may be all that is not cached.
+        following: Row | None = None
+        while not call.is_over():
+            if not draft.is_due:
+                # Others may use the slot while this draft is being written.
+                self._release(call)
+            await draft.wait()
+            # A pass writes a token too, which must fit the context.
+            most = self._options.context - 1 - len(call.prompt) - len(call.ids)
+            proposal = feed.ids[draft.cursor :][:most]
+            if not proposal:
+                break
+            is_whole = feed.is_complete and draft.cursor + len(proposal) == len(feed.ids)
+            scores = await self._score(call, proposal, adapter, following)
+            accepted = _accepted(proposal, scores.rows, threshold)
+            following = scores.following
+            draft.judge(scores.rows, accepted)
+            call.accepted += accepted
+            kept = list(scores.rows[:accepted])
+            is_over = accepted < len(proposal) or is_whole or len(proposal) == most
+            if is_over and call.sampling.temperature == 0:
+                kept.append(scores.rows[accepted].own if accepted < len(proposal) else scores.following)
+            chunk = call.take(kept)
+            if is_over:
+                break
+            if chunk is not None:
+                yield chunk
+                chunk = None
+        evidence = draft.evidence()
+        if evidence.proposed:
+            # One proposal, however many passes it took: the answer holds nothing else so far.
+            call.emitted.append(range(draft.cursor + 1))
+        yield evidence
+        if chunk is not None:
+            yield chunk
+
+    async def _resync(self, call: _Call, draft: _Draft, adapter: str) -> AsyncGenerator[Event, None]:
+        """Propose what stands in the draft after the token that was corrected, as long as it pays."""
+        place, kept, is_first = draft.cursor + 1, _WORTH, True
+        while not call.is_over() and kept >= _LEAST_KEPT:
+            most = min(call.room, self._options.context - 1 - len(call.prompt) - len(call.ids))
+            proposal = draft.feed.ids[place:][:most]
+            if len(proposal) < _WORTH:
+                return
+            if is_first and not self._resync_worth.is_worth(self.status().running):
+                return
+            scores = await self._score(call, proposal, adapter)
+            kept = _accepted(proposal, scores.rows, None)
+            if is_first:
+                self._resync_worth.learn(len(proposal), kept)
+                is_first = False
+            call.accepted += kept
+            call.emitted.append(range(len(call.ids), len(call.ids) + kept + 1))
+            own = scores.rows[kept].own if kept < len(proposal) else scores.following
+            place += kept + 1
+            chunk = call.take([*scores.rows[:kept], own])
+            if chunk is not None:
+                yield chunk
+
+    async def _compare(
+        self, call: _Call, draft: _Draft, _threshold: float | None, adapter: str
+    ) -> AsyncGenerator[Event, None]:
+        """Write the sampled answer, and report what it shares with the draft once that is known."""
+        await draft.wait(is_whole=True)
+        ids = draft.feed.ids[: self._options.context - 1 - len(call.prompt)]
+        if ids:
+            rows = (await self._score(call, ids, adapter)).rows
+            draft.judge(rows, 0)
+        held: list[TokenChunk] = []
+        async with aclosing(self._tokens(call, adapter)) as chunks:
+            async for chunk in chunks:
+                if chunk is not None:
+                    held.append(chunk)
+                written = len(call.ids)
+                while draft.cursor < min(written, len(ids)) and ids[draft.cursor] == call.ids[draft.cursor]:
+                    draft.cursor += 1
+                if not call.is_over() and draft.cursor == written < len(ids):
+                    continue
+                if draft.agrees:
+                    draft.agrees = False
+                    is_end = draft.cursor == written < len(ids) and ids[written] in call.eos_ids
+                    draft.cursor += call.finish is FinishReason.EOS and is_end
+                    call.accepted += draft.cursor
+                    yield draft.evidence()
+                for each in held:
+                    yield each
+                held.clear()
+
+    async def _score(
+        self, call: _Call, proposal: list[int], adapter: str, following: Row | None = None
+    ) -> Scores:
+        """Judge a proposal in one pass. following: the place of its first token, where that is known."""
+        await self._acquire(call)
+        known = [*call.prompt, *call.ids]
+        first = following.of(proposal[0]) if following else None
+        scores = await self._backend.score([*known, *proposal], len(known) + bool(first), adapter)
+        if first is not None:
+            scores = replace(scores, rows=[first, *scores.rows])
+        call.answered(scores.cached)
+        call.passes += 1
+        call.proposed += len(proposal)
+        return scores
+
+
+class AdapterEngine:
+    """An adapter of a model, served under a name of its own beside it; it loads with the model."""
+
+    def __init__(self, base: ScoringEngine, adapter: str) -> None:
+        self.kind = base.kind
+        self._base = base
+        self._adapter = adapter
+
+    async def load(self) -> None:
+        """Load the model that it adapts."""
+        await self._base.load()
+
+    async def unload(self) -> None:
+        """Do nothing: an adapter is part of its model's memory."""
+
+    def generate(self, turns: tuple[Turn, ...], sampling: SamplingOptions) -> AsyncGenerator[Event, None]:
+        """Write an answer."""
+        return self._base.generate(turns, sampling, self._adapter)
+
+    def verify(
+        self, turns: tuple[Turn, ...], sampling: SamplingOptions, draft: DraftText, threshold: float | None
+    ) -> AsyncGenerator[Event, None]:
+        """Accept a prefix of a draft and go on from there."""
+        return self._base.verify(turns, sampling, draft, threshold, self._adapter)
+
+    def verify_stream(
+        self,
+        turns: tuple[Turn, ...],
+        sampling: SamplingOptions,
+        pieces: AsyncIterator[DraftPiece | FinishReason],
+        threshold: float | None,
+    ) -> AsyncGenerator[Event, None]:
+        """Verify a draft while it is being written."""
+        return self._base.verify_stream(turns, sampling, pieces, threshold, self._adapter)
+
+    async def prefill(self, turns: tuple[Turn, ...]) -> PrefillResult:
+        """Put a prompt into the prefix cache."""
+        return await self._base.prefill(turns, self._adapter)
+
+    def status(self) -> EngineStatus:
+        """Say what its model does; its memory is counted there."""
+        return replace(self._base.status(), memory_bytes=0)
+
+
+def _ending(call: _Call) -> list[Event]:
+    last = call.answer.finish()
+    if call.answer.has_stopped:
+        call.finish = FinishReason.STOP
+    return [call.result()] if last is None else [last, call.result()]
+
+
+def _accepted(proposal: Sequence[int], rows: Sequence[Row], threshold: float | None) -> int:
+    """Return the length of the prefix that is kept: the model's own choice, or likely enough beside it."""
+    for place, row in enumerate(rows):
+        if threshold is None:
+            fits = proposal[place] == row.top_ids[0]
+        else:
+            fits = row.logprob - row.top_logprobs[0] >= math.log(threshold)
+        if not fits:
+            return place
+    return len(proposal)

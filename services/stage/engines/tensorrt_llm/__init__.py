@@ -1,0 +1,1 @@
+"""The `tensorrt_llm` engine: TensorRT-LLM on an NVIDIA GPU."""

@@ -1,0 +1,348 @@
+"""The `vllm` engine: vLLM 0.25.1's AsyncLLM, which keeps its engine in a process of its own.
+
+Written after vLLM's source at that version (tests check every call against its signatures); what was
+measured is in docs/engines.md.
+
+A request with prompt_logprobs computes its whole prompt anew: vLLM cannot give log-probabilities of tokens
+that it took from the prefix cache. It fills the cache all the same, so that the answer goes on from there.
+With `cached_scoring` the prompt is taken from the cache and only the tail is computed; its rows are then
+found from the end of the list, and where the cache reached into the draft the pass is done again without it.
+Cached and computed keys differ by rounding, so that a near tie may fall the other way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from services.common.errors import AsdError, ModelRefusal, PreconditionFailed
+from services.common.privacy import report_nothing
+from services.stage.engines.backend import BackendDied, Piece, Scores
+from services.stage.engines.checkpoint import read_checkpoint
+from services.stage.engines.scoring import ScoringEngine, ScoringOptions
+from services.stage.generation.logprobs import Row, make_row
+from services.stage.model_files import read_json_file
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Mapping
+    from pathlib import Path
+
+    from services.stage.engines.backend import TokenRequest
+    from services.stage.engines.checkpoint import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+# What vLLM is told of its surroundings, unless they say otherwise. spawn: gRPC's threads do not survive a
+# fork. The flashinfer sampler knows no seed per request, and needs a package that the image does not have.
+_ENVIRONMENT = {
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+}
+MISSING = (
+    "vllm is not installed: use the image of target stage-vllm, or pip install '.[vllm]' in asd's directory, "
+    "with Python 3.12 on Linux with an NVIDIA GPU"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class VllmOptions:
+    """How a model is run; docs/engines.md says what each option does.
+
+    max_model_len None: the model's own. kv_cache_gib None: what gpu_memory_utilization leaves.
+    cuda_graph_tokens None: vLLM's choice. lora: path of an adapter by the type of task that it is for.
+    sleep_level 0: unloading ends the engine's process; 1: it keeps the weights in main memory; 2: it drops
+    them and reads them again.
+    """
+
+    max_batch: int = 64
+    max_queue: int = 256
+    default_max_new_tokens: int = 160
+    resync: bool = True
+    tensor_parallel: int = 1
+    dtype: str = "auto"
+    quantization: str | None = None
+    load_format: str = "auto"
+    max_model_len: int | None = None
+    max_batched_tokens: int | None = None
+    gpu_memory_utilization: float = 0.9
+    kv_cache_gib: float | None = None
+    prefix_caching: bool = True
+    cached_scoring: bool = True
+    top_logprobs: int = 20
+    cuda_graph_tokens: int | None = None
+    enforce_eager: bool = False
+    sleep_level: int = 0
+    lora: Mapping[str, Path] = field(default_factory=dict)
+    max_lora_rank: int = 16
+
+
+def make_engine(name: str, directory: Path, options: VllmOptions) -> ScoringEngine:
+    """Return the engine of a model; vLLM itself is imported when the model is loaded."""
+    checkpoint = read_checkpoint(directory)
+    context = min(checkpoint.context, options.max_model_len or checkpoint.context)
+    if options.max_model_len is not None:
+        # vLLM refuses more than the model has.
+        options = replace(options, max_model_len=context)
+    return ScoringEngine(
+        "vllm",
+        name,
+        directory,
+        checkpoint,
+        VllmBackend(name, directory, checkpoint, options),
+        ScoringOptions(
+            max_batch=options.max_batch,
+            max_queue=options.max_queue,
+            context=context,
+            default_max_new_tokens=options.default_max_new_tokens,
+            resync=options.resync,
+            kv_bytes=4 if options.dtype == "float32" else 2,
+            cache_bytes=int((options.kv_cache_gib or 0) * 2**30),
+        ),
+    )
+
+
+def check_adapter(task: str, directory: Path, max_rank: int) -> None:
+    """Raise PreconditionFailed for an adapter that vLLM would fail on at the first request, or score wrongly.
+
+    task: type of task that it is for. max_rank: that the engine is made for.
+    """
+    name = f"adapter {task}: {directory}"
+    try:
+        config = read_json_file(directory / "adapter_config.json", "name a folder of PEFT's")
+        rank, modules = int(config["r"]), config["target_modules"]
+        # A pattern, or names.
+        changes = [
+            *([modules] if isinstance(modules, str) else modules),
+            *(config.get("modules_to_save") or ()),
+        ]
+    except PreconditionFailed as error:
+        raise PreconditionFailed(f"adapter {task}: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise PreconditionFailed(
+            f"{name}: adapter_config.json is not a LoRA adapter's as PEFT writes it: {error!r}"
+        ) from error
+    if rank > max_rank:
+        raise PreconditionFailed(f"{name}: its rank is {rank}: set max_lora_rank, which is {max_rank}, to it")
+    # vLLM applies an adapter of the head to the rows that it samples, not to all that it scores.
+    if changed := [each for each in changes if "lm_head" in each or "embed_tokens" in each]:
+        raise PreconditionFailed(
+            f"{name}: it changes {changed[0]}, which vLLM leaves out in verification: train it without"
+        )
+
+
+class VllmBackend:
+    """One model in vLLM; see services.stage.engines.backend.Backend for the contract."""
+
+    def __init__(self, name: str, directory: Path, checkpoint: Checkpoint, options: VllmOptions) -> None:
+        self._name = name
+        self._directory = directory
+        self._eos_ids = list(checkpoint.eos_ids)
+        # More cannot be asked for, or the list would repeat tokens.
+        self._top = min(options.top_logprobs, checkpoint.vocabulary)
+        self._options = options
+        self._vllm: Any = None
+        self._llm: Any = None
+        self._adapters: dict[str, Any] = {}
+
+    async def start(self) -> None:
+        """Load the model, or wake it."""
+        if self._llm is None:
+            # Minutes for a large model; the event loop serves other models and probes meanwhile.
+            self._llm = await asyncio.to_thread(self._open)
+        elif self._options.sleep_level == 1:
+            await self._llm.wake_up()
+        else:
+            # Level 2 dropped the weights: there is nothing to wake until they are read again.
+            await self._llm.wake_up(tags=["weights"])
+            await self._llm.collective_rpc("reload_weights")
+            await self._llm.wake_up(tags=["kv_cache"])
+
+    async def stop(self) -> None:
+        """Let the model sleep, or end it."""
+        if self._llm is not None and self._options.sleep_level:
+            await self._llm.sleep(level=self._options.sleep_level)
+        else:
+            await self.close()
+
+    async def close(self) -> None:
+        """End vLLM's engine and its process."""
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            await asyncio.to_thread(llm.shutdown)
+
+    async def generate(self, ids: list[int], request: TokenRequest) -> AsyncGenerator[Piece, None]:
+        """Write tokens after a prompt."""
+        params = self._vllm.SamplingParams(
+            max_tokens=request.max_tokens,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            seed=request.seed,
+            logprobs=self._top,
+            # vLLM has no tokenizer here: what ends an answer is said outright.
+            stop_token_ids=self._eos_ids,
+            detokenize=False,
+            output_kind=self._output_kind.DELTA,
+        )
+        cached = 0
+        async with aclosing(self._ask(ids, params, request.adapter)) as outputs:
+            async for output in outputs:
+                (completion,) = output.outputs
+                cached = output.num_cached_tokens or cached
+                rows = [
+                    self._row(token, entries)
+                    for token, entries in zip(completion.token_ids, completion.logprobs or (), strict=True)
+                ]
+                if completion.finish_reason not in {None, "stop", "length"}:
+                    raise RuntimeError(f"vLLM ended an answer with {completion.finish_reason!r}")
+                yield Piece(
+                    rows,
+                    cached,
+                    is_last=completion.finish_reason is not None,
+                    has_ended=completion.finish_reason == "stop",
+                )
+
+    async def score(self, ids: list[int], start: int, adapter: str) -> Scores:
+        """Judge ids[start:] in one pass."""
+        if self._options.cached_scoring and self._options.prefix_caching:
+            scores = await self._score(ids, start, adapter, skips_cache=False)
+            if scores is not None:
+                return scores
+        scores = await self._score(ids, start, adapter, skips_cache=True)
+        if scores is None:
+            raise RuntimeError(f"vLLM gave log-probabilities of a part of {len(ids)} prompt tokens alone")
+        return scores
+
+    async def _score(self, ids: list[int], start: int, adapter: str, *, skips_cache: bool) -> Scores | None:
+        """Return None where the prefix cache reached into what is to be scored."""
+        params = self._vllm.SamplingParams(
+            # None is refused, and 0 too: a pass costs a token.
+            max_tokens=1,
+            temperature=0.0,
+            prompt_logprobs=self._top,
+            logprobs=self._top,
+            # Lists of numbers in place of an object for every token: thousands of them, most never looked at.
+            flat_logprobs=True,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=self._output_kind.FINAL_ONLY,
+            skip_reading_prefix_cache=skips_cache,
+        )
+        last = None
+        async with aclosing(self._ask(ids, params, adapter)) as outputs:
+            async for output in outputs:
+                last = output
+        if last is None or not last.finished or last.prompt_logprobs is None:
+            raise RuntimeError("vLLM gave no log-probabilities of a prompt")
+        (completion,) = last.outputs
+        cached = last.num_cached_tokens or 0
+        # The row of ids[start] comes from the place before it, which must have been computed.
+        if cached >= start:
+            return None
+        known, wanted = last.prompt_logprobs, len(ids) - start
+        # Entry t stands for prompt token t where nothing was cached; the list may be shorter otherwise, and
+        # its last entry is the last token's.
+        if len(known) < wanted + 1 or (not cached and len(known) != len(ids)):
+            return None
+        rows = [self._row(ids[start + place], known[len(known) - wanted + place]) for place in range(wanted)]
+        return Scores(rows, self._row(completion.token_ids[0], completion.logprobs[0]), cached)
+
+    async def _ask(self, ids: list[int], params: Any, adapter: str) -> AsyncGenerator[Any, None]:
+        """Yield vLLM's outputs. Closing this aborts the request."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        llm = self._llm
+        if llm is None:
+            raise BackendDied("vLLM's engine is not there")
+        outputs = llm.generate(
+            {"prompt_token_ids": ids},
+            params,
+            secrets.token_hex(8),
+            lora_request=self._adapters[adapter] if adapter else None,
+        )
+        try:
+            async with aclosing(outputs):
+                async for output in outputs:
+                    yield output
+        except EngineDeadError as error:
+            raise BackendDied(f"vLLM's engine died: {error}") from error
+        except ValueError as error:
+            # What vLLM refuses of a request, such as a prompt that no cache can hold.
+            raise ModelRefusal(f"{self._name} cannot take this request: {error}") from error
+
+    def _row(self, token: int, entries: Mapping[int, Any]) -> Row:
+        return make_row(token, {each: (e.logprob, e.rank) for each, e in entries.items()}, self._top)
+
+    @property
+    def _output_kind(self) -> Any:
+        from vllm.sampling_params import RequestOutputKind
+
+        return RequestOutputKind
+
+    def _open(self) -> Any:
+        for variable, value in _ENVIRONMENT.items():
+            os.environ.setdefault(variable, value)
+        report_nothing()
+        try:
+            import vllm
+            from vllm.lora.request import LoRARequest
+            from vllm.v1.engine.async_llm import AsyncLLM
+        except ModuleNotFoundError as error:
+            missing = "" if error.name == "vllm" else f" ({error.name} is missing)"
+            raise PreconditionFailed(f"{MISSING}{missing}") from error
+        self._vllm = vllm
+        for task, path in self._options.lora.items():
+            check_adapter(task, path, self._options.max_lora_rank)
+        self._adapters = {
+            task: LoRARequest(lora_name=task, lora_int_id=index, lora_path=str(path))
+            for index, (task, path) in enumerate(self._options.lora.items(), start=1)
+        }
+        try:
+            return AsyncLLM.from_engine_args(vllm.AsyncEngineArgs(**self.arguments()))
+        except AsdError:
+            raise
+        except Exception as error:
+            raise PreconditionFailed(f"model {self._name}: vLLM cannot load it: {error}") from error
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what vLLM's engine is made with."""
+        options = self._options
+        arguments: dict[str, Any] = {
+            "model": str(self._directory),
+            "skip_tokenizer_init": True,
+            "dtype": options.dtype,
+            "load_format": options.load_format,
+            "tensor_parallel_size": options.tensor_parallel,
+            "gpu_memory_utilization": options.gpu_memory_utilization,
+            "enable_prefix_caching": options.prefix_caching,
+            "max_num_seqs": options.max_batch,
+            "max_logprobs": self._top,
+            "enforce_eager": options.enforce_eager,
+            # The checkpoint's own sampling defaults are not a request's.
+            "generation_config": "vllm",
+            "disable_log_stats": True,
+            "seed": 0,
+        }
+        if options.max_model_len is not None:
+            arguments["max_model_len"] = options.max_model_len
+        if options.max_batched_tokens is not None:
+            arguments["max_num_batched_tokens"] = options.max_batched_tokens
+        if options.kv_cache_gib is not None:
+            arguments["kv_cache_memory_bytes"] = int(options.kv_cache_gib * 2**30)
+        if options.cuda_graph_tokens is not None:
+            arguments["max_cudagraph_capture_size"] = options.cuda_graph_tokens
+        if options.quantization is not None:
+            arguments["quantization"] = options.quantization
+        if options.sleep_level:
+            arguments["enable_sleep_mode"] = True
+        if options.lora:
+            arguments |= {
+                "enable_lora": True,
+                "max_loras": len(options.lora),
+                "max_lora_rank": options.max_lora_rank,
+            }
+        return arguments

@@ -1,0 +1,175 @@
+"""Requests as an engine reads them: prompts and drafts to ids of its vocabulary. What all engines share."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from services.common.errors import (
+    AsdError,
+    ConversationRefused,
+    InvalidRequest,
+    PreconditionFailed,
+    PromptTooLong,
+)
+from services.stage.engines.engine import FinishReason
+from services.stage.generation.tokenizer import TooManyTokens
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Sequence
+
+    from services.stage.engines.engine import DraftPiece, DraftText, Turn
+    from services.stage.generation.draft import DraftFeed
+    from services.stage.generation.tokenizer import ChatTokenizer
+
+logger = logging.getLogger(__name__)
+
+# Text of more characters is encoded beside the event loop, so that other requests go on. Chosen: some 5 ms.
+_LONG_TEXT = 8_192
+# Such texts that are encoded at a time. Measured: each takes some 180 bytes of memory a character.
+_LONG_TEXTS = 2
+
+
+class RequestReader:
+    """Reads for one model. context, vocabulary: sizes in tokens. eos_ids: tokens that end an answer.
+
+    A wrong request raises InvalidRequest, which names the field; a request that only this model cannot take,
+    ModelRefusal.
+    """
+
+    def __init__(
+        self, name: str, tokenizer: ChatTokenizer, context: int, vocabulary: int, eos_ids: Sequence[int]
+    ) -> None:
+        self._name = name
+        self._tokenizer = tokenizer
+        self._context = context
+        self._vocabulary = vocabulary
+        self._eos_ids = tuple(eos_ids)
+        # A cancelled request leaves its thread at work: a place is free only when that has ended.
+        self._long_texts = ThreadPoolExecutor(_LONG_TEXTS, thread_name_prefix="long-text")
+
+    def check_shortest_prompt(self) -> None:
+        """Raise PreconditionFailed where a short conversation is nothing, or leaves no room to answer."""
+        tokens = len(self._tokenizer.plain_prompt())
+        if not tokens:
+            raise PreconditionFailed(f"{self._name}: the chat template makes nothing of a conversation")
+        if tokens >= self._context:
+            raise PreconditionFailed(
+                f"{self._name}: the chat template makes {tokens} tokens of a short conversation, and the "
+                f"model takes at most {self._context} of prompt and answer: raise max_model_len"
+            )
+
+    async def read_prompt(self, turns: tuple[Turn, ...]) -> list[int]:
+        """Return a prompt's ids: at most one fewer than the context, so that an answer has room."""
+        size = sum(len(turn.content) for turn in turns)
+        if size > _LONG_TEXT:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._long_texts, self._encode_prompt, turns, size)
+        return self._encode_prompt(turns, size)
+
+    async def read_draft(self, draft: DraftText, feed: DraftFeed) -> None:
+        """Put a whole draft into a feed: its ids where they are of this tokenizer, else its text.
+
+        Of either no more is read than the feed takes.
+        """
+        is_whole = True
+        feed.ids_used = bool(draft.ids) and draft.fingerprint == self._tokenizer.fingerprint
+        if feed.ids_used:
+            if self._add_ids(feed, draft.ids[: feed.room], "draft.token_ids"):
+                return
+        elif draft.ids and not draft.text:
+            raise InvalidRequest(
+                f"the draft's ids are of another tokenizer than {self._name}'s, "
+                f"{self._tokenizer.fingerprint}: send its text as well",
+                field="draft.tokenizer_fingerprint",
+            )
+        else:
+            text = draft.text[: self._tokenizer.most_characters(feed.room)]
+            feed.add(await self._encode_text(text))
+            is_whole = len(text) == len(draft.text)
+        feed.finish(self._end_id(draft.finish) if is_whole else None)
+
+    async def follow_draft(
+        self,
+        pieces: AsyncIterator[DraftPiece | FinishReason],
+        feed: DraftFeed,
+        notify: Callable[[AsdError | None], None],
+    ) -> None:
+        """Put a draft into a feed as it comes. notify: is told of each piece, and of an error, its end."""
+        text: str | None = None
+        most = self._tokenizer.most_characters(feed.room)
+        try:
+            async for piece in pieces:
+                if isinstance(piece, FinishReason):
+                    is_whole = feed.ids_used or feed.reach(await self._encode_text(text or ""))
+                    is_whole &= len(text or "") <= most
+                    # After another text than the draft's, its end stands for nothing.
+                    feed.finish(self._end_id(piece) if is_whole else None)
+                    break
+                own = piece.fingerprint == self._tokenizer.fingerprint
+                feed.ids_used |= text is None and own and bool(piece.ids)
+                if feed.ids_used:
+                    if self._add_ids(feed, piece.ids[: feed.room], "chunk.token_ids"):
+                        break
+                elif not feed.is_full and len(text or "") <= most:
+                    # A character more than is worth encoding shows that there was more.
+                    text = ((text or "") + piece.text)[: most + 1]
+                    # The last token may yet become another one.
+                    feed.reach((await self._encode_text(text))[:-1])
+                notify(None)
+            else:
+                raise InvalidRequest("the draft's stream ended without its end", field="end")
+            notify(None)
+        except AsdError as error:
+            notify(error)
+        except Exception as error:
+            logger.error("a draft for model %s cannot be read", self._name, exc_info=error)
+            notify(AsdError(f"model {self._name} failed on this request"))
+
+    def _encode_prompt(self, turns: tuple[Turn, ...], size: int) -> list[int]:
+        most = self._context - 1
+        where = "prompt" if len(turns) == 1 else "conversation"
+        text = self._tokenizer.render(turns)
+        if self._tokenizer.least_tokens(text) > most:
+            # Known without encoding it, which would take seconds for a few megabytes.
+            raise PromptTooLong(
+                f"{where} has {size} characters; {self._name} takes at most {most} tokens", field=where
+            )
+        try:
+            prompt = self._tokenizer.encode_chat(turns, text, most)
+        except TooManyTokens as error:
+            raise PromptTooLong(
+                f"{where} has {error.count} tokens; {self._name} takes at most {most}", field=where
+            ) from error
+        if not prompt:
+            raise ConversationRefused(
+                "the model's chat template makes nothing of the conversation", field=where
+            )
+        return prompt
+
+    async def _encode_text(self, text: str) -> list[int]:
+        if len(text) > _LONG_TEXT:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._long_texts, self._tokenizer.encode_text, text)
+        return self._tokenizer.encode_text(text)
+
+    def _add_ids(self, feed: DraftFeed, ids: Sequence[int], field: str) -> bool:
+        """Add ids to a draft; return whether it ends among them, at a token that ends this model's answers.
+
+        The drafter may have other ends with the same tokenizer, and have written on. Whether the answer ends
+        there is the model's own choice, which the pass over what stands before shows.
+        """
+        end = next((place for place, each in enumerate(ids) if each in self._eos_ids), None)
+        ids = ids[:end]
+        wrong = next((each for each in ids if each >= self._vocabulary), None)
+        if wrong is not None:
+            raise InvalidRequest(f"id {wrong} is not a text token of {self._name}'s tokenizer", field=field)
+        feed.add(ids)
+        if end is not None:
+            feed.finish(None)
+        return end is not None
+
+    def _end_id(self, finish: FinishReason) -> int | None:
+        return self._eos_ids[0] if finish is FinishReason.EOS else None

@@ -1,0 +1,122 @@
+"""Text of tokens, as it grows."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from services.stage.generation.tokenizer_description import check_decoders, steps
+from services.stage.generation.tokenizer_faults import said
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from tokenizers import Tokenizer
+
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
+_REPLACEMENT = "\ufffd"
+
+
+class TextStream:
+    """Text that grows token by token. It never shows what a later token can change, such as half a character.
+
+    All that `push` and `finish` return is together what the tokenizer makes of all ids.
+    """
+
+    def __init__(self, decoding: Decoding, special: Mapping[int, str]) -> None:
+        self._decoding = decoding
+        self._special = special
+        # Tokens whose text is not all shown, and how much of it is.
+        self._open: list[int] = []
+        self._shown = 0
+        self._has_begun = False
+        self.lag = 0
+
+    def push(self, ids: Sequence[int]) -> str:
+        """Add tokens; return the text that they add.
+
+        Of it, `lag` characters belong to tokens that were added before.
+        """
+        self.lag = 0
+        earlier = list(self._open)
+        self._open += self._decoding.with_text(ids)
+        settled = self._decoding.settled(self._open)
+        if not settled or len(self._open) == len(earlier):
+            return ""
+        text = self._text(self._open[:settled])
+        is_complete = not (self._decoding.is_byte_level and text.endswith(_REPLACEMENT))
+        new = text[self._shown : len(text) if is_complete else -1]
+        if earlier and new:
+            self.lag = min(len(new), len(self._text(earlier)) - self._shown)
+        # The first text of all is decoded otherwise than what follows some.
+        if is_complete and self._decoding.anchor and (text or self._has_begun):
+            self._has_begun = True
+            self._open, self._shown = self._open[settled:], 0
+        else:
+            self._shown += len(new)
+        return new
+
+    def finish(self) -> str:
+        """Return what is left at the end: what stands for a character that stayed incomplete."""
+        return self._text(self._open)[self._shown :]
+
+    def mark(self, token_id: int) -> str:
+        """Return a special token's text, which is not part of the answer's; "" for any other token."""
+        return self._special.get(token_id, "")
+
+    def _text(self, ids: list[int]) -> str:
+        return self._decoding.continue_with(ids) if self._has_begun else self._decoding.decode(ids)
+
+
+class Decoding:
+    """How a tokenizer's ids become text, and when that is certain.
+
+    anchor: a token of plain letters, put before ids that continue a text; empty where there is none.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, description: dict[str, Any], path: Path, special: set[int]
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._special = special
+        decoders = list(steps(description.get("decoder"), "decoders"))
+        check_decoders(decoders, path)
+        kinds = {decoder["type"] for decoder in decoders}
+        self.is_byte_level = "ByteLevel" in kinds
+        vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+        self._bytes: set[int] = set()
+        if "ByteFallback" in kinds:
+            # Several in a row are one text, or so many replacement characters.
+            self._bytes = {token_id for token, token_id in vocabulary if _BYTE.fullmatch(token)}
+        self.anchor: list[int] = []
+        self._anchor_length = 0
+        for token, token_id in vocabulary:
+            if token_id not in special and token.isascii() and token.isalpha() and self.decode([token_id]):
+                self.anchor = [token_id]
+                self._anchor_length = len(self.decode(self.anchor))
+                break
+
+    def with_text(self, ids: Sequence[int]) -> list[int]:
+        """Return the ids that stand for text."""
+        id_to_token = self._tokenizer.id_to_token
+        return [each for each in ids if each not in self._special and id_to_token(each) is not None]
+
+    def settled(self, ids: list[int]) -> int:
+        """Return how many of the first ids have a text that no later id changes."""
+        count = len(ids)
+        while count and ids[count - 1] in self._bytes:
+            count -= 1
+        return count
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of ids with which a text begins."""
+        try:
+            return self._tokenizer.decode(ids, skip_special_tokens=True)
+        except BaseException as error:
+            # A panic of the library is no Exception, and would end the thread of the model.
+            raise said("the model's tokenizer fails on a token", error) from error
+
+    def continue_with(self, ids: list[int]) -> str:
+        """Return the text of ids behind some other text."""
+        return self.decode(self.anchor + ids)[self._anchor_length :]

@@ -1,0 +1,188 @@
+"""Which models are in memory: several of them under one budget, the least recently used giving way."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from services.common.errors import NotFound, PreconditionFailed, QueueFull, ResourceExhausted
+from services.stage.engines.engine import ModelState
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping
+
+    from services.stage.engines.engine import Engine
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Outcome of a load. load_ms is 0 if the model was there already."""
+
+    model: str
+    memory_bytes: int
+    unloaded: tuple[str, ...]
+    load_ms: float
+
+
+@dataclass(slots=True)
+class _Place:
+    engine: Engine
+    users: int = 0
+    used: float = 0.0
+
+
+class Residency:
+    """The models of one process, loaded on demand.
+
+    budget_bytes bounds the memory of loaded models; 0: no bound. A model with calls under way is never
+    unloaded. damaged: why further models are not served, by name.
+    """
+
+    def __init__(
+        self,
+        engines: Mapping[str, Engine],
+        default: str,
+        budget_bytes: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+        damaged: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self._damaged = damaged
+        self._places = {name: _Place(engine) for name, engine in engines.items()}
+        # Calls under way, by caller.
+        self._calls: Counter[int] = Counter()
+        self._default = default
+        self._budget = budget_bytes
+        self._clock = clock
+        self._changing = asyncio.Lock()
+        self._opened = clock()
+
+    @property
+    def budget_bytes(self) -> int:
+        """The bound on the memory of loaded models; 0: none."""
+        return self._budget
+
+    def others_of(self, caller: int) -> int:
+        """Return how many calls of other callers use a model now, whichever it is.
+
+        caller: one with a call under way; 0: one that did not say who it is, as any other that did not.
+        """
+        return self._calls.total() - (self._calls[caller] if caller else 1)
+
+    def idle_ms(self) -> float:
+        """Return the time since a call last used a model, or since this was made; 0 while calls are under
+        way."""
+        places = self._places.values()
+        if any(place.users for place in places):
+            return 0.0
+        return (self._clock() - max(self._opened, *(place.used for place in places))) * 1e3
+
+    @property
+    def engines(self) -> dict[str, Engine]:
+        """Every configured model, the default one first."""
+        names = sorted(self._places, key=lambda name: name != self._default)
+        return {name: self._places[name].engine for name in names}
+
+    def used_bytes(self) -> int:
+        """Memory of the loaded models."""
+        return sum(
+            status.memory_bytes
+            for place in self._places.values()
+            if (status := place.engine.status()).state is ModelState.READY
+        )
+
+    @asynccontextmanager
+    async def use(self, name: str, caller: int = 0) -> AsyncIterator[tuple[str, Engine]]:
+        """Hold a model for one call of a caller, loading it first if need be. "" names the default model.
+
+        Raises as `load` does.
+        """
+        name, place = self._find(name)
+        place.users += 1
+        self._calls[caller] += 1
+        try:
+            place.used = self._clock()
+            if place.engine.status().state is not ModelState.READY:
+                await self._load(name)
+            yield name, place.engine
+        finally:
+            place.users -= 1
+            place.used = self._clock()
+            self._calls[caller] -= 1
+            if not self._calls[caller]:
+                del self._calls[caller]
+
+    async def load(self, name: str) -> Loaded:
+        """Load a model, unloading others where the budget asks for it.
+
+        Raises NotFound for an unknown name, PreconditionFailed for a damaged model, for one larger than the
+        budget and for one that cannot be loaded, QueueFull if the models in its way are all in use.
+        """
+        name, place = self._find(name)
+        place.users += 1
+        try:
+            return await self._load(name)
+        finally:
+            place.users -= 1
+
+    async def unload(self, name: str) -> tuple[str, int]:
+        """Unload a model; return its name and the bytes that it gave back (0 if it was not loaded).
+
+        Raises NotFound for an unknown name, PreconditionFailed for a damaged model, ResourceExhausted while
+        calls are under way.
+        """
+        name, place = self._find(name)
+        async with self._changing:
+            status = place.engine.status()
+            if status.state is not ModelState.READY:
+                return name, 0
+            if place.users:
+                raise ResourceExhausted(f"model {name} has {place.users} calls under way: try again later")
+            await place.engine.unload()
+            return name, status.memory_bytes
+
+    async def _load(self, name: str) -> Loaded:
+        async with self._changing:
+            place = self._places[name]
+            status = place.engine.status()
+            if status.state is ModelState.READY:
+                return Loaded(name, status.memory_bytes, (), 0.0)
+            started = self._clock()
+            unloaded = await self._make_room(name, status.memory_bytes)
+            await place.engine.load()
+            place.used = self._clock()
+            return Loaded(name, place.engine.status().memory_bytes, unloaded, (self._clock() - started) * 1e3)
+
+    async def _make_room(self, name: str, needed: int) -> tuple[str, ...]:
+        if not self._budget:
+            return ()
+        if needed > self._budget:
+            raise PreconditionFailed(
+                f"model {name} needs {needed >> 20} MiB, the budget is {self._budget >> 20} MiB: "
+                "raise memory_budget_mb"
+            )
+        unloaded: list[str] = []
+        while self.used_bytes() + needed > self._budget:
+            idle = [
+                other
+                for other, place in self._places.items()
+                if not place.users and place.engine.status().state is ModelState.READY
+            ]
+            if not idle:
+                raise QueueFull(f"model {name} does not fit beside models that are in use: try again later")
+            oldest = min(idle, key=lambda other: self._places[other].used)
+            await self._places[oldest].engine.unload()
+            unloaded.append(oldest)
+        return tuple(unloaded)
+
+    def _find(self, name: str) -> tuple[str, _Place]:
+        name = name or self._default
+        if name in self._damaged:
+            raise PreconditionFailed(f"model {name} is not served: {self._damaged[name]}")
+        if name not in self._places:
+            raise NotFound(f"no model {name!r} here: choose one of {', '.join(self.engines)}", field="model")
+        return name, self._places[name]
