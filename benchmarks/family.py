@@ -22,7 +22,7 @@ from policy_service.artifact import load_artifact
 from policy_service.features import Draft, PromptText
 from policy_service.train.family import suite_prompts
 from services.common.stats import percentile
-from services.stage.engines.engine import Result, SamplingOptions, TokenChunk, Turn
+from services.stage.domain import Result, SamplingOptions, TokenChunk, Turn
 from services.stage.engines.onnx.engine import OnnxEngine, OnnxOptions
 from suites import grade, split
 from tests.fakes.renamed_tasks import renamed_prompts

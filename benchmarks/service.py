@@ -33,7 +33,7 @@ from services.common.channel import open_channel
 from services.common.privacy import report_nothing
 from services.common.server import run_service
 from services.common.stats import percentile
-from services.stage.engines.engine import Result, SamplingOptions, TokenChunk, Turn
+from services.stage.domain import Result, SamplingOptions, TokenChunk, Turn
 from services.stage.engines.onnx.engine import OnnxEngine, OnnxOptions
 from services.stage.engines.onnx.export import prepare
 from services.stage.engines.onnx.llama_config import read_shape

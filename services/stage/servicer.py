@@ -16,17 +16,17 @@ from services.common.validation import (
     check_session_id,
 )
 from services.common.version import VERSION
-from services.stage.engines.engine import (
+from services.stage.domain import (
     DraftPiece,
     DraftText,
     FinishReason,
-    ModelState,
     Result,
     SamplingOptions,
     TokenChunk,
     Turn,
     VerificationResult,
 )
+from services.stage.engines.engine import ModelState
 from services.stage.process_memory import resident_bytes
 
 if TYPE_CHECKING:

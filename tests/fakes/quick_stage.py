@@ -15,22 +15,15 @@ import yaml
 
 from asd.v1 import stage_pb2_grpc
 from services.common.server import ServiceRegistration, run_service, serve
-from services.stage.engines.engine import (
-    EngineStatus,
-    FinishReason,
-    ModelState,
-    PrefillResult,
-    Result,
-    TokenChunk,
-    VerificationResult,
-)
+from services.stage.domain import FinishReason, PrefillResult, Result, TokenChunk, VerificationResult
+from services.stage.engines.engine import EngineStatus, ModelState
 from services.stage.model_pool import Residency
 from services.stage.servicer import StageServicer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
 
-    from services.stage.engines.engine import DraftPiece, DraftText, Event, SamplingOptions, Turn
+    from services.stage.domain import DraftPiece, DraftText, Event, SamplingOptions, Turn
 
 WORDS = ("The", " answer", " is", " 19.")
 # Long enough that calls are under way whenever the process is asked to end.

@@ -34,8 +34,8 @@ from services.common.auth import AuthSettings, TokenInterceptor
 from services.common.errors import PreconditionFailed
 from services.common.settings import SettingsError
 from services.router.settings import RouterSettings
+from services.stage.domain import Turn
 from services.stage.engines.checkpoint import read_checkpoint
-from services.stage.engines.engine import Turn
 from services.stage.engines.onnx.export import prepare
 from services.stage.engines.onnx.llama_config import read_shape
 from services.stage.generation.tokenizer import ChatTokenizer

@@ -18,24 +18,25 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from services.common.errors import AsdError, InvalidRequest, PreconditionFailed, PromptTooLong
-from services.stage.engines.engine import (
+from services.stage.domain import (
     DraftPiece,
     DraftText,
     FinishReason,
-    ModelState,
     Result,
     SamplingOptions,
     TokenChunk,
     Turn,
     VerificationResult,
 )
+from services.stage.engines.engine import ModelState
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
     import numpy.typing as npt
 
-    from services.stage.engines.engine import Engine, Event
+    from services.stage.domain import Event
+    from services.stage.engines.engine import Engine
 
 PROMPTS = (
     "True or false? 3 plus 22 is more than 24.",

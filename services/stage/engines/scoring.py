@@ -26,14 +26,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from services.common.errors import AsdError, PreconditionFailed, QueueFull, ResourceExhausted
-from services.stage.engines.backend import BackendDied, TokenRequest
-from services.stage.engines.engine import (
+from services.stage.domain import (
     DraftPiece,
     DraftText,
-    EngineStatus,
     Event,
     FinishReason,
-    ModelState,
     PrefillResult,
     Result,
     SamplingOptions,
@@ -41,6 +38,8 @@ from services.stage.engines.engine import (
     Turn,
     VerificationResult,
 )
+from services.stage.engines.backend import BackendDied, TokenRequest
+from services.stage.engines.engine import EngineStatus, ModelState
 from services.stage.engines.probe import ANSWER_TOKENS, probe, probe_prompts
 from services.stage.generation.answer import AnswerBuilder
 from services.stage.generation.draft import DraftFeed

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from services.stage.engines.engine import TokenChunk
+from services.stage.domain import TokenChunk
 from services.stage.generation.verification import token_signals
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from jinja2.filters import make_attrgetter
 from jinja2.utils import pass_environment
 
 from services.common.errors import ConversationRefused, InputFailed, PreconditionFailed
-from services.stage.engines.engine import Turn
+from services.stage.domain import Turn
 from services.stage.generation.template_limits import (
     Meter,
     MeteredEnvironment,

@@ -14,13 +14,13 @@ from services.common.errors import (
     PreconditionFailed,
     PromptTooLong,
 )
-from services.stage.engines.engine import FinishReason
+from services.stage.domain import FinishReason
 from services.stage.generation.tokenizer import TooManyTokens
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
-    from services.stage.engines.engine import DraftPiece, DraftText, Turn
+    from services.stage.domain import DraftPiece, DraftText, Turn
     from services.stage.generation.draft import DraftFeed
     from services.stage.generation.tokenizer import ChatTokenizer
 

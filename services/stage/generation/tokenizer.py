@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from services.stage.engines.engine import Turn
+    from services.stage.domain import Turn
     from services.stage.generation.traced_text import TracedText
 
 # Private-use characters, from which names of special tokens are drawn that no text holds.

@@ -12,8 +12,8 @@ from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import projection
 from benchmarks.gpu.measure import TINY, Prompts, speculation
 from benchmarks.gpu.shapes import SHAPES, make_model
+from services.stage.domain import Turn
 from services.stage.engines.checkpoint import read_checkpoint
-from services.stage.engines.engine import Turn
 from services.stage.engines.vllm.engine import VllmBackend, VllmOptions
 from services.stage.generation.tokenizer import ChatTokenizer
 from tests.fakes import fake_vllm

@@ -29,17 +29,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from services.common.errors import AsdError, PreconditionFailed, QueueFull
-from services.stage.engines.engine import (
+from services.stage.domain import (
     DraftPiece,
     DraftText,
-    EngineStatus,
     Event,
     FinishReason,
-    ModelState,
     PrefillResult,
     SamplingOptions,
     Turn,
 )
+from services.stage.engines.engine import EngineStatus, ModelState
 from services.stage.engines.onnx.binding import load_binding, remember_array_formats
 from services.stage.engines.onnx.export import prepare, served_shape
 from services.stage.engines.onnx.memory import pass_tokens, places_for, weight_bytes

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from services.stage.engines.engine import FinishReason, Result, VerificationResult
+from services.stage.domain import FinishReason, Result, VerificationResult
 from services.stage.generation.resync import Resynchroniser
 from services.stage.generation.verification import choose_token, verify_draft
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from services.common.errors import AsdError
-    from services.stage.engines.engine import Event, SamplingOptions
+    from services.stage.domain import Event, SamplingOptions
     from services.stage.generation.answer import AnswerBuilder
     from services.stage.generation.draft import DraftFeed
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from services.stage.domain import SamplingOptions
 from services.stage.engines import conformance
 from services.stage.engines.conformance import CHECKS, NotConforming, Suite
-from services.stage.engines.engine import SamplingOptions
 from services.stage.engines.onnx.engine import OnnxEngine, OnnxOptions
 from services.stage.engines.tensorrt_llm import engine as tensorrt_llm_engine
 from services.stage.engines.tensorrt_llm.engine import TensorrtLlmOptions

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from services.common.errors import AsdError, ModelRefusal, PreconditionFailed, QueueFull, ResourceExhausted
+from services.stage.domain import DraftPiece, FinishReason, SamplingOptions, Turn
 from services.stage.engines import check
 from services.stage.engines import scoring as scoring_engine
 from services.stage.engines.check import main as check_main
 from services.stage.engines.conformance import PROMPTS, Answer, Suite, collect
-from services.stage.engines.engine import DraftPiece, FinishReason, ModelState, SamplingOptions, Turn
+from services.stage.engines.engine import ModelState
 from services.stage.engines.factory import make_engines
 from services.stage.engines.tensorrt_llm import engine as tensorrt_llm_engine
 from services.stage.engines.tensorrt_llm.engine import TensorrtLlmOptions

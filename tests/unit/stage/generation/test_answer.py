@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from services.stage.generation.answer import AnswerBuilder
 
 if TYPE_CHECKING:
-    from services.stage.engines.engine import TokenChunk
+    from services.stage.domain import TokenChunk
 
 
 class _Letters:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from services.common.errors import InvalidRequest, PreconditionFailed
-from services.stage.engines.engine import Turn
+from services.stage.domain import Turn
 from services.stage.generation.chat_template import ChatTemplate
 from tests.fakes.chat_templates import FAMILIES
 

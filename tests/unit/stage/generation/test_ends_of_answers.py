@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from services.stage.domain import DraftText, FinishReason, Result, SamplingOptions, TokenChunk, Turn
 from services.stage.engines.backend import Piece, Scores, TokenRequest
 from services.stage.engines.checkpoint import Checkpoint
-from services.stage.engines.engine import DraftText, FinishReason, Result, SamplingOptions, TokenChunk, Turn
 from services.stage.engines.onnx.scheduler import BatchLane, CachedSequence, GenerateLane, VerifyLane, Work
 from services.stage.engines.scoring import ScoringEngine, ScoringOptions
 from services.stage.generation.answer import AnswerBuilder

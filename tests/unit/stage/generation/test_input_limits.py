@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from services.common.errors import InvalidRequest, PromptTooLong
-from services.stage.engines.engine import DraftPiece, DraftText, FinishReason, Turn
+from services.stage.domain import DraftPiece, DraftText, FinishReason, Turn
 from services.stage.generation.draft import DraftFeed
 from services.stage.generation.inputs import RequestReader
 from services.stage.generation.tokenizer import ChatTokenizer

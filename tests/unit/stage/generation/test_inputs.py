@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from services.common.errors import AsdError, InvalidRequest, PromptTooLong
-from services.stage.engines.engine import DraftPiece, DraftText, FinishReason, Turn
+from services.stage.domain import DraftPiece, DraftText, FinishReason, Turn
 from services.stage.generation.draft import DraftFeed
 from services.stage.generation.inputs import RequestReader
 from services.stage.generation.tokenizer import TooManyTokens

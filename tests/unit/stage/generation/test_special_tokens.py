@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from services.common.errors import InvalidRequest
-from services.stage.engines.engine import Turn
+from services.stage.domain import Turn
 from services.stage.generation.tokenizer import ChatTokenizer
 from tests.fakes.chat_templates import FAMILIES, Family
 from tests.fakes.tiny_tokenizers import byte_level, pieces, write, write_family

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from services.common.errors import InputFailed, PreconditionFailed
-from services.stage.engines.engine import Turn
+from services.stage.domain import Turn
 from services.stage.generation.chat_template import ChatTemplate
 from services.stage.generation.template_limits import MOST_BYTES, MOST_STEPS, Meter, TooMuchWork
 from tests.fakes.chat_templates import FAMILIES

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from services.common.errors import InvalidRequest, PreconditionFailed
-from services.stage.engines.engine import Turn
+from services.stage.domain import Turn
 from services.stage.generation.tokenizer import ChatTokenizer
 
 MODEL = Path(__file__).parents[4] / "models" / "small"

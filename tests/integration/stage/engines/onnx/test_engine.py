@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from services.common.errors import AsdError, InvalidRequest, ResourceExhausted
-from services.stage.engines.engine import (
+from services.stage.domain import (
     DraftPiece,
     DraftText,
     FinishReason,

@@ -14,16 +14,16 @@ import onnxruntime_genai
 import pytest
 
 from services.common.errors import InvalidRequest, PreconditionFailed
-from services.stage.engines.engine import (
+from services.stage.domain import (
     DraftPiece,
     DraftText,
     FinishReason,
-    ModelState,
     Result,
     SamplingOptions,
     Turn,
     VerificationResult,
 )
+from services.stage.engines.engine import ModelState
 from services.stage.engines.onnx.engine import OnnxEngine, OnnxOptions
 from services.stage.engines.onnx.export import prepare
 from services.stage.engines.onnx.memory import LEAST_PLACES
@@ -310,7 +310,7 @@ MEASURE = """
 import asyncio, gc, json, sys
 from pathlib import Path
 import onnxruntime_genai
-from services.stage.engines.engine import SamplingOptions, Turn
+from services.stage.domain import SamplingOptions, Turn
 from services.stage.process_memory import resident_bytes
 from services.stage.engines.onnx.engine import OnnxEngine, OnnxOptions
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from services.stage.engines.engine import (
+from services.stage.domain import (
     DraftPiece,
     DraftText,
     FinishReason,
@@ -21,7 +21,7 @@ from tests.integration.stage.conftest import Reference, engine
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
-    from services.stage.engines.engine import Event
+    from services.stage.domain import Event
     from services.stage.engines.onnx.engine import OnnxEngine
 
 _GREEDY = SamplingOptions()

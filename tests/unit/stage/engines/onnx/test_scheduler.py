@@ -12,13 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.train.passes import count_passes
-from services.stage.engines.engine import (
-    FinishReason,
-    Result,
-    SamplingOptions,
-    TokenChunk,
-    VerificationResult,
-)
+from services.stage.domain import FinishReason, Result, SamplingOptions, TokenChunk, VerificationResult
 from services.stage.engines.onnx.scheduler import CachedSequence, VerifyLane, Work
 from services.stage.generation.answer import AnswerBuilder
 from services.stage.generation.draft import DraftFeed

@@ -1,0 +1,119 @@
+"""What passes through a stage: requests, drafts, and the events of an answer. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+
+class FinishReason(Enum):
+    """Why an answer ended."""
+
+    EOS = "eos"
+    LENGTH = "length"
+    STOP = "stop"
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message of a conversation. role: "system", "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """How tokens are chosen and when to end. max_new_tokens None: the model's default."""
+
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DraftText:
+    """An answer to verify. ids are used if the fingerprint is the target's own, else the text is encoded."""
+
+    text: str
+    ids: tuple[int, ...]
+    fingerprint: str
+    finish: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class DraftPiece:
+    """Part of a draft that is still being written: ids of its tokenizer, and the text that they add.
+
+    fingerprint: of that tokenizer; the first piece's holds for all.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChunk:
+    """Tokens in order. logprobs, entropies (nats), margins: float32 [tokens], as in the contract."""
+
+    ids: tuple[int, ...]
+    text: str
+    logprobs: npt.NDArray[np.float32]
+    entropies: npt.NDArray[np.float32]
+    margins: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class VerificationResult:
+    """How a draft fared. ranks: int64 [proposed]; target_logprobs: float32 [proposed]."""
+
+    proposed: int
+    accepted: int
+    ranks: npt.NDArray[np.int64]
+    target_logprobs: npt.NDArray[np.float32]
+    ids_used: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Outcome of a call; times in milliseconds.
+
+    proposed_tokens, accepted_tokens: of the draft and of what was proposed again after a correction; accepted
+    up to the token that ended the answer.
+    accept_lengths: tokens emitted by each pass that scored a proposal: accepted + 1, or up to the token that
+    ended the answer; an end-of-sequence token counts.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    finish: FinishReason
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    proposed_tokens: int
+    accepted_tokens: int
+    forward_passes: int
+    accept_lengths: tuple[int, ...]
+    queue_ms: float
+    prefill_ms: float
+    decode_ms: float
+    total_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillResult:
+    """Outcome of warming a prompt."""
+
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    total_ms: float
+
+
+Event = TokenChunk | VerificationResult | Result
