@@ -15,31 +15,31 @@ from services.common.server import ServiceRegistration, run_service, serve
 from services.stage.engines.factory import make_all
 from services.stage.engines.onnx.partial_folders import remove_own
 from services.stage.instruments import watch_models
-from services.stage.model_pool import Residency
+from services.stage.model_pool import ModelPool
 from services.stage.servicer import StageServicer
 from services.stage.settings import StageSettings
 
 logger = logging.getLogger(__name__)
 
 
-def build(settings: StageSettings) -> tuple[Residency, StageServicer]:
+def build(settings: StageSettings) -> tuple[ModelPool, StageServicer]:
     """Return the models that the settings describe, none of them loaded yet, and the servicer over them."""
     engines, damaged = make_all(settings.models, settings.default_name, settings.max_queue)
     budget = settings.memory_budget_mb << 20
-    residency = Residency(engines, settings.default_name, budget, damaged=damaged)
-    return residency, StageServicer(residency)
+    pool = ModelPool(engines, settings.default_name, budget, damaged=damaged)
+    return pool, StageServicer(pool)
 
 
-async def preload(residency: Residency, settings: StageSettings) -> None:
+async def preload(pool: ModelPool, settings: StageSettings) -> None:
     """Load what is to be there from the start.
 
     Where another model than the default one cannot be loaded now, the log says why, and a request for it
-    tries again. Raises as Residency.load does for the default one.
+    tries again. Raises as ModelPool.load does for the default one.
     """
     for model in settings.models:
-        if model.preload and model.name in residency.engines:
+        if model.preload and model.name in pool.engines:
             try:
-                await residency.load(model.name)
+                await pool.load(model.name)
             except AsdError as error:
                 if model.name == settings.default_name:
                     raise
@@ -48,13 +48,13 @@ async def preload(residency: Residency, settings: StageSettings) -> None:
 
 async def run(settings: StageSettings) -> None:
     """Load what is to be there from the start, and serve until SIGTERM or SIGINT."""
-    residency, servicer = build(settings)
-    watch_models(residency)
+    pool, servicer = build(settings)
+    watch_models(pool)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         # Until it serves, which takes these signals over.
         loop.add_signal_handler(number, _end, number)
-    await preload(residency, settings)
+    await preload(pool, settings)
     registration = ServiceRegistration(
         "asd.v1.StageService",
         lambda server: stage_pb2_grpc.add_StageServiceServicer_to_server(servicer, server),

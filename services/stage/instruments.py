@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from opentelemetry.metrics import CallbackOptions, Observation
 
     from services.stage.engines.engine import EngineStatus
-    from services.stage.model_pool import Residency
+    from services.stage.model_pool import ModelPool
 
     Read = Callable[[EngineStatus], float]
 
 
-def watch_models(residency: Residency) -> None:
+def watch_models(pool: ModelPool) -> None:
     """Show the models of a process through OpenTelemetry. Call it after set-up."""
     meter = telemetry.meter()
 
@@ -27,7 +27,7 @@ def watch_models(residency: Residency) -> None:
         def observe(_: CallbackOptions) -> Iterable[Observation]:
             return [
                 telemetry.observation(read(engine.status()), {Attributes.REQUEST_MODEL: name})
-                for name, engine in residency.engines.items()
+                for name, engine in pool.engines.items()
             ]
 
         return observe
@@ -64,13 +64,13 @@ def watch_models(residency: Residency) -> None:
         meter.create_observable_counter(name, [each_model(read)], "{request}", description)
     meter.create_observable_gauge(
         Metrics.MODEL_MEMORY_BUDGET,
-        [process(lambda: residency.budget_bytes)],
+        [process(lambda: pool.budget_bytes)],
         "By",
         "budget for models in memory; 0: none",
     )
     meter.create_observable_gauge(
         Metrics.IDLE,
-        [process(lambda: residency.idle_ms() / 1000.0)],
+        [process(lambda: pool.idle_ms() / 1000.0)],
         "s",
         "time since a call last used a model",
     )

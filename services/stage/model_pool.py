@@ -1,4 +1,4 @@
-"""Which models are in memory: several of them under one budget, the least recently used giving way."""
+"""Which models are in memory: several under one budget. The least recently used make room."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Loaded:
 
 
 @dataclass(slots=True)
-class _Place:
+class _Entry:
     engine: Engine
     users: int = 0
     used: float = 0.0
 
 
-class Residency:
+class ModelPool:
     """The models of one process, loaded on demand.
 
     budget_bytes bounds the memory of loaded models; 0: no bound. A model with calls under way is never
@@ -52,7 +52,7 @@ class Residency:
         damaged: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._damaged = damaged
-        self._places = {name: _Place(engine) for name, engine in engines.items()}
+        self._entries = {name: _Entry(engine) for name, engine in engines.items()}
         # Calls under way, by caller.
         self._calls: Counter[int] = Counter()
         self._default = default
@@ -76,23 +76,23 @@ class Residency:
     def idle_ms(self) -> float:
         """Return the time since a call last used a model, or since this was made; 0 while calls are under
         way."""
-        places = self._places.values()
-        if any(place.users for place in places):
+        entries = self._entries.values()
+        if any(entry.users for entry in entries):
             return 0.0
-        return (self._clock() - max(self._opened, *(place.used for place in places))) * 1e3
+        return (self._clock() - max(self._opened, *(entry.used for entry in entries))) * 1e3
 
     @property
     def engines(self) -> dict[str, Engine]:
         """Every configured model, the default one first."""
-        names = sorted(self._places, key=lambda name: name != self._default)
-        return {name: self._places[name].engine for name in names}
+        names = sorted(self._entries, key=lambda name: name != self._default)
+        return {name: self._entries[name].engine for name in names}
 
     def used_bytes(self) -> int:
         """Memory of the loaded models."""
         return sum(
             status.memory_bytes
-            for place in self._places.values()
-            if (status := place.engine.status()).state is ModelState.READY
+            for entry in self._entries.values()
+            if (status := entry.engine.status()).state is ModelState.READY
         )
 
     @asynccontextmanager
@@ -101,17 +101,17 @@ class Residency:
 
         Raises as `load` does.
         """
-        name, place = self._find(name)
-        place.users += 1
+        name, entry = self._find(name)
+        entry.users += 1
         self._calls[caller] += 1
         try:
-            place.used = self._clock()
-            if place.engine.status().state is not ModelState.READY:
+            entry.used = self._clock()
+            if entry.engine.status().state is not ModelState.READY:
                 await self._load(name)
-            yield name, place.engine
+            yield name, entry.engine
         finally:
-            place.users -= 1
-            place.used = self._clock()
+            entry.users -= 1
+            entry.used = self._clock()
             self._calls[caller] -= 1
             if not self._calls[caller]:
                 del self._calls[caller]
@@ -122,12 +122,12 @@ class Residency:
         Raises NotFound for an unknown name, PreconditionFailed for a damaged model, for one larger than the
         budget and for one that cannot be loaded, QueueFull if the models in its way are all in use.
         """
-        name, place = self._find(name)
-        place.users += 1
+        name, entry = self._find(name)
+        entry.users += 1
         try:
             return await self._load(name)
         finally:
-            place.users -= 1
+            entry.users -= 1
 
     async def unload(self, name: str) -> tuple[str, int]:
         """Unload a model; return its name and the bytes that it gave back (0 if it was not loaded).
@@ -135,27 +135,27 @@ class Residency:
         Raises NotFound for an unknown name, PreconditionFailed for a damaged model, ResourceExhausted while
         calls are under way.
         """
-        name, place = self._find(name)
+        name, entry = self._find(name)
         async with self._changing:
-            status = place.engine.status()
+            status = entry.engine.status()
             if status.state is not ModelState.READY:
                 return name, 0
-            if place.users:
-                raise ResourceExhausted(f"model {name} has {place.users} calls under way: try again later")
-            await place.engine.unload()
+            if entry.users:
+                raise ResourceExhausted(f"model {name} has {entry.users} calls under way: try again later")
+            await entry.engine.unload()
             return name, status.memory_bytes
 
     async def _load(self, name: str) -> Loaded:
         async with self._changing:
-            place = self._places[name]
-            status = place.engine.status()
+            entry = self._entries[name]
+            status = entry.engine.status()
             if status.state is ModelState.READY:
                 return Loaded(name, status.memory_bytes, (), 0.0)
             started = self._clock()
             unloaded = await self._make_room(name, status.memory_bytes)
-            await place.engine.load()
-            place.used = self._clock()
-            return Loaded(name, place.engine.status().memory_bytes, unloaded, (self._clock() - started) * 1e3)
+            await entry.engine.load()
+            entry.used = self._clock()
+            return Loaded(name, entry.engine.status().memory_bytes, unloaded, (self._clock() - started) * 1e3)
 
     async def _make_room(self, name: str, needed: int) -> tuple[str, ...]:
         if not self._budget:
@@ -169,20 +169,20 @@ class Residency:
         while self.used_bytes() + needed > self._budget:
             idle = [
                 other
-                for other, place in self._places.items()
-                if not place.users and place.engine.status().state is ModelState.READY
+                for other, entry in self._entries.items()
+                if not entry.users and entry.engine.status().state is ModelState.READY
             ]
             if not idle:
                 raise QueueFull(f"model {name} does not fit beside models that are in use: try again later")
-            oldest = min(idle, key=lambda other: self._places[other].used)
-            await self._places[oldest].engine.unload()
+            oldest = min(idle, key=lambda other: self._entries[other].used)
+            await self._entries[oldest].engine.unload()
             unloaded.append(oldest)
         return tuple(unloaded)
 
-    def _find(self, name: str) -> tuple[str, _Place]:
+    def _find(self, name: str) -> tuple[str, _Entry]:
         name = name or self._default
         if name in self._damaged:
             raise PreconditionFailed(f"model {name} is not served: {self._damaged[name]}")
-        if name not in self._places:
+        if name not in self._entries:
             raise NotFound(f"no model {name!r} here: choose one of {', '.join(self.engines)}", field="model")
-        return name, self._places[name]
+        return name, self._entries[name]

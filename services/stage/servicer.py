@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import grpc
 
     from services.stage.engines.engine import EngineStatus
-    from services.stage.model_pool import Residency
+    from services.stage.model_pool import ModelPool
 
 _ROLES = {
     common_pb2.ROLE_SYSTEM: "system",
@@ -66,8 +66,8 @@ _WithInput = TypeVar(
 class StageServicer(stage_pb2_grpc.StageServiceServicer):
     """Serves the models of one process."""
 
-    def __init__(self, residency: Residency) -> None:
-        self._residency = residency
+    def __init__(self, pool: ModelPool) -> None:
+        self._pool = pool
         self._draining = False
 
     async def drain(self) -> None:
@@ -84,7 +84,7 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
         """Write an answer and stream its tokens."""
         turns = self._admit(request)
         sampling = _sampling(request.sampling)
-        async with self._residency.use(request.model, request.caller) as (name, engine):
+        async with self._pool.use(request.model, request.caller) as (name, engine):
             status = engine.status()
             first = status.fingerprint
             async with aclosing(engine.generate(turns, sampling)) as events:
@@ -93,7 +93,7 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
                     if isinstance(event, TokenChunk):
                         response.tokens.CopyFrom(_chunk(event))
                     elif isinstance(event, Result):
-                        others = self._residency.others_of(request.caller)
+                        others = self._pool.others_of(request.caller)
                         response.result.CopyFrom(_result(event, name, status, others))
                     yield response
                     first = ""
@@ -114,7 +114,7 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
             fingerprint=request.draft.tokenizer_fingerprint,
             finish=_FINISH_BACK[request.draft.finish_reason],
         )
-        async with self._residency.use(request.model, request.caller) as (name, engine):
+        async with self._pool.use(request.model, request.caller) as (name, engine):
             status = engine.status()
             async with aclosing(engine.verify(turns, sampling, draft, threshold)) as events:
                 async for event in events:
@@ -123,7 +123,7 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
                     elif isinstance(event, TokenChunk):
                         yield stage_pb2.VerifyResponse(tokens=_chunk(event))
                     else:
-                        others = self._residency.others_of(request.caller)
+                        others = self._pool.others_of(request.caller)
                         yield stage_pb2.VerifyResponse(result=_result(event, name, status, others))
 
     async def VerifyStream(  # noqa: N802
@@ -137,7 +137,7 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
         turns = self._admit(start, "start.")
         sampling = _sampling(start.sampling, "start.sampling")
         threshold = _threshold(start, "start.acceptance")
-        async with self._residency.use(start.model, start.caller) as (name, engine):
+        async with self._pool.use(start.model, start.caller) as (name, engine):
             status = engine.status()
             first = status.fingerprint
             async with aclosing(engine.verify_stream(turns, sampling, _pieces(steps), threshold)) as events:
@@ -148,7 +148,7 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
                     elif isinstance(event, TokenChunk):
                         response.tokens.CopyFrom(_chunk(event))
                     else:
-                        others = self._residency.others_of(start.caller)
+                        others = self._pool.others_of(start.caller)
                         response.result.CopyFrom(_result(event, name, status, others))
                     yield response
                     first = ""
@@ -160,7 +160,7 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
     ) -> stage_pb2.PrefillResponse:
         """Put a prompt into the prefix cache."""
         turns = self._admit(request)
-        async with self._residency.use(request.model, request.caller) as (_, engine):
+        async with self._pool.use(request.model, request.caller) as (_, engine):
             result = await engine.prefill(turns)
         return stage_pb2.PrefillResponse(
             prompt_tokens=result.prompt_tokens,
@@ -175,7 +175,7 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
     ) -> stage_pb2.LoadResponse:
         """Load a model."""
         self._refuse_while_draining()
-        loaded = await self._residency.load(request.model)
+        loaded = await self._pool.load(request.model)
         return stage_pb2.LoadResponse(
             model=loaded.model,
             memory_bytes=loaded.memory_bytes,
@@ -189,7 +189,7 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
         context: grpc.aio.ServicerContext[stage_pb2.UnloadRequest, stage_pb2.UnloadResponse],
     ) -> stage_pb2.UnloadResponse:
         """Unload a model."""
-        model, freed = await self._residency.unload(request.model)
+        model, freed = await self._pool.unload(request.model)
         return stage_pb2.UnloadResponse(model=model, freed_bytes=freed)
 
     async def Status(  # noqa: N802
@@ -200,15 +200,14 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
         """Say what is loaded, queued and running."""
         return stage_pb2.StatusResponse(
             models=[
-                _status(name, engine.kind, engine.status())
-                for name, engine in self._residency.engines.items()
+                _status(name, engine.kind, engine.status()) for name, engine in self._pool.engines.items()
             ],
-            memory_budget_bytes=self._residency.budget_bytes,
-            memory_used_bytes=self._residency.used_bytes(),
+            memory_budget_bytes=self._pool.budget_bytes,
+            memory_used_bytes=self._pool.used_bytes(),
             draining=self._draining,
             version=VERSION,
             resident_bytes=resident_bytes(),
-            idle_ms=self._residency.idle_ms(),
+            idle_ms=self._pool.idle_ms(),
         )
 
     def _admit(self, request: _WithInput, path: str = "") -> tuple[Turn, ...]:

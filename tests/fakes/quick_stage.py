@@ -17,7 +17,7 @@ from asd.v1 import stage_pb2_grpc
 from services.common.server import ServiceRegistration, run_service, serve
 from services.stage.domain import FinishReason, PrefillResult, Result, TokenChunk, VerificationResult
 from services.stage.engines.engine import EngineStatus, ModelState
-from services.stage.model_pool import Residency
+from services.stage.model_pool import ModelPool
 from services.stage.servicer import StageServicer
 
 if TYPE_CHECKING:
@@ -117,9 +117,9 @@ def _result(proposed: int, accepted: int) -> Result:
 
 
 async def _run(listen: str, drain_seconds: float) -> None:
-    residency = Residency({"quick": QuickEngine()}, "quick")
-    await residency.load("quick")
-    servicer = StageServicer(residency)
+    pool = ModelPool({"quick": QuickEngine()}, "quick")
+    await pool.load("quick")
+    servicer = StageServicer(pool)
     registration = ServiceRegistration(
         "asd.v1.StageService",
         lambda server: stage_pb2_grpc.add_StageServiceServicer_to_server(servicer, server),

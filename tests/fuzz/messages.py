@@ -25,7 +25,7 @@ from policy_service.servicer import PolicyServicer
 from services.common.server import ServiceRegistration, start_server
 from services.router.__main__ import build
 from services.router.settings import RouterSettings
-from services.stage.model_pool import Residency
+from services.stage.model_pool import ModelPool
 from services.stage.servicer import StageServicer
 from tests.fakes.quick_stage import QuickEngine
 from tests.fuzz.mutations import damage_bytes
@@ -181,7 +181,7 @@ async def _start(stack: AsyncExitStack) -> list[tuple[str, Any, Message]]:
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="asd-fuzz-")))
     stages = []
     for name in NAMES:
-        servicer = StageServicer(Residency({name: QuickEngine()}, name))
+        servicer = StageServicer(ModelPool({name: QuickEngine()}, name))
         stages.append(await _serve(stack, "StageService", stage_pb2_grpc, servicer))
     policy, document, _ = load_usable(make_artifact(folder / "policy", "v1", stages=NAMES))
     port = await _serve(stack, "PolicyService", policy_pb2_grpc, PolicyServicer(policy, document, None))

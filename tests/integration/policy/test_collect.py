@@ -28,7 +28,7 @@ from services.common.errors import InvalidRequest, Unavailable
 from services.common.server import ServerOptions, ServiceRegistration, start_server
 from services.common.tls import ServerTls
 from services.stage.engines.onnx.engine import OnnxEngine, OnnxOptions
-from services.stage.model_pool import Residency
+from services.stage.model_pool import ModelPool
 from services.stage.servicer import StageServicer
 from suites import grade, split
 from tests.integration.common.certificates import Authority
@@ -65,7 +65,7 @@ async def targets(request: pytest.FixtureRequest) -> AsyncIterator[Targets]:
             engine = OnnxEngine(name, ROOT / "models" / name, engine_options)
             await engine.load()
             stack.push_async_callback(engine.unload)
-            found[name] = (await serve(stack, StageServicer(Residency({name: engine}, name))),)
+            found[name] = (await serve(stack, StageServicer(ModelPool({name: engine}, name))),)
         yield found
 
 

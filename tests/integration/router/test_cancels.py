@@ -17,7 +17,7 @@ from services.common.server import ServiceRegistration, start_server
 from services.router.__main__ import build
 from services.router.settings import RouterSettings
 from services.stage.engines.onnx.engine import OnnxOptions
-from services.stage.model_pool import Residency
+from services.stage.model_pool import ModelPool as Residency
 from services.stage.servicer import StageServicer
 from suites import split
 from tests.integration.stage.conftest import LiveGenerators, engine

@@ -17,7 +17,7 @@ import pytest
 from asd.v1 import stage_pb2_grpc
 from services.common.server import ServiceRegistration, start_server
 from services.stage.engines.onnx.engine import OnnxEngine, OnnxOptions
-from services.stage.model_pool import Residency
+from services.stage.model_pool import ModelPool
 from services.stage.servicer import StageServicer
 
 if TYPE_CHECKING:
@@ -101,9 +101,9 @@ class Stage(NamedTuple):
 @pytest.fixture
 async def stage() -> AsyncIterator[Stage]:
     engines = {name: engine(name, max_queue=4) for name in ("small", "medium")}
-    residency = Residency(engines, "small")
-    await residency.load("small")
-    servicer = StageServicer(residency)
+    pool = ModelPool(engines, "small")
+    await pool.load("small")
+    servicer = StageServicer(pool)
     registration = ServiceRegistration(
         "asd.v1.StageService",
         lambda server: stage_pb2_grpc.add_StageServiceServicer_to_server(servicer, server),

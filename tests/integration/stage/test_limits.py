@@ -22,7 +22,7 @@ from tests.limits import CALL_S
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from services.stage.model_pool import Residency
+    from services.stage.model_pool import ModelPool
 
 MODELS = Path(__file__).parents[3] / "models"
 Generate = stage_pb2.StageServiceGenerateRequest
@@ -35,7 +35,7 @@ class Built(NamedTuple):
     """A stage as its settings build it, and a stub to call it."""
 
     stub: Any
-    residency: Residency
+    pool: ModelPool
 
 
 @pytest.fixture
@@ -45,8 +45,8 @@ async def start() -> AsyncIterator[Callable[..., Any]]:
 
         async def serve(*names: str, model: dict[str, int] | None = None, **settings: int) -> Built:
             entries = [{"name": name, "path": MODELS / "small", **(model or {})} for name in names]
-            residency, servicer = build(StageSettings(models=entries, **settings))  # type: ignore[arg-type]
-            for each in residency.engines.values():
+            pool, servicer = build(StageSettings(models=entries, **settings))  # type: ignore[arg-type]
+            for each in pool.engines.values():
                 stack.push_async_callback(each.unload)
             registration = ServiceRegistration(
                 "asd.v1.StageService",
@@ -55,7 +55,7 @@ async def start() -> AsyncIterator[Callable[..., Any]]:
             server, port = await start_server("127.0.0.1:0", [registration])
             stack.push_async_callback(server.stop, 0)
             channel = await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{port}"))
-            return Built(stage_pb2_grpc.StageServiceStub(channel), residency)
+            return Built(stage_pb2_grpc.StageServiceStub(channel), pool)
 
         yield serve
 

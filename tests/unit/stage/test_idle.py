@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 from services.stage.engines.engine import ModelState
-from services.stage.model_pool import Residency
+from services.stage.model_pool import ModelPool
 
 
 class Engine:
@@ -22,17 +22,17 @@ class Engine:
 async def test_a_stage_is_idle_since_its_last_call_ended() -> None:
     now = [100.0]
     engines = {"small": cast("Any", Engine()), "medium": cast("Any", Engine())}
-    residency = Residency(engines, "small", clock=lambda: now[0])
+    pool = ModelPool(engines, "small", clock=lambda: now[0])
     now[0] = 107.0
     # Nobody has called yet: since it was there.
-    assert residency.idle_ms() == 7000.0
-    async with residency.use("medium"):
+    assert pool.idle_ms() == 7000.0
+    async with pool.use("medium"):
         now[0] = 110.0
-        assert residency.idle_ms() == 0.0
-    assert residency.idle_ms() == 0.0
+        assert pool.idle_ms() == 0.0
+    assert pool.idle_ms() == 0.0
     now[0] = 110.5
-    assert residency.idle_ms() == 500.0
-    async with residency.use("small"), residency.use("medium"):
+    assert pool.idle_ms() == 500.0
+    async with pool.use("small"), pool.use("medium"):
         pass
     now[0] = 112.0
-    assert residency.idle_ms() == 1500.0
+    assert pool.idle_ms() == 1500.0

@@ -10,7 +10,7 @@ import pytest
 
 from services.common.errors import NotFound, PreconditionFailed, ResourceExhausted
 from services.stage.engines.engine import EngineStatus, ModelState
-from services.stage.model_pool import Residency
+from services.stage.model_pool import ModelPool
 
 _IDLE = EngineStatus(ModelState.UNLOADED, 1, 8, "f", 0, 0, 0, 0, 0, 0, 0, "")
 
@@ -37,77 +37,77 @@ class _Model:
         return self._status
 
 
-def _residency(budget_mb: int, **memory_mb: int) -> Residency:
+def _pool(budget_mb: int, **memory_mb: int) -> ModelPool:
     clock = itertools.count(1.0)
     engines = {name: _Model(size) for name, size in memory_mb.items()}
-    return Residency(engines, next(iter(engines)), budget_mb << 20, lambda: next(clock))  # type: ignore[arg-type]
+    return ModelPool(engines, next(iter(engines)), budget_mb << 20, lambda: next(clock))  # type: ignore[arg-type]
 
 
-def _loaded(residency: Residency) -> set[str]:
-    return {name for name, e in residency.engines.items() if e.status().state is ModelState.READY}
+def _loaded(pool: ModelPool) -> set[str]:
+    return {name for name, e in pool.engines.items() if e.status().state is ModelState.READY}
 
 
 async def test_the_least_recently_used_model_gives_way() -> None:
-    residency = _residency(10, a=4, b=4, c=4)
+    pool = _pool(10, a=4, b=4, c=4)
     for name in ("a", "b", "a"):
-        async with residency.use(name):
+        async with pool.use(name):
             pass
-    loaded = await residency.load("c")
+    loaded = await pool.load("c")
     assert loaded.unloaded == ("b",)
-    assert _loaded(residency) == {"a", "c"}
-    assert residency.used_bytes() == 8 << 20
+    assert _loaded(pool) == {"a", "c"}
+    assert pool.used_bytes() == 8 << 20
 
 
 async def test_a_model_in_use_is_never_unloaded() -> None:
-    residency = _residency(10, a=4, b=4, c=8)
-    async with residency.use("a"), residency.use("b"):
+    pool = _pool(10, a=4, b=4, c=8)
+    async with pool.use("a"), pool.use("b"):
         with pytest.raises(ResourceExhausted, match="in use"):
-            await residency.load("c")
+            await pool.load("c")
         with pytest.raises(ResourceExhausted, match="1 calls under way"):
-            await residency.unload("a")
-        assert _loaded(residency) == {"a", "b"}
-    loaded = await residency.load("c")
+            await pool.unload("a")
+        assert _loaded(pool) == {"a", "b"}
+    loaded = await pool.load("c")
     assert set(loaded.unloaded) == {"a", "b"}
 
 
 async def test_a_model_larger_than_the_budget_is_refused_with_both_sizes() -> None:
-    residency = _residency(3, a=4)
+    pool = _pool(3, a=4)
     with pytest.raises(
         PreconditionFailed, match=r"a needs 4 MiB, the budget is 3 MiB: raise memory_budget_mb"
     ):
-        await residency.load("a")
+        await pool.load("a")
 
 
 async def test_no_budget_means_no_bound() -> None:
-    residency = _residency(0, a=400, b=400)
-    await residency.load("a")
-    assert (await residency.load("b")).unloaded == ()
-    assert _loaded(residency) == {"a", "b"}
+    pool = _pool(0, a=400, b=400)
+    await pool.load("a")
+    assert (await pool.load("b")).unloaded == ()
+    assert _loaded(pool) == {"a", "b"}
 
 
 async def test_an_empty_name_is_the_default_and_a_wrong_one_is_refused() -> None:
-    residency = _residency(0, a=1, b=1)
-    async with residency.use("") as (name, _):
+    pool = _pool(0, a=1, b=1)
+    async with pool.use("") as (name, _):
         assert name == "a"
     with pytest.raises(NotFound, match="no model 'z' here: choose one of a, b"):
-        await residency.load("z")
+        await pool.load("z")
 
 
 async def test_loading_and_unloading_twice_does_nothing() -> None:
-    residency = _residency(0, a=5)
-    await residency.load("a")
-    assert (await residency.load("a")).load_ms == 0
-    assert await residency.unload("a") == ("a", 5 << 20)
-    assert await residency.unload("a") == ("a", 0)
+    pool = _pool(0, a=5)
+    await pool.load("a")
+    assert (await pool.load("a")).load_ms == 0
+    assert await pool.unload("a") == ("a", 5 << 20)
+    assert await pool.unload("a") == ("a", 0)
 
 
 async def test_a_model_that_is_giving_way_is_loaded_again_for_whoever_asks_meanwhile() -> None:
-    residency = _residency(5, a=4, b=4)
-    async with residency.use("a"):
+    pool = _pool(5, a=4, b=4)
+    async with pool.use("a"):
         pass
 
     async def use(name: str) -> None:
-        async with residency.use(name) as (_, engine):
+        async with pool.use(name) as (_, engine):
             assert engine.status().state is ModelState.READY
             await asyncio.sleep(0)
 

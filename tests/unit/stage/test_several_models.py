@@ -7,7 +7,7 @@ import pytest
 from services.common.errors import NotFound, PreconditionFailed, ResourceExhausted
 from services.stage.__main__ import build, preload
 from services.stage.engines.factory import make_all
-from services.stage.model_pool import Residency
+from services.stage.model_pool import ModelPool
 from services.stage.settings import ModelSettings, StageSettings
 from tests.fakes import tiny_llama
 from tests.fakes.quick_stage import QuickEngine
@@ -37,11 +37,11 @@ def test_a_damaged_default_model_ends_the_process(tmp_path):
 
 async def test_a_request_for_a_damaged_model_is_told_the_file_and_the_place(tmp_path):
     settings = StageSettings(default_model="sound", models=_models(tmp_path))
-    residency, _ = build(settings)
+    pool, _ = build(settings)
     with pytest.raises(PreconditionFailed, match=r"model damaged is not served: .*config\.json.*NaN"):
-        async with residency.use("damaged"):
+        async with pool.use("damaged"):
             pass
-    for call in (residency.load, residency.unload):
+    for call in (pool.load, pool.unload):
         with pytest.raises(PreconditionFailed, match="NaN"):
             await call("damaged")
         with pytest.raises(NotFound):
@@ -72,28 +72,28 @@ class _Unloadable(QuickEngine):
 
 
 def _of_two(error, default):
-    """Return a residency of two models, the first of which fails its loads, and its settings."""
+    """Return a pool of two models, the first of which fails its loads, and its settings."""
     settings = StageSettings(
         default_model=default, models=[ModelSettings(name=name, path="/x") for name in ("bad", "good")]
     )
-    return Residency({"bad": _Unloadable(error), "good": QuickEngine()}, default), settings
+    return ModelPool({"bad": _Unloadable(error), "good": QuickEngine()}, default), settings
 
 
 @pytest.mark.parametrize("kind", [PreconditionFailed, ResourceExhausted])
 async def test_what_cannot_be_loaded_at_the_start_leaves_the_others_serving(kind, caplog):
-    residency, settings = _of_two(kind("weights are cut short"), "good")
+    pool, settings = _of_two(kind("weights are cut short"), "good")
     with caplog.at_level(logging.ERROR):
-        await preload(residency, settings)
+        await preload(pool, settings)
     (record,) = caplog.records
     assert "model bad is not loaded: weights are cut short" in record.getMessage()
-    async with residency.use("good"):
+    async with pool.use("good"):
         pass
     with pytest.raises(kind, match="cut short"):
-        await residency.load("bad")
+        await pool.load("bad")
 
 
 @pytest.mark.parametrize("kind", [PreconditionFailed, ResourceExhausted])
 async def test_a_default_model_that_cannot_be_loaded_ends_the_process(kind):
-    residency, settings = _of_two(kind("weights are cut short"), "bad")
+    pool, settings = _of_two(kind("weights are cut short"), "bad")
     with pytest.raises(kind, match="cut short"):
-        await preload(residency, settings)
+        await preload(pool, settings)

@@ -22,7 +22,7 @@ from services.stage.domain import (
     VerificationResult,
 )
 from services.stage.generation.tokenizer import ChatTokenizer
-from services.stage.model_pool import Residency
+from services.stage.model_pool import ModelPool
 from tests.integration.stage.conftest import LiveGenerators, Reference, engine
 from tests.limits import CALL_S
 
@@ -402,11 +402,11 @@ async def test_a_full_queue_refuses_at_once_and_serves_again_later(reference: Re
 
 async def test_models_that_make_room_for_each_other_lose_no_call(reference: Reference) -> None:
     engines = {name: engine(name) for name in ("small", "medium")}
-    residency = Residency(engines, "small", max(each.status().memory_bytes for each in engines.values()))  # type: ignore[arg-type]
+    pool = ModelPool(engines, "small", max(each.status().memory_bytes for each in engines.values()))  # type: ignore[arg-type]
 
     async def ask(name: str, index: int) -> list[int] | None:
         try:
-            async with residency.use(name) as (_, model):
+            async with pool.use(name) as (_, model):
                 result, _ = await _generate(model, reference.prompts[index])  # type: ignore[arg-type]
         except ResourceExhausted:
             return None
