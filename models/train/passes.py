@@ -24,7 +24,7 @@ def count_passes(
     written = accepted + 1
     resync = Resynchroniser(draft, accepted)
     while written < len(answer):
-        proposal = resync.propose(answer[:written])[: most_tokens - written]
+        proposal = resync.propose(answer[:written], most_tokens - written)
         pairs = list(zip(proposal, answer[written:], strict=False))
         kept = next((place for place, (ours, own) in enumerate(pairs) if ours != own), len(pairs))
         resync.judged(len(proposal), kept)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import secrets
 import time
 from contextlib import aclosing, asynccontextmanager
@@ -44,7 +43,8 @@ from services.stage.engines.probe import ANSWER_TOKENS, probe, probe_prompts
 from services.stage.generation.answer import AnswerBuilder
 from services.stage.generation.draft import DraftFeed
 from services.stage.generation.inputs import RequestReader
-from services.stage.generation.logprobs import row_signals
+from services.stage.generation.logprobs import row_signals, verify_rows
+from services.stage.generation.resync import PASS_PER_DRAFT, Resynchroniser, ResyncPayoff
 from services.stage.generation.tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:
@@ -56,27 +56,9 @@ if TYPE_CHECKING:
     from services.stage.engines.backend import Backend, Scores
     from services.stage.engines.checkpoint import Checkpoint
     from services.stage.generation.logprobs import Row
+    from services.stage.generation.verification import Verdict
 
 logger = logging.getLogger(__name__)
-
-# Draft tokens that make a scoring pass worth its price, where more are to come or after a correction: a pass
-# takes as long as some 4 decoded tokens (section 6 of the design: 46 to 83 ms against 10.6 to 34.3), and only
-# part of what is proposed is kept. Chosen.
-_WORTH = 16
-# Kept tokens of a pass after a correction below which plain decoding takes over. As above.
-_LEAST_KEPT = 6
-# Tokens that first passes after a correction must keep in the mean to be made at all: what such a pass takes.
-_LEAST_MEAN_KEPT = 4.0
-# Calls in the library from which on it is bound by its arithmetic, and the share of what is scored that must
-# be kept then. A scored token takes about a third of what a written one takes in a full batch: a 70B on an
-# H200 scores one in 0.22 ms and writes 64 in 40.
-_BUSY = 8
-_LEAST_MEAN_SHARE = 0.4
-# Weight of the newest pass in these means, and their number from which on they say something; while they say
-# no, one answer in so many tries all the same. Chosen.
-_NEWEST = 0.1
-_LEAST_TRIED = 8
-_TRY_EVERY = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +168,8 @@ class _Draft:
         self.feed = feed
         self.cursor = 0
         self.agrees = True
-        self._ranks: list[int] = []
-        self._logprobs: list[float] = []
+        self._ranks = [np.zeros(0, np.int64)]
+        self._logprobs = [np.zeros(0, np.float32)]
         self._changed = asyncio.Event()
         self._error: AsdError | None = None
 
@@ -200,7 +182,11 @@ class _Draft:
     def is_due(self) -> bool:
         """Whether enough has come for a pass."""
         fresh = len(self.feed.ids) - self.cursor
-        return self.feed.is_complete or fresh >= _WORTH or (self.feed.is_full and fresh > 0)
+        return (
+            self.feed.is_complete
+            or fresh >= PASS_PER_DRAFT.least_proposal
+            or (self.feed.is_full and fresh > 0)
+        )
 
     async def wait(self, *, is_whole: bool = False) -> None:
         """Wait until enough has come, or all. Raises the error of a draft that cannot be read."""
@@ -212,44 +198,18 @@ class _Draft:
             self._changed.clear()
             await self._changed.wait()
 
-    def judge(self, rows: Sequence[Row], accepted: int) -> None:
+    def judge(self, verdict: Verdict) -> None:
         """Keep what a pass shows of the draft's next tokens."""
-        self.cursor += accepted
-        self._ranks += [row.rank for row in rows]
-        self._logprobs += [row.logprob for row in rows]
+        self.cursor += verdict.accepted
+        self._ranks.append(verdict.ranks)
+        self._logprobs.append(verdict.logprobs)
 
     def evidence(self) -> VerificationResult:
         """Return how the draft fared."""
+        ranks = np.concatenate(self._ranks)
         return VerificationResult(
-            len(self._ranks),
-            self.cursor,
-            np.array(self._ranks, np.int64),
-            np.array(self._logprobs, np.float32),
-            self.feed.ids_used,
+            len(ranks), self.cursor, ranks, np.concatenate(self._logprobs), self.feed.ids_used
         )
-
-
-class _ResyncWorth:
-    """Whether what follows a correction in drafts is worth scoring: means over the latest passes."""
-
-    def __init__(self) -> None:
-        self._kept = self._share = 0.0
-        self._tried = self._left_out = 0
-
-    def is_worth(self, running: int) -> bool:
-        """Return whether to score it now. running: calls in the library."""
-        is_enough = self._share >= _LEAST_MEAN_SHARE if running >= _BUSY else self._kept >= _LEAST_MEAN_KEPT
-        if is_enough or self._tried < _LEAST_TRIED:
-            return True
-        self._left_out = (self._left_out + 1) % _TRY_EVERY
-        return self._left_out == 0
-
-    def learn(self, proposed: int, kept: int) -> None:
-        """Learn from the first pass after a correction."""
-        self._tried += 1
-        weight = max(_NEWEST, 1.0 / self._tried)
-        self._kept += weight * (kept - self._kept)
-        self._share += weight * (kept / proposed - self._share)
 
 
 class ScoringEngine:
@@ -284,7 +244,7 @@ class ScoringEngine:
         self._loading = asyncio.Lock()
         self._slots = asyncio.Semaphore(options.max_batch)
         self._waiting = 0
-        self._resync_worth = _ResyncWorth()
+        self._resync_payoff = ResyncPayoff()
         self._calls: set[_Call] = set()
         self._completed = 0
         self._cancelled = 0
@@ -553,9 +513,10 @@ class ScoringEngine:
                 break
             is_whole = feed.is_complete and draft.cursor + len(proposal) == len(feed.ids)
             scores = await self._score(call, proposal, adapter, following)
-            accepted = _accepted(proposal, scores.rows, threshold)
+            verdict = verify_rows(proposal, scores.rows, threshold)
+            accepted = verdict.accepted
             following = scores.following
-            draft.judge(scores.rows, accepted)
+            draft.judge(verdict)
             call.accepted += accepted
             kept = list(scores.rows[:accepted])
             is_over = accepted < len(proposal) or is_whole or len(proposal) == most
@@ -577,23 +538,23 @@ class ScoringEngine:
 
     async def _resync(self, call: _Call, draft: _Draft, adapter: str) -> AsyncGenerator[Event, None]:
         """Propose what stands in the draft after the token that was corrected, as long as it pays."""
-        place, kept, is_first = draft.cursor + 1, _WORTH, True
-        while not call.is_over() and kept >= _LEAST_KEPT:
+        resync = Resynchroniser(draft.feed.ids, draft.cursor, PASS_PER_DRAFT)
+        is_first = True
+        while not call.is_over():
+            # A pass writes a token too, which must fit the context.
             most = min(call.room, self._options.context - 1 - len(call.prompt) - len(call.ids))
-            proposal = draft.feed.ids[place:][:most]
-            if len(proposal) < _WORTH:
-                return
-            if is_first and not self._resync_worth.is_worth(self.status().running):
+            proposal = resync.propose(call.ids, most)
+            if not proposal or (is_first and not self._resync_payoff.is_worth(self.status().running)):
                 return
             scores = await self._score(call, proposal, adapter)
-            kept = _accepted(proposal, scores.rows, None)
+            kept = verify_rows(proposal, scores.rows).accepted
+            resync.judged(len(proposal), kept)
             if is_first:
-                self._resync_worth.learn(len(proposal), kept)
+                self._resync_payoff.learn(len(proposal), kept)
                 is_first = False
             call.accepted += kept
             call.emitted.append(range(len(call.ids), len(call.ids) + kept + 1))
             own = scores.rows[kept].own if kept < len(proposal) else scores.following
-            place += kept + 1
             chunk = call.take([*scores.rows[:kept], own])
             if chunk is not None:
                 yield chunk
@@ -606,7 +567,8 @@ class ScoringEngine:
         ids = draft.feed.ids[: self._options.context - 1 - len(call.prompt)]
         if ids:
             rows = (await self._score(call, ids, adapter)).rows
-            draft.judge(rows, 0)
+            # What is accepted shows only in the sampled answer.
+            draft.judge(replace(verify_rows(ids, rows), accepted=0))
         held: list[TokenChunk] = []
         async with aclosing(self._tokens(call, adapter)) as chunks:
             async for chunk in chunks:
@@ -692,15 +654,3 @@ def _ending(call: _Call) -> list[Event]:
     if call.answer.has_stopped:
         call.finish = FinishReason.STOP
     return [call.result()] if last is None else [last, call.result()]
-
-
-def _accepted(proposal: Sequence[int], rows: Sequence[Row], threshold: float | None) -> int:
-    """Return the length of the prefix that is kept: the model's own choice, or likely enough beside it."""
-    for place, row in enumerate(rows):
-        if threshold is None:
-            fits = proposal[place] == row.top_ids[0]
-        else:
-            fits = row.logprob - row.top_logprobs[0] >= math.log(threshold)
-        if not fits:
-            return place
-    return len(proposal)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from services.stage.generation.verification import Verdict, accept_prefix
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -51,6 +53,20 @@ def make_row(token: int, entries: Mapping[int, tuple[float, int]], most: int) ->
     ids = tuple(each for _, each in ranked[:most])
     logprob, rank = entries[token]
     return Row(token, logprob, rank - 1, ids, tuple(entries[each][0] for each in ids))
+
+
+def verify_rows(draft_ids: Sequence[int], rows: Sequence[Row], threshold: float | None = None) -> Verdict:
+    """Accept the longest prefix of a draft that the target agrees with, as `verify_draft` does by logits.
+
+    rows: of the draft tokens, in order.
+    """
+    choices = np.array([row.top_ids[0] for row in rows], np.int64)
+    log_ratios = np.array([row.logprob - row.top_logprobs[0] for row in rows], np.float64)
+    return Verdict(
+        accepted=accept_prefix(np.array(draft_ids, np.int64), choices, log_ratios, threshold),
+        ranks=np.array([row.rank for row in rows], np.int64),
+        logprobs=np.array([row.logprob for row in rows], np.float32),
+    )
 
 
 def row_signals(rows: Sequence[Row]) -> Signals:

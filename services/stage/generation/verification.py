@@ -49,7 +49,7 @@ def verify_draft(
     """Accept the longest prefix of a draft that the target agrees with.
 
     draft_ids: int64 [k]. target_logits: float32 [k, V]; row t conditions on draft_ids[:t]. choices:
-    int64 [k], the token that the target chose at each place; None: its argmax (the first one, on a tie).
+    int64 [k], the token that the target chose at each position; None: its argmax (the first one, on a tie).
     Without a threshold a token is accepted where it is the target's choice, so that the target's own output
     is kept exactly; with one, where its probability is at least threshold times the largest.
     Raises ShapeMismatch if k disagrees or an id is not below V.
@@ -58,26 +58,36 @@ def verify_draft(
     """
     _check_ids(draft_ids, target_logits, target_logits.shape[:1])
     rows = np.arange(draft_ids.size)
+    likeliest = target_logits.argmax(axis=1)
     own = target_logits[rows, draft_ids]
-    top = target_logits.max(axis=1, initial=-np.inf)
+    top = target_logits[rows, likeliest]
     # A token of equal logit and lower id goes first, as argmax has it.
     columns = np.arange(target_logits.shape[1])
     is_before = (target_logits > own[:, None]) | (
         (target_logits == own[:, None]) & (columns[None] < draft_ids[:, None])
     )
-    ranks = is_before.sum(axis=1)
-    if threshold is not None:
-        fits = own - top >= np.log(threshold)
-    else:
-        fits = ranks == 0 if choices is None else draft_ids == choices
-    misses = np.flatnonzero(~fits)
     shifted = target_logits - top[:, None]
     logprobs = own - top - np.log(np.exp(shifted).sum(axis=1))
     return Verdict(
-        accepted=int(misses[0]) if misses.size else int(draft_ids.size),
-        ranks=ranks.astype(np.int64),
+        accepted=accept_prefix(draft_ids, likeliest if choices is None else choices, own - top, threshold),
+        ranks=is_before.sum(axis=1).astype(np.int64),
         logprobs=logprobs.astype(np.float32),
     )
+
+
+def accept_prefix(
+    draft_ids: npt.NDArray[np.int64],
+    choices: npt.NDArray[np.int64],
+    log_ratios: npt.NDArray[np.floating],
+    threshold: float | None = None,
+) -> int:
+    """Return how many of the first draft tokens the target accepts. The rule of EXACT and TOLERANT.
+
+    draft_ids, choices: int64 [k], the proposed tokens and the target's own at the same positions. log_ratios:
+    [k], log of the target's probability of the draft token over that of its likeliest token.
+    """
+    fits = draft_ids == choices if threshold is None else log_ratios >= np.log(threshold)
+    return int(fits.size if fits.all() else fits.argmin())
 
 
 def sample_draft(

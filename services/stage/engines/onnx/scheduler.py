@@ -283,7 +283,7 @@ class VerifyLane(SoloLane):
             return False
         if proposal is None:
             room = self._work.most_tokens - len(self._ids)
-            proposal = self._resync.propose(self._ids)[:room] if self._resync is not None else []
+            proposal = self._resync.propose(self._ids, room) if self._resync is not None else []
         return self._judge(proposal, self.sequence.append([self._pending, *proposal]))
 
     def _next_in_draft(self) -> list[int] | None:

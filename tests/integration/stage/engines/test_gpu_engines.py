@@ -306,15 +306,6 @@ async def test_what_follows_a_correction_is_scored_while_that_keeps_enough(
     assert [place - last for place in range(last, 80) if tried[place]] == list(range(15, 80 - last, 16))
 
 
-def test_what_follows_a_correction_must_keep_more_where_the_library_is_busy() -> None:
-    worth = scoring_engine._ResyncWorth()
-    for _ in range(50):
-        # Enough tokens for a pass that is as long as four written ones, a small part of what was scored.
-        worth.learn(48, 8)
-    assert worth.is_worth(7)
-    assert [worth.is_worth(8) for _ in range(16)] == [False] * 15 + [True]
-
-
 @pytest.mark.parametrize(("level", "loads"), [(1, 1), (2, 2)])
 async def test_a_sleeping_model_wakes(monkeypatch: pytest.MonkeyPatch, level: int, loads: int) -> None:
     library = fake_vllm.install(monkeypatch)

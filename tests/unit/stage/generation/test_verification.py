@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from services.stage.generation.logprobs import make_row, verify_rows
 from services.stage.generation.verification import (
     SampledVerdict,
     ShapeMismatch,
@@ -222,3 +223,20 @@ def test_distributions_that_do_not_fit_are_refused(
             np.full(target_shape, 0.25, np.float32),
             np.random.default_rng(0),
         )
+
+
+@given(_LOGITS, st.sampled_from([None, 0.05, 0.3, 0.9, 1.0]), st.data())
+def test_log_probabilities_are_accepted_as_logits_are(
+    logits: np.ndarray, threshold: float | None, data: st.DataObject
+) -> None:
+    draft = np.array([data.draw(st.integers(0, logits.shape[1] - 1)) for _ in logits], np.int64)
+    rows = []
+    for row, token in zip(logits, draft.tolist(), strict=True):
+        order = sorted(range(len(row)), key=lambda i, row=row: (-row[i], i))
+        logprobs = np.log(_softmax(row))
+        entries = {each: (float(logprobs[each]), rank) for rank, each in enumerate(order, start=1)}
+        rows.append(make_row(token, {**dict([*entries.items()][:2]), token: entries[token]}, 2))
+    wanted, found = verify_draft(draft, logits, threshold), verify_rows(draft.tolist(), rows, threshold)
+    assert found.accepted == wanted.accepted
+    assert found.ranks.tolist() == wanted.ranks.tolist()
+    assert found.logprobs == pytest.approx(wanted.logprobs, abs=1e-5)
