@@ -16,10 +16,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,17 +30,14 @@ from services.stage.domain import (
     Event,
     FinishReason,
     PrefillResult,
-    Result,
     SamplingOptions,
     TokenChunk,
     Turn,
-    VerificationResult,
 )
 from services.stage.engines.backend import BackendDied, TokenRequest
 from services.stage.engines.engine import EngineStatus, ModelState
 from services.stage.engines.probe import ANSWER_TOKENS, probe, probe_prompts
-from services.stage.generation.answer import AnswerBuilder
-from services.stage.generation.draft import DraftFeed
+from services.stage.generation.draft import Draft
 from services.stage.generation.inputs import RequestReader
 from services.stage.generation.logprobs import row_signals, verify_rows
 from services.stage.generation.resync import PASS_PER_DRAFT, Resynchroniser, ResyncPayoff
@@ -55,8 +51,8 @@ if TYPE_CHECKING:
 
     from services.stage.engines.backend import Backend, Scores
     from services.stage.engines.checkpoint import Checkpoint
+    from services.stage.generation.call import Call
     from services.stage.generation.logprobs import Row
-    from services.stage.generation.verification import Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -79,97 +75,11 @@ class ScoringOptions:
     cache_bytes: int = 0
 
 
-@dataclass(slots=True, eq=False)
-class _Call:
-    """One call under way. ids: chosen so far, those that a stop sequence may yet cut off included.
+class _ArrivingDraft(Draft):
+    """A draft that may still be on its way."""
 
-    queued: seconds that it waited for places in the batch; queued_at_first: until the library first answered.
-    """
-
-    prompt: list[int]
-    most_tokens: int
-    sampling: SamplingOptions
-    answer: AnswerBuilder
-    eos_ids: tuple[int, ...]
-    arrived: float
-    ids: list[int] = field(default_factory=list)
-    emitted: list[range] = field(default_factory=list)
-    finish: FinishReason | None = None
-    has_slot: bool = False
-    queued: float = 0.0
-    queued_at_first: float = 0.0
-    prefilled: float = 0.0
-    cached: int = 0
-    passes: int = 0
-    proposed: int = 0
-    accepted: int = 0
-
-    def is_over(self) -> bool:
-        """Whether the answer has ended."""
-        return self.finish is not None
-
-    @property
-    def room(self) -> int:
-        """Tokens that the answer may still take."""
-        return self.most_tokens - len(self.ids)
-
-    def take(self, rows: Sequence[Row], has_ended: bool = False) -> TokenChunk | None:
-        """Add tokens up to the one that ends the answer; return the chunk that may go out now, or None."""
-        rows = rows[: self.room]
-        end = next((place for place, row in enumerate(rows) if row.token in self.eos_ids), None)
-        if end is not None or has_ended:
-            self.finish = FinishReason.EOS
-            rows = rows[:end]
-        ids = [row.token for row in rows]
-        self.ids += ids
-        if self.finish is None and self.room <= 0:
-            self.finish = FinishReason.LENGTH
-        chunk = self.answer.extend_known(ids, row_signals(rows)) if ids else None
-        if self.answer.has_stopped:
-            self.finish = FinishReason.STOP
-        return chunk
-
-    def answered(self, cached: int) -> None:
-        """The library answered; cached: prompt tokens that it took from its prefix cache."""
-        if not self.prefilled:
-            self.prefilled, self.cached, self.queued_at_first = time.monotonic(), cached, self.queued
-
-    def result(self) -> Result:
-        """Return the outcome of a call that has finished."""
-        assert self.finish is not None
-        # What a pass accepted beyond the token that ended the answer was given to nobody.
-        end = self.answer.taken + (self.finish is FinishReason.EOS)
-        lengths = tuple(len(range(places.start, min(places.stop, end))) for places in self.emitted)
-        unused = sum(
-            max(len(places) - 1 - length, 0) for places, length in zip(self.emitted, lengths, strict=True)
-        )
-        now = time.monotonic()
-        return Result(
-            text=self.answer.text,
-            ids=self.answer.ids,
-            finish=self.finish,
-            prompt_tokens=len(self.prompt),
-            cached_prompt_tokens=min(self.cached, len(self.prompt)),
-            proposed_tokens=self.proposed,
-            accepted_tokens=self.accepted - unused,
-            forward_passes=self.passes,
-            accept_lengths=lengths,
-            queue_ms=self.queued * 1e3,
-            prefill_ms=(self.prefilled - self.arrived - self.queued_at_first) * 1e3,
-            decode_ms=(now - self.prefilled - (self.queued - self.queued_at_first)) * 1e3,
-            total_ms=(now - self.arrived) * 1e3,
-        )
-
-
-class _Draft:
-    """A draft as it comes, and how it fared so far. cursor: its tokens that were accepted."""
-
-    def __init__(self, feed: DraftFeed) -> None:
-        self.feed = feed
-        self.cursor = 0
-        self.agrees = True
-        self._ranks = [np.zeros(0, np.int64)]
-        self._logprobs = [np.zeros(0, np.float32)]
+    def __init__(self, most_tokens: int) -> None:
+        super().__init__(most_tokens)
         self._changed = asyncio.Event()
         self._error: AsdError | None = None
 
@@ -181,35 +91,19 @@ class _Draft:
     @property
     def is_due(self) -> bool:
         """Whether enough has come for a pass."""
-        fresh = len(self.feed.ids) - self.cursor
-        return (
-            self.feed.is_complete
-            or fresh >= PASS_PER_DRAFT.least_proposal
-            or (self.feed.is_full and fresh > 0)
-        )
+        fresh = len(self.ids) - self.accepted
+        is_enough = fresh >= PASS_PER_DRAFT.least_proposal or (self.is_full and fresh > 0)
+        return self.is_complete or is_enough
 
     async def wait(self, *, is_whole: bool = False) -> None:
         """Wait until enough has come, or all. Raises the error of a draft that cannot be read."""
         while True:
             if self._error is not None:
                 raise self._error
-            if self.feed.is_complete if is_whole else self.is_due:
+            if self.is_complete if is_whole else self.is_due:
                 return
             self._changed.clear()
             await self._changed.wait()
-
-    def judge(self, verdict: Verdict) -> None:
-        """Keep what a pass shows of the draft's next tokens."""
-        self.cursor += verdict.accepted
-        self._ranks.append(verdict.ranks)
-        self._logprobs.append(verdict.logprobs)
-
-    def evidence(self) -> VerificationResult:
-        """Return how the draft fared."""
-        ranks = np.concatenate(self._ranks)
-        return VerificationResult(
-            len(ranks), self.cursor, ranks, np.concatenate(self._logprobs), self.feed.ids_used
-        )
 
 
 class ScoringEngine:
@@ -236,7 +130,12 @@ class ScoringEngine:
         self._options = options
         self._tokenizer = ChatTokenizer(directory)
         self._reader = RequestReader(
-            name, self._tokenizer, options.context, checkpoint.vocabulary, checkpoint.eos_ids
+            name,
+            self._tokenizer,
+            options.context,
+            checkpoint.vocabulary,
+            checkpoint.eos_ids,
+            options.default_max_new_tokens,
         )
         self._reader.check_shortest_prompt()
         self._state = ModelState.UNLOADED
@@ -245,7 +144,9 @@ class ScoringEngine:
         self._slots = asyncio.Semaphore(options.max_batch)
         self._waiting = 0
         self._resync_payoff = ResyncPayoff()
-        self._calls: set[_Call] = set()
+        self._calls: set[Call[Row]] = set()
+        # Those of them that have a slot in the library's batch.
+        self._running: set[Call[Row]] = set()
         self._completed = 0
         self._cancelled = 0
 
@@ -315,7 +216,7 @@ class ScoringEngine:
         self, turns: tuple[Turn, ...], sampling: SamplingOptions, adapter: str = ""
     ) -> AsyncGenerator[Event, None]:
         """Write an answer. adapter: by name; "" for the model itself."""
-        call = await self._admit(turns, sampling)
+        call = await self._open(turns, sampling)
         async with self._under_way(call), aclosing(self._decode(call, adapter)) as events:
             async for event in events:
                 yield event
@@ -329,12 +230,12 @@ class ScoringEngine:
         adapter: str = "",
     ) -> AsyncGenerator[Event, None]:
         """Accept a prefix of a draft and go on from there."""
-        call = await self._admit(turns, sampling)
-        feed = DraftFeed(call.most_tokens)
-        await self._reader.read_draft(draft, feed)
+        call = await self._open(turns, sampling)
+        arrived = _ArrivingDraft(call.most_tokens)
+        await self._reader.read_draft(draft, arrived)
         async with (
             self._under_way(call),
-            aclosing(self._judge(call, _Draft(feed), threshold, adapter)) as events,
+            aclosing(self._judge(call, arrived, threshold, adapter)) as events,
         ):
             async for event in events:
                 yield event
@@ -348,9 +249,9 @@ class ScoringEngine:
         adapter: str = "",
     ) -> AsyncGenerator[Event, None]:
         """Verify a draft while it is being written, a pass for every 16 tokens that came."""
-        call = await self._admit(turns, sampling)
-        draft = _Draft(DraftFeed(call.most_tokens))
-        reader = asyncio.create_task(self._reader.follow_draft(pieces, draft.feed, draft.notify))
+        call = await self._open(turns, sampling)
+        draft = _ArrivingDraft(call.most_tokens)
+        reader = asyncio.create_task(self._reader.follow_draft(pieces, draft, draft.notify))
         try:
             async with (
                 self._under_way(call),
@@ -363,7 +264,7 @@ class ScoringEngine:
 
     async def prefill(self, turns: tuple[Turn, ...], adapter: str = "") -> PrefillResult:
         """Put a prompt into the prefix cache: the library has no such call, so a token is written."""
-        call = await self._admit(turns, SamplingOptions(max_new_tokens=1))
+        call = await self._open(turns, SamplingOptions(max_new_tokens=1))
         count = len(call.prompt)
         # Not the last token: a verification needs to know what follows it, which a cache does not say.
         call.prompt = call.prompt[:-1] or call.prompt
@@ -374,8 +275,7 @@ class ScoringEngine:
 
     def status(self) -> EngineStatus:
         """Say what is loaded, queued and running."""
-        running = [call for call in self._calls if call.has_slot]
-        held = sum(len(call.prompt) + len(call.ids) for call in running)
+        held = sum(len(call.prompt) + len(call.ids) for call in self._running)
         return EngineStatus(
             state=self._state,
             parameters=self._checkpoint.parameters,
@@ -384,7 +284,7 @@ class ScoringEngine:
             memory_bytes=self.memory_bytes,
             kv_cache_bytes=held * self._checkpoint.kv_values_per_token * self._options.kv_bytes,
             queued=self._waiting,
-            running=len(running),
+            running=len(self._running),
             cached_sequences=0,
             completed=self._completed,
             cancelled=self._cancelled,
@@ -396,17 +296,11 @@ class ScoringEngine:
         """Weights, and the KV cache where its size is set: the library takes further memory for itself."""
         return self._checkpoint.weight_bytes + self._options.cache_bytes
 
-    async def _admit(self, turns: tuple[Turn, ...], sampling: SamplingOptions) -> _Call:
-        prompt = await self._reader.read_prompt(turns)
-        room = self._options.context - len(prompt)
-        wanted = sampling.max_new_tokens or self._options.default_max_new_tokens
-        if sampling.temperature > 0 and sampling.seed is None:
-            sampling = replace(sampling, seed=secrets.randbits(63))
-        answer = AnswerBuilder(self._tokenizer.stream(), sampling.stop)
-        return _Call(prompt, min(wanted, room), sampling, answer, self._checkpoint.eos_ids, time.monotonic())
+    async def _open(self, turns: tuple[Turn, ...], sampling: SamplingOptions) -> Call[Row]:
+        return await self._reader.open_call(turns, sampling, lambda _, rows: row_signals(rows))
 
     @asynccontextmanager
-    async def _under_way(self, call: _Call) -> AsyncIterator[None]:
+    async def _under_way(self, call: Call[Row]) -> AsyncIterator[None]:
         """Count a call, give its slot back, and turn what the library raises into our errors."""
         if self._state is not ModelState.READY:
             raise PreconditionFailed(f"model {self._name} is not loaded")
@@ -432,34 +326,34 @@ class ScoringEngine:
             self._release(call)
             self._calls.discard(call)
 
-    async def _acquire(self, call: _Call) -> None:
-        """Wait for a place in the library's batch."""
-        if not call.has_slot:
+    async def _acquire(self, call: Call[Row]) -> None:
+        """Wait for a slot in the library's batch."""
+        if call not in self._running:
             self._waiting += 1
             asked = time.monotonic()
             try:
                 await self._slots.acquire()
             finally:
                 self._waiting -= 1
-            call.has_slot = True
+            self._running.add(call)
             # Not what a verification waited for its draft: routers take this for how busy the stage is.
             call.queued += time.monotonic() - asked
 
-    def _release(self, call: _Call) -> None:
-        if call.has_slot:
-            call.has_slot = False
+    def _release(self, call: Call[Row]) -> None:
+        if call in self._running:
+            self._running.remove(call)
             self._slots.release()
 
-    async def _decode(self, call: _Call, adapter: str) -> AsyncGenerator[Event, None]:
+    async def _decode(self, call: Call[Row], adapter: str) -> AsyncGenerator[Event, None]:
         """Write on from what there is, to the end."""
         async with aclosing(self._tokens(call, adapter)) as chunks:
             async for chunk in chunks:
                 if chunk is not None:
                     yield chunk
-        for event in _ending(call):
+        for event in call.end():
             yield event
 
-    async def _tokens(self, call: _Call, adapter: str) -> AsyncGenerator[TokenChunk | None, None]:
+    async def _tokens(self, call: Call[Row], adapter: str) -> AsyncGenerator[TokenChunk | None, None]:
         """Write on; yield after each piece, with what may go out."""
         if call.is_over():
             return
@@ -468,9 +362,9 @@ class ScoringEngine:
         request = TokenRequest(call.room, sampling.temperature, sampling.top_p, sampling.seed, adapter)
         async with aclosing(self._backend.generate([*call.prompt, *call.ids], request)) as pieces:
             async for piece in pieces:
-                call.answered(piece.cached)
+                call.mark_prefilled(piece.cached)
                 call.passes += len(piece.rows)
-                yield call.take(piece.rows, piece.has_ended)
+                yield _take(call, piece.rows, has_ended=piece.has_ended)
                 # Only a stop sequence ends an answer before the library does, which is then told.
                 if call.is_over() and not piece.is_last:
                     break
@@ -478,15 +372,14 @@ class ScoringEngine:
             raise RuntimeError(f"the library ended an answer after {len(call.ids)} tokens, without a reason")
 
     async def _judge(
-        self, call: _Call, draft: _Draft, threshold: float | None, adapter: str
+        self, call: Call[Row], draft: _ArrivingDraft, threshold: float | None, adapter: str
     ) -> AsyncGenerator[Event, None]:
         """Judge a draft, go on after it, and end."""
-        is_sampled = call.sampling.temperature > 0
-        judge = self._compare if is_sampled and threshold is None else self._verify
+        judge = self._compare if call.is_sampled and threshold is None else self._verify
         async with aclosing(judge(call, draft, threshold, adapter)) as events:
             async for event in events:
                 yield event
-        if not is_sampled and self._options.resync:
+        if self._options.resync and not call.is_sampled:
             async with aclosing(self._resync(call, draft, adapter)) as events:
                 async for event in events:
                     yield event
@@ -495,10 +388,10 @@ class ScoringEngine:
                 yield event
 
     async def _verify(
-        self, call: _Call, draft: _Draft, threshold: float | None, adapter: str
+        self, call: Call[Row], draft: _ArrivingDraft, threshold: float | None, adapter: str
     ) -> AsyncGenerator[Event, None]:
         """Keep what the model agrees with, and its own token after that."""
-        feed, chunk = draft.feed, None
+        chunk = None
         # What the pass before said of the next token: the place after it may be all that is not cached.
         following: Row | None = None
         while not call.is_over():
@@ -508,10 +401,10 @@ class ScoringEngine:
             await draft.wait()
             # A pass writes a token too, which must fit the context.
             most = self._options.context - 1 - len(call.prompt) - len(call.ids)
-            proposal = feed.ids[draft.cursor :][:most]
+            proposal = draft.ids[draft.accepted :][:most]
             if not proposal:
                 break
-            is_whole = feed.is_complete and draft.cursor + len(proposal) == len(feed.ids)
+            is_whole = draft.is_complete and draft.accepted + len(proposal) == len(draft.ids)
             scores = await self._score(call, proposal, adapter, following)
             verdict = verify_rows(proposal, scores.rows, threshold)
             accepted = verdict.accepted
@@ -520,9 +413,9 @@ class ScoringEngine:
             call.accepted += accepted
             kept = list(scores.rows[:accepted])
             is_over = accepted < len(proposal) or is_whole or len(proposal) == most
-            if is_over and call.sampling.temperature == 0:
+            if is_over and not call.is_sampled:
                 kept.append(scores.rows[accepted].own if accepted < len(proposal) else scores.following)
-            chunk = call.take(kept)
+            chunk = _take(call, kept)
             if is_over:
                 break
             if chunk is not None:
@@ -531,20 +424,22 @@ class ScoringEngine:
         evidence = draft.evidence()
         if evidence.proposed:
             # One proposal, however many passes it took: the answer holds nothing else so far.
-            call.emitted.append(range(draft.cursor + 1))
+            call.emitted.append(range(draft.accepted + 1))
         yield evidence
         if chunk is not None:
             yield chunk
 
-    async def _resync(self, call: _Call, draft: _Draft, adapter: str) -> AsyncGenerator[Event, None]:
+    async def _resync(
+        self, call: Call[Row], draft: _ArrivingDraft, adapter: str
+    ) -> AsyncGenerator[Event, None]:
         """Propose what stands in the draft after the token that was corrected, as long as it pays."""
-        resync = Resynchroniser(draft.feed.ids, draft.cursor, PASS_PER_DRAFT)
+        resync = Resynchroniser(draft.ids, draft.accepted, PASS_PER_DRAFT)
         is_first = True
         while not call.is_over():
             # A pass writes a token too, which must fit the context.
             most = min(call.room, self._options.context - 1 - len(call.prompt) - len(call.ids))
             proposal = resync.propose(call.ids, most)
-            if not proposal or (is_first and not self._resync_payoff.is_worth(self.status().running)):
+            if not proposal or (is_first and not self._resync_payoff.is_worth(len(self._running))):
                 return
             scores = await self._score(call, proposal, adapter)
             kept = verify_rows(proposal, scores.rows).accepted
@@ -555,42 +450,42 @@ class ScoringEngine:
             call.accepted += kept
             call.emitted.append(range(len(call.ids), len(call.ids) + kept + 1))
             own = scores.rows[kept].own if kept < len(proposal) else scores.following
-            chunk = call.take([*scores.rows[:kept], own])
+            chunk = _take(call, [*scores.rows[:kept], own])
             if chunk is not None:
                 yield chunk
 
     async def _compare(
-        self, call: _Call, draft: _Draft, _threshold: float | None, adapter: str
+        self, call: Call[Row], draft: _ArrivingDraft, _threshold: float | None, adapter: str
     ) -> AsyncGenerator[Event, None]:
         """Write the sampled answer, and report what it shares with the draft once that is known."""
         await draft.wait(is_whole=True)
-        ids = draft.feed.ids[: self._options.context - 1 - len(call.prompt)]
+        ids = draft.ids[: self._options.context - 1 - len(call.prompt)]
         if ids:
             rows = (await self._score(call, ids, adapter)).rows
             # What is accepted shows only in the sampled answer.
             draft.judge(replace(verify_rows(ids, rows), accepted=0))
         held: list[TokenChunk] = []
+        agrees = True
         async with aclosing(self._tokens(call, adapter)) as chunks:
             async for chunk in chunks:
                 if chunk is not None:
                     held.append(chunk)
                 written = len(call.ids)
-                while draft.cursor < min(written, len(ids)) and ids[draft.cursor] == call.ids[draft.cursor]:
-                    draft.cursor += 1
-                if not call.is_over() and draft.cursor == written < len(ids):
+                draft.accepted += _common(ids[draft.accepted :], call.ids[draft.accepted :])
+                if not call.is_over() and draft.accepted == written < len(ids):
                     continue
-                if draft.agrees:
-                    draft.agrees = False
-                    is_end = draft.cursor == written < len(ids) and ids[written] in call.eos_ids
-                    draft.cursor += call.finish is FinishReason.EOS and is_end
-                    call.accepted += draft.cursor
+                if agrees:
+                    agrees = False
+                    is_end = draft.accepted == written < len(ids) and ids[written] in call.eos_ids
+                    draft.accepted += call.finish is FinishReason.EOS and is_end
+                    call.accepted += draft.accepted
                     yield draft.evidence()
                 for each in held:
                     yield each
                 held.clear()
 
     async def _score(
-        self, call: _Call, proposal: list[int], adapter: str, following: Row | None = None
+        self, call: Call[Row], proposal: list[int], adapter: str, following: Row | None = None
     ) -> Scores:
         """Judge a proposal in one pass. following: the place of its first token, where that is known."""
         await self._acquire(call)
@@ -599,7 +494,7 @@ class ScoringEngine:
         scores = await self._backend.score([*known, *proposal], len(known) + bool(first), adapter)
         if first is not None:
             scores = replace(scores, rows=[first, *scores.rows])
-        call.answered(scores.cached)
+        call.mark_prefilled(scores.cached)
         call.passes += 1
         call.proposed += len(proposal)
         return scores
@@ -649,8 +544,20 @@ class AdapterEngine:
         return replace(self._base.status(), memory_bytes=0)
 
 
-def _ending(call: _Call) -> list[Event]:
-    last = call.answer.finish()
-    if call.answer.has_stopped:
-        call.finish = FinishReason.STOP
-    return [call.result()] if last is None else [last, call.result()]
+def _common(left: Sequence[int], right: Sequence[int]) -> int:
+    """Return how many of the first ids are the same."""
+    pairs = zip(left, right, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
+
+
+def _take(call: Call[Row], rows: Sequence[Row], *, has_ended: bool = False) -> TokenChunk | None:
+    """Add tokens up to the one that ends the answer; return the chunk that may go out now, or None.
+
+    has_ended: the library says that the model ended the answer after them.
+    """
+    for row in rows:
+        if call.add(row.token, row):
+            break
+    if has_ended:
+        call.finish = FinishReason.EOS
+    return call.flush()

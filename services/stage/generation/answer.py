@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from services.stage.domain import TokenChunk
-from services.stage.generation.verification import token_signals
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -80,19 +79,10 @@ class AnswerBuilder:
         """The answer so far."""
         return self._text
 
-    def extend(self, ids: list[int], logits: npt.NDArray[np.float32]) -> TokenChunk | None:
-        """Add tokens with the logits that they were chosen from, float32 [tokens, V].
+    def extend(self, ids: Sequence[int], signals: Signals) -> TokenChunk | None:
+        """Add tokens with their log-probabilities, entropies and margins, float32 [tokens] each.
 
         Returns the chunk that may go out now, or None. After a stop sequence further tokens are dropped.
-        """
-        if self.has_stopped:
-            return None
-        return self.extend_known(ids, token_signals(logits, np.array(ids, np.int64)))
-
-    def extend_known(self, ids: list[int], signals: Signals) -> TokenChunk | None:
-        """Add tokens whose log-probabilities, entropies and margins are known, float32 [tokens] each.
-
-        Returns as `extend` does.
         """
         if self.has_stopped:
             return None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from services.common.errors import (
@@ -15,13 +17,17 @@ from services.common.errors import (
     PromptTooLong,
 )
 from services.stage.domain import FinishReason
+from services.stage.generation.answer import AnswerBuilder
+from services.stage.generation.call import Call
 from services.stage.generation.tokenizer import TooManyTokens
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
-    from services.stage.domain import DraftPiece, DraftText, Turn
-    from services.stage.generation.draft import DraftFeed
+    from services.stage.domain import DraftPiece, DraftText, SamplingOptions, Turn
+    from services.stage.generation.answer import Signals
+    from services.stage.generation.call import Evidence
+    from services.stage.generation.draft import Draft
     from services.stage.generation.tokenizer import ChatTokenizer
 
 logger = logging.getLogger(__name__)
@@ -40,13 +46,20 @@ class RequestReader:
     """
 
     def __init__(
-        self, name: str, tokenizer: ChatTokenizer, context: int, vocabulary: int, eos_ids: Sequence[int]
+        self,
+        name: str,
+        tokenizer: ChatTokenizer,
+        context: int,
+        vocabulary: int,
+        eos_ids: Sequence[int],
+        default_max_new_tokens: int = 160,
     ) -> None:
         self._name = name
         self._tokenizer = tokenizer
         self._context = context
         self._vocabulary = vocabulary
         self._eos_ids = tuple(eos_ids)
+        self._default_max_new_tokens = default_max_new_tokens
         # A cancelled request leaves its thread at work: a place is free only when that has ended.
         self._long_texts = ThreadPoolExecutor(_LONG_TEXTS, thread_name_prefix="long-text")
 
@@ -61,6 +74,21 @@ class RequestReader:
                 f"model takes at most {self._context} of prompt and answer: raise max_model_len"
             )
 
+    async def open_call(
+        self,
+        turns: tuple[Turn, ...],
+        sampling: SamplingOptions,
+        signals: Callable[[Sequence[int], Sequence[Evidence]], Signals],
+    ) -> Call[Evidence]:
+        """Return the call of a request, with a seed where it samples. signals: see Call."""
+        prompt = await self.read_prompt(turns)
+        if sampling.temperature > 0 and sampling.seed is None:
+            sampling = replace(sampling, seed=secrets.randbits(63))
+        wanted = sampling.max_new_tokens or self._default_max_new_tokens
+        most_tokens = min(wanted, self._context - len(prompt))
+        answer = AnswerBuilder(self._tokenizer.stream(), sampling.stop)
+        return Call(prompt, most_tokens, sampling, answer, self._eos_ids, signals)
+
     async def read_prompt(self, turns: tuple[Turn, ...]) -> list[int]:
         """Return a prompt's ids: at most one fewer than the context, so that an answer has room."""
         size = sum(len(turn.content) for turn in turns)
@@ -69,55 +97,55 @@ class RequestReader:
             return await loop.run_in_executor(self._long_texts, self._encode_prompt, turns, size)
         return self._encode_prompt(turns, size)
 
-    async def read_draft(self, draft: DraftText, feed: DraftFeed) -> None:
-        """Put a whole draft into a feed: its ids where they are of this tokenizer, else its text.
+    async def read_draft(self, sent: DraftText, draft: Draft) -> None:
+        """Read a whole draft: its ids where they are of this tokenizer, else its text.
 
-        Of either no more is read than the feed takes.
+        Of either no more is read than the draft takes.
         """
         is_whole = True
-        feed.ids_used = bool(draft.ids) and draft.fingerprint == self._tokenizer.fingerprint
-        if feed.ids_used:
-            if self._add_ids(feed, draft.ids[: feed.room], "draft.token_ids"):
+        draft.ids_used = bool(sent.ids) and sent.fingerprint == self._tokenizer.fingerprint
+        if draft.ids_used:
+            if self._add_ids(draft, sent.ids[: draft.room], "draft.token_ids"):
                 return
-        elif draft.ids and not draft.text:
+        elif sent.ids and not sent.text:
             raise InvalidRequest(
                 f"the draft's ids are of another tokenizer than {self._name}'s, "
                 f"{self._tokenizer.fingerprint}: send its text as well",
                 field="draft.tokenizer_fingerprint",
             )
         else:
-            text = draft.text[: self._tokenizer.most_characters(feed.room)]
-            feed.add(await self._encode_text(text))
-            is_whole = len(text) == len(draft.text)
-        feed.finish(self._end_id(draft.finish) if is_whole else None)
+            text = sent.text[: self._tokenizer.most_characters(draft.room)]
+            draft.add(await self._encode_text(text))
+            is_whole = len(text) == len(sent.text)
+        draft.finish(self._end_id(sent.finish) if is_whole else None)
 
     async def follow_draft(
         self,
         pieces: AsyncIterator[DraftPiece | FinishReason],
-        feed: DraftFeed,
+        draft: Draft,
         notify: Callable[[AsdError | None], None],
     ) -> None:
-        """Put a draft into a feed as it comes. notify: is told of each piece, and of an error, its end."""
+        """Read a draft as it comes. notify: is told of each piece, and of an error, its end."""
         text: str | None = None
-        most = self._tokenizer.most_characters(feed.room)
+        most = self._tokenizer.most_characters(draft.room)
         try:
             async for piece in pieces:
                 if isinstance(piece, FinishReason):
-                    is_whole = feed.ids_used or feed.reach(await self._encode_text(text or ""))
+                    is_whole = draft.ids_used or draft.reach(await self._encode_text(text or ""))
                     is_whole &= len(text or "") <= most
                     # After another text than the draft's, its end stands for nothing.
-                    feed.finish(self._end_id(piece) if is_whole else None)
+                    draft.finish(self._end_id(piece) if is_whole else None)
                     break
                 own = piece.fingerprint == self._tokenizer.fingerprint
-                feed.ids_used |= text is None and own and bool(piece.ids)
-                if feed.ids_used:
-                    if self._add_ids(feed, piece.ids[: feed.room], "chunk.token_ids"):
+                draft.ids_used |= text is None and own and bool(piece.ids)
+                if draft.ids_used:
+                    if self._add_ids(draft, piece.ids[: draft.room], "chunk.token_ids"):
                         break
-                elif not feed.is_full and len(text or "") <= most:
+                elif not draft.is_full and len(text or "") <= most:
                     # A character more than is worth encoding shows that there was more.
                     text = ((text or "") + piece.text)[: most + 1]
                     # The last token may yet become another one.
-                    feed.reach((await self._encode_text(text))[:-1])
+                    draft.reach((await self._encode_text(text))[:-1])
                 notify(None)
             else:
                 raise InvalidRequest("the draft's stream ended without its end", field="end")
@@ -155,7 +183,7 @@ class RequestReader:
             return await loop.run_in_executor(self._long_texts, self._tokenizer.encode_text, text)
         return self._tokenizer.encode_text(text)
 
-    def _add_ids(self, feed: DraftFeed, ids: Sequence[int], field: str) -> bool:
+    def _add_ids(self, draft: Draft, ids: Sequence[int], field: str) -> bool:
         """Add ids to a draft; return whether it ends among them, at a token that ends this model's answers.
 
         The drafter may have other ends with the same tokenizer, and have written on. Whether the answer ends
@@ -166,9 +194,9 @@ class RequestReader:
         wrong = next((each for each in ids if each >= self._vocabulary), None)
         if wrong is not None:
             raise InvalidRequest(f"id {wrong} is not a text token of {self._name}'s tokenizer", field=field)
-        feed.add(ids)
+        draft.add(ids)
         if end is not None:
-            feed.finish(None)
+            draft.finish(None)
         return end is not None
 
     def _end_id(self, finish: FinishReason) -> int | None:

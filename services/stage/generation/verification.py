@@ -10,9 +10,13 @@ draft and target then mostly agree, EXACT keeps the agreed prefix, and the answe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class ShapeMismatch(ValueError):  # noqa: N818 - named as in the house's style
@@ -160,6 +164,13 @@ def token_signals(
     exponentials[rows, likeliest] = 0.0
     margins = (1.0 - exponentials.max(axis=1)) / totals
     return logprobs.astype(np.float32), entropies.astype(np.float32), margins.astype(np.float32)
+
+
+def evidence_signals(
+    ids: Sequence[int], rows: Sequence[npt.NDArray[np.float32]]
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Return the signals of tokens by the logits that each was chosen from, float32 [V] each."""
+    return token_signals(np.concatenate(rows).reshape(len(ids), -1), np.array(ids, np.int64))
 
 
 def _draw(weights: npt.NDArray[np.floating], rng: np.random.Generator) -> int:

@@ -25,7 +25,7 @@ from services.common.disks import writing
 from services.common.documents import parse_json, quoted
 from services.common.errors import PreconditionFailed
 from services.stage.engines.onnx.llama_config import LlamaShape, read_shape
-from services.stage.engines.onnx.memory import places_for
+from services.stage.engines.onnx.memory import capacity_for
 from services.stage.engines.onnx.partial_folders import find_damage, finish, partial_folder, remove_left
 from services.stage.engines.onnx.rope import rope_tables
 from services.stage.model_files import check_file, read_json_file
@@ -126,7 +126,7 @@ def served_shape(directory: Path, most_tokens: int | None) -> LlamaShape:
     """
     shape = read_shape(directory)
     if most_tokens is not None:
-        shape = replace(shape, context=places_for(most_tokens, shape.context))
+        shape = replace(shape, context=capacity_for(most_tokens, shape.context))
     size = 4 * shape.context * shape.head_dim
     if size > _MOST_TABLE_BYTES:
         raise PreconditionFailed(

@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from services.stage.engines.onnx.llama_config import LlamaShape
 
-# Places that a KV cache has at least. Chosen: a short conversation's, so that its turns share one.
-LEAST_PLACES = 512
+# Tokens that a KV cache has room for at least. Chosen: a short conversation's, so that its turns share one.
+LEAST_CAPACITY = 512
 # What the intermediate results of one pass may take: of this, and of a share of the weights, the larger.
 _PASS_BYTES = 64 << 20
 _PASS_SHARE = 1 / 32
 
 
-def places_for(tokens: int, context: int) -> int:
-    """Return the places of a KV cache that holds so many tokens: the next power of two.
+def capacity_for(tokens: int, context: int) -> int:
+    """Return the capacity of a KV cache that holds so many tokens: the next power of two.
 
     So a conversation that grows moves to a larger cache, and is computed again, only when it has doubled.
     context: the most that the model serves.
     """
-    return min(max(LEAST_PLACES, 1 << (tokens - 1).bit_length()), context)
+    return min(max(LEAST_CAPACITY, 1 << (tokens - 1).bit_length()), context)
 
 
 def weight_bytes(shape: LlamaShape) -> int:

@@ -26,6 +26,7 @@ from services.stage.engines.tensorrt_llm import engine as tensorrt_llm_engine
 from services.stage.engines.tensorrt_llm.engine import TensorrtLlmOptions
 from services.stage.engines.vllm import engine as vllm_engine
 from services.stage.engines.vllm.engine import VllmOptions
+from services.stage.generation import call
 from services.stage.settings import ModelSettings
 from tests.fakes import fake_tensorrt_llm, fake_vllm
 from tests.limits import CALL_S
@@ -493,7 +494,8 @@ async def test_waiting_for_a_draft_is_no_waiting_in_a_queue(monkeypatch: pytest.
     answer = await _ask(engine, LONG)
     late = 0.0
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + late)
-    monkeypatch.setattr(scoring_engine, "time", clock)
+    for module in (call, scoring_engine):
+        monkeypatch.setattr(module, "time", clock)
 
     async def pieces() -> AsyncIterator[DraftPiece | FinishReason]:
         nonlocal late

@@ -10,9 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.stage.generation.answer import AnswerBuilder
+from services.stage.generation.verification import token_signals
 
 if TYPE_CHECKING:
     from services.stage.domain import TokenChunk
+
+
+def _extend(builder: AnswerBuilder, ids: list[int], logits: np.ndarray) -> TokenChunk | None:
+    return builder.extend(ids, token_signals(logits, np.array(ids, np.int64)))
 
 
 class _Letters:
@@ -38,7 +43,7 @@ def _build(pieces: list[str], stop: tuple[str, ...], batch: int) -> tuple[Answer
     chunks = []
     for start in range(0, len(pieces), batch):
         ids = list(range(start, min(start + batch, len(pieces))))
-        chunks.append(builder.extend(ids, np.zeros((len(ids), 3 + len(pieces)), np.float32)))
+        chunks.append(_extend(builder, ids, np.zeros((len(ids), 3 + len(pieces)), np.float32)))
     chunks.append(builder.finish())
     return builder, [chunk for chunk in chunks if chunk is not None]
 
@@ -81,7 +86,7 @@ def test_without_stop_sequences_chunks_go_out_at_once() -> None:
 def test_signals_stay_with_their_tokens(stop: tuple[str, ...]) -> None:
     builder = AnswerBuilder(_Letters(["x", "y"]), stop)
     logits = np.log(np.array([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1]], np.float32))
-    chunks = [builder.extend([0, 1], logits), builder.finish()]
+    chunks = [_extend(builder, [0, 1], logits), builder.finish()]
     logprobs = np.concatenate([chunk.logprobs for chunk in chunks if chunk is not None])
     assert np.exp(logprobs) == pytest.approx([0.7, 0.8], abs=1e-6)
 
@@ -138,7 +143,7 @@ def test_a_stop_sequence_may_hold_special_tokens(pieces: list[str], stop: list[s
 def test_only_what_may_become_a_stop_sequence_is_held_back(pieces: list[str], stop: list[str]) -> None:
     builder, whole, ends, sent = AnswerBuilder(_Letters(pieces), tuple(stop)), "", [0], 0
     for token, piece in enumerate(pieces):
-        chunk = builder.extend([token], np.zeros((1, len(pieces)), np.float32))
+        chunk = _extend(builder, [token], np.zeros((1, len(pieces)), np.float32))
         if builder.has_stopped:
             return
         sent += len(chunk.ids) if chunk is not None else 0
@@ -164,7 +169,7 @@ def test_a_stop_sequence_is_found_around_a_special_token_that_the_answer_leaves_
 def test_a_long_stop_sequence_holds_nothing_back_that_it_does_not_begin_with() -> None:
     builder = AnswerBuilder(_Letters(["hello ", "E", "ND", "!"]), ("END" + "x" * 100_000,))
     row = np.zeros((1, 4), np.float32)
-    chunks = [builder.extend([token], row) for token in range(4)]
+    chunks = [_extend(builder, [token], row) for token in range(4)]
     assert [chunk.text if chunk is not None else None for chunk in chunks] == ["hello ", None, None, "END!"]
 
 
@@ -210,7 +215,7 @@ def test_text_that_waits_for_later_tokens_is_part_of_the_answer(
 ) -> None:
     builder = AnswerBuilder(_Bytes(), (stop,))
     chunks = [
-        builder.extend([ord(letter)], np.zeros((1, 128), np.float32)) for letter in ("a", "\n", "\x01", "b")
+        _extend(builder, [ord(letter)], np.zeros((1, 128), np.float32)) for letter in ("a", "\n", "\x01", "b")
     ]
     chunks.append(builder.finish())
     assert (builder.text, builder.ids, builder.taken) == (text, tuple(map(ord, ids)), taken)
@@ -219,8 +224,8 @@ def test_text_that_waits_for_later_tokens_is_part_of_the_answer(
 
 def test_a_stop_sequence_that_shows_only_at_the_end_ends_the_answer_before_itself() -> None:
     builder = AnswerBuilder(_Bytes(), ("\n",))
-    builder.extend([ord("a")], np.zeros((1, 128), np.float32))
-    builder.extend([ord("\n")], np.zeros((1, 128), np.float32))
+    _extend(builder, [ord("a")], np.zeros((1, 128), np.float32))
+    _extend(builder, [ord("\n")], np.zeros((1, 128), np.float32))
     assert not builder.has_stopped
     builder.finish()
     assert (builder.text, builder.ids, builder.has_stopped) == ("a", (ord("a"),), True)

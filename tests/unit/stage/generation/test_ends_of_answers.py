@@ -11,12 +11,15 @@ import pytest
 from services.stage.domain import DraftText, FinishReason, Result, SamplingOptions, TokenChunk, Turn
 from services.stage.engines.backend import Piece, Scores, TokenRequest
 from services.stage.engines.checkpoint import Checkpoint
-from services.stage.engines.onnx.scheduler import BatchLane, CachedSequence, GenerateLane, VerifyLane, Work
+from services.stage.engines.onnx.generators import CachedSequence
+from services.stage.engines.onnx.slots import BatchSlot, GenerateSlot, Request, VerifySlot
 from services.stage.engines.scoring import ScoringEngine, ScoringOptions
 from services.stage.generation.answer import AnswerBuilder
-from services.stage.generation.draft import DraftFeed
+from services.stage.generation.call import Call
+from services.stage.generation.draft import Draft
 from services.stage.generation.logprobs import Row
 from services.stage.generation.tokenizer import ChatTokenizer
+from services.stage.generation.verification import evidence_signals
 from tests.fakes.tiny_tokenizers import pieces, write
 
 if TYPE_CHECKING:
@@ -55,7 +58,7 @@ class Chain:
 
 
 class ChainGenerator:
-    """What a lane uses of onnxruntime-genai's generator, for rows that all write the same."""
+    """What a slot uses of onnxruntime-genai's generator, for rows that all write the same."""
 
     def __init__(self, chain: Chain, rows: int = 1) -> None:
         self._chain = chain
@@ -135,16 +138,17 @@ _ENDS = [
 ]
 
 
-def _work(tokenizer: ChatTokenizer, stop: tuple[str, ...], draft: DraftFeed | None = None) -> Work:
+def _request(tokenizer: ChatTokenizer, stop: tuple[str, ...], draft: Draft | None = None) -> Request:
     events: list[Any] = []
     answer = AnswerBuilder(tokenizer.stream(), stop)
     prompt = tokenizer.encode_chat(_TURNS)
-    return Work(prompt, 20, SamplingOptions(stop=stop), answer, events.extend, 0.0, draft=draft)
+    call = Call(prompt, 20, SamplingOptions(stop=stop), answer, (_EOS,), evidence_signals)
+    return Request(call, events.extend, draft)
 
 
-def _events(work: Work) -> list[Any]:
-    work.send()
-    return work.deliver.__self__  # type: ignore[attr-defined, no-any-return]
+def _events(request: Request) -> list[Any]:
+    request.send()
+    return request.deliver.__self__  # type: ignore[attr-defined, no-any-return]
 
 
 def _check(events: Sequence[Any], text: str, finish: FinishReason, count: int) -> None:
@@ -160,29 +164,29 @@ def test_a_stop_sequence_may_be_a_special_token_in_the_onnx_engine(
     tokenizer: ChatTokenizer, kind: str, stop: tuple[str, ...], text: str, finish: FinishReason, count: int
 ) -> None:
     chain = Chain(tokenizer)
-    feed = None
+    draft = None
     if kind == "draft":
-        feed = DraftFeed(20)
-        feed.add(chain.ids[:-1])
-        feed.finish(_EOS)
-    works = [_work(tokenizer, stop, feed) for _ in range(3 if kind == "batch" else 1)]
+        draft = Draft(20)
+        draft.add(chain.ids[:-1])
+        draft.finish(_EOS)
+    requests = [_request(tokenizer, stop, draft) for _ in range(3 if kind == "batch" else 1)]
     if kind == "batch":
         generator = ChainGenerator(chain, 3)
-        generator.append_tokens(np.array([works[0].prompt] * 3, np.int32))
-        lane: Any = BatchLane(works, generator, (_EOS,))
+        generator.append_tokens(np.array([requests[0].call.prompt] * 3, np.int32))
+        slot: Any = BatchSlot(requests, generator)
     else:
-        lane = (GenerateLane if feed is None else VerifyLane)(
-            works[0], CachedSequence(ChainGenerator(chain)), (_EOS,)
+        slot = (GenerateSlot if draft is None else VerifySlot)(
+            requests[0], CachedSequence(ChainGenerator(chain))
         )
     for _ in range(100):
-        for work in works:
-            work.is_taken = True
-        for work in lane.step():
-            lane.works.remove(work)
-        if not lane.works:
+        for request in requests:
+            request.is_taken = True
+        for request in slot.step():
+            slot.requests.remove(request)
+        if not slot.requests:
             break
-    for work in works:
-        _check(_events(work), text, finish, count)
+    for request in requests:
+        _check(_events(request), text, finish, count)
 
 
 @pytest.mark.parametrize(("stop", "text", "finish", "count"), _ENDS)
@@ -221,19 +225,19 @@ class _BrokenStream:
 
 def test_a_request_that_goes_wrong_leaves_its_batch_and_the_others_go_on(tokenizer: ChatTokenizer) -> None:
     chain = Chain(tokenizer)
-    works = [_work(tokenizer, ()) for _ in range(3)]
-    works[1].answer = AnswerBuilder(_BrokenStream())
+    requests = [_request(tokenizer, ()) for _ in range(3)]
+    requests[1].call.answer = AnswerBuilder(_BrokenStream())
     generator = ChainGenerator(chain, 3)
-    generator.append_tokens(np.array([works[0].prompt] * 3, np.int32))
-    lane = BatchLane(works, generator, (_EOS,))
+    generator.append_tokens(np.array([requests[0].call.prompt] * 3, np.int32))
+    slot = BatchSlot(requests, generator)
     failed = []
     for _ in range(10):
-        for work in lane.step():
-            lane.works.remove(work)
-        for work, error in lane.failed:
+        for request in slot.step():
+            slot.requests.remove(request)
+        for request, error in slot.failed:
             assert isinstance(error, ValueError)
-            lane.works.remove(work)
-            failed.append(work)
-    assert failed == [works[1]]
-    for work in (works[0], works[2]):
-        _check(_events(work), "xy\nq", FinishReason.EOS, 5)
+            slot.requests.remove(request)
+            failed.append(request)
+    assert failed == [requests[1]]
+    for request in (requests[0], requests[2]):
+        _check(_events(request), "xy\nq", FinishReason.EOS, 5)

@@ -26,7 +26,7 @@ from services.stage.domain import (
 from services.stage.engines.engine import ModelState
 from services.stage.engines.onnx.engine import OnnxEngine, OnnxOptions
 from services.stage.engines.onnx.export import prepare
-from services.stage.engines.onnx.memory import LEAST_PLACES
+from services.stage.engines.onnx.memory import LEAST_CAPACITY
 from services.stage.generation.tokenizer import ChatTokenizer
 from tests.fakes import tiny_llama
 from tests.limits import CALL_S, PROCESS_S
@@ -115,8 +115,8 @@ async def test_a_long_context_costs_what_its_answers_need(load: Callable[..., An
     status = await _settled(engine, lambda status: not status.running)
     assert (status.context_length, status.cached_sequences) == (LONG, 4)
     # Eight rows in a lane, or one: never 131,072 places.
-    assert buffers.largest() <= 8 * LEAST_PLACES * TOKEN_BYTES
-    kept = 4 * LEAST_PLACES * TOKEN_BYTES
+    assert buffers.largest() <= 8 * LEAST_CAPACITY * TOKEN_BYTES
+    kept = 4 * LEAST_CAPACITY * TOKEN_BYTES
     weights = sum(tensor.nbytes for tensor in tiny_llama.weights(tiny_llama.CONFIG).values())
     turns = LONG * 32 * 4
     assert status.memory_bytes == kept + weights + turns
@@ -145,7 +145,7 @@ async def test_status_says_what_the_librarys_buffers_take(load: Callable[..., An
     held = sum(map(buffers.bytes_of, buffers.alive))
     assert len(buffers.alive) == 3
     assert status.kv_cache_bytes == held == (512 + 1024 + 4096) * TOKEN_BYTES
-    assert status.memory_bytes - idle.memory_bytes == held - 2 * LEAST_PLACES * TOKEN_BYTES
+    assert status.memory_bytes - idle.memory_bytes == held - 2 * LEAST_CAPACITY * TOKEN_BYTES
     come.set()
     for call in calls:
         async for _ in call:
@@ -153,7 +153,7 @@ async def test_status_says_what_the_librarys_buffers_take(load: Callable[..., An
     # A sequence is kept right after its call has ended. The two that were used last are.
     status = await _settled(engine, lambda status: status.memory_bytes > idle.memory_bytes + held // 2)
     assert (status.kv_cache_bytes, status.cached_sequences) == (0, 2)
-    assert status.memory_bytes - idle.memory_bytes == (1024 + 4096 - 2 * LEAST_PLACES) * TOKEN_BYTES
+    assert status.memory_bytes - idle.memory_bytes == (1024 + 4096 - 2 * LEAST_CAPACITY) * TOKEN_BYTES
 
 
 async def test_a_conversation_that_outgrows_its_cache_goes_on_in_a_larger_one(

@@ -7,27 +7,27 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from services.stage.engines.onnx.generators import CachedSequence
 from services.stage.engines.onnx.llama_config import read_shape
-from services.stage.engines.onnx.memory import pass_tokens, places_for
-from services.stage.engines.onnx.scheduler import CachedSequence
+from services.stage.engines.onnx.memory import capacity_for, pass_tokens
 from tests.fakes import tiny_llama
-from tests.unit.stage.engines.onnx.test_scheduler import TableGenerator
+from tests.unit.stage.engines.onnx.test_slots import TableGenerator
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
 @pytest.mark.parametrize(
-    ("tokens", "places"),
+    ("tokens", "capacity"),
     [(1, 512), (512, 512), (513, 1024), (1024, 1024), (1025, 2048), (90_000, 131_072), (131_073, 131_072)],
 )
-def test_a_cache_has_the_next_power_of_two_of_places(tokens: int, places: int) -> None:
-    assert places_for(tokens, 131_072) == places
+def test_the_capacity_of_a_cache_is_the_next_power_of_two(tokens: int, capacity: int) -> None:
+    assert capacity_for(tokens, 131_072) == capacity
 
 
 def test_a_cache_is_never_larger_than_the_context() -> None:
-    assert [places_for(tokens, 300) for tokens in (1, 300, 301)] == [300, 300, 300]
-    assert places_for(600, 1000) == 1000
+    assert [capacity_for(tokens, 300) for tokens in (1, 300, 301)] == [300, 300, 300]
+    assert capacity_for(600, 1000) == 1000
 
 
 def test_passes_are_bounded_by_what_they_take(tmp_path: Path) -> None:

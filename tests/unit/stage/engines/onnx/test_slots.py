@@ -1,4 +1,4 @@
-"""Verification lanes over a tiny table model: whatever is proposed, and however, the answer is exact."""
+"""Verification slots over a tiny table model: whatever is proposed, and however, the answer is exact."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 
 from models.train.passes import count_passes
 from services.stage.domain import FinishReason, Result, SamplingOptions, TokenChunk, VerificationResult
-from services.stage.engines.onnx.scheduler import CachedSequence, VerifyLane, Work
+from services.stage.engines.onnx.generators import CachedSequence
+from services.stage.engines.onnx.slots import Request, VerifySlot
 from services.stage.generation.answer import AnswerBuilder
-from services.stage.generation.draft import DraftFeed
+from services.stage.generation.call import Call
+from services.stage.generation.draft import Draft
+from services.stage.generation.verification import evidence_signals
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,7 +38,7 @@ def table_logits(tokens: Sequence[int]) -> np.ndarray:
 
 
 class TableGenerator:
-    """What a lane uses of onnxruntime-genai's generator."""
+    """What a slot uses of onnxruntime-genai's generator."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -72,68 +75,60 @@ class Letters:
         return ""
 
 
-def lane_for(
-    feed: DraftFeed | None,
+def slot_for(
+    draft: Draft | None,
     *,
     most: int = MOST,
     seed: int | None = None,
     stop: tuple[str, ...] = (),
     threshold: float | None = None,
     resync: bool = True,
-) -> tuple[VerifyLane, list[object], Work]:
+) -> tuple[VerifySlot, list[object], Request]:
     events: list[object] = []
-    sampling = SamplingOptions(temperature=0.0 if seed is None else 1.0, stop=stop)
+    sampling = SamplingOptions(temperature=0.0 if seed is None else 1.0, seed=seed, stop=stop)
     answer = AnswerBuilder(Letters(), stop)
-    work = Work(
-        PROMPT,
-        most,
-        sampling,
-        answer,
-        events.extend,
-        0.0,
-        seed,
-        draft=feed,
-        threshold=threshold,
-        resync=resync,
-    )
-    return VerifyLane(work, CachedSequence(TableGenerator()), (END,)), events, work
+    call = Call(PROMPT, most, sampling, answer, (END,), evidence_signals)
+    request = Request(call, events.extend, draft, threshold, resync)
+    return VerifySlot(request, CachedSequence(TableGenerator())), events, request
 
 
-def run(lane: VerifyLane, work: Work, feed: DraftFeed | None = None, pieces: Sequence[object] = ()) -> Result:
-    """Step a lane to its end; a piece of the draft comes whenever it has nothing to do."""
+def run(
+    slot: VerifySlot, request: Request, draft: Draft | None = None, pieces: Sequence[object] = ()
+) -> Result:
+    """Step a slot to its end; a piece of the draft comes whenever it has nothing to do."""
     waiting = iter(pieces)
     for _ in range(1000):
-        work.is_taken = True
-        if lane.is_ready:
-            if lane.step():
-                work.send()
-                assert lane.sequence.tokens[: len(PROMPT)] == PROMPT
-                return next(event for event in work_events(work) if isinstance(event, Result))
+        request.is_taken = True
+        if slot.is_ready:
+            if slot.step():
+                request.send()
+                assert slot.sequence.tokens[: len(PROMPT)] == PROMPT
+                return next(event for event in events_of(request) if isinstance(event, Result))
             continue
         piece = next(waiting)
-        assert feed is not None
+        assert draft is not None
         if isinstance(piece, list):
-            feed.add(piece)
+            draft.add(piece)
         else:
-            feed.finish(piece)  # type: ignore[arg-type]
-    raise AssertionError("the lane does not end")
+            draft.finish(piece)  # type: ignore[arg-type]
+    raise AssertionError("the slot does not end")
 
 
-def work_events(work: Work) -> list[object]:
-    return work.deliver.__self__  # type: ignore[attr-defined]
+def events_of(request: Request) -> list[object]:
+    return request.deliver.__self__  # type: ignore[attr-defined]
 
 
 def alone(**options: object) -> Result:
     """Return what the table model writes token by token."""
-    lane, _, work = lane_for(None, **options)  # type: ignore[arg-type]
-    return run(lane, work)
+    slot, _, request = slot_for(None, **options)  # type: ignore[arg-type]
+    return run(slot, request)
 
 
-def whole(ids: Sequence[int], *, has_ended: bool, most: int = MOST) -> DraftFeed:
-    feed = DraftFeed(most)
-    feed.add(ids)
-    feed.finish(END if has_ended else None)
-    return feed
+def whole(ids: Sequence[int], *, has_ended: bool, most: int = MOST) -> Draft:
+    draft = Draft(most)
+    draft.add(ids)
+    draft.finish(END if has_ended else None)
+    return draft
 
 
 @st.composite
@@ -169,8 +164,8 @@ def test_the_table_model_by_hand() -> None:
 def test_edited_drafts_change_no_token(data: st.DataObject, has_ended: bool, seed: int | None) -> None:
     wanted = alone(seed=seed)
     draft = data.draw(edited_drafts(wanted.ids))
-    lane, events, work = lane_for(whole(draft, has_ended=has_ended), seed=seed)
-    result = run(lane, work)
+    slot, events, request = slot_for(whole(draft, has_ended=has_ended), seed=seed)
+    result = run(slot, request)
     assert (result.ids, result.finish, result.text) == (wanted.ids, wanted.finish, wanted.text)
     assert isinstance(events[0], VerificationResult)
     assert sum(isinstance(event, VerificationResult) for event in events) == 1
@@ -187,13 +182,12 @@ def test_edited_drafts_change_no_token(data: st.DataObject, has_ended: bool, see
 @settings(deadline=None, max_examples=300)
 def test_however_a_draft_comes_the_answer_is_the_same(data: st.DataObject, has_ended: bool) -> None:
     wanted = alone()
-    draft = data.draw(edited_drafts(wanted.ids))
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(draft)), max_size=5)))
-    places = [0, *cuts, len(draft)]
-    pieces = [draft[a:b] for a, b in itertools.pairwise(places)]
-    feed = DraftFeed(MOST)
-    lane, events, work = lane_for(feed)
-    result = run(lane, work, feed, [*pieces, END if has_ended else None])
+    ids = data.draw(edited_drafts(wanted.ids))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(ids)), max_size=5)))
+    pieces = [ids[a:b] for a, b in itertools.pairwise([0, *cuts, len(ids)])]
+    draft = Draft(MOST)
+    slot, events, request = slot_for(draft)
+    result = run(slot, request, draft, [*pieces, END if has_ended else None])
     assert (result.ids, result.finish) == (wanted.ids, wanted.finish)
     kinds = [type(event) for event in events]
     assert kinds.count(VerificationResult) == 1
@@ -202,42 +196,42 @@ def test_however_a_draft_comes_the_answer_is_the_same(data: st.DataObject, has_e
 
 
 def test_the_first_token_goes_out_before_any_draft_comes() -> None:
-    feed = DraftFeed(MOST)
-    lane, events, _ = lane_for(feed)
-    assert lane.step() == []
-    assert not lane.is_ready
+    draft = Draft(MOST)
+    slot, events, _ = slot_for(draft)
+    assert slot.step() == []
+    assert not slot.is_ready
     assert [event.ids for event in events] == [alone().ids[:1]]  # type: ignore[attr-defined]
 
 
 def test_while_the_target_agrees_each_pass_is_one_chunk() -> None:
     ids = alone().ids
-    feed = DraftFeed(MOST)
-    lane, events, work = lane_for(feed)
-    assert lane.step() == []
+    draft = Draft(MOST)
+    slot, events, request = slot_for(draft)
+    assert slot.step() == []
     for end, tokens in ((4, 4), (6, 2), (12, 6)):
-        feed.add(ids[len(feed.ids) : end])
+        draft.add(ids[len(draft.ids) : end])
         events.clear()
-        work.is_taken = True
+        request.is_taken = True
         # Overdue, as after every pass of a slow model.
-        work.chunk_due = 0.0
-        while lane.is_ready:
-            assert lane.step() == []
+        request.chunk_due = 0.0
+        while slot.is_ready:
+            assert slot.step() == []
         assert [len(event.ids) for event in events] == [tokens]  # type: ignore[attr-defined]
 
 
 def test_a_tolerant_target_waits_for_the_draft_and_keeps_what_is_likely_enough() -> None:
-    feed = DraftFeed(MOST)
-    lane, _, work = lane_for(feed, threshold=1e-6)
-    assert not lane.is_ready
+    draft = Draft(MOST)
+    slot, _, request = slot_for(draft, threshold=1e-6)
+    assert not slot.is_ready
     second = [int(np.argsort(table_logits(PROMPT))[-2])]
-    result = run(lane, work, feed, [second, None])
+    result = run(slot, request, draft, [second, None])
     assert result.ids[0] == second[0] != alone().ids[0]
 
 
 def test_its_own_output_takes_one_pass() -> None:
     wanted = alone()
-    lane, events, work = lane_for(whole(wanted.ids, has_ended=wanted.finish.value == "eos"))
-    result = run(lane, work)
+    slot, events, request = slot_for(whole(wanted.ids, has_ended=wanted.finish.value == "eos"))
+    result = run(slot, request)
     assert result.forward_passes == 1
     assert result.ids == wanted.ids
     assert isinstance(events[0], VerificationResult)
@@ -248,8 +242,8 @@ def test_its_own_output_takes_one_pass() -> None:
 @pytest.mark.parametrize("stop", [("d",), ("bc", "fa"), ("zz",)])
 def test_stop_sequences_end_verified_answers_where_they_end_generated_ones(stop: tuple[str, ...]) -> None:
     wanted = alone(stop=stop)
-    lane, _, work = lane_for(whole(alone().ids, has_ended=True), stop=stop)
-    result = run(lane, work)
+    slot, _, request = slot_for(whole(alone().ids, has_ended=True), stop=stop)
+    result = run(slot, request)
     assert (result.text, result.finish, result.ids) == (wanted.text, wanted.finish, wanted.ids)
 
 
@@ -267,13 +261,13 @@ def test_nothing_accepted_beyond_the_end_is_counted(
 ) -> None:
     ids = alone(seed=5).ids
     assert Letters().push(ids) == "cgffebgfgggbcgfefe"
-    feed = whole(ids, has_ended=True, most=options.get("most", MOST))
-    lane, events, work = lane_for(feed, seed=5, **options)
-    result = run(lane, work)
+    draft = whole(ids, has_ended=True, most=options.get("most", MOST))
+    slot, events, request = slot_for(draft, seed=5, **options)
+    result = run(slot, request)
     assert (result.finish, result.accepted_tokens, result.accept_lengths) == (finish, count, (count,))
     # What draft and target have in common is as before.
     assert isinstance(events[0], VerificationResult)
-    assert events[0].accepted == events[0].proposed == len(events[0].ranks) == len(feed.ids)
+    assert events[0].accepted == events[0].proposed == len(events[0].ranks) == len(draft.ids)
 
 
 def test_a_pass_beyond_a_stop_sequence_that_is_seen_late_counts_for_nothing() -> None:
@@ -281,9 +275,9 @@ def test_a_pass_beyond_a_stop_sequence_that_is_seen_late_counts_for_nothing() ->
     assert Letters().push(ids[:11]) == "cgffebgfbec"
     # The first token is corrected; of four that are proposed then, two make the stop sequence. The answer has
     # no chunk due before its end, and so goes on to it.
-    lane, _, work = lane_for(whole([3, *ids[1:]], has_ended=False), stop=("gf",), most=10)
-    work.start(float("inf"))
-    result = run(lane, work)
+    slot, _, request = slot_for(whole([3, *ids[1:]], has_ended=False), stop=("gf",), most=10)
+    request.start(float("inf"))
+    result = run(slot, request)
     assert (result.finish, result.text, result.forward_passes) == (FinishReason.STOP, "c", 3)
     assert (result.accept_lengths, result.accepted_tokens) == ((1, 2, 0), 2)
 
@@ -293,34 +287,33 @@ def test_resynchronisation_saves_passes_and_a_useless_draft_is_given_up() -> Non
     draft = [*wanted[:3], wanted[3] % (VOCABULARY - 1) + 1, *wanted[4:]]
     passes = {}
     for resync in (True, False):
-        lane, _, work = lane_for(whole(draft, has_ended=False), resync=resync)
-        passes[resync] = run(lane, work).forward_passes
+        slot, _, request = slot_for(whole(draft, has_ended=False), resync=resync)
+        passes[resync] = run(slot, request).forward_passes
     assert passes[True] < passes[False]
     scored = []
     for junk in range(20):
         rng = np.random.default_rng(junk)
-        lane, _, work = lane_for(whole(rng.integers(1, VOCABULARY, MOST).tolist(), has_ended=False))
-        run(lane, work)
-        scored.append(work.proposed)
+        slot, _, request = slot_for(whole(rng.integers(1, VOCABULARY, MOST).tolist(), has_ended=False))
+        run(slot, request)
+        scored.append(request.call.proposed)
     # The draft itself, and a few tokens in each of a few attempts.
     assert np.mean(scored) < MOST + 40
 
 
 @given(st.data(), st.sampled_from([None, 5, 7, 10]))
 @settings(deadline=None, max_examples=300)
-def test_training_counts_the_passes_that_a_lane_takes(data: st.DataObject, seed: int | None) -> None:
+def test_training_counts_the_passes_that_a_slot_takes(data: st.DataObject, seed: int | None) -> None:
     wanted = alone(seed=seed)
     answer = [*wanted.ids, *([END] if wanted.finish is FinishReason.EOS else [])]
-    draft = data.draw(edited_drafts(wanted.ids))
-    feed = whole(draft, has_ended=data.draw(st.booleans()))
-    lane, events, work = lane_for(feed, seed=seed)
-    result = run(lane, work)
+    draft = whole(data.draw(edited_drafts(wanted.ids)), has_ended=data.draw(st.booleans()))
+    slot, events, request = slot_for(draft, seed=seed)
+    result = run(slot, request)
     first = events[0]
     assert isinstance(first, VerificationResult)
-    accepted = next((i for i, (a, b) in enumerate(zip(feed.ids, answer, strict=False)) if a != b), None)
+    accepted = next((i for i, (a, b) in enumerate(zip(draft.ids, answer, strict=False)) if a != b), None)
     if accepted is None:
-        accepted = min(len(feed.ids), len(answer))
-    assert count_passes(feed.ids, answer, accepted, MOST) == (
+        accepted = min(len(draft.ids), len(answer))
+    assert count_passes(draft.ids, answer, accepted, MOST) == (
         result.forward_passes,
         result.proposed_tokens - first.proposed,
     )

@@ -1,0 +1,370 @@
+"""Slots of the `onnx` engine: what runs on a model's thread, one library generator each."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from services.stage.generation.resync import Resynchroniser
+from services.stage.generation.verification import choose_token, verify_draft
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from services.common.errors import AsdError
+    from services.stage.domain import Event
+    from services.stage.engines.onnx.generators import CachedSequence
+    from services.stage.generation.call import Call
+    from services.stage.generation.draft import Draft
+
+    Logits = npt.NDArray[np.float32]
+
+# The first chunk goes out once this much time has passed since the model started, later ones after this much
+# more: a small model's whole answer is one chunk. Every hand-over to the event loop's thread stalls the
+# model's, which waits for the interpreter meanwhile, for about half a millisecond; a chunk every 5 ms cost
+# the large model 10% of its speed. Chosen.
+_FIRST_CHUNK_SECONDS = 0.005
+_CHUNK_SECONDS = 0.02
+# A request alone in its slot is decoded for this long before other slots have their turn. Chosen: many tokens
+# of a small model, one of a large one.
+_SLICE_SECONDS = 0.001
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A call on its way through the model's thread, and what waits to be delivered to its caller.
+
+    deliver: hands events over; None ends the call. threshold: of a tolerant verification. resync: whether
+    parts of the draft are proposed again after a correction. only_prefill: the prompt is put into the cache,
+    and no more. is_taken: False while something was delivered that must be taken before the next pass.
+    """
+
+    call: Call[Logits]
+    deliver: Callable[[list[Event | AsdError | None]], None]
+    draft: Draft | None = None
+    threshold: float | None = None
+    resync: bool = True
+    only_prefill: bool = False
+    is_cancelled: bool = False
+    is_taken: bool = True
+    chunk_due: float = 0.0
+    outbox: list[Event | AsdError | None] = field(default_factory=list)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is greedy generation, which can share a slot with others."""
+        return self.draft is None and not self.call.is_sampled and not self.only_prefill
+
+    def start(self, now: float) -> None:
+        """The model starts on it."""
+        self.call.queued, self.chunk_due = now - self.call.arrived, now + _FIRST_CHUNK_SECONDS
+
+    def add(self, token: int, logits: Logits) -> bool:
+        """Add a token to the answer; return whether the answer has ended.
+
+        What is due at the end is left to be delivered with the end itself.
+        """
+        return self.call.add(token, logits) and self._end()
+
+    def flush(self) -> bool:
+        """Make the tokens since the last flush due; return whether a stop sequence has ended the answer."""
+        chunk = self.call.flush()
+        if chunk is not None:
+            self.outbox.append(chunk)
+        return self.call.is_over() and self._end()
+
+    def deliver_due(self, now: float) -> bool:
+        """Deliver the tokens so far if a chunk is due; return whether a stop sequence ended the answer."""
+        if now >= self.chunk_due:
+            self.chunk_due = now + _CHUNK_SECONDS
+            if self.flush():
+                return True
+            self.send()
+        return False
+
+    def send(self, *events: Event | AsdError | None) -> None:
+        """Deliver what is due, with these events last; None ends the call."""
+        outbox, self.outbox = [*self.outbox, *events], []
+        self.deliver(outbox)
+
+    def _end(self) -> bool:
+        self.outbox += self.call.end()
+        return True
+
+
+class Slot(Protocol):
+    """Requests that share a generator, advanced in turn with other slots."""
+
+    requests: list[Request]
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether there is something to compute now."""
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the KV cache has room for, all rows together, on behalf of the requests under way."""
+
+    def step(self) -> list[Request]:
+        """Advance; return the requests that finished."""
+
+
+class SoloSlot:
+    """One request with a cache of its own. A subclass says how it is decoded."""
+
+    def __init__(self, request: Request, sequence: CachedSequence) -> None:
+        self.requests = [request]
+        self.sequence = sequence
+        self._request = request
+        self._call = request.call
+        self._has_begun = False
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether there is something to compute now."""
+        return True
+
+    @property
+    def capacity(self) -> int:
+        """That of the sequence; once the request has left, it belongs to the prefix cache."""
+        return self.sequence.capacity if self.requests else 0
+
+    def step(self) -> list[Request]:
+        """Advance by a pass, or for a slice of time; return the request if it finished."""
+        if self._has_begun:
+            has_ended = self._go_on()
+        else:
+            self._has_begun = True
+            cached = len(self.sequence.tokens)
+            has_ended = self._begin(self._call.prompt[cached:], cached)
+        return [self._request] if has_ended else []
+
+    def _begin(self, prompt: list[int], cached: int) -> bool:
+        """Process what is not cached of the prompt; return whether the request is finished."""
+        raise NotImplementedError
+
+    def _go_on(self) -> bool:
+        """Decode on; return whether the request is finished."""
+        raise NotImplementedError
+
+
+class GenerateSlot(SoloSlot):
+    """Greedy generation, or a prompt that is only put into the cache."""
+
+    def _begin(self, prompt: list[int], cached: int) -> bool:
+        # The logits are not needed here: the library picks the first token from them.
+        self.sequence.run(prompt)
+        self._call.mark_prefilled(cached)
+        # The pass that processed the prompt also yields the first token, and is counted with it.
+        return self._request.only_prefill
+
+    def _go_on(self) -> bool:
+        request, call, tokens = self._request, self._call, self.sequence.tokens
+        generate_next_token = self.sequence.generator.generate_next_token
+        get_next_tokens = self.sequence.generator.get_next_tokens
+        get_output = self.sequence.generator.get_output
+        now = time.monotonic()
+        until = now + _SLICE_SECONDS
+        while now < until and not request.is_cancelled:
+            # The library's own step is the fastest: it runs the last token and picks the next in one call.
+            generate_next_token()
+            token = int(get_next_tokens()[0])
+            tokens.append(token)
+            call.passes += 1
+            now = time.monotonic()
+            if request.add(token, get_output("logits")[0, -1]) or request.deliver_due(now):
+                return True
+        return False
+
+
+class VerifySlot(SoloSlot):
+    """Verification of a draft; also sampled generation, which is verification of nothing.
+
+    After every pass the target's own choice of the next token goes out at once, and is pending: the next pass
+    runs it together with a proposal, and keeps what the target agrees with. As long as it agrees with the
+    draft (`_agrees`), the proposal is what has come of the draft; after its first correction, what the
+    Resynchroniser finds. A proposal of nothing is plain decoding.
+    """
+
+    def __init__(self, request: Request, sequence: CachedSequence) -> None:
+        super().__init__(request, sequence)
+        self._agrees = request.draft is not None
+        # What the last id was chosen from.
+        self._row: Logits = np.zeros(0, np.float32)
+        self._resync: Resynchroniser | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Not while all that has come of the draft is judged and more is to come, or tokens wait to go."""
+        draft = self._request.draft
+        if not self._request.is_taken:
+            return False
+        if not self._agrees or draft is None or draft.is_complete:
+            return True
+        if not self._has_begun:
+            # A tolerant target's own choice is final only once the draft is known there.
+            return self._request.threshold is None
+        return len(draft.ids) > draft.accepted
+
+    def step(self) -> list[Request]:
+        """Advance by a pass; return the request if it finished."""
+        finished = super().step()
+        if finished and self._agrees:
+            # The answer ended before the draft did: what is known of it precedes the result.
+            self._request.outbox.insert(-1, self._draft.evidence())
+        return finished
+
+    def _begin(self, prompt: list[int], cached: int) -> bool:
+        proposal = list(self._draft.ids) if self._agrees else []
+        rows = self.sequence.append([*prompt, *proposal], len(prompt) - 1)
+        self._call.mark_prefilled(cached)
+        return self._judge(proposal, rows)
+
+    def _go_on(self) -> bool:
+        call = self._call
+        proposal = self._next_in_draft() if self._agrees else None
+        if self._agrees and proposal is None:
+            return False
+        if proposal is None:
+            proposal = self._resync.propose(call.ids, call.room) if self._resync is not None else []
+        return self._judge(proposal, self.sequence.append([call.ids[-1], *proposal]))
+
+    @property
+    def _draft(self) -> Draft:
+        assert self._request.draft is not None
+        return self._request.draft
+
+    def _next_in_draft(self) -> list[int] | None:
+        """Return what has come of the draft after the pending token; None: nothing, or it departs there."""
+        draft = self._draft
+        is_complete, arrived = draft.is_complete, draft.ids[draft.accepted :]
+        if arrived and self._score(arrived[:1], self._row[None], len(self._call.ids) - 1):
+            # The pending token is the draft's as well.
+            arrived = arrived[1:]
+            if arrived:
+                return arrived
+        elif arrived or is_complete:
+            self._depart()
+        return None
+
+    def _judge(self, proposal: list[int], rows: Logits) -> bool:
+        """Keep the accepted part of a proposal, then choose the token after it. rows: float32 [k + 1, V].
+
+        Returns whether the request is finished.
+        """
+        request, call, now = self._request, self._call, time.monotonic()
+        call.passes += 1
+        position = len(call.ids)
+        accepted = self._accept(proposal, rows[:-1])
+        kept = [*proposal[:accepted], _choose(call, rows[accepted], position + accepted)]
+        for index, token in enumerate(kept):
+            if request.add(token, rows[index]):
+                self.sequence.roll_back(len(call.prompt) + position + index)
+                return True
+        self._row = rows[accepted]
+        # The last token was chosen and not run.
+        self.sequence.roll_back(len(call.prompt) + len(call.ids) - 1)
+        if self._agrees:
+            if request.flush():
+                return True
+            # What is certain goes out while the draft is still being written, and before the next pass: that
+            # would hold the interpreter's lock, and with it what is to be sent.
+            request.is_taken = False
+            request.send()
+            return False
+        return request.deliver_due(now)
+
+    def _accept(self, proposal: list[int], rows: Logits) -> int:
+        """Return how many tokens of a proposal are accepted. rows: float32 [k, V]."""
+        call, draft = self._call, self._request.draft
+        agreed, is_complete = self._agrees, draft is not None and draft.is_complete
+        position = len(call.ids)
+        accepted = self._score(proposal, rows, position) if proposal else 0
+        if proposal:
+            call.emitted.append(range(position, position + accepted + 1))
+        if not agreed:
+            if self._resync is not None:
+                self._resync.judged(len(proposal), accepted)
+        elif accepted < len(proposal) or (is_complete and draft and draft.accepted == len(draft.ids)):
+            self._depart()
+        return accepted
+
+    def _score(self, proposal: list[int], rows: Logits, position: int) -> int:
+        """Return how many proposed tokens are accepted from a position of the answer on; keep what shows."""
+        call = self._call
+        choices = None
+        if call.is_sampled:
+            choices = np.array([_choose(call, row, position + i) for i, row in enumerate(rows)], np.int64)
+        # What is proposed after a correction is a guess: tolerance is for the draft where it stands.
+        threshold = self._request.threshold if self._agrees else None
+        verdict = verify_draft(np.array(proposal, np.int64), rows, threshold, choices)
+        call.proposed += len(proposal)
+        call.accepted += verdict.accepted
+        if self._agrees:
+            self._draft.judge(verdict)
+        return verdict.accepted
+
+    def _depart(self) -> None:
+        """The target has corrected the draft, or all of it is accepted."""
+        self._agrees = False
+        self._request.outbox.append(self._draft.evidence())
+        if self._request.resync:
+            self._resync = Resynchroniser(self._draft.ids, self._draft.accepted)
+
+
+class BatchSlot:
+    """Several greedy generations in one generator; a row that ends is passed over until all have ended."""
+
+    def __init__(self, requests: list[Request], generator: Any, capacity: int = 0) -> None:
+        self.requests = list(requests)
+        self._capacity = capacity
+        self._rows = list(requests)
+        self._generator = generator
+        self._steps = 0
+        # Requests that went wrong in the last step, and how: those beside them go on.
+        self.failed: list[tuple[Request, Exception]] = []
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether there is something to compute now."""
+        return True
+
+    @property
+    def capacity(self) -> int:
+        """That of all rows together; a row that has ended keeps its own until all have."""
+        return self._capacity if self.requests else 0
+
+    def step(self) -> list[Request]:
+        """Advance each request by a token; return those that finished."""
+        self._generator.generate_next_token()
+        tokens = self._generator.get_next_tokens()
+        output = self._generator.get_output("logits")
+        now = time.monotonic()
+        finished = []
+        self.failed.clear()
+        for request in self.requests:
+            row = self._rows.index(request)
+            # After the prompt, logits stand for every padded position; the row's own last one counts.
+            position = len(request.call.prompt) - 1 if self._steps == 0 else -1
+            if self._steps:
+                request.call.passes += 1
+            try:
+                if request.add(int(tokens[row]), output[row, position]) or request.deliver_due(now):
+                    finished.append(request)
+            except Exception as error:
+                self.failed.append((request, error))
+        self._steps += 1
+        return finished
+
+
+def _choose(call: Call[Logits], logits: Logits, position: int) -> int:
+    """Return the model's own token at a position of the answer. logits: float32 [V]."""
+    if not call.is_sampled:
+        return int(logits.argmax())
+    sampling = call.sampling
+    assert sampling.seed is not None
+    return choose_token(logits, sampling.temperature, sampling.top_p, sampling.seed, position)
