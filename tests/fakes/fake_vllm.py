@@ -233,7 +233,7 @@ class AsyncLLM:
         reasoning_parser_kwargs: dict[str, Any] | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         ids = list(prompt["prompt_token_ids"])
-        self._check(ids, sampling_params, lora_request)
+        self.check(ids, sampling_params, lora_request)
         self.running.add(request_id)
         try:
             await asyncio.sleep(0)
@@ -248,7 +248,7 @@ class AsyncLLM:
         finally:
             self.running.discard(request_id)
 
-    def _check(self, ids: list[int], params: SamplingParams, lora: LoRARequest | None) -> None:
+    def check(self, ids: list[int], params: SamplingParams, lora: LoRARequest | None) -> None:
         if self.is_dead or self.is_shut:
             raise EngineDeadError
         assert not self.asleep, "a request while the engine sleeps"

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check.add_argument("--engine", choices=list(_TIE_MARGIN), default="vllm", help="vllm unless it is given")
     check.add_argument("--options", default="{}", metavar="YAML", help="the engine's section of the settings")
     check.add_argument("--max-batch", type=_at_least(1), help="requests in the engine at a time")
-    check.add_argument("--tie-margin", type=_share, help="closer tokens may change places between passes")
+    check.add_argument("--tie-margin", type=_share, help="closer tokens may swap ranks between passes")
     check.add_argument("--signal-tolerance", type=_share, help="of log-probabilities between passes")
     check.add_argument("--max-new-tokens", type=_at_least(8), default=48)
     check.add_argument(
@@ -130,7 +130,7 @@ async def _check(
     """Check a model's adapters, and then the model itself."""
     tie, tolerance = options.tie_margin, options.signal_tolerance
     model, *adapters = engines
-    references = await _answers(other, options.max_new_tokens) if other else None
+    references = await greedy_answers(other, options.max_new_tokens) if other else None
     await engines[model].load()
     outcomes = []
     try:
@@ -155,7 +155,7 @@ async def _check(
     return outcomes
 
 
-async def _answers(engine: Engine, tokens: int) -> list[tuple[int, ...]]:
+async def greedy_answers(engine: Engine, tokens: int) -> list[tuple[int, ...]]:
     """Return an engine's greedy answers to the suite's prompts."""
     await engine.load()
     try:

@@ -19,6 +19,7 @@ from services.stage.domain import DraftPiece, FinishReason, SamplingOptions, Tur
 from services.stage.engines import check
 from services.stage.engines import scoring as scoring_engine
 from services.stage.engines.check import main as check_main
+from services.stage.engines.checkpoint import read_checkpoint
 from services.stage.engines.conformance import PROMPTS, Answer, Suite, collect
 from services.stage.engines.engine import ModelState
 from services.stage.engines.factory import make_engines
@@ -96,8 +97,7 @@ def test_every_argument_of_vllms_engine_exists() -> None:
         sleep_level=1,
         lora={"math": SMALL},
     )
-    backend = vllm_engine.make_engine("small", SMALL, options)._backend
-    arguments = backend.arguments()  # type: ignore[attr-defined]
+    arguments = vllm_engine.VllmBackend("small", SMALL, read_checkpoint(SMALL), options).arguments()
     known = {
         *fake_vllm.SIGNATURES["EngineArgs"]["fields"],
         *fake_vllm.SIGNATURES["AsyncEngineArgs"]["fields"],
@@ -412,7 +412,7 @@ async def test_a_library_that_computes_nonsense_is_not_loaded(
 
 async def test_a_library_that_refuses_the_probe_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_vllm.install(monkeypatch)
-    monkeypatch.setattr(fake_vllm.AsyncLLM, "_check", _refuse_batches())
+    monkeypatch.setattr(fake_vllm.AsyncLLM, "check", _refuse_batches())
     engine = vllm_engine.make_engine("small", SMALL, VllmOptions())
     with pytest.raises(PreconditionFailed, match=r"small cannot answer in a batch: .*one at a time"):
         await engine.load()
@@ -649,7 +649,7 @@ def test_asd_engine_check_covers_adapters_and_holds_the_model_against_another_en
     ]
     assert (ended.value.code, len(outcomes), [each for each in outcomes if each["error"]]) == (0, 34, [])
     # What it is held against matters: another model's answers are not its.
-    monkeypatch.setattr(check, "_answers", lambda *_: _wrong_answers())
+    monkeypatch.setattr(check, "greedy_answers", lambda *_: _wrong_answers())
     with pytest.raises(SystemExit) as ended:
         check_main(["check", str(SMALL), "--beside", "onnx", "--json"])
     outcomes = json.loads(capsys.readouterr().out)["checks"]

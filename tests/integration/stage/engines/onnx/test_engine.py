@@ -426,7 +426,7 @@ async def test_models_that_make_room_for_each_other_lose_no_call(reference: Refe
 async def test_a_prompt_of_megabytes_is_refused_before_it_is_encoded(
     small: OnnxEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(small._tokenizer, "encode_chat", None)
+    monkeypatch.setattr(ChatTokenizer, "encode_chat", None)
     with pytest.raises(InvalidRequest, match="3900000 characters; small takes at most 511 tokens"):
         await _generate(small, "a " * 1_950_000)
 
