@@ -233,7 +233,7 @@ async def _first_step(steps: AsyncIterator[stage_pb2.VerifyStreamRequest]) -> st
 async def _pieces(
     steps: AsyncIterator[stage_pb2.VerifyStreamRequest],
 ) -> AsyncIterator[DraftPiece | FinishReason]:
-    """Yield a draft's pieces and its end. Raises InvalidRequest for a step out of place."""
+    """Yield a draft's pieces and its end. Raises InvalidRequest for a step out of order."""
     async for step in steps:
         kind = step.WhichOneof("event")
         if kind == "chunk":

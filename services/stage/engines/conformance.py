@@ -3,7 +3,7 @@
 Nothing is compared with another engine but where a reference is given: an engine is held against itself, its
 own greedy answers and its own log-probabilities. Arithmetic that depends on what else is in a batch, or on
 whether a prefix was cached, may turn a near tie: two answers count as equal where they first differ at a
-place whose two likeliest tokens are closer than a tolerance. Those places are counted.
+position whose two likeliest tokens are closer than a tolerance. Those positions are counted.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class NotConforming(Exception):  # noqa: N818 - named by its cause
 
 
 class Outcome(NamedTuple):
-    """How a check went. error: "" if it passed. near_ties: places that were let pass."""
+    """How a check went. error: "" if it passed. near_ties: positions that were let pass."""
 
     check: str
     error: str
@@ -133,15 +133,15 @@ class Suite:
             if left.finish is not right.finish:
                 raise NotConforming(f"{what}: ended by {left.finish.value}, not {right.finish.value}")
             return True
-        place = _first_difference(left.ids, right.ids)
+        position = _first_difference(left.ids, right.ids)
         # Where one answer ended, the other one knows how close that was.
-        margins = wanted.margins if place < len(right.ids) else found.margins
-        if margins[place] < self.tie_margin:
+        margins = wanted.margins if position < len(right.ids) else found.margins
+        if margins[position] < self.tie_margin:
             self.near_ties += 1
             return False
         raise NotConforming(
-            f"{what}: token {place} is {_at(left.ids, place)}, not {_at(right.ids, place)}, with a margin of "
-            f"{margins[place]:.4f} between the two likeliest"
+            f"{what}: token {position} is {_at(left.ids, position)}, not {_at(right.ids, position)}, "
+            f"with a margin of {margins[position]:.4f} between the two likeliest"
         )
 
 
@@ -200,9 +200,9 @@ async def greedy_answers_repeat(suite: Suite) -> None:
         if suite.references is not None:
             wanted = tuple(suite.references[index][: suite.max_new_tokens])
             if first.result.ids != wanted:
-                place = _first_difference(first.result.ids, wanted)
-                margin = first.margins[place] if place < len(first.margins) else 1.0
-                expect(margin < suite.tie_margin, f"prompt {index} leaves the reference at token {place}")
+                position = _first_difference(first.result.ids, wanted)
+                margin = first.margins[position] if position < len(first.margins) else 1.0
+                expect(margin < suite.tie_margin, f"prompt {index} leaves the reference at token {position}")
                 suite.near_ties += 1
 
 
@@ -532,8 +532,8 @@ async def _never(suite: Suite, ids: Sequence[int]) -> AsyncIterator[DraftPiece |
 
 def _first_difference(left: Sequence[int], right: Sequence[int]) -> int:
     pairs = enumerate(zip(left, right, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(left), len(right)))
+    return next((position for position, (a, b) in pairs if a != b), min(len(left), len(right)))
 
 
-def _at(ids: Sequence[int], place: int) -> str:
-    return str(ids[place]) if place < len(ids) else "the end"
+def _at(ids: Sequence[int], position: int) -> str:
+    return str(ids[position]) if position < len(ids) else "the end"

@@ -1,6 +1,6 @@
 """The engine over a GPU library that batches by itself: `vllm` and `tensorrt_llm` are backends of it.
 
-Such a library takes token ids and gives the likeliest tokens of each place, never the logits.
+Such a library takes token ids and gives the likeliest tokens of each position, never the logits.
 
 Greedy verification. One pass scores prompt and draft; what agrees is kept, the model's own token follows
 from the same pass, and a further request writes on, reading what the pass left in the prefix cache. After a
@@ -109,7 +109,7 @@ class _ArrivingDraft(Draft):
 class ScoringEngine:
     """Runs one model through a backend; see services.stage.engines.engine.Engine for the contract.
 
-    queue_ms is the wait for a place in the batch. What the library lets a request wait is part of prefill_ms,
+    queue_ms is the wait for a slot in the batch. What the library lets a request wait is part of prefill_ms,
     and so is the wait for the beginning of a draft: the stage is not busy with it.
     A draft that comes in pieces counts as one proposal in accept_lengths, however many passes score it.
     """
@@ -392,7 +392,7 @@ class ScoringEngine:
     ) -> AsyncGenerator[Event, None]:
         """Keep what the model agrees with, and its own token after that."""
         chunk = None
-        # What the pass before said of the next token: the place after it may be all that is not cached.
+        # What the last pass said of the next token: a pass whose prefix is cached would not say it again.
         following: Row | None = None
         while not call.is_over():
             if not draft.is_due:
@@ -487,7 +487,7 @@ class ScoringEngine:
     async def _score(
         self, call: Call[Row], proposal: list[int], adapter: str, following: Row | None = None
     ) -> Scores:
-        """Judge a proposal in one pass. following: the place of its first token, where that is known."""
+        """Judge a proposal in one pass. following: of its first token, where that is known."""
         await self._acquire(call)
         known = [*call.prompt, *call.ids]
         first = following.of(proposal[0]) if following else None

@@ -92,11 +92,11 @@ class AnswerBuilder:
             self._ids += ids
             self.taken += len(ids)
             return TokenChunk(tuple(ids), text, *signals)
-        for place, token in enumerate(ids):
+        for index, token in enumerate(ids):
             self._ids.append(token)
             self.taken += 1
             self._signals.append(
-                (float(signals[0][place]), float(signals[1][place]), float(signals[2][place]))
+                (float(signals[0][index]), float(signals[1][index]), float(signals[2][index]))
             )
             cut = self._add(token)
             if cut is not None:
@@ -148,12 +148,12 @@ class AnswerBuilder:
         Returns as `_add` does.
         """
         start = self._whole
-        place = start + len(before)
+        position = start + len(before)
         for mark in self._open:
             if mark:
-                self._marks.append((place, place + len(mark)))
-            place += len(mark)
-            self._ends.append(place)
+                self._marks.append((position, position + len(mark)))
+            position += len(mark)
+            self._ends.append(position)
         whole = "".join([before, *self._open, after])
         self._open.clear()
         self._whole += len(whole)
@@ -167,29 +167,29 @@ class AnswerBuilder:
         for stop in self._shown_stops:
             end = stop.feed(before + after)
             if end is not None:
-                cuts.append(self._place_of_last(len(before + after) - end + len(stop.text)))
+                cuts.append(self._start_of_last(len(before + after) - end + len(stop.text)))
         return min(cuts, default=None)
 
-    def _place_of_last(self, count: int) -> int:
+    def _start_of_last(self, count: int) -> int:
         """Return where in the whole text the last characters of the answer's text begin."""
-        place = self._whole - count
+        position = self._whole - count
         for start, end in reversed(self._marks):
-            if end <= place:
+            if end <= position:
                 break
-            place -= end - start
-        return place
+            position -= end - start
+        return position
 
     def _cut(self, end: int) -> None:
-        """End the answer at a place of the whole text; tokens that reach beyond it are dropped."""
+        """End the answer at a position of the whole text; tokens that reach beyond it are dropped."""
         self.has_stopped = True
         self._text = self._text[: self._shown(end)]
         self._whole = end
         kept = next((i for i, token_end in enumerate(self._ends) if token_end > end), len(self._ends))
         del self._ids[kept:], self._ends[kept:], self._signals[kept:]
 
-    def _shown(self, place: int) -> int:
-        """Return the place in the answer's text of a place in the whole text."""
-        return place - sum(min(end, place) - start for start, end in self._marks if start < place)
+    def _shown(self, position: int) -> int:
+        """Return the position in the answer's text of a position in the whole text."""
+        return position - sum(min(end, position) - start for start, end in self._marks if start < position)
 
     def _release(self, *, is_last: bool = False) -> TokenChunk | None:
         """Return the chunk of all tokens that no stop sequence can cut off any more."""
@@ -197,7 +197,7 @@ class AnswerBuilder:
         certain = self._whole
         if not is_last:
             certain -= max(stop.matched for stop in self._stops)
-            certain = min(certain, self._place_of_last(max(stop.matched for stop in self._shown_stops)))
+            certain = min(certain, self._start_of_last(max(stop.matched for stop in self._shown_stops)))
         ready = self._sent
         while ready < len(self._ends) and self._ends[ready] <= certain:
             ready += 1
@@ -236,13 +236,13 @@ class _StopSequence:
         own, shorter, matched = self.text, self._shorter, self.matched
         if not matched and own[0] not in text:
             return None
-        for place, letter in enumerate(text, start=1):
+        for position, letter in enumerate(text, start=1):
             while matched and own[matched] != letter:
                 matched = shorter[matched]
             if own[matched] == letter:
                 matched += 1
                 if matched == len(own):
-                    return place
+                    return position
                 if matched == len(shorter):
                     known = shorter[matched - 1]
                     while known and own[known] != letter:

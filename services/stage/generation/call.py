@@ -23,7 +23,7 @@ class Call(Generic[Evidence]):
     """One call: what it asks for, its answer so far, and what that took. Times in seconds.
 
     ids: chosen so far, those that a stop sequence may yet cut off included. signals: makes those of tokens
-    from their ids and evidence. queued: time that it waited for a place in the batch; queued_at_first: of
+    from their ids and evidence. queued: time that it waited for a slot in the batch; queued_at_first: of
     that, before its first pass. emitted: of each pass that scored a proposal, the positions in the answer of
     what it emitted: what was accepted, and one token more. The answer may end among them.
     """

@@ -60,7 +60,7 @@ class RequestReader:
         self._vocabulary = vocabulary
         self._eos_ids = tuple(eos_ids)
         self._default_max_new_tokens = default_max_new_tokens
-        # A cancelled request leaves its thread at work: a place is free only when that has ended.
+        # A cancelled request leaves its thread at work: the next text starts only when that has ended.
         self._long_texts = ThreadPoolExecutor(_LONG_TEXTS, thread_name_prefix="long-text")
 
     def check_shortest_prompt(self) -> None:
@@ -189,7 +189,7 @@ class RequestReader:
         The drafter may have other ends with the same tokenizer, and have written on. Whether the answer ends
         there is the model's own choice, which the pass over what stands before shows.
         """
-        end = next((place for place, each in enumerate(ids) if each in self._eos_ids), None)
+        end = next((index for index, each in enumerate(ids) if each in self._eos_ids), None)
         ids = ids[:end]
         wrong = next((each for each in ids if each >= self._vocabulary), None)
         if wrong is not None:

@@ -1,4 +1,4 @@
-"""What an engine that keeps its logits to itself shows of them: the likeliest tokens of each place. Pure."""
+"""What an engine shows that keeps its logits to itself: the likeliest tokens of each position. Pure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One place: a token, and the distribution at temperature 1 that it was chosen from or judged by.
+    """One position: a token, and the distribution at temperature 1 that it was chosen from or judged by.
 
     rank: of the token, 0 for the likeliest. top_ids, top_logprobs: the likeliest tokens, likeliest first.
     """
@@ -33,11 +33,11 @@ class Row:
 
     @property
     def own(self) -> Row:
-        """The same place with the model's own choice as the token."""
+        """The same position with the model's own choice as the token."""
         return Row(self.top_ids[0], self.top_logprobs[0], 0, self.top_ids, self.top_logprobs)
 
     def of(self, token: int) -> Row | None:
-        """Return the same place with another token; None where it is not among the likeliest."""
+        """Return the same position with another token; None where it is not among the likeliest."""
         if token not in self.top_ids:
             return None
         rank = self.top_ids.index(token)

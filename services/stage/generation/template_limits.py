@@ -43,8 +43,8 @@ MOST_SECONDS, MOST_SECONDS_PER_CHARACTER, MOST_SECONDS_PER_MESSAGE = 0.5, 2e-6, 
 _STEPS_PER_LOOK = 64
 # Of a list: one entry, and one that is looked into.
 _ENTRY_BYTES, _DEEP_ENTRY_BYTES = 8, 64
-# The largest number of places, columns or copies that a filter or a method may be given. Chosen.
-_MOST_PLACES = 10_000
+# The largest number of digits, columns or copies that a filter or a method may be given. Chosen.
+_MOST_COUNT = 10_000
 # Of a whole number that a template may compute, in bits.
 _MOST_BITS = 4096
 # A field of a format that is wider than that, or whose width is another field.
@@ -310,16 +310,16 @@ def _written(value: Any) -> Any:
 
 def _metered_filter(name: str, apply: Callable[..., Any]) -> Callable[..., Any]:
     # What the library gives a filter before its value.
-    place = 0 if getattr(apply, "jinja_pass_arg", None) is None else 1
+    first = 0 if getattr(apply, "jinja_pass_arg", None) is None else 1
 
     @functools.wraps(apply)
     def call(*args: Any, **kwargs: Any) -> Any:
         meter = _running()
         meter.step()
-        value, others = args[place], (*args[place + 1 :], *kwargs.values())
-        _check_places(name, others)
+        value, others = args[first], (*args[first + 1 :], *kwargs.values())
+        _check_counts(name, others)
         if isinstance(value, str):
-            _check_method(meter, value, name, args[place + 1 :], kwargs)
+            _check_method(meter, value, name, args[first + 1 :], kwargs)
         if name == "sum" and any(isinstance(each, list | tuple) for each in others):
             raise TooMuchWork("it sums up lists")
         if name == "indent":
@@ -340,8 +340,8 @@ def _width(value: object) -> int:
     return len(value) if isinstance(value, str) else value if isinstance(value, int) else 0
 
 
-def _check_places(name: str, others: Iterable[object]) -> None:
-    most = 100 if name in {"round", "tojson"} else _MOST_PLACES
+def _check_counts(name: str, others: Iterable[object]) -> None:
+    most = 100 if name in {"round", "tojson"} else _MOST_COUNT
     if any(isinstance(each, int) and abs(each) > most for each in others) and name not in {"default", "d"}:
         raise TooMuchWork(f"it gives {name} a number above {most}")
 
@@ -351,8 +351,8 @@ def _check_method(meter: Meter, text: str, name: str, args: tuple[Any, ...], kwa
     if name in _NO_METHODS:
         raise TooMuchWork(f"it calls {name}, which no prompt needs")
     if name in _PADDING:
-        _check_places(name, (*args, *kwargs.values()))
-        meter.make(_MOST_PLACES)
+        _check_counts(name, (*args, *kwargs.values()))
+        meter.make(_MOST_COUNT)
     elif name in _PARTS:
         meter.make(_ENTRY_BYTES * len(text))
     elif name in _FORMATS:

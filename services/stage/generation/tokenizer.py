@@ -68,7 +68,7 @@ class ChatTokenizer:
             token_id: token.content for token_id, token in added.items() if token.special and token.content
         }
         self._literal = _LiteralTokenizer(self._tokenizer, description, tuple(self.special.values()))
-        # As the library finds them: the longest of those that begin at a place.
+        # As the library finds them: the longest of those that begin at an index.
         longest_first = sorted(self.special.values(), key=len, reverse=True)
         self._marks = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         edges = "".join({edge for mark in longest_first for edge in (mark[0], mark[-1])})
@@ -179,9 +179,9 @@ class _LiteralTokenizer:
         return [self._ids.get(each, each) for each in _encode(self._tokenizer, text)]
 
     def encode_around(
-        self, text: str, places: Sequence[tuple[int, int]], most: int | None = None
+        self, text: str, spans: Sequence[tuple[int, int]], most: int | None = None
     ) -> list[int]:
-        """Return the ids of a text that holds special tokens at some places, begin and end, and nowhere else.
+        """Return the ids of a text that holds special tokens at some spans, begin and end, and nowhere else.
 
         Raises PreconditionFailed where the tokenizer finds others, TooManyTokens where there are more than
         `most` ids.
@@ -189,9 +189,9 @@ class _LiteralTokenizer:
         text = str.__str__(text)
         if not self._finds_all:
             # The library may leave a token's text alone, for what stands beside it: then it is text here too.
-            places = _within(places, _places(self._plain, text, self._plain_special))
+            spans = _within(spans, _spans(self._plain, text, self._plain_special))
         parts, names, end = [], [], 0
-        for start, stop in places:
+        for start, stop in spans:
             names.append(self._names[text[start:stop]])
             parts += [text[end:start], names[-1]]
             end = stop
@@ -212,13 +212,13 @@ def _encode(tokenizer: Tokenizer, text: str, most: int | None = None) -> list[in
     return list(encoding.ids)
 
 
-def _places(tokenizer: Tokenizer, text: str, ids: set[int]) -> list[tuple[int, int]]:
+def _spans(tokenizer: Tokenizer, text: str, ids: set[int]) -> list[tuple[int, int]]:
     """Return where in a text the tokens of a set stand, begin and end."""
     with explained("the model's tokenizer fails on the text", InputFailed):
         encoding = tokenizer.encode_batch([text], add_special_tokens=False)[0]
     # `offsets` would make a pair of every token, under the interpreter's lock.
-    places = [encoding.token_to_chars(index) for index, each in enumerate(encoding.ids) if each in ids]
-    return [place for place in places if place is not None]
+    spans = [encoding.token_to_chars(index) for index, each in enumerate(encoding.ids) if each in ids]
+    return [span for span in spans if span is not None]
 
 
 def _unknown(model: dict[str, Any]) -> str | None:
@@ -248,11 +248,11 @@ def _overlap(one: str, other: str) -> bool:
     return any(one.endswith(other[:n]) or other.endswith(one[:n]) for n in lengths)
 
 
-def _within(places: Sequence[tuple[int, int]], wider: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return the places that lie within a wider one; both in order."""
+def _within(spans: Sequence[tuple[int, int]], wider: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the spans that lie within a wider one; both in order."""
     begins = [begin for begin, _ in wider]
     kept = []
-    for start, stop in places:
+    for start, stop in spans:
         index = bisect_right(begins, start) - 1
         if index >= 0 and stop <= wider[index][1]:
             kept.append((start, stop))

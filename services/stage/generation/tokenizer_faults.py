@@ -1,7 +1,7 @@
 """What goes wrong within the tokenizers library, in a sentence.
 
 Its patterns may go back and forth over a text without end. The library's engine gives up after some ten
-million steps at a place, with a panic: an exception that is none of Python's `Exception`s.
+million steps at a position, with a panic: an exception that is none of Python's `Exception`s.
 """
 
 from __future__ import annotations

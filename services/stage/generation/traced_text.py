@@ -90,11 +90,11 @@ class TracedText(str):
 
     def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         """Return the parts between separators."""
-        return self._places(super().split(sep, maxsplit), len(sep or ""))
+        return self._traced_parts(super().split(sep, maxsplit), len(sep or ""))
 
     def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         """Return the parts between separators, counted from the end."""
-        return self._places(super().rsplit(sep, maxsplit), len(sep or ""))
+        return self._traced_parts(super().rsplit(sep, maxsplit), len(sep or ""))
 
     def splitlines(self, keepends: bool = False) -> list[str]:
         """Return the lines."""
@@ -163,7 +163,7 @@ class TracedText(str):
         """Return the text at the right of a field."""
         return self._padded(super().rjust(width, fillchar))
 
-    def _places(self, parts: list[str], gap: int) -> list[str]:
+    def _traced_parts(self, parts: list[str], gap: int) -> list[str]:
         """Return traced parts, which stand in this text one after the other; gap: length of a separator."""
         traced: list[str] = []
         start = 0

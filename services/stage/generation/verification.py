@@ -27,7 +27,7 @@ class ShapeMismatch(ValueError):  # noqa: N818 - named as in the house's style
 class Verdict:
     """Outcome of scoring a draft of k tokens.
 
-    accepted: length of the accepted prefix, 0 to k. ranks: int64 [k], place of each draft token in the
+    accepted: length of the accepted prefix, 0 to k. ranks: int64 [k], rank of each draft token in the
     target's order (0: likeliest). logprobs: float32 [k], the target's log-probability of each.
     """
 
@@ -118,25 +118,25 @@ def sample_draft(
     misses = np.flatnonzero(is_refused)
     if not misses.size:
         return SampledVerdict(int(draft_ids.size), _draw(target_probs[-1], rng))
-    place = int(misses[0])
-    rest = np.maximum(target_probs[place].astype(np.float64) - draft_probs[place], 0.0)
+    position = int(misses[0])
+    rest = np.maximum(target_probs[position].astype(np.float64) - draft_probs[position], 0.0)
     # Equal distributions refuse nothing but by rounding; what is left is then the target's own draw.
-    return SampledVerdict(place, _draw(rest if rest.any() else target_probs[place], rng))
+    return SampledVerdict(position, _draw(rest if rest.any() else target_probs[position], rng))
 
 
 def choose_token(
-    logits: npt.NDArray[np.float32], temperature: float, top_p: float, seed: int, place: int
+    logits: npt.NDArray[np.float32], temperature: float, top_p: float, seed: int, position: int
 ) -> int:
     """Draw a token from logits (float32 [V]) at a temperature above 0, from the nucleus of mass top_p.
 
-    The noise depends on the seed and the place in the answer alone, so that two models draw the same token
+    The noise depends on the seed and the position in the answer alone, so that two models draw the same token
     where they agree, and one model the same answer however its passes are cut.
     Source: Gumbel-max draws with shared noise, Daliri et al. 2024, section 3; Holtzman et al. 2020 for the
     nucleus: the fewest likeliest tokens whose mass reaches top_p.
     """
     scaled = logits.astype(np.float64) / temperature
     scaled -= scaled.max()
-    noise = np.random.Generator(np.random.Philox(key=[seed, place])).gumbel(size=scaled.size)
+    noise = np.random.Generator(np.random.Philox(key=[seed, position])).gumbel(size=scaled.size)
     if top_p < 1.0:
         order = np.argsort(-scaled, kind="stable")
         mass = np.cumsum(np.exp(scaled[order]))

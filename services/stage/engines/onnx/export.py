@@ -214,7 +214,7 @@ class _GraphBuilder:
             )
 
     def _sequence_lengths(self) -> None:
-        """Derive what GroupQueryAttention wants: each row's last place, and the longest row's length."""
+        """Derive what GroupQueryAttention wants: each row's last position, and the longest row's length."""
         types = self._onnx.TensorProto
         self._constant("axis", np.array([1], np.int64))
         self._constant("one", np.array(1, np.int64))
@@ -246,10 +246,10 @@ class _GraphBuilder:
         window = {"local_window_size": s.window} if s.window else {}
         past = [f"past_key_values.{n}.{part}" for part in ("key", "value")]
         present = [f"present.{n}.{part}" for part in ("key", "value")]
-        for places, names, length in ((self.inputs, past, "p"), (self.outputs, present, "t")):
+        for values, names, length in ((self.inputs, past, "p"), (self.outputs, present, "t")):
             for name in names:
                 self._declare(
-                    places, name, self._onnx.TensorProto.FLOAT, ["b", s.kv_heads, length, s.head_dim]
+                    values, name, self._onnx.TensorProto.FLOAT, ["b", s.kv_heads, length, s.head_dim]
                 )
         self._node(
             "GroupQueryAttention",
@@ -333,9 +333,9 @@ class _GraphBuilder:
         )
 
     def _declare(
-        self, places: list[onnx.ValueInfoProto], name: str, kind: int, shape: list[str | int]
+        self, values: list[onnx.ValueInfoProto], name: str, kind: int, shape: list[str | int]
     ) -> None:
-        places.append(self._onnx.helper.make_tensor_value_info(name, kind, shape))
+        values.append(self._onnx.helper.make_tensor_value_info(name, kind, shape))
 
     def _constant(self, name: str, values: npt.NDArray[np.float32] | npt.NDArray[np.int64]) -> None:
         self.constants.append(self._onnx.numpy_helper.from_array(np.ascontiguousarray(values), name))

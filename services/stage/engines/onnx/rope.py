@@ -96,11 +96,11 @@ def read_rope(config: Mapping[str, Any], path: Path) -> Rope:
                 f"{where}: {key} is not known of rope_type {kind}, and may change the model's arithmetic: "
                 "remove it if it does not, or serve the model with another engine"
             )
-    for place, given in ((where, found), (str(path), config)):
-        turned = _number(given, "partial_rotary_factor", place, 1.0)
+    for source, given in ((where, found), (str(path), config)):
+        turned = _number(given, "partial_rotary_factor", source, 1.0)
         if turned != 1:
             raise PreconditionFailed(
-                f"{place}: partial_rotary_factor is {turned}; the onnx engine turns whole heads, which is 1"
+                f"{source}: partial_rotary_factor is {turned}; the onnx engine turns whole heads, which is 1"
             )
     outside = _number(config, "rope_theta", str(path), None)
     theta = _number(found, "rope_theta", where, outside or 10_000.0)

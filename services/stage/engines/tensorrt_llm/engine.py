@@ -178,10 +178,10 @@ class TensorrtLlmBackend:
         if known is None or len(known) != len(ids):
             raise RuntimeError(
                 f"TensorRT-LLM gave {0 if known is None else len(known)} rows for {len(ids)} prompt tokens: "
-                "a part that was reused is missing, and the others stand in wrong places"
+                "a part that was reused is missing, and the others stand at wrong positions"
             )
         # Entry i is of token i + 1; the last one is of the token that was written.
-        rows = [self._row(ids[place], known[place - 1]) for place in range(start, len(ids))]
+        rows = [self._row(ids[index], known[index - 1]) for index in range(start, len(ids))]
         return Scores(rows, self._row(completion.token_ids[0], known[-1]))
 
     def _submit(

@@ -240,7 +240,7 @@ class VllmBackend:
             raise RuntimeError("vLLM gave no log-probabilities of a prompt")
         (completion,) = last.outputs
         cached = last.num_cached_tokens or 0
-        # The row of ids[start] comes from the place before it, which must have been computed.
+        # The row of ids[start] comes from the position before it, which must have been computed.
         if cached >= start:
             return None
         known, wanted = last.prompt_logprobs, len(ids) - start
@@ -248,7 +248,7 @@ class VllmBackend:
         # its last entry is the last token's.
         if len(known) < wanted + 1 or (not cached and len(known) != len(ids)):
             return None
-        rows = [self._row(ids[start + place], known[len(known) - wanted + place]) for place in range(wanted)]
+        rows = [self._row(ids[start + i], known[len(known) - wanted + i]) for i in range(wanted)]
         return Scores(rows, self._row(completion.token_ids[0], completion.logprobs[0]), cached)
 
     async def _ask(self, ids: list[int], params: Any, adapter: str) -> AsyncGenerator[Any, None]:
