@@ -16,7 +16,7 @@ from asd.v1 import common_pb2, stage_pb2, stage_pb2_grpc
 from services.common.server import ServiceRegistration, start_server
 from services.stage.__main__ import build
 from services.stage.settings import StageSettings
-from tests.integration.stage.conftest import Reference, engine
+from tests.integration.stage.conftest import engine
 from tests.limits import CALL_S
 
 if TYPE_CHECKING:
@@ -172,26 +172,3 @@ async def test_a_queue_holds_as_many_as_the_settings_say(start: Callable[..., An
         texts = {(await ask).text for ask in waiting}
     assert len(waiting) == 2
     assert texts == {(await result(stage.stub.Generate(Generate(prompt="hi"), timeout=CALL_S))).text}
-
-
-async def test_requests_share_a_lane_only_where_the_context_holds_them_all(
-    start: Callable[..., Any], reference: Reference
-) -> None:
-    """A long prompt beside a long answer would need more places than the model has."""
-    stage = await start("a", model={"max_lanes": 1, "default_max_new_tokens": 400})
-    asks = [
-        Generate(prompt=reference.prompts[0]),
-        Generate(prompt="lace " * 130, sampling=common_pb2.Sampling(max_new_tokens=4)),
-    ]
-    async with asyncio.timeout(CALL_S), asyncio.TaskGroup() as tasks:
-        held = await hold_all(stage.stub)
-        together = [tasks.create_task(result(stage.stub.Generate(ask))) for ask in asks]
-        # While the lanes are held both come to wait, so that the next one could take both.
-        while (await stage.stub.Status(stage_pb2.StatusRequest())).models[0].queued_requests < 2:
-            pass
-        await asyncio.gather(*map(release, held))
-        answers = [await task for task in together]
-        alone = await result(stage.stub.Generate(asks[1]))
-    assert 112 < answers[1].usage.prompt_tokens <= 508
-    assert list(answers[0].token_ids) == reference.outputs["small"][0]
-    assert list(answers[1].token_ids) == list(alone.token_ids)

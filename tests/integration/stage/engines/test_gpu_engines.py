@@ -372,7 +372,7 @@ async def test_adapters_are_models_of_their_own_over_one_engine(
     assert engines["m/math"].status().memory_bytes == 0 < engines["m"].status().memory_bytes
     events = engines["m/math"].generate((LONG,), SamplingOptions(max_new_tokens=50))
     await anext(events)
-    with pytest.raises(ResourceExhausted, match="1 calls under way"):
+    with pytest.raises(ResourceExhausted):
         await engines["m"].unload()
     await events.aclose()
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import random
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
-from services.common.errors import AsdError, InvalidRequest, ResourceExhausted
+from services.common.errors import InvalidRequest, ResourceExhausted
 from services.stage.domain import (
     DraftPiece,
     DraftText,
@@ -21,7 +20,6 @@ from services.stage.domain import (
     Turn,
     VerificationResult,
 )
-from services.stage.generation.tokenizer import ChatTokenizer
 from services.stage.model_pool import ModelPool
 from tests.integration.stage.conftest import LiveGenerators, Reference, engine
 from tests.limits import CALL_S
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from services.stage.engines.onnx.engine import OnnxEngine
-    from services.stage.generation.text_stream import TextStream
 
 _GREEDY = SamplingOptions()
 
@@ -386,20 +383,6 @@ async def test_a_thousand_random_cancels_leave_no_computation_and_no_cache(
     await generators.sink_to(0)
 
 
-async def test_a_full_queue_refuses_at_once_and_serves_again_later(reference: Reference) -> None:
-    model = engine("small", max_queue=2, max_batch=1, max_lanes=1)
-    await model.load()
-    outcomes = await asyncio.gather(
-        *(_generate(model, prompt) for prompt in reference.prompts[:40]), return_exceptions=True
-    )
-    refused = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
-    assert refused
-    assert all(isinstance(error, ResourceExhausted) for error in refused)
-    result, _ = await _generate(model, reference.prompts[0])
-    assert list(result.ids) == reference.outputs["small"][0]
-    await model.unload()
-
-
 async def test_models_that_make_room_for_each_other_lose_no_call(reference: Reference) -> None:
     engines = {name: engine(name) for name in ("small", "medium")}
     pool = ModelPool(engines, "small", max(each.status().memory_bytes for each in engines.values()))  # type: ignore[arg-type]
@@ -421,61 +404,3 @@ async def test_models_that_make_room_for_each_other_lose_no_call(reference: Refe
             assert any(answers)
     for model in engines.values():
         await model.unload()
-
-
-async def test_a_prompt_of_megabytes_is_refused_before_it_is_encoded(
-    small: OnnxEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ChatTokenizer, "encode_chat", None)
-    with pytest.raises(InvalidRequest, match="3900000 characters; small takes at most 511 tokens"):
-        await _generate(small, "a " * 1_950_000)
-
-
-async def test_calls_that_wait_for_drafts_leave_the_model_to_others(reference: Reference) -> None:
-    model = engine("small", max_lanes=2)
-    await model.load()
-
-    async def pieces() -> AsyncIterator[DraftPiece | FinishReason]:
-        await asyncio.Event().wait()
-        yield FinishReason.EOS
-
-    turns = (Turn("user", reference.prompts[0]),)
-    waiting = [
-        model.verify_stream(turns, _GREEDY, pieces(), threshold) for threshold in (None, None, 0.5, 0.5)
-    ]
-    firsts = [asyncio.ensure_future(anext(events)) for events in waiting]
-    async with asyncio.timeout(CALL_S):
-        await asyncio.gather(*firsts[:2])
-        result, _ = await _generate(model, reference.prompts[1])
-    assert list(result.ids) == reference.outputs["small"][1]
-    for first in firsts:
-        first.cancel()
-    await asyncio.gather(*firsts, return_exceptions=True)
-    for events in waiting:
-        await events.aclose()
-    await model.unload()
-
-
-async def test_a_request_that_goes_wrong_in_a_batch_ends_alone(
-    reference: Reference, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = engine("small", max_lanes=1)
-    await model.load()
-    make, streams = ChatTokenizer.stream, itertools.count()
-
-    def stream(tokenizer: ChatTokenizer) -> TextStream:
-        made = make(tokenizer)
-        if next(streams) == 4:
-            monkeypatch.setattr(made, "push", None)
-        return made
-
-    monkeypatch.setattr(ChatTokenizer, "stream", stream)
-    asks = [_generate(model, prompt) for prompt in reference.prompts[:8]]
-    async with asyncio.timeout(CALL_S):
-        answers = await asyncio.gather(*asks, return_exceptions=True)
-    assert [index for index, each in enumerate(answers) if isinstance(each, BaseException)] == [4]
-    assert isinstance(answers[4], AsdError)
-    for index, answer in enumerate(answers):
-        if not isinstance(answer, BaseException):
-            assert list(answer[0].ids) == reference.outputs["small"][index]
-    await model.unload()
