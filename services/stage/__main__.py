@@ -31,10 +31,10 @@ def build(settings: StageSettings) -> tuple[ModelPool, StageServicer]:
 
 
 async def preload(pool: ModelPool, settings: StageSettings) -> None:
-    """Load what is to be there from the start.
+    """Load the models that the settings preload.
 
-    Where another model than the default one cannot be loaded now, the log says why, and a request for it
-    tries again. Raises as ModelPool.load does for the default one.
+    Raises as ModelPool.load does where the default model cannot be loaded. For any other model the failure is
+    logged, and the first request for it tries again.
     """
     for model in settings.models:
         if model.preload and model.name in pool.engines:
@@ -47,12 +47,12 @@ async def preload(pool: ModelPool, settings: StageSettings) -> None:
 
 
 async def run(settings: StageSettings) -> None:
-    """Load what is to be there from the start, and serve until SIGTERM or SIGINT."""
+    """Preload models, and serve until SIGTERM or SIGINT."""
     pool, servicer = build(settings)
     watch_models(pool)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        # Until it serves, which takes these signals over.
+        # Until `serve` takes these signals over.
         loop.add_signal_handler(number, _end, number)
     await preload(pool, settings)
     registration = ServiceRegistration(
@@ -70,7 +70,7 @@ async def run(settings: StageSettings) -> None:
 
 
 def _end(number: int) -> None:
-    """End at a signal without what is being derived: a thread may be at work on it that cannot be stopped."""
+    """Remove half-derived models and end at a signal: the thread that derives one cannot be stopped."""
     remove_own()
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
@@ -80,8 +80,8 @@ def main() -> None:
     """Read the settings and serve."""
     report_nothing()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    # Texts are encoded one by one: the tokenizers' threads are of no use, and a GPU engine that forks after
-    # they were started is warned about it.
+    # Texts are encoded one by one, so the tokenizers' threads are useless, and the library warns when a GPU
+    # engine forks after they were started.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = StageSettings.from_arguments()
     telemetry.setup_telemetry("asd-stage", settings.metrics_listen)

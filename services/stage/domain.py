@@ -40,7 +40,7 @@ class SamplingOptions:
 
 @dataclass(frozen=True, slots=True)
 class DraftText:
-    """An answer to verify. ids are used if the fingerprint is the target's own, else the text is encoded."""
+    """An answer to verify. ids are used if the fingerprint is the target's, else the text is encoded."""
 
     text: str
     ids: tuple[int, ...]
@@ -86,8 +86,8 @@ class VerificationResult:
 class Result:
     """Outcome of a call; times in milliseconds.
 
-    proposed_tokens, accepted_tokens: of the draft and of what was proposed again after a correction; accepted
-    up to the token that ended the answer.
+    proposed_tokens, accepted_tokens: of the draft, and of proposals after a correction. Tokens accepted after
+    the final one do not count.
     accept_lengths: tokens emitted by each pass that scored a proposal: accepted + 1, or up to the token that
     ended the answer; an end-of-sequence token counts.
     """

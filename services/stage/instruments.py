@@ -1,4 +1,4 @@
-"""The stage's metrics: what its models hold and do, asked of them at each export."""
+"""The stage's metrics, read from its models at each export."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def watch_models(pool: ModelPool) -> None:
-    """Show the models of a process through OpenTelemetry. Call it after set-up."""
+    """Register the metrics of a process's models. Call it after telemetry is set up."""
     meter = telemetry.meter()
 
     def each_model(read: Read) -> Callable[[CallbackOptions], Iterable[Observation]]:

@@ -1,4 +1,4 @@
-"""Files of a model's directory as they may really be: absent, empty, or a pointer in place of the content."""
+"""Reading files of a model's directory that may be absent, empty, or a Git LFS pointer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _POINTER = b"version https://git-lfs"
-# Chosen: the largest tokenizer.json of a public model has some 33 MB, the largest template some 20 KB.
+# Chosen: the largest tokenizer.json of a public model has about 33 MB, the largest template about 20 KB.
 MOST_JSON_BYTES = 64 << 20
 MOST_TEXT_BYTES = 1 << 20
 
@@ -60,6 +60,6 @@ def _read(path: Path, most_bytes: int) -> bytes:
 
 
 def _unreadable(path: Path, error: OSError | ValueError) -> PreconditionFailed:
-    # A ValueError is of a path that no file can have, as with a zero byte.
+    # A ValueError means a path that no file can have, such as one with a zero byte.
     reason = error.strerror if isinstance(error, OSError) else str(error)
     return PreconditionFailed(f"{path} cannot be read: {reason}")

@@ -1,4 +1,4 @@
-"""Which models are in memory: several under one budget. The least recently used make room."""
+"""The models of a process: which are in memory, under one budget. The least recently used make room."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ModelPool:
     """The models of one process, loaded on demand.
 
     budget_bytes bounds the memory of loaded models; 0: no bound. A model with calls under way is never
-    unloaded. damaged: why further models are not served, by name.
+    unloaded. damaged: models that cannot be served, and why, by name.
     """
 
     def __init__(
@@ -67,15 +67,14 @@ class ModelPool:
         return self._budget
 
     def others_of(self, caller: int) -> int:
-        """Return how many calls of other callers use a model now, whichever it is.
+        """Return how many calls of other callers are under way, on all models.
 
-        caller: one with a call under way; 0: one that did not say who it is, as any other that did not.
+        caller: id of one with a call under way; 0: unknown. Two unknown callers count as different.
         """
         return self._calls.total() - (self._calls[caller] if caller else 1)
 
     def idle_ms(self) -> float:
-        """Return the time since a call last used a model, or since this was made; 0 while calls are under
-        way."""
+        """Return the time since the last call ended, or since start-up; 0 while calls are under way."""
         entries = self._entries.values()
         if any(entry.users for entry in entries):
             return 0.0
@@ -117,7 +116,7 @@ class ModelPool:
                 del self._calls[caller]
 
     async def load(self, name: str) -> Loaded:
-        """Load a model, unloading others where the budget asks for it.
+        """Load a model, unloading others if the budget requires it.
 
         Raises NotFound for an unknown name, PreconditionFailed for a damaged model, for one larger than the
         budget and for one that cannot be loaded, QueueFull if the models in its way are all in use.

@@ -30,7 +30,7 @@ class ModelSettings(Section):
     engine: EngineName = "onnx"
     # Requests computed at a time. None: 8 for onnx, 64 for the others.
     max_batch: AtATime | None = None
-    # Of the onnx engine; the others have a section of their own.
+    # Options of the onnx engine; each other engine has its own section.
     threads: Threads = 1
     max_lanes: AtATime = 4
     cached_sequences: Annotated[int, Field(ge=0, le=MOST_AT_A_TIME)] = 4
@@ -38,7 +38,7 @@ class ModelSettings(Section):
     max_model_len: ContextLength | None = None
     preload: bool = True
     default_max_new_tokens: Count = 160
-    # Propose parts of a draft again after the target corrected it.
+    # Propose parts of a draft again after a correction.
     resync: bool = True
     vllm: VllmSettings | None = None
     tensorrt_llm: TensorrtLlmSettings | None = None

@@ -28,10 +28,10 @@ class TokenRequest:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Tokens that were written, the end-of-sequence token left out or not.
+    """Tokens that were written, with or without the end-of-sequence token.
 
-    cached: prompt tokens taken from the prefix cache. is_last: nothing follows. has_ended: by the model's own
-    end, not by length.
+    cached: prompt tokens taken from the prefix cache. is_last: nothing follows. has_ended: at the
+    model's own end, not at the length.
     """
 
     rows: Sequence[Row]
@@ -60,7 +60,7 @@ class Backend(Protocol):
         """Load the model, or wake it."""
 
     async def stop(self) -> None:
-        """Free the model's memory, as far as is set."""
+        """Free the model's memory, as far as the options say."""
 
     async def close(self) -> None:
         """End the library's engine and its processes."""

@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
     from services.stage.engines.engine import Engine
 
-# Of bfloat16 logits: half a step at 16 is 0.03, about this much of a probability near one half. Chosen.
+# Half a step of bfloat16 logits at 16 is 0.03, which moves a probability near one half by this much. Chosen.
 _TIE_MARGIN = {"onnx": 0.0, "vllm": 0.02, "tensorrt_llm": 0.02}
-# An adapter's memory is its model's, with which it is loaded and unloaded.
+# Not for adapters: they are part of their model's memory, and are loaded and unloaded with it.
 _OF_A_MODEL = (status_tells_what_is, a_model_can_be_unloaded_and_loaded_again)
 _SIGNAL_TOLERANCE = {"onnx": 2e-3, "vllm": 0.15, "tensorrt_llm": 0.15}
 
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _read_section(text: str, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an engine's section. Raises InvalidRequest where it is none, or says what arguments say."""
+    """Return an engine's section. Raises InvalidRequest if it is no mapping, or repeats an argument."""
     section = parse_yaml(text, "--options") or {}
     if not isinstance(section, dict):
         raise InvalidRequest(f"--options {text!r} is no mapping: write it as '{{dtype: float32}}'")

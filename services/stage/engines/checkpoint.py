@@ -1,4 +1,4 @@
-"""What a Hugging Face directory says of its model, for engines that read the weights themselves."""
+"""What a Hugging Face directory says about its model, for engines that read the weights themselves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from services.stage.model_files import read_json_file
 if TYPE_CHECKING:
     from pathlib import Path
 
-# Decoder-only architectures whose chat checkpoints the GPU engines' own documentation lists.
+# Decoder-only architectures of chat models that both GPU libraries document as supported.
 ARCHITECTURES = frozenset(
     {
         "LlamaForCausalLM",
@@ -23,7 +23,7 @@ ARCHITECTURES = frozenset(
 )
 
 
-# Of a size in a config.json. Chosen: a thousand times any model's, and products of a few are soon made.
+# The largest size in a config.json. Chosen: a thousand times that of any model.
 MOST_COUNT = 1 << 31
 
 
@@ -31,8 +31,8 @@ MOST_COUNT = 1 << 31
 class Checkpoint:
     """A model as its directory describes it.
 
-    weight_bytes: of its weight files; of bfloat16 weights where there are none. kv_values_per_token: numbers
-    that the KV cache holds for a token.
+    weight_bytes: size of its weight files, or of bfloat16 weights if there are none. kv_values_per_token:
+    numbers that the KV cache holds for a token.
     """
 
     architecture: str
@@ -86,7 +86,7 @@ def check_architecture(config: dict[str, Any], path: Path) -> str:
 
 
 def read_count(config: dict[str, Any], key: str, path: Path, otherwise: int | None = None) -> int:
-    """Return a whole number of a config.json. otherwise: what stands for a missing one, or null.
+    """Return an integer of a config.json. otherwise: the default for a missing or null one.
 
     Raises PreconditionFailed, naming the key.
     """
@@ -108,13 +108,13 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_eos_ids(directory: Path, config: dict[str, Any], vocabulary: int) -> tuple[int, ...]:
-    """Return the tokens that end an answer: those of config.json, then more of generation_config.json.
+    """Return the tokens that end an answer: those of config.json, then the rest of generation_config.json.
 
     Either file may name one or several, or none (missing, null, or an empty list): chat models name their end
-    of turn in the second alone. Where both name none, the tokenizer's own end token is not taken instead: a
-    model that was trained to end its turns with another one would never end them.
-    config: the content of config.json. vocabulary: size in tokens. Raises PreconditionFailed where no file
-    names one, and for what is no id of the vocabulary.
+    of turn in the second alone. If both name none, the tokenizer's end token is no substitute: a
+    model that was trained to end its turns with another token would never end them.
+    config: the content of config.json. vocabulary: size in tokens. Raises PreconditionFailed if neither
+    names one, and for an id beyond the vocabulary.
     """
     ids: list[int] = []
     file = directory / "generation_config.json"

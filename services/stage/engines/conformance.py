@@ -1,8 +1,8 @@
-"""What every engine must do, asked of a loaded one: by the tests, and by `asd-engine check` on hardware.
+"""The conformance suite: what every engine must do. Run by the tests, and by `asd-engine check` on hardware.
 
-Nothing is compared with another engine but where a reference is given: an engine is held against itself, its
-own greedy answers and its own log-probabilities. Arithmetic that depends on what else is in a batch, or on
-whether a prefix was cached, may turn a near tie: two answers count as equal where they first differ at a
+An engine is compared with itself: with its own greedy answers and log-probabilities. It is compared with
+another engine only if a reference is given. Arithmetic that depends on the rest of a batch, or on whether a
+prefix was cached, may flip a near tie. Two answers therefore count as equal if they first differ at a
 position whose two likeliest tokens are closer than a tolerance. Those positions are counted.
 """
 
@@ -50,11 +50,11 @@ _LONGEST_S = 300.0
 
 
 class NotConforming(Exception):  # noqa: N818 - named by its cause
-    """The engine does something else than the contract says; the message says what."""
+    """The engine breaks the contract; the message says how."""
 
 
 class Outcome(NamedTuple):
-    """How a check went. error: "" if it passed. near_ties: positions that were let pass."""
+    """How a check went. error: "" if it passed. near_ties: positions that were tolerated."""
 
     check: str
     error: str
@@ -76,9 +76,9 @@ class Answer(NamedTuple):
 class Suite:
     """An engine under test.
 
-    references: ids of greedy answers to the prompts by another engine, cut to max_new_tokens; None: none.
-    tie_margin: of two likeliest tokens, below which either may be chosen. signal_tolerance:
-    between log-probabilities of the same token in two passes.
+    references: ids of another engine's greedy answers to the prompts, cut to max_new_tokens; None: none.
+    tie_margin: probability margin between the two likeliest tokens below which either may be chosen.
+    signal_tolerance: between log-probabilities of the same token in two passes.
     """
 
     engine: Engine
@@ -127,14 +127,14 @@ class Suite:
         return self.draft(answer.result.ids, answer.result.finish)
 
     def expect_same(self, found: Answer, wanted: Answer, what: str) -> bool:
-        """Raise NotConforming if two answers differ, a near tie apart; return whether they are equal."""
+        """Return whether two answers are equal. Raises NotConforming unless a near tie explains it."""
         left, right = found.result, wanted.result
         if left.ids == right.ids:
             if left.finish is not right.finish:
                 raise NotConforming(f"{what}: ended by {left.finish.value}, not {right.finish.value}")
             return True
         position = _first_difference(left.ids, right.ids)
-        # Where one answer ended, the other one knows how close that was.
+        # If one answer ended there, the margin is that of the longer one.
         margins = wanted.margins if position < len(right.ids) else found.margins
         if margins[position] < self.tie_margin:
             self.near_ties += 1
@@ -146,7 +146,7 @@ class Suite:
 
 
 async def collect(events: AsyncGenerator[Event, None], evidence: str = "") -> Answer:
-    """Return what a call yields, checked for what every call has in common.
+    """Return what a call yields, after the checks that hold for every call.
 
     evidence: "first" or "any" where a VerificationResult must come. Raises NotConforming.
     """
@@ -184,7 +184,7 @@ async def collect(events: AsyncGenerator[Event, None], evidence: str = "") -> An
 
 
 def expect(is_so: bool, otherwise: str) -> None:
-    """Raise NotConforming unless something is so."""
+    """Raise NotConforming unless a condition holds."""
     if not is_so:
         raise NotConforming(otherwise)
 
@@ -193,7 +193,7 @@ def expect(is_so: bool, otherwise: str) -> None:
 
 
 async def greedy_answers_repeat(suite: Suite) -> None:
-    """The same prompt has the same greedy answer; that of a reference, where there is one."""
+    """The same prompt has the same greedy answer: the reference's, if there is one."""
     for index, prompt in enumerate(suite.prompts):
         first = await suite.plain(prompt)
         suite.expect_same(await suite.ask(prompt), first, f"prompt {index} again")
@@ -226,7 +226,7 @@ async def together_is_as_alone(suite: Suite) -> None:
 
 
 async def own_answers_are_accepted_whole(suite: Suite) -> None:
-    """Scoring is teacher forcing: an own greedy answer has rank 0 throughout, and its log-probabilities."""
+    """Scoring an own greedy answer gives rank 0 throughout, and the log-probabilities that it had."""
     for index, prompt in enumerate(suite.prompts):
         plain = await suite.plain(prompt)
         again = await suite.verify(prompt, suite.own_draft(plain))
@@ -340,7 +340,7 @@ async def unusable_drafts_are_refused(suite: Suite) -> None:
 
 
 async def prompts_beyond_the_context_are_refused(suite: Suite) -> None:
-    """A prompt that does not fit is refused as too long for this model, and is told its size."""
+    """A prompt that does not fit is refused as too long for this model."""
     context = suite.engine.status().context_length
     for text in ("word " * (context + 1), "a" * 4_000_000):
         try:
@@ -372,7 +372,7 @@ async def stop_sequences_end_before_themselves(suite: Suite) -> None:
 
 
 async def sampling_repeats_with_its_seed(suite: Suite) -> None:
-    """A seed gives its answer again, another one another, and a draft changes nothing of it."""
+    """A seed repeats its answer, other seeds give others, and a draft changes nothing."""
     prompt, most = suite.prompts[3], suite.max_new_tokens
     drawn = [
         await suite.ask(prompt, SamplingOptions(max_new_tokens=most, temperature=1.0, seed=seed))
@@ -391,7 +391,7 @@ async def sampling_repeats_with_its_seed(suite: Suite) -> None:
 
 
 async def a_longer_conversation_changes_no_token(suite: Suite) -> None:
-    """What the prefix cache holds of a conversation's beginning does not change its next answer."""
+    """A cached beginning of a conversation does not change its next answer."""
     for prompt, following in zip(suite.prompts[:3], suite.prompts[1:], strict=False):
         first = await suite.plain(prompt)
         turns = (Turn("user", prompt), Turn("assistant", first.result.text), Turn("user", following))
@@ -412,7 +412,7 @@ async def prefill_changes_no_token(suite: Suite) -> None:
 
 
 async def cancelled_calls_stop(suite: Suite) -> None:
-    """Calls that are left, at whatever moment, leave nothing running; the next one is served."""
+    """Calls cancelled at any moment leave nothing running, and the next call is served."""
     rng = random.Random(3)  # noqa: S311 - not for secrets
     before = suite.engine.status().cancelled
     known = {prompt: await suite.plain(prompt) for prompt in suite.prompts}
@@ -498,7 +498,7 @@ CHECKS: tuple[Check, ...] = (
 
 
 async def run_check(suite: Suite, check: Check) -> Outcome:
-    """Return how a check went, whatever it ran into."""
+    """Run a check and return its outcome, an unexpected error included."""
     before, started = suite.near_ties, time.monotonic()
     error = ""
     try:

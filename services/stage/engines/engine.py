@@ -51,9 +51,9 @@ class Engine(Protocol):
     """Runs one model.
 
     `generate` and `verify` yield events, a Result last. Closing the generator early cancels the call: its
-    computation stops and its cache is freed. Errors: ModelRefusal for what this model cannot take and another
-    one may (PromptTooLong, ConversationRefused), InvalidRequest for a draft that cannot be used,
-    QueueFull for a full queue, PreconditionFailed for a missing artifact.
+    computation stops and its cache is freed. Errors: ModelRefusal (PromptTooLong, ConversationRefused) for a
+    request that another model may take, InvalidRequest for a draft that cannot be used, QueueFull,
+    PreconditionFailed for a missing artifact.
     """
 
     @property
@@ -64,7 +64,7 @@ class Engine(Protocol):
         """Load the model; a loaded one stays as it is."""
 
     async def unload(self) -> None:
-        """Free the model; the caller sees to it that no call is under way."""
+        """Free the model. The caller ensures that no call is under way."""
 
     def generate(self, turns: tuple[Turn, ...], sampling: SamplingOptions) -> AsyncGenerator[Event, None]:
         """Write an answer."""
@@ -94,4 +94,4 @@ class Engine(Protocol):
         """Put a prompt into the prefix cache."""
 
     def status(self) -> EngineStatus:
-        """Say what is loaded, queued and running."""
+        """Return what is loaded, queued and running."""

@@ -1,4 +1,4 @@
-"""From a model's settings to its engine. An engine's module is imported where it is used, and not before."""
+"""From a model's settings to its engine. Each engine's module is imported only when it is used."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def make_engines(model: ModelSettings, max_queue: int) -> dict[str, Engine]:
             return _vllm(model, max_queue)
         if model.engine == "tensorrt_llm":
             return {model.name: _tensorrt_llm(model, max_queue)}
-        # Some are imported where the model is loaded.
+        # Some packages are imported only when the model is loaded.
         for name in missing_of("stage"):
             raise ModuleNotFoundError(name=name)
         return {model.name: _onnx(model, max_queue)}

@@ -1,4 +1,4 @@
-"""What a model must do before it counts as loaded: answer alone, and beside another request."""
+"""The probe: a model counts as loaded once it has answered, alone and in a batch."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
     from services.stage.generation.tokenizer import ChatTokenizer
 
-# Of different lengths, so that a batch of them is padded.
+# Their lengths differ, so that a batch of them is padded.
 _TEXTS = ("A probe.", "A longer probe, so that the two of them differ in length.")
-# Of both ways together. Chosen: some passes, where a GPU library compiles what it needs for the first.
+# For both answers. Chosen: a few passes, the first of which may compile a GPU library's kernels.
 _SECONDS = 300.0
-# Tokens of a probe's answer, and room for them.
+# Tokens of a probe's answer.
 ANSWER_TOKENS = 2
 
 

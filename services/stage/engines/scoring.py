@@ -2,14 +2,14 @@
 
 Such a library takes token ids and gives the likeliest tokens of each position, never the logits.
 
-Greedy verification. One pass scores prompt and draft; what agrees is kept, the model's own token follows
-from the same pass, and a further request writes on, reading what the pass left in the prefix cache. After a
-correction the rest of the draft is scored again where it is long enough to be worth a pass.
+Greedy verification. One pass scores prompt and draft. The agreed prefix is kept, and the same pass gives the
+model's own next token. A further request then writes on, from the prefix cache that the pass filled. After a
+correction the rest of the draft is scored again if it is long enough to be worth a pass.
 
 Sampling. The library draws by itself, so its draw cannot be known from a scoring pass. An exact answer at a
-temperature above 0 is therefore written as if there were no draft, from the request's seed, and what it
-shares with the draft is reported as accepted: the target's own draw, and no time saved. A tolerant one keeps
-the draft's likely tokens and draws on after them.
+temperature above 0 is therefore written from the request's seed as if there were no draft, which saves no
+time; the prefix that it shares with the draft is reported as accepted. A tolerant answer keeps the draft's
+likely tokens and continues with draws.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class _ArrivingDraft(Draft):
         self._error: AsdError | None = None
 
     def notify(self, error: AsdError | None = None) -> None:
-        """Something has come, or nothing more can."""
+        """Wake `wait`: ids have come, or an error ends the draft."""
         self._error = self._error or error
         self._changed.set()
 
@@ -96,7 +96,7 @@ class _ArrivingDraft(Draft):
         return self.is_complete or is_enough
 
     async def wait(self, *, is_whole: bool = False) -> None:
-        """Wait until enough has come, or all. Raises the error of a draft that cannot be read."""
+        """Wait until a pass is due, or the draft is complete. Raises the error of an unreadable draft."""
         while True:
             if self._error is not None:
                 raise self._error
@@ -145,7 +145,7 @@ class ScoringEngine:
         self._waiting = 0
         self._resync_payoff = ResyncPayoff()
         self._calls: set[Call[Row]] = set()
-        # Those of them that have a slot in the library's batch.
+        # The calls that have a slot in the library's batch.
         self._running: set[Call[Row]] = set()
         self._completed = 0
         self._cancelled = 0
@@ -171,17 +171,17 @@ class ScoringEngine:
             self._state, self._error = ModelState.READY, ""
 
     async def _probe(self) -> None:
-        """Have the library answer, and score, before the model counts as loaded."""
+        """Have the library answer and score before the model counts as loaded."""
         prompts = probe_prompts(self._tokenizer, self._checkpoint.vocabulary, self._options.context)
         try:
             await probe(self._name, prompts, self._answer_probe)
         except BaseException:
-            # It would keep the device's memory.
+            # Otherwise it would keep the device's memory.
             await self._backend.close()
             raise
 
     async def _answer_probe(self, prompts: Sequence[list[int]]) -> npt.NDArray[np.floating]:
-        """Return log-probabilities of what the library writes after prompts, together if it may."""
+        """Return log-probabilities of what the library writes after prompts, at once if slots allow."""
 
         async def write(ids: list[int]) -> list[float]:
             request = TokenRequest(ANSWER_TOKENS)
@@ -266,7 +266,7 @@ class ScoringEngine:
         """Put a prompt into the prefix cache: the library has no such call, so a token is written."""
         call = await self._open(turns, SamplingOptions(max_new_tokens=1))
         count = len(call.prompt)
-        # Not the last token: a verification needs to know what follows it, which a cache does not say.
+        # Without the last token: a verification needs its logits, which a cache does not hold.
         call.prompt = call.prompt[:-1] or call.prompt
         async with self._under_way(call), aclosing(self._decode(call, adapter)) as events:
             async for _ in events:
@@ -274,7 +274,7 @@ class ScoringEngine:
         return PrefillResult(count, call.cached, (call.prefilled - call.arrived) * 1e3)
 
     def status(self) -> EngineStatus:
-        """Say what is loaded, queued and running."""
+        """Return what is loaded, queued and running."""
         held = sum(len(call.prompt) + len(call.ids) for call in self._running)
         return EngineStatus(
             state=self._state,
@@ -345,7 +345,7 @@ class ScoringEngine:
             self._slots.release()
 
     async def _decode(self, call: Call[Row], adapter: str) -> AsyncGenerator[Event, None]:
-        """Write on from what there is, to the end."""
+        """Continue the answer to its end."""
         async with aclosing(self._tokens(call, adapter)) as chunks:
             async for chunk in chunks:
                 if chunk is not None:
@@ -354,7 +354,7 @@ class ScoringEngine:
             yield event
 
     async def _tokens(self, call: Call[Row], adapter: str) -> AsyncGenerator[TokenChunk | None, None]:
-        """Write on; yield after each piece, with what may go out."""
+        """Continue the answer; yield the chunk that may go out, if any, after each piece."""
         if call.is_over():
             return
         await self._acquire(call)
@@ -365,7 +365,7 @@ class ScoringEngine:
                 call.mark_prefilled(piece.cached)
                 call.passes += len(piece.rows)
                 yield _take(call, piece.rows, has_ended=piece.has_ended)
-                # Only a stop sequence ends an answer before the library does, which is then told.
+                # Only a stop sequence ends an answer before the library does. Leaving the loop cancels it.
                 if call.is_over() and not piece.is_last:
                     break
         if not call.is_over():
@@ -374,7 +374,7 @@ class ScoringEngine:
     async def _judge(
         self, call: Call[Row], draft: _ArrivingDraft, threshold: float | None, adapter: str
     ) -> AsyncGenerator[Event, None]:
-        """Judge a draft, go on after it, and end."""
+        """Verify a draft and continue the answer to its end."""
         judge = self._compare if call.is_sampled and threshold is None else self._verify
         async with aclosing(judge(call, draft, threshold, adapter)) as events:
             async for event in events:
@@ -390,13 +390,13 @@ class ScoringEngine:
     async def _verify(
         self, call: Call[Row], draft: _ArrivingDraft, threshold: float | None, adapter: str
     ) -> AsyncGenerator[Event, None]:
-        """Keep what the model agrees with, and its own token after that."""
+        """Accept a prefix of the draft, and add the model's own token."""
         chunk = None
         # What the last pass said of the next token: a pass whose prefix is cached would not say it again.
         following: Row | None = None
         while not call.is_over():
             if not draft.is_due:
-                # Others may use the slot while this draft is being written.
+                # Other calls may use the slot while this draft is being written.
                 self._release(call)
             await draft.wait()
             # A pass writes a token too, which must fit the context.
@@ -432,7 +432,7 @@ class ScoringEngine:
     async def _resync(
         self, call: Call[Row], draft: _ArrivingDraft, adapter: str
     ) -> AsyncGenerator[Event, None]:
-        """Propose what stands in the draft after the token that was corrected, as long as it pays."""
+        """Propose the rest of the draft after a correction, as long as it pays."""
         resync = Resynchroniser(draft.ids, draft.accepted, PASS_PER_DRAFT)
         is_first = True
         while not call.is_over():
@@ -457,7 +457,7 @@ class ScoringEngine:
     async def _compare(
         self, call: Call[Row], draft: _ArrivingDraft, _threshold: float | None, adapter: str
     ) -> AsyncGenerator[Event, None]:
-        """Write the sampled answer, and report what it shares with the draft once that is known."""
+        """Write the sampled answer; report the prefix that it shares with the draft once that is known."""
         await draft.wait(is_whole=True)
         ids = draft.ids[: self._options.context - 1 - len(call.prompt)]
         if ids:
@@ -501,7 +501,7 @@ class ScoringEngine:
 
 
 class AdapterEngine:
-    """An adapter of a model, served under a name of its own beside it; it loads with the model."""
+    """An adapter of a model, served under its own name; it is loaded with the model."""
 
     def __init__(self, base: ScoringEngine, adapter: str) -> None:
         self.kind = base.kind
@@ -540,7 +540,7 @@ class AdapterEngine:
         return await self._base.prefill(turns, self._adapter)
 
     def status(self) -> EngineStatus:
-        """Say what its model does; its memory is counted there."""
+        """Return the status of its model, which counts the memory."""
         return replace(self._base.status(), memory_bytes=0)
 
 

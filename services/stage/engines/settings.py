@@ -1,4 +1,4 @@
-"""Settings of the engines: a section for each, refused beside another engine."""
+"""Settings of the engines: a section for each, refused for any other engine."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ if TYPE_CHECKING:
 Count = Annotated[int, Field(ge=1)]
 # Chosen: no machine has more cores, and each thread takes memory.
 Threads = Annotated[int, Field(ge=1, le=1024)]
-# Requests, or batches, that one model computes or keeps at a time. Chosen: several
-# times what engines set by themselves on the largest GPUs. Each takes memory: more would fail as late as when
-# the model is loaded, or under load.
+# Requests or batches that one model computes or keeps at a time. Chosen: several times the engines' own
+# defaults on the largest GPUs. Each takes memory, and a larger number would fail only under load.
 MOST_AT_A_TIME = 4096
 AtATime = Annotated[int, Field(ge=1, le=MOST_AT_A_TIME)]
 # Tokens of prompt and answer: at least one each.
@@ -63,14 +62,14 @@ class TensorrtLlmSettings(Section):
     top_logprobs: Count = 2
 
 
-# Of the onnx engine, which was the only one: they stand beside the model's other settings.
+# The onnx engine's options stand beside the model's other settings: it was the first engine.
 ONNX_OPTIONS = ("threads", "max_lanes", "cached_sequences", "max_model_len")
-# Requests at a time where nothing is said: a CPU gains from a few, a GPU from many.
+# Default number of requests at a time: a CPU gains from a few, a GPU from many.
 _MOST_AT_A_TIME = {"onnx": 8, "vllm": 64, "tensorrt_llm": 64}
 
 
 def check_options(engine: str, given: Collection[str]) -> None:
-    """Raise ValueError, with a sentence, for options that another engine has. given: names that are set."""
+    """Raise ValueError for options of another engine. given: names that are set."""
     for section in ("vllm", "tensorrt_llm"):
         if section in given and section != engine:
             raise ValueError(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class GrowingText(Protocol):
     """Text of tokens, as services.stage.generation.text_stream.TextStream makes it.
 
-    lag: of the text that the last push returned, the characters that belong to tokens pushed before.
+    lag: characters of the last push's text that belong to earlier tokens.
     """
 
     lag: int
@@ -29,10 +29,10 @@ class GrowingText(Protocol):
         """Add tokens; return the text that they add."""
 
     def finish(self) -> str:
-        """Return what would be left if no more came."""
+        """Return the text that would remain if no more tokens came."""
 
     def mark(self, token_id: int) -> str:
-        """Return a special token's text, which is no part of the answer's; "" for any other token."""
+        """Return the text of a special token, which the answer leaves out; "" for any other token."""
 
 
 class AnswerBuilder:
@@ -40,28 +40,28 @@ class AnswerBuilder:
 
     Without stop sequences a chunk goes out as it comes. With them, the answer is cut before the first that
     appears, and tokens are held back as long as they may be its beginning. A stop sequence may hold the text
-    of special tokens, which the answer's own text leaves out. So each is looked for in two texts: in the
-    answer's own, and in the one with the special tokens in it, `whole` here.
+    of special tokens, which the answer's text leaves out. So each is searched for in two texts: in the
+    answer's, and in the one with the special tokens in it, called `whole` here.
     """
 
     def __init__(self, stream: GrowingText, stop: tuple[str, ...] = ()) -> None:
         self._stream = stream
         self._stops = tuple(_StopSequence(each) for each in stop)
-        # The same ones, as far as the answer's own text has them.
+        # The same sequences, searched for in the answer's own text.
         self._shown_stops = tuple(copy(each) for each in self._stops)
         self._text = ""
         self._ids: list[int] = []
         self._signals: list[tuple[float, float, float]] = []
-        # Characters of the whole text, where each token ends in it, and its special tokens, begin and end.
+        # Length of the whole text, where each token ends in it, and the spans of its special tokens.
         self._whole = 0
         self._ends: list[int] = []
         self._marks: list[tuple[int, int]] = []
-        # Of the last tokens, whose text is not known yet, the special tokens' text.
+        # Marks of the last tokens, whose text is not known yet.
         self._open: list[str] = []
         self._sent = 0
         self._sent_text = 0
         self.has_stopped = False
-        # Tokens added, those that a stop sequence cut off included, up to the one that completed it.
+        # Tokens added up to the end of the answer, including those that a stop sequence cut off.
         self.taken = 0
 
     @property
@@ -105,9 +105,9 @@ class AnswerBuilder:
         return self._release()
 
     def finish(self) -> TokenChunk | None:
-        """Return the last chunk, or None: what was held back, and the rest of an incomplete character.
+        """Return the last chunk, if any: tokens held back, and the rest of an incomplete character.
 
-        A stop sequence may turn up only here, in text that waited for a later token.
+        A stop sequence may show only here, in text that waited for a later token.
         """
         rest = "" if self.has_stopped else self._stream.finish()
         if self._stops:
@@ -123,7 +123,7 @@ class AnswerBuilder:
         return TokenChunk((), rest, nothing, nothing, nothing)
 
     def _add(self, token: int) -> int | None:
-        """Add a token's text; return where in the whole text a stop sequence begins that it completes."""
+        """Add a token's text. If it completes a stop sequence, return where that begins in the whole text."""
         text, mark = self._stream.push([token]), self._stream.mark(token)
         if text:
             cut = self._settle(text[: self._stream.lag], text[self._stream.lag :])
@@ -134,7 +134,7 @@ class AnswerBuilder:
             return None
         if all(self._open):
             return self._settle("", "")
-        # Before the special token stands text that a later token may yet complete, unless this is the end.
+        # A later token may yet complete the text before the special token, unless this is the end.
         rest = self._stream.finish()
         text = rest + "".join(self._open)
         fed = [(stop, text) for stop in self._stops] + [(stop, rest) for stop in self._shown_stops]
@@ -143,7 +143,7 @@ class AnswerBuilder:
         return None
 
     def _settle(self, before: str, after: str) -> int | None:
-        """Add text to the answer. before, after: what stands before and after the open special tokens.
+        """Add text to the answer. before, after: the text around the open special tokens.
 
         Returns as `_add` does.
         """
@@ -158,7 +158,7 @@ class AnswerBuilder:
         self._open.clear()
         self._whole += len(whole)
         self._text += before + after
-        # Of several that this token completes, the one that begins first.
+        # If this token completes several, the one that begins first counts.
         cuts = []
         for stop in self._stops:
             end = stop.feed(whole)
@@ -221,14 +221,14 @@ class AnswerBuilder:
 class _StopSequence:
     """A stop sequence, looked for in a text that grows.
 
-    matched: how many of its first characters the text ends with, at most.
+    matched: length of its longest beginning that the text ends with.
     Source: Knuth, Morris and Pratt 1977; its table grows with what is matched.
     """
 
     def __init__(self, text: str) -> None:
         self.text = text
         self.matched = 0
-        # Of each beginning of the text, the longest shorter one that it ends with.
+        # For each beginning of the sequence, the longest shorter one that it ends with.
         self._shorter = [0, 0]
 
     def feed(self, text: str) -> int | None:

@@ -1,6 +1,6 @@
-"""A model's chat template: how a conversation is written for it, as transformers writes it.
+"""A model's chat template, rendered as transformers renders it.
 
-What a template may use is what transformers' `apply_chat_template` gives it (read at version 5.24): loop
+A template may use what transformers' `apply_chat_template` gives it (read at version 5.24): loop
 controls, `{% generation %}`, `strftime_now`, `raise_exception`, a `tojson` that escapes nothing, the special
 tokens by name, `tools` and `documents`.
 """
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from jinja2.parser import Parser
     from jinja2.runtime import Macro
 
-# Conversations that any chat model may be asked; what fails on one of them is broken.
+# Conversations that any chat model may get; a template that fails on one of them is broken.
 _PROBES = (
     (Turn("user", "Hello"),),
     (Turn("user", "Hello"), Turn("assistant", "Hi."), Turn("user", "How are you?")),
@@ -50,7 +50,7 @@ _PROBES = (
 class ChatTemplate:
     """Writes conversations as one text.
 
-    meter: makes what counts a rendering's work, of a conversation's characters and messages. Raises
+    meter: makes the meter of a rendering from the conversation's characters and messages. Raises
     PreconditionFailed if there is no template, if it cannot be read, if it fails on a plain conversation, or
     if it refuses every one.
     """
@@ -69,12 +69,12 @@ class ChatTemplate:
                 f"{self._where}: the chat template is no template: line {error.lineno}: {error.message}"
             ) from error
         except Exception as error:
-            # The library and Python's own compiler have bounds of their own: on nested blocks, on depth.
+            # The library and Python's compiler have limits of their own, such as on nested blocks.
             raise PreconditionFailed(
                 f"{self._where}: the chat template is no template: {type(error).__name__}: {error}"
             ) from error
         refusals = []
-        # Plain conversations that it takes.
+        # The plain conversations that it accepts.
         self.plain: list[tuple[Turn, ...]] = []
         for turns in _PROBES:
             try:
@@ -103,7 +103,7 @@ class ChatTemplate:
             text = self._run(self._plain, turns, now)
             if not text.strip():
                 raise PreconditionFailed(f"{self._where}: the chat template makes nothing of a conversation")
-            # As long, so that a template that counts letters does not pass.
+            # Of the same length, so that a template that counts letters does not pass.
             other = (*turns[:-1], Turn("user", turns[-1].content.swapcase()[::-1]))
             if self._run(self._plain, other, now) == text:
                 raise PreconditionFailed(
@@ -143,7 +143,7 @@ class ChatTemplate:
         except TooMuchWork as error:
             raise InputFailed(f"{self._where}: the chat template is stopped: {error}") from error
         except Exception as error:
-            # A template is a program: whatever it raises is a fault of its own.
+            # A template is a program, so any exception is its own fault.
             raise InputFailed(
                 f"{self._where}: the chat template fails: {type(error).__name__}: {error}"
             ) from error
@@ -151,7 +151,7 @@ class ChatTemplate:
 
 
 class _Refusal(TemplateError):  # noqa: N818 - it is the template's own word
-    """What a template raises itself, of a conversation that its model does not know."""
+    """A template refused a conversation."""
 
 
 class _Generation(Extension):
@@ -160,7 +160,7 @@ class _Generation(Extension):
     tags = {"generation"}  # noqa: RUF012 - as the library declares it
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """Return the block as a call: what is set within does not reach beyond."""
+        """Return the block as a call, so that its variables stay local."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_within"), [], [], body).set_lineno(line)
@@ -172,7 +172,7 @@ class _Generation(Extension):
 class _TracingGenerator(MeteredGenerator):
     """Compiles a template so that its own text is traced as such.
 
-    The library's own documentation names no such need, but its NativeEnvironment is made in the same way.
+    The library does not document this use, but its NativeEnvironment is made in the same way.
     """
 
     def _output_const_repr(self, group: Iterable[Any]) -> str:
@@ -261,7 +261,7 @@ def _special_tokens(directory: Path, config: dict[str, object]) -> dict[str, str
     """Return the special tokens that a template may name."""
     named = dict(config)
     file = directory / "special_tokens_map.json"
-    # As transformers: the older file counts where the configuration does not list the tokens themselves.
+    # As in transformers, the older file counts if the configuration does not list the tokens themselves.
     if "added_tokens_decoder" not in config and file.exists():
         named |= read_json(file)
     extra = named.get("extra_special_tokens")
@@ -293,7 +293,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Return JSON in which nothing is escaped for HTML, as transformers has it."""
+    """Return JSON without HTML escapes, as in transformers."""
     if isinstance(value, TracedText):
         letters = []
         for letter, origin in zip(str.__str__(value), origins_of(value), strict=True):
@@ -314,7 +314,7 @@ def _given(text: str) -> TracedText:
 
 
 def _text_of(value: object) -> str:
-    """Return a value as text. Numbers and the like are the template's: a message holds none."""
+    """Return a value as text. Other values than text come from the template: messages hold only text."""
     if isinstance(value, str):
         return value
     if value is None or isinstance(value, bool | int | float):

@@ -1,4 +1,4 @@
-"""Requests as an engine reads them: prompts and drafts to ids of its vocabulary. What all engines share."""
+"""From requests to calls: prompts and drafts become ids of a model's vocabulary. Shared by all engines."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Text of more characters is encoded beside the event loop, so that other requests go on. Chosen: some 5 ms.
+# Longer texts are encoded in a thread, so that other requests go on. Chosen: about 5 ms of work.
 _LONG_TEXT = 8_192
-# Such texts that are encoded at a time. Measured: each takes some 180 bytes of memory a character.
+# Long texts that are encoded at a time. Measured: each takes about 180 bytes of memory per character.
 _LONG_TEXTS = 2
 
 
 class RequestReader:
-    """Reads for one model. context, vocabulary: sizes in tokens. eos_ids: tokens that end an answer.
+    """Reads the requests of one model. context, vocabulary: in tokens. eos_ids: tokens that end an answer.
 
-    A wrong request raises InvalidRequest, which names the field; a request that only this model cannot take,
-    ModelRefusal.
+    An invalid request raises InvalidRequest, which names the field. A request that another model may take
+    raises ModelRefusal.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class RequestReader:
         self._vocabulary = vocabulary
         self._eos_ids = tuple(eos_ids)
         self._default_max_new_tokens = default_max_new_tokens
-        # A cancelled request leaves its thread at work: the next text starts only when that has ended.
+        # A cancelled request's thread works on; the next text starts only when that has ended.
         self._long_texts = ThreadPoolExecutor(_LONG_TEXTS, thread_name_prefix="long-text")
 
     def check_shortest_prompt(self) -> None:
-        """Raise PreconditionFailed where a short conversation is nothing, or leaves no room to answer."""
+        """Raise PreconditionFailed if a short conversation has no tokens, or leaves no room for an answer."""
         tokens = len(self._tokenizer.plain_prompt())
         if not tokens:
             raise PreconditionFailed(f"{self._name}: the chat template makes nothing of a conversation")
@@ -100,7 +100,7 @@ class RequestReader:
     async def read_draft(self, sent: DraftText, draft: Draft) -> None:
         """Read a whole draft: its ids where they are of this tokenizer, else its text.
 
-        Of either no more is read than the draft takes.
+        It reads no more than the draft has room for.
         """
         is_whole = True
         draft.ids_used = bool(sent.ids) and sent.fingerprint == self._tokenizer.fingerprint
@@ -125,7 +125,7 @@ class RequestReader:
         draft: Draft,
         notify: Callable[[AsdError | None], None],
     ) -> None:
-        """Read a draft as it comes. notify: is told of each piece, and of an error, its end."""
+        """Read a draft as it arrives. notify: called after each piece, and with the error that ends it."""
         text: str | None = None
         most = self._tokenizer.most_characters(draft.room)
         try:
@@ -133,7 +133,7 @@ class RequestReader:
                 if isinstance(piece, FinishReason):
                     is_whole = draft.ids_used or draft.reach(await self._encode_text(text or ""))
                     is_whole &= len(text or "") <= most
-                    # After another text than the draft's, its end stands for nothing.
+                    # If the ids are of another text, the draft's end means nothing.
                     draft.finish(self._end_id(piece) if is_whole else None)
                     break
                 own = piece.fingerprint == self._tokenizer.fingerprint
@@ -142,9 +142,9 @@ class RequestReader:
                     if self._add_ids(draft, piece.ids[: draft.room], "chunk.token_ids"):
                         break
                 elif not draft.is_full and len(text or "") <= most:
-                    # A character more than is worth encoding shows that there was more.
+                    # One character too many shows that the draft is longer.
                     text = ((text or "") + piece.text)[: most + 1]
-                    # The last token may yet become another one.
+                    # The next piece may change the last token.
                     draft.reach((await self._encode_text(text))[:-1])
                 notify(None)
             else:
@@ -161,7 +161,7 @@ class RequestReader:
         where = "prompt" if len(turns) == 1 else "conversation"
         text = self._tokenizer.render(turns)
         if self._tokenizer.least_tokens(text) > most:
-            # Known without encoding it, which would take seconds for a few megabytes.
+            # This needs no encoding, which takes seconds for a few megabytes.
             raise PromptTooLong(
                 f"{where} has {size} characters; {self._name} takes at most {most} tokens", field=where
             )
@@ -186,8 +186,8 @@ class RequestReader:
     def _add_ids(self, draft: Draft, ids: Sequence[int], field: str) -> bool:
         """Add ids to a draft; return whether it ends among them, at a token that ends this model's answers.
 
-        The drafter may have other ends with the same tokenizer, and have written on. Whether the answer ends
-        there is the model's own choice, which the pass over what stands before shows.
+        A drafter with the same tokenizer may have other end tokens, and write past this model's. Whether the
+        answer ends there is this model's choice, which the verification pass shows.
         """
         end = next((index for index, each in enumerate(ids) if each in self._eos_ids), None)
         ids = ids[:end]

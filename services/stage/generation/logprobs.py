@@ -1,4 +1,4 @@
-"""What an engine shows that keeps its logits to itself: the likeliest tokens of each position. Pure."""
+"""Log-probabilities of the likeliest tokens, for engines that do not show their logits. Pure."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Row:
 def make_row(token: int, entries: Mapping[int, tuple[float, int]], most: int) -> Row:
     """Return the row of a token from (log-probability, rank from 1) by token.
 
-    entries: the `most` likeliest, and the token itself, which may stand among them or beyond.
+    entries: the `most` likeliest tokens, and the token itself, which may be one of them.
     """
     ranked = sorted((rank, each) for each, (_, rank) in entries.items() if rank <= most)
     ids = tuple(each for _, each in ranked[:most])
@@ -72,9 +72,9 @@ def verify_rows(draft_ids: Sequence[int], rows: Sequence[Row], threshold: float 
 def row_signals(rows: Sequence[Row]) -> Signals:
     """Return (log-probabilities, entropies in nats, top-2 probability margins) of rows, float32 [k] each.
 
-    The margin is exact where two tokens are known, else the least that it can be. The entropy counts all
-    that is not among the likeliest as one token: exact where they are the whole vocabulary, else a lower
-    bound, short of the true value by at most (mass beyond) x ln(tokens beyond).
+    The margin is exact if two tokens are known, else a lower bound. The entropy treats all other tokens as
+    one: it is exact if the whole vocabulary is known, else a lower bound, which is short of the true value by
+    at most (mass of the other tokens) x ln(their number).
     """
     signals = np.array([_signals(row) for row in rows], np.float32).reshape(-1, 3)
     return signals[:, 0], signals[:, 1], signals[:, 2]
@@ -84,7 +84,7 @@ def _signals(row: Row) -> tuple[float, float, float]:
     probs = [exp(each) for each in row.top_logprobs]
     entropy = -sum(p * each for p, each in zip(probs, row.top_logprobs, strict=True))
     beyond = 1.0 - sum(probs)
-    # Less is rounding: log-probabilities travel as float32.
+    # A smaller mass is rounding: log-probabilities are float32.
     if beyond > 1e-6:
         entropy -= beyond * log(beyond)
     margin = probs[0] - (probs[1] if len(probs) > 1 else 1.0 - probs[0])

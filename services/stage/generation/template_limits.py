@@ -1,8 +1,8 @@
-"""What a chat template may compute: a template is a program of a model's folder, and may loop for ever.
+"""Limits on what a chat template computes: it is a program in a model's folder, and may loop for ever.
 
-Steps, the text that is made, and the processor time are counted while it runs, and before what would take
-long in one piece: `'a' * 10**9`, `'%999999999d'`, a list of lists of lists. No template comes near the
-bounds that writes a conversation.
+Steps, text and processor time are counted while it runs, and before any single operation that could take
+long: `'a' * 10**9`, `'%999999999d'`, a list of lists of lists. No template that writes a conversation comes
+near the limits.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ if TYPE_CHECKING:
     from jinja2.compiler import Frame
     from jinja2.runtime import Context
 
-# Passes of loops, calls and filters. Chosen: a template of tools and roles takes some 50 a message, and a
+# Loop passes, calls and filters. Chosen: a template with tools and roles takes about 50 per message, and a
 # conversation has 4096 messages at most; a second's work.
 MOST_STEPS = 1_000_000
-# Bytes of one value, and of all that may be there at a time: what is written, and what is put into lists.
-# More of them with the conversation's characters. Chosen.
+# Bytes of one value, and of all values at a time: written text and list entries. Longer conversations get
+# more. Chosen.
 MOST_BYTES, MOST_BYTES_PER_CHARACTER = 64 << 20, 64
-# Bytes of sums, each of which gives way to the next: as many, and this often the whole conversation for each
-# message, as where `text = text + content` is done for each. Chosen: room for sums of five terms.
+# Sums whose value the next one replaces, such as `text = text + content` in a loop, may take MOST_BYTES and
+# this many copies of the whole conversation per message. Chosen: room for sums of five terms.
 MOST_COPIES_PER_MESSAGE = 2
-# What a message counts for beside its characters: its entries, and the marks that are written around it.
+# Bytes of a message besides its characters: its entries, and the marks around it.
 _MESSAGE_BYTES = 512
-# Processor time of a rendering, and more of it with the conversation. Chosen: a template that writes each
-# message once takes 0.2 s at 4095 messages, and one that copies the conversation for each 1 s, on one core.
+# Processor time of a rendering; longer conversations get more. Chosen: with 4095 messages, on one core, a
+# template that writes each message once takes 0.2 s, and one that copies the conversation for each takes 1 s.
 MOST_SECONDS, MOST_SECONDS_PER_CHARACTER, MOST_SECONDS_PER_MESSAGE = 0.5, 2e-6, 1e-3
-# Steps between two looks at the clock.
+# Steps between readings of the clock.
 _STEPS_PER_LOOK = 64
-# Of a list: one entry, and one that is looked into.
+# Bytes of a list entry: uninspected, and inspected.
 _ENTRY_BYTES, _DEEP_ENTRY_BYTES = 8, 64
 # The largest number of digits, columns or copies that a filter or a method may be given. Chosen.
 _MOST_COUNT = 10_000
-# Of a whole number that a template may compute, in bits.
+# Bits of the largest integer that a template may compute.
 _MOST_BITS = 4096
-# A field of a format that is wider than that, or whose width is another field.
+# A format field that is too wide, or whose width is another field.
 _WIDE_FIELD = re.compile(r"\d{5}|\*|\{[^{}]*\{")
-# Without a use in a prompt, and of more than linear time or of chance.
+# Useless in a prompt, and random or slower than linear.
 _NO_FILTERS = ("pprint", "random", "striptags", "urlize", "xmlattr")
 _NO_GLOBALS = ("lipsum",)
-# Methods of strings whose result may be longer than all that they are given, and no template needs.
+# Useless string methods whose result may be longer than their arguments.
 _NO_METHODS = frozenset({"expandtabs", "translate"})
 _PADDING = frozenset({"center", "ljust", "rjust", "zfill"})
 _PARTS = frozenset({"split", "rsplit", "splitlines", "list"})
@@ -62,7 +62,7 @@ _COUNTED, _MADE = "asd_counted", "asd_made"
 
 
 class TooMuchWork(Exception):  # noqa: N818 - it says what there is, and not that something failed
-    """A template computes more than any that writes a conversation."""
+    """A template computes more than any prompt needs."""
 
 
 class Meter:
@@ -93,7 +93,7 @@ class Meter:
 
     @property
     def bytes(self) -> int:
-        """How many bytes of values that may stay were counted."""
+        """How many bytes of lasting values were counted."""
         return self._most_at_once - self._bytes
 
     @property
@@ -110,15 +110,15 @@ class Meter:
             raise TooMuchWork(f"it computes for more than {self._seconds:.1f} s")
 
     def make(self, size: int) -> None:
-        """Count bytes that are made, or are about to be, and may stay."""
+        """Count bytes of a lasting value that is made, or about to be."""
         self._bytes -= max(size, 0)
         if self._bytes < 0:
             raise TooMuchWork(_TOO_MUCH_TEXT)
 
     def make_passing(self, value: object) -> None:
-        """Count a sum without what is in its entries: it stays under a name, where the next one replaces it.
+        """Count a sum without the contents of its entries: the next sum replaces it under its name.
 
-        What is done with it beside is counted there.
+        Other uses of it are counted where they happen.
         """
         size = _shallow_size(value)
         self._passing -= size
@@ -126,7 +126,7 @@ class Meter:
             raise TooMuchWork(_TOO_MUCH_TEXT)
 
     def make_value(self, value: object, times: int = 1) -> None:
-        """Count a value with all that is in it, each time that it is in it: as its text would have it."""
+        """Count a value with its contents, repeated ones each time, as its text would hold them."""
         waiting = [value]
         for each in waiting:
             if isinstance(each, str):
@@ -139,7 +139,7 @@ class Meter:
                 waiting += each
 
     def make_shallow(self, value: object) -> None:
-        """Count a value without what is in its entries."""
+        """Count a value without the contents of its entries."""
         self.make(_shallow_size(value))
 
 
@@ -154,7 +154,7 @@ _meter: ContextVar[Meter | None] = ContextVar("meter", default=None)
 
 @contextmanager
 def metered(meter: Meter) -> Iterator[None]:
-    """Count what templates compute here."""
+    """Count what templates compute in this block."""
     token = _meter.set(meter)
     try:
         yield
@@ -163,12 +163,12 @@ def metered(meter: Meter) -> Iterator[None]:
 
 
 def _running() -> Meter:
-    # The library computes constants as it compiles a template.
+    # The library computes constants when it compiles a template.
     return _meter.get() or Meter(0)
 
 
 class MeteredGenerator(CodeGenerator):
-    """Compiles a template so that `~` goes by the environment."""
+    """Compiles a template so that the environment handles `~`."""
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802
         """Write the call."""
@@ -206,7 +206,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
         return "".join(map(str, count_parts(parts)))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Compute, where the result has a size that a prompt may have."""
+        """Compute, unless the result would be too large for a prompt."""
         meter = _running()
         meter.step()
         if operator == "*":
@@ -223,11 +223,11 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
         return made
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
-        """Call, where the result has a size that a prompt may have."""
+        """Call, unless the result would be too large for a prompt."""
         meter = _running()
         meter.step()
         if isinstance(__obj, LoopContext) and args:
-            # A recursive loop takes what it is called with as it is.
+            # A recursive loop does not copy its argument.
             args = (_counted(args[0]), *args[1:])
         name, owner = getattr(__obj, "__name__", ""), getattr(__obj, "__self__", None)
         if name in _FORMATS and isinstance(getattr(__obj, "__wrapped__", __obj), _METHOD):
@@ -242,7 +242,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
                 meter.make_value(each)
         made = super().call(__context, __obj, *args, **kwargs)
         if not isinstance(__obj, Macro):
-            # What a macro writes is counted there.
+            # A macro counts what it writes.
             meter.make_shallow(made)
         return made
 
@@ -255,7 +255,7 @@ _METHOD = type("".format)
 
 
 def count_parts(parts: Iterable[object]) -> Iterator[object]:
-    """Yield what becomes one text, counted."""
+    """Yield the parts of one text, counted."""
     meter = _running()
     for part in parts:
         meter.step()
@@ -267,7 +267,7 @@ def count_parts(parts: Iterable[object]) -> Iterator[object]:
 
 
 def _count_within(source: nodes.Node) -> None:
-    """Have loops, and the making of lists and the like, go by filters that count."""
+    """Rewrite loops and list-making so that they pass through counting filters."""
     for loop in list(source.find_all(nodes.For)):
         loop.iter = nodes.Filter(loop.iter, _COUNTED, [], [], None, None, lineno=loop.lineno)
     for node in list(source.find_all(nodes.Node)):
@@ -288,7 +288,7 @@ def _wrapped(value: Any) -> Any:
 
 
 def _counted(values: Iterable[Any]) -> Any:
-    """Yield what a loop goes over, counted."""
+    """Yield the items of a loop, counted."""
     meter = _running()
     for value in values:
         meter.step()
@@ -309,7 +309,7 @@ def _written(value: Any) -> Any:
 
 
 def _metered_filter(name: str, apply: Callable[..., Any]) -> Callable[..., Any]:
-    # What the library gives a filter before its value.
+    # Index of the filter's value: the library may pass an argument before it.
     first = 0 if getattr(apply, "jinja_pass_arg", None) is None else 1
 
     @functools.wraps(apply)
@@ -347,7 +347,7 @@ def _check_counts(name: str, others: Iterable[object]) -> None:
 
 
 def _check_method(meter: Meter, text: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Count what a method or a filter is about to make of a text."""
+    """Count the result of a method or filter of a text before it is made."""
     if name in _NO_METHODS:
         raise TooMuchWork(f"it calls {name}, which no prompt needs")
     if name in _PADDING:
@@ -358,7 +358,7 @@ def _check_method(meter: Meter, text: str, name: str, args: tuple[Any, ...], kwa
     elif name in _FORMATS:
         _check_format(meter, text, (args, kwargs))
     elif name == "wordwrap":
-        # A long word is copied for each line that it takes.
+        # A long word is copied once per line that it fills.
         width = next((each for each in (*args, *kwargs.values()) if isinstance(each, int)), 79)
         meter.make(len(text) * len(text) // max(width, 1))
     elif name == "replace" and len(args) > 1 and isinstance(args[0], str) and isinstance(args[1], str):

@@ -1,4 +1,4 @@
-"""Text of tokens, as it grows."""
+"""Text that grows as tokens come."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _REPLACEMENT = "\ufffd"
 class TextStream:
     """Text that grows token by token. It never shows what a later token can change, such as half a character.
 
-    All that `push` and `finish` return is together what the tokenizer makes of all ids.
+    The texts of all `push` calls and of `finish` add up to what the tokenizer decodes from all ids.
     """
 
     def __init__(self, decoding: Decoding, special: Mapping[int, str]) -> None:
         self._decoding = decoding
         self._special = special
-        # Tokens whose text is not all shown, and how much of it is.
+        # Tokens whose text is not fully shown, and how many of its characters are.
         self._open: list[int] = []
         self._shown = 0
         self._has_begun = False
@@ -49,7 +49,7 @@ class TextStream:
         new = text[self._shown : len(text) if is_complete else -1]
         if earlier and new:
             self.lag = min(len(new), len(self._text(earlier)) - self._shown)
-        # The first text of all is decoded otherwise than what follows some.
+        # The beginning of a text is decoded differently from its continuation.
         if is_complete and self._decoding.anchor and (text or self._has_begun):
             self._has_begun = True
             self._open, self._shown = self._open[settled:], 0
@@ -58,11 +58,11 @@ class TextStream:
         return new
 
     def finish(self) -> str:
-        """Return what is left at the end: what stands for a character that stayed incomplete."""
+        """Return the rest of the text: the replacement of an incomplete character."""
         return self._text(self._open)[self._shown :]
 
     def mark(self, token_id: int) -> str:
-        """Return a special token's text, which is not part of the answer's; "" for any other token."""
+        """Return the text of a special token, which the answer leaves out; "" for any other token."""
         return self._special.get(token_id, "")
 
     def _text(self, ids: list[int]) -> str:
@@ -72,7 +72,7 @@ class TextStream:
 class Decoding:
     """How a tokenizer's ids become text, and when that is certain.
 
-    anchor: a token of plain letters, put before ids that continue a text; empty where there is none.
+    anchor: a token of plain letters to decode before ids that continue a text; empty if there is none.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Decoding:
         vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
         self._bytes: set[int] = set()
         if "ByteFallback" in kinds:
-            # Several in a row are one text, or so many replacement characters.
+            # A run of these is one text, or that many replacement characters.
             self._bytes = {token_id for token, token_id in vocabulary if _BYTE.fullmatch(token)}
         self.anchor: list[int] = []
         self._anchor_length = 0
@@ -103,20 +103,20 @@ class Decoding:
         return [each for each in ids if each not in self._special and id_to_token(each) is not None]
 
     def settled(self, ids: list[int]) -> int:
-        """Return how many of the first ids have a text that no later id changes."""
+        """Return how many of the first ids have a final text."""
         count = len(ids)
         while count and ids[count - 1] in self._bytes:
             count -= 1
         return count
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text of ids with which a text begins."""
+        """Return the text of ids that begin a text."""
         try:
             return self._tokenizer.decode(ids, skip_special_tokens=True)
         except BaseException as error:
-            # A panic of the library is no Exception, and would end the thread of the model.
+            # A panic of the library is not an Exception, and would end the model's thread.
             raise said("the model's tokenizer fails on a token", error) from error
 
     def continue_with(self, ids: list[int]) -> str:
-        """Return the text of ids behind some other text."""
+        """Return the text of ids that continue a text."""
         return self.decode(self.anchor + ids)[self._anchor_length :]

@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     from services.stage.domain import Turn
     from services.stage.generation.traced_text import TracedText
 
-# Private-use characters, from which names of special tokens are drawn that no text holds.
+# Private-use characters for the names of special tokens, which occur in no text.
 _PRIVATE, _PRIVATE_COUNT = 0xF0000, 0xFFFE
 
 
-# Of special and other added tokens that are compared. Chosen: a second's work; models have a thousandth.
+# Most pairs of added tokens to compare. Chosen: a second's work; models have a thousandth of it.
 _MOST_PAIRS = 1_000_000
 
 
 class TooManyTokens(Exception):  # noqa: N818 - it says what there is, and not that something failed
-    """A text has more tokens than its reader wants. count: how many."""
+    """A text has more tokens than allowed. count: how many."""
 
     def __init__(self, count: int) -> None:
         super().__init__(f"{count} tokens")
@@ -68,7 +68,7 @@ class ChatTokenizer:
             token_id: token.content for token_id, token in added.items() if token.special and token.content
         }
         self._literal = _LiteralTokenizer(self._tokenizer, description, tuple(self.special.values()))
-        # As the library finds them: the longest of those that begin at an index.
+        # In the library's order: the longest of those that begin at an index.
         longest_first = sorted(self.special.values(), key=len, reverse=True)
         self._marks = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         edges = "".join({edge for mark in longest_first for edge in (mark[0], mark[-1])})
@@ -91,13 +91,13 @@ class ChatTokenizer:
         """Return the ids of a conversation, ready for the model's answer.
 
         A special token stands where the template itself writes one; in a message it is plain text.
-        text: what `render` returned. most: how many ids are wanted at most.
+        text: from `render`. most: largest number of ids.
         Raises as `render` does, ConversationRefused where a message holds the text of a special token and the
         template hides whether it stands in the prompt, TooManyTokens where there are more ids than `most`.
         """
         if text is None:
             text = self.render(turns)
-        # Nothing else can become part of a special token, whatever the template does to it.
+        # No other text can become part of a special token, whatever the template does to it.
         if any(self._edges.search(turn.content) for turn in turns):
             traced = self._template.trace(turns)
             own = written_by_template(traced, self._marks)
@@ -117,11 +117,11 @@ class ChatTokenizer:
         return self._literal.encode(text)
 
     def least_tokens(self, text: str) -> int:
-        """Return a number of tokens that a text has at least, without encoding it: 0 where none is known."""
+        """Return a lower bound on the number of a text's tokens, without encoding it; 0 if there is none."""
         return self._limit.least_tokens(text)
 
     def most_characters(self, tokens: int) -> int:
-        """Return how much of a text is worth encoding where only so many tokens of it are wanted."""
+        """Return how many characters to encode to get that many tokens."""
         return (tokens + 1) * self._longest
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -146,8 +146,8 @@ class ChatTokenizer:
 class _LiteralTokenizer:
     """A tokenizer for which the text of a special token is text.
 
-    Its special tokens go by names that no text holds: drawn at random, so that no caller can know them.
-    All else is as the library has it: what it makes of the text around a token, and how it splits there.
+    Its special tokens get random names, which no caller can know. Otherwise it behaves as the library does,
+    also in how it splits the text around a token.
     """
 
     def __init__(self, tokenizer: Tokenizer, description: dict[str, Any], marks: Sequence[str]) -> None:
@@ -155,7 +155,7 @@ class _LiteralTokenizer:
         self._names = {mark: nonce + chr(_PRIVATE + index) for index, mark in enumerate(marks)}
         self._plain = tokenizer
         self._tokenizer = Tokenizer.from_str(json.dumps(renamed(description, self._names)))
-        # Names by id. Left out is the token for unknown text: it stands where no name does as well.
+        # Names by id, without the token for unknown text, which also occurs where no name does.
         self._special: dict[int, str] = {}
         unknown = _unknown(description["model"])
         self._plain_special: set[int] = set()
@@ -188,7 +188,7 @@ class _LiteralTokenizer:
         """
         text = str.__str__(text)
         if not self._finds_all:
-            # The library may leave a token's text alone, for what stands beside it: then it is text here too.
+            # The library may ignore a token's text because of its neighbours: then it is text here too.
             spans = _within(spans, _spans(self._plain, text, self._plain_special))
         parts, names, end = [], [], 0
         for start, stop in spans:
@@ -204,7 +204,7 @@ class _LiteralTokenizer:
 
 
 def _encode(tokenizer: Tokenizer, text: str, most: int | None = None) -> list[int]:
-    # Of the library's calls, those on batches let the interpreter's lock go; this one counts no offsets.
+    # Only the library's batch calls release the interpreter's lock; this one computes no offsets.
     with explained("the model's tokenizer fails on the text", InputFailed):
         encoding = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
     if most is not None and len(encoding) > most:
@@ -213,7 +213,7 @@ def _encode(tokenizer: Tokenizer, text: str, most: int | None = None) -> list[in
 
 
 def _spans(tokenizer: Tokenizer, text: str, ids: set[int]) -> list[tuple[int, int]]:
-    """Return where in a text the tokens of a set stand, begin and end."""
+    """Return the spans of a set of tokens in a text."""
     with explained("the model's tokenizer fails on the text", InputFailed):
         encoding = tokenizer.encode_batch([text], add_special_tokens=False)[0]
     # `offsets` would make a pair of every token, under the interpreter's lock.
@@ -222,14 +222,14 @@ def _spans(tokenizer: Tokenizer, text: str, ids: set[int]) -> list[tuple[int, in
 
 
 def _unknown(model: dict[str, Any]) -> str | None:
-    """Return the token that stands for text which a model's vocabulary lacks."""
+    """Return the token for text that a model's vocabulary lacks."""
     index = model.get("unk_id")
     token = model.get("unk_token") if index is None else model["vocab"][index][0]
     return token if isinstance(token, str) else None
 
 
 def _finds_all(tokenizer: Tokenizer) -> bool:
-    """Return whether the library finds special tokens wherever their text stands."""
+    """Return whether the library finds special tokens wherever their text occurs."""
     added = tokenizer.get_added_tokens_decoder().values()
     special = [token for token in added if token.special]
     if any(token.single_word or (token.normalized and tokenizer.normalizer is not None) for token in special):

@@ -1,4 +1,4 @@
-"""What a tokenizer.json says of its tokenizer. Pure."""
+"""The description of a tokenizer in tokenizer.json. Pure."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 # Decoders whose text of a token depends on no later token but as services.stage.generation.text_stream knows.
 _DECODERS = frozenset({"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip"})
-# Normalizers that drop no text, and how many characters at most they make one of: composing Unicode joins a
-# letter with up to three marks.
+# Normalizers that drop no text, and how many characters they join at most: composing Unicode joins a letter
+# with up to three marks.
 _NORMALIZERS = {"Prepend": 1, "Lowercase": 1, "NFD": 1, "NFKD": 1, "NFC": 4, "NFKC": 4}
 _PRE_TOKENIZERS = frozenset({"ByteLevel", "Metaspace", "Digits", "Split", "Punctuation"})
 
@@ -21,7 +21,7 @@ _PRE_TOKENIZERS = frozenset({"ByteLevel", "Metaspace", "Digits", "Split", "Punct
 class TextLimit:
     """How much text a token stands for at most.
 
-    swallows_blanks: whether a special token takes the blanks beside it with it.
+    swallows_blanks: whether a special token includes the blanks beside it.
     """
 
     def __init__(self, description: dict[str, Any], longest: int, swallows_blanks: bool) -> None:
@@ -42,7 +42,7 @@ class TextLimit:
             self._longest = self._longest * shrinks if self._longest and shrinks else None
 
     def least_tokens(self, text: str) -> int:
-        """Return a number of tokens that a text has at least; 0 where none is known."""
+        """Return a lower bound on the number of a text's tokens; 0 if there is none."""
         if self._longest is None:
             return 0
         if self._swallows_blanks:
@@ -52,10 +52,10 @@ class TextLimit:
 
 
 def as_is(description: Any) -> dict[str, Any]:
-    """Return a tokenizer's description without what changes a text's ids for training.
+    """Return a tokenizer's description without its settings for training.
 
-    Fine-tunes save it: a length to cut at, or to fill up to, and merges to leave out at random. It does not
-    count in a fingerprint either, as it does not in what an id means.
+    Fine-tuned models save them: truncation, padding, and merges dropped at random. They do not change what an
+    id means, so fingerprints leave them out.
     """
     if not isinstance(description, dict):
         raise TypeError("it holds no object")
@@ -67,13 +67,13 @@ def as_is(description: Any) -> dict[str, Any]:
 
 
 def renamed(description: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Return a tokenizer's description with other names of special tokens."""
+    """Return a tokenizer's description with its special tokens renamed."""
     added = [
         token | {"content": names.get(token["content"], token["content"])}
         for token in description["added_tokens"]
     ]
     model = dict(description["model"])
-    # Merges name tokens by their text: what they make is text, and keeps its name as well.
+    # Merges name tokens by their text; the tokens that they make are text, and keep their names too.
     merged = {
         part
         for merge in model.get("merges") or ()
@@ -93,7 +93,7 @@ def renamed(description: dict[str, Any], names: Mapping[str, str]) -> dict[str, 
 
 
 def steps(part: Any, inner: str) -> Iterator[dict[str, Any]]:
-    """Yield the steps of a part of a tokenizer's description, those of a sequence one by one."""
+    """Yield the steps of a part of a tokenizer's description, with sequences flattened."""
     if part is None:
         return
     if part.get("type") == "Sequence":
@@ -104,7 +104,7 @@ def steps(part: Any, inner: str) -> Iterator[dict[str, Any]]:
 
 
 def check_decoders(decoders: Sequence[dict[str, Any]], path: Path) -> None:
-    """Raise PreconditionFailed for a decoder whose text of a token may depend on any later one."""
+    """Raise PreconditionFailed for a decoder in which any later token may change a token's text."""
     is_fused = False
     for decoder in decoders:
         kind = decoder["type"]
@@ -121,7 +121,7 @@ def check_decoders(decoders: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _shrinks_by(normalizer: dict[str, Any]) -> float:
-    """Return how many characters a normalizer at most makes one of; 0 where there is no bound."""
+    """Return how many characters a normalizer joins at most; 0 if there is no bound."""
     if normalizer["type"] == "Replace":
         pattern = normalizer["pattern"].get("String", "")
         return max(1.0, len(pattern) / len(normalizer["content"])) if pattern and normalizer["content"] else 0
@@ -129,7 +129,7 @@ def _shrinks_by(normalizer: dict[str, Any]) -> float:
 
 
 def patterns(description: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the regular expressions of a tokenizer's description, wherever they stand."""
+    """Yield all regular expressions of a tokenizer's description."""
     waiting: list[Any] = [description.get("normalizer"), description.get("pre_tokenizer")]
     while waiting:
         each = waiting.pop()

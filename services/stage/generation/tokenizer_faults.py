@@ -1,7 +1,7 @@
-"""What goes wrong within the tokenizers library, in a sentence.
+"""Failures inside the tokenizers library, as our errors.
 
-Its patterns may go back and forth over a text without end. The library's engine gives up after some ten
-million steps at a position, with a panic: an exception that is none of Python's `Exception`s.
+Its patterns may backtrack without end. The library gives up after about ten million steps at a position, with
+a panic: an exception that is not a subclass of Python's `Exception`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
     from tokenizers import Tokenizer
 
-# Processor time for a text of _LONGEST characters. Chosen: a thousand times what tokenizers take.
+# Processor time for a text of _LONGEST characters. Chosen: a thousand times what tokenizers need.
 _MOST_SECONDS = 0.5
 _SHORTEST, _LONGEST = 16, 2048
-# Runs of these stand in texts, before one that ends the run. A pattern's own letters come beside them.
+# Texts are runs of these before a character that ends the run, and runs of a pattern's own letters.
 _LETTERS = ("a", "A", "1", " ", "\n", "-", "é", "漢")
 _MOST_LETTERS = 32
 
 
 @contextmanager
 def explained(what: str, kind: type[AsdError] = PreconditionFailed) -> Iterator[None]:
-    """Raise an error of a kind for whatever the library raises, a panic included."""
+    """Raise the given kind of error for any exception of the library, panics included."""
     try:
         yield
     except AsdError:
@@ -39,7 +39,7 @@ def explained(what: str, kind: type[AsdError] = PreconditionFailed) -> Iterator[
 
 
 def said(what: str, error: BaseException, kind: type[AsdError] = InputFailed) -> BaseException:
-    """Return an error of a kind for one of the library, a panic included; others as they are."""
+    """Return the given kind of error for one of the library, panics included; other errors unchanged."""
     if isinstance(error, Exception) or type(error).__name__ == "PanicException":
         return kind(f"{what}: {error}")
     return error
@@ -51,9 +51,9 @@ def check_patterns(
     path: Path,
     clock: Callable[[], float] = time.thread_time,
 ) -> None:
-    """Raise PreconditionFailed where a pattern takes for ever on a plain text.
+    """Raise PreconditionFailed if a pattern takes for ever on a plain text.
 
-    Texts grow, so that one on which time grows with a power of its length is found before it takes minutes.
+    The texts grow, so that a pattern of polynomial time is found before it takes minutes.
     """
     found = list(patterns(description))
     if not found:

@@ -1,7 +1,7 @@
 """Text whose characters know where they come from: the template itself, or a message. Pure.
 
 A chat template works on strings as any program does: it trims, splits, joins and repeats them. TracedText is
-a string that does all of that, and keeps for each character who wrote it.
+a string that does all of that, and keeps the origin of each character.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, SupportsIndex
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-# Of a character: written by the template, by the author of a message, or made in a way that is not followed.
+# The origin of a character: the template, a message, or an operation that is not traced.
 TEMPLATE, MESSAGE, UNKNOWN = "t", "m", "?"
 
 
 class TracedText(str):
     """A string with the origin of each of its characters.
 
-    origins: as long as the text, of TEMPLATE, MESSAGE and UNKNOWN. Without it all is unknown, and so is the
+    origins: one of TEMPLATE, MESSAGE and UNKNOWN per character. Without it all are unknown, as are those of a
     result of a method that is not defined here.
     """
 
@@ -198,12 +198,12 @@ def join_texts(between: str, parts: Iterable[str]) -> TracedText:
 
 
 def written_by_template(text: TracedText, pattern: re.Pattern[str]) -> list[tuple[int, int]]:
-    """Return where a pattern stands, begin and end, in what the template wrote without a break."""
+    """Return the spans of a pattern in unbroken text of the template."""
     return _find(text, pattern, f"{TEMPLATE}+")
 
 
 def of_unknown_origin(text: TracedText, pattern: re.Pattern[str]) -> list[tuple[int, int]]:
-    """Return where a pattern stands with no character of a message, and some of unknown origin."""
+    """Return the spans of a pattern with no character of a message and some of unknown origin."""
     origins = origins_of(text)
     found = _find(text, pattern, f"[{TEMPLATE}{UNKNOWN}]+")
     return [(start, end) for start, end in found if UNKNOWN in origins[start:end]]

@@ -113,14 +113,14 @@ def sample_draft(
     if target_probs.shape != (draft_ids.size + 1, draft_probs.shape[1]):
         raise ShapeMismatch(f"target_probs {target_probs.shape} against draft_probs {draft_probs.shape}")
     rows = np.arange(draft_ids.size)
-    # Compared as a product: a draft token of probability 0 cannot have been drawn, and divides nothing.
+    # Compared as a product, which avoids division by a draft probability of 0.
     is_refused = rng.random(draft_ids.size) * draft_probs[rows, draft_ids] >= target_probs[rows, draft_ids]
     misses = np.flatnonzero(is_refused)
     if not misses.size:
         return SampledVerdict(int(draft_ids.size), _draw(target_probs[-1], rng))
     position = int(misses[0])
     rest = np.maximum(target_probs[position].astype(np.float64) - draft_probs[position], 0.0)
-    # Equal distributions refuse nothing but by rounding; what is left is then the target's own draw.
+    # Equal distributions refuse a token only by rounding; the target's own draw then replaces it.
     return SampledVerdict(position, _draw(rest if rest.any() else target_probs[position], rng))
 
 
@@ -160,7 +160,7 @@ def token_signals(
     log_totals = np.log(totals)
     entropies = log_totals - np.einsum("ij,ij->i", exponentials, shifted) / totals
     logprobs = shifted[rows, ids] - log_totals
-    # Of the likeliest, exp(0) = 1 is left; without it, the second is the largest.
+    # The likeliest has exp(0) = 1; without it, the second likeliest is the largest.
     exponentials[rows, likeliest] = 0.0
     margins = (1.0 - exponentials.max(axis=1)) / totals
     return logprobs.astype(np.float32), entropies.astype(np.float32), margins.astype(np.float32)

@@ -20,7 +20,7 @@ def load_binding() -> Any:
 
 
 def remember_array_formats() -> None:
-    """Have the binding parse the format of the arrays that it returns once, not once per array.
+    """Have the binding parse the format of the arrays that it returns only once, not for every array.
 
     pybind11, of which the binding is made, has NumPy's Python code parse the format of every array, which
     costs a tenth of a small model's decode step. It looks the parser up once in a process, at its first

@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # onnxruntime-genai 0.18 holds the interpreter's lock while a model runs, so a thread that waits for it, such
-# as the event loop's, gets it no sooner than this. At Python's 5 ms every chunk was that late. Measured:
-# 0.2 ms makes the small model's answers 8% faster to have.
+# as the event loop's, waits at least this long. With Python's 5 ms every chunk was that late. Measured: with
+# 0.2 ms the small model's answers come 8% sooner.
 _SWITCH_SECONDS = 0.0002
 
 
@@ -80,7 +80,7 @@ class OnnxEngine:
         self._name = name
         self._directory = directory
         self._options = options
-        # Its tables are for what is served alone.
+        # Its tables of positions are no longer than the served context.
         self._shape = served_shape(directory, options.max_model_len)
         self._context = min(self._shape.context, options.max_model_len or self._shape.context)
         self._pass_tokens = pass_tokens(self._shape)
@@ -121,7 +121,7 @@ class OnnxEngine:
         async with self._loading:
             if self._state is not ModelState.READY:
                 return
-            # From here on a call finds the model unloaded, and its user loads it again once this is over.
+            # Calls that come now find the model unloaded, and load it again once this is over.
             self._state = ModelState.UNLOADED
             await self._scheduler.stop()
 
@@ -179,7 +179,7 @@ class OnnxEngine:
         return PrefillResult(len(call.prompt), call.cached, (call.prefilled - call.arrived) * 1e3)
 
     def status(self) -> EngineStatus:
-        """Say what is loaded, queued and running."""
+        """Return what is loaded, queued and running."""
         usage = self._scheduler.usage()
         return EngineStatus(
             state=self._state,
@@ -197,21 +197,21 @@ class OnnxEngine:
         )
 
     def _memory_bytes(self, capacity: int) -> int:
-        """Weights and KV caches: those that there are, or kept ones of short conversations.
+        """Return the memory of weights and KV caches: at least that of a pool of short conversations.
 
-        The latter is what a model that is loaded will soon take; a budget must not give it to another.
+        A loaded model will soon take that much, so the budget must not give it to another model.
         """
         soon = self._options.cached_sequences * capacity_for(1, self._context)
         return weight_bytes(self._shape) + max(capacity, soon) * self._shape.kv_bytes_per_token
 
     async def _load(self) -> Generators:
-        """Load the prepared model, and try whether it computes; once more where it had to be made anew."""
+        """Load the prepared model and probe it. If it is damaged, derive it again and retry once."""
         form = await asyncio.to_thread(self._prepare)
         made = form.stat().st_ino
         try:
             return await self._try(form)
         except Exception:
-            # Content of large files is not compared before: that would take as long as loading them.
+            # Large files are not compared before loading: that would take as long as loading them.
             form = await asyncio.to_thread(self._prepare, reads_all=True)
             if form.stat().st_ino == made:
                 raise
@@ -273,9 +273,9 @@ class OnnxEngine:
 
 
 def _answer_probe(generators: Generators, prompts: Sequence[list[int]]) -> npt.NDArray[np.float32]:
-    """Compute prompts as slots do; return logits, float32 [rows, V]. Only while nothing else is computed.
+    """Compute prompts as slots do, while nothing else is computed; return logits, float32 [rows, V].
 
-    A prompt alone is also written on, rolled back and gone on from, as in verification.
+    A single prompt is also rolled back and continued, as in verification.
     """
     longest = max(len(prompt) for prompt in prompts)
     if len(prompts) == 1:

@@ -35,23 +35,23 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What a user can do about a cache that is of no use.
+# What a user can do about an unusable cache.
 _ELSEWHERE = "set ASD_CACHE_DIR to a folder of your own"
 
-# Part of the cache key: raise it when what is derived from the same model changes, or stages would go on with
-# what an earlier version derived. tests/unit/stage/test_onnx_export.py notices.
+# Part of the cache key: raise it when the form derived from a model changes, or stages would go on with the
+# form that an earlier version derived. tests/unit/stage/engines/onnx/test_export.py notices.
 FORMAT = 2
 _DTYPES: dict[str, np.dtype[np.generic]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
     "F32": np.dtype(np.float32),
 }
-# Of a safetensors file: the format allows 100 MB. Chosen: a hundred times what a real one has.
+# The largest header of a safetensors file: the format allows 100 MB. Chosen: a hundred times a real one.
 _MOST_HEADER_BYTES = 16 << 20
-# Weights that follow from config.json: earlier transformers saved RoPE's frequencies.
+# Weights that config.json implies: earlier transformers saved RoPE's frequencies.
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
-# Of cosines and sines together. Chosen: a million positions of heads of 128.
+# The largest tables of cosines and sines. Chosen: a million positions of heads of 128.
 _MOST_TABLE_BYTES = 512 << 20
 
 Weights = dict[str, npt.NDArray[np.float32]]
@@ -66,9 +66,9 @@ def prepare(
 ) -> Path:
     """Return the directory of a model's ONNX form, deriving it first where it is not there yet.
 
-    It is kept under `cache` (default_cache() if None), by a hash of what it was made from; two processes may
-    prepare the same model at once, and users who share a cache read what one of them has made. One that is
-    damaged is made anew. What interrupted ones left there is removed.
+    It is kept under `cache` (default_cache() if None), by a hash of its sources. Two processes may prepare
+    the same model at once, and users may share a cache. A damaged form is derived again, and the remains of
+    interrupted derivations are removed.
     most_tokens: of prompt and answer that it must take, as in served_shape. reads_all: whether damage is also
     looked for in files beyond 64 MiB, which takes a second per gigabyte or two.
     Raises PreconditionFailed if the model is missing, damaged or unsupported, or if the cache cannot be read
@@ -99,7 +99,7 @@ def prepare(
 
 
 def _is_whole(form: Path, *, reads_all: bool) -> bool:
-    """Return whether a prepared model is there without damage; say in the log where it is damaged.
+    """Return whether an undamaged prepared model exists; log the damage if there is any.
 
     Raises PreconditionFailed where this user may not read it.
     """
@@ -118,7 +118,7 @@ def _is_whole(form: Path, *, reads_all: bool) -> bool:
 
 
 def served_shape(directory: Path, most_tokens: int | None) -> LlamaShape:
-    """Return a model's shape with a context, which its tables of positions have, no longer than is served.
+    """Return a model's shape with the context that is served, which sizes its tables of positions.
 
     most_tokens: of prompt and answer at most; None: the model's own. It is rounded up to a power of two, so
     that few forms of a model exist. Raises PreconditionFailed as read_shape does, and where the tables would
@@ -413,7 +413,7 @@ def _read_weights(files: list[Path]) -> Weights:
 def _read_header(raw: mmap.mmap, path: Path) -> tuple[dict[str, Any], int]:
     """Return what a safetensors file says of its tensors, and where their values begin."""
     length = struct.unpack("<Q", raw[:8])[0] if len(raw) >= 8 else 0
-    # What is beyond is no length, but another format's first bytes.
+    # A larger number is no length, but the first bytes of another format.
     if length > _MOST_HEADER_BYTES:
         raise PreconditionFailed(f"{path} is no safetensors file: copy it again")
     if not length or len(raw) < 8 + length:
@@ -425,7 +425,7 @@ def _read_header(raw: mmap.mmap, path: Path) -> tuple[dict[str, Any], int]:
     ends = [_offsets(entry) for entry in header.values()]
     if len(raw) < 8 + length + max((end for _, end in ends), default=0):
         raise _cut_off(path, len(raw))
-    # Tensors that lie on each other would be as many copies.
+    # Overlapping tensors would be read as many copies.
     if sum(end - start for start, end in ends) > len(raw):
         raise ValueError("its tensors overlap")
     return header, 8 + length
@@ -453,7 +453,7 @@ def _genai_config(s: LlamaShape) -> dict[str, object]:
             "context_length": s.context,
             "vocab_size": s.vocabulary,
             "decoder": {
-                # Threads that spin would take the two cores of a small machine from the other services.
+                # Spinning threads would take the cores of a small machine from the other services.
                 "session_options": {
                     "log_id": "asd",
                     "intra_op_num_threads": 1,

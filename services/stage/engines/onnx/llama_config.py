@@ -1,7 +1,7 @@
-"""What a config.json says of a Llama or a related model, for the `onnx` engine, which computes it by itself.
+"""The config.json of a Llama or a related model, as the `onnx` engine reads it.
 
-Every key is understood, or known to be harmless, or refused by its name: a key that this reader has never
-seen may change the arithmetic, and an answer from other arithmetic than the model's is worse than none.
+Every key is understood, known to be harmless, or refused by name: an unknown key may change the arithmetic,
+and an answer from the wrong arithmetic is worse than none.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from services.stage.engines.onnx.rope import Rope, read_rope
 if TYPE_CHECKING:
     from pathlib import Path
 
-# Keys that the code below reads.
+# Keys that this module reads.
 _READ = frozenset(
     {
         "architectures",
@@ -68,7 +68,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "add_cross_attention": (None, False),
     "cross_attention_hidden_size": (None,),
 }
-# Keys that say nothing of a forward pass: of training, of files, and of sampling.
+# Keys that do not affect a forward pass: they concern training, files and sampling.
 _HARMLESS = frozenset(
     {
         "_attn_implementation_autoset",
@@ -107,7 +107,7 @@ _HARMLESS = frozenset(
         "output_hidden_states",
         "output_scores",
         "prefix",
-        # How training split the products: their sum is the same.
+        # How training split the products; their sum is the same.
         "pretraining_tp",
         "problem_type",
         "remove_invalid_values",
@@ -162,7 +162,7 @@ class LlamaShape:
     window: int | None = None
     has_qkv_bias: bool = False
     has_qk_norm: bool = False
-    # For messages alone: the text of a shape, by which derived forms are kept, does without it.
+    # For messages only: it is not part of the key of derived forms.
     family: str = field(default="llama", repr=False)
 
     @property
@@ -184,7 +184,7 @@ class LlamaShape:
 
 
 def read_shape(directory: Path) -> LlamaShape:
-    """Read config.json, and what generation_config.json says of the ends of an answer.
+    """Read config.json, and the end tokens of generation_config.json.
 
     Raises PreconditionFailed, naming the key, if it is missing, is not JSON, or describes a model that the
     onnx engine does not run.
@@ -252,7 +252,7 @@ def _window(config: dict[str, Any], path: Path, family: object) -> int | None:
         # Qwen's files name a window even where their own switch turns it off, as here.
         return None
     if family == "mistral":
-        # Where it is missing, transformers takes 4096 for Mistral.
+        # If it is missing, transformers takes 4096 for Mistral.
         return read_count(config, "sliding_window", path)
     if "sliding_window" in config:
         raise PreconditionFailed(
@@ -279,7 +279,7 @@ def _epsilon(config: dict[str, Any], path: Path) -> float:
 
 
 def _kv_heads(config: dict[str, Any], heads: int, path: Path, family: object) -> int:
-    # transformers takes other defaults for the other families.
+    # transformers has other defaults for the other families.
     if family == "llama" and config.get("num_key_value_heads") is None:
         return heads
     kv_heads = read_count(config, "num_key_value_heads", path)

@@ -1,4 +1,4 @@
-"""What a model takes of main memory in the `onnx` engine: weights, KV caches, the work of a pass. Pure."""
+"""How much main memory a model takes in the `onnx` engine: weights, KV caches, a pass. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 # Tokens that a KV cache has room for at least. Chosen: a short conversation's, so that its turns share one.
 LEAST_CAPACITY = 512
-# What the intermediate results of one pass may take: of this, and of a share of the weights, the larger.
+# Memory for the intermediate results of one pass: the larger of this and a share of the weights.
 _PASS_BYTES = 64 << 20
 _PASS_SHARE = 1 / 32
 
@@ -24,7 +24,7 @@ def capacity_for(tokens: int, context: int) -> int:
 
 
 def weight_bytes(shape: LlamaShape) -> int:
-    """Return the bytes of the weights in float32; tied embeddings are there twice, and RoPE's tables once."""
+    """Return the bytes of the weights in float32; tied embeddings count twice, RoPE's tables once."""
     head = shape.vocabulary * shape.hidden if shape.is_tied else 0
     return 4 * (shape.parameters + head + shape.context * shape.head_dim)
 

@@ -1,12 +1,12 @@
-"""Folders that are filled under a name of their own and then renamed, and what is left of interrupted ones.
+"""Folders that are filled under a temporary name and then renamed, and the removal of interrupted ones.
 
-Whoever fills a folder holds a lock on it, which the system lets go with the process: a folder whose lock can
-be had is nobody's. Where the file system has no locks on folders (NFS), or the folder is of an earlier
-version, which took none, it counts as left once nothing in it has changed for an hour.
+A process that fills a folder holds a lock on it, which the system releases when the process ends: a folder
+whose lock is free has been abandoned. Where the file system has no locks on folders (NFS), or an earlier
+version made the folder without one, it counts as abandoned once nothing in it has changed for an hour.
 
-A folder takes its name once its content is on the disk, with a list of its files: what a crash or a failing
-disk made of it later shows against that. Its mode is what the umask and the folder above leave, so that other
-users can read what one of them has made.
+A folder is renamed once its content is on the disk, with a list of its files. Later damage, by a crash or a
+failing disk, shows against that list. The folder's mode follows the umask and its parent, so that other users
+can read it.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _MARK = ".partial-"
-# A digest, then what makes the name the filler's own.
+# A digest, then a part that makes the name unique to the process.
 _NAME = re.compile(r"[0-9a-f]{32}\..+")
-# Chosen: no step of filling one is without a write for so long.
+# Chosen: no step of filling a folder goes this long without a write.
 _LEFT_SECONDS = 3600.0
 # The list of a folder's files, with their bytes and SHA-256.
 MANIFEST = "manifest.json"
-# Of such a list. Chosen: a thousand times a real one's.
+# The largest such list. Chosen: a thousand times the size of a real one.
 _MOST_LIST_BYTES = 1 << 20
-# A name of a file that is prepared: in the folder itself.
+# Names of prepared files: directly in the folder.
 _FILE = re.compile(r"[\w-][\w.-]*")
 # Files up to this size are read at every check. Chosen: a twentieth of a second's work.
 _READ_BYTES = 64 << 20
-# Those that this process is filling.
+# Folders that this process is filling.
 _own: set[Path] = set()
 
 
@@ -64,22 +64,22 @@ def partial_folder(target: Path) -> Iterator[Path]:
 def finish(partial: Path, target: Path, *, reads_all: bool = False) -> None:
     """Give a filled folder its name, once its files and their list are on the disk.
 
-    Where another process was first, its folder stays if it is whole. One that is damaged gives way.
+    If another process was first, its folder stays unless it is damaged.
     reads_all: as in find_damage. Raises OSError.
     """
     _write_manifest(partial)
     mode = partial.stat().st_mode & 0o666
     for path in partial.iterdir():
-        # Libraries make files of their own modes: onnx (1.23) that of the weights for its user alone.
+        # Libraries set modes of their own: onnx (1.23) makes the weights readable for its user only.
         path.chmod(mode)
         sync(path)
     sync(partial)
-    # For milliseconds. Without locks, two that replace a damaged folder at once may both do so.
+    # Held for milliseconds. Without locks, two processes may both replace a damaged folder.
     with alone(target.parent):
         if os.path.lexists(target):
             if find_damage(target, reads_all=reads_all) is None:
                 return
-            # To be removed as one that was left; who has opened its files keeps them.
+            # It is removed as an abandoned folder; processes that have opened its files keep them.
             aside = target.with_name(f"{target.name}{_MARK}{secrets.token_hex(8)}")
             target.rename(aside)
             partial.rename(target)
@@ -122,7 +122,7 @@ def remove_own() -> None:
 def remove_left(parent: Path) -> None:
     """Remove the folders whose filler is gone; those being filled now, by any process, stay."""
     folders: list[Path] = []
-    # Not there, or not to be looked into: then nothing in it is ours either.
+    # Absent or unreadable: then nothing in it is ours either.
     with contextlib.suppress(OSError):
         folders.extend(parent.iterdir())
     for folder in folders:
@@ -134,12 +134,12 @@ def remove_left(parent: Path) -> None:
 def _make(target: Path) -> tuple[Path, int]:
     while True:
         folder = target.with_name(f"{target.name}{_MARK}{secrets.token_hex(8)}")
-        # With the mode that the umask leaves, and the group where the folder above hands it on.
+        # The mode that the umask leaves, and the parent's group if it is inherited.
         folder.mkdir()
         try:
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:
-            # Another process took it for a left one before it was locked.
+            # Another process took it for abandoned before it was locked.
             continue
         if _lock(lock) is not False and folder.exists():
             return folder, lock
@@ -155,7 +155,7 @@ def _listed(folder: Path) -> list[tuple[str, int, str]]:
     """Return the files of a folder's list: each with its bytes and SHA-256. Raises OSError, DamagedFile."""
     content = parse_json(read_content(folder / MANIFEST, _MOST_LIST_BYTES), MANIFEST)
     files = content.get("files") if isinstance(content, dict) else None
-    # One that lists nothing would let an empty folder pass for whole.
+    # An empty list would let an empty folder pass as whole.
     if not isinstance(files, dict) or not files:
         raise DamagedFile(f"{MANIFEST} lists no files")
     listed = []
@@ -171,7 +171,7 @@ def _listed(folder: Path) -> list[tuple[str, int, str]]:
 
 
 def _digest(path: Path) -> str:
-    # A pipe in the place of a file would block for ever.
+    # Opening a pipe would block for ever.
     with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -200,7 +200,7 @@ def _remove_if_left(folder: Path) -> None:
 
 
 def _lock(folder: int) -> bool | None:
-    """Return whether a lock could be had; None where the file system has none."""
+    """Return whether the lock was free; None if the file system has no locks."""
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

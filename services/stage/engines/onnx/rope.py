@@ -1,4 +1,4 @@
-"""Rotary position embedding: what a config.json says of it, and the tables of cosines and sines.
+"""Rotary position embedding: its keys in a config.json, and the tables of cosines and sines.
 
 Sources: Su et al. 2021, RoFormer; Chen et al. 2023, Position Interpolation (`linear`); Peng et al. 2023, YaRN
 (`yarn`); Llama 3.1's reference code (`llama3`). Names and defaults of the keys are transformers 5's.
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _DICTIONARIES = ("rope_parameters", "rope_scaling")
 _KIND_KEYS = ("rope_type", "type")
-# Keys that a kind has, beside those of every kind. Any other is refused: it might change the arithmetic.
+# Keys of each kind, besides those of every kind. Any other key is refused: it might change the arithmetic.
 _KEYS = {
     # The length that a model was trained with does not enter these two, though files say it.
     "default": ("original_max_position_embeddings",),
@@ -38,11 +38,11 @@ _KEYS = {
         "beta_fast",
         "beta_slow",
         "truncate",
-        # Said of how the weights were made.
+        # These describe how the weights were made.
         "finetuned",
     ),
 }
-# Of a number. Chosen: far beyond any model's, and tables of them are finite.
+# The largest number. Chosen: far beyond that of any model, and small enough for finite tables.
 _LEAST, _MOST = 1e-6, 1e15
 # Positions computed at a time. Chosen.
 _BLOCK = 4096
@@ -143,7 +143,7 @@ def frequencies(rope: Rope, head_dim: int) -> npt.NDArray[np.float64]:
         return scaled
     kept: npt.NDArray[np.floating[Any]]
     if rope.kind == "llama3":
-        # How often a pair turns within the original context says which share of it is left as it is.
+        # The more often a pair turns within the original context, the less it is scaled.
         turns = rope.original_context * plain / (2 * math.pi)
         kept = (turns - rope.low_turns) / (rope.high_turns - rope.low_turns)
     else:
@@ -155,7 +155,7 @@ def frequencies(rope: Rope, head_dim: int) -> npt.NDArray[np.float64]:
 
 
 def _yarn_bounds(rope: Rope, head_dim: int) -> tuple[float, float]:
-    """Return the pairs between which YaRN goes over from unscaled to scaled."""
+    """Return the pairs between which YaRN passes from unscaled to scaled."""
 
     def pair(turns: float) -> float:
         ratio = rope.original_context / (turns * 2 * math.pi)
@@ -165,12 +165,12 @@ def _yarn_bounds(rope: Rope, head_dim: int) -> tuple[float, float]:
     if rope.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, head_dim - 1)
-    # A step in place of a ramp of no length, as transformers has it.
+    # A step instead of a ramp of length zero, as in transformers.
     return first, last + 0.001 if first == last else last
 
 
 def _dictionary(config: Mapping[str, Any], path: Path) -> tuple[str, Mapping[str, Any]]:
-    """Return where RoPE's parameters stand, for messages, and what they are."""
+    """Return the location of RoPE's parameters, for messages, and the parameters."""
     found: list[tuple[str, dict[str, Any]]] = []
     for name in _DICTIONARIES:
         given = config.get(name)
@@ -186,7 +186,7 @@ def _dictionary(config: Mapping[str, Any], path: Path) -> tuple[str, Mapping[str
 
 
 def _spelt_alike(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a dictionary without what both spellings say elsewhere."""
+    """Return a dictionary without the keys that both spellings have elsewhere."""
     kind = given.get("rope_type", given.get("type"))
     return {key: value for key, value in given.items() if key not in _OF_EVERY_KIND} | {"rope_type": kind}
 
@@ -240,12 +240,12 @@ def _needed(given: Mapping[str, Any], key: str, where: str) -> float:
 
 
 def _number(given: Mapping[str, Any], key: str, where: str, otherwise: float | None) -> Any:
-    """Return a positive number, or what stands for a missing or null one."""
+    """Return a positive number, or the default for a missing or null one."""
     value = given.get(key)
     if value is None:
         return otherwise
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    # 0 stands for nothing in mscale and the betas.
+    # 0 means unset in mscale and the betas.
     may_be = is_number and (_LEAST <= value <= _MOST or (value == 0 and key in _MAY_BE_ZERO))
     if not may_be:
         raise PreconditionFailed(

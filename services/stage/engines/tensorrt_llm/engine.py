@@ -1,9 +1,9 @@
 """The `tensorrt_llm` engine: TensorRT-LLM's LLM API on its PyTorch backend, lines 1.2 and 1.3.
 
-It has not been run on hardware here: it is written after the API's sources and documentation, and tested
-against its signatures and a stand-in that behaves as they say. `asd-engine check` tests a real installation.
+It has not been run on hardware: it follows the API's sources and documentation, and is tested against its
+signatures and a stand-in that behaves as they say. `asd-engine check` tests a real installation.
 
-Traps that the code below keeps clear of: entry i of prompt_logprobs scores prompt token i + 1; block reuse
+Traps that this code avoids: entry i of prompt_logprobs scores prompt token i + 1; block reuse
 shortens that list silently and pairs it from the start; the order of generate_async's arguments differs
 between the lines; SamplingParams is written to by the call that takes it; max_tokens 0 is refused.
 """
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# How long a cancelled request may take to say that it ended. Chosen: a long prompt's pass.
+# How long a cancelled request may take to end. Chosen: the pass of a long prompt.
 _ABORT_SECONDS = 30.0
 MISSING = (
     "tensorrt_llm is not installed: use the image of target stage-tensorrt-llm, which starts from NVIDIA's "
@@ -67,7 +67,7 @@ class TensorrtLlmOptions:
 def make_engine(name: str, directory: Path, options: TensorrtLlmOptions) -> ScoringEngine:
     """Return the engine of a model; TensorRT-LLM itself is imported when the model is loaded."""
     checkpoint = read_checkpoint(directory)
-    # A prompt of more tokens than one pass takes is refused, and a scored one has all of them in it.
+    # A prompt longer than one pass is refused, and scoring needs the whole prompt in one pass.
     context = min(checkpoint.context, options.max_model_len or checkpoint.context, options.max_batched_tokens)
     return ScoringEngine(
         "tensorrt_llm",
@@ -113,7 +113,7 @@ class TensorrtLlmBackend:
             self._llm = await asyncio.to_thread(self._open)
 
     async def stop(self) -> None:
-        """End the model: there is no sleep that both lines know."""
+        """End the model: the two lines share no way to let it sleep."""
         await self.close()
 
     async def close(self) -> None:
@@ -140,7 +140,7 @@ class TensorrtLlmBackend:
         try:
             async for step in output:
                 (completion,) = step.outputs
-                # Both are the library's own lists, which the next step changes.
+                # Both lists belong to the library, and the next step changes them.
                 tokens, entries = list(completion.token_ids_diff), list(completion.logprobs_diff)
                 rows = [self._row(*each) for each in zip(tokens, entries, strict=True)]
                 reason = completion.finish_reason
@@ -157,7 +157,7 @@ class TensorrtLlmBackend:
 
     async def score(self, ids: list[int], start: int, adapter: str) -> Scores:
         """Judge ids[start:] in one pass."""
-        # Blocks that were reused would have no rows, so what is scored must find none: a salt of its own.
+        # Reused blocks have no rows, so a scored prompt gets a salt of its own and finds none.
         salt = {"cache_salt": secrets.token_hex(8)} if self._options.prefix_caching else {}
         output = self._submit(
             ids,
@@ -180,7 +180,7 @@ class TensorrtLlmBackend:
                 f"TensorRT-LLM gave {0 if known is None else len(known)} rows for {len(ids)} prompt tokens: "
                 "a part that was reused is missing, and the others stand at wrong positions"
             )
-        # Entry i is of token i + 1; the last one is of the token that was written.
+        # Entry i is for token i + 1; the last one is for the token that was written.
         rows = [self._row(ids[index], known[index - 1]) for index in range(start, len(ids))]
         return Scores(rows, self._row(completion.token_ids[0], known[-1]))
 
@@ -192,7 +192,7 @@ class TensorrtLlmBackend:
         submission: Mapping[str, Any] | None = None,
         **sampling: Any,
     ) -> Any:
-        """Hand a request over; return its output, which can be awaited or iterated."""
+        """Submit a request; return its output, which can be awaited or iterated."""
         if self._llm is None:
             raise BackendDied("TensorRT-LLM's executor is not there")
         # A new one for each request: the call writes to it.
@@ -210,11 +210,11 @@ class TensorrtLlmBackend:
             raise BackendDied(f"TensorRT-LLM's executor is gone: {error}") from error
 
     def _abort(self, output: Any) -> None:
-        """Cancel a request, and read on until the library says that it ended."""
+        """Cancel a request, and read on until the library reports its end."""
         output.abort()
 
         async def drain() -> None:
-            # A request that was cancelled before its first token may end with an error of the library's own.
+            # A request cancelled before its first token may end with an error of the library.
             with suppress(Exception):
                 async with asyncio.timeout(_ABORT_SECONDS):
                     async for _ in output:

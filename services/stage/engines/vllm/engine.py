@@ -1,13 +1,13 @@
 """The `vllm` engine: vLLM 0.25.1's AsyncLLM, which keeps its engine in a process of its own.
 
-Written after vLLM's source at that version (tests check every call against its signatures); what was
-measured is in docs/engines.md.
+It follows vLLM's source at that version; tests check every call against its signatures. docs/engines.md has
+the measurements.
 
-A request with prompt_logprobs computes its whole prompt anew: vLLM cannot give log-probabilities of tokens
-that it took from the prefix cache. It fills the cache all the same, so that the answer goes on from there.
-With `cached_scoring` the prompt is taken from the cache and only the tail is computed; its rows are then
-found from the end of the list, and where the cache reached into the draft the pass is done again without it.
-Cached and computed keys differ by rounding, so that a near tie may fall the other way.
+A request with prompt_logprobs computes its whole prompt again: vLLM cannot give log-probabilities of tokens
+that it took from the prefix cache. It still fills the cache, so that the answer continues from there. With
+`cached_scoring` the prompt is taken from the cache and only the tail is computed. Its rows are then found
+from the end of the list, and if the cache reached into the draft the pass is repeated without it. Cached and
+computed keys differ by rounding, so a near tie may fall the other way.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What vLLM is told of its surroundings, unless they say otherwise. spawn: gRPC's threads do not survive a
-# fork. The flashinfer sampler knows no seed per request, and needs a package that the image does not have.
+# Defaults of vLLM's environment variables. spawn: gRPC's threads do not survive a fork. The flashinfer
+# sampler has no seed per request, and needs a package that the image does not have.
 _ENVIRONMENT = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
@@ -86,7 +86,7 @@ def make_engine(name: str, directory: Path, options: VllmOptions) -> ScoringEngi
     checkpoint = read_checkpoint(directory)
     context = min(checkpoint.context, options.max_model_len or checkpoint.context)
     if options.max_model_len is not None:
-        # vLLM refuses more than the model has.
+        # vLLM refuses a longer context than the model's.
         options = replace(options, max_model_len=context)
     return ScoringEngine(
         "vllm",
@@ -115,7 +115,7 @@ def check_adapter(task: str, directory: Path, max_rank: int) -> None:
     try:
         config = read_json_file(directory / "adapter_config.json", "name a folder of PEFT's")
         rank, modules = int(config["r"]), config["target_modules"]
-        # A pattern, or names.
+        # It is a pattern, or a list of names.
         changes = [
             *([modules] if isinstance(modules, str) else modules),
             *(config.get("modules_to_save") or ()),
@@ -142,7 +142,7 @@ class VllmBackend:
         self._name = name
         self._directory = directory
         self._eos_ids = list(checkpoint.eos_ids)
-        # More cannot be asked for, or the list would repeat tokens.
+        # A longer list would repeat tokens.
         self._top = min(options.top_logprobs, checkpoint.vocabulary)
         self._options = options
         self._vllm: Any = None
@@ -152,12 +152,12 @@ class VllmBackend:
     async def start(self) -> None:
         """Load the model, or wake it."""
         if self._llm is None:
-            # Minutes for a large model; the event loop serves other models and probes meanwhile.
+            # This takes minutes for a large model; the event loop serves other calls meanwhile.
             self._llm = await asyncio.to_thread(self._open)
         elif self._options.sleep_level == 1:
             await self._llm.wake_up()
         else:
-            # Level 2 dropped the weights: there is nothing to wake until they are read again.
+            # Level 2 dropped the weights, so they are read again before the rest wakes.
             await self._llm.wake_up(tags=["weights"])
             await self._llm.collective_rpc("reload_weights")
             await self._llm.wake_up(tags=["kv_cache"])
@@ -183,7 +183,7 @@ class VllmBackend:
             top_p=request.top_p,
             seed=request.seed,
             logprobs=self._top,
-            # vLLM has no tokenizer here: what ends an answer is said outright.
+            # vLLM has no tokenizer here, so the end tokens are given explicitly.
             stop_token_ids=self._eos_ids,
             detokenize=False,
             output_kind=self._output_kind.DELTA,
@@ -218,14 +218,14 @@ class VllmBackend:
         return scores
 
     async def _score(self, ids: list[int], start: int, adapter: str, *, skips_cache: bool) -> Scores | None:
-        """Return None where the prefix cache reached into what is to be scored."""
+        """Judge ids[start:] in one pass; None if the prefix cache reached into them."""
         params = self._vllm.SamplingParams(
-            # None is refused, and 0 too: a pass costs a token.
+            # vLLM refuses None and 0, so every pass writes a token.
             max_tokens=1,
             temperature=0.0,
             prompt_logprobs=self._top,
             logprobs=self._top,
-            # Lists of numbers in place of an object for every token: thousands of them, most never looked at.
+            # Flat lists instead of thousands of objects, most of which would never be read.
             flat_logprobs=True,
             ignore_eos=True,
             detokenize=False,
@@ -244,8 +244,8 @@ class VllmBackend:
         if cached >= start:
             return None
         known, wanted = last.prompt_logprobs, len(ids) - start
-        # Entry t stands for prompt token t where nothing was cached; the list may be shorter otherwise, and
-        # its last entry is the last token's.
+        # Entry t is for prompt token t if nothing was cached. Otherwise the list may be shorter; its last
+        # entry is for the last token.
         if len(known) < wanted + 1 or (not cached and len(known) != len(ids)):
             return None
         rows = [self._row(ids[start + i], known[len(known) - wanted + i]) for i in range(wanted)]
@@ -271,7 +271,7 @@ class VllmBackend:
         except EngineDeadError as error:
             raise BackendDied(f"vLLM's engine died: {error}") from error
         except ValueError as error:
-            # What vLLM refuses of a request, such as a prompt that no cache can hold.
+            # vLLM refuses the request, for example a prompt that no cache can hold.
             raise ModelRefusal(f"{self._name} cannot take this request: {error}") from error
 
     def _row(self, token: int, entries: Mapping[int, Any]) -> Row:
@@ -309,7 +309,7 @@ class VllmBackend:
             raise PreconditionFailed(f"model {self._name}: vLLM cannot load it: {error}") from error
 
     def arguments(self) -> dict[str, Any]:
-        """Return what vLLM's engine is made with."""
+        """Return the arguments of vLLM's engine."""
         options = self._options
         arguments: dict[str, Any] = {
             "model": str(self._directory),
@@ -322,7 +322,7 @@ class VllmBackend:
             "max_num_seqs": options.max_batch,
             "max_logprobs": self._top,
             "enforce_eager": options.enforce_eager,
-            # The checkpoint's own sampling defaults are not a request's.
+            # The checkpoint's sampling defaults must not apply to requests.
             "generation_config": "vllm",
             "disable_log_stats": True,
             "seed": 0,
