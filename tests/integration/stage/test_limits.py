@@ -155,7 +155,7 @@ async def test_a_queue_holds_as_many_as_the_settings_say(start: Callable[..., An
     async with asyncio.timeout(CALL_S):
         held = await hold_all(stage.stub)
         asks = [asyncio.ensure_future(result(stage.stub.Generate(Generate(prompt="hi")))) for _ in range(4)]
-        # Nothing can be answered while the lanes are held: what ends was refused.
+        # Nothing can be answered while the slots are held: what ends was refused.
         waiting: set[asyncio.Future[Any]] = set(asks)
         refused: set[asyncio.Future[Any]] = set()
         while len(refused) < 2:

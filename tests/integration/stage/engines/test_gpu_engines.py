@@ -129,7 +129,7 @@ async def test_every_call_to_tensorrt_llm_exists_in_both_lines(
 
 
 async def test_rows_of_a_prompt_are_those_of_the_token_after(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Entry i of the list scores token i + 1: with the place as it is elsewhere, an own answer is refused."""
+    """Entry i of the list scores token i + 1: with the index as it is elsewhere, an own answer is refused."""
     fake_tensorrt_llm.install(monkeypatch)
     engine = await _tensorrt_llm()
     answer = await _ask(engine, LONG)
@@ -263,11 +263,11 @@ async def test_the_pieces_of_a_draft_are_computed_once(monkeypatch: pytest.Monke
     passes = library.engines[1].prompts
 
     async def pieces() -> AsyncIterator[DraftPiece | FinishReason]:
-        for count, place in enumerate(range(0, len(own.result.ids), 16)):
+        for count, index in enumerate(range(0, len(own.result.ids), 16)):
             while len(passes) < count:  # noqa: ASYNC110
                 # Until the piece before has been scored: the stand-in has no event.
                 await asyncio.sleep(0)
-            yield DraftPiece(own.result.ids[place : place + 16], "", status.fingerprint)
+            yield DraftPiece(own.result.ids[index : index + 16], "", status.fingerprint)
         yield own.result.finish
 
     events = engine.verify_stream((prompt,), SamplingOptions(max_new_tokens=60), pieces(), None)
@@ -287,7 +287,7 @@ async def test_what_follows_a_correction_is_scored_while_that_keeps_enough(
     ids = (await _ask(engine, LONG, max_new_tokens=60)).result.ids
     # Wrong in the first token, and in every one.
     once, throughout = [
-        tuple(each if place >= wrong else (each + 1) % 400 + 7 for place, each in enumerate(ids))
+        tuple(each if index >= wrong else (each + 1) % 400 + 7 for index, each in enumerate(ids))
         for wrong in (1, len(ids))
     ]
 
@@ -304,7 +304,7 @@ async def test_what_follows_a_correction_is_scored_while_that_keeps_enough(
     tried = [await is_scored_again(throughout) for _ in range(80)]
     last = tried.index(False)
     assert 5 < last < 40
-    assert [place - last for place in range(last, 80) if tried[place]] == list(range(15, 80 - last, 16))
+    assert [index - last for index in range(last, 80) if tried[index]] == list(range(15, 80 - last, 16))
 
 
 @pytest.mark.parametrize(("level", "loads"), [(1, 1), (2, 2)])
@@ -529,8 +529,8 @@ async def test_the_rest_of_a_draft_is_proposed_again_after_a_correction(
         plain = await _ask(engine, LONG, max_new_tokens=60)
         ids = list(plain.result.ids)
         assert len(ids) > 50
-        for place in (5, 20):
-            ids[place] = ids[place] % 200 + 10
+        for index in (5, 20):
+            ids[index] = ids[index] % 200 + 10
         draft = Suite(engine).draft(ids, plain.result.finish)
         found = await collect(engine.verify((LONG,), sampling, draft, None), "first")
         assert found.result.ids == plain.result.ids

@@ -94,27 +94,27 @@ def test_signals_stay_with_their_tokens(stop: tuple[str, ...]) -> None:
 def _cut(pieces: list[str], stop: tuple[str, ...]) -> tuple[str, tuple[int, ...], bool]:
     """Return text, ids and whether a stop sequence came, token by token and naively."""
     whole, ends = "", []
-    for place, piece in enumerate(pieces):
+    for index, piece in enumerate(pieces):
         whole += piece
         ends.append(len(whole))
-        places = _places(pieces[: place + 1])
-        shown = "".join(whole[each] for each in places)
+        indices = _indices(pieces[: index + 1])
+        shown = "".join(whole[each] for each in indices)
         cuts = [whole.find(each) for each in stop if each in whole]
-        cuts += [places[shown.find(each)] for each in stop if each in shown]
+        cuts += [indices[shown.find(each)] for each in stop if each in shown]
         if cuts:
-            kept = tuple(i for i in range(place + 1) if ends[i] <= min(cuts))
+            kept = tuple(i for i in range(index + 1) if ends[i] <= min(cuts))
             return _shown(pieces, whole[: min(cuts)]), kept, True
     return _shown(pieces, whole), tuple(range(len(pieces))), False
 
 
-def _places(pieces: list[str]) -> list[int]:
+def _indices(pieces: list[str]) -> list[int]:
     """Return where in the text of all pieces the characters are that stand in no special token."""
-    places, end = [], 0
+    indices, end = [], 0
     for piece in pieces:
         if not piece.startswith("["):
-            places += range(end, end + len(piece))
+            indices += range(end, end + len(piece))
         end += len(piece)
-    return places
+    return indices
 
 
 def _shown(pieces: list[str], whole: str) -> str:
@@ -149,12 +149,12 @@ def test_only_what_may_become_a_stop_sequence_is_held_back(pieces: list[str], st
         sent += len(chunk.ids) if chunk is not None else 0
         whole += piece
         ends.append(len(whole))
-        places = [*_places(pieces[: token + 1]), len(whole)]
-        shown = "".join(whole[each] for each in places[:-1])
+        indices = [*_indices(pieces[: token + 1]), len(whole)]
+        shown = "".join(whole[each] for each in indices[:-1])
         begins = [each[:length] for each in stop for length in range(len(each))]
         certain = min(
             *(len(whole) - len(each) for each in begins if whole.endswith(each)),
-            *(places[len(shown) - len(each)] for each in begins if shown.endswith(each)),
+            *(indices[len(shown) - len(each)] for each in begins if shown.endswith(each)),
         )
         # Whole tokens go out, with their text: what follows may yet replace the rest.
         assert sent == max(count for count, end in enumerate(ends) if end <= certain)

@@ -69,8 +69,8 @@ class ChainGenerator:
     def append_tokens(self, tokens: np.ndarray) -> None:
         self._tokens += tokens[0].tolist()
         logits = np.zeros((self._rows, tokens.shape[1], self._chain.vocabulary), np.float32)
-        for place, token in enumerate(tokens[0].tolist()):
-            logits[:, place, self._chain.after(token)] = 9.0
+        for index, token in enumerate(tokens[0].tolist()):
+            logits[:, index, self._chain.after(token)] = 9.0
         self._output = logits
 
     def generate_next_token(self) -> None:
@@ -111,15 +111,15 @@ class ChainBackend:
 
     async def generate(self, ids: list[int], request: TokenRequest) -> AsyncGenerator[Piece, None]:
         token = ids[-1]
-        for place in range(request.max_tokens):
+        for index in range(request.max_tokens):
             before, token = token, self._chain.after(token)
-            is_last = token == _EOS or place == request.max_tokens - 1
+            is_last = token == _EOS or index == request.max_tokens - 1
             yield Piece([self._row(token, before)], is_last=is_last, has_ended=token == _EOS)
             if is_last:
                 return
 
     async def score(self, ids: list[int], start: int, adapter: str) -> Scores:
-        rows = [self._row(ids[place], ids[place - 1]) for place in range(start, len(ids))]
+        rows = [self._row(ids[index], ids[index - 1]) for index in range(start, len(ids))]
         own = self._chain.after(ids[-1])
         return Scores(rows, self._row(own, ids[-1]))
 

@@ -38,7 +38,7 @@ def test_after_a_deletion_the_last_tokens_are_found_further_on() -> None:
     assert Resynchroniser(DRAFT, 3, RULE).propose([10, 11, 12, 16, 17], ROOM) == [18, 19]
 
 
-def test_of_several_places_the_longest_run_wins_and_then_the_nearest() -> None:
+def test_of_several_positions_the_longest_run_wins_and_then_the_nearest() -> None:
     draft = [0, 1, 2, 3, 9, 1, 2, 3, 8, 2, 3, 7]
     assert Resynchroniser(draft, 0, RULE).propose([5, 1, 2, 3], ROOM)[0] in (9, 8)
     near = Resynchroniser(draft, 8, RULE)
@@ -60,7 +60,7 @@ def test_proposals_grow_with_success_and_end_with_failure() -> None:
     assert rest.propose([77, *range(1, 5), 70], ROOM) == list(range(6, 14))
     for _ in range(3):
         rest.judged(8, 0)
-    # In doubt, a place alone is not enough; what the answer ends with still is.
+    # In doubt, a position alone is not enough; what the answer ends with still is.
     assert rest.propose([55], ROOM) == []
     assert rest.propose([20, 21], ROOM)[0] == 22
     for _ in range(5):

@@ -205,8 +205,8 @@ def test_a_name_in_a_template_cannot_write_to_the_terminal(tmp_path):
     assert str(refused.value).isprintable()
 
 
-_MANY = tuple(Turn(_ROLES[place % 2], f"turn {place:04d} ".ljust(200, "x")) for place in range(4095))
-_SHORT = (*(Turn(_ROLES[place % 2], "Hi") for place in range(4094)), Turn("user", "turn 4094"))
+_MANY = tuple(Turn(_ROLES[index % 2], f"turn {index:04d} ".ljust(200, "x")) for index in range(4095))
+_SHORT = (*(Turn(_ROLES[index % 2], "Hi") for index in range(4094)), Turn("user", "turn 4094"))
 _LARGEST = (Turn("user", "word </think> " * 75_000 + "turn 4094"),)
 
 
@@ -233,12 +233,12 @@ def test_a_template_at_many_turns_can_be_followed(tmp_path, name):
     assert "turn 4094" in template.trace(_SHORT)
 
 
-@pytest.mark.parametrize("place", _HELD)
-def test_a_template_that_holds_a_copy_for_each_message_is_stopped_where_many_are_large(tmp_path, place):
+@pytest.mark.parametrize("field", _HELD)
+def test_a_template_that_holds_a_copy_for_each_message_is_stopped_where_many_are_large(tmp_path, field):
     source = (
         "{%- macro f() %}{%- set ns = namespace(text='', all=[]) %}{%- for m in messages %}"
         "{%- set ns.text = ns.text + m.content %}"
-        + _HELD[place]
+        + _HELD[field]
         + "{%- endfor %}{{ ns.text }}{%- endmacro %}"
         "{{ f() }}"
     )

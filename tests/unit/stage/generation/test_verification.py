@@ -46,10 +46,10 @@ def test_exact_acceptance_equals_decoding_token_by_token(logits: np.ndarray, dat
         accepted += 1
     verdict = verify_draft(draft, logits)
     assert verdict.accepted == accepted
-    for place, (row, token) in enumerate(zip(logits, draft, strict=True)):
+    for index, (row, token) in enumerate(zip(logits, draft, strict=True)):
         order = sorted(range(len(row)), key=lambda i: (-row[i], i))
-        assert verdict.ranks[place] == order.index(int(token))
-        assert verdict.logprobs[place] == pytest.approx(math.log(_softmax(row)[token]), abs=1e-5)
+        assert verdict.ranks[index] == order.index(int(token))
+        assert verdict.logprobs[index] == pytest.approx(math.log(_softmax(row)[token]), abs=1e-5)
 
 
 @given(_LOGITS, st.floats(0.05, 1.0), st.data())
@@ -93,7 +93,9 @@ def test_signals_follow_their_definitions() -> None:
 def test_sampling_follows_the_nucleus_of_the_tempered_distribution() -> None:
     # Probabilities 0.5, 0.3, 0.15, 0.05; nucleus 0.75 keeps the first two at 0.625 and 0.375.
     logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
-    counts = np.bincount([choose_token(logits, 1.0, 0.75, 1, place) for place in range(4000)], minlength=4)
+    counts = np.bincount(
+        [choose_token(logits, 1.0, 0.75, 1, position) for position in range(4000)], minlength=4
+    )
     assert counts[2:].sum() == 0
     assert _chi_square(counts[:2], np.array([0.625, 0.375])) < _QUANTILE[1]
 
@@ -101,7 +103,7 @@ def test_sampling_follows_the_nucleus_of_the_tempered_distribution() -> None:
 def test_low_temperature_chooses_the_likeliest_and_the_same_seed_the_same() -> None:
     logits = np.array([0.1, 0.2, 0.0], np.float32)
     assert {choose_token(logits, 1e-3, 1.0, seed, 0) for seed in range(20)} == {1}
-    draws = [[choose_token(logits, 2.0, 1.0, seed, place) for place in range(20)] for seed in (5, 5, 6)]
+    draws = [[choose_token(logits, 2.0, 1.0, seed, position) for position in range(20)] for seed in (5, 5, 6)]
     assert draws[0] == draws[1] != draws[2]
 
 

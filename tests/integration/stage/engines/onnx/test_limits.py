@@ -114,7 +114,7 @@ async def test_a_long_context_costs_what_its_answers_need(load: Callable[..., An
     await asyncio.gather(*(_ask(engine, "lace " * index, 12) for index in range(1, 9)))
     status = await _settled(engine, lambda status: not status.running)
     assert (status.context_length, status.cached_sequences) == (LONG, 4)
-    # Eight rows in a lane, or one: never 131,072 places.
+    # Eight rows in a slot, or one: never room for 131,072 tokens.
     assert buffers.largest() <= 8 * LEAST_CAPACITY * TOKEN_BYTES
     kept = 4 * LEAST_CAPACITY * TOKEN_BYTES
     weights = sum(tensor.nbytes for tensor in tiny_llama.weights(tiny_llama.CONFIG).values())
@@ -182,7 +182,7 @@ async def test_prompts_and_answers_of_very_different_lengths_do_not_share_a_cach
     engine = await load(OnnxOptions(max_lanes=1), max_position_embeddings=LONG, eos_token_id=511)
     asks = [_ask(engine, "lace " * 1500, 4), *(_ask(engine, f"{index} beads", 12) for index in range(7))]
     together = await asyncio.gather(*asks)
-    # Padded to the longest, eight rows would take 8 × 1,500 places and more.
+    # Padded to the longest, eight rows would take room for 8 × 1,500 tokens and more.
     assert buffers.largest() <= 8192 * TOKEN_BYTES
     alone = [await _ask(engine, f"{index} beads", 12) for index in range(7)]
     assert [each.ids for each in together[1:]] == [each.ids for each in alone]
@@ -245,7 +245,7 @@ async def test_every_end_of_both_files_ends_an_answer(load: Callable[..., Any], 
     for _ in range(6):
         ids.append(int(tiny_llama.logits(tiny_llama.CONFIG, tensors, ids)[-1].argmax()))
     written = ids[len(prompt) :]
-    end = next(place for place, token in enumerate(written) if token not in written[:place] and place > 1)
+    end = next(index for index, token in enumerate(written) if token not in written[:index] and index > 1)
     engine = await load(generation={"eos_token_id": [1, written[end]]})
     for most in (end + 1, 12):
         result = await _ask(engine, "3 beads", most)

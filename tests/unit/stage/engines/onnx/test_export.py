@@ -111,7 +111,7 @@ def test_tables_of_what_is_served_alone_change_no_logit(name: str, tmp_path: Pat
     found = onnx_logits(tmp_path / "model", tmp_path / "cache", IDS, len(IDS))
     wanted = tiny_llama.logits(tiny_llama.config(**changes), tensors, IDS)
     np.testing.assert_allclose(found, wanted, atol=TOLERANCE)
-    # For a million places, the tables alone are 128 MiB.
+    # For a million positions, the tables alone are 128 MiB.
     assert sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*.data")) < 1 << 20
 
 
@@ -203,8 +203,8 @@ def test_rope_kinds_differ_by_far_more_than_the_tolerance() -> None:
         name for name in ROPES if name not in {"both spellings alike", "yarn by the ratio of lengths"}
     ]
     found = [tiny_llama.logits(tiny_llama.config(**ROPES[name]), tensors, IDS[:120]) for name in distinct]
-    for place, one in enumerate(found):
-        for other in found[:place]:
+    for index, one in enumerate(found):
+        for other in found[:index]:
             assert np.abs(one - other).max() > 100 * TOLERANCE
 
 

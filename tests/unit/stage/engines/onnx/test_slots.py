@@ -136,16 +136,16 @@ def edited_drafts(draw: st.DrawFn, answer: Sequence[int]) -> list[int]:
     """Return an answer after insertions, deletions, replacements and reorderings."""
     draft = list(answer)
     for _ in range(draw(st.integers(0, 4))):
-        place = draw(st.integers(0, len(draft)))
+        index = draw(st.integers(0, len(draft)))
         match draw(st.sampled_from(["insert", "delete", "replace", "swap"])):
             case "insert":
-                draft[place:place] = draw(st.lists(st.integers(1, VOCABULARY - 1), min_size=1, max_size=4))
+                draft[index:index] = draw(st.lists(st.integers(1, VOCABULARY - 1), min_size=1, max_size=4))
             case "delete":
-                del draft[place : place + draw(st.integers(1, 4))]
+                del draft[index : index + draw(st.integers(1, 4))]
             case "replace":
-                draft[place : place + 1] = [draw(st.integers(1, VOCABULARY - 1))]
+                draft[index : index + 1] = [draw(st.integers(1, VOCABULARY - 1))]
             case _:
-                draft = draft[place:] + draft[:place]
+                draft = draft[index:] + draft[:index]
     return draft
 
 
