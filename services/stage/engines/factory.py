@@ -90,7 +90,7 @@ def _vllm(model: ModelSettings, max_queue: int) -> dict[str, Engine]:
         max_queue=max_queue,
         default_max_new_tokens=model.default_max_new_tokens,
         resync=model.resync,
-        **{name: getattr(section, name) for name in VllmSettings.model_fields},
+        **dict(section),
     )
     engine = make_engine(model.name, model.path, options)
     adapters = {f"{model.name}/{task}": AdapterEngine(engine, task) for task in section.lora}
@@ -106,6 +106,6 @@ def _tensorrt_llm(model: ModelSettings, max_queue: int) -> Engine:
         max_queue=max_queue,
         default_max_new_tokens=model.default_max_new_tokens,
         resync=model.resync,
-        **{name: getattr(section, name) for name in TensorrtLlmSettings.model_fields},
+        **dict(section),
     )
     return make_engine(model.name, model.path, options)

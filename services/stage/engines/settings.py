@@ -28,7 +28,13 @@ TaskName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=64
 
 
 class VllmSettings(Section):
-    """Options of the `vllm` engine; docs/engines.md says what each does."""
+    """Options of the `vllm` engine; docs/engines.md says what each does.
+
+    max_model_len None: the model's own. kv_cache_gib None: what gpu_memory_utilization leaves.
+    cuda_graph_tokens None: vLLM's choice. lora: path of an adapter by the type of task that it is for.
+    sleep_level 0: unloading ends the engine's process; 1: it keeps the weights in main memory; 2: it drops
+    them and reads them again.
+    """
 
     tensor_parallel: Count = 1
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -49,7 +55,11 @@ class VllmSettings(Section):
 
 
 class TensorrtLlmSettings(Section):
-    """Options of the `tensorrt_llm` engine; docs/engines.md says what each does."""
+    """Options of the `tensorrt_llm` engine; docs/engines.md says what each does.
+
+    max_model_len None: the model's own, max_batched_tokens at most. prefix_caching: reuse of blocks between
+    answers; a scoring pass never reuses any. top_logprobs: of each token.
+    """
 
     tensor_parallel: Count = 1
     dtype: Literal["auto", "bfloat16", "float16"] = "auto"

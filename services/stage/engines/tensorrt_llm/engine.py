@@ -14,7 +14,6 @@ import asyncio
 import logging
 import secrets
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from services.common.errors import AsdError, ModelRefusal, PreconditionFailed
@@ -22,6 +21,7 @@ from services.common.privacy import report_nothing
 from services.stage.engines.backend import BackendDied, Piece, Scores
 from services.stage.engines.checkpoint import read_checkpoint
 from services.stage.engines.scoring import ScoringEngine, ScoringOptions
+from services.stage.engines.settings import TensorrtLlmSettings
 from services.stage.generation.logprobs import Row, make_row
 
 if TYPE_CHECKING:
@@ -41,27 +41,13 @@ MISSING = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class TensorrtLlmOptions:
-    """How a model is run; docs/engines.md says what each option does.
-
-    max_model_len None: the model's own, max_batched_tokens at most. prefix_caching: reuse of blocks between
-    answers; a scoring pass never reuses any. top_logprobs: of each token.
-    """
+class TensorrtLlmOptions(TensorrtLlmSettings):
+    """How a model is run: the section of its settings, and what all engines have."""
 
     max_batch: int = 64
     max_queue: int = 256
     default_max_new_tokens: int = 160
     resync: bool = True
-    tensor_parallel: int = 1
-    dtype: str = "auto"
-    load_format: str = "auto"
-    max_model_len: int | None = None
-    max_batched_tokens: int = 8192
-    gpu_memory_utilization: float = 0.9
-    kv_cache_dtype: str = "auto"
-    prefix_caching: bool = False
-    top_logprobs: int = 2
 
 
 def make_engine(name: str, directory: Path, options: TensorrtLlmOptions) -> ScoringEngine:

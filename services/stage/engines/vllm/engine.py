@@ -17,7 +17,6 @@ import logging
 import os
 import secrets
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from services.common.errors import AsdError, ModelRefusal, PreconditionFailed
@@ -25,6 +24,7 @@ from services.common.privacy import report_nothing
 from services.stage.engines.backend import BackendDied, Piece, Scores
 from services.stage.engines.checkpoint import read_checkpoint
 from services.stage.engines.scoring import ScoringEngine, ScoringOptions
+from services.stage.engines.settings import VllmSettings
 from services.stage.generation.logprobs import Row, make_row
 from services.stage.model_files import read_json_file
 
@@ -49,36 +49,13 @@ MISSING = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class VllmOptions:
-    """How a model is run; docs/engines.md says what each option does.
-
-    max_model_len None: the model's own. kv_cache_gib None: what gpu_memory_utilization leaves.
-    cuda_graph_tokens None: vLLM's choice. lora: path of an adapter by the type of task that it is for.
-    sleep_level 0: unloading ends the engine's process; 1: it keeps the weights in main memory; 2: it drops
-    them and reads them again.
-    """
+class VllmOptions(VllmSettings):
+    """How a model is run: the section of its settings, and what all engines have."""
 
     max_batch: int = 64
     max_queue: int = 256
     default_max_new_tokens: int = 160
     resync: bool = True
-    tensor_parallel: int = 1
-    dtype: str = "auto"
-    quantization: str | None = None
-    load_format: str = "auto"
-    max_model_len: int | None = None
-    max_batched_tokens: int | None = None
-    gpu_memory_utilization: float = 0.9
-    kv_cache_gib: float | None = None
-    prefix_caching: bool = True
-    cached_scoring: bool = True
-    top_logprobs: int = 20
-    cuda_graph_tokens: int | None = None
-    enforce_eager: bool = False
-    sleep_level: int = 0
-    lora: Mapping[str, Path] = field(default_factory=dict)
-    max_lora_rank: int = 16
 
 
 def make_engine(name: str, directory: Path, options: VllmOptions) -> ScoringEngine:
@@ -87,7 +64,7 @@ def make_engine(name: str, directory: Path, options: VllmOptions) -> ScoringEngi
     context = min(checkpoint.context, options.max_model_len or checkpoint.context)
     if options.max_model_len is not None:
         # vLLM refuses a longer context than the model's.
-        options = replace(options, max_model_len=context)
+        options = options.model_copy(update={"max_model_len": context})
     return ScoringEngine(
         "vllm",
         name,
