@@ -65,11 +65,6 @@ class AnswerBuilder:
         self.taken = 0
 
     @property
-    def count(self) -> int:
-        """Tokens of the answer so far."""
-        return len(self._ids)
-
-    @property
     def ids(self) -> tuple[int, ...]:
         """Ids of the answer."""
         return tuple(self._ids)

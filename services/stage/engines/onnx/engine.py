@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import sys
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import numpy.typing as npt
-
-logger = logging.getLogger(__name__)
 
 # onnxruntime-genai 0.18 holds the interpreter's lock while a model runs, so a thread that waits for it, such
 # as the event loop's, waits at least this long. With Python's 5 ms every chunk was that late. Measured: with

@@ -1,10 +1,10 @@
-"""Slots of the `onnx` engine: what runs on a model's thread, one library generator each."""
+"""Slots of the `onnx` engine: requests that share a generator, advanced in turn on a model's thread."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -96,23 +96,6 @@ class Request:
         return True
 
 
-class Slot(Protocol):
-    """Requests that share a generator, advanced in turn with other slots."""
-
-    requests: list[Request]
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether there is something to compute now."""
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that the KV cache has room for, all rows together, on behalf of the requests under way."""
-
-    def step(self) -> list[Request]:
-        """Advance; return the requests that finished."""
-
-
 class SoloSlot:
     """One request with a cache of its own. A subclass says how it is decoded."""
 
@@ -130,7 +113,7 @@ class SoloSlot:
 
     @property
     def capacity(self) -> int:
-        """That of the sequence; once the request has left, it belongs to the prefix cache."""
+        """Tokens that the cache has room for; once the request has left, it belongs to the prefix cache."""
         return self.sequence.capacity if self.requests else 0
 
     def step(self) -> list[Request]:
@@ -335,7 +318,7 @@ class BatchSlot:
 
     @property
     def capacity(self) -> int:
-        """That of all rows together; a row that has ended keeps its own until all have."""
+        """Tokens that the caches have room for; a row that has ended keeps its own until all have."""
         return self._capacity if self.requests else 0
 
     def step(self) -> list[Request]:

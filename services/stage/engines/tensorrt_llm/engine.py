@@ -11,7 +11,6 @@ between the lines; SamplingParams is written to by the call that takes it; max_t
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
 
     from services.stage.engines.backend import TokenRequest
     from services.stage.engines.checkpoint import Checkpoint
-
-logger = logging.getLogger(__name__)
 
 # How long a cancelled request may take to end. Chosen: the pass of a long prompt.
 _ABORT_SECONDS = 30.0

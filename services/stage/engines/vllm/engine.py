@@ -13,7 +13,6 @@ computed keys differ by rounding, so a near tie may fall the other way.
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import secrets
 from contextlib import aclosing
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
 
     from services.stage.engines.backend import TokenRequest
     from services.stage.engines.checkpoint import Checkpoint
-
-logger = logging.getLogger(__name__)
 
 # Defaults of vLLM's environment variables. spawn: gRPC's threads do not survive a fork. The flashinfer
 # sampler has no seed per request, and needs a package that the image does not have.
