@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import aclosing
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from asd.v1 import common_pb2, stage_pb2, stage_pb2_grpc
 from services.common.errors import Draining, InvalidRequest
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     import grpc
 
+    from services.stage.domain import Event
     from services.stage.engines.engine import EngineStatus
     from services.stage.model_pool import ModelPool
 
@@ -89,13 +90,8 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
             first = status.fingerprint
             async with aclosing(engine.generate(turns, sampling)) as events:
                 async for event in events:
-                    response = stage_pb2.StageServiceGenerateResponse(tokenizer_fingerprint=first)
-                    if isinstance(event, TokenChunk):
-                        response.tokens.CopyFrom(_chunk(event))
-                    elif isinstance(event, Result):
-                        others = self._pool.others_of(request.caller)
-                        response.result.CopyFrom(_result(event, name, status, others))
-                    yield response
+                    fields = self._fields(event, name, status, request.caller)
+                    yield stage_pb2.StageServiceGenerateResponse(tokenizer_fingerprint=first, **fields)
                     first = ""
 
     async def Verify(  # noqa: N802
@@ -118,13 +114,7 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
             status = engine.status()
             async with aclosing(engine.verify(turns, sampling, draft, threshold)) as events:
                 async for event in events:
-                    if isinstance(event, VerificationResult):
-                        yield stage_pb2.VerifyResponse(verification=_verification(event))
-                    elif isinstance(event, TokenChunk):
-                        yield stage_pb2.VerifyResponse(tokens=_chunk(event))
-                    else:
-                        others = self._pool.others_of(request.caller)
-                        yield stage_pb2.VerifyResponse(result=_result(event, name, status, others))
+                    yield stage_pb2.VerifyResponse(**self._fields(event, name, status, request.caller))
 
     async def VerifyStream(  # noqa: N802
         self,
@@ -142,15 +132,8 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
             first = status.fingerprint
             async with aclosing(engine.verify_stream(turns, sampling, _pieces(steps), threshold)) as events:
                 async for event in events:
-                    response = stage_pb2.VerifyStreamResponse(tokenizer_fingerprint=first)
-                    if isinstance(event, VerificationResult):
-                        response.verification.CopyFrom(_verification(event))
-                    elif isinstance(event, TokenChunk):
-                        response.tokens.CopyFrom(_chunk(event))
-                    else:
-                        others = self._pool.others_of(start.caller)
-                        response.result.CopyFrom(_result(event, name, status, others))
-                    yield response
+                    fields = self._fields(event, name, status, start.caller)
+                    yield stage_pb2.VerifyStreamResponse(tokenizer_fingerprint=first, **fields)
                     first = ""
 
     async def Prefill(  # noqa: N802
@@ -217,6 +200,14 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
         if request.WhichOneof("input") == "prompt":
             return (Turn("user", request.prompt),)
         return tuple(Turn(_ROLES[turn.role], turn.content) for turn in request.conversation.messages)
+
+    def _fields(self, event: Event, model: str, status: EngineStatus, caller: int) -> dict[str, Any]:
+        """Return the field of a response that an event is sent in."""
+        if isinstance(event, TokenChunk):
+            return {"tokens": _chunk(event)}
+        if isinstance(event, VerificationResult):
+            return {"verification": _verification(event)}
+        return {"result": _result(event, model, status, self._pool.others_of(caller))}
 
     def _refuse_while_draining(self) -> None:
         if self._draining:
