@@ -25,8 +25,9 @@ RUN apt-get update && apt-get install --yes --no-install-recommends binutils && 
 RUN python -m venv --without-pip /opt/asd
 ENV PIP_PYTHON=/opt/asd/bin/python PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
-COPY pyproject.toml hatch_build.py README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE ./
 COPY protos protos
+COPY clients/python clients/python
 COPY services services
 COPY policy_service/*.py policy_service/
 COPY policy_service/train policy_service/train
@@ -34,32 +35,32 @@ COPY suites suites
 # Neither models nor policy: each image takes the files that it serves, below.
 COPY models/__init__.py models/
 COPY tools/slim_packages.py tools/
-RUN pip install . && python tools/slim_packages.py /opt/asd
+RUN pip install ./clients/python . && python tools/slim_packages.py /opt/asd
 
 FROM build AS build-policy
 # The source tree itself, which has no version to pin.
 # hadolint ignore=DL3013
-RUN pip install ".[policy]" && python tools/slim_packages.py /opt/asd
+RUN pip install ./clients/python ".[policy]" && python tools/slim_packages.py /opt/asd
 
 FROM build AS build-manager
 # The source tree itself, which has no version to pin.
 # hadolint ignore=DL3013
-RUN pip install ".[kubernetes]" && python tools/slim_packages.py /opt/asd
+RUN pip install ./clients/python ".[kubernetes]" && python tools/slim_packages.py /opt/asd
 
 FROM build AS build-stage-onnx
 # The source tree itself, which has no version to pin.
 # hadolint ignore=DL3013
-RUN pip install ".[stage]" && python tools/slim_packages.py /opt/asd
+RUN pip install ./clients/python ".[stage]" && python tools/slim_packages.py /opt/asd
 
 FROM build AS build-tools
 # The source tree itself, which has no version to pin.
 # hadolint ignore=DL3013
-RUN pip install ".[hub]" && python tools/slim_packages.py /opt/asd
+RUN pip install ./clients/python ".[hub]" && python tools/slim_packages.py /opt/asd
 
 FROM build AS build-train
 # The source tree itself, which has no version to pin.
 # hadolint ignore=DL3013
-RUN pip install ".[policy-train]" && python tools/slim_packages.py /opt/asd
+RUN pip install ./clients/python ".[policy-train]" && python tools/slim_packages.py /opt/asd
 
 # hadolint ignore=DL3006
 FROM ${PYTHON_IMAGE} AS base
@@ -106,7 +107,7 @@ FROM ${VLLM_IMAGE} AS stage-vllm
 # Into the image's own Python, and only what is missing: its packages stay as its makers tested them.
 # hadolint ignore=DL3013
 RUN --mount=type=bind,target=/src,rw \
-    python3 -m pip install --no-cache-dir --break-system-packages "/src[vllm]"
+    python3 -m pip install --no-cache-dir --break-system-packages /src/clients/python "/src[vllm]"
 USER 10001:10001
 # The root is read-only and the user has no name: everything that is compiled or cached goes to /tmp, which is
 # a volume.
@@ -124,7 +125,7 @@ ENTRYPOINT ["python3", "-m", "services.stage"]
 FROM ${TENSORRT_LLM_IMAGE} AS stage-tensorrt-llm
 # hadolint ignore=DL3013
 RUN --mount=type=bind,target=/src,rw \
-    python3 -m pip install --no-cache-dir --break-system-packages "/src[tensorrt-llm]"
+    python3 -m pip install --no-cache-dir --break-system-packages /src/clients/python "/src[tensorrt-llm]"
 USER 10001:10001
 ENV HOME=/tmp USER=asd LOGNAME=asd PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     ASD_CACHE_DIR=/tmp/cache TRITON_CACHE_DIR=/tmp/triton TORCHINDUCTOR_CACHE_DIR=/tmp/inductor \

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN_EXTRAS := stage,policy
 DEV_EXTRAS := stage,policy,policy-train,bench,dev
-INSTALLED_BY := pyproject.toml hatch_build.py $(wildcard protos/asd/v1/*.proto)
+INSTALLED_BY := pyproject.toml $(addprefix clients/python/,pyproject.toml hatch_build.py) $(wildcard protos/asd/v1/*.proto)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo up test fuzz drains e2e lint chart-checks format bench bench-escalation bench-policy experiments models policy clean
@@ -81,7 +81,7 @@ bench-policy: $(addprefix build/outcomes/,$(addsuffix .parquet,train calibration
 	$(BIN)/python -m benchmarks.policy --outcomes build/outcomes
 
 clean: ## Remove what was built and installed
-	rm -rf $(VENV) build dist asd .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) build dist clients/python/asd/v1 .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -89,10 +89,14 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || \
 	  { rm -rf $(VENV); echo "Python cannot make environments: install python3-venv" >&2; exit 1; }
 
+# Until 0.1.0 stubs were compiled into asd/ at the top, which would hide the client, and the project's name was asd.
+PIP_INSTALL = rm -rf asd && $(BIN)/python -m pip --quiet --disable-pip-version-check uninstall --yes asd 2>/dev/null && \
+  $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable clients/python --editable
+
 $(VENV)/.run: $(BIN)/python $(INSTALLED_BY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(RUN_EXTRAS)]"
+	$(PIP_INSTALL) ".[$(RUN_EXTRAS)]"
 	@touch $@
 
 $(VENV)/.dev: $(BIN)/python $(INSTALLED_BY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(DEV_EXTRAS)]"
+	$(PIP_INSTALL) ".[$(DEV_EXTRAS)]"
 	@touch $@ $(VENV)/.run

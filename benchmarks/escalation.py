@@ -22,14 +22,14 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress, track
 
+from asd.client import AsyncClient
 from asd.v1 import common_pb2, stage_pb2, stage_pb2_grpc
+from asd.values import Acceptance, Committed, Message, Objective, Request
 from benchmarks.escalation_plots import draw_plots
 from benchmarks.processes import ROOT, process, service
 from benchmarks.random_stage import random_text
 from benchmarks.record import update_result, write_result
 from policy_service.train.scores import area_under_roc
-from services.client.client import CascadeClient
-from services.client.values import Acceptance, Committed, Message, Objective, Request
 from services.common.channel import open_channel
 from services.common.server import run_service
 from services.common.stats import percentile
@@ -38,7 +38,7 @@ from suites import Task, grade, split
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 
-    from services.client.values import Answer, StageRecord
+    from asd.values import Answer, StageRecord
 
 Way = TypeVar("Way")
 NAMES = ("small", "medium", "large")
@@ -148,20 +148,20 @@ class Clients:
     def __init__(self, routers: Routers, stack: AsyncExitStack) -> None:
         self._routers = routers
         self._stack = stack
-        self._clients: dict[str, CascadeClient] = {}
+        self._clients: dict[str, AsyncClient] = {}
 
     async def ask(self, router: str, request: Request) -> tuple[Answer, float]:
         """Return the answer and the caller's latency."""
         client = await self.client(router)
         started = time.perf_counter()
-        answer = await client.answer(request)
+        answer = await client.ask(request)
         return answer, (time.perf_counter() - started) * 1000.0
 
-    async def client(self, router: str) -> CascadeClient:
+    async def client(self, router: str) -> AsyncClient:
         """Return the client of a router."""
         if router not in self._clients:
             target = self._routers.routers[router]
-            self._clients[router] = await self._stack.enter_async_context(CascadeClient(target))
+            self._clients[router] = await self._stack.enter_async_context(AsyncClient(target))
         return self._clients[router]
 
 

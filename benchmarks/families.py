@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import track
 
+from asd.client import AsyncClient
+from asd.values import Message, Request, Sampling
 from benchmarks.processes import service
 from benchmarks.record import write_result
-from services.client.client import CascadeClient
-from services.client.values import Message, Request, Sampling
 from services.common.errors import AsdError, InvalidRequest
 from services.common.server import run_service
 from tests.fakes.tiny_models import write_model
@@ -129,12 +129,12 @@ async def measure(prompts: int, at_a_time: int) -> dict[str, object]:
                 "speculation": {"pipelined": pipelined, "adaptive": False},
             }
             router = await stack.enter_async_context(service("services.router", settings))
-            clients.append(await stack.enter_async_context(CascadeClient(router, timeout_ms=CALL_MS)))
+            clients.append(await stack.enter_async_context(AsyncClient(router, timeout_ms=CALL_MS)))
 
-        async def ask(client: CascadeClient, request: Request, way: str, **fixed: Any) -> Told:
+        async def ask(client: AsyncClient, request: Request, way: str, **fixed: Any) -> Told:
             nonlocal accepted, proposed
             try:
-                answer = await client.answer(Request(request.input, request.sampling, **fixed))
+                answer = await client.ask(Request(request.input, request.sampling, **fixed))
             except InvalidRequest as refusal:
                 # A stage that cannot take the conversation refuses it with or without a draft.
                 return "refused", refusal.field

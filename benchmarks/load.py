@@ -24,10 +24,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from asd.client import AsyncClient
+from asd.values import Objective, Request
 from benchmarks.processes import embedded_cascade
 from benchmarks.record import write_result
-from services.client.client import CascadeClient
-from services.client.values import Objective, Request
 from services.common.errors import AsdError, BudgetSpent, ResourceExhausted
 from services.common.server import run_service
 from services.common.stats import percentile
@@ -36,7 +36,7 @@ from suites import grade, split
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from services.client.values import Answer
+    from asd.values import Answer
     from suites import Task
 
 BALANCED: dict[str, Any] = {"objective": Objective(preference="balanced")}
@@ -201,7 +201,7 @@ async def measure(names: Sequence[str], prompts: int, kept: Kept | None) -> dict
     """Return a row for each cell. kept: gets each row as it is there; None: nothing is kept."""
     tasks = list(split("evaluation", prompts))
     rows = {}
-    async with embedded_cascade() as address, CascadeClient(address, timeout_ms=CALL_MS) as client:
+    async with embedded_cascade() as address, AsyncClient(address, timeout_ms=CALL_MS) as client:
         # A router that has seen nothing yet is not what is measured.
         await _ask(client, tasks[:AFTER], BALANCED, 1, "start")
         for name in names:
@@ -223,7 +223,7 @@ async def measure(names: Sequence[str], prompts: int, kept: Kept | None) -> dict
 
 
 async def _ask(
-    client: CascadeClient, tasks: Sequence[Task], way: dict[str, Any], at_a_time: int, name: str
+    client: AsyncClient, tasks: Sequence[Task], way: dict[str, Any], at_a_time: int, name: str
 ) -> dict[str, Any]:
     """Ask all tasks, so many at a time, each when an earlier one has ended."""
     waiting, tally = iter(tasks), Tally()
@@ -242,7 +242,7 @@ async def _burst(address: str, tasks: Sequence[Task], name: str) -> dict[str, An
     """Ask many tasks in the same instant, BALANCED and BEST by turns, each with a short deadline."""
     tally, seconds = Tally(), 0.0
     ways = [WAYS["balanced"], WAYS["best"]]
-    async with CascadeClient(address, timeout_ms=BURST_MS) as client:
+    async with AsyncClient(address, timeout_ms=BURST_MS) as client:
         for start in range(0, len(tasks), BURST):
             batch = tasks[start : start + BURST]
             started = time.perf_counter()
@@ -253,11 +253,11 @@ async def _burst(address: str, tasks: Sequence[Task], name: str) -> dict[str, An
     return {**tally.row(seconds), "at_once": BURST, "deadline_ms": BURST_MS}
 
 
-async def _ask_one(client: CascadeClient, task: Task, way: dict[str, Any], tally: Tally) -> None:
+async def _ask_one(client: AsyncClient, task: Task, way: dict[str, Any], tally: Tally) -> None:
     started = time.perf_counter()
     outcome: Answer | AsdError
     try:
-        outcome = await client.answer(Request(task.prompt, **way))
+        outcome = await client.ask(Request(task.prompt, **way))
     except AsdError as error:
         outcome = error
     tally.take(task, outcome, (time.perf_counter() - started) * 1e3)

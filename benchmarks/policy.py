@@ -24,6 +24,9 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import track
 
+from asd.client import AsyncClient
+from asd.values import Objective as ClientObjective
+from asd.values import Request
 from benchmarks.processes import ROOT
 from benchmarks.record import update_result, write_result
 from policy_service.artifact import load_artifact
@@ -43,9 +46,6 @@ from policy_service.train.fit import InputFile, fit_policy
 from policy_service.train.outcomes import read_rows
 from policy_service.train.replay import Run, always, least_spent, replay
 from policy_service.train.scores import area_under_roc, r_squared
-from services.client.client import CascadeClient
-from services.client.values import Objective as ClientObjective
-from services.client.values import Request
 from services.common.server import run_service
 from services.common.stats import percentile
 from suites import grade, split
@@ -397,7 +397,7 @@ async def measure_live(prompts: int) -> dict[str, object]:
             unsettled += not is_still
             return times
 
-        async with CascadeClient("127.0.0.1:21060") as client:
+        async with AsyncClient("127.0.0.1:21060") as client:
             before = await rest()
             tasks = list(split("evaluation", prompts))
             for number, task in enumerate(track(tasks, "live", console=_console)):
@@ -406,7 +406,7 @@ async def measure_live(prompts: int) -> dict[str, object]:
                 for name in names[number % len(names) :] + names[: number % len(names)]:
                     request = Request(task.prompt, **ways[name])  # type: ignore[arg-type]
                     started = time.perf_counter()
-                    answer = await client.answer(request)
+                    answer = await client.ask(request)
                     ms = (time.perf_counter() - started) * 1000.0
                     after = await rest()
                     right, early = grade(task, answer.text), answer.stage != "large"

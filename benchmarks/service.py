@@ -22,13 +22,13 @@ import numpy as np
 import psutil
 import yaml
 
+from asd.client import AsyncClient
 from asd.v1 import cascade_pb2, cascade_pb2_grpc, common_pb2, policy_pb2, policy_pb2_grpc
+from asd.values import Objective
 from benchmarks.processes import READY_TIMEOUT, ROOT, embedded_cascade, process
 from benchmarks.record import write_result
 from services.client.cascade_file import read_cascade
-from services.client.client import CascadeClient
 from services.client.demo import ask_both_ways, choose_tasks, summarise
-from services.client.values import Objective
 from services.common.channel import open_channel
 from services.common.privacy import report_nothing
 from services.common.server import run_service
@@ -310,7 +310,7 @@ async def measure_cold_start(runs: int) -> dict[str, object]:
         assert child.stdout is not None
         await asyncio.wait_for(child.stdout.readuntil(b"\n"), READY_TIMEOUT)
         seconds.append(time.perf_counter() - started)
-        async with CascadeClient("127.0.0.1:21050") as client:
+        async with AsyncClient("127.0.0.1:21050") as client:
             rows = [row async for row in ask_both_ways(client, choose_tasks(60), Objective())]
         assert len(rows) == 60
         services = psutil.Process(child.pid).children(recursive=True)
@@ -327,7 +327,7 @@ async def measure_cold_start(runs: int) -> dict[str, object]:
 
 async def measure_cascade(prompts: int) -> dict[str, object]:
     """Measure the cascade beside always asking the largest stage, taking turns."""
-    async with embedded_cascade() as address, CascadeClient(address) as client:
+    async with embedded_cascade() as address, AsyncClient(address) as client:
         rows = [row async for row in ask_both_ways(client, choose_tasks(prompts), Objective())]
     summary = asdict(summarise(rows))
     ratio = summary["accuracy"] / summary["accuracy_largest"]

@@ -32,6 +32,8 @@ from typing import TYPE_CHECKING, Any
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as collector
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as collector_grpc
 
+from asd.client import AsyncClient
+from asd.values import Objective, Request, Sampling
 from benchmarks import arguments as kinds
 from benchmarks.gpu import device
 from benchmarks.gpu.measure import TINY, Plan, Prompts
@@ -40,15 +42,13 @@ from benchmarks.gpu.service import load_model
 from benchmarks.gpu.shapes import SHAPES, make_model
 from benchmarks.processes import ROOT, service
 from benchmarks.record import RESULTS, record
-from services.client.client import CascadeClient
-from services.client.values import Objective, Request, Sampling
 from services.common.server import ServiceRegistration, start_server
 from services.common.stats import percentile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
-    from services.client.values import Answer
+    from asd.values import Answer
 
 # The policy artifact's, smallest first.
 NAMES = ("small", "medium", "large")
@@ -154,7 +154,7 @@ class Questions:
 class Running:
     """The services, up."""
 
-    def __init__(self, clients: dict[str, CascadeClient], questions: Questions, spans: Spans) -> None:
+    def __init__(self, clients: dict[str, AsyncClient], questions: Questions, spans: Spans) -> None:
         self.clients = clients
         self.questions = questions
         self.spans = spans
@@ -163,7 +163,7 @@ class Running:
         """Return the caller's milliseconds and the answer."""
         request = Request(self.questions(acceptance), sampling=Sampling(max_new_tokens=ANSWER), **way)
         started = time.perf_counter()
-        answer = await self.clients[router].answer(request)
+        answer = await self.clients[router].ask(request)
         if len(answer.token_ids) != ANSWER:
             raise RuntimeError(f"an answer of {len(answer.token_ids)} tokens came, not of {ANSWER}")
         return (time.perf_counter() - started) * 1e3, answer
@@ -354,7 +354,7 @@ async def _start(
             **({"policy": {"target": policy, "timeout_ms": 1000}} if policy else {}),
         }
         address = await start("services.router", settings, {})
-        clients[way] = await stack.enter_async_context(CascadeClient(address, timeout_ms=CALL_MS))
+        clients[way] = await stack.enter_async_context(AsyncClient(address, timeout_ms=CALL_MS))
     return Running(clients, questions, spans)
 
 

@@ -20,20 +20,20 @@ import sys
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
+from asd.client import AsyncClient
+from asd.values import Objective, Request
 from benchmarks import arguments as kinds
 from benchmarks.gpu import device
 from benchmarks.gpu.service import load_model
 from benchmarks.processes import ROOT, service
 from benchmarks.record import RESULTS, record
-from services.client.client import CascadeClient
-from services.client.values import Objective, Request
 from suites import grade, split
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from services.client.values import Answer
+    from asd.values import Answer
     from suites import Task
 
 COSTS = {"small": 1.6, "medium": 4.2, "large": 8.8}
@@ -113,16 +113,16 @@ async def _ask(tasks: Sequence[Task], engine: str, dtype: str, at_a_time: int) -
         }
 
         async def ask(
-            client: CascadeClient, task: Task, way: dict[str, Any], places: asyncio.Semaphore
+            client: AsyncClient, task: Task, way: dict[str, Any], places: asyncio.Semaphore
         ) -> Answer:
             async with places:
-                return await client.answer(Request(task.prompt, **way))
+                return await client.ask(Request(task.prompt, **way))
 
         answers = {}
         for name, way in WAYS.items():
             # A router for each: what one has seen of the stages' queues is not another's.
             router = await start("services.router", settings)
-            client = await stack.enter_async_context(CascadeClient(router, timeout_ms=CALL_MS))
+            client = await stack.enter_async_context(AsyncClient(router, timeout_ms=CALL_MS))
             # The policy weighs the stages' queues, which are not what is measured here.
             places = asyncio.Semaphore(1 if "objective" in way else at_a_time)
             answers[name] = await asyncio.gather(*(ask(client, task, way, places) for task in tasks))

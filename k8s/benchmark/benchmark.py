@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from services.client.client import CascadeClient
-    from services.client.values import Description
+    from asd.client import AsyncClient
+    from asd.values import Description
     from suites import Task
 
     Result = dict[str, Any]
@@ -74,9 +74,9 @@ class Refused(Exception):  # noqa: N818 - an error is named by its cause
 # Asking.
 
 
-async def measure(client: CascadeClient, options: argparse.Namespace) -> Result:
+async def measure(client: AsyncClient, options: argparse.Namespace) -> Result:
     """Return the result of a run. Raises AsdError where the cascade does not answer at all, Refused."""
-    from services.client.values import Objective
+    from asd.values import Objective
     from suites import split
 
     described = await _describe(client)
@@ -119,7 +119,7 @@ async def measure(client: CascadeClient, options: argparse.Namespace) -> Result:
     }
 
 
-async def _describe(client: CascadeClient) -> Description:
+async def _describe(client: AsyncClient) -> Description:
     from services.common.errors import Unavailable
 
     deadline = time.monotonic() + READY_SECONDS
@@ -137,7 +137,7 @@ class _Asking:
     """Asks tasks both ways, several at once."""
 
     def __init__(
-        self, client: CascadeClient, objective: Any, baseline: str, stage_count: int, concurrency: int
+        self, client: AsyncClient, objective: Any, baseline: str, stage_count: int, concurrency: int
     ) -> None:
         self.pairs: list[Pair] = []
         self.failures: Counter[str] = Counter()
@@ -174,7 +174,7 @@ class _Asking:
         await asyncio.gather(*(work() for _ in range(self._concurrency)))
 
     async def _ask(self, task: Task, way: str) -> Outcome | None:
-        from services.client.values import Request
+        from asd.values import Request
         from services.common.errors import AsdError
         from services.common.status import status_of
         from suites import grade
@@ -183,7 +183,7 @@ class _Asking:
         objective = {"objective": self._objective} if way == CASCADE else {}
         started = time.perf_counter()
         try:
-            answer = await self._client.answer(Request(task.prompt, stage=stage, **objective))
+            answer = await self._client.ask(Request(task.prompt, stage=stage, **objective))
         except AsdError as error:
             self.failures[f"{way}: {status_of(error).name}"] += 1
             return None

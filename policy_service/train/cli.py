@@ -272,8 +272,8 @@ def collect(
     _check_extra()
     import asyncio
 
+    from asd.client import encryption_advice
     from policy_service.train.collect import CollectOptions, collect_outcomes, parse_targets
-    from services.client.client import encryption_advice
     from services.common.errors import Unavailable
 
     targets = parse_targets(stage)
@@ -289,7 +289,7 @@ def collect(
         advice = encryption_advice(error.message, is_encrypted=tls is not None)
         if not advice:
             raise
-        raise Unavailable(f"{error.message.partition(':')[0]} {advice}") from error
+        raise Unavailable(f"{error.message.partition(':')[0]} {in_tls_options(advice)}") from error
 
 
 def _check_extra() -> None:

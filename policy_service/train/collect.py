@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from services.common.tls import ClientTls
+    from asd.transport.tls import TlsFiles
 
 _FINISH_NAMES = {
     common_pb2.FINISH_REASON_EOS: "eos",
@@ -68,7 +68,7 @@ class CollectOptions:
     seed: int
     concurrency: int
     timeout_ms: float
-    tls: ClientTls | None = None
+    tls: TlsFiles | None = None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The typed client of a cascade (`services.client.client`), and `asd` (`services.client.commands`).
+"""The `asd` command (`services.client.commands`), and what runs a cascade on one machine.
 
 Nothing is imported here, so that `asd --help` stays fast.
 """

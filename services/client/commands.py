@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from asd.client import AsyncClient
+    from asd.values import Answer, Request
     from services.client.cascade_file import CascadeFile
-    from services.client.client import CascadeClient
     from services.client.demo import Row
-    from services.client.values import Answer, Request
 
 FAILED, MISUSED = 1, 2
 _DEFAULT_TARGET = "127.0.0.1:50050"
@@ -324,7 +324,7 @@ def ask(
         )
 
     def work() -> Coroutine[Any, Any, None]:
-        from services.client.values import Acceptance, Message, Objective, Request, Sampling
+        from asd.values import Acceptance, Message, Objective, Request, Sampling
 
         text = _read_prompt(prompt)
         request = Request(
@@ -410,15 +410,12 @@ def report(
         raise typer.BadParameter(f"{error}: name the policy service with --policy") from error
 
     async def send(reported: Answer, *, correct: bool) -> None:
-        from services.client import client, console
+        from services.client import console
 
-        receipt = await client.report(
-            reported,
-            correct=correct,
-            policy_target=policy_target,
-            timeout_ms=timeout_ms,
-            tls=connection.client_tls(),
-        )
+        async with connection.client(target, timeout_ms) as cascade:
+            receipt = await cascade.report(
+                reported, correct=correct, policy_target=policy_target, timeout_ms=timeout_ms
+            )
         if as_json:
             _write_json({"request_id": reported.request_id} | asdict(receipt))
         else:
@@ -604,11 +601,11 @@ def pull_model(
 # What the commands do.
 
 
-async def _write_answer(client: CascadeClient, request: Request) -> None:
+async def _write_answer(client: AsyncClient, request: Request) -> None:
     from services.client.console import gave_up_quality, is_late
 
     async with client as cascade:
-        answer = await cascade.answer(request)
+        answer = await cascade.ask(request)
     objective = request.objective
     missed = {
         "missed_max_latency": is_late(answer, objective.max_latency_ms),
@@ -617,7 +614,7 @@ async def _write_answer(client: CascadeClient, request: Request) -> None:
     _write_json(asdict(answer) | missed)
 
 
-async def _show_answer(client: CascadeClient, request: Request) -> None:
+async def _show_answer(client: AsyncClient, request: Request) -> None:
     from services.client import console
 
     output = console.output()
@@ -629,12 +626,12 @@ async def _show_answer(client: CascadeClient, request: Request) -> None:
     console.notes().print(line, soft_wrap=True)
 
 
-async def _stream_live(cascade: CascadeClient, request: Request, output: Console) -> Answer:
+async def _stream_live(cascade: AsyncClient, request: Request, output: Console) -> Answer:
     """Show drafts and what becomes of them; leave the answer on the terminal."""
     from rich.live import Live
 
+    from asd.values import Answer, StageStarted, StreamedText
     from services.client import console
-    from services.client.values import Answer, StageStarted, StreamedText
 
     text, started = StreamedText(), None
     answer: Answer | None = None
@@ -652,9 +649,9 @@ async def _stream_live(cascade: CascadeClient, request: Request, output: Console
     return answer
 
 
-async def _stream_plain(cascade: CascadeClient, request: Request, output: Console) -> Answer:
+async def _stream_plain(cascade: AsyncClient, request: Request, output: Console) -> Answer:
     """Write final text as it comes: as it is into files and pipes, with its controls shown to people."""
-    from services.client.values import Answer, Committed
+    from asd.values import Answer, Committed
 
     # A console can be told that a terminal is none (TTY_COMPATIBLE=0).
     shown = visible if output.file.isatty() else str
@@ -737,16 +734,16 @@ async def _demo(
     timeout_ms: float,
     connection: Connection,
 ) -> None:
+    from asd.values import Objective
     from services.client import console
     from services.client.demo import ask_both_ways, choose_tasks, summarise
     from services.client.launcher import free_ports
     from services.client.running import running
-    from services.client.values import Objective
 
     objective = Objective(preference=preference.value if preference else None)
     notes = console.notes()
 
-    async def collect(asked: CascadeClient) -> list[Row]:
+    async def collect(asked: AsyncClient) -> list[Row]:
         rows = []
         async with asked as client:
             with console.progress(notes) as bar:
@@ -901,10 +898,12 @@ def _json_error(code: str, message: str, field: str) -> dict[str, Any]:
 
 def _explain(error: Exception) -> str:
     from services.common.disks import explain
+    from services.common.errors import Away
 
     if isinstance(error, OSError):
         return explain(error)
-    return in_tls_options(str(error))
+    advice = ": start one with `asd up`, or name another with --target" if isinstance(error, Away) else ""
+    return in_tls_options(str(error)) + advice
 
 
 def _is_typed(context: typer.Context, name: str) -> bool:
@@ -943,7 +942,7 @@ def read_answer(file: Path) -> Answer:
     """Return what `asd ask --json` wrote; -: to standard input. Raises InvalidRequest for anything else."""
     from pydantic import TypeAdapter, ValidationError
 
-    from services.client.values import Answer
+    from asd.values import Answer
     from services.common.documents import read_content
     from services.common.errors import InvalidRequest
 

@@ -13,8 +13,8 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from services.client.client import CascadeClient
-    from services.common.tls import ClientTls
+    from asd.client import AsyncClient
+    from asd.transport.tls import Tls
 
 _PANEL = "Connection"
 
@@ -77,13 +77,19 @@ _TOKEN_OPTIONS = {
 }
 
 
-# As TLS calls its files, and as they were typed.
-_TLS_FILES = {"tls.ca_file": "--tls-ca", "tls.cert_file": "--tls-cert", "tls.key_file": "--tls-key"}
+# As the client calls its arguments, and as they were typed.
+_TLS_ARGUMENTS = {
+    "tls.ca_file": "--tls-ca",
+    "tls.cert_file": "--tls-cert",
+    "tls.key_file": "--tls-key",
+    "tls.server_name": "--tls-server-name",
+    "leave tls out": "leave the --tls options out",
+}
 
 
 def in_tls_options(message: str) -> str:
-    """Return a message about files for TLS in terms of the options that were typed."""
-    for name, option in _TLS_FILES.items():
+    """Return a message about TLS in terms of the options that were typed."""
+    for name, option in _TLS_ARGUMENTS.items():
         message = message.replace(name, option)
     return message
 
@@ -100,22 +106,29 @@ class Connection:
     token: str = ""
     token_file: Path | None = None
 
-    def client(self, target: str, timeout_ms: float) -> CascadeClient:
+    def client(self, target: str, timeout_ms: float) -> AsyncClient:
         """Return a client of a router. Raises SettingsError for options that do not go together."""
-        from services.client.client import CascadeClient
+        from asd.client import AsyncClient
+        from services.common import telemetry
 
-        return CascadeClient(target, timeout_ms=timeout_ms, tls=self.client_tls(), token=self.read_token())
+        return AsyncClient(
+            target,
+            timeout_ms=timeout_ms,
+            tls=self.client_tls(),
+            token=self.read_token(),
+            interceptors=telemetry.client_interceptors() or (),
+        )
 
-    def client_tls(self) -> ClientTls | None:
+    def client_tls(self) -> Tls | None:
         """Return how to encrypt; None: not at all. Raises SettingsError for half a pair of files."""
+        from asd.transport.tls import Tls
         from services.common.settings import SettingsError
-        from services.common.tls import ClientTls
 
         if (self.tls_cert is None) != (self.tls_key is None):
             raise SettingsError("--tls-cert and --tls-key belong together: give both or neither")
         if not (self.tls or self.tls_ca or self.tls_cert or self.tls_server_name):
             return None
-        return ClientTls(
+        return Tls(
             ca_file=self.tls_ca,
             cert_file=self.tls_cert,
             key_file=self.tls_key,
@@ -124,7 +137,7 @@ class Connection:
 
     def read_token(self) -> str:
         """Return the token, or "". Raises SettingsError for what cannot be one, or be read."""
-        from services.common.auth import bearer
+        from asd.transport.token import bearer
         from services.common.settings import SettingsError
 
         if self.token and self.token_file is not None:

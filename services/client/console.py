@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console, RenderableType
 
-    from services.client.demo import Row, Summary
-    from services.client.launcher import Child
-    from services.client.values import (
+    from asd.values import (
         Answer,
         Description,
         ReportReceipt,
@@ -27,6 +25,8 @@ if TYPE_CHECKING:
         StageStarted,
         StreamedText,
     )
+    from services.client.demo import Row, Summary
+    from services.client.launcher import Child
 
 _DOING = {"generate": "writes", "verify": "verifies", "prefill": "reads ahead"}
 _ANSWER_COLUMNS = 14

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import suites
-from services.client.values import Objective, Request
+from asd.values import Objective, Request
 from services.common.stats import percentile
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
 
-    from services.client.client import CascadeClient
-    from services.client.values import Answer
+    from asd.client import AsyncClient
+    from asd.values import Answer
 
 EXAMPLE_PROMPTS = (
     "Max has 9 beads. Max finds 10 more. How many beads does Max have now?",
@@ -93,19 +93,19 @@ def choose_tasks(count: int, seed: int = 0) -> list[suites.Task]:
 
 
 async def ask_both_ways(
-    cascade: CascadeClient, tasks: Sequence[suites.Task], objective: Objective
+    cascade: AsyncClient, tasks: Sequence[suites.Task], objective: Objective
 ) -> AsyncGenerator[Row, None]:
     """Yield each task's outcomes, one request at a time.
 
     The two ways take turns at going first, since the second finds the prompt in the stages' prefix caches.
-    Every stage answers and verifies once before the first task, unmeasured. Raises as CascadeClient.
+    Every stage answers and verifies once before the first task, unmeasured. Raises as AsyncClient.
     """
     stages = [stage.stage for stage in (await cascade.describe()).stages]
     largest = stages[-1]
     for stage in (*stages, ""):
-        await cascade.answer(Request(EXAMPLE_PROMPT, objective=objective, stage=stage))
+        await cascade.ask(Request(EXAMPLE_PROMPT, objective=objective, stage=stage))
     if len(stages) > 1:
-        await cascade.answer(Request(EXAMPLE_PROMPT, chain=tuple(stages)))
+        await cascade.ask(Request(EXAMPLE_PROMPT, chain=tuple(stages)))
     for task, cascade_first in zip(tasks, itertools.cycle((True, False)), strict=False):
         outcomes = {}
         for stage in ("", largest) if cascade_first else (largest, ""):
@@ -113,9 +113,9 @@ async def ask_both_ways(
         yield Row(task.suite, task.level, task.prompt, task.answer, outcomes[""], outcomes[largest])
 
 
-async def _ask(cascade: CascadeClient, task: suites.Task, objective: Objective, stage: str) -> Outcome:
+async def _ask(cascade: AsyncClient, task: suites.Task, objective: Objective, stage: str) -> Outcome:
     started = time.perf_counter()
-    answer: Answer = await cascade.answer(Request(task.prompt, objective=objective, stage=stage))
+    answer: Answer = await cascade.ask(Request(task.prompt, objective=objective, stage=stage))
     latency_ms = (time.perf_counter() - started) * 1000.0
     return Outcome(
         answer.text,

@@ -13,8 +13,8 @@ from typing import IO, TYPE_CHECKING, Self
 
 import yaml
 
+from asd.client import AsyncClient
 from services.client.cascade_file import HOST, POLICY, ROUTER, Ports
-from services.client.client import CascadeClient
 from services.common.disks import cannot_write, replace_file
 from services.common.errors import AsdError, BudgetSpent, Unavailable
 
@@ -305,14 +305,14 @@ class Reach:
         with contextlib.suppress(AsdError, TimeoutError):
             async with (
                 asyncio.timeout(_REACH_SECONDS),
-                CascadeClient(self._router, timeout_ms=_DESCRIBE_SECONDS * 1e3) as cascade,
+                AsyncClient(self._router, timeout_ms=_DESCRIBE_SECONDS * 1e3) as cascade,
             ):
                 # The router has no event for it.
                 while not await self._is_reached(cascade, name):  # noqa: ASYNC110
                     await asyncio.sleep(_REACH_PAUSE_S)
 
     @staticmethod
-    async def _is_reached(cascade: CascadeClient, name: str) -> bool:
+    async def _is_reached(cascade: AsyncClient, name: str) -> bool:
         try:
             description = await cascade.describe()
         except (Unavailable, BudgetSpent):

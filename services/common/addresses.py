@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
+from asd.transport.addresses import host_of, is_loopback
+
+__all__ = ["check_target", "host_of", "is_loopback", "neighbour", "resolve_addresses"]
 
 # A name or an address, that of IPv6 in brackets; or one to be asked of a name server ("dns://8.8.8.8/host:port").
 _ADDRESS = re.compile(r"(dns://[^\s/]+/)?([^\s:/\[\]]+|\[[0-9a-fA-F:.%]+\]):[0-9]{1,5}")
@@ -39,22 +39,3 @@ def neighbour(target: str) -> str:
     if not _ADDRESS.fullmatch(target.removeprefix("dns:///")) or int(port) >= 65535:
         raise ValueError(f"nothing is one port above {target}")
     return f"{address}:{int(port) + 1}"
-
-
-def host_of(target: str) -> str:
-    """Return the host of a target such as "dns:///host:port" or "host:port"; "" where there is no one
-    host."""
-    address = target.removeprefix("dns:///")
-    if "," in address or "://" in address or address.startswith(("unix:", "ipv4:", "ipv6:")):
-        return ""
-    return address.rpartition(":")[0].strip("[]")
-
-
-def is_loopback(target: str) -> bool:
-    """Return whether a target is on this machine."""
-    scheme, _, rest = target.partition(":")
-    if scheme in {"unix", "unix-abstract"}:
-        return True
-    addresses: Iterable[str] = (rest if scheme in {"ipv4", "ipv6"} else target).split(",")
-    hosts = [host_of(address.strip()) for address in addresses]
-    return all(host in {"localhost", "::1"} or host.startswith("127.") for host in hosts)

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from asd.transport.files import UnusableFile, WatchedFiles
+from asd.transport.token import METADATA_KEY, TOKEN
 from services.common.errors import Unauthenticated
 from services.common.settings import Section
-from services.common.watched_files import UnusableFile, WatchedFiles
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-METADATA_KEY = "authorization"
 _SETTING = "auth.tokens_file"
 _SCHEME = "bearer "
-# What gRPC carries as metadata, without the space that would end a token and the colon that ends a name.
-_TOKEN = re.compile(r"[\x21-\x39\x3b-\x7e]+")
 # Probes and tools that ask which methods there are.
 _OPEN = ("/grpc.health.", "/grpc.reflection.")
 
@@ -81,15 +78,6 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         return "" if any(known) else WRONG
 
 
-def bearer(token: str) -> tuple[tuple[str, str], ...]:
-    """Return the metadata that shows a token; none for "". Raises ValueError for what cannot be one."""
-    if not token:
-        return ()
-    if not _TOKEN.fullmatch(token):
-        raise ValueError("a token is printable ASCII without spaces and colons")
-    return ((METADATA_KEY, f"Bearer {token}"),)
-
-
 def _digests(content: bytes, where: str) -> tuple[bytes, ...]:
     """Return the digests of the tokens of a file. Raises UnusableFile for a line that holds none."""
     digests = []
@@ -99,7 +87,7 @@ def _digests(content: bytes, where: str) -> tuple[bytes, ...]:
             continue
         name, colon, rest = text.partition(":")
         token = (rest if colon else name).strip()
-        if not _TOKEN.fullmatch(token):
+        if not TOKEN.fullmatch(token):
             # Never what the line holds.
             raise UnusableFile(
                 f"{where}: line {number} is no token: printable ASCII without spaces and colons, after name: "

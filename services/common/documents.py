@@ -7,24 +7,32 @@ place. Of YAML the settings' models refuse NaN, since they can name the entry.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
 import re
-import stat
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from services.common.errors import PreconditionFailed
-from services.common.visible import one_line
+from asd.transport.files import DamagedFile, open_file, read_content
+from asd.visible import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from io import BufferedReader
     from pathlib import Path
+
+__all__ = [
+    "MOST_LINE_BYTES",
+    "MOST_YAML_BYTES",
+    "DamagedFile",
+    "numbered_lines",
+    "open_file",
+    "parse_json",
+    "parse_yaml",
+    "quoted",
+    "read_content",
+]
 
 # Objects and lists within each other. Chosen: far more than any real file has, far fewer than would exhaust
 # the stack of what reads the content, or prints it.
@@ -40,22 +48,6 @@ _MOST_DIGITS = 300
 # Characters of a name in a message.
 _MOST_NAME = 80
 _MAYBE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-
-
-class DamagedFile(PreconditionFailed):
-    """A file cannot be used as it is; the message names it, and says where and why."""
-
-
-def read_content(path: Path, most_bytes: int, *, is_pipe_fine: bool = False) -> bytes:
-    """Return what a file holds. Raises OSError, DamagedFile where it is larger than it may be, or no file.
-
-    A pipe or a device may never end, or block for ever: is_pipe_fine is for paths that a person has typed.
-    """
-    with open_file(path, is_pipe_fine=is_pipe_fine) as file:
-        content = file.read(most_bytes + 1)
-    if len(content) > most_bytes:
-        raise DamagedFile(f"{path} has more than {_size(most_bytes)}, the most that is read: copy it again")
-    return content
 
 
 def numbered_lines(
@@ -74,20 +66,6 @@ def numbered_lines(
             while not rest.endswith(b"\n") and len(rest) == most_bytes:
                 rest = file.readline(most_bytes)
             yield number, line.decode("utf-8", "replace")
-
-
-def open_file(path: Path, *, is_pipe_fine: bool = False) -> BufferedReader:
-    """Return a file, open for reading. Raises OSError, DamagedFile for what is no file; as read_content."""
-    # Without O_NONBLOCK, opening a pipe would wait for its writer.
-    flags = os.O_RDONLY | os.O_CLOEXEC | (0 if is_pipe_fine else os.O_NONBLOCK)
-    descriptor = os.open(path, flags)
-    mode = os.fstat(descriptor).st_mode
-    if stat.S_ISREG(mode) or (is_pipe_fine and not stat.S_ISDIR(mode)):
-        return open(descriptor, "rb")  # noqa: PTH123 - of a descriptor, for the caller to close
-    os.close(descriptor)
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    raise DamagedFile(f"{path} is a pipe or a device, not a file: put a file there")
 
 
 def parse_json(content: bytes | str, where: str) -> Any:
@@ -277,7 +255,3 @@ def _check_surrogates(value: Any, where: str) -> None:
 
 def _too_deep(where: str) -> DamagedFile:
     return DamagedFile(f"{where} nests more than {MOST_LEVELS} levels deep: copy it again")
-
-
-def _size(count: int) -> str:
-    return f"{count >> 20} MiB" if count >= 1 << 20 else f"{count >> 10} KiB"

@@ -19,6 +19,7 @@ import uvloop
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from asd.transport.channel import MAX_MESSAGE_BYTES
 from services.common import telemetry
 from services.common.addresses import is_loopback
 from services.common.errors import AsdError, InvalidRequest, Unavailable
@@ -35,10 +36,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-# Twice what the router takes from a caller (services.router.servicer): what it sends on has a draft, and what
-# that shows, beside the caller's prompt.
-MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 
 # Host and port; a host with colons stands in brackets. gRPC knows further forms, which are left to it.
 _ADDRESS = re.compile(r"\[?(?P<host>[^\[\]/]*?)\]?:(?P<port>[^:/\]]*)")

@@ -6,15 +6,17 @@ handshake, a channel before the next call; connections that are up stay as they 
 
 from __future__ import annotations
 
-import ssl
 from pathlib import Path
 from typing import Self
 
 import grpc
 from pydantic import model_validator
 
+from asd.transport.files import WatchedFiles
+from asd.transport.tls import check_authority, check_pair, watched_channel_credentials
 from services.common.settings import Section
-from services.common.watched_files import UnusableFile, WatchedFiles
+
+__all__ = ["ClientTls", "ServerTls", "server_credentials", "watched_channel_credentials"]
 
 
 class ServerTls(Section):
@@ -49,12 +51,6 @@ class ClientTls(Section):
             raise ValueError("cert_file and key_file belong together: set both or neither")
         return self
 
-    @property
-    def files(self) -> dict[str, Path]:
-        """The files by their settings."""
-        named = {"tls.ca_file": self.ca_file, "tls.cert_file": self.cert_file, "tls.key_file": self.key_file}
-        return {name: file for name, file in named.items() if file is not None}
-
 
 def server_credentials(tls: ServerTls) -> grpc.ServerCredentials:
     """Return a server's credentials. Raises UnusableFile, naming file and setting, for files that
@@ -72,52 +68,9 @@ def server_credentials(tls: ServerTls) -> grpc.ServerCredentials:
     )
 
 
-def watched_channel_credentials(tls: ClientTls) -> WatchedFiles[grpc.ChannelCredentials]:
-    """Return a client's credentials. Raises UnusableFile, naming file and setting, for files that
-    cannot be used."""
-
-    def build(contents: dict[str, bytes]) -> grpc.ChannelCredentials:
-        _check_authority("tls.ca_file", tls.ca_file, contents)
-        if tls.cert_file is not None and tls.key_file is not None:
-            _check_pair(tls.cert_file, tls.key_file)
-        return grpc.ssl_channel_credentials(
-            contents.get("tls.ca_file"), contents.get("tls.key_file"), contents.get("tls.cert_file")
-        )
-
-    return WatchedFiles(tls.files, build)
-
-
 def _server_configuration(tls: ServerTls, contents: dict[str, bytes]) -> grpc.ServerCertificateConfiguration:
-    _check_pair(tls.cert_file, tls.key_file)
-    _check_authority("tls.client_ca_file", tls.client_ca_file, contents)
+    check_pair(tls.cert_file, tls.key_file)
+    check_authority("tls.client_ca_file", tls.client_ca_file, contents)
     return grpc.ssl_server_certificate_configuration(
         [(contents["tls.key_file"], contents["tls.cert_file"])], contents.get("tls.client_ca_file")
     )
-
-
-def _check_pair(cert_file: Path, key_file: Path) -> None:
-    """gRPC says nothing of files that it cannot use but on the first connection, in the log."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        # Without a password it would ask the terminal for one.
-        context.load_cert_chain(cert_file, key_file, password=lambda: "")
-    except OSError as error:
-        if not isinstance(error, ssl.SSLError):
-            # Replaced meanwhile.
-            raise UnusableFile(f"{cert_file}, {key_file}: {error.strerror or error}") from error
-        reason = (
-            "the key is not the certificate's"
-            if "MISMATCH" in str(error.reason)
-            else "not a certificate and its key, in PEM and without a password"
-        )
-        raise UnusableFile(f"tls.cert_file {cert_file} and tls.key_file {key_file}: {reason}") from error
-
-
-def _check_authority(setting: str, file: Path | None, contents: dict[str, bytes]) -> None:
-    if file is None:
-        return
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    try:
-        context.load_verify_locations(cadata=contents[setting].decode("ascii"))
-    except (ssl.SSLError, ValueError) as error:
-        raise UnusableFile(f"{setting} {file}: holds no certificate in PEM") from error

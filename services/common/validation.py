@@ -10,6 +10,7 @@ import math
 import re
 from typing import TYPE_CHECKING, Any, Protocol
 
+from asd import convert
 from asd.v1 import common_pb2
 from services.common.errors import InvalidRequest
 from services.common.wire import MAX_ENTRIES
@@ -18,9 +19,7 @@ if TYPE_CHECKING:
     from google.protobuf.internal.enum_type_wrapper import _EnumTypeWrapper as EnumTypeWrapper
 
 MAX_SESSION_ID_BYTES = 256
-# Of a request to the router. gRPC's default, which callers know. Messages between services may be twice as
-# large.
-MAX_REQUEST_BYTES = 4 * 1024 * 1024
+MAX_REQUEST_BYTES = convert.MAX_REQUEST_BYTES
 MAX_STOP_SEQUENCES = MAX_ENTRIES["asd.v1.Sampling.stop"]
 # Names of adapters, as in the stages' settings: they are parts of models' names.
 TASK = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")

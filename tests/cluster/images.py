@@ -507,7 +507,9 @@ def _dependencies(folder: Path, extras: frozenset[str], *, is_slim: bool) -> Pat
     unknown = extras - optional.keys()
     if unknown:
         raise ImageError(f"Dockerfile: pyproject.toml has no extra {', '.join(sorted(unknown))}")
-    wanted = [*project["dependencies"], *(line for extra in sorted(extras) for line in optional[extra])]
+    # The client comes with the project, from the same tree.
+    needed = [line for line in project["dependencies"] if not line.startswith("asd-client")]
+    wanted = [*needed, *(line for extra in sorted(extras) for line in optional[extra])]
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     pinned = [f"{name}=={version}" for name, version in sorted(_closure(wanted).items())]
     slimming = (ROOT / "tools" / "slim_packages.py").read_text(encoding="utf-8") if is_slim else ""
@@ -592,6 +594,7 @@ def _project_layer(folder: Path, context: Path, target: Target) -> Layer:
                 "--no-compile",
                 "--target",
                 str(made),
+                str(source / "clients" / "python"),
                 str(source),
             ]
             _output(command, timeout_s=300)

@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 
 import suites
-from services.client.client import CascadeClient
-from services.client.values import Request
+from asd.client import AsyncClient
+from asd.values import Request
 from services.common.errors import AsdError
 
 
@@ -26,21 +26,21 @@ def _say(**what: object) -> None:
     sys.stdout.flush()
 
 
-async def _reach(cascade: CascadeClient) -> None:
+async def _reach(cascade: AsyncClient) -> None:
     """Return once the cascade answers: a cluster's names may be seconds behind its pods."""
     while True:
         with contextlib.suppress(AsdError):
-            await cascade.answer(Request("9 plus 10?"))
+            await cascade.ask(Request("9 plus 10?"))
             return
         await asyncio.sleep(0.2)
 
 
-async def _ask(cascade: CascadeClient, prompt: str) -> None:
+async def _ask(cascade: AsyncClient, prompt: str) -> None:
     at = time.time()
     started = time.monotonic()
     stage = error = trace_id = ""
     try:
-        answer = await cascade.answer(Request(prompt))
+        answer = await cascade.ask(Request(prompt))
         stage, trace_id = answer.stage, answer.trace_id
     except AsdError as failure:
         error = f"{type(failure).__name__}: {failure.message}"
@@ -51,7 +51,7 @@ async def _run(options: argparse.Namespace) -> None:
     prompts = [task.prompt for task in suites.split("evaluation", 500, seed=0)]
     end = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, end.set)
-    async with CascadeClient(options.target, timeout_ms=options.timeout_ms) as cascade:
+    async with AsyncClient(options.target, timeout_ms=options.timeout_ms) as cascade:
         await _reach(cascade)
         _say(started=True)
         under_way: set[asyncio.Task[None]] = set()

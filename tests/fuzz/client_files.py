@@ -11,10 +11,10 @@ from unittest import mock
 
 import huggingface_hub
 
+from asd.transport.token import bearer
 from services.client.commands import read_answer
 from services.client.connecting import Connection
 from services.client.pull import Pulled, pull
-from services.common.auth import bearer
 from services.common.errors import (
     InvalidRequest,
     NotFound,

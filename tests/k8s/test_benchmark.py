@@ -20,8 +20,8 @@ import grpc
 import pytest
 
 import suites
+from asd.client import AsyncClient
 from asd.v1 import cascade_pb2, cascade_pb2_grpc, common_pb2, policy_pb2
-from services.client.client import CascadeClient
 from services.common.server import ServiceRegistration, start_server
 from tests.integration.router.conftest import FakePolicy, FakeStage, world  # noqa: F401 - a fixture
 
@@ -142,7 +142,7 @@ class FakeCascade(cascade_pb2_grpc.CascadeServiceServicer):
 
 
 @asynccontextmanager
-async def serve(fake: FakeCascade) -> AsyncIterator[CascadeClient]:
+async def serve(fake: FakeCascade) -> AsyncIterator[AsyncClient]:
     server, port = await start_server(
         "127.0.0.1:0",
         [
@@ -153,7 +153,7 @@ async def serve(fake: FakeCascade) -> AsyncIterator[CascadeClient]:
         ],
     )
     try:
-        async with CascadeClient(f"127.0.0.1:{port}") as client:
+        async with AsyncClient(f"127.0.0.1:{port}") as client:
             yield client
     finally:
         await server.stop(0)

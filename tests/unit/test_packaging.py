@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from fnmatch import fnmatch
@@ -14,12 +15,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from hatchling.builders.sdist import SdistBuilder
 from hatchling.builders.wheel import WheelBuilder
 
 from tests.limits import PROCESS_S
 
 ROOT = Path(__file__).parents[2]
+CLIENT = ROOT / "clients" / "python"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+CLIENT_PROJECT = tomllib.loads((CLIENT / "pyproject.toml").read_text())
+VERSION = PROJECT["project"]["version"]
 # What a distribution brings, where it is more than a module of the same name.
 _MODULES = {"scikit_learn": {"sklearn"}, "onnx": {"onnx", "ml_dtypes"}}
 
@@ -31,11 +36,13 @@ def modules_of(*extras: str) -> set[str]:
     return set().union(*(_MODULES.get(name, {name}) for name in names))
 
 
-def run_python(code: str, *arguments: str, folder: Path, path: Path) -> subprocess.CompletedProcess[str]:
+def run_python(
+    code: str, *arguments: str, folder: Path, path: Path, more: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(path)},
+        env={**os.environ, "PYTHONPATH": f"{path}{os.pathsep}{more}"},
         capture_output=True,
         text=True,
         timeout=PROCESS_S,
@@ -100,33 +107,76 @@ class Wheel(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Wheel:
-    """A wheel of a copy of the tree that has no stubs yet."""
-    work = tmp_path_factory.mktemp("wheel")
-    source = work / "source"
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tree that has no stubs yet."""
+    source = tmp_path_factory.mktemp("tree") / "source"
     packages = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
     # tests too: a wheel must leave them out by itself.
-    for name in {*packages, "protos", "tests", "tools", "benchmarks"} - {"asd"}:
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE", ".gitignore"):
+    for name in {*packages, "clients", "protos", "tests", "tools", "benchmarks"}:
+        shutil.copytree(
+            ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*_pb2*", "v1")
+        )
+    shutil.copytree(ROOT / "protos", source / "protos", dirs_exist_ok=True)
+    for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
         shutil.copy(ROOT / name, source / name)
+    return source
+
+
+def build(source: Path, work: Path) -> Wheel:
     (built,) = WheelBuilder(str(source)).build(directory=str(work), versions=["standard"])
     with zipfile.ZipFile(built) as archive:
         archive.extractall(work / "unpacked")
         return Wheel(frozenset(archive.namelist()), work / "unpacked", source)
 
 
-def test_the_wheel_has_the_contracts_stubs(wheel: Wheel) -> None:
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Wheel:
+    """The application, asd-cascade."""
+    return build(source, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def client(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Wheel:
+    """The client, asd-client, built from its source distribution."""
+    work = tmp_path_factory.mktemp("client")
+    (built,) = SdistBuilder(str(source / "clients" / "python")).build(
+        directory=str(work), versions=["standard"]
+    )
+    with tarfile.open(built) as archive:
+        archive.extractall(work / "sdist", filter="data")
+    (unpacked,) = (work / "sdist").iterdir()
+    return build(unpacked, work)
+
+
+def tops(wheel: Wheel) -> set[str]:
+    return {name.partition("/")[0] for name in wheel.names}
+
+
+def test_the_client_is_one_module_with_the_contracts_stubs(client: Wheel) -> None:
     protos = [path.stem for path in (ROOT / "protos" / "asd" / "v1").glob("*.proto")]
     assert len(protos) >= 4
     kinds = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py", "_pb2_grpc.pyi")
     wanted = {f"asd/v1/{stem}{kind}" for stem in protos for kind in kinds}
-    assert {*wanted, "asd/v1/__init__.py", "asd/py.typed"} <= wheel.names
+    # Without __init__.py `asd` is a namespace that other distributions may add to.
+    assert {*wanted, "asd/v1/__init__.py", "asd/py.typed", "asd/__init__.py"} <= client.names
+    code = {path.relative_to(CLIENT).as_posix() for path in (CLIENT / "asd").rglob("*.py")}
+    assert code <= client.names
+    assert tops(client) == {"asd", f"asd_client-{VERSION}.dist-info"}
+    assert not [name for name in client.names if name.endswith((".pyc", ".proto"))]
 
 
-def test_the_wheels_asd_is_a_package_of_its_own(wheel: Wheel) -> None:
-    """Without it `asd` is a namespace that any other distribution may add to, and py.typed marks nothing."""
-    assert "asd/__init__.py" in wheel.names
+def test_the_client_needs_grpc_and_protobuf_alone(client: Wheel) -> None:
+    metadata = client.read("METADATA")
+    needed = re.findall(r"^Requires-Dist: ([\w-]+)", metadata, re.MULTILINE)
+    assert needed == ["grpcio", "protobuf"]
+    assert f"Name: asd-client\nVersion: {VERSION}\n" in metadata
+    assert "License-Expression: Apache-2.0\n" in metadata
+    assert "Apache License" in client.read("licenses/LICENSE")
+
+
+def test_the_application_wants_the_client_of_its_own_commit() -> None:
+    assert f"asd-client=={CLIENT_PROJECT['project']['version']}" in PROJECT["project"]["dependencies"]
+    assert CLIENT_PROJECT["project"]["version"] == VERSION
 
 
 def test_the_wheel_has_every_file_of_its_packages(wheel: Wheel) -> None:
@@ -135,7 +185,6 @@ def test_the_wheel_has_every_file_of_its_packages(wheel: Wheel) -> None:
     wanted = {
         path.relative_to(wheel.source).as_posix()
         for package in tool["packages"]
-        if package != "asd"
         for path in (wheel.source / package).rglob("*")
         if path.is_file()
     }
@@ -151,10 +200,8 @@ def test_the_wheel_has_every_file_of_its_packages(wheel: Wheel) -> None:
 
 
 def test_the_wheel_has_nothing_else(wheel: Wheel) -> None:
-    tops = {name.partition("/")[0] for name in wheel.names}
-    version = PROJECT["project"]["version"]
-    info = f"asd-{version}.dist-info"
-    assert tops == {"asd", "services", "policy_service", "suites", "models", info}
+    info = f"asd_cascade-{VERSION}.dist-info"
+    assert tops(wheel) == {"services", "policy_service", "suites", "models", info}
     assert not [name for name in wheel.names if "test" in name.lower() or name.endswith((".pyc", ".proto"))]
     assert not [name for name in wheel.names if name.startswith("models/train/")]
 
@@ -185,10 +232,41 @@ print(*[stage.path for stage in cascade.stages], cascade.policy.artifact)
 """
 
 
-def test_an_installed_wheel_finds_its_cascade(wheel: Wheel, tmp_path: Path) -> None:
-    done = run_python(_USE, str(wheel.folder), folder=tmp_path, path=wheel.folder)
+def test_installed_wheels_find_their_cascade(wheel: Wheel, client: Wheel, tmp_path: Path) -> None:
+    done = run_python(_USE, str(wheel.folder), folder=tmp_path, path=wheel.folder, more=client.folder)
     assert done.returncode == 0, done.stderr
     paths = [Path(each).resolve() for each in done.stdout.split()]
     assert [path.relative_to(wheel.folder.resolve()).as_posix() for path in paths] == [
         *("models/small", "models/medium", "models/large", "policy_service/policy.zip")
     ]
+
+
+_ASK = """
+import sys
+
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        known = {*sys.stdlib_module_names, "asd", "services", "grpc", "google", "typing_extensions"}
+        if name.partition(".")[0] not in known:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+sys.meta_path.insert(0, Missing())
+import asd, services
+from asd import AsyncClient, Away, Client
+from asd.v1 import cascade_pb2
+assert asd.__file__.startswith(sys.argv[1]), asd.__file__
+assert services.MINE
+try:
+    Client("127.0.0.1:1").ask("Hi", min_quality=0.95)
+except Away as error:
+    print(error)
+"""
+
+
+def test_the_client_alone_works_beside_services_of_the_user(client: Wheel, tmp_path: Path) -> None:
+    (tmp_path / "services").mkdir()
+    (tmp_path / "services" / "__init__.py").write_text("MINE = True\n")
+    done = run_python(_ASK, str(client.folder), folder=tmp_path, path=tmp_path, more=client.folder)
+    assert (done.returncode, done.stdout) == (0, "no cascade answers at 127.0.0.1:1\n"), done.stderr

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from asd.client import AsyncClient
+from asd.values import Answer, Request
 from services.client.cascade_file import HOST, ROUTER, Service
-from services.client.client import CascadeClient
 from services.client.launcher import Supervisor, free_ports
-from services.client.values import Answer, Request
 from services.common.errors import AsdError
 from tests.fakes import quick_stage
 
@@ -98,7 +98,7 @@ async def disturb(
     chosen = services()
     async with (
         Supervisor(chosen, folder, say=say) as supervisor,
-        CascadeClient(chosen[0].address, timeout_ms=TIMEOUT_MS) as cascade,
+        AsyncClient(chosen[0].address, timeout_ms=TIMEOUT_MS) as cascade,
     ):
         children = {child.service.name: child for child in supervisor.children}
         numbers = iter(range(requests))
@@ -129,12 +129,12 @@ async def disturb(
     return outcome
 
 
-async def _ask(cascade: CascadeClient, number: int) -> str:
+async def _ask(cascade: AsyncClient, number: int) -> str:
     """Return what is wrong with the answer to a request, or ""."""
     request = _KINDS[number // 3 % 3](STAGES[number % 3])
     try:
         if number % 2:
-            answer = await cascade.answer(request)
+            answer = await cascade.ask(request)
         else:
             answer = await _streamed(cascade, request)
     except AsdError as error:
@@ -142,7 +142,7 @@ async def _ask(cascade: CascadeClient, number: int) -> str:
     return "" if answer.text == TEXT else f"{request.stage or request.chain} answered {answer.text!r}"
 
 
-async def _streamed(cascade: CascadeClient, request: Request) -> Answer:
+async def _streamed(cascade: AsyncClient, request: Request) -> Answer:
     async with aclosing(cascade.stream(request)) as events:
         async for event in events:
             if isinstance(event, Answer):

@@ -15,10 +15,9 @@ import pytest
 from typer.testing import CliRunner
 
 import suites
+from asd.client import AsyncClient, in_plain_words
 from asd.v1 import cascade_pb2, cascade_pb2_grpc, policy_pb2, policy_pb2_grpc
-from services.client.client import CascadeClient, in_plain_words, report
-from services.client.commands import app
-from services.client.values import (
+from asd.values import (
     Answer,
     Drafted,
     Failure,
@@ -30,8 +29,9 @@ from services.client.values import (
     StageStarted,
     StreamedText,
 )
+from services.client.commands import app
 from services.common.errors import BudgetSpent, InvalidRequest, NotFound, PreconditionFailed, Unavailable
-from services.common.server import ServiceRegistration, start_server
+from services.common.server import ServerOptions, ServiceRegistration, start_server
 from tests.integration.client.conftest import PROMPT, asd, count_weights
 from tests.limits import CALL_S
 from tests.unit.client.test_examples import python_in
@@ -72,8 +72,12 @@ class Leaving(cascade_pb2_grpc.CascadeServiceServicer):
     def add(self, server):
         cascade_pb2_grpc.add_CascadeServiceServicer_to_server(self, server)
 
-    async def start(self, listen="127.0.0.1:0"):
-        return await start_server(listen, [ServiceRegistration("asd.v1.CascadeService", self.add)])
+    async def start(self, listen="127.0.0.1:0", options=None):
+        return await start_server(
+            listen,
+            [ServiceRegistration("asd.v1.CascadeService", self.add)],
+            options=options or ServerOptions(),
+        )
 
 
 class HangUp:
@@ -103,14 +107,14 @@ class HangUp:
 async def texts(client, request):
     """Return the texts of a unary and of a streamed answer."""
     events = [event async for event in client.stream(request)]
-    return (await client.answer(request)).text, events[-1].text
+    return (await client.ask(request)).text, events[-1].text
 
 
 # More than gRPC calls again by itself.
 async def test_calls_that_a_stopping_router_has_not_begun_are_made_again():
     router = Leaving(cancels=7)
     server, port = await router.start()
-    async with CascadeClient(f"127.0.0.1:{port}", timeout_ms=CALL_S * 1e3) as client:
+    async with AsyncClient(f"127.0.0.1:{port}", timeout_ms=CALL_S * 1e3) as client:
         await client.describe()
         assert await texts(client, Request("hi")) == ("19", "19")
     assert router.calls == 7 + 2
@@ -120,7 +124,7 @@ async def test_calls_that_a_stopping_router_has_not_begun_are_made_again():
 async def test_a_router_that_restarts_is_waited_for():
     before, after = Leaving(), Leaving()
     server, port = await before.start()
-    async with CascadeClient(f"127.0.0.1:{port}", timeout_ms=CALL_S * 1e3) as client:
+    async with AsyncClient(f"127.0.0.1:{port}", timeout_ms=CALL_S * 1e3) as client:
         assert await texts(client, Request("hi")) == ("19", "19")
         await server.stop(0)
         hang_up = await HangUp.start(port)
@@ -136,7 +140,7 @@ async def test_a_router_that_restarts_is_waited_for():
 async def test_a_stream_that_a_router_has_begun_is_not_made_again():
     router = Leaving(cancels=1, begins=True)
     server, port = await router.start()
-    async with CascadeClient(f"127.0.0.1:{port}", timeout_ms=CALL_S * 1e3) as client:
+    async with AsyncClient(f"127.0.0.1:{port}", timeout_ms=CALL_S * 1e3) as client:
         await client.describe()
         with pytest.raises(Unavailable, match="it is shutting down"):
             await texts(client, Request("hi"))
@@ -146,12 +150,12 @@ async def test_a_stream_that_a_router_has_begun_is_not_made_again():
 
 @pytest.fixture
 async def cascade(up):
-    async with CascadeClient(up.target) as client:
+    async with AsyncClient(up.target) as client:
         yield client
 
 
 async def test_an_answer_has_one_record_per_stage_of_the_static_plan(cascade):
-    answer = await cascade.answer(Request(PROMPT))
+    answer = await cascade.ask(Request(PROMPT))
     assert suites.extract_answer(answer.text) == "19"
     assert (answer.stage, answer.stage_index, answer.plan_source) == ("medium", 1, "static")
     assert [(each.stage, each.action, each.decision) for each in answer.stages] == [
@@ -166,7 +170,7 @@ async def test_an_answer_has_one_record_per_stage_of_the_static_plan(cascade):
 @pytest.mark.parametrize("drafts", [False, True])
 @pytest.mark.parametrize("prompt", [PROMPT, UNUSUAL])
 async def test_a_stream_ends_as_the_unary_answer(cascade, prompt, drafts):
-    unary = await cascade.answer(Request(prompt))
+    unary = await cascade.ask(Request(prompt))
     events = [event async for event in cascade.stream(Request(prompt), drafts=drafts)]
     answer = events[-1]
     assert isinstance(answer, Answer)
@@ -183,7 +187,7 @@ async def test_a_stream_ends_as_the_unary_answer(cascade, prompt, drafts):
 
 async def test_a_batch_answers_what_it_can(cascade):
     requests = [Request(PROMPT), Request("Hi", stage="huge"), Request(PROMPT, stage="small")]
-    items = {item.index: item.outcome async for item in cascade.answer_batch(requests)}
+    items = {item.index: item.outcome async for item in cascade.ask_batch(requests)}
     assert suites.extract_answer(items[0].text) == "19"
     assert isinstance(items[1], Failure)
     # NOT_FOUND of google.rpc.Code.
@@ -193,12 +197,12 @@ async def test_a_batch_answers_what_it_can(cascade):
 
 async def test_a_conversation_and_sampling_reach_the_stage(cascade):
     turns = (Message("user", PROMPT), Message("assistant", "Answer: 19"), Message("user", PROMPT))
-    full = await cascade.answer(Request(PROMPT, stage="small"))
-    longer = await cascade.answer(Request(turns, stage="small"))
+    full = await cascade.ask(Request(PROMPT, stage="small"))
+    longer = await cascade.ask(Request(turns, stage="small"))
     assert longer.stages[0].prompt_tokens > 2 * full.stages[0].prompt_tokens
-    short = await cascade.answer(Request(PROMPT, Sampling(max_new_tokens=2), stage="small"))
+    short = await cascade.ask(Request(PROMPT, Sampling(max_new_tokens=2), stage="small"))
     assert (len(short.token_ids), short.finish_reason) == (2, "length")
-    stopped = await cascade.answer(Request(PROMPT, Sampling(stop=("Answer",)), stage="small"))
+    stopped = await cascade.ask(Request(PROMPT, Sampling(stop=("Answer",)), stage="small"))
     assert (stopped.text, stopped.finish_reason) == (full.text.partition("Answer")[0], "stop")
 
 
@@ -213,7 +217,7 @@ async def test_a_conversation_and_sampling_reach_the_stage(cascade):
     ],
 )
 async def test_a_refused_request_raises_by_kind_and_field(cascade, request_, error, field):
-    for attempt in (cascade.answer(request_), anext(cascade.stream(request_))):
+    for attempt in (cascade.ask(request_), anext(cascade.stream(request_))):
         with pytest.raises(error) as refused:
             await attempt
         assert refused.value.field.removeprefix("request.") == field
@@ -246,36 +250,36 @@ def _address(listener):
 
 async def test_every_call_ends_at_its_deadline(silent_socket):
     target = _address(silent_socket)
-    async with CascadeClient(target, timeout_ms=50) as client:
+    async with AsyncClient(target, timeout_ms=50) as client:
         request = Request(PROMPT)
         for attempt in (
-            client.answer(request),
+            client.ask(request),
             client.describe(),
             anext(client.stream(request)),
-            anext(client.answer_batch([request])),
+            anext(client.ask_batch([request])),
         ):
             with pytest.raises(BudgetSpent, match=f"cascade at {target} did not finish within 50 ms"):
                 await attempt
 
 
-async def test_where_nothing_listens_the_advice_is_asd_up(silent_socket):
+async def test_where_nothing_listens_the_error_says_so(silent_socket):
     target = _address(silent_socket)
     silent_socket.close()
-    async with CascadeClient(target) as client:
-        for attempt in (client.answer(Request("Hi")), client.describe(), anext(client.stream(Request("Hi")))):
-            with pytest.raises(Unavailable, match=f"no cascade answers at {target}.*asd up"):
+    async with AsyncClient(target) as client:
+        for attempt in (client.ask(Request("Hi")), client.describe(), anext(client.stream(Request("Hi")))):
+            with pytest.raises(Unavailable, match=f"^no cascade answers at {target}$"):
                 await attempt
 
 
 async def test_a_process_that_hangs_is_told_from_none(silent_socket):
     target = _address(silent_socket)
-    async with CascadeClient(target) as client:
-        for attempt in (client.answer(Request("Hi")), client.describe(), anext(client.stream(Request("Hi")))):
+    async with AsyncClient(target) as client:
+        for attempt in (client.ask(Request("Hi")), client.describe(), anext(client.stream(Request("Hi")))):
             with pytest.raises(Unavailable, match=f"^{target} takes the connection and does not answer"):
                 await attempt
     answer = Answer("r", "", (), "", "eos", "a", 0, 0.5, 1.0, 1.0, 0.0, "policy", "v", "", ())
     with pytest.raises(Unavailable, match=f"{target} does not answer .it takes the connection"):
-        await report(answer, correct=True, policy_target=target)
+        await client.report(answer, correct=True, policy_target=target)
 
 
 async def test_a_report_reaches_the_policy_service(cascade):
@@ -290,12 +294,12 @@ async def test_a_report_reaches_the_policy_service(cascade):
         lambda server: policy_pb2_grpc.add_PolicyServiceServicer_to_server(Policy(), server),
     )
     server, port = await start_server("127.0.0.1:0", [registration])
-    answer = await cascade.answer(Request(PROMPT))
+    answer = await cascade.ask(Request(PROMPT))
     judged = Answer(**{**vars(answer), "p_correct": 0.5, "policy_version": "v7"})
     try:
         target = f"127.0.0.1:{port}"
-        assert await report(judged, correct=True, policy_target=target) == ReportReceipt(7)
-        again = await report(judged, correct=True, policy_target=target)
+        assert await cascade.report(judged, correct=True, policy_target=target) == ReportReceipt(7)
+        again = await cascade.report(judged, correct=True, policy_target=target)
         assert again == ReportReceipt(7, reported_before=True)
     finally:
         await server.stop(None)
@@ -309,22 +313,22 @@ async def test_a_report_reaches_the_policy_service(cascade):
         * 2
     )
     with pytest.raises(Unavailable, match=f"policy service at {target}"):
-        await report(judged, correct=True, policy_target=target)
+        await cascade.report(judged, correct=True, policy_target=target)
 
 
 async def test_what_is_no_router_is_told_from_one_that_is_away(cascade):
-    answer = await cascade.answer(Request(PROMPT))
+    answer = await cascade.ask(Request(PROMPT))
     judged = Answer(**{**vars(answer), "p_correct": 0.5, "policy_version": "v7"})
     server, port = await start_server("127.0.0.1:0", [])
     target = f"127.0.0.1:{port}"
     try:
-        async with CascadeClient(target) as client:
+        async with AsyncClient(target) as client:
             request = Request("Hi")
-            for attempt in (client.answer(request), client.describe(), anext(client.stream(request))):
+            for attempt in (client.ask(request), client.describe(), anext(client.stream(request))):
                 with pytest.raises(PreconditionFailed, match=f"^{target} is not a router: .* 50050"):
                     await attempt
         with pytest.raises(PreconditionFailed, match=f"^{target} is not a policy service: .* 50051"):
-            await report(judged, correct=True, policy_target=target)
+            await cascade.report(judged, correct=True, policy_target=target)
     finally:
         await server.stop(None)
 
@@ -349,18 +353,20 @@ def test_words_of_grpc_are_left_out(message, words):
     assert in_plain_words(message) == words
 
 
-def test_the_program_of_the_readme_runs(up):
-    (code,) = python_in(Path(__file__).parents[3] / "README.md")
-    code = code.replace("127.0.0.1:50050", up.target)
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert " medium None " in result.stdout
+def test_the_programs_of_the_clients_readme_run(up):
+    codes = python_in(Path(__file__).parents[3] / "clients" / "python" / "README.md")
+    assert len(codes) == 3
+    for code in codes:
+        asked = code.replace("127.0.0.1:50050", up.target)
+        result = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+        assert " medium None" in result.stdout
 
 
 # The command.
 
 
 async def test_ask_writes_the_answer_alone_to_a_pipe(up, cascade):
-    expected = (await cascade.answer(Request(PROMPT))).text
+    expected = (await cascade.ask(Request(PROMPT))).text
     result = asd("ask", "--target", up.target, "-", text=f"{PROMPT}\n")
     assert (result.returncode, result.stdout) == (0, f"{expected}\n")
     (line,) = result.stderr.splitlines()
@@ -369,7 +375,7 @@ async def test_ask_writes_the_answer_alone_to_a_pipe(up, cascade):
 
 
 async def test_ask_on_a_terminal_ends_with_the_answer(up, cascade):
-    expected = (await cascade.answer(Request(UNUSUAL))).text
+    expected = (await cascade.ask(Request(UNUSUAL))).text
     result = asd("ask", "--target", up.target, UNUSUAL, FORCE_COLOR="1", COLUMNS="200")
     assert result.returncode == 0
     # The cursor was hidden while the answer was drawn, and what was drawn is gone.

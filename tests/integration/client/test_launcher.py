@@ -14,14 +14,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from asd.client import AsyncClient
 from asd.v1 import cascade_pb2, cascade_pb2_grpc
+from asd.values import Request
 from services.client import launcher
 from services.client.cascade_file import Service, read_cascade
-from services.client.client import CascadeClient
 from services.client.console import notes
 from services.client.launcher import Child, LaunchError, Reach, Supervisor
 from services.client.running import Signalled, running
-from services.client.values import Request
 from services.common.errors import Unavailable
 from services.common.server import ServiceRegistration, start_server
 from services.common.terminal import LiteralConsole
@@ -137,12 +137,12 @@ async def test_a_stage_that_was_killed_comes_back(services, tmp_path):
     chosen = [services["router"], services["small"]]
     async with (
         Supervisor(chosen, tmp_path, say=say) as supervisor,
-        CascadeClient(chosen[0].address) as client,
+        AsyncClient(chosen[0].address) as client,
     ):
         request = Request(PROMPT, stage="small")
-        before = await client.answer(request)
+        before = await client.ask(request)
         with pytest.raises(Unavailable, match=r"^stage medium at \S+ does not answer \(connection refused\)"):
-            await client.answer(Request(PROMPT, stage="medium"))
+            await client.ask(Request(PROMPT, stage="medium"))
         child = supervisor.children[1]
         old = child.pid
         os.kill(old, signal.SIGKILL)
@@ -152,7 +152,7 @@ async def test_a_stage_that_was_killed_comes_back(services, tmp_path):
         assert lines[0] == (
             f"small (process {old}) was ended by signal 9; starting it again in 0.25 s (log: {child.log})"
         )
-        assert (await client.answer(request)).text == before.text
+        assert (await client.ask(request)).text == before.text
         assert supervisor.has_crashed
         processes = [psutil.Process(each.pid) for each in supervisor.children]
     _assert_gone(processes)

@@ -12,9 +12,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from asd.client import AsyncClient
 from asd.v1 import cascade_pb2, cascade_pb2_grpc, stage_pb2, stage_pb2_grpc
-from services.client.client import CascadeClient
-from services.client.values import Request
+from asd.values import Request
 from services.common.auth import AuthSettings, TokenInterceptor
 from services.common.errors import Unauthenticated
 from services.common.server import ServerOptions, ServiceRegistration, start_server
@@ -243,14 +243,14 @@ async def test_the_command_shows_its_token_and_checks_the_router(
 async def test_a_batch_and_a_stream_show_the_token_as_well(
     guarded_router: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with CascadeClient(guarded_router, token="s3cret-A") as cascade:
-        items = [item async for item in cascade.answer_batch([Request("a"), Request("b")])]
+    async with AsyncClient(guarded_router, token="s3cret-A") as cascade:
+        items = [item async for item in cascade.ask_batch([Request("a"), Request("b")])]
         assert len(items) == 2
         events = [event async for event in cascade.stream(Request("a"))]
         assert events[-1].text == "one two three"
-    async with CascadeClient(guarded_router) as cascade:
+    async with AsyncClient(guarded_router) as cascade:
         with pytest.raises(Unauthenticated, match="wants a token"):
-            await cascade.answer(Request("a"))
+            await cascade.ask(Request("a"))
     # On this machine nobody listens in.
     assert "in the clear" not in caplog.text
 
@@ -283,17 +283,17 @@ async def guarded_router(world: Any, tokens_file: Path) -> AsyncIterator[str]:
 async def test_a_token_that_travels_in_the_clear_is_warned_of(
     target: str, warns: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with CascadeClient(target, token="s3cret-A"):
+    async with AsyncClient(target, token="s3cret-A"):
         assert ("goes to" in caplog.text and "in the clear" in caplog.text) is warns
     assert "s3cret" not in caplog.text
     caplog.clear()
-    async with CascadeClient(target):
+    async with AsyncClient(target):
         assert caplog.text == ""
 
 
 def test_what_cannot_be_a_token_is_refused_before_it_is_sent() -> None:
     with pytest.raises(ValueError, match="printable ASCII"):
-        CascadeClient(token="two\nlines")
+        AsyncClient(token="two\nlines")
 
 
 async def test_a_refusal_carries_the_details_of_its_status(guarded_router: str) -> None:

@@ -8,9 +8,9 @@ import asyncio
 import grpc
 import pytest
 
+from asd.convert import event_from
 from asd.v1 import cascade_pb2, common_pb2, policy_pb2
-from services.client.convert import event_from
-from services.client.values import StreamedText
+from asd.values import StreamedText
 from services.common.errors import (
     AsdError,
     BudgetSpent,

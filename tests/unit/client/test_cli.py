@@ -16,11 +16,8 @@ from rich.console import Console
 from rich.live import Live
 from typer.testing import CliRunner
 
-from services.client import client, commands, console
-from services.client.client import CascadeClient
-from services.client.commands import _stream_live, _stream_plain, app
-from services.client.running import Signalled
-from services.client.values import (
+from asd.client import AsyncClient
+from asd.values import (
     Acceptance,
     Answer,
     Committed,
@@ -39,6 +36,9 @@ from services.client.values import (
     StageStarted,
     Tokens,
 )
+from services.client import commands, console
+from services.client.commands import _stream_live, _stream_plain, app
+from services.client.running import Signalled
 from services.common.errors import AsdError, InvalidRequest
 from services.common.terminal import LiteralConsole
 from services.common.version import VERSION
@@ -257,8 +257,8 @@ def test_a_signal_is_success_only_for_a_cascade_that_served(monkeypatch, number,
 @pytest.mark.parametrize("arguments", [["ask", "Hi"], ["ask", "Hi", "--json"], ["models"]])
 def test_a_closed_output_is_no_place_for_a_result(arguments):
     code = (
-        "from services.client import cli, client; from tests.unit.client import test_cli as test;"
-        "client.CascadeClient.stream = test._HostileCascade.stream; cli.main()"
+        "import asd; from services.client import cli; from tests.unit.client import test_cli as test;"
+        "asd.AsyncClient.stream = test._HostileCascade.stream; cli.main()"
     )
     command = shlex.join([sys.executable, "-c", code, *arguments])
     result = subprocess.run(
@@ -314,12 +314,12 @@ def _text(renderable) -> str:
 
 
 def test_every_option_of_ask_becomes_part_of_the_request(monkeypatch):
-    async def answer(self, request):
+    async def ask(self, request):
         requests.append(request)
         return ANSWER
 
     requests: list[Request] = []
-    monkeypatch.setattr(CascadeClient, "answer", answer)
+    monkeypatch.setattr(AsyncClient, "ask", ask)
     options = ["--preference", "best", "--max-cost", "1", "--max-latency-ms", "2", "--min-quality", "0.5"]
     options += ["--max-new-tokens", "3", "--temperature", "0.5", "--top-p", "0.9", "--tolerance", "0.25"]
     options += ["--seed", "7", "--stop", "zz", "--stop", "yy", "--session", "s", "--system", "Be brief."]
@@ -391,11 +391,11 @@ async def test_a_terminal_shows_controls_of_an_answer_and_of_names():
 
 
 def test_a_pipe_gets_an_answer_as_it_is_and_json_escapes_it(monkeypatch):
-    async def answer(self, request):
+    async def ask(self, request):
         return HOSTILE_ANSWER
 
-    monkeypatch.setattr(CascadeClient, "stream", _HostileCascade.stream)
-    monkeypatch.setattr(CascadeClient, "answer", answer)
+    monkeypatch.setattr(AsyncClient, "stream", _HostileCascade.stream)
+    monkeypatch.setattr(AsyncClient, "ask", ask)
     result = _RUNNER.invoke(app, ["ask", "Hi"])
     assert result.stdout_bytes == f"{HOSTILE}\n".encode()
     assert not _has_controls(result.stderr)
@@ -406,11 +406,11 @@ def test_a_pipe_gets_an_answer_as_it_is_and_json_escapes_it(monkeypatch):
 
 
 def test_a_message_of_a_server_is_shown(monkeypatch):
-    async def answer(self, request):
+    async def ask(self, request):
         raise InvalidRequest(HOSTILE, field=HOSTILE)
 
-    monkeypatch.setattr(CascadeClient, "answer", answer)
-    monkeypatch.setattr(CascadeClient, "describe", lambda self: answer(self, None))
+    monkeypatch.setattr(AsyncClient, "ask", ask)
+    monkeypatch.setattr(AsyncClient, "describe", lambda self: ask(self, None))
     for arguments in (["describe"], ["describe", "--json"], ["ask", "--json", "Hi"]):
         result = _RUNNER.invoke(app, arguments)
         assert result.exit_code == 2
@@ -422,12 +422,12 @@ def test_a_message_of_a_server_is_shown(monkeypatch):
 
 
 def test_what_is_asked_comes_from_standard_input_where_it_is_left_out(monkeypatch):
-    async def answer(self, request):
+    async def ask(self, request):
         requests.append(request.input)
         return ANSWER
 
     requests: list[object] = []
-    monkeypatch.setattr(CascadeClient, "answer", answer)
+    monkeypatch.setattr(AsyncClient, "ask", ask)
     for arguments in (["ask", "--json"], ["ask", "--json", "-"]):
         assert _RUNNER.invoke(app, arguments, input="What?\nNow.\n").exit_code == 0
     assert requests == ["What?\nNow."] * 2
@@ -450,14 +450,14 @@ def test_a_prompt_that_no_message_holds_is_refused_by_its_name(options):
 
 @pytest.mark.parametrize(("most", "is_late"), [("59.5", True), ("60", False), (None, False)])
 def test_a_missed_latency_is_said(monkeypatch, most, is_late):
-    async def answer(self, request):
+    async def ask(self, request):
         return replace(ANSWER, latency_ms=60.0)
 
     async def stream(self, request, *, drafts=False):
-        yield await answer(self, request)
+        yield await ask(self, request)
 
-    monkeypatch.setattr(CascadeClient, "answer", answer)
-    monkeypatch.setattr(CascadeClient, "stream", stream)
+    monkeypatch.setattr(AsyncClient, "ask", ask)
+    monkeypatch.setattr(AsyncClient, "stream", stream)
     options = ["--max-latency-ms", most] if most else []
     line = _RUNNER.invoke(app, ["ask", "Hi", *options]).stderr
     assert ("60.0 ms, over the 59.5 ms asked for" in line) is is_late
@@ -479,12 +479,12 @@ def test_a_missed_latency_is_said(monkeypatch, most, is_late):
     ],
 )
 def test_a_report_goes_to_the_policy_of_the_cascade_that_answered(monkeypatch, options, variables, target):
-    async def report(answer, **given):
+    async def report(self, answer, **given):
         asked.append((given["policy_target"], given["correct"]))
         return ReportReceipt(1)
 
     asked: list[tuple[str, bool]] = []
-    monkeypatch.setattr(client, "report", report)
+    monkeypatch.setattr(AsyncClient, "report", report)
     judged = json.dumps(asdict(replace(ANSWER, p_correct=0.5, policy_version="v")))
     result = _RUNNER.invoke(app, ["report", "-", "--wrong", *options], input=judged, env=variables)
     assert result.exit_code == 0, result.output
@@ -493,10 +493,10 @@ def test_a_report_goes_to_the_policy_of_the_cascade_that_answered(monkeypatch, o
 
 @pytest.mark.parametrize("reported_before", [False, True])
 def test_a_second_verdict_is_said_not_to_be_counted(monkeypatch, reported_before):
-    async def report(answer, **given):
+    async def report(self, answer, **given):
         return ReportReceipt(1, reported_before)
 
-    monkeypatch.setattr(client, "report", report)
+    monkeypatch.setattr(AsyncClient, "report", report)
     judged = json.dumps(asdict(replace(ANSWER, p_correct=0.5, policy_version="v")))
     said = _RUNNER.invoke(app, ["report", "-", "--wrong"], input=judged).stdout
     assert "the policy service holds 1 report " in said
@@ -517,7 +517,7 @@ def test_a_demo_asks_the_cascade_of_the_variable(monkeypatch, options, variables
     async def describe(self):
         raise AsdError("asked")
 
-    monkeypatch.setattr(CascadeClient, "describe", describe)
+    monkeypatch.setattr(AsyncClient, "describe", describe)
     result = _RUNNER.invoke(app, ["demo", *options], env=variables)
     assert ("asking the cascade at 10.0.0.1:7000" in result.stderr) is is_asked
     assert ("asd: asked" in result.stderr) is is_asked
@@ -560,8 +560,8 @@ def test_json_before_a_command_of_models_holds_for_the_command(tmp_path):
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_any_encoding_of_the_output_will_do(encoding):
     code = (
-        "from services.client import cli, client; from tests.unit.client import test_cli as test;"
-        "client.CascadeClient.stream = test._HostileCascade.stream; cli.main()"
+        "import asd; from services.client import cli; from tests.unit.client import test_cli as test;"
+        "asd.AsyncClient.stream = test._HostileCascade.stream; cli.main()"
     )
     result = subprocess.run(
         [sys.executable, "-c", code, "ask", "Hi"],

@@ -10,16 +10,7 @@ import pytest
 from rich.console import Console
 
 import suites
-from services.client import console
-from services.client.demo import (
-    EXAMPLE_PROMPT,
-    Outcome,
-    Row,
-    ask_both_ways,
-    choose_tasks,
-    summarise,
-)
-from services.client.values import (
+from asd.values import (
     Answer,
     Description,
     Drafted,
@@ -30,6 +21,16 @@ from services.client.values import (
     StageStarted,
     StreamedText,
     Tokens,
+)
+from services.client import console
+from services.client.demo import (
+    EXAMPLE_PROMPT,
+    Outcome,
+    Row,
+    ask_both_ways,
+    choose_tasks,
+    percentile,
+    summarise,
 )
 
 
@@ -87,7 +88,7 @@ class _Cascade:
         stages = tuple(StageDescription(name, i, "", "", 0, 0, 1, True, 0) for i, name in enumerate(names))
         return Description(stages, None, ("large",), "0.1.0")
 
-    async def answer(self, request: Request) -> Answer:
+    async def ask(self, request: Request) -> Answer:
         self.asked.append((request.input, request.chain or request.stage))
         return _answer(text=self._text, stage=request.stage or "small", stage_index=request.stage == "large")
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from asd import convert
 from asd.v1 import cascade_pb2, common_pb2, policy_pb2
-from services.client import convert
-from services.client.values import (
+from asd.values import (
     Acceptance,
     Answer,
     Committed,
@@ -229,8 +229,8 @@ def test_an_answer_has_every_field_of_the_message():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"chain": "small"}, "chain is a tuple of names, not 'small'"),
-        ({"chain": ("small", 2)}, "chain is a tuple of names"),
+        ({"chain": "small"}, "chain is a tuple of strings, not 'small'"),
+        ({"chain": ("small", 2)}, "chain is a tuple of strings"),
         ({"stage": 3}, "stage is a string, not 3"),
         ({"task": None}, "task is a string, not None"),
     ],
@@ -241,7 +241,8 @@ def test_requests_of_other_types_name_their_field(fields, words):
 
 
 def test_an_enum_of_a_newer_server_becomes_its_number():
-    assert convert.answer_from(cascade_pb2.GenerateResponse(plan_source=99)).plan_source == "99"
+    answer = convert.answer_from(cascade_pb2.GenerateResponse(plan_source=99))
+    assert (answer.plan_source, answer.finish_reason) == ("99", "unspecified")
 
 
 def test_a_batch_item_is_an_answer_or_a_failure():

@@ -1,39 +1,55 @@
-"""Proto ↔ values of a client. Nothing here decides anything."""
+"""Messages of the contract ↔ asd.values. Nothing here decides anything."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import re
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from google.protobuf.descriptor import FieldDescriptor
 
+from asd.errors import InvalidRequest
 from asd.v1 import cascade_pb2, common_pb2, policy_pb2
-from services.client.values import (
+from asd.values import (
     Acceptance,
     Answer,
     BatchItem,
     Committed,
+    DecisionAction,
+    DecisionReason,
     Description,
     Drafted,
     Event,
     Failure,
+    FinishReason,
     Message,
     Objective,
+    PlanSource,
     PolicyDescription,
     PolicyStage,
     ReportReceipt,
     Request,
     Revised,
     Sampling,
+    StageAction,
     StageDescription,
     StageRecord,
     StageStarted,
     Tokens,
 )
-from services.common.errors import InvalidRequest
-from services.common.validation import MAX_REQUEST_BYTES
 
 if TYPE_CHECKING:
+    from enum import StrEnum
+
     from google.protobuf.internal.enum_type_wrapper import _EnumTypeWrapper as EnumTypeWrapper
+
+# Of a request to the router. gRPC's default, which callers know. Messages between services may be twice as
+# large.
+MAX_REQUEST_BYTES = 4 * 1024 * 1024
+
+Member = TypeVar("Member", bound="StrEnum")
+# Of each enumeration, the members of its values by number.
+_MEMBERS: dict[type[StrEnum], dict[int, StrEnum]] = {}
+_CAPITAL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 # Of the types that counts have.
 _LARGEST = {FieldDescriptor.TYPE_UINT32: 2**32 - 1, FieldDescriptor.TYPE_UINT64: 2**64 - 1}
@@ -173,7 +189,11 @@ def event_from(message: cascade_pb2.GenerateStreamResponse) -> Event | None:
     match message.WhichOneof("event"):
         case "stage_started":
             started = message.stage_started
-            return StageStarted(started.stage, started.stage_index, _action(started.action))
+            return StageStarted(
+                started.stage,
+                started.stage_index,
+                _member(StageAction, common_pb2.StageAction, started.action),
+            )
         case "draft":
             return Drafted(_tokens_from(message.draft))
         case "commit":
@@ -202,14 +222,14 @@ def answer_from(message: cascade_pb2.GenerateResponse) -> Answer:
         text=message.text,
         token_ids=tuple(message.token_ids),
         tokenizer_fingerprint=message.tokenizer_fingerprint,
-        finish_reason=_short(common_pb2.FinishReason, message.finish_reason, "FINISH_REASON_"),
+        finish_reason=_member(FinishReason, common_pb2.FinishReason, message.finish_reason),
         stage=message.stage,
         stage_index=message.stage_index,
         p_correct=message.p_correct if message.HasField("p_correct") else None,
         cost=message.cost,
         latency_ms=message.latency_ms,
         policy_ms=message.policy_ms,
-        plan_source=_short(cascade_pb2.PlanSource, message.plan_source, "PLAN_SOURCE_"),
+        plan_source=_member(PlanSource, cascade_pb2.PlanSource, message.plan_source),
         policy_version=message.policy_version,
         trace_id=message.trace_id,
         stages=tuple(_record_from(record) for record in message.stages),
@@ -222,11 +242,11 @@ def _record_from(message: cascade_pb2.StageRecord) -> StageRecord:
     return StageRecord(
         stage=message.stage,
         stage_index=message.stage_index,
-        action=_action(message.action),
+        action=_member(StageAction, common_pb2.StageAction, message.action),
         latency_ms=message.latency_ms,
         cost=message.cost,
-        decision=_short(policy_pb2.DecisionAction, message.decision, "DECISION_ACTION_"),
-        reason=_short(policy_pb2.DecisionReason, message.reason, "DECISION_REASON_"),
+        decision=_member(DecisionAction, policy_pb2.DecisionAction, message.decision),
+        reason=_member(DecisionReason, policy_pb2.DecisionReason, message.reason),
         p_correct=message.p_correct if message.HasField("p_correct") else None,
         p_correct_stderr=message.p_correct_stderr if message.HasField("p_correct_stderr") else None,
         prompt_tokens=usage.prompt_tokens,
@@ -294,12 +314,16 @@ def _tokens_from(message: common_pb2.TokenChunk) -> Tokens:
     return Tokens(tuple(message.token_ids), message.text, tuple(message.logprobs))
 
 
-def _action(number: int) -> str:
-    return _short(common_pb2.StageAction, number, "STAGE_ACTION_")
+def _member(kind: type[Member], enum: EnumTypeWrapper[Any], number: int) -> Member | str:
+    """Return the member that a number stands for.
 
-
-def _short(enum: EnumTypeWrapper[Any], number: int, prefix: str) -> str:
-    """Return an enum's name without its prefix; the number where a newer server knows more than we do."""
-    if number not in enum.values():
-        return str(number)
-    return enum.Name(number).removeprefix(prefix).lower()
+    "unspecified" for 0; the number as text where only a newer server knows it.
+    """
+    members = _MEMBERS.get(kind)
+    if members is None:
+        prefix = f"{_CAPITAL.sub('_', kind.__name__).upper()}_"
+        named = ((value, name.removeprefix(prefix)) for name, value in enum.items())
+        members = _MEMBERS[kind] = {value: kind[name] for value, name in named if name in kind.__members__}
+    if number not in members:
+        return str(number) if number else "unspecified"
+    return cast("Member", members[number])

@@ -5,18 +5,99 @@ Fields, units and ranges are those of protos/asd/v1; costs are in cost units, ti
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from typing import Any, Literal, TypedDict, Unpack
 
-Role = Literal["system", "user", "assistant"]
-PreferenceName = Literal["fastest", "balanced", "best"]
+
+class Role(StrEnum):
+    """Who wrote a turn."""
+
+    SYSTEM = "system"
+    USER = "user"
+    ASSISTANT = "assistant"
+
+
+class Preference(StrEnum):
+    """A wish for speed or for quality."""
+
+    FASTEST = "fastest"
+    BALANCED = "balanced"
+    BEST = "best"
+
+
+class AcceptanceMode(StrEnum):
+    """Rule by which a target accepts draft tokens."""
+
+    EXACT = "exact"
+    TOLERANT = "tolerant"
+
+
+class FinishReason(StrEnum):
+    """Why generation ended."""
+
+    EOS = "eos"
+    LENGTH = "length"
+    STOP = "stop"
+
+
+class StageAction(StrEnum):
+    """What a stage did. PREFILL read the prompt ahead, and decides nothing."""
+
+    GENERATE = "generate"
+    VERIFY = "verify"
+    PREFILL = "prefill"
+
+
+class DecisionAction(StrEnum):
+    """What to do with an answer."""
+
+    STOP = "stop"
+    ESCALATE = "escalate"
+
+
+class DecisionReason(StrEnum):
+    """What tipped a decision."""
+
+    VALUE = "value"
+    LAST_STAGE = "last_stage"
+    MAX_COST = "max_cost"
+    MAX_LATENCY = "max_latency"
+    MIN_QUALITY = "min_quality"
+    FIXED_STAGE = "fixed_stage"
+    STATIC_PLAN = "static_plan"
+    DEADLINE = "deadline"
+    STAGE_UNAVAILABLE = "stage_unavailable"
+    ABANDONED = "abandoned"
+    OUT_OF_FAMILY = "out_of_family"
+
+
+class PlanSource(StrEnum):
+    """Where the first stage and the decisions came from."""
+
+    POLICY = "policy"
+    STATIC = "static"
+    FIXED = "fixed"
+
+
+# A member, or its value.
+RoleName = Role | Literal["system", "user", "assistant"]
+PreferenceName = Preference | Literal["fastest", "balanced", "best"]
+AcceptanceModeName = AcceptanceMode | Literal["exact", "tolerant"]
+
+
+def _check_names(name: str, value: object) -> None:
+    """Refuse what is no sequence of strings, and a string, which is one by accident."""
+    if not isinstance(value, tuple | list) or not all(isinstance(each, str) for each in value):
+        raise TypeError(f"{name} is a tuple of strings, not {value!r}")
 
 
 @dataclass(frozen=True)
 class Message:
     """One turn of a conversation."""
 
-    role: Role
+    role: RoleName
     content: str
 
 
@@ -29,6 +110,9 @@ class Sampling:
     top_p: float | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_names("stop", self.stop)
 
 
 @dataclass(frozen=True)
@@ -49,8 +133,28 @@ class Objective:
 class Acceptance:
     """Rule by which a target stage accepts draft tokens; `threshold` belongs to "tolerant"."""
 
-    mode: Literal["exact", "tolerant"] = "exact"
+    mode: AcceptanceModeName = "exact"
     threshold: float | None = None
+
+
+class Options(TypedDict, total=False):
+    """What may be said of a question beside it: fields of Objective, Sampling and Request."""
+
+    preference: PreferenceName | None
+    quality_value: float | None
+    max_cost: float | None
+    max_latency_ms: float | None
+    min_quality: float | None
+    max_new_tokens: int | None
+    temperature: float
+    top_p: float | None
+    seed: int | None
+    stop: Sequence[str]
+    acceptance: Acceptance | None
+    session_id: str
+    stage: str
+    chain: Sequence[str]
+    task: str
 
 
 @dataclass(frozen=True)
@@ -72,20 +176,45 @@ class Request:
     task: str = ""
 
     def __post_init__(self) -> None:
-        # What protobuf says of a wrong type names no field, and a string is a sequence of strings.
-        for name, kind in (("stage", str), ("chain", (tuple, list)), ("task", str), ("session_id", str)):
+        # What protobuf says of a wrong type names no field.
+        for name in ("stage", "task", "session_id"):
             value = getattr(self, name)
-            if not isinstance(value, kind) or not all(isinstance(each, str) for each in value):
-                raise TypeError(f"{name} is a {'string' if kind is str else 'tuple of names'}, not {value!r}")
+            if not isinstance(value, str):
+                raise TypeError(f"{name} is a string, not {value!r}")
+        _check_names("chain", self.chain)
+
+    @classmethod
+    def of(cls, question: Question, **options: Unpack[Options]) -> Request:
+        """Return the request for a question with its options. A Request has them already.
+
+        Raises TypeError for an option that there is none of, or of another type.
+        """
+        if isinstance(question, Request):
+            if options:
+                raise TypeError(f"a Request holds its options: set {', '.join(options)} there")
+            return question
+        given: dict[str, Any] = dict(options)
+        sampling = Sampling(**_take(given, Sampling))
+        objective = Objective(**_take(given, Objective))
+        turns = question if isinstance(question, str) else tuple(question)
+        return cls(turns, sampling, objective, **given)
+
+
+Question = str | Sequence[Message] | Request
+
+
+def _take(given: dict[str, Any], kind: type[Sampling | Objective]) -> dict[str, Any]:
+    """Take the fields of a kind of value out of what was given."""
+    return {each.name: given.pop(each.name) for each in fields(kind) if each.name in given}
 
 
 @dataclass(frozen=True)
 class StageRecord:
     """What one stage did for a request.
 
-    `action` is "generate", "verify" or "prefill" (which decides nothing), `decision` "stop" or "escalate",
-    `reason` a DecisionReason such as "value" or "static_plan". Counts and times of the stage are 0 where the
-    stage failed. `p_correct` is None where the policy was not asked or had nothing to predict.
+    Counts and times of the stage are 0 where the stage failed. An enumeration's value that is not set is
+    "unspecified", and one that only a newer server knows is its number; so too in Answer. `p_correct` is None
+    where the policy was not asked or had nothing to predict.
     accept_lengths: tokens emitted by each pass that scored a proposal. cached_prompt_tokens: of
     prompt_tokens, from the prefix cache. model: as the stage calls it; "" where no result came. adapted:
     whether its adapter for the type of task answered.
@@ -93,11 +222,11 @@ class StageRecord:
 
     stage: str
     stage_index: int
-    action: str
+    action: StageAction | str
     latency_ms: float
     cost: float
-    decision: str
-    reason: str
+    decision: DecisionAction | str
+    reason: DecisionReason | str
     p_correct: float | None
     p_correct_stderr: float | None
     prompt_tokens: int
@@ -119,7 +248,6 @@ class StageRecord:
 class Answer:
     """The answer to one request, with one record per stage that was asked, in order.
 
-    `finish_reason` is "eos", "length" or "stop"; `plan_source` is "policy", "static" or "fixed".
     `out_of_family`: the prompt is unlike all that the policy was fitted to, so `p_correct` is None.
     """
 
@@ -127,14 +255,14 @@ class Answer:
     text: str
     token_ids: tuple[int, ...]
     tokenizer_fingerprint: str
-    finish_reason: str
+    finish_reason: FinishReason | str
     stage: str
     stage_index: int
     p_correct: float | None
     cost: float
     latency_ms: float
     policy_ms: float
-    plan_source: str
+    plan_source: PlanSource | str
     policy_version: str
     trace_id: str
     stages: tuple[StageRecord, ...]
@@ -155,11 +283,11 @@ class ReportReceipt:
 
 @dataclass(frozen=True)
 class StageStarted:
-    """A stage starts on the request: it writes ("generate") or checks a draft and goes on ("verify")."""
+    """A stage starts on the request: it writes (GENERATE) or checks a draft and goes on (VERIFY)."""
 
     stage: str
     stage_index: int
-    action: str
+    action: StageAction | str
 
 
 @dataclass(frozen=True)

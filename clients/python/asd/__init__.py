@@ -1,0 +1,97 @@
+"""Python client of asd: a cascade of language models behind one gRPC API.
+
+>>> from asd import Client
+>>> Client("127.0.0.1:50050").ask("What is 12 plus 30?", min_quality=0.95).text  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from asd.errors import (
+    AsdError,
+    Away,
+    BudgetSpent,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    PreconditionFailed,
+    ResourceExhausted,
+    Unauthenticated,
+    Unavailable,
+)
+from asd.values import (
+    Acceptance,
+    Answer,
+    BatchItem,
+    Committed,
+    Description,
+    Drafted,
+    Event,
+    Failure,
+    FinishReason,
+    Message,
+    Objective,
+    PlanSource,
+    Preference,
+    Request,
+    Revised,
+    Role,
+    Sampling,
+    StageRecord,
+    StageStarted,
+    StreamedText,
+    Tokens,
+)
+
+if TYPE_CHECKING:
+    from asd.client import AsyncClient, Client
+    from asd.transport.tls import Tls
+
+__all__ = [
+    "Acceptance",
+    "Answer",
+    "AsdError",
+    "AsyncClient",
+    "Away",
+    "BatchItem",
+    "BudgetSpent",
+    "Client",
+    "Committed",
+    "Description",
+    "Drafted",
+    "Event",
+    "Failure",
+    "FinishReason",
+    "InvalidRequest",
+    "Message",
+    "NotFound",
+    "Objective",
+    "Overloaded",
+    "PlanSource",
+    "PreconditionFailed",
+    "Preference",
+    "Request",
+    "ResourceExhausted",
+    "Revised",
+    "Role",
+    "Sampling",
+    "StageRecord",
+    "StageStarted",
+    "StreamedText",
+    "Tls",
+    "Tokens",
+    "Unauthenticated",
+    "Unavailable",
+]
+
+# Imported when first used: who takes values or stubs alone does not wait for gRPC.
+_LATER = {"AsyncClient": "asd.client", "Client": "asd.client", "Tls": "asd.transport.tls"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'asd' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_LATER[name]), name)

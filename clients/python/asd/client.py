@@ -1,0 +1,441 @@
+"""Clients of a cascade: one for programs of threads, one for asyncio, with the same methods.
+
+>>> Client("127.0.0.1:50050").ask("What is 12 plus 30?", min_quality=0.95).text  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from contextlib import aclosing, closing
+from typing import TYPE_CHECKING, Self, TypeVar, Unpack
+
+import grpc
+
+from asd import convert
+from asd.errors import AsdError, Away, PreconditionFailed, Unavailable
+from asd.transport import blocking
+from asd.transport.addresses import is_loopback
+from asd.transport.channel import call_stream, call_unary, open_channel
+from asd.transport.patience import Patience
+from asd.transport.token import bearer
+from asd.v1 import cascade_pb2, cascade_pb2_grpc, policy_pb2_grpc
+from asd.values import Request
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Generator, Sequence
+
+    from asd.transport.tls import TlsFiles
+    from asd.values import Answer, BatchItem, Description, Event, Options, Question, ReportReceipt
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TARGET = "127.0.0.1:50050"
+DEFAULT_POLICY_TARGET = "127.0.0.1:50051"
+# As the router's own default for callers that set no deadline.
+DEFAULT_TIMEOUT_MS = 60_000.0
+_REPORT_TIMEOUT_MS = 5_000.0
+
+# How gRPC says that nothing answers at an address, after the name of what was called.
+_UNANSWERED = re.compile(
+    r": (?:connections to all backends failing|failed to connect to all addresses); last error: [A-Z_]+: "
+    r"ipv[46]:\S+: (?:Failed to connect to remote host: )?([^:;]+)"
+)
+
+# What it says where a connection stands, and nothing comes over it.
+_UNGREETED = "connection attempt timed out before receiving SETTINGS frame"
+
+# What gRPC says where a connection is refused for its encryption, and what to do.
+_UNENCRYPTED = (
+    (
+        "CERTIFICATE_VERIFY_FAILED",
+        "shows a certificate of an authority that is not trusted here: name a file with it by tls.ca_file",
+    ),
+    (
+        "Hostname Verification Check failed",
+        "shows a certificate for another name: say which one with tls.server_name",
+    ),
+    ("WRONG_VERSION_NUMBER", "does not speak TLS: leave tls out"),
+)
+
+Sent = TypeVar("Sent")
+Received = TypeVar("Received")
+
+
+class _Connection:
+    """What both clients know of the cascade: where it is, how to call it, and what its failures mean.
+
+    target: "host:port" or a gRPC name such as "dns:///asd-router:50050". timeout_ms: deadline of a call that
+    has none of its own. tls: None for a plain connection. token: shown with each call; "" for a cascade that
+    wants none. Raises ValueError for a token that cannot be one.
+    """
+
+    def __init__(self, target: str, timeout_ms: float, tls: TlsFiles | None, token: str) -> None:
+        self.target = target
+        self.timeout_ms = timeout_ms
+        self.tls = tls
+        self.metadata = bearer(token)
+        self.peer = f"cascade at {target}"
+        self.patience = Patience()
+        if self.metadata and tls is None and not is_loopback(target):
+            logger.warning(
+                "the token goes to %s in the clear: use TLS, or a tunnel that ends here",
+                target,
+            )
+
+    def explained(self, error: AsdError, *, is_connected: bool) -> AsdError:
+        """Return the error with what to do where no router answers, and without gRPC's words where a stage
+        does not."""
+        if _is_unknown_service(error):
+            return PreconditionFailed(f"{self.target} is not a router: a router's default port is 50050")
+        if not isinstance(error, Unavailable):
+            return error
+        if is_connected:
+            return Unavailable(in_plain_words(error.message).removeprefix(f"{self.peer}: "))
+        if _UNGREETED in error.message:
+            return Unavailable(
+                f"{self.target} takes the connection and does not answer: its process may be stopped or "
+                "hang, or be no router"
+            )
+        advice = encryption_advice(error.message, is_encrypted=self.tls is not None)
+        if advice:
+            return Unavailable(f"{self.target} {advice}")
+        return Away(f"no cascade answers at {self.target}")
+
+
+class Client:
+    """Asks a cascade's router. Threads may share one; close it, or use it in a `with` statement.
+
+    target: "host:port" or a gRPC name such as "dns:///asd-router:50050". timeout_ms: deadline of each call,
+    which may have its own. tls: None for a plain connection. token: shown with each call; "" for a cascade
+    that wants none. Raises ValueError for a token that cannot be one, UnusableFile for certificates that
+    cannot be used.
+    A call that a router which ends has not begun to answer is made again within its deadline, at another
+    router or at the same one after its return.
+    Every method raises the AsdError that the router's status stands for (asd.errors): InvalidRequest and
+    NotFound for a request at fault, Unavailable where nothing answers, BudgetSpent after the deadline,
+    Overloaded where there is no room for the request: its retry_after_s says when to ask again.
+    """
+
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        timeout_ms: float = DEFAULT_TIMEOUT_MS,
+        tls: TlsFiles | None = None,
+        token: str = "",
+    ) -> None:
+        self._connection = _Connection(target, timeout_ms, tls, token)
+        self._channel = blocking.BlockingChannel(target, tls)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; calls under way end."""
+        self._channel.close()
+
+    def ask(
+        self, question: Question, *, timeout_ms: float | None = None, **options: Unpack[Options]
+    ) -> Answer:
+        """Return the answer to a question: a text, a conversation, or a Request, which has no options."""
+        message = convert.request_to(Request.of(question, **options))
+        return convert.answer_from(self._call(self._stub().Generate, message, timeout_ms))
+
+    def stream(
+        self,
+        question: Question,
+        *,
+        drafts: bool = False,
+        timeout_ms: float | None = None,
+        **options: Unpack[Options],
+    ) -> Generator[Event, None, None]:
+        """Yield what happens to a question; the Answer comes last. Closing the iterator ends the call.
+
+        drafts: yield tokens that a later stage may still revise as well (see values.StreamedText).
+        """
+        message = cascade_pb2.GenerateStreamRequest(
+            request=convert.request_to(Request.of(question, **options)), include_drafts=drafts
+        )
+        with closing(self._call_stream(self._stub().GenerateStream, message, timeout_ms)) as responses:
+            for response in responses:
+                event = convert.event_from(response)
+                if event is not None:
+                    yield event
+
+    def ask_batch(
+        self, requests: Sequence[Request], *, timeout_ms: float | None = None
+    ) -> Generator[BatchItem, None, None]:
+        """Yield the outcome of each request as it is ready; one's failure leaves the others alone."""
+        message = cascade_pb2.GenerateBatchRequest(requests=[convert.request_to(each) for each in requests])
+        with closing(self._call_stream(self._stub().GenerateBatch, message, timeout_ms)) as responses:
+            for response in responses:
+                yield convert.batch_item_from(response)
+
+    def describe(self, *, timeout_ms: float | None = None) -> Description:
+        """Return which stages there are, what they cost and which policy is in force."""
+        message = cascade_pb2.DescribeRequest()
+        return convert.description_from(self._call(self._stub().Describe, message, timeout_ms))
+
+    def report(
+        self,
+        answer: Answer,
+        *,
+        correct: bool,
+        policy_target: str = DEFAULT_POLICY_TARGET,
+        timeout_ms: float = _REPORT_TIMEOUT_MS,
+    ) -> ReportReceipt:
+        """Tell the policy service how an answer turned out.
+
+        The cascade's router takes no reports, so this calls the policy service itself, without the token.
+        Raises InvalidRequest if the policy did not judge the answer.
+        """
+        message = convert.report_to(answer, correct=correct)
+        with closing(blocking.BlockingChannel(policy_target, self._connection.tls)) as channel:
+            stub = policy_pb2_grpc.PolicyServiceStub(channel.current())
+            try:
+                response = blocking.call_unary(
+                    stub.Report,
+                    message,
+                    timeout_ms=timeout_ms,
+                    peer=f"policy service at {policy_target}",
+                    metadata=(),
+                    patience=Patience(),
+                )
+            except AsdError as error:
+                raise _explained_report(error, policy_target) from error
+        return convert.receipt_from(response)
+
+    def _stub(self) -> cascade_pb2_grpc.CascadeServiceStub:
+        return cascade_pb2_grpc.CascadeServiceStub(self._channel.current())
+
+    def _call(
+        self,
+        method: grpc.UnaryUnaryMultiCallable[Sent, Received],
+        message: Sent,
+        timeout_ms: float | None,
+    ) -> Received:
+        known = self._connection
+        try:
+            return blocking.call_unary(
+                method,
+                message,
+                timeout_ms=known.timeout_ms if timeout_ms is None else timeout_ms,
+                peer=known.peer,
+                metadata=known.metadata,
+                patience=known.patience,
+            )
+        except AsdError as error:
+            raise known.explained(error, is_connected=blocking.is_told(error.__cause__)) from error
+
+    def _call_stream(
+        self,
+        method: grpc.UnaryStreamMultiCallable[Sent, Received],
+        message: Sent,
+        timeout_ms: float | None,
+    ) -> Generator[Received, None, None]:
+        known = self._connection
+        responses = blocking.call_stream(
+            method,
+            message,
+            timeout_ms=known.timeout_ms if timeout_ms is None else timeout_ms,
+            peer=known.peer,
+            metadata=known.metadata,
+            patience=known.patience,
+        )
+        with closing(responses):
+            try:
+                yield from responses
+            except AsdError as error:
+                raise known.explained(error, is_connected=blocking.is_told(error.__cause__)) from error
+
+
+class AsyncClient:
+    """Asks a cascade's router, for asyncio; one instance serves many concurrent calls of one event loop.
+
+    Arguments and errors: Client. It connects at its first call, or where an `async with` statement begins.
+    interceptors: gRPC's, for each call, such as those of OpenTelemetry.
+    """
+
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        timeout_ms: float = DEFAULT_TIMEOUT_MS,
+        tls: TlsFiles | None = None,
+        token: str = "",
+        interceptors: Sequence[grpc.aio.ClientInterceptor] = (),
+    ) -> None:
+        self._connection = _Connection(target, timeout_ms, tls, token)
+        self._interceptors = interceptors
+        self._channel: grpc.aio.Channel | None = None
+
+    async def __aenter__(self) -> Self:
+        self._open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection; calls under way end."""
+        if self._channel is not None:
+            await self._channel.close()
+
+    async def ask(
+        self, question: Question, *, timeout_ms: float | None = None, **options: Unpack[Options]
+    ) -> Answer:
+        """Return the answer to a question: a text, a conversation, or a Request, which has no options."""
+        message = convert.request_to(Request.of(question, **options))
+        return convert.answer_from(await self._call(self._stub().Generate, message, timeout_ms))
+
+    async def stream(
+        self,
+        question: Question,
+        *,
+        drafts: bool = False,
+        timeout_ms: float | None = None,
+        **options: Unpack[Options],
+    ) -> AsyncGenerator[Event, None]:
+        """Yield what happens to a question; the Answer comes last. Closing the iterator ends the call.
+
+        drafts: yield tokens that a later stage may still revise as well (see values.StreamedText).
+        """
+        message = cascade_pb2.GenerateStreamRequest(
+            request=convert.request_to(Request.of(question, **options)), include_drafts=drafts
+        )
+        stream = self._call_stream(self._stub().GenerateStream, message, timeout_ms)
+        async with aclosing(stream) as responses:
+            async for response in responses:
+                event = convert.event_from(response)
+                if event is not None:
+                    yield event
+
+    async def ask_batch(
+        self, requests: Sequence[Request], *, timeout_ms: float | None = None
+    ) -> AsyncGenerator[BatchItem, None]:
+        """Yield the outcome of each request as it is ready; one's failure leaves the others alone."""
+        message = cascade_pb2.GenerateBatchRequest(requests=[convert.request_to(each) for each in requests])
+        stream = self._call_stream(self._stub().GenerateBatch, message, timeout_ms)
+        async with aclosing(stream) as responses:
+            async for response in responses:
+                yield convert.batch_item_from(response)
+
+    async def describe(self, *, timeout_ms: float | None = None) -> Description:
+        """Return which stages there are, what they cost and which policy is in force."""
+        message = cascade_pb2.DescribeRequest()
+        return convert.description_from(await self._call(self._stub().Describe, message, timeout_ms))
+
+    async def report(
+        self,
+        answer: Answer,
+        *,
+        correct: bool,
+        policy_target: str = DEFAULT_POLICY_TARGET,
+        timeout_ms: float = _REPORT_TIMEOUT_MS,
+    ) -> ReportReceipt:
+        """Tell the policy service how an answer turned out; see Client.report."""
+        message = convert.report_to(answer, correct=correct)
+        opened = open_channel(policy_target, tls=self._connection.tls, interceptors=self._interceptors)
+        async with opened as channel:
+            stub = policy_pb2_grpc.PolicyServiceStub(channel)
+            try:
+                response = await call_unary(
+                    stub.Report,
+                    message,
+                    timeout_ms=timeout_ms,
+                    peer=f"policy service at {policy_target}",
+                )
+            except AsdError as error:
+                raise _explained_report(error, policy_target) from error
+        return convert.receipt_from(response)
+
+    def _open(self) -> grpc.aio.Channel:
+        if self._channel is None:
+            known = self._connection
+            self._channel = open_channel(known.target, tls=known.tls, interceptors=self._interceptors)
+        return self._channel
+
+    def _stub(self) -> cascade_pb2_grpc.CascadeServiceAsyncStub:
+        return cascade_pb2_grpc.CascadeServiceStub(self._open())
+
+    async def _call(
+        self,
+        method: grpc.aio.UnaryUnaryMultiCallable[Sent, Received],
+        message: Sent,
+        timeout_ms: float | None,
+    ) -> Received:
+        known = self._connection
+        try:
+            return await call_unary(
+                method,
+                message,
+                timeout_ms=known.timeout_ms if timeout_ms is None else timeout_ms,
+                peer=known.peer,
+                metadata=known.metadata,
+                patience=known.patience,
+            )
+        except AsdError as error:
+            raise known.explained(error, is_connected=self._is_connected()) from error
+
+    async def _call_stream(
+        self,
+        method: grpc.aio.UnaryStreamMultiCallable[Sent, Received],
+        message: Sent,
+        timeout_ms: float | None,
+    ) -> AsyncGenerator[Received, None]:
+        known = self._connection
+        responses = call_stream(
+            method,
+            message,
+            timeout_ms=known.timeout_ms if timeout_ms is None else timeout_ms,
+            peer=known.peer,
+            metadata=known.metadata,
+            patience=known.patience,
+        )
+        async with aclosing(responses):
+            try:
+                async for response in responses:
+                    yield response
+            except AsdError as error:
+                raise known.explained(error, is_connected=self._is_connected()) from error
+
+    def _is_connected(self) -> bool:
+        return self._open().get_state() is grpc.ChannelConnectivity.READY
+
+
+def encryption_advice(message: str, *, is_encrypted: bool) -> str:
+    """Return what a refused connection says of its encryption, and what to do: "" where it says nothing.
+
+    message: gRPC's. The words go on from the name of whom was called.
+    """
+    for sign, advice in _UNENCRYPTED:
+        if sign in message:
+            return advice
+    if message.endswith("Socket closed"):
+        wish = "a certificate (tls.cert_file, tls.key_file)" if is_encrypted else "TLS (tls.ca_file)"
+        return f"closes the connection: it may want {wish}"
+    return ""
+
+
+def in_plain_words(message: str) -> str:
+    """Return what an error says without what gRPC adds for those who work on gRPC."""
+    message = message.replace(_UNGREETED, "it takes the connection and is silent")
+    return _UNANSWERED.sub(lambda found: f" does not answer ({found[1].lower()})", message)
+
+
+def _explained_report(error: AsdError, policy_target: str) -> AsdError:
+    """Return what a report's call ended with, in plain words."""
+    if isinstance(error, Unavailable):
+        return Unavailable(in_plain_words(error.message))
+    if _is_unknown_service(error):
+        return PreconditionFailed(f"{policy_target} is not a policy service: its default port is 50051")
+    return error
+
+
+def _is_unknown_service(error: AsdError) -> bool:
+    cause = error.__cause__
+    return isinstance(cause, grpc.RpcError) and cause.code() is grpc.StatusCode.UNIMPLEMENTED

@@ -1,0 +1,139 @@
+"""Channels and calls with a deadline for programs of threads, as asd.transport.channel has for asyncio."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, TypeVar
+
+import grpc
+
+from asd.errors import AsdError, Away, BudgetSpent
+from asd.transport.channel import MAX_MESSAGE_BYTES, Metadata, channel_options, check_time
+from asd.transport.status import from_rpc_error
+from asd.transport.tls import TlsFiles, watched_channel_credentials
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from asd.transport.patience import Patience
+
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+
+# How gRPC (1.85) begins what it knows of a status that a server has sent.
+_OF_PEER = "Error received from peer"
+
+
+class BlockingChannel:
+    """A channel that threads may share. Certificates are read again once their files change.
+
+    A call that begins after that goes over a new connection; calls under way finish on the old one. Raises
+    UnusableFile for certificates that cannot be used.
+    """
+
+    def __init__(self, target: str, tls: TlsFiles | None) -> None:
+        self._target = target
+        self._options = channel_options(target, retry=True, max_message_bytes=MAX_MESSAGE_BYTES, tls=tls)
+        self._watched = watched_channel_credentials(tls) if tls is not None else None
+        self._lock = threading.Lock()
+        self._channel = self._connect()
+
+    def current(self) -> grpc.Channel:
+        """Return the channel with the certificates of now."""
+        with self._lock:
+            if self._watched is not None and self._watched.refresh():
+                # Not closed: that would end the calls under way, which hold on to it.
+                self._channel = self._connect()
+            return self._channel
+
+    def close(self) -> None:
+        """End it, and calls under way."""
+        self._channel.close()
+
+    def _connect(self) -> grpc.Channel:
+        if self._watched is None:
+            return grpc.insecure_channel(self._target, options=self._options)
+        return grpc.secure_channel(self._target, self._watched.value, options=self._options)
+
+
+def call_unary(
+    method: grpc.UnaryUnaryMultiCallable[Request, Response],
+    request: Request,
+    *,
+    timeout_ms: float,
+    peer: str,
+    metadata: Metadata,
+    patience: Patience,
+) -> Response:
+    """Return the answer of a unary call; see asd.transport.channel.call_unary."""
+    check_time(timeout_ms, peer)
+    until = patience.now() + timeout_ms / 1000.0
+    while True:
+        try:
+            response = method(request, timeout=until - patience.now(), metadata=metadata or None)
+        except grpc.RpcError as error:
+            _wait_or_raise(error, patience, until, timeout_ms, peer)
+        else:
+            patience.there()
+            return response
+
+
+def call_stream(
+    method: grpc.UnaryStreamMultiCallable[Request, Response],
+    request: Request,
+    *,
+    timeout_ms: float,
+    peer: str,
+    metadata: Metadata,
+    patience: Patience,
+) -> Generator[Response, None, None]:
+    """Yield the answers of a streaming call; see asd.transport.channel.call_stream."""
+    check_time(timeout_ms, peer)
+    until = patience.now() + timeout_ms / 1000.0
+    has_begun = False
+    while True:
+        call = method(request, timeout=until - patience.now(), metadata=metadata or None)
+        try:
+            for response in call:
+                has_begun = True
+                patience.there()
+                yield response
+        except grpc.RpcError as error:
+            if has_begun:
+                raise _explained(error, timeout_ms, peer) from error
+            _wait_or_raise(error, patience, until, timeout_ms, peer)
+        else:
+            return
+        finally:
+            call.cancel()
+
+
+def is_told(error: BaseException | None) -> bool:
+    """Return whether a failed call ended with a status that its server sent.
+
+    The channel's state would tell, but gRPC (1.85) watches it in a thread that keeps a program from ending.
+    """
+    if not isinstance(error, grpc.RpcError):
+        return False
+    # CANCELLED is what a server that is stopped sends, and gRPC says no more of it.
+    return error.code() is grpc.StatusCode.CANCELLED or _OF_PEER in str(error)
+
+
+def _wait_or_raise(
+    error: grpc.RpcError, patience: Patience, until: float, timeout_ms: float, peer: str
+) -> None:
+    """Wait where a call that was not answered is to be made again; raise what it ended with otherwise."""
+    failure = _explained(error, timeout_ms, peer)
+    patience.failed(failure)
+    pause_s = patience.pause_s(until) if isinstance(failure, Away) else None
+    if pause_s is None:
+        raise failure from error
+    time.sleep(pause_s)
+
+
+def _explained(error: grpc.RpcError, timeout_ms: float, peer: str) -> AsdError:
+    failure = from_rpc_error(error, peer=peer)
+    if isinstance(failure, BudgetSpent):
+        return BudgetSpent(f"{peer} did not finish within {timeout_ms:.0f} ms")
+    return failure

@@ -1,0 +1,102 @@
+"""TLS of a client: certificates from files, read again when they change."""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import grpc
+
+from asd.transport.files import UnusableFile, WatchedFiles
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class TlsFiles(Protocol):
+    """What a client needs to know; Tls has the meaning of each."""
+
+    @property
+    def ca_file(self) -> Path | None:
+        """Authorities that it trusts."""
+
+    @property
+    def cert_file(self) -> Path | None:
+        """What it shows of itself."""
+
+    @property
+    def key_file(self) -> Path | None:
+        """The key of cert_file."""
+
+    @property
+    def server_name(self) -> str:
+        """Name in the server's certificate."""
+
+
+@dataclass(frozen=True)
+class Tls:
+    """How a client connects. ca_file: authorities that it trusts; None: the system's.
+
+    cert_file, key_file: what it shows of itself, where the server asks. server_name: name that the server's
+    certificate must hold; "": the host of the target. Files are in PEM, and read again when they change.
+    """
+
+    ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
+    server_name: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("cert_file and key_file belong together: set both or neither")
+
+
+def watched_channel_credentials(tls: TlsFiles) -> WatchedFiles[grpc.ChannelCredentials]:
+    """Return a client's credentials. Raises UnusableFile, naming file and setting, for files that
+    cannot be used."""
+
+    files = {"tls.ca_file": tls.ca_file, "tls.cert_file": tls.cert_file, "tls.key_file": tls.key_file}
+    named = {name: file for name, file in files.items() if file is not None}
+
+    def build(contents: dict[str, bytes]) -> grpc.ChannelCredentials:
+        check_authority("tls.ca_file", tls.ca_file, contents)
+        if tls.cert_file is not None and tls.key_file is not None:
+            check_pair(tls.cert_file, tls.key_file)
+        return grpc.ssl_channel_credentials(
+            contents.get("tls.ca_file"), contents.get("tls.key_file"), contents.get("tls.cert_file")
+        )
+
+    return WatchedFiles(named, build)
+
+
+def check_pair(cert_file: Path, key_file: Path) -> None:
+    """Raise UnusableFile for a certificate and key that cannot be used together.
+
+    gRPC says nothing of files that it cannot use but on the first connection, in the log.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        # Without a password it would ask the terminal for one.
+        context.load_cert_chain(cert_file, key_file, password=lambda: "")
+    except OSError as error:
+        if not isinstance(error, ssl.SSLError):
+            # Replaced meanwhile.
+            raise UnusableFile(f"{cert_file}, {key_file}: {error.strerror or error}") from error
+        reason = (
+            "the key is not the certificate's"
+            if "MISMATCH" in str(error.reason)
+            else "not a certificate and its key, in PEM and without a password"
+        )
+        raise UnusableFile(f"tls.cert_file {cert_file} and tls.key_file {key_file}: {reason}") from error
+
+
+def check_authority(setting: str, file: Path | None, contents: dict[str, bytes]) -> None:
+    """Raise UnusableFile where a file of authorities holds no certificate."""
+    if file is None:
+        return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        context.load_verify_locations(cadata=contents[setting].decode("ascii"))
+    except (ssl.SSLError, ValueError) as error:
+        raise UnusableFile(f"{setting} {file}: holds no certificate in PEM") from error
