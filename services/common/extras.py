@@ -64,8 +64,8 @@ def missing_of(extra: str) -> list[str]:
 
 def _sentence(modules: list[str], extras: Iterable[str]) -> str:
     are = "is" if len(modules) == 1 else "are"
-    them = "it" if len(modules) == 1 else "them"
+    names = f"[{','.join(extras)}]"
     return (
-        f"{', '.join(modules)} {are} not installed: pip install '.[{','.join(extras)}]' in asd's directory "
-        f"brings {them}"
+        f"{', '.join(modules)} {are} not installed: install 'asd-cascade{names}', in a checkout "
+        f"./clients/python '.{names}'"
     )

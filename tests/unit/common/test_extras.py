@@ -24,7 +24,8 @@ def test_all_that_is_missing_is_named_with_one_command(monkeypatch):
     with pytest.raises(PreconditionFailed) as refused:
         check_extras(["stage", "policy", "stage"])
     assert refused.value.message == (
-        "onnxruntime, jinja2 are not installed: pip install '.[policy,stage]' in asd's directory brings them"
+        "onnxruntime, jinja2 are not installed: install 'asd-cascade[policy,stage]', "
+        "in a checkout ./clients/python '.[policy,stage]'"
     )
     monkeypatch.delitem(sys.modules, "jinja2")
     with (
