@@ -90,7 +90,7 @@ ENTRYPOINT ["python", "-m", "policy_service"]
 FROM base AS manager
 COPY --from=build-manager /opt/asd /opt/asd
 EXPOSE 50053
-ENTRYPOINT ["python", "-m", "services.manager"]
+ENTRYPOINT ["python", "-m", "services.scaler"]
 
 FROM base AS stage-onnx
 COPY --from=build-stage-onnx /opt/asd /opt/asd

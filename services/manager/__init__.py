@@ -1,1 +1,1 @@
-"""The manager: takes idle stages down to no replica, and brings them back when they are wanted."""
+"""The name of services.scaler until 0.2: `python -m services.manager` goes on to start it."""

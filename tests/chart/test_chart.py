@@ -16,9 +16,9 @@ from kubernetes_validate import utils
 from policy_service.settings import PolicySettings
 from services.common.privacy import SWITCHES
 from services.common.settings import ServiceSettings
-from services.manager.settings import ManagerSettings
 from services.router.domain import Overload
 from services.router.settings import RouterSettings
+from services.scaler.settings import ScalerSettings
 from services.stage.settings import StageSettings
 from tests.chart.rendering import (
     CHART,
@@ -173,7 +173,7 @@ def test_policy_config_loads(variant: str, tmp_path: Path) -> None:
 
 @with_component("manager")
 def test_manager_config_loads(variant: str, tmp_path: Path) -> None:
-    settings = load(ManagerSettings, variant, named(variant, "manager"), tmp_path)
+    settings = load(ScalerSettings, variant, named(variant, "manager"), tmp_path)
     assert settings.namespace == NAMESPACE
     assert {each.deployment for each in settings.stages} <= set(of_kind(variant, "Deployment"))
 

@@ -12,8 +12,8 @@ import yaml
 
 from policy_service.settings import PolicySettings
 from services.common.telemetry import Metrics
-from services.manager.settings import ManagerSettings
 from services.router.settings import RouterSettings
+from services.scaler.settings import ScalerSettings
 from services.stage.settings import StageSettings
 from tests.chart.rendering import (
     FAMILY,
@@ -86,7 +86,7 @@ class TestScaling:
         assert trigger["metadata"]["threshold"] == "3"
 
     def test_the_manager_gets_the_stages_that_may_sleep(self, tmp_path: Path) -> None:
-        settings = read(ManagerSettings, "scale to zero", "demo-manager", tmp_path)
+        settings = read(ScalerSettings, "scale to zero", "demo-manager", tmp_path)
         (stage,) = settings.stages
         assert (stage.name, stage.deployment) == ("large", "demo-stage-large")
         assert stage.target == "dns:///demo-stage-large:50061"
@@ -97,10 +97,10 @@ class TestScaling:
         router = read(RouterSettings, "scale to zero", "demo-router", tmp_path)
         assert router.manager is not None
         assert router.manager.target == "dns:///demo-manager:50053"
-        assert len(read(ManagerSettings, "all may sleep", "demo-manager", tmp_path).stages) == 3
+        assert len(read(ScalerSettings, "all may sleep", "demo-manager", tmp_path).stages) == 3
 
     def test_the_manager_may_scale_these_stages_and_nothing_else(self) -> None:
-        """What services/manager/kubernetes_cluster.py says that it wants."""
+        """What services/scaler/kubernetes_cluster.py says that it wants."""
         rules = of_kind("scale to zero", "Role")["demo-manager"]["rules"]
         assert rules == [
             {
@@ -229,7 +229,7 @@ class TestEncryption:
         router = read(RouterSettings, variant, "demo-router", tmp_path)
         called = [*router.stages, *(each for each in (router.policy, router.manager) if each)]
         if router.manager:
-            called += read(ManagerSettings, variant, "demo-manager", tmp_path).stages
+            called += read(ScalerSettings, variant, "demo-manager", tmp_path).stages
         for each in called:
             assert each.tls is not None
             assert each.tls.ca_file == Path("/tls/ca.crt")
@@ -370,7 +370,7 @@ class TestNetwork:
         calls = [("demo-router", each.target) for each in router.stages]
         calls += [("demo-router", each.target) for each in (router.policy, router.manager) if each]
         if router.manager:
-            kept = read(ManagerSettings, variant, "demo-manager", tmp_path).stages
+            kept = read(ScalerSettings, variant, "demo-manager", tmp_path).stages
             calls += [("demo-manager", each.target) for each in kept]
         for caller, target in calls:
             called, _, port = target.removeprefix("dns:///").rpartition(":")
@@ -472,7 +472,7 @@ def test_every_setting_of_a_service_is_given_by_some_variant() -> None:
         ("router", RouterSettings),
         ("policy", PolicySettings),
         ("stage", StageSettings),
-        ("manager", ManagerSettings),
+        ("manager", ScalerSettings),
     ):
         missing = _fields(settings.model_json_schema()) - left_out - of_one.get(component, set())
         assert missing - given[component] == set(), component

@@ -18,8 +18,8 @@ from opentelemetry.sdk.metrics import MeterProvider
 from prometheus_client import CollectorRegistry, generate_latest
 
 import policy_service.instruments
-import services.manager.instruments
 import services.router.instruments
+import services.scaler.instruments
 from services.common import telemetry
 from services.common.errors import Unavailable
 from services.common.telemetry import Spans, Traced
@@ -117,7 +117,7 @@ def _policy() -> None:
 
 
 def _manager() -> None:
-    manager = services.manager.instruments.Instruments()
+    manager = services.scaler.instruments.Instruments()
     manager.scaled("small", "wake")
     manager.watch(lambda: [Fields(stage="small", wanted=1, ready=1, is_known=True)])
 

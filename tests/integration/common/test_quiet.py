@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 import yaml
+from tests.integration.scaler.test_manager import api, kubeconfig  # noqa: F401 - a fixture
 
 from tests.integration.common.conftest import PROCESS_S
 from tests.integration.common.test_tls import router_config
-from tests.integration.manager.test_manager import api, kubeconfig  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).parents[3]
 STAGES = ("small", "medium", "large")
@@ -146,7 +146,7 @@ async def test_no_program_writes_or_calls_what_it_was_not_told_to(
             managed = {"name": "large", "deployment": "asd-large", "target": stage}
             router, _ = await asyncio.gather(
                 watched.serve("services.router", cascade),
-                watched.serve("services.manager", {"stages": [managed]}),
+                watched.serve("services.scaler", {"stages": [managed]}),
             )
             for name, *command in (
                 ("ask", "services.client.cli", "ask", "--target", router, question),
@@ -160,7 +160,7 @@ async def test_no_program_writes_or_calls_what_it_was_not_told_to(
         await watched.end()
     # What a stage derives from its models.
     derived = watched.cache / "asd"
-    for name in ("services.stage", "policy_service", "services.router", "services.manager", "ask", "publish"):
+    for name in ("services.stage", "policy_service", "services.router", "services.scaler", "ask", "publish"):
         log = watched.log(name).read_text(errors="replace")
         assert "sa_family=AF_INET" in log or name == "publish", f"{name} was not watched"
         assert outside_calls(log) == [], name

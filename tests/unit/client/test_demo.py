@@ -29,7 +29,6 @@ from services.client.demo import (
     Row,
     ask_both_ways,
     choose_tasks,
-    percentile,
     summarise,
 )
 

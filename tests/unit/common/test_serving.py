@@ -14,8 +14,8 @@ from services.common.channel import open_channel
 from services.common.server import ServerOptions
 from services.common.settings import SettingsError
 from services.common.tls import ServerTls
-from services.manager.settings import ManagerSettings
 from services.router.settings import RouterSettings
+from services.scaler.settings import ScalerSettings
 from services.stage.settings import StageSettings
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ OWN = {
     RouterSettings: "stages: [{name: small, target: a:1, cost: 1}]\nstatic_plan: [small]\n",
     PolicySettings: "artifact: /policy\n",
     StageSettings: "models: [{name: small, path: /models/small}]\n",
-    ManagerSettings: "stages: [{name: small, deployment: asd-small, target: a:1}]\n",
+    ScalerSettings: "stages: [{name: small, deployment: asd-small, target: a:1}]\n",
 }
 
 

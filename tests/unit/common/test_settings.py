@@ -11,8 +11,8 @@ from policy_service.settings import PolicySettings
 from policy_service.train.costs import CascadeCosts, UnfitCosts, read_costs
 from services.client.cascade_file import CascadeFile
 from services.common.settings import Section, SettingsError
-from services.manager.settings import ManagerSettings
 from services.router.settings import RouterSettings, SpeculationSettings
+from services.scaler.settings import ScalerSettings
 from services.stage.engines.settings import VllmSettings
 from services.stage.settings import StageSettings
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from pydantic import BaseModel
 
-DOCUMENTS = (PolicySettings, CascadeFile, ManagerSettings, RouterSettings, StageSettings, CascadeCosts)
+DOCUMENTS = (PolicySettings, CascadeFile, ScalerSettings, RouterSettings, StageSettings, CascadeCosts)
 
 
 class Rates(Section):

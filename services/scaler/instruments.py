@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from opentelemetry.metrics import CallbackOptions, Observation
 
-    from services.manager.keeper import StageView
+    from services.scaler.idle_scaler import StageView
 
 
 class Instruments:

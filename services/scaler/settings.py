@@ -15,7 +15,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class ManagedStageSettings(Section):
-    """A stage that may sleep, and when; as in services.manager.keeper.Rule.
+    """A stage that may sleep, and when; as in services.scaler.idle_scaler.Rule.
 
     target: of all its replicas, as in the router's settings. deployment: what is scaled.
     """
@@ -37,7 +37,7 @@ class ManagedStageSettings(Section):
         return self
 
 
-class ManagerSettings(ServerSettings):
+class ScalerSettings(ServerSettings):
     """Settings of the asd manager.
 
     namespace: of the deployments; empty: the manager's own. poll_seconds: how often stages are looked at.

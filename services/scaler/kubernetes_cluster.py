@@ -14,7 +14,7 @@ from kubernetes import client, config
 from urllib3.exceptions import HTTPError
 
 from services.common.errors import AsdError, PreconditionFailed, Unavailable
-from services.manager.cluster import Scale
+from services.scaler.cluster import Scale
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -10,9 +10,9 @@ import pytest
 from pydantic import ValidationError
 
 from services.common.errors import AsdError, NotFound, PreconditionFailed, Unavailable
-from services.manager.cluster import Scale
-from services.manager.keeper import Keeper, Rule, SleepState
-from services.manager.settings import ManagerSettings
+from services.scaler.cluster import Scale
+from services.scaler.idle_scaler import IdleScaler, Rule, SleepState
+from services.scaler.settings import ScalerSettings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,7 +48,7 @@ class Cluster:
 
 
 class World:
-    """A keeper of one stage. idle_s: what its replicas say; None: not all of them answer."""
+    """The idle scaler of one stage. idle_s: what its replicas say; None: not all of them answer."""
 
     def __init__(self, rule: Rule = RULE, wanted: int = 2, ready: int = 2) -> None:
         self.now = 1000.0
@@ -56,7 +56,7 @@ class World:
         self.asked_of: list[int] = []
         self.scalings: list[tuple[str, str]] = []
         self.cluster = Cluster(wanted, ready)
-        self.keeper = Keeper(
+        self.scaler = IdleScaler(
             [rule], self.cluster, self, lambda: self.now, lambda *scaling: self.scalings.append(scaling)
         )
 
@@ -69,12 +69,12 @@ class World:
         """Let time pass and look; return what replicas were set since the start."""
         self.now += seconds
         self.idle_s = idle_s
-        await self.keeper.update()
+        await self.scaler.update()
         return self.cluster.set
 
     @property
     def state(self) -> SleepState:
-        (view,) = self.keeper.views()
+        (view,) = self.scaler.views()
         return view.state
 
 
@@ -132,7 +132,7 @@ async def test_waking_gives_it_its_replicas_and_keeps_it_awake() -> None:
     w = World(wanted=0, ready=0)
     await w.after(0, None)
     assert w.state is SleepState.ASLEEP
-    assert (await w.keeper.wake("large")).state is SleepState.WAKING
+    assert (await w.scaler.wake("large")).state is SleepState.WAKING
     assert w.cluster.set == [2]
     await w.after(1, None)
     assert w.state is SleepState.WAKING
@@ -151,7 +151,7 @@ async def test_waking_what_is_awake_only_keeps_it_so() -> None:
     w = World()
     await w.after(0, 0.0)
     w.now += 290
-    assert (await w.keeper.wake("large")).state is SleepState.AWAKE
+    assert (await w.scaler.wake("large")).state is SleepState.AWAKE
     assert w.cluster.set == []
     assert await w.after(59.9, 5000.0) == []
     assert await w.after(0.1, 5000.0) == [0]
@@ -159,7 +159,7 @@ async def test_waking_what_is_awake_only_keeps_it_so() -> None:
 
 async def test_a_stage_that_somebody_gave_more_replicas_keeps_them_when_woken() -> None:
     w = World(wanted=5, ready=0)
-    await w.keeper.wake("large")
+    await w.scaler.wake("large")
     assert w.cluster.set == []
 
 
@@ -168,9 +168,9 @@ async def test_a_stage_that_is_being_put_to_sleep_is_woken_after_that() -> None:
     await w.after(0, 5000.0)
     w.cluster.gate = asyncio.Event()
     w.now += 60
-    sleeping = asyncio.create_task(w.keeper.update())
+    sleeping = asyncio.create_task(w.scaler.update())
     await asyncio.sleep(0)
-    waking = asyncio.create_task(w.keeper.wake("large"))
+    waking = asyncio.create_task(w.scaler.wake("large"))
     await asyncio.sleep(0)
     w.cluster.gate.set()
     await asyncio.gather(sleeping, waking)
@@ -179,15 +179,15 @@ async def test_a_stage_that_is_being_put_to_sleep_is_woken_after_that() -> None:
 
 async def test_replicas_that_never_become_ready_are_taken_down_and_that_is_said() -> None:
     w = World(wanted=0, ready=0)
-    await w.keeper.wake("large")
+    await w.scaler.wake("large")
     await w.after(0, None)
     # Who goes on asking for it does not begin the wait anew.
     w.now += 500
-    await w.keeper.wake("large")
+    await w.scaler.wake("large")
     assert await w.after(399.9, None) == [2]
     assert await w.after(0.1, None) == [2, 0]
     assert w.scalings == [("large", "wake"), ("large", "give_up")]
-    (view,) = w.keeper.views()
+    (view,) = w.scaler.views()
     assert view.state is SleepState.ASLEEP
     assert await w.after(10, None) == [2, 0]
     assert view.error.startswith("taken down: no replica became ready within 900 seconds")
@@ -197,9 +197,9 @@ async def test_a_stage_that_was_given_up_is_woken_again_and_has_its_whole_time()
     w = World(wanted=2, ready=0)
     await w.after(0, None)
     assert await w.after(900, None) == [0]
-    await w.keeper.wake("large")
+    await w.scaler.wake("large")
     await w.after(0, None)
-    (view,) = w.keeper.views()
+    (view,) = w.scaler.views()
     assert (view.state, view.error) == (SleepState.WAKING, "")
     assert await w.after(899.9, None) == [0, 2]
     w.cluster.have(2, 1)
@@ -230,7 +230,7 @@ async def test_what_something_else_scales_is_left_alone() -> None:
     assert await w.after(10_000, 5000.0) == []
     assert w.asked_of == []
     with pytest.raises(PreconditionFailed, match="scaled by horizontalpodautoscaler asd-large"):
-        await w.keeper.wake("large")
+        await w.scaler.wake("large")
     assert w.cluster.set == []
 
 
@@ -239,13 +239,13 @@ async def test_a_cluster_that_is_away_leaves_the_state_unknown() -> None:
     await w.after(0, 0.0)
     w.cluster.error = Unavailable("the Kubernetes API cannot be reached")
     assert await w.after(10_000, 5000.0) == []
-    (view,) = w.keeper.views()
+    (view,) = w.scaler.views()
     assert (view.state, view.error) == (SleepState.UNKNOWN, "the Kubernetes API cannot be reached")
     with pytest.raises(Unavailable):
-        await w.keeper.wake("large")
+        await w.scaler.wake("large")
     w.cluster.error = None
     await w.after(0, 0.0)
-    (view,) = w.keeper.views()
+    (view,) = w.scaler.views()
     assert (view.state, view.error) == (SleepState.AWAKE, "")
 
 
@@ -253,13 +253,13 @@ async def test_a_deployment_that_is_not_there_is_said() -> None:
     w = World()
     w.cluster.scales.clear()
     await w.after(0, 0.0)
-    (view,) = w.keeper.views()
+    (view,) = w.scaler.views()
     assert (view.state, view.error) == (SleepState.UNKNOWN, "there is no deployment asd-large")
 
 
 async def test_only_a_managed_stage_is_woken() -> None:
     with pytest.raises(NotFound, match="'small' is not managed: choose one of large"):
-        await World().keeper.wake("small")
+        await World().scaler.wake("small")
 
 
 STAGE = {"name": "large", "deployment": "asd-large", "target": "dns:///asd-large:50061"}
@@ -278,4 +278,4 @@ STAGE = {"name": "large", "deployment": "asd-large", "target": "dns:///asd-large
 )
 def test_settings_that_make_no_sense_are_refused(stages: list[dict[str, object]], says: str) -> None:
     with pytest.raises(ValidationError, match=says):
-        ManagerSettings(stages=stages)  # type: ignore[arg-type]
+        ScalerSettings(stages=stages)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from services.common.errors import AsdError, NotFound, PreconditionFailed
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from services.manager.cluster import Cluster, Scale, Usage
+    from services.scaler.cluster import Cluster, Scale, Usage
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class _Kept:
         return self.waiting_since is not None and now - self.waiting_since >= self.rule.give_up_seconds
 
 
-class Keeper:
+class IdleScaler:
     """Keeps stages by their rules. clock: monotonic seconds. on_scaled: gets a stage and "wake", "sleep" or
     "give_up".
 

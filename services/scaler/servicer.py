@@ -8,12 +8,12 @@ from asd.v1 import manager_pb2, manager_pb2_grpc
 from services.common.errors import InvalidRequest
 from services.common.server import ServiceRegistration
 from services.common.version import VERSION
-from services.manager.keeper import SleepState
+from services.scaler.idle_scaler import SleepState
 
 if TYPE_CHECKING:
     import grpc
 
-    from services.manager.keeper import Keeper, StageView
+    from services.scaler.idle_scaler import IdleScaler, StageView
 
 _STATES = {
     SleepState.UNKNOWN: manager_pb2.SLEEP_STATE_UNSPECIFIED,
@@ -26,8 +26,8 @@ _STATES = {
 class ManagerServicer(manager_pb2_grpc.ManagerServiceServicer):
     """Serves asd.v1.ManagerService."""
 
-    def __init__(self, keeper: Keeper) -> None:
-        self._keeper = keeper
+    def __init__(self, scaler: IdleScaler) -> None:
+        self._scaler = scaler
 
     def registration(self) -> ServiceRegistration:
         """Return what adds this servicer to a server."""
@@ -44,7 +44,7 @@ class ManagerServicer(manager_pb2_grpc.ManagerServiceServicer):
         """Have a stage get replicas."""
         if not request.stage:
             raise InvalidRequest("stage is required", field="stage")
-        return manager_pb2.WakeResponse(stage=_stage(await self._keeper.wake(request.stage)))
+        return manager_pb2.WakeResponse(stage=_stage(await self._scaler.wake(request.stage)))
 
     async def Status(  # noqa: N802
         self,
@@ -55,7 +55,7 @@ class ManagerServicer(manager_pb2_grpc.ManagerServiceServicer):
     ) -> manager_pb2.ManagerServiceStatusResponse:
         """Say which stages are managed and how each of them is."""
         return manager_pb2.ManagerServiceStatusResponse(
-            stages=[_stage(view) for view in self._keeper.views()], version=VERSION
+            stages=[_stage(view) for view in self._scaler.views()], version=VERSION
         )
 
 

@@ -22,9 +22,9 @@ from asd.v1 import manager_pb2, manager_pb2_grpc, stage_pb2
 from services.common.errors import PreconditionFailed, Unavailable
 from services.common.server import ServerOptions, ServiceRegistration, start_server
 from services.common.tls import ClientTls, ServerTls
-from services.manager.cluster import Scale
-from services.manager.kubernetes_cluster import KubernetesCluster, open_cluster
-from services.manager.usage import StageUsage
+from services.scaler.cluster import Scale
+from services.scaler.kubernetes_cluster import KubernetesCluster, open_cluster
+from services.scaler.usage import StageUsage
 from tests.integration.common.certificates import Authority
 from tests.integration.common.conftest import CALL_S, PROCESS_S, running
 from tests.integration.common.test_metrics import check_names, documented, found, scrape, values
@@ -293,7 +293,7 @@ async def test_the_process_puts_a_stage_to_sleep_and_wakes_it(
         ],
     }
     async with asyncio.timeout(PROCESS_S), AsyncExitStack() as stack:
-        manager = await stack.enter_async_context(running("services.manager", config, tmp_path))
+        manager = await stack.enter_async_context(running("services.scaler", config, tmp_path))
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(manager.target))
         stub = manager_pb2_grpc.ManagerServiceStub(channel)
 
@@ -340,6 +340,7 @@ async def test_a_manager_without_a_cluster_ends_with_a_sentence(
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     config = {"stages": [{"name": "large", "deployment": "asd-large", "target": "127.0.0.1:1"}]}
+    # Under the name that it had until 0.2.
     code, line = await failing("services.manager", config, tmp_path)
     assert code == 1
     assert line.startswith(
