@@ -28,7 +28,7 @@ fuzz: $(VENV)/.dev ## Damage files and messages for ASD_FUZZ_SECONDS each (60); 
 	$(BIN)/python -m tests.fuzz
 
 drains: $(VENV)/.dev ## Test at length that processes which end and return lose no request (minutes)
-	TEST_DRAINS=whole $(BIN)/pytest tests/integration/client/test_disruption.py
+	TEST_DRAINS=whole $(BIN)/pytest tests/integration/local/test_disruption.py
 
 e2e: $(VENV)/.dev ## Test a release on a real cluster: KUBECONFIG's, or a node of its own (Linux, root, Go)
 	$(BIN)/pytest tests/cluster

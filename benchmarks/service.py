@@ -27,8 +27,8 @@ from asd.v1 import cascade_pb2, cascade_pb2_grpc, common_pb2, policy_pb2, policy
 from asd.values import Objective
 from benchmarks.processes import READY_TIMEOUT, ROOT, embedded_cascade, process
 from benchmarks.record import write_result
-from services.client.cascade_file import read_cascade
-from services.client.demo import ask_both_ways, choose_tasks, summarise
+from services.local.cascade_file import read_cascade
+from services.cli.demo import ask_both_ways, choose_tasks, summarise
 from services.common.channel import open_channel
 from services.common.privacy import report_nothing
 from services.common.server import run_service
@@ -305,7 +305,7 @@ async def measure_cold_start(runs: int) -> dict[str, object]:
     seconds, memory = [], []
     for _ in range(runs):
         started = time.perf_counter()
-        command = [sys.executable, "-m", "services.client.cli", "up", "--json", "--port-base", "21050"]
+        command = [sys.executable, "-m", "services.cli", "up", "--json", "--port-base", "21050"]
         child = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, cwd=ROOT)
         assert child.stdout is not None
         await asyncio.wait_for(child.stdout.readuntil(b"\n"), READY_TIMEOUT)

@@ -501,7 +501,7 @@ def read_result(file: Path) -> Result:
 
 
 async def _run(options: argparse.Namespace) -> Result:
-    from services.client.connecting import Connection
+    from services.cli.connecting import Connection
 
     files = {
         name: os.environ.get(f"ASD_{name.upper()}")

@@ -16,8 +16,8 @@ from policy_service.train import lifecycle
 from policy_service.train.console import finite, number_table, result_console
 from policy_service.train.costs import EMBEDDED, UnfitCosts
 from policy_service.train.faults import UnfitOutcomes, say_why
-from services.client.arguments import CheckedCommand
-from services.client.connecting import Connection, encrypted, in_tls_options
+from services.cli.arguments import CheckedCommand
+from services.cli.connecting import Connection, encrypted, in_tls_options
 from services.common.extras import missing_of
 from services.common.privacy import report_nothing
 from services.common.terminal import LiteralConsole, prepare_streams

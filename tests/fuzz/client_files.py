@@ -12,9 +12,8 @@ from unittest import mock
 import huggingface_hub
 
 from asd.transport.token import bearer
-from services.client.commands import read_answer
-from services.client.connecting import Connection
-from services.client.pull import Pulled, pull
+from services.cli.commands import read_answer
+from services.cli.connecting import Connection
 from services.common.errors import (
     InvalidRequest,
     NotFound,
@@ -24,6 +23,7 @@ from services.common.errors import (
 )
 from services.common.settings import SettingsError
 from services.common.tls import ClientTls, ServerTls, server_credentials, watched_channel_credentials
+from services.local.pull import Pulled, pull
 from services.stage.engines.onnx.partial_folders import MANIFEST, find_damage, finish, partial_folder
 from tests.fakes import tiny_llama
 from tests.integration.common.certificates import Authority

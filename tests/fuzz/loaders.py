@@ -29,10 +29,10 @@ from policy_service.train.costs import UnfitCosts, read_costs
 from policy_service.train.faults import UnfitOutcomes
 from policy_service.train.outcome_table import write_outcomes
 from policy_service.train.outcomes import read_rows
-from services.client.cascade_file import read_cascade
 from services.common.auth import AuthSettings, TokenInterceptor
 from services.common.errors import PreconditionFailed
 from services.common.settings import SettingsError
+from services.local.cascade_file import read_cascade
 from services.router.settings import RouterSettings
 from services.stage.domain import Turn
 from services.stage.engines.checkpoint import read_checkpoint

@@ -173,7 +173,7 @@ def group_of(line: list[str]) -> tuple[Any, tuple[str, ...]]:
     import typer
 
     from policy_service.train.cli import app as policy_app
-    from services.client.commands import app
+    from services.cli.commands import app
 
     command: Any = typer.main.get_command({"asd": app, "asd-policy": policy_app}[line[0]])
     words = [line[0]]

@@ -76,7 +76,7 @@ print(*names)
     [
         ("services.common", "server", ()),
         ("services.router", "__main__", ()),
-        ("services.client", "cli", ()),
+        ("services.cli", "__main__", ()),
         ("suites", "arithmetic", ()),
         ("policy_service", "__main__", ("policy",)),
         ("policy_service.train", "cli", ("policy-train",)),
@@ -191,7 +191,7 @@ def test_the_wheel_has_every_file_of_its_packages(wheel: Wheel) -> None:
     wanted = {name for name in wanted if not any(fnmatch(name, f"{each}/*") for each in tool["exclude"])}
     assert wanted <= wheel.names
     assert {
-        "services/client/embedded.yaml",
+        "services/local/embedded.yaml",
         "policy_service/train/embedded.yaml",
         "policy_service/policy.zip",
         *(f"models/{name}/model.safetensors" for name in ("small", "medium", "large", "foreign")),
@@ -208,7 +208,7 @@ def test_the_wheel_has_nothing_else(wheel: Wheel) -> None:
 
 def test_the_wheel_names_its_commands_license_and_version(wheel: Wheel) -> None:
     commands = wheel.read("entry_points.txt")
-    assert "asd = services.client.cli:main" in commands
+    assert "asd = services.cli.__main__:main" in commands
     assert "asd-policy = policy_service.train.cli:main" in commands
     metadata = wheel.read("METADATA")
     assert f"Version: {PROJECT['project']['version']}\n" in metadata
@@ -224,7 +224,7 @@ _USE = """
 import services, sys
 from pathlib import Path
 from asd.v1 import cascade_pb2_grpc
-from services.client.cascade_file import EMBEDDED, read_cascade
+from services.local.cascade_file import EMBEDDED, read_cascade
 from services.router.__main__ import build
 assert Path(services.__file__).is_relative_to(sys.argv[1]), services.__file__
 cascade = read_cascade(EMBEDDED)

@@ -30,9 +30,9 @@ from asd.v1 import cascade_pb2, policy_pb2, policy_pb2_grpc
 from services.common.auth import AuthSettings, TokenInterceptor
 from services.common.server import ServerOptions, ServiceRegistration, start_server
 from services.common.tls import ServerTls
-from tests.integration.client.conftest import PROMPT
 from tests.integration.client.test_client import HangUp, Leaving
 from tests.integration.common.certificates import Authority
+from tests.integration.local.conftest import PROMPT
 from tests.limits import CALL_S
 
 

@@ -29,12 +29,12 @@ from asd.values import (
     StageStarted,
     StreamedText,
 )
-from services.client.commands import app
+from services.cli.commands import app
 from services.common.errors import BudgetSpent, InvalidRequest, NotFound, PreconditionFailed, Unavailable
 from services.common.server import ServerOptions, ServiceRegistration, start_server
-from tests.integration.client.conftest import PROMPT, asd, count_weights
+from tests.integration.local.conftest import PROMPT, asd, count_weights
 from tests.limits import CALL_S
-from tests.unit.client.test_examples import python_in
+from tests.unit.cli.test_examples import python_in
 
 # Of no suite, so that the stages are apt to differ.
 UNUSUAL = "What is 12 plus 30?"
@@ -460,7 +460,7 @@ def test_a_failure_is_one_sentence(silent_socket):
 
 def test_an_interrupted_question_ends_clean(silent_socket):
     with subprocess.Popen(
-        [sys.executable, "-m", "services.client.cli", "ask", "--target", _address(silent_socket), "Hi"],
+        [sys.executable, "-m", "services.cli", "ask", "--target", _address(silent_socket), "Hi"],
         stderr=subprocess.PIPE,
         text=True,
         # Also where the tests run in the background, and so with SIGINT ignored.

@@ -19,10 +19,10 @@ from services.common.auth import AuthSettings, TokenInterceptor
 from services.common.errors import Unauthenticated
 from services.common.server import ServerOptions, ServiceRegistration, start_server
 from services.common.watched_files import UnusableFile
-from tests.integration.client.conftest import asd
 from tests.integration.common.certificates import Authority
 from tests.integration.common.conftest import CALL_S, PROCESS_S, running
 from tests.integration.common.test_tls import failing, router_config
+from tests.integration.local.conftest import asd
 from tests.integration.router.conftest import FakeStage
 
 if TYPE_CHECKING:

@@ -149,7 +149,7 @@ async def test_no_program_writes_or_calls_what_it_was_not_told_to(
                 watched.serve("services.scaler", {"stages": [managed]}),
             )
             for name, *command in (
-                ("ask", "services.client.cli", "ask", "--target", router, question),
+                ("ask", "services.cli", "ask", "--target", router, question),
                 ("publish", "policy_service.train.cli", "publish", artifact, str(tmp_path / "store")),
             ):
                 process = await watched.start(name, "-m", *command)

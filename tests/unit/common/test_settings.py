@@ -9,8 +9,8 @@ from pydantic import ValidationError
 
 from policy_service.settings import PolicySettings
 from policy_service.train.costs import CascadeCosts, UnfitCosts, read_costs
-from services.client.cascade_file import CascadeFile
 from services.common.settings import Section, SettingsError
+from services.local.cascade_file import CascadeFile
 from services.router.settings import RouterSettings, SpeculationSettings
 from services.scaler.settings import ScalerSettings
 from services.stage.engines.settings import VllmSettings

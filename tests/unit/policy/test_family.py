@@ -20,7 +20,7 @@ from policy_service.policy import Condition, Objective, Policy, Preference, Reas
 from policy_service.servicer import PolicyServicer
 from policy_service.store import write_artifact
 from policy_service.train.family import MARKED, fit_family, suite_prompts, with_family
-from services.client.demo import EXAMPLE_PROMPTS
+from services.cli.demo import EXAMPLE_PROMPTS
 from tests.fakes.renamed_tasks import renamed_prompts
 from tests.unit.policy.tiny_policy import change_document, make_artifact
 

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from services.client.arguments import ASK_OPTIONS, CheckedCommand, in_options, number, option_of, whole_number
-from services.client.connecting import Connection, connected, encrypted, in_tls_options
-from services.client.interrupts import INTERRUPTED, Unwinding
+from services.cli.arguments import ASK_OPTIONS, CheckedCommand, in_options, number, option_of, whole_number
+from services.cli.connecting import Connection, connected, encrypted, in_tls_options
+from services.cli.interrupts import INTERRUPTED, Unwinding
 from services.common.addresses import check_target, neighbour
 from services.common.terminal import escape_unseen, literal, visible
 
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from asd.client import AsyncClient
     from asd.values import Answer, Request
-    from services.client.cascade_file import CascadeFile
-    from services.client.demo import Row
+    from services.cli.demo import Row
+    from services.local.cascade_file import CascadeFile
 
 FAILED, MISUSED = 1, 2
 _DEFAULT_TARGET = "127.0.0.1:50050"
@@ -138,8 +138,8 @@ def _check_tolerance(tolerance: float | None) -> float | None:
 
 def _stages_of(file: Path) -> list[str]:
     """Return the names of a cascade file's stages for completion; nothing where it cannot be used."""
-    from services.client.cascade_file import CascadeFile
     from services.common.settings import SettingsError
+    from services.local.cascade_file import CascadeFile
 
     with suppress(SettingsError):
         return [stage.name for stage in CascadeFile.load(file).stages]
@@ -147,13 +147,13 @@ def _stages_of(file: Path) -> list[str]:
 
 
 def _complete_stage(incomplete: str) -> list[str]:
-    from services.client.cascade_file import EMBEDDED
+    from services.local.cascade_file import EMBEDDED
 
     return [name for name in _stages_of(EMBEDDED) if name.startswith(incomplete)]
 
 
 def _complete_process(context: typer.Context, incomplete: str) -> list[str]:
-    from services.client.cascade_file import EMBEDDED, POLICY, ROUTER
+    from services.local.cascade_file import EMBEDDED, POLICY, ROUTER
 
     names = (ROUTER, POLICY, *_stages_of(context.params.get("cascade") or EMBEDDED))
     return [name for name in names if name.startswith(incomplete)]
@@ -357,7 +357,7 @@ def describe(
     """Show the stages of a cascade, what they cost, and the policy in force."""
 
     async def work() -> None:
-        from services.client import console
+        from services.cli import console
 
         async with connection.client(target, timeout_ms) as cascade:
             description = await cascade.describe()
@@ -410,7 +410,7 @@ def report(
         raise typer.BadParameter(f"{error}: name the policy service with --policy") from error
 
     async def send(reported: Answer, *, correct: bool) -> None:
-        from services.client import console
+        from services.cli import console
 
         async with connection.client(target, timeout_ms) as cascade:
             receipt = await cascade.report(
@@ -519,7 +519,7 @@ def models(context: typer.Context, cascade: CascadeOption = None, as_json: JsonO
             return
         from rich.table import Table
 
-        from services.client import console
+        from services.cli import console
 
         table = Table("model", "parameters", "size", "place")
         for entry in entries:
@@ -581,7 +581,7 @@ def pull_model(
         raise typer.BadParameter("--cascade says nothing of what is pulled: leave it out")
 
     def work() -> None:
-        from services.client import pull
+        from services.local import pull
 
         say = (lambda line: None) if as_json else _say
         done = pull.pull(model, to or pull.default_folder(), revision, say=say, shows_bars=not as_json)
@@ -602,7 +602,7 @@ def pull_model(
 
 
 async def _write_answer(client: AsyncClient, request: Request) -> None:
-    from services.client.console import gave_up_quality, is_late
+    from services.cli.console import gave_up_quality, is_late
 
     async with client as cascade:
         answer = await cascade.ask(request)
@@ -615,7 +615,7 @@ async def _write_answer(client: AsyncClient, request: Request) -> None:
 
 
 async def _show_answer(client: AsyncClient, request: Request) -> None:
-    from services.client import console
+    from services.cli import console
 
     output = console.output()
     async with client as cascade:
@@ -631,7 +631,7 @@ async def _stream_live(cascade: AsyncClient, request: Request, output: Console) 
     from rich.live import Live
 
     from asd.values import Answer, StageStarted, StreamedText
-    from services.client import console
+    from services.cli import console
 
     text, started = StreamedText(), None
     answer: Answer | None = None
@@ -679,11 +679,11 @@ async def _up(file: Path | None, port_base: int, only: str | None, *, as_json: b
     import asyncio
     import time
 
-    from services.client import console
-    from services.client.cascade_file import Ports
-    from services.client.demo import EXAMPLE_PROMPTS
-    from services.client.running import running
+    from services.cli import console
+    from services.cli.demo import EXAMPLE_PROMPTS
     from services.common.settings import SettingsError
+    from services.local.cascade_file import Ports
+    from services.local.running import running
 
     started = time.monotonic()
     cascade = _cascade(file)
@@ -735,10 +735,10 @@ async def _demo(
     connection: Connection,
 ) -> None:
     from asd.values import Objective
-    from services.client import console
-    from services.client.demo import ask_both_ways, choose_tasks, summarise
-    from services.client.launcher import free_ports
-    from services.client.running import running
+    from services.cli import console
+    from services.cli.demo import ask_both_ways, choose_tasks, summarise
+    from services.local.running import running
+    from services.local.supervisor import free_ports
 
     objective = Objective(preference=preference.value if preference else None)
     notes = console.notes()
@@ -798,7 +798,7 @@ def _onnx_export() -> Any:
 
 
 def _cascade(file: Path | None) -> CascadeFile:
-    from services.client.cascade_file import EMBEDDED, read_cascade
+    from services.local.cascade_file import EMBEDDED, read_cascade
 
     return read_cascade(file or EMBEDDED)
 
@@ -823,11 +823,11 @@ def _run(
     """
     import asyncio
 
-    from services.client.launcher import LaunchError
-    from services.client.running import Signalled
     from services.common import telemetry
     from services.common.errors import AsdError
     from services.common.settings import SettingsError
+    from services.local.running import Signalled
+    from services.local.supervisor import LaunchError
 
     try:
         if shows_result and sys.__stdout__ is None:

@@ -1,6 +1,6 @@
 """Requests to a cascade whose processes are asked to end, one after another, and started again meanwhile.
 
-`python -m tests.integration.client.disruption` measures it: `--victims router,small` says which processes.
+`python -m tests.integration.local.disruption` measures it: `--victims router,small` says which processes.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 
 from asd.client import AsyncClient
 from asd.values import Answer, Request
-from services.client.cascade_file import HOST, ROUTER, Service
-from services.client.launcher import Supervisor, free_ports
 from services.common.errors import AsdError
+from services.local.cascade_file import HOST, ROUTER, Service
+from services.local.supervisor import Supervisor, free_ports
 from tests.fakes import quick_stage
 
 if TYPE_CHECKING:

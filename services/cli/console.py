@@ -25,8 +25,8 @@ if TYPE_CHECKING:
         StageStarted,
         StreamedText,
     )
-    from services.client.demo import Row, Summary
-    from services.client.launcher import Child
+    from services.cli.demo import Row, Summary
+    from services.local.supervisor import Child
 
 _DOING = {"generate": "writes", "verify": "verifies", "prefill": "reads ahead"}
 _ANSWER_COLUMNS = 14

@@ -10,12 +10,12 @@ import sys
 
 import pytest
 
-from services.client import running
+from services.local import running
 from tests.limits import PROCESS_S
 
 _START = """
 import atexit, os, signal, sys
-from services.client.cli import main
+from services.cli.__main__ import main
 
 def interrupt():
     os.kill(os.getpid(), signal.SIGINT)
@@ -36,7 +36,7 @@ def _run(code: str, *arguments: str) -> tuple[int, str]:
 @pytest.mark.parametrize("command", ["up", "demo"])
 @pytest.mark.parametrize(
     "module",
-    ["services.client.commands", "typer", "asyncio", "services.client.launcher", "services.client.running"],
+    ["services.cli.commands", "typer", "asyncio", "services.local.supervisor", "services.local.running"],
 )
 def test_while_something_is_imported(module, command):
     code = f"""
@@ -70,7 +70,7 @@ main()
 
 def test_while_it_works_it_unwinds():
     code = """
-from services.client import commands
+from services.cli import commands
 
 def read(file):
     try:
@@ -99,7 +99,7 @@ def test_after_its_end_the_code_stands():
 
 
 def test_a_command_in_the_background_is_left_alone():
-    code = "signal.signal(signal.SIGINT, signal.SIG_IGN)\nfrom services.client import commands\n"
+    code = "signal.signal(signal.SIGINT, signal.SIG_IGN)\nfrom services.cli import commands\n"
     code += "commands._models = lambda file: interrupt() or []\nmain()"
     assert _run(code, "models") == (0, "")
 

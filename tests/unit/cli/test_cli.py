@@ -36,12 +36,12 @@ from asd.values import (
     StageStarted,
     Tokens,
 )
-from services.client import commands, console
-from services.client.commands import _stream_live, _stream_plain, app
-from services.client.running import Signalled
+from services.cli import commands, console
+from services.cli.commands import _stream_live, _stream_plain, app
 from services.common.errors import AsdError, InvalidRequest
 from services.common.terminal import LiteralConsole
 from services.common.version import VERSION
+from services.local.running import Signalled
 
 _RUNNER = CliRunner()
 ANSWER = Answer("r", "right", (2,), "", "eos", "medium", 1, None, 1.0, 1.0, 0.0, "static", "", "", ())
@@ -146,7 +146,7 @@ def test_a_message_speaks_of_what_was_given():
 )
 def test_a_locale_that_lacks_a_character_is_told_from_a_text_that_is_not_utf8(prompt, words):
     result = subprocess.run(
-        [sys.executable, "-m", "services.client.cli", "ask", prompt],
+        [sys.executable, "-m", "services.cli", "ask", prompt],
         env={**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "COLUMNS": "200"},
         capture_output=True,
         check=False,
@@ -218,7 +218,7 @@ def test_an_unknown_process_is_refused_with_the_known_ones(tmp_path):
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "ascii", "utf-8-sig"])
 def test_standard_input_in_another_encoding_is_refused(encoding):
     result = subprocess.run(
-        [sys.executable, "-m", "services.client.cli", "ask", "-", "--target", "127.0.0.1:1"],
+        [sys.executable, "-m", "services.cli", "ask", "-", "--target", "127.0.0.1:1"],
         env={**os.environ, "PYTHONIOENCODING": encoding},
         input=b"h\xc3\xa9l\xff",
         capture_output=True,
@@ -257,7 +257,7 @@ def test_a_signal_is_success_only_for_a_cascade_that_served(monkeypatch, number,
 @pytest.mark.parametrize("arguments", [["ask", "Hi"], ["ask", "Hi", "--json"], ["models"]])
 def test_a_closed_output_is_no_place_for_a_result(arguments):
     code = (
-        "import asd; from services.client import cli; from tests.unit.client import test_cli as test;"
+        "import asd; from services.cli import __main__ as cli; from tests.unit.cli import test_cli as test;"
         "asd.AsyncClient.stream = test._HostileCascade.stream; cli.main()"
     )
     command = shlex.join([sys.executable, "-c", code, *arguments])
@@ -560,7 +560,7 @@ def test_json_before_a_command_of_models_holds_for_the_command(tmp_path):
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_any_encoding_of_the_output_will_do(encoding):
     code = (
-        "import asd; from services.client import cli; from tests.unit.client import test_cli as test;"
+        "import asd; from services.cli import __main__ as cli; from tests.unit.cli import test_cli as test;"
         "asd.AsyncClient.stream = test._HostileCascade.stream; cli.main()"
     )
     result = subprocess.run(
@@ -577,7 +577,7 @@ def test_any_encoding_of_the_output_will_do(encoding):
 
 
 def _completions(line: str) -> set[str]:
-    code = "import sys; from services.client.cli import main; sys.argv[0] = 'asd'; main()"
+    code = "import sys; from services.cli.__main__ import main; sys.argv[0] = 'asd'; main()"
     asked = {
         "_ASD_COMPLETE": "complete_bash",
         "COMP_WORDS": line,
@@ -607,7 +607,7 @@ def test_version_and_help():
 
 
 def test_help_loads_neither_grpc_nor_pydantic():
-    code = "import sys, services.client.commands as _; "
+    code = "import sys, services.cli.commands as _; "
     code += "print({'grpc', 'pydantic', 'numpy', 'asd.v1'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "set()\n"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from services.common.extras import EXTRAS
-from tests.integration.client.conftest import MODELS
+from tests.integration.local.conftest import MODELS
 from tests.limits import PROCESS_S
 
 _MISSING = sorted({name for modules in EXTRAS.values() for name in modules} | {"psutil", "torch"})
@@ -29,13 +29,13 @@ def base_install(tmp_path_factory):
 @pytest.mark.parametrize(
     ("module", "arguments", "extra"),
     [
-        ("services.client.cli", ["up"], "[policy,stage]"),
-        ("services.client.cli", ["up", "--only", "policy"], "[policy]"),
-        ("services.client.cli", ["up", "--only", "small"], "[stage]"),
-        ("services.client.cli", ["demo"], "[policy,stage]"),
-        ("services.client.cli", ["models"], "[stage]"),
-        ("services.client.cli", ["models", "prepare"], "[stage]"),
-        ("services.client.cli", ["models", "pull", "owner/name"], "[hub]"),
+        ("services.cli.__main__", ["up"], "[policy,stage]"),
+        ("services.cli.__main__", ["up", "--only", "policy"], "[policy]"),
+        ("services.cli.__main__", ["up", "--only", "small"], "[stage]"),
+        ("services.cli.__main__", ["demo"], "[policy,stage]"),
+        ("services.cli.__main__", ["models"], "[stage]"),
+        ("services.cli.__main__", ["models", "prepare"], "[stage]"),
+        ("services.cli.__main__", ["models", "pull", "owner/name"], "[hub]"),
         ("services.stage", ["--config", "stage.yaml"], "[stage]"),
         ("services.stage.engines.check", ["check", str(MODELS / "small"), "--engine", "onnx"], "[stage]"),
         ("policy_service", [], "[policy]"),
@@ -48,7 +48,7 @@ def base_install(tmp_path_factory):
 def test_a_program_says_what_to_install(base_install, tmp_path, module, arguments, extra):
     model = f"{{name: small, path: {MODELS / 'small'}}}"
     (tmp_path / "stage.yaml").write_text(f"listen: 127.0.0.1:0\ndefault_model: small\nmodels: [{model}]\n")
-    program = module if module.endswith((".cli", ".check")) else f"{module}.__main__"
+    program = module if module.endswith((".cli", ".check", ".__main__")) else f"{module}.__main__"
     result = subprocess.run(
         [sys.executable, "-c", f"from {program} import main; main()", *arguments],
         cwd=tmp_path,
@@ -67,7 +67,7 @@ def test_a_program_says_what_to_install(base_install, tmp_path, module, argument
 
 def test_asking_needs_no_extra(base_install, up):
     result = subprocess.run(
-        [sys.executable, "-m", "services.client.cli", "ask", "--target", up.target, "What is 2 plus 3?"],
+        [sys.executable, "-m", "services.cli", "ask", "--target", up.target, "What is 2 plus 3?"],
         env=base_install,
         capture_output=True,
         text=True,

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from policy_service.settings import PolicySettings
-from services.client.cascade_file import EMBEDDED, CascadeFile, Ports, read_cascade, services_of
 from services.common.settings import SettingsError
+from services.local.cascade_file import EMBEDDED, CascadeFile, Ports, read_cascade, services_of
 from services.router.domain import Overload
 from services.router.settings import RouterSettings
 from services.stage.settings import StageSettings

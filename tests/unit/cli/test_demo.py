@@ -22,8 +22,8 @@ from asd.values import (
     StreamedText,
     Tokens,
 )
-from services.client import console
-from services.client.demo import (
+from services.cli import console
+from services.cli.demo import (
     EXAMPLE_PROMPT,
     Outcome,
     Row,

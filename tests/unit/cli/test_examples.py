@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from services.client import cascade_file
-from services.client.cascade_file import CascadeFile, Ports, services_of
+from services.local import cascade_file
+from services.local.cascade_file import CascadeFile, Ports, services_of
 from services.router.settings import RouterSettings
 from services.stage.settings import StageSettings
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from services.client.cascade_file import ROUTER
-from tests.integration.client.disruption import ENDS, PATH, REQUESTS, STAGES, disturb
+from services.local.cascade_file import ROUTER
+from tests.integration.local.disruption import ENDS, PATH, REQUESTS, STAGES, disturb
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,17 +10,17 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from services.client.cascade_file import POLICY, services_of
-from services.client.launcher import Supervisor
 from services.common.extras import check_extras
 from services.common.settings import SettingsError
+from services.local.cascade_file import POLICY, services_of
+from services.local.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
     from rich.console import Console
 
-    from services.client.cascade_file import CascadeFile, Ports
+    from services.local.cascade_file import CascadeFile, Ports
 
 # Children get this long to drain, and a little more to end, before they are killed.
 _DRAIN_SECONDS = 10.0

@@ -1,10 +1,10 @@
-"""Where the `asd` command starts. The commands are in services.client.commands."""
+"""Where the `asd` command starts. The commands are in services.cli.commands."""
 
 from __future__ import annotations
 
 import os
 
-from services.client import interrupts
+from services.cli import interrupts
 from services.common.privacy import report_nothing
 
 
@@ -19,7 +19,7 @@ def main() -> None:
     # For the processes that are started, too.
     report_nothing()
 
-    from services.client.commands import app
+    from services.cli.commands import app
     from services.common.terminal import prepare_streams
 
     prepare_streams()

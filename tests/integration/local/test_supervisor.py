@@ -17,15 +17,15 @@ import pytest
 from asd.client import AsyncClient
 from asd.v1 import cascade_pb2, cascade_pb2_grpc
 from asd.values import Request
-from services.client import launcher
-from services.client.cascade_file import Service, read_cascade
-from services.client.console import notes
-from services.client.launcher import Child, LaunchError, Reach, Supervisor
-from services.client.running import Signalled, running
+from services.cli.console import notes
 from services.common.errors import Unavailable
 from services.common.server import ServiceRegistration, start_server
 from services.common.terminal import LiteralConsole
-from tests.integration.client.conftest import PROMPT, asd
+from services.local import supervisor as supervising
+from services.local.cascade_file import Service, read_cascade
+from services.local.running import Signalled, running
+from services.local.supervisor import Child, LaunchError, Reach, Supervisor
+from tests.integration.local.conftest import PROMPT, asd
 from tests.limits import CALL_S
 
 
@@ -203,8 +203,8 @@ async def test_a_stray_package_in_the_current_directory_is_not_run(services, tmp
 
 
 async def test_a_service_that_keeps_ending_is_started_later_each_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(launcher, "_FIRST_DELAY_S", 0.001)
-    monkeypatch.setattr(launcher, "_LONGEST_DELAY_S", 0.004)
+    monkeypatch.setattr(supervising, "_FIRST_DELAY_S", 0.001)
+    monkeypatch.setattr(supervising, "_LONGEST_DELAY_S", 0.004)
     lines: list[str] = []
     four_lines = asyncio.Event()
 
@@ -234,7 +234,7 @@ async def test_a_service_that_was_asked_to_end_is_started_again_without_delay(tm
         "signal.pause()\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(launcher, "_FIRST_DELAY_S", 0.001)
+    monkeypatch.setattr(supervising, "_FIRST_DELAY_S", 0.001)
     lines: asyncio.Queue[str] = asyncio.Queue()
     child = Child(Service("small", "obedient", {}, 1), tmp_path, lines.put_nowait)
     await child.start()
@@ -296,7 +296,7 @@ def test_a_start_that_fails_tells_why_and_leaves_nothing(tmp_path):
     file, temporary = tmp_path / "cascade.yaml", tmp_path / "temporary"
     file.write_text("stages: [{name: tiny, path: model, cost: 1}]")
     temporary.mkdir()
-    for command in (["up", "--port-base", str(launcher.free_ports(1).router)], ["demo"]):
+    for command in (["up", "--port-base", str(supervising.free_ports(1).router)], ["demo"]):
         result = asd(*command, "--cascade", str(file), TMPDIR=str(temporary))
         assert result.returncode == 1
         assert "model_type is 'gpt2'" in result.stderr
@@ -313,7 +313,7 @@ async def test_a_signal_while_a_cascade_starts_leaves_nothing(cascade_file, tmp_
     monkeypatch.setattr(Supervisor, "__aenter__", start)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(Signalled) as ended:
-        async with running(read_cascade(cascade_file), launcher.free_ports(2), notes()):
+        async with running(read_cascade(cascade_file), supervising.free_ports(2), notes()):
             pass
     assert (ended.value.code, ended.value.has_served) == (128 + number, False)
     assert not list(tmp_path.iterdir())
@@ -324,7 +324,7 @@ async def test_logs_of_a_process_that_ended_by_itself_are_kept_and_named(cascade
     file = io.StringIO()
     console = LiteralConsole(file=file, width=200)
     async with running(
-        read_cascade(cascade_file), launcher.free_ports(2), console, only="router"
+        read_cascade(cascade_file), supervising.free_ports(2), console, only="router"
     ) as supervisor:
         os.kill(supervisor.children[0].pid, signal.SIGKILL)
         async with asyncio.timeout(CALL_S):

@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from services.client import pull as pulling
-from services.client.pull import Pulled, pull
 from services.common.errors import (
     AsdError,
     InvalidRequest,
@@ -24,6 +22,8 @@ from services.common.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from services.local import pull as pulling
+from services.local.pull import Pulled, pull
 from services.stage.engines.checkpoint import read_checkpoint
 
 if TYPE_CHECKING:

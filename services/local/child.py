@@ -1,4 +1,4 @@
-"""Runs a service as a child: `python -m services.client.child MODULE ARGUMENTS...`.
+"""Runs a service as a child: `python -m services.local.child MODULE ARGUMENTS...`.
 
 The parent holds the other end of standard input and never writes. Its end tells the child that the parent is
 gone, however it went, on every system; the child then drains as on SIGTERM. (Linux's PR_SET_PDEATHSIG fires

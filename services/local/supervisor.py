@@ -14,16 +14,16 @@ from typing import IO, TYPE_CHECKING, Self
 import yaml
 
 from asd.client import AsyncClient
-from services.client.cascade_file import HOST, POLICY, ROUTER, Ports
 from services.common.disks import cannot_write, replace_file
 from services.common.errors import AsdError, BudgetSpent, Unavailable
+from services.local.cascade_file import HOST, POLICY, ROUTER, Ports
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Sequence
     from pathlib import Path
     from types import TracebackType
 
-    from services.client.cascade_file import Service
+    from services.local.cascade_file import Service
 
 # A model that was never prepared is prepared now: seconds for the embedded family, minutes for a large one.
 _READY_SECONDS = 300.0
@@ -157,7 +157,7 @@ class Child:
                 # Python would look for modules in the current directory first.
                 "-P",
                 "-m",
-                "services.client.child",
+                "services.local.child",
                 self.service.module,
                 "--config",
                 str(self._config),

@@ -1,0 +1,4 @@
+"""The `asd` command: its commands are in services.cli.commands.
+
+Nothing is imported here, so that `asd --help` stays fast.
+"""
