@@ -48,7 +48,7 @@ class PolicySettings(Section):
     tls: ClientTls | None = None
 
 
-class ScalerSettings(Section):
+class ManagerSettings(Section):
     """Where the manager is that wakes stages, for how long one of its calls is waited for, and how often it
     is asked which stages sleep."""
 
@@ -100,7 +100,7 @@ class RouterSettings(ServerSettings):
     # Absent: there is no policy service, and the static plan always holds.
     policy: PolicySettings | None = None
     # Absent: stages are never scaled to zero.
-    manager: ScalerSettings | None = None
+    manager: ManagerSettings | None = None
     stages: tuple[StageSettings, ...] = Field(min_length=1)
     # Stages asked in order while the policy service is away; the last one answers. With a policy service, for
     # FASTEST alone: see services.router.planning.planner.

@@ -14,13 +14,13 @@ import grpc
 import pytest
 from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metrics_service_pb2_grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
-from tests.integration.scaler.test_manager import api, kubeconfig  # noqa: F401 - a fixture
 
 from asd.v1 import cascade_pb2, cascade_pb2_grpc, policy_pb2, policy_pb2_grpc
 from services.common.telemetry import Metrics, Spans
 from tests.integration.common.conftest import CALL_S, PROCESS_S, running
 from tests.integration.common.test_metrics import documented
 from tests.integration.common.test_tls import router_config
+from tests.integration.scaler.test_scaler import api, kubeconfig  # noqa: F401 - a fixture
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

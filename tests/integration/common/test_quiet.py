@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.integration.scaler.test_manager import api, kubeconfig  # noqa: F401 - a fixture
 
 from tests.integration.common.conftest import PROCESS_S
 from tests.integration.common.test_tls import router_config
+from tests.integration.scaler.test_scaler import api, kubeconfig  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).parents[3]
 STAGES = ("small", "medium", "large")
