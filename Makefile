@@ -7,7 +7,7 @@ DEV_EXTRAS := stage,policy,policy-train,bench,dev
 INSTALLED_BY := pyproject.toml $(addprefix clients/python/,pyproject.toml hatch_build.py) $(wildcard protos/asd/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test fuzz drains e2e lint chart-checks format bench bench-escalation bench-policy experiments models policy clean
+.PHONY: help install demo up test fuzz drains images e2e lint chart-checks format bench bench-escalation bench-policy experiments models policy clean
 
 help: ## Say what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -29,6 +29,10 @@ fuzz: $(VENV)/.dev ## Damage files and messages for ASD_FUZZ_SECONDS each (60); 
 
 drains: $(VENV)/.dev ## Test at length that processes which end and return lose no request (minutes)
 	TEST_DRAINS=whole $(BIN)/pytest tests/integration/local/test_disruption.py
+
+images: $(VENV)/.dev ## Build the Dockerfile's CPU targets and start each (Linux, root, buildah, debootstrap)
+	$(BIN)/python -m tools.images
+	$(BIN)/pytest tests/cluster/test_images.py
 
 e2e: $(VENV)/.dev ## Test a release on a real cluster: KUBECONFIG's, or a node of its own (Linux, root, Go)
 	$(BIN)/pytest tests/cluster
