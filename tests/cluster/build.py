@@ -22,6 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tools.images import build as images
+from tools.machine import MissingProgramError, cache_dir, check_system, missing_packages, say
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -37,11 +40,7 @@ SYSTEM_PROGRAMS = {
     "unshare": "util-linux",
     "nsenter": "util-linux",
     "openssl": "openssl",
-    # Of images.
-    "strip": "binutils",
 }
-# `su` leaves them off the path.
-ROOT_FOLDERS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 CNI_FOLDERS = (Path("/usr/lib/cni"), Path("/opt/cni/bin"), Path("/usr/libexec/cni"))
 CNI_PACKAGE = "containernetworking-plugins"
 
@@ -50,10 +49,6 @@ _SMALL_MODULE = "golang.org/x/sync"
 # Chosen: a small module takes seconds; a newer Go, which Go fetches by itself where it may, is 70 MB.
 _MODULE_SECONDS = 60.0
 _GO_SECONDS = 300.0
-
-
-class MissingProgramError(RuntimeError):
-    """A program is not there and cannot be built; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -118,17 +113,6 @@ PROGRAMS = {
     )
 }
 NODE_PROGRAMS = tuple(name for name in PROGRAMS if name != "jaeger")
-
-
-def say(text: str) -> None:
-    """Print progress."""
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
-
-
-def cache_dir() -> Path:
-    """Return where built programs and images are kept."""
-    return Path(os.environ.get("ASD_CACHE_DIR") or Path.home() / ".cache" / "asd").absolute() / "cluster"
 
 
 def version_of(program: Program) -> str:
@@ -249,36 +233,21 @@ def find_all(names: tuple[str, ...] = NODE_PROGRAMS) -> dict[str, Path]:
     return {name: find_program(name) for name in names}
 
 
-def check_system() -> Path:
+def check_node() -> Path:
     """Return the folder of the CNI plugins.
 
     Raises MissingProgramError if this machine cannot run a node, with all that is missing at once.
     """
-    if sys.platform != "linux":
-        raise MissingProgramError("a node needs Linux: set KUBECONFIG to a cluster instead")
-    if os.geteuid() != 0:
-        raise MissingProgramError("a node needs root: use sudo, or set KUBECONFIG to a cluster")
-    packages = missing_packages()
-    if packages:
-        install = f"apt-get install --yes --no-install-recommends {' '.join(packages)}"
-        raise MissingProgramError(f"a node needs further programs; on Debian: {install}")
+    check_system("a node (KUBECONFIG would name another cluster)", absent_packages())
     folder = _cni_folder()
     assert folder is not None
     return folder
 
 
-def system_path() -> str:
-    """Return where programs are looked for: on the caller's path, and where root has them."""
-    return ":".join([os.environ.get("PATH") or os.defpath, *ROOT_FOLDERS])
-
-
-def missing_packages() -> list[str]:
-    """Return Debian's packages of what this machine lacks of SYSTEM_PROGRAMS and CNI plugins."""
-    path = system_path()
-    packages = {package for name, package in SYSTEM_PROGRAMS.items() if shutil.which(name, path=path) is None}
-    if _cni_folder() is None:
-        packages.add(CNI_PACKAGE)
-    return sorted(packages)
+def absent_packages() -> list[str]:
+    """Return Debian's packages of what a node needs and this machine lacks."""
+    plugins = [] if _cni_folder() else [CNI_PACKAGE]
+    return sorted({*missing_packages(SYSTEM_PROGRAMS | images.PROGRAMS), *plugins})
 
 
 def _cni_folder() -> Path | None:
@@ -291,7 +260,7 @@ def _folder(program: Program) -> Path:
     digest = hashlib.sha256()
     for path in sorted(module.iterdir()):
         digest.update(path.read_bytes())
-    return cache_dir() / f"{program.tool}-{version_of(program)}-{digest.hexdigest()[:8]}"
+    return cache_dir("cluster") / f"{program.tool}-{version_of(program)}-{digest.hexdigest()[:8]}"
 
 
 def _has_minor_version(program: Program, path: str) -> bool:

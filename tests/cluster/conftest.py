@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.cluster import build, node, release
+from tools.machine import MissingProgramError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,7 +36,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         return
     if any(item.get_closest_marker("cluster") for item in session.items):
         # The fixture says what is missing, and what to do.
-        with contextlib.suppress(build.MissingProgramError):
+        with contextlib.suppress(MissingProgramError):
             build.find_all(tuple(build.PROGRAMS))
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.cluster.build import MissingProgramError
+from tools.machine import MissingProgramError
 
 
 @dataclass(frozen=True)

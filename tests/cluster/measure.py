@@ -14,10 +14,11 @@ import sys
 from benchmarks.record import write_result
 from services.common.stats import percentile
 from tests.chart.rendering import VARIANTS
-from tests.cluster import images, release
-from tests.cluster.build import MissingProgramError, cache_dir, say
-from tests.cluster.images import ImageError
+from tests.cluster import release
 from tests.cluster.node import NodeError
+from tools.images import build as images
+from tools.images.build import ImageError
+from tools.machine import MissingProgramError, say
 
 COMMAND = "python -m tests.cluster.measure"
 
@@ -42,7 +43,7 @@ def measure(cluster: release.Cluster, disruptions: int) -> dict[str, object]:
         disturbed.uninstall()
     cluster.remove_namespace(disturbed.namespace)
     # A cluster of somebody's own has images that were made elsewhere.
-    made = [] if cluster.is_kept else images.release_images(cache_dir() / "images")
+    sizes = {} if cluster.is_kept else images.sizes_mb()
     version = json.loads(cluster.kubectl("get", "--raw=/version"))
     return {
         "install_to_answer_s": round(seconds, 1),
@@ -54,7 +55,7 @@ def measure(cluster: release.Cluster, disruptions: int) -> dict[str, object]:
         "normal": _percentiles(found.normal_ms),
         "during": _percentiles(found.during_ms),
         **{name: round(value, 1) for name, value in found.seconds.items()},
-        "image_mb": images.sizes_mb(made),
+        "image_mb": sizes,
         "render_variants": len(VARIANTS),
         "kubernetes": version["gitVersion"],
         "nodes": len(cluster.get("nodes")["items"]),

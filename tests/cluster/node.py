@@ -14,7 +14,7 @@ import argparse
 import asyncio
 import contextlib
 import ctypes
-import importlib.util
+import functools
 import json
 import os
 import shutil
@@ -27,24 +27,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-try:
-    from tests.cluster import crds, images
-except ModuleNotFoundError as error:
-    if __name__ != "__main__":
-        raise
-    sys.exit(f"{sys.executable} has no package {error.name}: `make .venv/.dev`, then use .venv/bin/python")
+from tests.cluster import crds, system_images
 from tests.cluster.build import (
     NODE_PROGRAMS,
-    MissingProgramError,
+    absent_packages,
     absent_programs,
-    cache_dir,
     check_go,
-    check_system,
+    check_node,
     find_all,
-    missing_packages,
-    say,
-    system_path,
 )
+from tools.images import build as images
+from tools.machine import CANNOT, MissingProgramError, run, say, system_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -75,14 +68,13 @@ KUBELET_SYSCTLS = {
 # Of containers (with and without a cgroup parent) and of the kubelet.
 CGROUPS = ("kubepods", "k8s.io")
 CGROUP_ROOT = Path("/sys/fs/cgroup")
-# Not of the program's own: with these pip builds asd for its images (pyproject.toml's build-system).
-_BUILD_PACKAGES = ("hatchling", "grpc_tools")
-# Exit status of `check`. Chosen: neither a failure's nor a wrong command line's.
-_CANNOT = 3
 
 
 class NodeError(RuntimeError):
     """The node did not come up; the message says which part, and what it logged."""
+
+
+_run = functools.partial(run, error=NodeError)
 
 
 @dataclass(frozen=True)
@@ -129,12 +121,12 @@ class Node:
     def up(self, archives: Sequence[Path] = (), timeout_s: float = 120.0) -> None:
         """Start the node, import images and return when pods can run and be found by name.
 
-        archives: docker-archives with images. Raises MissingProgramError where this machine lacks
+        archives: OCI archives with images. Raises MissingProgramError where this machine lacks
         something, and NodeError where a part does not come up in timeout_s.
         """
-        plugins = check_system()
+        plugins = check_node()
         self._programs = find_all()
-        archives = [images.system_archive(), *archives]
+        archives = [system_images.system_archive(), *archives]
         if self.state is not None:
             raise NodeError(f"a node runs in {self.folder} already: python -m tests.cluster.node down")
         _check_alone()
@@ -168,10 +160,10 @@ class Node:
         return ["nsenter", f"--net=/proc/{self._running().init_pid}/ns/net", "--", *command]
 
     def import_images(self, archive: Path) -> None:
-        """Make the images of a docker-archive known to the node."""
-        self._inside(
-            "ctr", "--namespace", "k8s.io", "images", "import", "--local", str(archive), timeout_s=120
-        )
+        """Make the images of an archive known to the node."""
+        # All that the node holds is in memory: once is enough.
+        how = ("--local", "--discard-unpacked-layers")
+        self._inside("ctr", "--namespace=k8s.io", "images", "import", *how, str(archive), timeout_s=120)
 
     def tails(self, lines: int = 12) -> str:
         """Return the last lines of every part's log."""
@@ -499,7 +491,8 @@ class Node:
 
 def check_machine() -> None:
     """Raise MissingProgramError or NodeError, with a sentence, where this machine cannot run a node."""
-    check_system()
+    check_node()
+    images.check()
     _check_alone()
     for parent in _cgroup_parents():
         probe = parent / f"asd-probe-{os.getpid()}"
@@ -585,7 +578,7 @@ state = '/run/containerd'
 address = '/run/containerd/containerd.sock'
 
 [plugins.'io.containerd.cri.v1.images'.pinned_images]
-sandbox = '{images.PAUSE_IMAGE}'
+sandbox = '{system_images.PAUSE_IMAGE}'
 
 [{runtime}]
 # A machine may give root no CAP_SYS_RESOURCE.
@@ -720,7 +713,7 @@ spec:
       dnsPolicy: Default
       containers:
         - name: coredns
-          image: {images.COREDNS_IMAGE}
+          image: {system_images.COREDNS_IMAGE}
           imagePullPolicy: Never
           args: [-conf, /etc/coredns/Corefile]
           readinessProbe:
@@ -756,21 +749,6 @@ def _issue(folder: Path, name: str, subject: str, alternatives: str = "") -> Non
 
 def _openssl(*arguments: str) -> None:
     _run(["openssl", *arguments], timeout_s=30)
-
-
-def _run(
-    command: Sequence[str], *, timeout_s: float, stdin: str | None = None, env: dict[str, str] | None = None
-) -> str:
-    env = os.environ | {"PATH": system_path()} if env is None else env
-    try:
-        run = subprocess.run(
-            command, input=stdin, capture_output=True, text=True, check=False, timeout=timeout_s, env=env
-        )
-    except subprocess.TimeoutExpired as error:
-        raise NodeError(f"not done after {timeout_s:.0f} s: {' '.join(command)}") from error
-    if run.returncode != 0:
-        raise NodeError(f"exit {run.returncode} of {' '.join(command)}\n{run.stdout}{run.stderr}".rstrip())
-    return run.stdout
 
 
 def _poll(condition: Callable[[], bool], deadline: float, what: str) -> None:
@@ -811,16 +789,6 @@ def _check_alone() -> None:
     # Two kubelets would remove each other's cgroups.
     if busy := _busy_cgroups():
         raise NodeError(f"another kubelet runs on this machine: {busy[0]} is in use")
-
-
-def _release_archive() -> Path:
-    """Return the archive of asd's images. Raises NodeError where this Python cannot make them."""
-    if lacking := [name for name in _BUILD_PACKAGES if importlib.util.find_spec(name) is None]:
-        raise NodeError(
-            f"{sys.executable} has no package {' and no '.join(lacking)}, of which asd's images are made: "
-            "`make .venv/.dev`, then use .venv/bin/python"
-        )
-    return images.release_archive(cache_dir() / "images")
 
 
 def _where_is_helm() -> str:
@@ -892,7 +860,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     starting = commands.add_parser("up", help="start a node that has asd's images")
     starting.add_argument("--bare", action="store_true", help="without asd's images")
-    commands.add_parser("check", help=f"say whether this machine can run one; exit {_CANNOT} where it cannot")
+    commands.add_parser("check", help=f"say whether this machine can run one; exit {CANNOT} where it cannot")
     commands.add_parser("missing", help="list Debian's packages that one needs and this machine lacks")
     commands.add_parser("down", help="end it and remove all of it but its logs")
     commands.add_parser("images", help="build asd's images anew and load them onto the node")
@@ -905,25 +873,25 @@ def main() -> None:
         if options.command == "gate":
             _serve_gate(options.pid, options.port_file)
         elif options.command == "up":
-            node.up([] if options.bare else [_release_archive()])
+            node.up([] if options.bare else [images.release_archive()])
             sys.stdout.write(f"export KUBECONFIG={node.kubeconfig}\n")
             say(f"kubectl: {find_all(('kubectl',))['kubectl']}")
             say(f"helm: {_where_is_helm()}")
             say(f"pods and Services: {' '.join(node.enter('COMMAND'))}")
         elif options.command == "missing":
-            sys.stdout.write("".join(f"{package}\n" for package in missing_packages()))
+            sys.stdout.write("".join(f"{package}\n" for package in absent_packages()))
         elif options.command == "check":
             try:
                 check_machine()
             except (NodeError, MissingProgramError) as error:
                 say(str(error))
-                sys.exit(_CANNOT)
+                sys.exit(CANNOT)
             say("this machine can run a node")
         elif options.command == "images":
-            node.import_images(_release_archive())
+            node.import_images(images.release_archive())
         else:
             node.down()
-    except (NodeError, MissingProgramError) as error:
+    except (NodeError, MissingProgramError, images.ImageError) as error:
         sys.exit(str(error))
 
 

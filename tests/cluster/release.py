@@ -18,9 +18,11 @@ from urllib.parse import quote
 
 import yaml
 
-from tests.cluster import images
-from tests.cluster.build import cache_dir, find_program
+from tests.cluster.build import find_program
 from tests.cluster.node import Node
+from tests.cluster.system_images import JAEGER_IMAGE as OWN_JAEGER_IMAGE
+from tests.cluster.system_images import jaeger_archive
+from tools.images import build as images
 from tools.kubernetes_programs import find_helm
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ class Cluster:
 
     kubeconfig: Path
     registry: str = ""
-    jaeger_image: str = images.JAEGER_IMAGE
+    jaeger_image: str = OWN_JAEGER_IMAGE
     is_kept: bool = True
 
     @cached_property
@@ -655,7 +657,7 @@ def cluster() -> Iterator[Cluster]:
         yield Cluster(Path(given), os.environ.get("ASD_IMAGE_REGISTRY", ""), jaeger)
         return
     node = Node()
-    node.up([images.release_archive(cache_dir() / "images"), images.jaeger_archive()])
+    node.up([images.release_archive(), jaeger_archive()])
     try:
         yield Cluster(node.kubeconfig, is_kept=False)
     finally:

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.cluster import build, crds, node
-from tests.cluster.images import LIBRARY, Image, Layer, sizes_mb
+from tools import machine as tools_machine
+from tools.images import build as images
+from tools.machine import MissingProgramError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,26 +64,26 @@ def test_where_nothing_is_needed_go_is_not() -> None:
 
 @pytest.mark.usefixtures("machine")
 def test_a_machine_without_go_is_told_what_it_lacks() -> None:
-    with pytest.raises(build.MissingProgramError, match=r"^kubelet v1\.36\.3 and 1 more .*there is no Go"):
+    with pytest.raises(MissingProgramError, match=r"^kubelet v1\.36\.3 and 1 more .*there is no Go"):
         build.check_go(NEEDED)
 
 
 def test_an_old_go_is_refused(machine: Path) -> None:
     install_go(machine, "go1.24.4")
-    with pytest.raises(build.MissingProgramError, match=r"cannot become, Go 1\.26\.0 or later.*: go1\.24\.4"):
+    with pytest.raises(MissingProgramError, match=r"cannot become, Go 1\.26\.0 or later.*: go1\.24\.4"):
         build.check_go(NEEDED)
 
 
 def test_a_go_that_is_cut_off_is_refused(machine: Path) -> None:
     install_go(machine, "go1.26.8", "echo dial tcp: no such host >&2; exit 1")
-    with pytest.raises(build.MissingProgramError, match=r"Go cannot fetch modules.*: dial tcp: no such host"):
+    with pytest.raises(MissingProgramError, match=r"Go cannot fetch modules.*: dial tcp: no such host"):
         build.check_go(NEEDED)
 
 
 def test_a_go_that_gets_no_answer_is_not_waited_for(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "_MODULE_SECONDS", 0.2)
     install_go(machine, "go1.26.8", "exec /bin/sleep 60")
-    with pytest.raises(build.MissingProgramError, match=r"Go cannot fetch modules.*: no answer after 0 s"):
+    with pytest.raises(MissingProgramError, match=r"Go cannot fetch modules.*: no answer after 0 s"):
         build.check_go(NEEDED)
 
 
@@ -95,12 +97,12 @@ def test_programs_that_only_root_has_on_its_path_are_found(
 ) -> None:
     (own := tmp_path / "sbin").mkdir()
     (own / "bridge").touch()
-    monkeypatch.setattr(build, "ROOT_FOLDERS", (str(own),))
+    monkeypatch.setattr(tools_machine, "ROOT_FOLDERS", (str(own),))
     monkeypatch.setattr(build, "CNI_FOLDERS", (own,))
-    assert "conntrack" in build.missing_packages()
-    for name in build.SYSTEM_PROGRAMS:
+    assert "conntrack" in build.absent_packages()
+    for name in build.SYSTEM_PROGRAMS | images.PROGRAMS:
         (own / name).touch(0o755)
-    assert build.missing_packages() == []
+    assert build.absent_packages() == []
 
 
 @pytest.mark.usefixtures("machine")
@@ -124,7 +126,8 @@ def test_another_kubelet_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(node, "CGROUP_ROOT", tmp_path)
     (pod := tmp_path / "memory" / "kubepods" / "pod1").mkdir(parents=True)
     (pod / "cgroup.procs").write_text("")
-    monkeypatch.setattr(node, "check_system", lambda: None)
+    monkeypatch.setattr(node, "check_node", lambda: None)
+    monkeypatch.setattr(images, "check", lambda: None)
     # Nothing lives in it: what the check says next is of what lies beyond.
     monkeypatch.setattr(node, "_cgroup_parents", lambda: [tmp_path / "absent" / "deeper"])
     with pytest.raises(node.NodeError, match="a node makes cgroups"):
@@ -132,13 +135,3 @@ def test_another_kubelet_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (pod / "cgroup.procs").write_text("7\n")
     with pytest.raises(node.NodeError, match=f"another kubelet runs on this machine: {pod} is in use"):
         node.check_machine()
-
-
-def test_sizes_of_images_are_given_by_target(tmp_path: Path) -> None:
-    base, small, large = (Layer(tmp_path, str(size), size) for size in (77_000_000, 38_040_000, 2_000_000))
-    made = [
-        Image(f"{LIBRARY}/asd-router:0.1.0", (base, small), {}),
-        Image(f"{LIBRARY}/asd-stage-onnx:0.1.0", (base, small, large), {}),
-    ]
-    assert sizes_mb(made) == {"router": 115.0, "stage-onnx": 117.0, "base": 77.0}
-    assert sizes_mb([]) == {}
