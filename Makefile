@@ -44,7 +44,7 @@ lint: $(VENV)/.dev ## Check style, types, imports, the contract and the Dockerfi
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
 	$(BIN)/buf breaking --against tools/protocheck/released.txtpb
-	$(BIN)/hadolint Dockerfile tests/cluster/Dockerfile
+	$(BIN)/hadolint Dockerfile tools/node/Dockerfile
 
 chart-checks: $(VENV)/.dev ## Check the chart's objects with checkov, installed in build/checkov
 	$(BIN)/python -m tests.chart.checks

@@ -49,9 +49,7 @@ def find_promtool() -> Path:
 
 def _run(command: list[str], folder: str) -> None:
     try:
-        run = subprocess.run(  # noqa: S603
-            command, cwd=folder, capture_output=True, text=True, timeout=300, check=False
-        )
+        run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
     except subprocess.TimeoutExpired as error:
         raise RuntimeError(f"{MISSING} ({command[0]} did not end)") from error
     if run.returncode != 0:

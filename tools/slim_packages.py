@@ -61,7 +61,7 @@ def slim(packages: Path) -> None:
     if strip is None:
         raise RuntimeError("there is no `strip` to take symbols out of libraries: install binutils")
     if libraries:
-        subprocess.run([strip, "--strip-unneeded", *libraries], check=True)  # noqa: S603
+        subprocess.run([strip, "--strip-unneeded", *libraries], check=True)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.cluster import build, node, release
+from tests.cluster import release
 from tools.machine import MissingProgramError
+from tools.node import node, programs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,7 +38,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if any(item.get_closest_marker("cluster") for item in session.items):
         # The fixture says what is missing, and what to do.
         with contextlib.suppress(MissingProgramError):
-            build.find_all(tuple(build.PROGRAMS))
+            programs.find_all(tuple(programs.PROGRAMS))
 
 
 @pytest.fixture(scope="session")

@@ -15,10 +15,10 @@ from benchmarks.record import write_result
 from services.common.stats import percentile
 from tests.chart.rendering import VARIANTS
 from tests.cluster import release
-from tests.cluster.node import NodeError
 from tools.images import build as images
 from tools.images.build import ImageError
 from tools.machine import MissingProgramError, say
+from tools.node.node import NodeError
 
 COMMAND = "python -m tests.cluster.measure"
 

@@ -18,12 +18,12 @@ from urllib.parse import quote
 
 import yaml
 
-from tests.cluster.build import find_program
-from tests.cluster.node import Node
-from tests.cluster.system_images import JAEGER_IMAGE as OWN_JAEGER_IMAGE
-from tests.cluster.system_images import jaeger_archive
 from tools.images import build as images
 from tools.kubernetes_programs import find_helm
+from tools.node.node import Node
+from tools.node.programs import find_program
+from tools.node.system_images import JAEGER_IMAGE as OWN_JAEGER_IMAGE
+from tools.node.system_images import jaeger_archive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from tests.chart.rendering import NAMESPACE, VARIANTS, Variant, template
-from tests.cluster.crds import find_definitions
 from tests.cluster.release import Cluster, ClusterError
+from tools.node.crds import find_definitions
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 

@@ -1,4 +1,4 @@
-module asd/tests/cluster/coredns
+module asd/tools/node/coredns
 
 go 1.26.0
 

@@ -7,9 +7,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from tests.cluster.build import PROGRAMS, find_program, version_of
 from tools.images.build import LIBRARY, Store, opened
 from tools.machine import cache_dir
+from tools.node.programs import PROGRAMS, find_program, version_of
 
 DOCKERFILE = Path(__file__).with_name("Dockerfile")
 PAUSE_IMAGE = f"{LIBRARY}/asd-cluster-pause:0"

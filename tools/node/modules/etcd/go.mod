@@ -1,4 +1,4 @@
-module asd/tests/cluster/etcd
+module asd/tools/node/etcd
 
 go 1.26.0
 

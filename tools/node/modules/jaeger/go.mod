@@ -1,4 +1,4 @@
-module asd/tests/cluster/jaeger
+module asd/tools/node/jaeger
 
 go 1.26.0
 

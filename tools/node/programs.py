@@ -1,7 +1,7 @@
 """The programs that a node consists of: found, or built once with Go and kept.
 
-`python -m tests.cluster.build` builds all of them and prints where they are. Versions are those of
-tools/NAME/go.mod. A build that was broken off goes on where it stopped: Go keeps every package it compiled.
+`python -m tools.node.programs` builds all of them and prints where they are. Versions are those of
+modules/NAME/go.mod. A build that was broken off goes on where it stopped: Go keeps every package it compiled.
 
 Looked for in this order: the folder KUBEBUILDER_ASSETS, what was built before, PATH (only in the minor
 version that go.mod names: another one may not speak with the rest), and then built.
@@ -28,7 +28,7 @@ from tools.machine import MissingProgramError, cache_dir, check_system, missing_
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-TOOLS = Path(__file__).parent / "tools"
+MODULES = Path(__file__).parent / "modules"
 
 # Debian's packages of what is not built. Of Ubuntu's the names are the same.
 SYSTEM_PROGRAMS = {
@@ -53,7 +53,7 @@ _GO_SECONDS = 300.0
 
 @dataclass(frozen=True)
 class Program:
-    """A program built from a Go module of tools/.
+    """A program built from a Go module of modules/.
 
     module: of which go.mod names the version; empty for our own. is_static: without libc, for images that
     hold nothing else. version_arguments: print a version; empty where what is on PATH is never taken.
@@ -121,10 +121,10 @@ def version_of(program: Program) -> str:
 
 
 def _module_version(tool: str, module: str) -> str:
-    text = (TOOLS / tool / "go.mod").read_text(encoding="utf-8")
+    text = (MODULES / tool / "go.mod").read_text(encoding="utf-8")
     found = re.search(rf"^(?:require|\t| )\s*{re.escape(module)} (v\S+)", text, re.MULTILINE)
     if found is None:
-        raise MissingProgramError(f"tools/{tool}/go.mod names no version of {module}")
+        raise MissingProgramError(f"modules/{tool}/go.mod names no version of {module}")
     return found[1]
 
 
@@ -184,7 +184,7 @@ def _problem_of_go() -> str:
     if go is None:
         return "there is no Go; install Go 1.26 or later"
     # In a module's folder: where Go is too old for it, it fetches and becomes a newer one, if it may and can.
-    module = TOOLS / "kubernetes"
+    module = MODULES / "kubernetes"
     done, said = _ask([go, "env", "GOVERSION"], module, _GO_SECONDS)
     wanted = go_version((module / "go.mod").read_text(encoding="utf-8"))
     if not done or go_version(said) < wanted:
@@ -255,7 +255,7 @@ def _cni_folder() -> Path | None:
 
 
 def _folder(program: Program) -> Path:
-    module = TOOLS / program.tool
+    module = MODULES / program.tool
     # A dependency may change without the version.
     digest = hashlib.sha256()
     for path in sorted(module.iterdir()):
@@ -293,7 +293,7 @@ def _build(program: Program, target: Path) -> None:
     started = time.monotonic()
     with subprocess.Popen(
         command,
-        cwd=TOOLS / program.tool,
+        cwd=MODULES / program.tool,
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.cluster import build, crds, node
 from tools import machine as tools_machine
 from tools.images import build as images
 from tools.machine import MissingProgramError
+from tools.node import crds, node, programs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,53 +43,53 @@ def install_go(folder: Path, version: str, download: str = "exit 0") -> None:
         ("go1.19", (1, 19, 0)),
         ("go1.26rc1", (1, 26, 0)),
         ("devel go1.27-0123abc", (1, 27, 0)),
-        ("module asd/tests/cluster/pause\n\ngo 1.26.0\n", (1, 26, 0)),
+        ("module asd/tools/node/pause\n\ngo 1.26.0\n", (1, 26, 0)),
         ("module example.org/go1.2\n", ()),
         ("", ()),
     ],
 )
 def test_a_version_of_go_is_read(text: str, version: tuple[int, ...]) -> None:
-    assert build.go_version(text) == version
+    assert programs.go_version(text) == version
 
 
 def test_every_tool_asks_for_the_go_that_is_checked() -> None:
-    modules = sorted(build.TOOLS.glob("*/go.mod"))
-    assert {build.go_version(path.read_text()) for path in modules} == {(1, 26, 0)}
+    modules = sorted(programs.MODULES.glob("*/go.mod"))
+    assert {programs.go_version(path.read_text()) for path in modules} == {(1, 26, 0)}
 
 
 @pytest.mark.usefixtures("machine")
 def test_where_nothing_is_needed_go_is_not() -> None:
-    build.check_go([])
+    programs.check_go([])
 
 
 @pytest.mark.usefixtures("machine")
 def test_a_machine_without_go_is_told_what_it_lacks() -> None:
     with pytest.raises(MissingProgramError, match=r"^kubelet v1\.36\.3 and 1 more .*there is no Go"):
-        build.check_go(NEEDED)
+        programs.check_go(NEEDED)
 
 
 def test_an_old_go_is_refused(machine: Path) -> None:
     install_go(machine, "go1.24.4")
     with pytest.raises(MissingProgramError, match=r"cannot become, Go 1\.26\.0 or later.*: go1\.24\.4"):
-        build.check_go(NEEDED)
+        programs.check_go(NEEDED)
 
 
 def test_a_go_that_is_cut_off_is_refused(machine: Path) -> None:
     install_go(machine, "go1.26.8", "echo dial tcp: no such host >&2; exit 1")
     with pytest.raises(MissingProgramError, match=r"Go cannot fetch modules.*: dial tcp: no such host"):
-        build.check_go(NEEDED)
+        programs.check_go(NEEDED)
 
 
 def test_a_go_that_gets_no_answer_is_not_waited_for(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "_MODULE_SECONDS", 0.2)
+    monkeypatch.setattr(programs, "_MODULE_SECONDS", 0.2)
     install_go(machine, "go1.26.8", "exec /bin/sleep 60")
     with pytest.raises(MissingProgramError, match=r"Go cannot fetch modules.*: no answer after 0 s"):
-        build.check_go(NEEDED)
+        programs.check_go(NEEDED)
 
 
 def test_a_new_go_that_fetches_modules_is_enough(machine: Path) -> None:
     install_go(machine, "go1.26.8")
-    build.check_go(NEEDED)
+    programs.check_go(NEEDED)
 
 
 def test_programs_that_only_root_has_on_its_path_are_found(
@@ -98,11 +98,11 @@ def test_programs_that_only_root_has_on_its_path_are_found(
     (own := tmp_path / "sbin").mkdir()
     (own / "bridge").touch()
     monkeypatch.setattr(tools_machine, "ROOT_FOLDERS", (str(own),))
-    monkeypatch.setattr(build, "CNI_FOLDERS", (own,))
-    assert "conntrack" in build.absent_packages()
-    for name in build.SYSTEM_PROGRAMS | images.PROGRAMS:
+    monkeypatch.setattr(programs, "CNI_FOLDERS", (own,))
+    assert "conntrack" in programs.absent_packages()
+    for name in programs.SYSTEM_PROGRAMS | images.PROGRAMS:
         (own / name).touch(0o755)
-    assert build.absent_packages() == []
+    assert programs.absent_packages() == []
 
 
 @pytest.mark.usefixtures("machine")
@@ -110,7 +110,7 @@ def test_programs_that_lie_ready_are_not_built(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("ASD_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("KUBEBUILDER_ASSETS", str(tmp_path))
     (tmp_path / "etcd").touch()
-    assert build.absent_programs(("etcd", "pause")) == ["pause v0"]
+    assert programs.absent_programs(("etcd", "pause")) == ["pause v0"]
 
 
 def test_definitions_are_absent_until_go_has_them(machine: Path) -> None:

@@ -1,4 +1,4 @@
-module asd/tests/cluster/containerd
+module asd/tools/node/containerd
 
 go 1.26.0
 

@@ -1,4 +1,4 @@
-module asd/tests/cluster/kubernetes
+module asd/tools/node/kubernetes
 
 go 1.26.0
 

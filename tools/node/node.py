@@ -1,4 +1,4 @@
-"""A whole Kubernetes node out of nothing: `python -m tests.cluster.node up`, and `down`.
+"""A whole Kubernetes node out of nothing: `python -m tools.node up`, and `down`.
 
 etcd, API server, controller manager, scheduler, containerd, kubelet, kube-proxy and CoreDNS run in network,
 mount, process and host name namespaces of their own. Killing process 1 of these ends every process and
@@ -27,8 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.cluster import crds, system_images
-from tests.cluster.build import (
+from tools.images import build as images
+from tools.machine import CANNOT, MissingProgramError, run, say, system_path
+from tools.node import crds, system_images
+from tools.node.programs import (
     NODE_PROGRAMS,
     absent_packages,
     absent_programs,
@@ -36,8 +38,6 @@ from tests.cluster.build import (
     check_node,
     find_all,
 )
-from tools.images import build as images
-from tools.machine import CANNOT, MissingProgramError, run, say, system_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -128,7 +128,7 @@ class Node:
         self._programs = find_all()
         archives = [system_images.system_archive(), *archives]
         if self.state is not None:
-            raise NodeError(f"a node runs in {self.folder} already: python -m tests.cluster.node down")
+            raise NodeError(f"a node runs in {self.folder} already: python -m tools.node down")
         _check_alone()
         self._clear()
         started = time.monotonic()
@@ -182,7 +182,7 @@ class Node:
     def _running(self) -> State:
         state = self.state
         if state is None:
-            raise NodeError(f"no node runs in {self.folder}: python -m tests.cluster.node up")
+            raise NodeError(f"no node runs in {self.folder}: python -m tools.node up")
         return state
 
     def _start(self, plugins: Path, archives: Sequence[Path], deadline: float) -> None:
@@ -353,7 +353,7 @@ class Node:
     def _start_gate(self, deadline: float) -> None:
         state = self._running()
         port_file = self.folder / "port"
-        command = [sys.executable, "-m", "tests.cluster.node", "gate", str(state.init_pid), str(port_file)]
+        command = [sys.executable, "-m", "tools.node.node", "gate", str(state.init_pid), str(port_file)]
         with (self.logs / "gate.log").open("wb") as log:
             self._parts["gate"] = subprocess.Popen(
                 command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -855,7 +855,7 @@ async def _forward(listener: socket.socket, pid: int) -> None:
 def main() -> None:
     """Run a command."""
     summary = (__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m tests.cluster.node", description=summary)
+    parser = argparse.ArgumentParser(prog="python -m tools.node", description=summary)
     parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER, help="where the node keeps everything")
     commands = parser.add_subparsers(dest="command", required=True)
     starting = commands.add_parser("up", help="start a node that has asd's images")

@@ -1,3 +1,0 @@
-module asd/tests/cluster/pause
-
-go 1.26.0

@@ -1,0 +1,3 @@
+module asd/tools/node/pause
+
+go 1.26.0
