@@ -1,4 +1,4 @@
-"""A whole Kubernetes node out of nothing: `python -m tools.node up`, and `down`.
+"""A whole Kubernetes node out of nothing.
 
 etcd, API server, controller manager, scheduler, containerd, kubelet, kube-proxy and CoreDNS run in network,
 mount, process and host name namespaces of their own. Killing process 1 of these ends every process and
@@ -10,16 +10,12 @@ What works on which machine, and why the settings are what they are: README.md i
 
 from __future__ import annotations
 
-import argparse
-import asyncio
 import contextlib
-import ctypes
 import functools
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -28,11 +24,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tools.images import build as images
-from tools.machine import CANNOT, MissingProgramError, run, say, system_path
-from tools.node import crds, system_images
+from tools.machine import run, say, system_path
+from tools.node import config, crds, system_images
 from tools.node.programs import (
     NODE_PROGRAMS,
-    absent_packages,
     absent_programs,
     check_go,
     check_node,
@@ -44,17 +39,6 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 DEFAULT_FOLDER = ROOT / "build" / "cluster"
-
-NODE_NAME = "asd-node"
-NODE_ADDRESS = "10.77.0.1"
-API_PORT = 6443
-POD_RANGE = "10.244.0.0/24"
-SERVICE_RANGE = "10.96.0.0/16"
-API_SERVICE = "10.96.0.1"
-DNS_SERVICE = "10.96.0.10"
-
-# Volumes that claims find without saying how, in folders of the node: as many as the tests claim.
-VOLUMES = tuple(f"/var/lib/volumes/{number}" for number in range(8))
 
 # The kubelet sets these for the whole machine if they are different. It sees files that say what it wants.
 KUBELET_SYSCTLS = {
@@ -211,9 +195,9 @@ class Node:
             [
                 binary["kube-apiserver"],
                 "--etcd-servers=http://127.0.0.1:2379",
-                f"--advertise-address={NODE_ADDRESS}",
-                f"--secure-port={API_PORT}",
-                f"--service-cluster-ip-range={SERVICE_RANGE}",
+                f"--advertise-address={config.NODE_ADDRESS}",
+                f"--secure-port={config.API_PORT}",
+                f"--service-cluster-ip-range={config.SERVICE_RANGE}",
                 "--authorization-mode=Node,RBAC",
                 "--enable-admission-plugins=NodeRestriction",
                 "--allow-privileged",
@@ -268,16 +252,16 @@ class Node:
                 binary["kubelet"],
                 f"--config={self.folder / 'kubelet.yaml'}",
                 f"--kubeconfig={self.folder / 'kubelet.kubeconfig'}",
-                f"--hostname-override={NODE_NAME}",
-                f"--node-ip={NODE_ADDRESS}",
+                f"--hostname-override={config.NODE_NAME}",
+                f"--node-ip={config.NODE_ADDRESS}",
             ],
         )
         self._launch("proxy", [binary["kube-proxy"], f"--config={self.folder / 'proxy.yaml'}"])
-        self.kubectl("apply", "--filename", "-", stdin=_DNS_OBJECTS)
-        self.kubectl("apply", "--filename", "-", stdin=json.dumps(_storage_objects()))
+        self.kubectl("apply", "--filename", "-", stdin=config.DNS_OBJECTS)
+        self.kubectl("apply", "--filename", "-", stdin=json.dumps(config.storage_objects()))
         for wanted in (
-            ("--for=create", f"node/{NODE_NAME}"),
-            ("--for=condition=Ready", f"node/{NODE_NAME}"),
+            ("--for=create", f"node/{config.NODE_NAME}"),
+            ("--for=condition=Ready", f"node/{config.NODE_NAME}"),
             ("--for=create", "serviceaccount/default"),
             ("--for=condition=Available", "deployment/coredns", "--namespace=kube-system"),
         ):
@@ -321,13 +305,13 @@ class Node:
         lines = [
             "mount --make-rprivate /",
             "mount -t proc proc /proc",
-            f"hostname {NODE_NAME}",
+            f"hostname {config.NODE_NAME}",
             "mount -t tmpfs tmpfs /run",
             # Images, volumes and data in memory (about 1.5 GiB): no trace in the machine's own places, and
             # gone at once, where removing ten thousand files takes half a minute.
             "mount -t tmpfs tmpfs /var/lib",
             "mkdir -m 700 /var/lib/etcd",
-            f"mkdir -p {' '.join(VOLUMES)}",
+            f"mkdir -p {' '.join(config.VOLUMES)}",
             "mount -t tmpfs tmpfs /var/log",
             "mkdir /var/log/pods",
             f"mount --bind {folder}/logs/pods /var/log/pods",
@@ -341,7 +325,7 @@ class Node:
             # A kernel may have no dummy links; a pair with both ends here is as good.
             "ip link add node0 type veth peer name node1",
             "ip link set node1 up",
-            f"ip address add {NODE_ADDRESS}/24 dev node0",
+            f"ip address add {config.NODE_ADDRESS}/24 dev node0",
             "ip link set node0 up",
             "ip route add default dev node0",
             "echo 1 > /proc/sys/net/ipv4/ip_forward",
@@ -353,7 +337,7 @@ class Node:
     def _start_gate(self, deadline: float) -> None:
         state = self._running()
         port_file = self.folder / "port"
-        command = [sys.executable, "-m", "tools.node.node", "gate", str(state.init_pid), str(port_file)]
+        command = [sys.executable, "-m", "tools.node.gate", str(state.init_pid), str(port_file)]
         with (self.logs / "gate.log").open("wb") as log:
             self._parts["gate"] = subprocess.Popen(
                 command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -426,7 +410,7 @@ class Node:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(f"{value}\n", encoding="ascii")
         (folder / "resolv.conf").touch()
-        (folder / "containerd.toml").write_text(_containerd_config(folder, plugins), encoding="utf-8")
+        (folder / "containerd.toml").write_text(config.containerd_config(folder, plugins), encoding="utf-8")
         network = {
             "cniVersion": "1.0.0",
             "name": "pods",
@@ -438,20 +422,20 @@ class Node:
                     "hairpinMode": True,
                     # With it the plugin needs iptables.
                     "ipMasq": False,
-                    "ipam": {"type": "host-local", "ranges": [[{"subnet": POD_RANGE}]]},
+                    "ipam": {"type": "host-local", "ranges": [[{"subnet": config.POD_RANGE}]]},
                 }
             ],
         }
         (folder / "cni" / "10-pods.conflist").write_text(json.dumps(network), encoding="utf-8")
         # JSON is YAML.
-        (folder / "kubelet.yaml").write_text(json.dumps(_kubelet_config(folder)), encoding="utf-8")
-        (folder / "proxy.yaml").write_text(json.dumps(_proxy_config(folder)), encoding="utf-8")
+        (folder / "kubelet.yaml").write_text(json.dumps(config.kubelet_config(folder)), encoding="utf-8")
+        (folder / "proxy.yaml").write_text(json.dumps(config.proxy_config(folder)), encoding="utf-8")
 
     def _write_certificates(self) -> None:
         folder = self.folder / "certificates"
         _openssl("req", "-x509", "-newkey", "rsa:2048", "-noenc", "-days", "30", "-subj", "/CN=asd-node",
                  "-keyout", str(folder / "ca.key"), "-out", str(folder / "ca.crt"))  # fmt: skip
-        addresses = f"IP:127.0.0.1,IP:{NODE_ADDRESS},IP:{API_SERVICE}"
+        addresses = f"IP:127.0.0.1,IP:{config.NODE_ADDRESS},IP:{config.API_SERVICE}"
         names = "DNS:localhost,DNS:kubernetes,DNS:kubernetes.default,DNS:kubernetes.default.svc"
         _issue(
             folder,
@@ -459,22 +443,27 @@ class Node:
             "/CN=kube-apiserver",
             f"{addresses},{names},DNS:kubernetes.default.svc.cluster.local",
         )
-        _issue(folder, "kubelet-server", f"/CN={NODE_NAME}", f"IP:{NODE_ADDRESS},DNS:{NODE_NAME}")
+        _issue(
+            folder,
+            "kubelet-server",
+            f"/CN={config.NODE_NAME}",
+            f"IP:{config.NODE_ADDRESS},DNS:{config.NODE_NAME}",
+        )
         _issue(folder, "front-proxy", "/CN=front-proxy")
         users = {
             "admin": "/O=system:masters/CN=admin",
-            "kubelet": f"/O=system:nodes/CN=system:node:{NODE_NAME}",
+            "kubelet": f"/O=system:nodes/CN=system:node:{config.NODE_NAME}",
             "controller-manager": "/CN=system:kube-controller-manager",
             "scheduler": "/CN=system:kube-scheduler",
             "proxy": "/CN=system:kube-proxy",
         }
         for name, subject in users.items():
             _issue(folder, name, subject)
-            inside = f"https://{NODE_ADDRESS}:{API_PORT}"
+            inside = f"https://{config.NODE_ADDRESS}:{config.API_PORT}"
             path = self.folder / f"{name}.kubeconfig"
-            path.write_text(json.dumps(_kubeconfig(folder, name, inside)), encoding="utf-8")
+            path.write_text(json.dumps(config.kubeconfig(folder, name, inside)), encoding="utf-8")
         outside = f"https://127.0.0.1:{self._running().port}"
-        self.kubeconfig.write_text(json.dumps(_kubeconfig(folder, "admin", outside)), encoding="utf-8")
+        self.kubeconfig.write_text(json.dumps(config.kubeconfig(folder, "admin", outside)), encoding="utf-8")
         self.kubeconfig.chmod(0o600)
 
     def _clear(self, *, keep_logs: bool = False) -> None:
@@ -494,7 +483,7 @@ def check_machine() -> None:
     check_node()
     images.check()
     _check_alone()
-    for parent in _cgroup_parents():
+    for parent in cgroup_parents():
         probe = parent / f"asd-probe-{os.getpid()}"
         try:
             probe.mkdir()
@@ -544,197 +533,6 @@ def leftovers(folder: Path) -> list[str]:
     return found
 
 
-def _kubeconfig(certificates: Path, user: str, server: str) -> dict[str, object]:
-    return {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "clusters": [
-            {
-                "name": "asd",
-                "cluster": {"server": server, "certificate-authority": str(certificates / "ca.crt")},
-            }
-        ],
-        "users": [
-            {
-                "name": user,
-                "user": {
-                    "client-certificate": str(certificates / f"{user}.crt"),
-                    "client-key": str(certificates / f"{user}.key"),
-                },
-            }
-        ],
-        "contexts": [{"name": "asd", "context": {"cluster": "asd", "user": user}}],
-        "current-context": "asd",
-    }
-
-
-def _containerd_config(folder: Path, plugins: Path) -> str:
-    runtime = "plugins.'io.containerd.cri.v1.runtime'"
-    return f"""version = 3
-root = '/var/lib/containerd'
-state = '/run/containerd'
-
-[grpc]
-address = '/run/containerd/containerd.sock'
-
-[plugins.'io.containerd.cri.v1.images'.pinned_images]
-sandbox = '{system_images.PAUSE_IMAGE}'
-
-[{runtime}]
-# A machine may give root no CAP_SYS_RESOURCE.
-restrict_oom_score_adj = true
-
-[{runtime}.cni]
-bin_dirs = ['{plugins}']
-conf_dir = '{folder}/cni'
-
-[{runtime}.containerd.runtimes.runc]
-runtime_type = 'io.containerd.runc.v2'
-"""
-
-
-def _kubelet_config(folder: Path) -> dict[str, object]:
-    certificates = folder / "certificates"
-    return {
-        "apiVersion": "kubelet.config.k8s.io/v1beta1",
-        "kind": "KubeletConfiguration",
-        "authentication": {
-            "anonymous": {"enabled": False},
-            "x509": {"clientCAFile": str(certificates / "ca.crt")},
-        },
-        "tlsCertFile": str(certificates / "kubelet-server.crt"),
-        "tlsPrivateKeyFile": str(certificates / "kubelet-server.key"),
-        "containerRuntimeEndpoint": "unix:///run/containerd/containerd.sock",
-        "cgroupDriver": "cgroupfs",
-        "failCgroupV1": False,
-        "failSwapOn": False,
-        # The disk's file system is not seen from here.
-        "localStorageCapacityIsolation": False,
-        "evictionHard": {"memory.available": "100Mi"},
-        "imageGCHighThresholdPercent": 100,
-        "clusterDNS": [DNS_SERVICE],
-        "clusterDomain": "cluster.local",
-        "resolvConf": str(folder / "resolv.conf"),
-        "nodeStatusUpdateFrequency": "5s",
-    }
-
-
-def _proxy_config(folder: Path) -> dict[str, object]:
-    return {
-        "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
-        "kind": "KubeProxyConfiguration",
-        "mode": "nftables",
-        "clientConnection": {"kubeconfig": str(folder / "proxy.kubeconfig")},
-        "hostnameOverride": NODE_NAME,
-        "clusterCIDR": POD_RANGE,
-        # Not to be set outside the machine's first network namespace.
-        "conntrack": {"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},
-    }
-
-
-def _storage_objects() -> dict[str, object]:
-    """Return the default storage class, and a volume of it for each folder."""
-    storage_class = {
-        "apiVersion": "storage.k8s.io/v1",
-        "kind": "StorageClass",
-        "metadata": {
-            "name": "local",
-            "annotations": {"storageclass.kubernetes.io/is-default-class": "true"},
-        },
-        "provisioner": "kubernetes.io/no-provisioner",
-        "volumeBindingMode": "WaitForFirstConsumer",
-    }
-    term = {"matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "In", "values": [NODE_NAME]}]}
-    volumes = [
-        {
-            "apiVersion": "v1",
-            "kind": "PersistentVolume",
-            "metadata": {"name": f"local-{number}"},
-            "spec": {
-                "storageClassName": "local",
-                "capacity": {"storage": "100Gi"},
-                "accessModes": ["ReadWriteOnce", "ReadWriteMany"],
-                "local": {"path": path},
-                "nodeAffinity": {"required": {"nodeSelectorTerms": [term]}},
-            },
-        }
-        for number, path in enumerate(VOLUMES)
-    ]
-    return {"apiVersion": "v1", "kind": "List", "items": [storage_class, *volumes]}
-
-
-_DNS_OBJECTS = f"""
-apiVersion: v1
-kind: ServiceAccount
-metadata: {{name: coredns, namespace: kube-system}}
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRole
-metadata: {{name: system:coredns}}
-rules:
-  - apiGroups: [""]
-    resources: [endpoints, services, pods, namespaces]
-    verbs: [list, watch]
-  - apiGroups: [discovery.k8s.io]
-    resources: [endpointslices]
-    verbs: [list, watch]
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRoleBinding
-metadata: {{name: system:coredns}}
-roleRef: {{apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: system:coredns}}
-subjects: [{{kind: ServiceAccount, name: coredns, namespace: kube-system}}]
----
-apiVersion: v1
-kind: ConfigMap
-metadata: {{name: coredns, namespace: kube-system}}
-data:
-  Corefile: |
-    .:53 {{
-        errors
-        health :8080
-        ready :8181
-        kubernetes cluster.local {{
-            ttl 1
-        }}
-        cache 1
-    }}
----
-apiVersion: apps/v1
-kind: Deployment
-metadata: {{name: coredns, namespace: kube-system}}
-spec:
-  selector: {{matchLabels: {{k8s-app: coredns}}}}
-  template:
-    metadata: {{labels: {{k8s-app: coredns}}}}
-    spec:
-      serviceAccountName: coredns
-      priorityClassName: system-cluster-critical
-      dnsPolicy: Default
-      containers:
-        - name: coredns
-          image: {system_images.COREDNS_IMAGE}
-          imagePullPolicy: Never
-          args: [-conf, /etc/coredns/Corefile]
-          readinessProbe:
-            httpGet: {{path: /ready, port: 8181}}
-            periodSeconds: 1
-          resources: {{requests: {{cpu: 10m, memory: 32Mi}}}}
-          volumeMounts: [{{name: config, mountPath: /etc/coredns}}]
-      volumes: [{{name: config, configMap: {{name: coredns}}}}]
----
-apiVersion: v1
-kind: Service
-metadata: {{name: kube-dns, namespace: kube-system}}
-spec:
-  clusterIP: {DNS_SERVICE}
-  selector: {{k8s-app: coredns}}
-  ports:
-    - {{name: dns, port: 53, protocol: UDP}}
-    - {{name: dns-tcp, port: 53, protocol: TCP}}
-"""
-
-
 def _issue(folder: Path, name: str, subject: str, alternatives: str = "") -> None:
     """Write NAME.key and NAME.crt, signed by ca.crt. alternatives: names and addresses of a server."""
     extensions = ["-addext", f"subjectAltName={alternatives}"] if alternatives else []
@@ -773,7 +571,7 @@ def _cgroups() -> list[Path]:
     return [parent / name for parent in parents for name in CGROUPS if (parent / name).is_dir()]
 
 
-def _cgroup_parents() -> list[Path]:
+def cgroup_parents() -> list[Path]:
     """Return where a node's cgroups are made: the one hierarchy of version 2, or those of version 1."""
     if (CGROUP_ROOT / "cgroup.controllers").exists():
         return [CGROUP_ROOT]
@@ -791,14 +589,6 @@ def _check_alone() -> None:
         raise NodeError(f"another kubelet runs on this machine: {busy[0]} is in use")
 
 
-def _where_is_helm() -> str:
-    beside = Path(sys.executable).with_name("helm")
-    found = shutil.which("helm") or (str(beside) if beside.exists() else "")
-    return (
-        found or "none is here; `.venv/bin/python tools/kubernetes_programs.py FOLDER` puts one into a folder"
-    )
-
-
 def _remove_cgroups(deadline: float) -> None:
     def removed() -> bool:
         for top in _cgroups():
@@ -811,89 +601,3 @@ def _remove_cgroups(deadline: float) -> None:
         return not _cgroups()
 
     _poll(removed, deadline, "the node's cgroups to become empty")
-
-
-def _serve_gate(pid: int, port_file: Path) -> None:
-    """Forward a port of the machine's 127.0.0.1 to the node's API server, until the node is gone."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    namespace = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY)
-    # A socket stays in the namespace in which it was made. Python has os.setns from 3.12 on.
-    if ctypes.CDLL(None, use_errno=True).setns(namespace, 0x40000000) != 0:
-        raise OSError(ctypes.get_errno(), "setns")
-    os.close(namespace)
-    port_file.write_text(f"{listener.getsockname()[1]}\n", encoding="ascii")
-    asyncio.run(_forward(listener, pid))
-
-
-async def _forward(listener: socket.socket, pid: int) -> None:
-    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
-            while data := await reader.read(1 << 16):
-                writer.write(data)
-                await writer.drain()
-            writer.write_eof()
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            to_reader, to_writer = await asyncio.open_connection(NODE_ADDRESS, API_PORT)
-        except OSError:
-            writer.close()
-            return
-        await asyncio.gather(pump(reader, to_writer), pump(to_reader, writer))
-        to_writer.close()
-        writer.close()
-
-    # The namespace would live on with this process.
-    end = asyncio.Event()
-    watch = os.pidfd_open(pid)
-    asyncio.get_running_loop().add_reader(watch, end.set)
-    server = await asyncio.start_server(serve, sock=listener)
-    await end.wait()
-    server.close()
-
-
-def main() -> None:
-    """Run a command."""
-    summary = (__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m tools.node", description=summary)
-    parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER, help="where the node keeps everything")
-    commands = parser.add_subparsers(dest="command", required=True)
-    starting = commands.add_parser("up", help="start a node that has asd's images")
-    starting.add_argument("--bare", action="store_true", help="without asd's images")
-    commands.add_parser("check", help=f"say whether this machine can run one; exit {CANNOT} where it cannot")
-    commands.add_parser("missing", help="list Debian's packages that one needs and this machine lacks")
-    commands.add_parser("down", help="end it and remove all of it but its logs")
-    commands.add_parser("images", help="build asd's images anew and load them onto the node")
-    gate = commands.add_parser("gate")
-    gate.add_argument("pid", type=int)
-    gate.add_argument("port_file", type=Path)
-    options = parser.parse_args()
-    node = Node(options.folder)
-    try:
-        if options.command == "gate":
-            _serve_gate(options.pid, options.port_file)
-        elif options.command == "up":
-            node.up([] if options.bare else [images.release_archive()])
-            sys.stdout.write(f"export KUBECONFIG={node.kubeconfig}\n")
-            say(f"kubectl: {find_all(('kubectl',))['kubectl']}")
-            say(f"helm: {_where_is_helm()}")
-            say(f"pods and Services: {' '.join(node.enter('COMMAND'))}")
-        elif options.command == "missing":
-            sys.stdout.write("".join(f"{package}\n" for package in absent_packages()))
-        elif options.command == "check":
-            try:
-                check_machine()
-            except (NodeError, MissingProgramError) as error:
-                say(str(error))
-                sys.exit(CANNOT)
-            say("this machine can run a node")
-        elif options.command == "images":
-            node.import_images(images.release_archive())
-        else:
-            node.down()
-    except (NodeError, MissingProgramError, images.ImageError) as error:
-        sys.exit(str(error))
-
-
-if __name__ == "__main__":
-    main()

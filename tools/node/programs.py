@@ -47,7 +47,7 @@ CNI_PACKAGE = "containernetworking-plugins"
 # Of the programs and small: whether Go can fetch modules is tried with it.
 _SMALL_MODULE = "golang.org/x/sync"
 # Chosen: a small module takes seconds; a newer Go, which Go fetches by itself where it may, is 70 MB.
-_MODULE_SECONDS = 60.0
+MODULE_SECONDS = 60.0
 _GO_SECONDS = 300.0
 
 
@@ -195,7 +195,7 @@ def _problem_of_go() -> str:
     with tempfile.TemporaryDirectory() as scratch:
         flags = f"{os.environ.get('GOFLAGS', '')} -modcacherw".strip()
         changed = {"GOMODCACHE": f"{scratch}/modules", "GOFLAGS": flags, "GOWORK": "off"}
-        done, said = _ask([go, "mod", "download", small], Path(scratch), _MODULE_SECONDS, changed)
+        done, said = _ask([go, "mod", "download", small], Path(scratch), MODULE_SECONDS, changed)
     return "" if done else f"Go cannot fetch modules; let it reach the proxy that GOPROXY names: {said}"
 
 

@@ -81,7 +81,7 @@ def test_a_go_that_is_cut_off_is_refused(machine: Path) -> None:
 
 
 def test_a_go_that_gets_no_answer_is_not_waited_for(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(programs, "_MODULE_SECONDS", 0.2)
+    monkeypatch.setattr(programs, "MODULE_SECONDS", 0.2)
     install_go(machine, "go1.26.8", "exec /bin/sleep 60")
     with pytest.raises(MissingProgramError, match=r"Go cannot fetch modules.*: no answer after 0 s"):
         programs.check_go(NEEDED)
@@ -129,7 +129,7 @@ def test_another_kubelet_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(node, "check_node", lambda: None)
     monkeypatch.setattr(images, "check", lambda: None)
     # Nothing lives in it: what the check says next is of what lies beyond.
-    monkeypatch.setattr(node, "_cgroup_parents", lambda: [tmp_path / "absent" / "deeper"])
+    monkeypatch.setattr(node, "cgroup_parents", lambda: [tmp_path / "absent" / "deeper"])
     with pytest.raises(node.NodeError, match="a node makes cgroups"):
         node.check_machine()
     (pod / "cgroup.procs").write_text("7\n")
