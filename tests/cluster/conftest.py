@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.cluster import release
+from tools.images import build as images
 from tools.machine import MissingProgramError
 from tools.node import node, programs
 
@@ -32,13 +33,21 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Build what a node of our own needs before any test is timed: Kubernetes can take longer."""
-    if session.config.option.collectonly or os.environ.get("KUBECONFIG"):
+    """Build what tests need before any of them is timed: Kubernetes and the images can take longer."""
+    if session.config.option.collectonly:
         return
-    if any(item.get_closest_marker("cluster") for item in session.items):
-        # The fixture says what is missing, and what to do.
-        with contextlib.suppress(MissingProgramError):
+    on_cluster = [
+        item.get_closest_marker("cluster") is not None
+        for item in session.items
+        if item.path.is_relative_to(HERE)
+    ]
+    needs_node = any(on_cluster) and not os.environ.get("KUBECONFIG")
+    # The fixtures say what is missing, and what to do.
+    with contextlib.suppress(MissingProgramError, images.ImageError):
+        if needs_node:
             programs.find_all(tuple(programs.PROGRAMS))
+        if needs_node or not all(on_cluster):
+            images.release_archive()
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,10 +14,10 @@ from tools.machine import MissingProgramError, cache_dir
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-pytestmark = pytest.mark.timeout(3600)
+    from pathlib import Path
 
 USER = "10001:10001"
+NAME = "localhost/some:1"
 SAYS = {
     "router": "Settings of the asd router.",
     "policy": "Settings of the policy service.",
@@ -27,13 +28,18 @@ SAYS = {
 }
 
 
-@pytest.fixture(scope="module")
-def store() -> Iterator[build.Store]:
-    """Give buildah's store with the images of this working tree."""
+@pytest.fixture(scope="module", autouse=True)
+def machine() -> None:
+    """Leave these tests out where buildah cannot run."""
     try:
         build.check()
     except MissingProgramError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[build.Store]:
+    """Give buildah's store with the images of this working tree."""
     with build.opened(cache_dir("images")) as found:
         build.release(found)
         yield found
@@ -64,3 +70,33 @@ def test_it_starts_as_the_user_that_kubernetes_is_promised(
 
 def test_settings_of_pip_were_there_for_the_build_alone(run: Callable[..., str]) -> None:
     assert run("sh", "-c", "cat /etc/pip.conf 2>/dev/null || true") == ""
+
+
+def test_an_archive_is_made_once_and_its_images_go_with_the_next(tmp_path: Path) -> None:
+    built = []
+
+    def archive(key: str) -> Path:
+        with build.opened(tmp_path / "images") as store:
+
+            def make() -> dict[str, str]:
+                built.append(key)
+                return {NAME: store.build(NAME, context)}
+
+            return store.archive("some", key, make)
+
+    (context := tmp_path / "context").mkdir()
+    (context / "Dockerfile").write_text("FROM scratch\nCOPY first /\nCOPY second /\n")
+    for name in ("first", "second"):
+        (context / name).write_text("1")
+    archive("1")
+    archive("1")
+    (context / "second").write_text("2")
+    with tarfile.open(archive("2")) as held:
+        index = held.extractfile("./index.json")
+        assert index is not None
+        (manifest,) = json.load(index)["manifests"]
+    assert manifest["annotations"]["org.opencontainers.image.ref.name"] == NAME
+    assert built == ["1", "2"]
+    with build.opened(tmp_path / "images") as store:
+        # One for each step.
+        assert len(store.buildah("images", "--all", "--quiet").split()) == 2

@@ -117,7 +117,7 @@ class Store:
         self._used |= {made, *re.findall(r"^--> (?:Using cache )?([0-9a-f]+)$", printed, re.MULTILINE)}
         return made
 
-    def make_base(self) -> None:
+    def _make_base(self) -> None:
         """Make the image that the Dockerfile's targets start from, unless it is there."""
         name = base_name(DOCKERFILE.read_text(encoding="utf-8"))
         kept = f"localhost/asd-base:{_base_digest()}"
@@ -147,7 +147,7 @@ class Store:
 
     def build_targets(self) -> dict[str, str]:
         """Build every CPU target; return the images' ids by name."""
-        self.make_base()
+        self._make_base()
         made = {}
         with tempfile.TemporaryDirectory() as scratch:
             settings = Path(scratch) / "pip.conf"
@@ -161,7 +161,6 @@ class Store:
                 name = image_name(target)
                 made[name] = self.build(name, ROOT, f"--target={target}", *shown)
                 say(f"built {target} in {time.monotonic() - started:.1f} s")
-        self._remove_unused()
         return made
 
     def archive(self, name: str, key: str, make: Callable[[], Mapping[str, str]]) -> Path:
@@ -174,6 +173,7 @@ class Store:
         if not path.exists() or not note.exists() or note.read_text(encoding="ascii") != key:
             note.unlink(missing_ok=True)
             self._export(make(), path)
+            self._remove_unused()
             note.write_text(key, encoding="ascii")
         return path
 
@@ -194,11 +194,14 @@ class Store:
 
     def _remove_unused(self) -> None:
         """Remove every image that no build of this store used since it was opened."""
-        for image in self._list("{{.ID}}", "--all"):
-            if not any(image.startswith(each) or each.startswith(image) for each in self._used):
-                # One that another is made from goes with that one.
-                with contextlib.suppress(ImageError):
-                    self.buildah("rmi", "--force", image)
+        # The newest first, so that none goes before what is made from it.
+        unused = [
+            image
+            for image in self._list("{{.ID}}", "--all")
+            if not any(image.startswith(each) or each.startswith(image) for each in self._used)
+        ]
+        if unused:
+            self.buildah("rmi", "--force", *unused)
 
     def _list(self, what: str, *options: str) -> list[str]:
         return self.buildah("images", "--noheading", f"--format={what}", *options).split()
