@@ -27,12 +27,12 @@ from asd.v1 import cascade_pb2, cascade_pb2_grpc, common_pb2, policy_pb2, policy
 from asd.values import Objective
 from benchmarks.processes import READY_TIMEOUT, ROOT, embedded_cascade, process
 from benchmarks.record import write_result
-from services.local.cascade_file import read_cascade
 from services.cli.demo import ask_both_ways, choose_tasks, summarise
 from services.common.channel import open_channel
 from services.common.privacy import report_nothing
 from services.common.server import run_service
 from services.common.stats import percentile
+from services.local.cascade_file import read_cascade
 from services.stage.domain import Result, SamplingOptions, TokenChunk, Turn
 from services.stage.engines.onnx.engine import OnnxEngine, OnnxOptions
 from services.stage.engines.onnx.export import prepare
