@@ -117,7 +117,7 @@ def test_the_router_reads_every_field_of_a_request():
     sampling, objective = read.sampling, read.objective
     assert (sampling.max_new_tokens, sampling.temperature, sampling.top_p) == (7, 0.5, 0.25)
     assert (sampling.seed, sampling.stop) == (2**64 - 1, ("\n", "END"))
-    assert (objective.lambda_, objective.max_cost, objective.max_latency_ms) == (None, 3.5, 250.0)
+    assert (objective.quality_value, objective.max_cost, objective.max_latency_ms) == (None, 3.5, 250.0)
     assert (objective.min_quality, objective.preference) == (0.75, Preference.BEST)
     assert (read.acceptance.mode, read.acceptance.threshold) == (AcceptanceMode.TOLERANT, 0.5)
     assert (read.session_id, read.stage, read.task) == ("session", "medium", "math")
