@@ -1,0 +1,15 @@
+"""What the tests catch of the router's loop: mutants made by chance, and faults described in words.
+
+    make mutants                                          # 200 random mutants of HEAD
+    .venv/bin/python -m tests.mutants --commit bdf92a5    # the same of another revision
+    .venv/bin/python -m tests.mutants.faults              # thirty faults; --commit as above
+
+Each runs in a temporary clone of the revision, with that revision's tests and this environment: the checkout
+is never changed. The unit room of the router runs first, quick files before slow ones, then the integration
+room. The first test that fails ends a run; so does a time of several times what the unchanged code takes.
+Verdicts are kept under build/mutants as they come, and the next run goes on from there. Figures of runs with
+both rooms are written to benchmarks/results: mutants.json and faults.json, by revision.
+
+cosmic-ray makes the mutants. mutmut was looked at: since version 3 it changes nothing outside functions, and
+it runs all mutants of a function in forks of one process, which neither gRPC nor an event loop survives.
+"""

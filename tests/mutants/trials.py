@@ -1,0 +1,199 @@
+"""A clone of a revision, in which the router's tests run over changed code."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+ROOT = Path(__file__).parents[2]
+KEPT = ROOT / "build" / "mutants"
+UNIT, INTEGRATION = "tests/unit/router", "tests/integration/router"
+# A run may take so many times what it takes over the unchanged code, and at least so many seconds: a busy
+# machine is no hang.
+_TIMES, _LEAST_S = 5.0, 120.0
+# A mutant that never stops growing ends itself, not the machine.
+_MEMORY_BYTES = 8 * 2**30
+_FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a change. by: the test that failed, or "timeout"; "" where all passed."""
+
+    is_caught: bool
+    by: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Room:
+    """A folder of tests. files: in the order in which they run. seconds: over the unchanged code."""
+
+    folder: str
+    files: tuple[str, ...]
+    seconds: float
+
+
+class Clone:
+    """A clone of a revision. Tests import from it, and from this environment what it does not have."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def measure(self, folder: str) -> Room:
+        """Run a room over the unchanged code. Raises RuntimeError where a test fails."""
+        report = self.root / "build" / "report.xml"
+        began = time.monotonic()
+        run = self._pytest([folder], None, f"--junitxml={report}")
+        if run is None or run.returncode != 0:
+            raise RuntimeError(f"{folder} fails over the unchanged code:\n{run.stdout if run else ''}")
+        seconds: dict[str, float] = {}
+        for case in ElementTree.parse(report).iter("testcase"):
+            file = self._file_of(case.get("classname", ""))
+            seconds[file] = seconds.get(file, 0.0) + float(case.get("time", "0"))
+        return Room(folder, tuple(sorted(seconds, key=seconds.__getitem__)), time.monotonic() - began)
+
+    @contextmanager
+    def changed(self, file: str, text: str) -> Iterator[None]:
+        """Have other text in a file during the block."""
+        path = self.root / file
+        own = path.read_text(encoding="utf-8")
+        try:
+            self._write(path, text)
+            yield
+        finally:
+            self._write(path, own)
+
+    def judge(self, rooms: list[Room]) -> Verdict:
+        """Run rooms, one after the other, up to the first test that fails."""
+        began = time.monotonic()
+        for room in rooms:
+            run = self._pytest([*room.files], max(_TIMES * room.seconds, _LEAST_S))
+            if run is None:
+                return Verdict(True, "timeout", time.monotonic() - began)
+            if run.returncode != 0:
+                failed = _FAILED.search(run.stdout)
+                by = failed.group(1) if failed else f"{room.folder}: exit code {run.returncode}"
+                return Verdict(True, by, time.monotonic() - began)
+        return Verdict(False, "", time.monotonic() - began)
+
+    def _pytest(
+        self, tests: list[str], timeout_s: float | None, *options: str
+    ) -> subprocess.CompletedProcess[str] | None:
+        """Run tests; None: they took too long."""
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *options, *tests]
+        # The environment's own install points at the checkout: the clone comes before it.
+        environment = {**os.environ, "PYTHONPATH": str(self.root)}
+        with subprocess.Popen(
+            command,
+            cwd=self.root,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        ) as process:
+            resource.prlimit(process.pid, resource.RLIMIT_DATA, (_MEMORY_BYTES, _MEMORY_BYTES))
+            try:
+                output, _ = process.communicate(timeout=timeout_s)
+            except subprocess.TimeoutExpired:
+                return None
+            finally:
+                # What it started as well.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+        return subprocess.CompletedProcess(command, process.returncode, output)
+
+    def _file_of(self, name: str) -> str:
+        """Return the file of a test's module, or of a class in it."""
+        parts = name.split(".")
+        while parts and not (self.root / "/".join(parts)).with_suffix(".py").exists():
+            parts.pop()
+        return "/".join(parts) + ".py"
+
+    @staticmethod
+    def _write(path: Path, text: str) -> None:
+        path.write_text(text, encoding="utf-8")
+        # A change within a second that keeps the file's size would not be seen.
+        for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*.pyc"):
+            compiled.unlink()
+
+
+class Kept:
+    """Verdicts of a run, in a file that a later one goes on from."""
+
+    def __init__(self, name: str) -> None:
+        self.path = KEPT / f"{name}.jsonl"
+        self._rows: dict[str, dict[str, Any]] = {}
+        if self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            # An interrupted run may have left half a line.
+            rows = [json.loads(line) for line in lines if line.endswith("}")]
+            self._rows = {row["id"]: row for row in rows}
+
+    def get(self, name: str) -> dict[str, Any] | None:
+        """Return what is kept of a name."""
+        return self._rows.get(name)
+
+    def put(self, name: str, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Keep a row."""
+        self._rows[name] = {"id": name, **row}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(self._rows[name]) + "\n")
+        return self._rows[name]
+
+
+def measured(clone: Clone, kept: Kept, folders: list[str]) -> list[Room]:
+    """Return the rooms, measured over the unchanged code unless an earlier run has done so."""
+    rooms = []
+    for folder in folders:
+        row = kept.get(folder)
+        if row is None:
+            say(f"{folder} over the unchanged code ...")
+            row = kept.put(folder, asdict(clone.measure(folder)))
+            say(f"  passes in {row['seconds']:.0f} s")
+        rooms.append(Room(folder, tuple(row["files"]), row["seconds"]))
+    return rooms
+
+
+@contextmanager
+def cloned(commit: str) -> Iterator[Clone]:
+    """Have a clone of a revision during the block."""
+    with tempfile.TemporaryDirectory(prefix="asd-mutants-") as folder:
+        root = Path(folder) / "asd-clone"
+        _run(["git", "clone", "--quiet", "--shared", "--no-checkout", str(ROOT), str(root)], ROOT)
+        _run(["git", "checkout", "--quiet", "--detach", commit], root)
+        _run([sys.executable, "hatch_build.py"], root)
+        yield Clone(root)
+
+
+def commit_of(revision: str) -> str:
+    """Return a revision's commit, shortened."""
+    return _run(["git", "rev-parse", "--short=9", f"{revision}^{{commit}}"], ROOT).strip()
+
+
+def say(line: str) -> None:
+    """Print a line at once."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def _run(command: list[str], folder: Path) -> str:
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
