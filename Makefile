@@ -7,7 +7,7 @@ DEV_EXTRAS := stage,policy,policy-train,bench,dev
 INSTALLED_BY := pyproject.toml $(addprefix clients/python/,pyproject.toml hatch_build.py) $(wildcard protos/asd/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test fuzz drains images e2e lint chart-checks format bench bench-escalation bench-policy experiments models policy clean
+.PHONY: help install demo up test fuzz mutants faults drains images e2e lint chart-checks format bench bench-escalation bench-policy experiments models policy clean
 
 help: ## Say what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -26,6 +26,13 @@ test: $(VENV)/.dev ## Run the tests
 
 fuzz: $(VENV)/.dev ## Damage files and messages for ASD_FUZZ_SECONDS each (60); ASD_FUZZ_SEED repeats a run
 	$(BIN)/python -m tests.fuzz
+
+mutants: $(VENV)/.dev ## Say how many of 200 random mutants of the router's loop the tests kill (hours, resumable)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "cosmic-ray>=8.7,<9"
+	$(BIN)/python -m tests.mutants
+
+faults: $(VENV)/.dev ## Say which of thirty faults of the router's loop the tests catch (an hour, resumable)
+	$(BIN)/python -m tests.mutants.faults
 
 drains: $(VENV)/.dev ## Test at length that processes which end and return lose no request (minutes)
 	TEST_DRAINS=whole $(BIN)/pytest tests/integration/local/test_disruption.py
