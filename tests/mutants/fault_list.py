@@ -248,13 +248,13 @@ FAULTS = (
         ),
     ),
     Fault(
-        "what drafters cost is not counted",
+        "what an answer cost is forgotten",
         Edit(
             "progress.py",
-            "append(answer)\n                self.spent_cost += answer.cost\n",
-            "append(answer)\n",
+            "append(answer)\n        self.spent_cost += answer.cost\n        return answer\n",
+            "append(answer)\n        return answer\n",
         ),
-        Edit("request.py", "        self._spent_cost += sum(each.cost for each in written)\n", ""),
+        Edit("request.py", "        self._spent_cost += answer.cost\n", ""),
     ),
     # Decisions.
     Fault(
