@@ -190,9 +190,9 @@ FAULTS = (
         Edit("chain.py", "written.add(FinishReason.LENGTH)", "pass"),
     ),
     Fault(
-        "a prefill counts as a call under way for ever",
-        Edit("ahead.py", "        self._task.add_done_callback(lambda _: counted.close())\n", ""),
-        Edit("prefill.py", "        self._task.add_done_callback(lambda _: counted.close())\n", ""),
+        "a prefill is not counted as a call under way",
+        Edit("ahead.py", "        counted.enter_context(self._calling(client.stage))\n", ""),
+        Edit("prefill.py", "        counted.enter_context(self._load.calling(self._stage))\n", ""),
     ),
     Fault(
         "a cache is filled ahead at a stage that is at work",

@@ -10,11 +10,13 @@ import pytest
 
 from services.common.errors import Unavailable
 from services.router.domain import (
+    AbandonRule,
     Committed,
     Decision,
     DecisionReason,
     Drafted,
     Objective,
+    Plan,
     Preference,
     Verification,
     View,
@@ -37,6 +39,15 @@ class Undecided(Policy):
     async def decide(self, *arguments: Any, **options: Any) -> Decision:
         await super().decide(*arguments, **options)
         raise Unavailable("no policy")
+
+
+class Abandoning(Policy):
+    """Has no draft finished: the largest stage goes on from its first token."""
+
+    async def plan(self, *arguments: Any, **options: Any) -> Plan:
+        plan = await super().plan(*arguments, **options)
+        # The stages write with a logprob of -0.1.
+        return replace(plan, abandon=(AbandonRule(1, -0.05),), abandon_to=2)
 
 
 class Slow(Policy):
@@ -90,6 +101,13 @@ async def test_who_asked_for_final_tokens_sees_no_draft() -> None:
     events = await cascade.events(View.COMMITTED)
     assert not [event for event in events if isinstance(event, Drafted)]
     assert shown(events) == "xyz"
+
+
+async def test_exactly_the_accepted_tokens_stand() -> None:
+    cascade = SmallCascade(static_plan=(0, 2), large={"text": "abx"})
+    events = await cascade.events(View.DRAFTS)
+    assert next(event.count for event in events if isinstance(event, Committed)) == 2
+    assert shown(events) == "abx"
 
 
 async def test_tokens_that_were_encoded_anew_are_not_those_that_the_caller_holds() -> None:
@@ -186,6 +204,18 @@ async def test_no_cache_is_filled_ahead_at_a_stage_that_is_at_work() -> None:
     assert called(cascade) == ["small", "large"]
 
 
+def test_requests_that_come_together_fill_a_cache_once() -> None:
+    cascade = SmallCascade(Policy(likely_next=2))
+    before(cascade.stages["large"], "prefill", lambda *_: asyncio.sleep(1.0))
+
+    async def ask_both() -> None:
+        await asyncio.gather(cascade.ask(), cascade.ask())
+
+    before(cascade.stages["small"], "generate", lambda *_: asyncio.sleep(2.0))
+    finish(ask_both(), cascade)
+    assert cascade.stages["large"].calls == ["prefill"]
+
+
 def test_drafters_end_with_the_last_stage() -> None:
     cascade = SmallCascade(small={"fail_after": 1})
     large = cascade.stages["large"]
@@ -222,6 +252,14 @@ async def test_the_static_plan_stays_within_max_cost() -> None:
     assert answered(outcome) == ["small", "medium"]
     assert outcome.records[-1].decision.reason is DecisionReason.MAX_COST
     assert answered(await cascade.ask(objective=Objective(max_cost=7.0))) == ["small", "medium", "large"]
+
+
+async def test_an_abandoned_draft_is_no_answer() -> None:
+    """Where the stage that was to go on from it fails, the request begins anew."""
+    cascade = SmallCascade(Abandoning(), large={"fail_after": 0, "failure": AWAY})
+    outcome = await cascade.ask()
+    assert called(cascade) == ["small", "large"]
+    assert (answered(outcome)[-1], outcome.answer.result.text) == ("small", "abc")
 
 
 async def test_a_decision_takes_the_place_of_an_earlier_one_on_the_same_answer() -> None:
