@@ -10,6 +10,7 @@ room. The first test that fails ends a run; so does a time of several times what
 Verdicts are kept under build/mutants as they come, and the next run goes on from there. Figures of runs with
 both rooms are written to benchmarks/results: mutants.json and faults.json, by revision.
 
-cosmic-ray makes the mutants. mutmut was looked at: since version 3 it changes nothing outside functions, and
-it runs all mutants of a function in forks of one process, which neither gRPC nor an event loop survives.
+cosmic-ray lists the mutations, of which a sample is drawn by seed: a place first, then one of its mutations.
+mutmut was looked at: since version 3 it changes nothing outside functions, and it forks a process that has
+loaded code and tests, which gRPC supports with restrictions only.
 """

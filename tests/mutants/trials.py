@@ -142,10 +142,11 @@ class Kept:
         self.path = KEPT / f"{name}.jsonl"
         self._rows: dict[str, dict[str, Any]] = {}
         if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            # An interrupted run may have left half a line.
-            rows = [json.loads(line) for line in lines if line.endswith("}")]
-            self._rows = {row["id"]: row for row in rows}
+            text = self.path.read_text(encoding="utf-8")
+            # An interrupted run may have left part of a line.
+            whole = text[: text.rfind("\n") + 1]
+            self.path.write_text(whole, encoding="utf-8")
+            self._rows = {row["id"]: row for row in map(json.loads, whole.splitlines())}
 
     def get(self, name: str) -> dict[str, Any] | None:
         """Return what is kept of a name."""
