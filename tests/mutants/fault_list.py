@@ -335,7 +335,7 @@ FAULTS = (
         ),
     ),
     Fault(
-        "a request that asks for quality is given its draft where there is no room for better",
+        "a request that asks for quality goes on with less where there is no room for better",
         Edit(
             "cascade.py",
             "if isinstance(error, Overloaded) and self._planner.may_be_refused(progress):",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from services.common.errors import Unavailable
+from services.common.errors import Overloaded, Unavailable
 from services.router.domain import (
     AbandonRule,
     Committed,
@@ -260,6 +260,16 @@ async def test_an_abandoned_draft_is_no_answer() -> None:
     outcome = await cascade.ask()
     assert called(cascade) == ["small", "large"]
     assert (answered(outcome)[-1], outcome.answer.result.text) == ("small", "abc")
+
+
+async def test_who_asks_for_quality_gets_no_lesser_stage_for_one_without_room() -> None:
+    busy = Overloaded("busy", retry_after_s=1.0)
+    cascade = SmallCascade(Policy({0: (2, 1)}), large={"fail_after": 0, "failure": busy})
+    with pytest.raises(Overloaded):
+        await cascade.ask(objective=Objective(preference=Preference.BEST))
+    assert called(cascade) == ["small", "large"]
+    outcome = await cascade.ask(objective=Objective(preference=Preference.BALANCED))
+    assert answered(outcome) == ["small", "medium"]
 
 
 async def test_a_decision_takes_the_place_of_an_earlier_one_on_the_same_answer() -> None:
