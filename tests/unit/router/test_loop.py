@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from services.common.errors import Overloaded, Unavailable
+from services.common.errors import InvalidRequest, Overloaded, Unavailable
 from services.router.domain import (
     AbandonRule,
     Committed,
     Decision,
+    DecisionAction,
     DecisionReason,
     Drafted,
     Objective,
     Plan,
     Preference,
+    Tokens,
     Verification,
     View,
 )
@@ -136,6 +138,20 @@ async def test_what_a_failed_stage_wrote_is_taken_back() -> None:
     assert shown(await cascade.events(View.DRAFTS)) == "abc"
 
 
+async def test_text_that_begins_inside_a_character_is_a_stages_fault() -> None:
+    """It accepted a token of one byte, and its own text begins with a character of two."""
+    cascade = SmallCascade(static_plan=(0, 2))
+    large = cascade.stages["large"]
+
+    async def verify(request: Any, draft: Any, timeout_ms: float, emit: Take) -> None:
+        await emit(Verification(3, 1))
+        await emit(Tokens((1, 2), "é"))
+
+    large.verify = verify  # type: ignore[assignment]
+    assert shown(await cascade.events(View.DRAFTS)) == "abc"
+    assert cascade.observer.failures == [("large", "AsdError")]
+
+
 async def test_a_chains_draft_is_not_final() -> None:
     cascade = SmallCascade(pipelined=False, large={"text": "xyz"})
     events = await cascade.events(View.DRAFTS, chain=CHAIN)
@@ -204,6 +220,13 @@ async def test_no_cache_is_filled_ahead_at_a_stage_that_is_at_work() -> None:
     assert called(cascade) == ["small", "large"]
 
 
+@pytest.mark.parametrize(("max_cost", "stages"), [(None, ["small", "large"]), (100.0, ["small"])])
+async def test_no_cache_is_filled_ahead_within_a_budget(max_cost: float | None, stages: list[str]) -> None:
+    cascade = SmallCascade(Policy(likely_next=2))
+    await cascade.ask(objective=Objective(max_cost=max_cost))
+    assert called(cascade) == stages
+
+
 def test_requests_that_come_together_fill_a_cache_once() -> None:
     cascade = SmallCascade(Policy(likely_next=2))
     before(cascade.stages["large"], "prefill", lambda *_: asyncio.sleep(1.0))
@@ -270,6 +293,27 @@ async def test_who_asks_for_quality_gets_no_lesser_stage_for_one_without_room() 
     assert called(cascade) == ["small", "large"]
     outcome = await cascade.ask(objective=Objective(preference=Preference.BALANCED))
     assert answered(outcome) == ["small", "medium"]
+
+
+@pytest.mark.parametrize("objective", [Objective(max_cost=100.0), Objective(max_latency_ms=50_000.0)])
+async def test_no_draft_is_abandoned_within_a_budget(objective: Objective) -> None:
+    outcome = await SmallCascade(Abandoning()).ask(objective=objective)
+    assert (answered(outcome), outcome.answer.result.text) == (["small"], "abc")
+
+
+async def test_decisions_on_other_answers_stay() -> None:
+    cascade = SmallCascade(Policy({0: (1,), 1: (2,)}), large={"fail_after": 0, "failure": AWAY})
+    outcome = await cascade.ask()
+    decided = [(record.answer.stage.name, record.decision.action) for record in outcome.records]
+    assert decided == [("small", DecisionAction.ESCALATE), ("medium", DecisionAction.STOP)]
+
+
+@pytest.mark.parametrize("chain", [("large", "small"), ("small", "small"), ("small",)])
+async def test_a_chain_names_stages_in_the_order_of_the_cascade(chain: tuple[str, ...]) -> None:
+    cascade = SmallCascade()
+    with pytest.raises(InvalidRequest):
+        await cascade.ask(chain=chain)
+    assert called(cascade) == []
 
 
 async def test_a_decision_takes_the_place_of_an_earlier_one_on_the_same_answer() -> None:
