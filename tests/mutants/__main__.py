@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from tests.mutants.mutations import Mutation
 
-# Chosen before the first run.
-SEED = 17
+# Chosen once the tests were written: no mutant of it was looked at. Those of 17 were.
+SEED = 2026
 
 
 def main() -> None:
