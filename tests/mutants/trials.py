@@ -99,7 +99,9 @@ class Clone:
         """Run tests; None: they took too long."""
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *options, *tests]
         # The environment's own install points at the checkout: the clone comes before it.
-        environment = {**os.environ, "PYTHONPATH": str(self.root)}
+        # The client has been a distribution of its own since the rebuild.
+        path = os.pathsep.join([str(self.root), str(self.root / "clients" / "python")])
+        environment = {**os.environ, "PYTHONPATH": path}
         with subprocess.Popen(
             command,
             cwd=self.root,
@@ -181,7 +183,8 @@ def cloned(commit: str) -> Iterator[Clone]:
         root = Path(folder) / "asd-clone"
         _run(["git", "clone", "--quiet", "--shared", "--no-checkout", str(ROOT), str(root)], ROOT)
         _run(["git", "checkout", "--quiet", "--detach", commit], root)
-        _run([sys.executable, "hatch_build.py"], root)
+        (hook,) = [*root.glob("hatch_build.py"), *root.glob("clients/python/hatch_build.py")]
+        _run([sys.executable, str(hook)], root)
         yield Clone(root)
 
 
