@@ -72,11 +72,11 @@ class TestScaling:
         assert trigger["metadata"]["threshold"] == "8"
 
     def test_the_metrics_of_the_query_are_documented_under_these_names(self) -> None:
-        """docs/operations.md is checked against what Prometheus gets by tests/integration/common."""
+        """docs/telemetry.md is checked against what Prometheus gets by tests/integration/common."""
         query = of_kind("autoscaled", "ScaledObject")["demo-stage-small"]["spec"]["triggers"][0]["metadata"][
             "query"
         ]
-        documented = (Path(__file__).parents[2] / "docs/operations.md").read_text()
+        documented = (Path(__file__).parents[2] / "docs/telemetry.md").read_text()
         for name in (part.split("{")[0].removeprefix("sum(") for part in query.split(" + ")):
             assert f"| `{name}` |" in documented
 

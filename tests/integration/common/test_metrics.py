@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
 ROOT = Path(__file__).parents[3]
-DOCS = ROOT / "docs" / "operations.md"
+DOCS = ROOT / "docs" / "telemetry.md"
 PROMPT = cascade_pb2.GenerateRequest(prompt="hi")
 # Of the process itself, by Prometheus's own client; and of the exporter.
 FOREIGN = ("process_", "target_info")
@@ -93,7 +93,7 @@ def check_names(text: str) -> None:
 
 
 def documented(service: str) -> dict[str, str]:
-    """Return the metrics of a service by the table of docs/operations.md: their types by name."""
+    """Return the metrics of a service by the table of docs/telemetry.md: their types by name."""
     rows = re.findall(
         r"^\| `(asd_\w+|gen_ai_\w+)` \| (\w+) \|[^|]*\| (\w+) \|", DOCS.read_text(), re.MULTILINE
     )
