@@ -3,11 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN_EXTRAS := stage,policy
-DEV_EXTRAS := stage,policy,policy-train,bench,dev
+DEV_EXTRAS := stage,policy,policy-train,bench,docs,dev
 INSTALLED_BY := pyproject.toml $(addprefix clients/python/,pyproject.toml hatch_build.py) $(wildcard protos/asd/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test fuzz mutants faults drains images e2e lint chart-checks format bench bench-escalation bench-policy experiments models policy clean
+.PHONY: help install demo up test fuzz mutants faults drains images e2e lint chart-checks docs format bench bench-escalation bench-policy experiments models policy clean
 
 help: ## Say what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -55,6 +55,9 @@ lint: $(VENV)/.dev ## Check style, types, imports, the contract and the Dockerfi
 
 chart-checks: $(VENV)/.dev ## Check the chart's objects with checkov, installed in build/checkov
 	$(BIN)/python -m tests.chart.checks
+
+docs: $(VENV)/.dev ## Build the documentation into build/site; a warning or a dead link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(VENV)/.dev ## Format the Python code
 	$(BIN)/ruff check --fix .
