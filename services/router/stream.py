@@ -87,7 +87,7 @@ class AnswerStream:
         return self._committed <= self._agreed_with_earlier()
 
     def revert(self) -> Iterator[Event]:
-        """The running stage failed: drop what is not of the answer before it. Only where can_go_back."""
+        """The running stage failed: drop what is not of the answer before it. Only where can_revert."""
         yield from self._drop_after(self._agreed_with_earlier())
 
     def commit(self, tokens: Tokens, *, is_earlier: bool = False) -> Iterator[Event]:

@@ -64,7 +64,7 @@ class SpeculationOptions:
 
     pipelined: the stages of a chain work at the same time. prefill_ahead: a likely target's prefix cache is
     warmed while the first stage drafts. early_abandon: a hopeless draft is not finished. adaptive: drafts
-    that saved nothing of late, or that save nothing under the present load, are not verified.
+    that saved nothing recently, or that save nothing under the present load, are not verified.
     """
 
     pipelined: bool = True

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 # Kept from every deadline, for the router's own work and the way back. Chosen: above its own p95.
 MARGIN_MS = 10.0
 # Kept in its place beside other requests, as a share of the whole time and at most, in milliseconds. Chosen:
-# a refusal that its caller does not hear in time is none, and a busy machine takes long to say anything. With
-# a tenth, 177 of 200 requests at once with half a second each heard nothing in time on two busy cores.
+# a refusal that its caller does not hear in time is none, and a busy machine takes long to say anything: with
+# a tenth, most of a burst with half a second each heard nothing in time.
 _SHARE_KEPT, _MOST_KEPT_MS = 0.25, 250.0
 # Kept of a deadline, in milliseconds, for an earlier answer to reach its caller. gRPC rounds a deadline of
 # 10 to 100 s up to a tenth of a second, so that the router may think that it has so much more.
