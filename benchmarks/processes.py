@@ -26,10 +26,12 @@ async def process(
     *arguments: str,
     environment: Mapping[str, str] | None = None,
     errors: IO[str] | None = None,
+    folder: Path = ROOT,
 ) -> AsyncIterator[tuple[str, psutil.Process]]:
     """Run a service; yield its address and its process.
 
     environment: added to this process's own. errors: takes what it logs; None: this process's standard error.
+    folder: where it runs.
     """
     child = await asyncio.create_subprocess_exec(
         sys.executable,
@@ -38,7 +40,7 @@ async def process(
         *arguments,
         stdout=asyncio.subprocess.PIPE,
         stderr=errors,
-        cwd=ROOT,
+        cwd=folder,
         env={**os.environ, **(environment or {})},
     )
     try:

@@ -32,7 +32,6 @@ from services.common.channel import open_channel
 from services.common.privacy import report_nothing
 from services.common.server import run_service
 from services.common.stats import percentile
-from services.local.cascade_file import read_cascade
 from services.stage.domain import Result, SamplingOptions, TokenChunk, Turn
 from services.stage.engines.onnx.engine import OnnxEngine, OnnxOptions
 from services.stage.engines.onnx.export import prepare
@@ -365,7 +364,6 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="a tenth of the samples; keep nothing")
     options = parser.parse_args()
-    assert read_cascade(ROOT / "services" / "client" / "embedded.yaml")
     figures = run_service(measure(options.only or MEASUREMENTS, options.quick))
     print(json.dumps(figures, indent=2))
     if not options.only and not options.quick:

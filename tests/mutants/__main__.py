@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.load import wilson
 from benchmarks.record import update_result
+from benchmarks.revisions import commit_of
 from tests.mutants.mutations import cores, mutated, sample
-from tests.mutants.trials import INTEGRATION, UNIT, Kept, cloned, commit_of, measured, say
+from tests.mutants.trials import INTEGRATION, UNIT, Kept, cloned, judged, measured, say
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("--commit", default="HEAD", help="the revision whose code and tests run")
     parser.add_argument("--sample", type=int, default=200, help="how many mutants (200)")
     parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side (1)")
     parser.add_argument("--unit-only", action="store_true", help="run the unit room alone; writes no result")
     options = parser.parse_args()
     commit = commit_of(options.commit)
@@ -36,19 +38,16 @@ def main() -> None:
         mutations = sample(clone.root, cores(clone.root), options.sample, options.seed)
         say(f"{len(mutations)} mutants of {commit}, seed {options.seed}; verdicts in {kept.path}")
         rooms = measured(clone, kept, folders)
-        rows = []
-        for count, mutation in enumerate(mutations, 1):
-            row = kept.get(mutation.name)
-            if row is None:
-                text = mutated(clone.root, mutation)
-                change = _change(clone.root, mutation, text)
-                with clone.changed(mutation.file, text):
-                    verdict = clone.judge(rooms)
-                row = kept.put(mutation.name, {"file": mutation.file, "change": change, **asdict(verdict)})
-            rows.append(row)
-            caught = sum(each["is_caught"] for each in rows)
-            say(f"{count}/{len(mutations)} {caught} killed | {_line(row)}")
-    figures = _figures(rows, options.seed, folders)
+        texts = {each.name: (each.file, mutated(clone.root, each)) for each in mutations}
+        lines = {each.name: _change(clone.root, each, texts[each.name][1]) for each in mutations}
+    rows = {name: row for name in texts if (row := kept.get(name)) is not None}
+    todo = {name: change for name, change in texts.items() if name not in rows}
+    for name, verdict in judged(commit, rooms, todo, options.jobs):
+        row = {"file": texts[name][0], "change": lines[name], **asdict(verdict)}
+        rows[name] = kept.put(name, row)
+        caught = sum(each["is_caught"] for each in rows.values())
+        say(f"{len(rows)}/{len(mutations)} {caught} killed | {_line(row)}")
+    figures = _figures([rows[name] for name in texts], options.seed, folders)
     say(f"{commit}: {figures['killed']} of {figures['mutants']} killed, {figures['share_killed']:.1%}")
     if not options.unit_only:
         command = f"python -m tests.mutants --commit {commit} --sample {options.sample} --seed {options.seed}"

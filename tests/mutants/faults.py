@@ -7,8 +7,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from benchmarks.record import update_result
+from benchmarks.revisions import commit_of
 from tests.mutants.fault_list import FAULTS, ROUTER
-from tests.mutants.trials import INTEGRATION, UNIT, Kept, cloned, commit_of, measured, say
+from tests.mutants.trials import INTEGRATION, UNIT, Kept, cloned, judged, measured, say
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants.faults", description=__doc__)
     parser.add_argument("--commit", default="HEAD", help="the revision whose code and tests run")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side (1)")
     parser.add_argument("--unit-only", action="store_true", help="run the unit room alone; writes no result")
     parser.add_argument("--check", action="store_true", help="only say whether every edit fits")
     parser.add_argument("--only", default="", help="faults with this text in their words")
@@ -34,23 +36,20 @@ def main() -> None:
             say(f"{len(changed)} faults fit {commit}")
             return
         rooms = measured(clone, kept, folders)
-        rows = []
-        for count, (words, (file, text)) in enumerate(changed.items(), 1):
-            row = kept.get(words)
-            if row is None:
-                with clone.changed(file, text):
-                    row = kept.put(words, asdict(clone.judge(rooms)))
-            rows.append(row)
-            what = row["by"] if row["is_caught"] else "NOT CAUGHT"
-            say(f"{count}/{len(changed)} {words} | {what} | {row['seconds']:.0f} s")
-    caught = sum(row["is_caught"] for row in rows)
+    rows = {name: row for name in changed if (row := kept.get(name)) is not None}
+    todo = {name: change for name, change in changed.items() if name not in rows}
+    for words, verdict in judged(commit, rooms, todo, options.jobs):
+        row = rows[words] = kept.put(words, asdict(verdict))
+        what = row["by"] if row["is_caught"] else "NOT CAUGHT"
+        say(f"{len(rows)}/{len(changed)} {words} | {what} | {row['seconds']:.0f} s")
+    caught = sum(row["is_caught"] for row in rows.values())
     say(f"{commit}: {caught} of {len(rows)} caught")
     if not (options.unit_only or options.only):
         figures = {
             "tests": folders,
             "faults": len(rows),
             "caught": caught,
-            "caught_by": {row["id"]: row["by"] for row in rows},
+            "caught_by": {words: rows[words]["by"] for words in changed},
         }
         command = f"python -m tests.mutants.faults --commit {commit}"
         say(f"written to {update_result('faults', command, {commit: figures})}")

@@ -10,13 +10,17 @@ import resource
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
+
+from benchmarks import revisions
+from benchmarks.revisions import environment_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -98,14 +102,10 @@ class Clone:
     ) -> subprocess.CompletedProcess[str] | None:
         """Run tests; None: they took too long."""
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *options, *tests]
-        # The environment's own install points at the checkout: the clone comes before it.
-        # The client has been a distribution of its own since the rebuild.
-        path = os.pathsep.join([str(self.root), str(self.root / "clients" / "python")])
-        environment = {**os.environ, "PYTHONPATH": path}
         with subprocess.Popen(
             command,
             cwd=self.root,
-            env=environment,
+            env=environment_of(self.root),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -176,28 +176,42 @@ def measured(clone: Clone, kept: Kept, folders: list[str]) -> list[Room]:
     return rooms
 
 
+def judged(
+    commit: str, rooms: list[Room], changes: Mapping[str, tuple[str, str]], jobs: int
+) -> Iterator[tuple[str, Verdict]]:
+    """Yield the verdict on each change as it comes, by its name. changes: a file and its text, by name.
+
+    jobs: runs side by side, each in a clone of its own.
+    """
+    with ExitStack() as stack:
+        idle: SimpleQueue[Clone] = SimpleQueue()
+        for _ in range(min(jobs, len(changes))):
+            idle.put(stack.enter_context(cloned(commit)))
+        pool = stack.enter_context(ThreadPoolExecutor(jobs))
+        # Before the pool is waited for: an interrupted run begins nothing more.
+        stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+
+        def judge(file: str, text: str) -> Verdict:
+            clone = idle.get()
+            try:
+                with clone.changed(file, text):
+                    return clone.judge(rooms)
+            finally:
+                idle.put(clone)
+
+        names = {pool.submit(judge, *change): name for name, change in changes.items()}
+        for future in as_completed(names):
+            yield names[future], future.result()
+
+
 @contextmanager
 def cloned(commit: str) -> Iterator[Clone]:
     """Have a clone of a revision during the block."""
-    with tempfile.TemporaryDirectory(prefix="asd-mutants-") as folder:
-        root = Path(folder) / "asd-clone"
-        _run(["git", "clone", "--quiet", "--shared", "--no-checkout", str(ROOT), str(root)], ROOT)
-        _run(["git", "checkout", "--quiet", "--detach", commit], root)
-        (hook,) = [*root.glob("hatch_build.py"), *root.glob("clients/python/hatch_build.py")]
-        _run([sys.executable, str(hook)], root)
+    with revisions.cloned(commit) as root:
         yield Clone(root)
-
-
-def commit_of(revision: str) -> str:
-    """Return a revision's commit, shortened."""
-    return _run(["git", "rev-parse", "--short=9", f"{revision}^{{commit}}"], ROOT).strip()
 
 
 def say(line: str) -> None:
     """Print a line at once."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
-
-
-def _run(command: list[str], folder: Path) -> str:
-    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
