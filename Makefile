@@ -22,7 +22,7 @@ up: install ## Start the cascade and stay
 	@$(BIN)/asd up
 
 test: $(VENV)/.dev ## Run the tests
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 fuzz: $(VENV)/.dev ## Damage files and messages for ASD_FUZZ_SECONDS each (60); ASD_FUZZ_SEED repeats a run
 	$(BIN)/python -m tests.fuzz

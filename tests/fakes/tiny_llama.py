@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +43,15 @@ CONFIG: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": 0,
 }
-# In place of a value: the key is left out.
-ABSENT = object()
+
+
+class Absence(Enum):
+    """In place of a value: the key is left out. As part of names of tests, the same in every process."""
+
+    ABSENT = "absent"
+
+
+ABSENT = Absence.ABSENT
 
 
 def config(**changes: Any) -> dict[str, Any]:
