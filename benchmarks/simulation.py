@@ -12,18 +12,8 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import TYPE_CHECKING
 
-from services.router.domain import (
-    Answer,
-    FinishReason,
-    PeerLoad,
-    Stage,
-    StageAction,
-    StageResult,
-    Timing,
-    Tokens,
-    Usage,
-    Verification,
-)
+from asd.values import FinishReason, StageAction
+from services.router.domain import Answer, PeerLoad, Stage, StageResult, Timing, Tokens, Usage, Verification
 from services.router.planning.draft_selection import DraftChoice, DraftSelection, SkipReason
 from services.router.planning.load import Load
 

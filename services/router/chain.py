@@ -7,16 +7,17 @@ from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING
 
+from asd.values import FinishReason, StageAction
 from services.common.errors import AsdError
 from services.common.telemetry import Spans, Traced
 from services.router import spans
-from services.router.domain import Failure, FinishReason, StageAction, Tokens
+from services.router.domain import Failure, Tokens
 from services.router.stage_call import StageCall
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
-    from services.router.domain import Answer, Request, Stage, StageResult, Verification
+    from services.router.domain import Answer, RoutedRequest, Stage, StageResult, Verification
     from services.router.interfaces import StageClient, Take
 
 Piece = Tokens | FinishReason
@@ -26,7 +27,11 @@ class Chain:
     """The earlier stages of a chain, drafting for the last one. Close it when the last one has answered."""
 
     def __init__(
-        self, request: Request, clients: Sequence[StageClient], timeout_ms: float, clock: Callable[[], float]
+        self,
+        request: RoutedRequest,
+        clients: Sequence[StageClient],
+        timeout_ms: float,
+        clock: Callable[[], float],
     ) -> None:
         self._request = request
         # Not as one that names its stages: the last one need not wait for a drafter that is away.

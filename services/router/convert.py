@@ -1,152 +1,76 @@
-"""Proto ↔ domain. Nothing here decides anything."""
+"""Messages of the contract ↔ values that the router alone knows; asd.convert has the rest.
+
+Nothing here decides anything.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING
 
+from asd.convert import (
+    DECISION_ACTIONS,
+    DECISION_REASONS,
+    FINISH_REASONS,
+    PLAN_SOURCES,
+    STAGE_ACTIONS,
+    Enumeration,
+    Member,
+    acceptance_from,
+    input_from,
+    objective_from,
+    sampling_from,
+)
 from asd.v1 import cascade_pb2, common_pb2, policy_pb2, stage_pb2
+from asd.values import Objective, Sampling, StageAction
 from services.common.errors import AsdError
 from services.router.domain import (
     AbandonRule,
-    Acceptance,
-    AcceptanceMode,
     Answer,
     Committed,
     Condition,
     Drafted,
     Event,
-    FinishReason,
-    Objective,
     Outcome,
     Plan,
-    Preference,
     Prefilled,
     Record,
-    Request,
     Revised,
-    Role,
-    Sampling,
-    StageAction,
+    RoutedRequest,
     StageResult,
     StageStarted,
     Timing,
     Tokens,
-    Turn,
     Usage,
     Verification,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from enum import IntEnum
 
-Input = str | tuple[Turn, ...]
-Member = TypeVar("Member", bound="IntEnum")
-WithInput = TypeVar(
-    "WithInput",
-    stage_pb2.StageServiceGenerateRequest,
-    stage_pb2.VerifyRequest,
-    stage_pb2.VerifyStreamStart,
-    stage_pb2.PrefillRequest,
-    policy_pb2.PlanRequest,
-    policy_pb2.DecideRequest,
-)
+_SAMPLING = Sampling()
+_OBJECTIVE = Objective()
 
 
 # From callers.
 
 
-def request_from(message: cascade_pb2.GenerateRequest, request_id: str) -> Request:
-    """Return a validated request as a domain value."""
-    acceptance = message.acceptance
-    return Request(
-        id=request_id,
-        input=message.prompt
-        if message.WhichOneof("input") == "prompt"
-        else tuple(Turn(Role(turn.role), turn.content) for turn in message.conversation.messages),
-        sampling=sampling_from(message.sampling) if message.HasField("sampling") else Sampling(),
-        objective=objective_from(message.objective) if message.HasField("objective") else Objective(),
-        acceptance=Acceptance(
-            AcceptanceMode(acceptance.mode),
-            acceptance.threshold if acceptance.HasField("threshold") else None,
-        )
-        if message.HasField("acceptance")
-        else None,
-        session_id=message.session_id,
-        stage=message.stage,
-        chain=tuple(message.chain),
-        task=message.task,
-    )
-
-
-def sampling_from(message: common_pb2.Sampling) -> Sampling:
-    """Return sampling as a domain value."""
-    return Sampling(
-        max_new_tokens=message.max_new_tokens if message.HasField("max_new_tokens") else None,
-        temperature=message.temperature,
-        top_p=message.top_p if message.HasField("top_p") else None,
-        seed=message.seed if message.HasField("seed") else None,
-        stop=tuple(message.stop),
-    )
-
-
-def objective_from(message: common_pb2.Objective) -> Objective:
-    """Return an objective as a domain value."""
+def request_from(message: cascade_pb2.GenerateRequest, request_id: str) -> RoutedRequest:
+    """Return a validated request as a value."""
     has = message.HasField
-    return Objective(
-        quality_value=cast("float", getattr(message, "lambda")) if has("lambda") else None,
-        max_cost=message.max_cost if has("max_cost") else None,
-        max_latency_ms=message.max_latency_ms if has("max_latency_ms") else None,
-        min_quality=message.min_quality if has("min_quality") else None,
-        preference=Preference(message.preference) if has("preference") else None,
+    return RoutedRequest(
+        input_from(message),
+        sampling_from(message.sampling) if has("sampling") else _SAMPLING,
+        objective_from(message.objective) if has("objective") else _OBJECTIVE,
+        acceptance_from(message.acceptance) if has("acceptance") else None,
+        message.session_id,
+        message.stage,
+        tuple(message.chain),
+        message.task,
+        id=request_id,
     )
 
 
 # To stages and policy.
-
-
-def set_input(message: WithInput, value: Input) -> WithInput:
-    """Put a prompt or a conversation into a message, and return the message."""
-    if isinstance(value, str):
-        message.prompt = value
-    else:
-        messages = message.conversation.messages
-        for turn in value:
-            messages.add(role=cast("common_pb2.Role.ValueType", turn.role), content=turn.content)
-    return message
-
-
-def sampling_to(sampling: Sampling) -> common_pb2.Sampling:
-    """Return sampling as a message."""
-    return common_pb2.Sampling(
-        max_new_tokens=sampling.max_new_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        seed=sampling.seed,
-        stop=sampling.stop,
-    )
-
-
-def objective_to(objective: Objective) -> common_pb2.Objective:
-    """Return an objective as a message."""
-    message = common_pb2.Objective(
-        max_cost=objective.max_cost,
-        max_latency_ms=objective.max_latency_ms,
-        min_quality=objective.min_quality,
-        preference=cast("common_pb2.Preference.ValueType | None", objective.preference),
-    )
-    if objective.quality_value is not None:
-        setattr(message, "lambda", objective.quality_value)
-    return message
-
-
-def acceptance_to(acceptance: Acceptance | None) -> common_pb2.Acceptance | None:
-    """Return an acceptance as a message."""
-    if acceptance is None:
-        return None
-    return common_pb2.Acceptance(
-        mode=cast("common_pb2.AcceptanceMode.ValueType", acceptance.mode), threshold=acceptance.threshold
-    )
 
 
 def draft_to(draft: StageResult) -> common_pb2.Draft:
@@ -155,7 +79,7 @@ def draft_to(draft: StageResult) -> common_pb2.Draft:
         text=draft.text,
         token_ids=draft.token_ids,
         tokenizer_fingerprint=draft.tokenizer_fingerprint,
-        finish_reason=cast("common_pb2.FinishReason.ValueType", draft.finish_reason),
+        finish_reason=FINISH_REASONS.numbers[draft.finish_reason],
     )
 
 
@@ -166,7 +90,7 @@ def evidence_to(answer: Answer) -> policy_pb2.DraftEvidence:
         logprobs=answer.tokens.logprobs,
         entropies=answer.tokens.entropies,
         top2_margins=answer.tokens.top2_margins,
-        finish_reason=cast("common_pb2.FinishReason.ValueType", answer.result.finish_reason),
+        finish_reason=FINISH_REASONS.numbers[answer.result.finish_reason],
     )
 
 
@@ -223,7 +147,7 @@ def result_from(message: stage_pb2.StageResult, peer: str) -> StageResult:
         text=message.text,
         token_ids=message.token_ids,
         tokenizer_fingerprint=message.tokenizer_fingerprint,
-        finish_reason=member(FinishReason, message.finish_reason, peer),
+        finish_reason=member(FINISH_REASONS, message.finish_reason, peer),
         usage=Usage(
             usage.prompt_tokens,
             usage.cached_prompt_tokens,
@@ -247,13 +171,12 @@ def plan_from(
     return Plan(first, message.policy_version, message.p_escalate, likely_next, rules, abandon_to)
 
 
-def member(kind: type[Member], number: int, peer: str) -> Member:
-    """Return the member of an enumeration with a number. Raises AsdError, naming the peer, if there is
-    none."""
-    try:
-        return kind(number)
-    except ValueError:
-        raise AsdError(f"{peer} sent {kind.__name__} {number}, which does not exist") from None
+def member(enumeration: Enumeration[Member], number: int, peer: str) -> Member:
+    """Return the member with a number. Raises AsdError, naming the peer, if there is none."""
+    found = enumeration.members.get(number)
+    if found is None:
+        raise AsdError(f"{peer} sent {enumeration.name} {number}, which does not exist")
+    return found
 
 
 # To callers.
@@ -268,14 +191,14 @@ def response_to(outcome: Outcome, trace_id: str) -> cascade_pb2.GenerateResponse
         text=result.text,
         token_ids=result.token_ids,
         tokenizer_fingerprint=result.tokenizer_fingerprint,
-        finish_reason=cast("common_pb2.FinishReason.ValueType", result.finish_reason),
+        finish_reason=FINISH_REASONS.numbers[result.finish_reason],
         stage=answer.stage.name,
         stage_index=answer.stage.index,
         p_correct=decision.p_correct,
         cost=outcome.cost,
         latency_ms=outcome.latency_ms,
         policy_ms=outcome.policy_ms,
-        plan_source=cast("cascade_pb2.PlanSource.ValueType", outcome.plan_source),
+        plan_source=PLAN_SOURCES.numbers[outcome.plan_source],
         policy_version=outcome.policy_version,
         stages=[
             *([prefilled_to(outcome.prefilled)] if outcome.prefilled else []),
@@ -293,7 +216,7 @@ def record_to(record: Record) -> cascade_pb2.StageRecord:
     return cascade_pb2.StageRecord(
         stage=answer.stage.name,
         stage_index=answer.stage.index,
-        action=cast("common_pb2.StageAction.ValueType", answer.action),
+        action=STAGE_ACTIONS.numbers[answer.action],
         usage=common_pb2.Usage(
             prompt_tokens=usage.prompt_tokens,
             cached_prompt_tokens=usage.cached_prompt_tokens,
@@ -312,8 +235,8 @@ def record_to(record: Record) -> cascade_pb2.StageRecord:
         cost=answer.cost,
         p_correct=decision.p_correct,
         p_correct_stderr=decision.p_correct_stderr,
-        decision=cast("policy_pb2.DecisionAction.ValueType", decision.action),
-        reason=cast("policy_pb2.DecisionReason.ValueType", decision.reason),
+        decision=DECISION_ACTIONS.numbers[decision.action],
+        reason=DECISION_REASONS.numbers[decision.reason],
         text=answer.result.text,
         accept_lengths=answer.result.accept_lengths,
         model=answer.result.model,
@@ -326,7 +249,7 @@ def prefilled_to(prefilled: Prefilled) -> cascade_pb2.StageRecord:
     return cascade_pb2.StageRecord(
         stage=prefilled.stage.name,
         stage_index=prefilled.stage.index,
-        action=cast("common_pb2.StageAction.ValueType", StageAction.PREFILL),
+        action=STAGE_ACTIONS.numbers[StageAction.PREFILL],
         usage=common_pb2.Usage(prompt_tokens=prefilled.prompt_tokens, forward_passes=1),
         latency_ms=prefilled.latency_ms,
         cost=prefilled.cost,
@@ -352,7 +275,7 @@ def event_to(event: Event, trace_id: str) -> cascade_pb2.GenerateStreamResponse:
             stage_started=cascade_pb2.StageStarted(
                 stage=event.stage.name,
                 stage_index=event.stage.index,
-                action=cast("common_pb2.StageAction.ValueType", event.action),
+                action=STAGE_ACTIONS.numbers[event.action],
             )
         )
     return cascade_pb2.GenerateStreamResponse(response=response_to(event, trace_id))

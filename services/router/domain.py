@@ -1,85 +1,18 @@
-"""Values of the router. Pure. Enumerations have the numbers of the proto's; a test compares the two."""
+"""Values that the router alone knows; asd.values has those of its callers. Pure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from enum import Enum, IntEnum
+from enum import Enum
 from typing import TYPE_CHECKING
+
+from asd.values import DecisionAction, Request, StageAction
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
+    from asd.values import DecisionReason, FinishReason, PlanSource
     from services.common.errors import AsdError
-
-
-class Role(IntEnum):
-    """Who wrote a turn."""
-
-    SYSTEM = 1
-    USER = 2
-    ASSISTANT = 3
-
-
-class Preference(IntEnum):
-    """A wish for speed or for quality."""
-
-    FASTEST = 1
-    BALANCED = 2
-    BEST = 3
-
-
-class AcceptanceMode(IntEnum):
-    """Rule by which a target accepts draft tokens."""
-
-    EXACT = 1
-    TOLERANT = 2
-
-
-class FinishReason(IntEnum):
-    """Why generation ended."""
-
-    EOS = 1
-    LENGTH = 2
-    STOP = 3
-
-
-class StageAction(IntEnum):
-    """What a stage did."""
-
-    GENERATE = 1
-    VERIFY = 2
-    PREFILL = 3
-
-
-class DecisionAction(IntEnum):
-    """What to do with an answer."""
-
-    STOP = 1
-    ESCALATE = 2
-
-
-class DecisionReason(IntEnum):
-    """What tipped a decision."""
-
-    VALUE = 1
-    LAST_STAGE = 2
-    MAX_COST = 3
-    MAX_LATENCY = 4
-    MIN_QUALITY = 5
-    FIXED_STAGE = 6
-    STATIC_PLAN = 7
-    DEADLINE = 8
-    STAGE_UNAVAILABLE = 9
-    ABANDONED = 10
-    OUT_OF_FAMILY = 11
-
-
-class PlanSource(IntEnum):
-    """Where the first stage and the decisions came from."""
-
-    POLICY = 1
-    STATIC = 2
-    FIXED = 3
 
 
 class Overload(Enum):
@@ -108,60 +41,13 @@ class View(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
-    """One turn of a conversation."""
+class RoutedRequest(Request):
+    """A caller's request, under the id that the router gave it."""
 
-    role: Role
-    content: str
+    id: str = field(kw_only=True)
 
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How tokens are chosen. None: the stage's default."""
-
-    max_new_tokens: int | None = None
-    temperature: float = 0.0
-    top_p: float | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Objective:
-    """What the caller wants optimised. Costs and `quality_value` in cost units. None: not set."""
-
-    quality_value: float | None = None
-    max_cost: float | None = None
-    max_latency_ms: float | None = None
-    min_quality: float | None = None
-    preference: Preference | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Acceptance:
-    """Acceptance of draft tokens; threshold for TOLERANT only."""
-
-    mode: AcceptanceMode
-    threshold: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What a caller asks.
-
-    input: a prompt or the turns of a conversation. stage: name of the fixed stage, or "". chain: names of the
-    stages that work on it in order, or none. task: type of task that adapters are for, or "".
-    """
-
-    id: str
-    input: str | tuple[Turn, ...]
-    sampling: Sampling = field(default_factory=Sampling)
-    objective: Objective = field(default_factory=Objective)
-    acceptance: Acceptance | None = None
-    session_id: str = ""
-    stage: str = ""
-    chain: tuple[str, ...] = ()
-    task: str = ""
+    def __post_init__(self) -> None:
+        """Leave out what a Request checks: the message has checked the types."""
 
 
 @dataclass(frozen=True, slots=True)

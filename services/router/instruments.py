@@ -5,10 +5,10 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from asd.values import DecisionAction
 from services.common import telemetry
 from services.common.status import status_of
 from services.common.telemetry import OPERATION_CHAT, PROVIDER_NAME, Attributes, Metrics
-from services.router.domain import DecisionAction
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -124,7 +124,7 @@ class Instruments:
             return
         attributes = {
             Attributes.STAGE_NAME: answer.stage.name,
-            Attributes.STAGE_ACTION: answer.action.name.lower(),
+            Attributes.STAGE_ACTION: answer.action.value,
         }
         self._stage_requests.add(1, attributes)
         if task and answer.is_whole:
@@ -200,7 +200,7 @@ class Instruments:
         if not self._enabled:
             return
         stage = outcome.answer.stage
-        source = outcome.plan_source.name.lower()
+        source = outcome.plan_source.value
         answered = {Attributes.STAGE_NAME: stage.name, Attributes.PLAN_SOURCE: source}
         self._requests.add(1, answered)
         if stage.index < stage_count - 1:
@@ -211,9 +211,9 @@ class Instruments:
             decision = record.decision
             judged = {
                 Attributes.STAGE_NAME: record.answer.stage.name,
-                Attributes.DECISION_REASON: decision.reason.name.lower(),
+                Attributes.DECISION_REASON: decision.reason.value,
             }
-            self._decisions.add(1, {**judged, Attributes.DECISION_OUTCOME: decision.action.name.lower()})
+            self._decisions.add(1, {**judged, Attributes.DECISION_OUTCOME: decision.action.value})
             if decision.action is DecisionAction.ESCALATE and following is not None:
                 self._escalations.add(1, {**judged, Attributes.NEXT_STAGE_NAME: following.answer.stage.name})
         if outcome.prefilled is not None:

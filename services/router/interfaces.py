@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
 
+    from asd.values import FinishReason
     from services.common.errors import AsdError
     from services.router.domain import (
         Answer,
         Condition,
         Decision,
-        FinishReason,
         Outcome,
         Plan,
         Refusal,
-        Request,
+        RoutedRequest,
         Stage,
         StageResult,
         Tokens,
@@ -38,17 +38,17 @@ class StageClient(Protocol):
     def stage(self) -> Stage:
         """The stage that is called."""
 
-    async def generate(self, request: Request, timeout_ms: float, emit: Take) -> StageResult:
+    async def generate(self, request: RoutedRequest, timeout_ms: float, emit: Take) -> StageResult:
         """Emit tokens as the stage writes them; return its result."""
 
     async def verify(
-        self, request: Request, draft: StageResult, timeout_ms: float, emit: Take
+        self, request: RoutedRequest, draft: StageResult, timeout_ms: float, emit: Take
     ) -> StageResult:
         """Emit the verification of the draft, then tokens; return the result."""
 
     async def verify_stream(
         self,
-        request: Request,
+        request: RoutedRequest,
         drafts: AsyncIterable[Tokens | FinishReason],
         timeout_ms: float,
         emit: Take,
@@ -58,7 +58,7 @@ class StageClient(Protocol):
         Each reader of the draft has it from its beginning: another call may need it, too.
         """
 
-    async def prefill(self, request: Request, timeout_ms: float) -> int:
+    async def prefill(self, request: RoutedRequest, timeout_ms: float) -> int:
         """Put the prompt into the prefix cache; return its number of tokens."""
 
 
@@ -67,7 +67,7 @@ class PolicyClient(Protocol):
 
     async def plan(
         self,
-        request: Request,
+        request: RoutedRequest,
         conditions: Sequence[Condition],
         timeout_ms: float,
         *,
@@ -77,7 +77,7 @@ class PolicyClient(Protocol):
 
     async def decide(
         self,
-        request: Request,
+        request: RoutedRequest,
         answer: Answer,
         spent_cost: float,
         spent_ms: float,

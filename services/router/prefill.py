@@ -12,7 +12,7 @@ from services.router.domain import Prefilled
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from services.router.domain import Request, Stage, Step
+    from services.router.domain import RoutedRequest, Stage, Step
     from services.router.interfaces import StageClient
     from services.router.planning.load import Load
 
@@ -24,7 +24,7 @@ class PrefillAhead:
     """
 
     def __init__(
-        self, request: Request, clients: Sequence[StageClient], load: Load, clock: Callable[[], float]
+        self, request: RoutedRequest, clients: Sequence[StageClient], load: Load, clock: Callable[[], float]
     ) -> None:
         self._request = request
         self._clients = clients

@@ -5,19 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from asd.values import DecisionAction, DecisionReason, PlanSource
 from services.common.cost import prefill_cost
 from services.common.errors import AsdError
 from services.router.domain import (
     Answer,
     Decision,
-    DecisionAction,
-    DecisionReason,
     Event,
     Outcome,
-    PlanSource,
     Prefilled,
     Record,
-    Request,
+    RoutedRequest,
     StageResult,
     StageStarted,
     Step,
@@ -47,7 +45,7 @@ class RequestState:
     """
 
     def __init__(
-        self, request: Request, deadline: float, view: View, clock: Callable[[], float], emit: Emit
+        self, request: RoutedRequest, deadline: float, view: View, clock: Callable[[], float], emit: Emit
     ) -> None:
         self.request = request
         self._deadline = deadline

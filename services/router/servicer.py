@@ -18,7 +18,7 @@ from services.common.telemetry import Spans, Traced, current_trace_id
 from services.common.validation import MAX_REQUEST_BYTES
 from services.common.wire import MAX_ENTRIES
 from services.router import convert, spans
-from services.router.domain import Event, Outcome, Refusal, Request, View, show_nothing
+from services.router.domain import Event, Outcome, Refusal, RoutedRequest, View, show_nothing
 from services.router.planning.admission import LEAST_RETRY_S, MOST_RETRY_S
 
 if TYPE_CHECKING:
@@ -255,7 +255,7 @@ async def _fields_below(path: str) -> AsyncIterator[None]:
         raise type(error)(error.message, field=field, retry_after_s=error.retry_after_s) from error
 
 
-def _domain_request(message: cascade_pb2.GenerateRequest) -> Request:
+def _domain_request(message: cascade_pb2.GenerateRequest) -> RoutedRequest:
     """Return a request with an id, and with a seed where it draws: all its stages must draw alike."""
     request = convert.request_from(message, uuid.uuid4().hex)
     sampling = request.sampling

@@ -7,19 +7,20 @@ from typing import TYPE_CHECKING
 from services.common.telemetry import OPERATION_CHAT, PROVIDER_NAME, Attributes, Traced
 
 if TYPE_CHECKING:
-    from services.router.domain import Answer, Decision, Outcome, Provenance, Request, Stage, StageAction
+    from asd.values import StageAction
+    from services.router.domain import Answer, Decision, Outcome, Provenance, RoutedRequest, Stage
 
 
 def describe_plan(span: Traced, provenance: Provenance, first: Stage) -> None:
     """Say where the plan came from and what it is."""
     if span.recording:
-        span.set(Attributes.PLAN_SOURCE, provenance.source.name.lower())
+        span.set(Attributes.PLAN_SOURCE, provenance.source.value)
         span.set(Attributes.PLAN_FIRST_STAGE, first.name)
         span.set(Attributes.POLICY_VERSION, provenance.policy_version)
 
 
 def describe_call(
-    span: Traced, request: Request, stage: Stage, action: StageAction, skip_reason: str = ""
+    span: Traced, request: RoutedRequest, stage: Stage, action: StageAction, skip_reason: str = ""
 ) -> None:
     """Say which stage is asked for what. skip_reason: why it works without a draft that there is."""
     if not span.recording:
@@ -33,7 +34,7 @@ def describe_call(
     span.set(Attributes.SERVER_ADDRESS, stage.target)
     span.set(Attributes.STAGE_NAME, stage.name)
     span.set(Attributes.STAGE_INDEX, stage.index)
-    span.set(Attributes.STAGE_ACTION, action.name.lower())
+    span.set(Attributes.STAGE_ACTION, action.value)
     if request.task:
         span.set(Attributes.REQUEST_TASK, request.task)
     if skip_reason:
@@ -46,7 +47,7 @@ def describe_answer(span: Traced, answer: Answer) -> None:
         return
     result = answer.result
     span.set(Attributes.RESPONSE_MODEL, result.model or answer.stage.name)
-    span.set(Attributes.FINISH_REASONS, (result.finish_reason.name.lower(),))
+    span.set(Attributes.FINISH_REASONS, (result.finish_reason.value,))
     span.set(Attributes.INPUT_TOKENS, result.usage.prompt_tokens)
     span.set(Attributes.OUTPUT_TOKENS, result.usage.completion_tokens)
     span.set(Attributes.CACHED_TOKENS, result.usage.cached_prompt_tokens)
@@ -67,12 +68,12 @@ def describe_decision(
     if not span.recording:
         return
     is_judged = decision.p_correct is not None or decision.is_out_of_family
-    source = "policy" if is_judged else provenance.source.name.lower()
+    source = "policy" if is_judged else provenance.source.value
     if not follows_policy:
         source = "static"
     span.set(Attributes.PLAN_SOURCE, source)
-    span.set(Attributes.DECISION_OUTCOME, decision.action.name.lower())
-    span.set(Attributes.DECISION_REASON, decision.reason.name.lower())
+    span.set(Attributes.DECISION_OUTCOME, decision.action.value)
+    span.set(Attributes.DECISION_REASON, decision.reason.value)
     span.set(Attributes.STAGE_NAME, judged.name)
     span.set(Attributes.POLICY_VERSION, provenance.policy_version)
     if decision.p_correct is not None:
@@ -90,12 +91,12 @@ def describe_outcome(span: Traced, outcome: Outcome) -> None:
     answer = outcome.answer
     span.set(Attributes.REQUEST_ID, outcome.request_id)
     span.set(Attributes.RESPONSE_ID, outcome.request_id)
-    span.set(Attributes.PLAN_SOURCE, outcome.plan_source.name.lower())
+    span.set(Attributes.PLAN_SOURCE, outcome.plan_source.value)
     span.set(Attributes.POLICY_VERSION, outcome.policy_version)
     span.set(Attributes.STAGE_NAME, answer.stage.name)
     span.set(Attributes.STAGE_INDEX, answer.stage.index)
     span.set(Attributes.STAGE_COUNT, len(outcome.records))
-    span.set(Attributes.DECISION_REASON, outcome.records[-1].decision.reason.name.lower())
+    span.set(Attributes.DECISION_REASON, outcome.records[-1].decision.reason.value)
     span.set(Attributes.COST, outcome.cost)
     span.set(Attributes.LATENCY_MS, outcome.latency_ms)
     span.set(Attributes.POLICY_MS, outcome.policy_ms)

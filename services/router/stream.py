@@ -6,14 +6,7 @@ from bisect import bisect_left, bisect_right
 from typing import TYPE_CHECKING
 
 from services.common.errors import AsdError
-from services.router.domain import (
-    Committed,
-    Drafted,
-    Event,
-    Revised,
-    Tokens,
-    View,
-)
+from services.router.domain import Committed, Drafted, Event, Revised, Tokens, View
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from google.protobuf.descriptor import FieldDescriptor
 
@@ -11,6 +12,7 @@ from asd.errors import InvalidRequest
 from asd.v1 import cascade_pb2, common_pb2, policy_pb2
 from asd.values import (
     Acceptance,
+    AcceptanceMode,
     Answer,
     BatchItem,
     Committed,
@@ -26,9 +28,11 @@ from asd.values import (
     PlanSource,
     PolicyDescription,
     PolicyStage,
+    Preference,
     ReportReceipt,
     Request,
     Revised,
+    Role,
     Sampling,
     StageAction,
     StageDescription,
@@ -38,21 +42,54 @@ from asd.values import (
 )
 
 if TYPE_CHECKING:
-    from enum import StrEnum
-
     from google.protobuf.internal.enum_type_wrapper import _EnumTypeWrapper as EnumTypeWrapper
 
 # Of a request to the router. gRPC's default, which callers know. Messages between services may be twice as
 # large.
 MAX_REQUEST_BYTES = 4 * 1024 * 1024
 
-Member = TypeVar("Member", bound="StrEnum")
-# Of each enumeration, the members of its values by number.
-_MEMBERS: dict[type[StrEnum], dict[int, StrEnum]] = {}
+Member = TypeVar("Member", bound=StrEnum)
+Input = str | tuple[Message, ...]
 _CAPITAL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 # Of the types that counts have.
 _LARGEST = {FieldDescriptor.TYPE_UINT32: 2**32 - 1, FieldDescriptor.TYPE_UINT64: 2**64 - 1}
+
+
+class Enumeration(Generic[Member]):
+    """One enumeration in both forms: members of asd.values, and numbers of the contract.
+
+    members: by number; UNSPECIFIED is none. numbers: by member, or its value.
+    """
+
+    def __init__(self, kind: type[Member], enum: EnumTypeWrapper[Any]) -> None:
+        self.name = kind.__name__
+        self._prefix = f"{_CAPITAL.sub('_', self.name).upper()}_"
+        self._enum = enum
+        self.members: dict[int, Member] = {enum.Value(self._prefix + each.name): each for each in kind}
+        self.numbers: dict[str, Any] = {member: number for number, member in self.members.items()}
+
+    def number_of(self, name: str) -> Any:
+        """Return the number of a member, or of its value. Raises ValueError for another name."""
+        number = self.numbers.get(name)
+        return self._enum.Value(self._prefix + name.upper()) if number is None else number
+
+    def read(self, number: int) -> Member | str:
+        """Return the member with a number.
+
+        "unspecified" for 0; the number as text where only a newer server knows it.
+        """
+        return self.members.get(number) or (str(number) if number else "unspecified")
+
+
+ROLES = Enumeration(Role, common_pb2.Role)
+PREFERENCES = Enumeration(Preference, common_pb2.Preference)
+ACCEPTANCE_MODES = Enumeration(AcceptanceMode, common_pb2.AcceptanceMode)
+FINISH_REASONS = Enumeration(FinishReason, common_pb2.FinishReason)
+STAGE_ACTIONS = Enumeration(StageAction, common_pb2.StageAction)
+DECISION_ACTIONS = Enumeration(DecisionAction, policy_pb2.DecisionAction)
+DECISION_REASONS = Enumeration(DecisionReason, policy_pb2.DecisionReason)
+PLAN_SOURCES = Enumeration(PlanSource, cascade_pb2.PlanSource)
 
 
 # To the cascade.
@@ -64,17 +101,15 @@ def request_to(request: Request) -> cascade_pb2.GenerateRequest:
     Raises InvalidRequest for values that no message can hold: a negative count, text that is not UTF-8, more
     bytes than a request may have. All other rules are the server's.
     """
-    message = cascade_pb2.GenerateRequest(sampling=_sampling_to(request.sampling))
-    _fill_input(message, request.input)
-    message.objective.CopyFrom(_objective_to(request.objective))
+    message = cascade_pb2.GenerateRequest(sampling=sampling_to(request.sampling))
+    set_input(message, request.input)
+    message.objective.CopyFrom(objective_to(request.objective))
     if request.acceptance is not None:
-        message.acceptance.CopyFrom(_acceptance_to(request.acceptance))
+        message.acceptance.CopyFrom(acceptance_to(request.acceptance))
     _assign(message, "session_id", request.session_id)
     _assign(message, "stage", request.stage)
     _assign(message, "task", request.task)
-    for index, stage in enumerate(request.chain):
-        _encode(stage, f"chain[{index}]")
-        message.chain.append(stage)
+    _extend(message.chain, request.chain, "chain")
     size = message.ByteSize()
     if size > MAX_REQUEST_BYTES:
         field = _largest(request.input)
@@ -112,43 +147,56 @@ def report_to(answer: Answer, *, correct: bool) -> policy_pb2.ReportRequest:
     )
 
 
-def _fill_input(message: cascade_pb2.GenerateRequest, value: str | tuple[Message, ...]) -> None:
+def set_input(message: Any, value: Input) -> None:
+    """Put a prompt or a conversation into a message's `input`. Raises InvalidRequest as request_to does."""
     if isinstance(value, str):
         _assign(message, "prompt", value)
         return
-    message.conversation.SetInParent()
+    conversation = message.conversation
+    conversation.SetInParent()
     for index, turn in enumerate(value):
-        added = message.conversation.messages.add(role=common_pb2.Role.Value(f"ROLE_{turn.role.upper()}"))
-        _assign(added, "content", turn.content, f"conversation.messages[{index}].")
+        try:
+            conversation.messages.add(role=ROLES.number_of(turn.role), content=turn.content)
+        except UnicodeEncodeError as error:
+            raise _not_utf8(f"conversation.messages[{index}].content") from error
 
 
-def _largest(value: str | tuple[Message, ...]) -> str:
+def _largest(value: Input) -> str:
     if isinstance(value, str):
         return "prompt"
     sizes = [len(turn.content) for turn in value]
     return f"conversation.messages[{sizes.index(max(sizes))}].content" if sizes else "conversation"
 
 
-def _sampling_to(sampling: Sampling) -> common_pb2.Sampling:
-    message = common_pb2.Sampling(temperature=sampling.temperature, top_p=sampling.top_p)
-    for name in ("max_new_tokens", "seed"):
-        value = getattr(sampling, name)
-        if value is not None:
-            _assign(message, name, value, "sampling.")
-    for index, sequence in enumerate(sampling.stop):
-        _encode(sequence, f"sampling.stop[{index}]")
-        message.stop.append(sequence)
-    return message
+def sampling_to(sampling: Sampling) -> common_pb2.Sampling:
+    """Return sampling as a message. Raises InvalidRequest as request_to does."""
+    try:
+        return common_pb2.Sampling(
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            stop=sampling.stop,
+        )
+    except ValueError:
+        # protobuf names no field: assign one by one.
+        message = common_pb2.Sampling()
+        for name in ("max_new_tokens", "seed"):
+            value = getattr(sampling, name)
+            if value is not None:
+                _assign(message, name, value, "sampling.")
+        _extend(message.stop, sampling.stop, "sampling.stop")
+        raise
 
 
-def _objective_to(objective: Objective) -> common_pb2.Objective:
+def objective_to(objective: Objective) -> common_pb2.Objective:
+    """Return an objective as a message."""
+    preference = objective.preference
     message = common_pb2.Objective(
         max_cost=objective.max_cost,
         max_latency_ms=objective.max_latency_ms,
         min_quality=objective.min_quality,
-        preference=None
-        if objective.preference is None
-        else common_pb2.Preference.Value(f"PREFERENCE_{objective.preference.upper()}"),
+        preference=None if preference is None else PREFERENCES.number_of(preference),
     )
     if objective.quality_value is not None:
         # `lambda` is a keyword of Python.
@@ -156,29 +204,74 @@ def _objective_to(objective: Objective) -> common_pb2.Objective:
     return message
 
 
-def _acceptance_to(acceptance: Acceptance) -> common_pb2.Acceptance:
+def acceptance_to(acceptance: Acceptance) -> common_pb2.Acceptance:
+    """Return an acceptance as a message."""
     return common_pb2.Acceptance(
-        mode=common_pb2.AcceptanceMode.Value(f"ACCEPTANCE_MODE_{acceptance.mode.upper()}"),
-        threshold=acceptance.threshold,
+        mode=ACCEPTANCE_MODES.number_of(acceptance.mode), threshold=acceptance.threshold
     )
 
 
 def _assign(message: Any, name: str, value: str | int, path: str = "") -> None:
-    if isinstance(value, str):
-        _encode(value, path + name)
     try:
         setattr(message, name, value)
+    except UnicodeEncodeError as error:
+        raise _not_utf8(path + name) from error
     except ValueError as error:
         most = _LARGEST.get(message.DESCRIPTOR.fields_by_name[name].type)
         wanted = str(error) if most is None else f"it must be from 0 to {most}"
         raise InvalidRequest(f"{name} cannot be {value}: {wanted}", field=path + name) from error
 
 
-def _encode(text: str, field: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRequest(f"{field} is not valid UTF-8", field=field) from error
+def _extend(texts: Any, values: tuple[str, ...], field: str) -> None:
+    for index, value in enumerate(values):
+        try:
+            texts.append(value)
+        except UnicodeEncodeError as error:
+            raise _not_utf8(f"{field}[{index}]") from error
+
+
+def _not_utf8(field: str) -> InvalidRequest:
+    return InvalidRequest(f"{field} is not valid UTF-8", field=field)
+
+
+# From callers, for services. The messages were checked (services.common.validation).
+
+
+def input_from(message: Any) -> Input:
+    """Return the prompt or the conversation of a message's `input`."""
+    if message.WhichOneof("input") == "prompt":
+        prompt: str = message.prompt
+        return prompt
+    return tuple(Message(ROLES.members[turn.role], turn.content) for turn in message.conversation.messages)
+
+
+def sampling_from(message: common_pb2.Sampling) -> Sampling:
+    """Return sampling as a value."""
+    return Sampling(
+        max_new_tokens=message.max_new_tokens if message.HasField("max_new_tokens") else None,
+        temperature=message.temperature,
+        top_p=message.top_p if message.HasField("top_p") else None,
+        seed=message.seed if message.HasField("seed") else None,
+        stop=tuple(message.stop),
+    )
+
+
+def objective_from(message: common_pb2.Objective) -> Objective:
+    """Return an objective as a value."""
+    has = message.HasField
+    return Objective(
+        quality_value=getattr(message, "lambda") if has("lambda") else None,
+        max_cost=message.max_cost if has("max_cost") else None,
+        max_latency_ms=message.max_latency_ms if has("max_latency_ms") else None,
+        min_quality=message.min_quality if has("min_quality") else None,
+        preference=PREFERENCES.members[message.preference] if has("preference") else None,
+    )
+
+
+def acceptance_from(message: common_pb2.Acceptance) -> Acceptance:
+    """Return an acceptance as a value."""
+    threshold = message.threshold if message.HasField("threshold") else None
+    return Acceptance(ACCEPTANCE_MODES.members[message.mode], threshold)
 
 
 # From the cascade.
@@ -189,11 +282,7 @@ def event_from(message: cascade_pb2.GenerateStreamResponse) -> Event | None:
     match message.WhichOneof("event"):
         case "stage_started":
             started = message.stage_started
-            return StageStarted(
-                started.stage,
-                started.stage_index,
-                _member(StageAction, common_pb2.StageAction, started.action),
-            )
+            return StageStarted(started.stage, started.stage_index, STAGE_ACTIONS.read(started.action))
         case "draft":
             return Drafted(_tokens_from(message.draft))
         case "commit":
@@ -222,14 +311,14 @@ def answer_from(message: cascade_pb2.GenerateResponse) -> Answer:
         text=message.text,
         token_ids=tuple(message.token_ids),
         tokenizer_fingerprint=message.tokenizer_fingerprint,
-        finish_reason=_member(FinishReason, common_pb2.FinishReason, message.finish_reason),
+        finish_reason=FINISH_REASONS.read(message.finish_reason),
         stage=message.stage,
         stage_index=message.stage_index,
         p_correct=message.p_correct if message.HasField("p_correct") else None,
         cost=message.cost,
         latency_ms=message.latency_ms,
         policy_ms=message.policy_ms,
-        plan_source=_member(PlanSource, cascade_pb2.PlanSource, message.plan_source),
+        plan_source=PLAN_SOURCES.read(message.plan_source),
         policy_version=message.policy_version,
         trace_id=message.trace_id,
         stages=tuple(_record_from(record) for record in message.stages),
@@ -242,11 +331,11 @@ def _record_from(message: cascade_pb2.StageRecord) -> StageRecord:
     return StageRecord(
         stage=message.stage,
         stage_index=message.stage_index,
-        action=_member(StageAction, common_pb2.StageAction, message.action),
+        action=STAGE_ACTIONS.read(message.action),
         latency_ms=message.latency_ms,
         cost=message.cost,
-        decision=_member(DecisionAction, policy_pb2.DecisionAction, message.decision),
-        reason=_member(DecisionReason, policy_pb2.DecisionReason, message.reason),
+        decision=DECISION_ACTIONS.read(message.decision),
+        reason=DECISION_REASONS.read(message.reason),
         p_correct=message.p_correct if message.HasField("p_correct") else None,
         p_correct_stderr=message.p_correct_stderr if message.HasField("p_correct_stderr") else None,
         prompt_tokens=usage.prompt_tokens,
@@ -312,18 +401,3 @@ def _policy_from(message: policy_pb2.PolicyServiceDescribeResponse) -> PolicyDes
 
 def _tokens_from(message: common_pb2.TokenChunk) -> Tokens:
     return Tokens(tuple(message.token_ids), message.text, tuple(message.logprobs))
-
-
-def _member(kind: type[Member], enum: EnumTypeWrapper[Any], number: int) -> Member | str:
-    """Return the member that a number stands for.
-
-    "unspecified" for 0; the number as text where only a newer server knows it.
-    """
-    members = _MEMBERS.get(kind)
-    if members is None:
-        prefix = f"{_CAPITAL.sub('_', kind.__name__).upper()}_"
-        named = ((value, name.removeprefix(prefix)) for name, value in enum.items())
-        members = _MEMBERS[kind] = {value: kind[name] for value, name in named if name in kind.__members__}
-    if number not in members:
-        return str(number) if number else "unspecified"
-    return cast("Member", members[number])

@@ -6,7 +6,9 @@ import math
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
+from asd.convert import DECISION_ACTIONS, DECISION_REASONS, objective_to, set_input
 from asd.v1 import policy_pb2, policy_pb2_grpc
+from asd.values import DecisionAction
 from services.common.channel import call_unary
 from services.common.errors import (
     AsdError,
@@ -17,15 +19,7 @@ from services.common.errors import (
 from services.router import convert
 from services.router.clients.call_limit import CallLimit
 from services.router.clients.stage import DESCRIBE_TIMEOUT_MS
-from services.router.domain import (
-    Answer,
-    Condition,
-    Decision,
-    DecisionAction,
-    DecisionReason,
-    Plan,
-    Request,
-)
+from services.router.domain import Answer, Condition, Decision, Plan, RoutedRequest
 
 if TYPE_CHECKING:
     from collections.abc import (
@@ -88,7 +82,7 @@ class GrpcPolicy:
 
     async def plan(
         self,
-        request: Request,
+        request: RoutedRequest,
         conditions: Sequence[Condition],
         timeout_ms: float,
         *,
@@ -99,7 +93,7 @@ class GrpcPolicy:
         def message(waited_ms: float) -> policy_pb2.PlanRequest:
             made = policy_pb2.PlanRequest(
                 request_id=request.id,
-                objective=convert.objective_to(request.objective),
+                objective=objective_to(request.objective),
                 cascade=self._stages,
                 conditions=convert.conditions_to(conditions),
                 min_accuracy_share=min_accuracy_share,
@@ -107,7 +101,7 @@ class GrpcPolicy:
             if made.objective.HasField("max_latency_ms"):
                 # A plan is not told what was spent. Who has waited longer than that has left the line.
                 made.objective.max_latency_ms -= min(waited_ms, made.objective.max_latency_ms)
-            convert.set_input(made, request.input)
+            set_input(made, request.input)
             return made
 
         wait_ms = self._wait_ms(request, 0.0, timeout_ms)
@@ -125,7 +119,7 @@ class GrpcPolicy:
 
     async def decide(
         self,
-        request: Request,
+        request: RoutedRequest,
         answer: Answer,
         spent_cost: float,
         spent_ms: float,
@@ -139,7 +133,7 @@ class GrpcPolicy:
         def message(waited_ms: float) -> policy_pb2.DecideRequest:
             made = policy_pb2.DecideRequest(
                 request_id=request.id,
-                objective=convert.objective_to(request.objective),
+                objective=objective_to(request.objective),
                 cascade=self._stages,
                 stage=answer.stage.name,
                 draft=convert.evidence_to(answer),
@@ -149,7 +143,7 @@ class GrpcPolicy:
                 conditions=convert.conditions_to(conditions),
                 min_accuracy_share=min_accuracy_share,
             )
-            convert.set_input(made, request.input)
+            set_input(made, request.input)
             return made
 
         wait_ms = self._wait_ms(request, spent_ms, timeout_ms)
@@ -174,7 +168,7 @@ class GrpcPolicy:
         except AsdError:
             return None
 
-    def _wait_ms(self, request: Request, spent_ms: float, timeout_ms: float) -> float:
+    def _wait_ms(self, request: RoutedRequest, spent_ms: float, timeout_ms: float) -> float:
         """Return how long a request may stand in line, by its deadline and by its latency budget."""
         budget_ms = request.objective.max_latency_ms
         left_ms = timeout_ms if budget_ms is None else min(timeout_ms, max(budget_ms - spent_ms, 0.0))
@@ -240,7 +234,7 @@ class GrpcPolicy:
         self._health.answered()
 
     def _decision(self, response: policy_pb2.DecideResponse, judged: int) -> Decision:
-        action = convert.member(DecisionAction, response.action, self._peer)
+        action = convert.member(DECISION_ACTIONS, response.action, self._peer)
         next_stage: int | None = None
         expected_ms: float | None = None
         if action is DecisionAction.ESCALATE:
@@ -258,7 +252,7 @@ class GrpcPolicy:
             raise AsdError(f"{self._peer} sent p_correct {response.p_correct:g}, which is no probability")
         return Decision(
             action,
-            convert.member(DecisionReason, response.reason, self._peer),
+            convert.member(DECISION_REASONS, response.reason, self._peer),
             next_stage,
             response.p_correct if has_p_correct else None,
             response.p_correct_stderr if has_p_correct and math.isfinite(response.p_correct_stderr) else None,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from contextlib import aclosing
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar
 
+from asd.convert import FINISH_REASONS, acceptance_to, sampling_to, set_input
 from asd.v1 import cascade_pb2, stage_pb2
+from asd.values import FinishReason
 from services.common.channel import call_exchange, call_stream, call_unary
 from services.common.errors import (
     AsdError,
@@ -20,14 +22,7 @@ from services.common.errors import (
 from services.common.patience import Patience
 from services.router import convert
 from services.router.clients.adapters import Adapters, tasks_of
-from services.router.domain import (
-    FinishReason,
-    PeerLoad,
-    Request,
-    Stage,
-    StageResult,
-    Tokens,
-)
+from services.router.domain import PeerLoad, RoutedRequest, Stage, StageResult, Tokens
 
 if TYPE_CHECKING:
     from collections.abc import (
@@ -98,13 +93,13 @@ class GrpcStage:
         """The stage that is called."""
         return self._stage
 
-    async def generate(self, request: Request, timeout_ms: float, emit: Take) -> StageResult:
+    async def generate(self, request: RoutedRequest, timeout_ms: float, emit: Take) -> StageResult:
         """Emit tokens as the stage writes them; return its result."""
         message = stage_pb2.StageServiceGenerateRequest(
-            sampling=convert.sampling_to(request.sampling),
+            sampling=sampling_to(request.sampling),
             session_id=request.session_id,
         )
-        convert.set_input(message, request.input)
+        set_input(message, request.input)
 
         def call(
             stub: Stub, left_ms: float, _: float
@@ -114,16 +109,16 @@ class GrpcStage:
         return await self._result_of(request, message, call, timeout_ms, emit)
 
     async def verify(
-        self, request: Request, draft: StageResult, timeout_ms: float, emit: Take
+        self, request: RoutedRequest, draft: StageResult, timeout_ms: float, emit: Take
     ) -> StageResult:
         """Emit the verification of the draft, then tokens; return the result."""
         message = stage_pb2.VerifyRequest(
             draft=convert.draft_to(draft),
-            sampling=convert.sampling_to(request.sampling),
-            acceptance=convert.acceptance_to(request.acceptance),
+            sampling=sampling_to(request.sampling),
+            acceptance=_acceptance_of(request),
             session_id=request.session_id,
         )
-        convert.set_input(message, request.input)
+        set_input(message, request.input)
 
         def call(stub: Stub, left_ms: float, _: float) -> AsyncGenerator[stage_pb2.VerifyResponse, None]:
             return call_stream(stub.Verify, message, timeout_ms=left_ms, peer=self._peer)
@@ -132,18 +127,18 @@ class GrpcStage:
 
     async def verify_stream(
         self,
-        request: Request,
+        request: RoutedRequest,
         drafts: AsyncIterable[Tokens | FinishReason],
         timeout_ms: float,
         emit: Take,
     ) -> StageResult:
         """Verify a draft that is still being written; emit tokens and its verification; return the result."""
         start = stage_pb2.VerifyStreamStart(
-            sampling=convert.sampling_to(request.sampling),
-            acceptance=convert.acceptance_to(request.acceptance),
+            sampling=sampling_to(request.sampling),
+            acceptance=_acceptance_of(request),
             session_id=request.session_id,
         )
-        convert.set_input(start, request.input)
+        set_input(start, request.input)
 
         def call(
             stub: Stub, left_ms: float, hold_s: float
@@ -159,12 +154,12 @@ class GrpcStage:
 
         return await self._result_of(request, start, call, timeout_ms, emit)
 
-    async def prefill(self, request: Request, timeout_ms: float) -> int:
+    async def prefill(self, request: RoutedRequest, timeout_ms: float) -> int:
         """Put the prompt into the prefix cache; return its number of tokens."""
         until = self._clock() + timeout_ms / 1000.0
         model = await self._adapters.model_for(request.task, timeout_ms)
         message = stage_pb2.PrefillRequest(model=model, session_id=request.session_id, caller=self._caller)
-        convert.set_input(message, request.input)
+        set_input(message, request.input)
 
         def call(stub: Stub) -> Awaitable[stage_pb2.PrefillResponse]:
             left_ms = (until - self._clock()) * 1000.0
@@ -174,7 +169,7 @@ class GrpcStage:
 
     async def _result_of(
         self,
-        request: Request,
+        request: RoutedRequest,
         message: WithModel,
         call: Callable[[Stub, float, float], AsyncGenerator[Response, None]],
         timeout_ms: float,
@@ -340,7 +335,11 @@ class _Heard:
         return result
 
 
-def _key(request: Request) -> str:
+def _acceptance_of(request: RoutedRequest) -> common_pb2.Acceptance | None:
+    return None if request.acceptance is None else acceptance_to(request.acceptance)
+
+
+def _key(request: RoutedRequest) -> str:
     """Return what decides on a replica: a conversation's prefix, or this request's alone, is there."""
     return request.session_id or request.id
 
@@ -352,7 +351,7 @@ async def _steps(
     yield stage_pb2.VerifyStreamRequest(start=start)
     async for piece in drafts:
         if isinstance(piece, FinishReason):
-            reason = cast("common_pb2.FinishReason.ValueType", piece)
+            reason = FINISH_REASONS.numbers[piece]
             yield stage_pb2.VerifyStreamRequest(end=stage_pb2.DraftEnd(finish_reason=reason))
         else:
             chunk = stage_pb2.DraftChunk(

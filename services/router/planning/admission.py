@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from asd.values import Preference
 from services.common.errors import Overloaded
-from services.router.domain import Overload, Preference
+from services.router.domain import Overload
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from services.router.domain import Call, Objective, Stage
+    from asd.values import Objective
+    from services.router.domain import Call, Stage
     from services.router.planning.load import Load
 
 # Shorter waits than this count as none, and are not told to the policy. Chosen: no plan turns on them.
@@ -57,13 +59,13 @@ class Admission:
         """
         if self._overload is Overload.DEGRADE or objective.preference is Preference.FASTEST:
             return None
-        is_bound = objective.quality_value is not None or objective.preference is Preference.BEST
+        is_bound = objective.quality_value is not None or objective.preference == Preference.BEST
         return 1.0 if is_bound else _LEAST_SHARE
 
     @staticmethod
     def asks_for_quality(objective: Objective) -> bool:
         """Return whether a request had rather be refused than be given an answer that was to be improved."""
-        return objective.min_quality is not None or objective.preference is Preference.BEST
+        return objective.min_quality is not None or objective.preference == Preference.BEST
 
     def check(self, stages: Sequence[Stage], left_ms: float) -> None:
         """Raise Overloaded where the stages, one after the other, have no time left to answer a request."""

@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from asd.values import StageAction
 from services.common.cost import verify_cost
-from services.router.domain import StageAction
 from services.router.planning.bandit import Paces, Start, Took
 
 if TYPE_CHECKING:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from asd.values import AcceptanceMode, DecisionAction, DecisionReason
 from services.common.errors import AsdError, InvalidRequest, ModelRefusal
-from services.router.domain import AcceptanceMode, Decision, DecisionAction, DecisionReason
+from services.router.domain import Decision
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from services.router.domain import Request, Stage
+    from services.router.domain import RoutedRequest, Stage
     from services.router.planning.knowledge import Knowledge
 
 
@@ -22,7 +23,7 @@ class FixedPlan:
 
     def __init__(
         self,
-        request: Request,
+        request: RoutedRequest,
         knowledge: Knowledge,
         skips: Callable[[Stage, Stage], bool],
         *,
@@ -76,7 +77,7 @@ class FixedPlan:
         # Where drafts are not worth it, the last stage writes alone: an exact answer is the same.
         kept = [chain.pop()]
         acceptance = self._request.acceptance
-        is_exact = acceptance is None or acceptance.mode is AcceptanceMode.EXACT
+        is_exact = acceptance is None or acceptance.mode == AcceptanceMode.EXACT
         while chain and not is_exact:
             kept.insert(0, chain.pop())
         while chain and not self._skips(chain[-1], kept[0]):

@@ -24,7 +24,7 @@ from services.router.planning.load import Load
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
-    from services.router.domain import Answer, Failure, Request, Stage
+    from services.router.domain import Answer, Failure, RoutedRequest, Stage
     from services.router.interfaces import Activator
 
 # A timed-out call marks the stage unhealthy only if it had so many times the usual time. Chosen: answers
@@ -205,7 +205,7 @@ class Knowledge:
         silent_ms = health.was_silent(failure.call_ms)
         return failure.call_ms >= min(timeout_ms, usual_ms or _UNKNOWN_MS) or silent_ms >= long_ms
 
-    def too_short_contexts(self, request: Request, answer: Answer) -> dict[int, AsdError]:
+    def too_short_contexts(self, request: RoutedRequest, answer: Answer) -> dict[int, AsdError]:
         """Return later stages whose context is certain not to hold the prompt, by their indices, with why.
 
         The stage that has just answered counted it after its own chat template. Another stage's template may

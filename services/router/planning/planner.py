@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from asd.values import DecisionAction, DecisionReason, PlanSource
 from services.common.cost import is_above
 from services.common.errors import (
     AsdError,
@@ -23,19 +24,7 @@ from services.common.errors import (
 )
 from services.common.telemetry import Spans, Traced
 from services.router import spans
-from services.router.domain import (
-    Decision,
-    DecisionAction,
-    DecisionReason,
-    Failure,
-    Overload,
-    PlanSource,
-    Provenance,
-    Refusal,
-    StageFailed,
-    Step,
-    Stop,
-)
+from services.router.domain import Decision, Failure, Overload, Provenance, Refusal, StageFailed, Step, Stop
 from services.router.planning.admission import Admission
 from services.router.planning.failures import failure_of_all
 from services.router.planning.fixed_plan import FixedPlan

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from services.router.domain import DecisionReason
+from asd.values import DecisionReason
 from services.router.planning.load import Question
 from services.router.planning.time_budget import MARGIN_MS, SHARE_OF_TIME
 

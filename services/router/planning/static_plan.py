@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from asd.values import Preference
 from services.common.cost import is_above
-from services.router.domain import Preference
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from services.router.domain import Objective, Stage
+    from asd.values import Objective
+    from services.router.domain import Stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ def plan_without_policy(
     alone = StaticPlan((last,), len(stages))
     if objective.min_quality is not None or objective.preference is Preference.BEST:
         return alone
-    if objective.preference is Preference.FASTEST and objective.quality_value is None:
+    if objective.preference == Preference.FASTEST and objective.quality_value is None:
         return plan
     cost = sum(stages[index].cost for index in {*plan.stages, last})
     is_too_dear = objective.max_cost is not None and is_above(cost, objective.max_cost)

@@ -12,14 +12,17 @@ from asd import convert
 from asd.v1 import cascade_pb2, common_pb2, policy_pb2
 from asd.values import (
     Acceptance,
+    AcceptanceMode,
     Answer,
     Committed,
     Drafted,
     Failure,
     Message,
     Objective,
+    Preference,
     Request,
     Revised,
+    Role,
     Sampling,
     StageStarted,
     StreamedText,
@@ -27,7 +30,6 @@ from asd.values import (
 )
 from services.common.errors import InvalidRequest
 from services.router import convert as router_convert
-from services.router.domain import AcceptanceMode, Preference, Role, Turn
 
 
 def _tokens(text: str, count: int = 1) -> Tokens:
@@ -106,13 +108,37 @@ _FULL = Request(
 )
 
 
+@pytest.mark.parametrize(
+    ("enumeration", "proto", "prefix"),
+    [
+        (convert.ROLES, common_pb2.Role, "ROLE_"),
+        (convert.PREFERENCES, common_pb2.Preference, "PREFERENCE_"),
+        (convert.ACCEPTANCE_MODES, common_pb2.AcceptanceMode, "ACCEPTANCE_MODE_"),
+        (convert.FINISH_REASONS, common_pb2.FinishReason, "FINISH_REASON_"),
+        (convert.STAGE_ACTIONS, common_pb2.StageAction, "STAGE_ACTION_"),
+        (convert.DECISION_ACTIONS, policy_pb2.DecisionAction, "DECISION_ACTION_"),
+        (convert.DECISION_REASONS, policy_pb2.DecisionReason, "DECISION_REASON_"),
+        (convert.PLAN_SOURCES, cascade_pb2.PlanSource, "PLAN_SOURCE_"),
+    ],
+)
+def test_enumerations_have_the_contracts_members(enumeration, proto, prefix):
+    names = {number: name.removeprefix(prefix).lower() for name, number in proto.items() if number != 0}
+    assert enumeration.members == names
+    assert enumeration.numbers == {name: number for number, name in names.items()}
+
+
+def test_an_unknown_name_of_an_enumeration_is_refused():
+    with pytest.raises(ValueError, match="ROLE_ROBOT"):
+        convert.request_to(Request((Message("robot", "Hi"),)))
+
+
 def test_the_router_reads_every_field_of_a_request():
     read = router_convert.request_from(convert.request_to(_FULL), "id")
     assert read.input == (
-        Turn(Role.SYSTEM, "Be brief."),
-        Turn(Role.USER, "Hi"),
-        Turn(Role.ASSISTANT, "Ho"),
-        Turn(Role.USER, "é?"),
+        Message(Role.SYSTEM, "Be brief."),
+        Message(Role.USER, "Hi"),
+        Message(Role.ASSISTANT, "Ho"),
+        Message(Role.USER, "é?"),
     )
     sampling, objective = read.sampling, read.objective
     assert (sampling.max_new_tokens, sampling.temperature, sampling.top_p) == (7, 0.5, 0.25)

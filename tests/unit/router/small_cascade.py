@@ -6,22 +6,20 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from asd.values import DecisionAction, DecisionReason, FinishReason
 from services.common.patience import Patience
 from services.router.cascade import Cascade
 from services.router.clients.activation import AlwaysActive
 from services.router.domain import (
     Committed,
     Decision,
-    DecisionAction,
-    DecisionReason,
     Drafted,
-    FinishReason,
     Outcome,
     Overload,
     Plan,
     Refusal,
-    Request,
     Revised,
+    RoutedRequest,
     Stage,
     StageResult,
     Timing,
@@ -80,12 +78,12 @@ class FakeStage:
     on_token: Callable[[int], None] = lambda count: None
     calls: list[str] = field(default_factory=list)
 
-    async def generate(self, request: Request, timeout_ms: float, emit: Take) -> StageResult:
+    async def generate(self, request: RoutedRequest, timeout_ms: float, emit: Take) -> StageResult:
         self._begin("generate")
         return await self._write(emit)
 
     async def verify(
-        self, request: Request, draft: StageResult, timeout_ms: float, emit: Take
+        self, request: RoutedRequest, draft: StageResult, timeout_ms: float, emit: Take
     ) -> StageResult:
         self._begin("verify")
         await self._may_fail(0)
@@ -97,7 +95,7 @@ class FakeStage:
 
     async def verify_stream(
         self,
-        request: Request,
+        request: RoutedRequest,
         drafts: AsyncIterable[Tokens | FinishReason],
         timeout_ms: float,
         emit: Take,
@@ -109,7 +107,7 @@ class FakeStage:
         await emit(Verification(proposed, 0))
         return await self._write(emit)
 
-    async def prefill(self, request: Request, timeout_ms: float) -> int:
+    async def prefill(self, request: RoutedRequest, timeout_ms: float) -> int:
         self.calls.append("prefill")
         if self.prefill_failure is not None:
             raise self.prefill_failure
@@ -164,7 +162,7 @@ class Policy:
 
     async def plan(
         self,
-        request: Request,
+        request: RoutedRequest,
         conditions: Sequence[Condition],
         timeout_ms: float,
         *,
@@ -180,7 +178,7 @@ class Policy:
 
     async def decide(
         self,
-        request: Request,
+        request: RoutedRequest,
         answer: Answer,
         spent_cost: float,
         spent_ms: float,
@@ -269,7 +267,7 @@ class SmallCascade:
 
     async def events(self, view: View = View.OUTCOME, *, seconds: float = 60.0, **fields: Any) -> list[Event]:
         """Return what a request's caller sees."""
-        request = Request("id", **{"input": "hi", **fields})
+        request = RoutedRequest(**{"input": "hi", "id": "id", **fields})
         seen: list[Event] = []
 
         async def emit(event: Event) -> None:

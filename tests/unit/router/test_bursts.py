@@ -10,20 +10,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from asd.values import DecisionAction, DecisionReason, FinishReason, Objective, Preference, StageAction
 from services.router.domain import (
     Answer,
     Decision,
-    DecisionAction,
-    DecisionReason,
-    FinishReason,
-    Objective,
     Overload,
     Plan,
-    Preference,
     Report,
-    Request,
+    RoutedRequest,
     Stage,
-    StageAction,
     StageResult,
     Step,
     Timing,
@@ -65,7 +60,7 @@ class Toll:
 
     async def plan(
         self,
-        request: Request,
+        request: RoutedRequest,
         conditions: Sequence[Condition],
         timeout_ms: float,
         *,
@@ -78,7 +73,7 @@ class Toll:
 
     async def decide(
         self,
-        request: Request,
+        request: RoutedRequest,
         answer: Answer,
         spent_cost: float,
         spent_ms: float,
@@ -114,7 +109,7 @@ def planner_of(policy: Toll, overload: Overload = Overload.DEGRADE) -> Planner:
 
 
 def make_state(objective: Objective | None = None) -> RequestState:
-    request = Request("id", "hi", objective=objective or Objective())
+    request = RoutedRequest("hi", id="id", objective=objective or Objective())
     return RequestState(request, 60.0, View.OUTCOME, lambda: 0.0, show_nothing)
 
 

@@ -7,18 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from asd.values import FinishReason, PlanSource
 from services.common.errors import AsdError, ModelRefusal, PromptTooLong, Unavailable
 from services.router.chain import Chain, Draft
-from services.router.domain import (
-    FinishReason,
-    PlanSource,
-    Provenance,
-    Request,
-    Stage,
-    Step,
-    Tokens,
-    Verification,
-)
+from services.router.domain import Provenance, RoutedRequest, Stage, Step, Tokens, Verification
 from services.router.planning.load import Load
 from services.router.prefill import PrefillAhead
 from tests.limits import CALL_S
@@ -31,7 +23,7 @@ if TYPE_CHECKING:
     from services.router.interfaces import Take
 
 SMALL, MEDIUM, LARGE = (Stage(name, index, 1.0, 60_000.0) for index, name in enumerate("sml"))
-REQUEST = Request("id", "hi", stage="", chain=("s", "m", "l"))
+REQUEST = RoutedRequest("hi", id="id", stage="", chain=("s", "m", "l"))
 
 
 async def ignore(event: Tokens | Verification) -> None:
@@ -48,7 +40,7 @@ class Reading(FakeStage):
 
     async def verify_stream(
         self,
-        request: Request,
+        request: RoutedRequest,
         drafts: AsyncIterable[Tokens | FinishReason],
         timeout_ms: float,
         emit: Take,
@@ -139,7 +131,7 @@ class Filling(FakeStage):
         self.refusal = failure
         self.has_ended = False
 
-    async def prefill(self, request: Request, timeout_ms: float) -> int:
+    async def prefill(self, request: RoutedRequest, timeout_ms: float) -> int:
         try:
             await self.gate.wait()
             if self.refusal is not None:

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from asd.values import DecisionReason
 from services.common.errors import AsdError, BudgetSpent, QueueFull, Unavailable
-from services.router.domain import DecisionReason, Failure, Report, Step, View
+from services.router.domain import Failure, Report, Step, View
 from services.router.planning.time_budget import MARGIN_MS
 from services.router.running import StageRunner
 from tests.unit.router.small_cascade import FakeStage, Policy, SmallCascade, answered, called, shown

@@ -8,21 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from asd.values import DecisionAction, DecisionReason, Objective, Preference
 from services.common.errors import InvalidRequest, Overloaded, Unavailable
-from services.router.domain import (
-    AbandonRule,
-    Committed,
-    Decision,
-    DecisionAction,
-    DecisionReason,
-    Drafted,
-    Objective,
-    Plan,
-    Preference,
-    Tokens,
-    Verification,
-    View,
-)
+from services.router.domain import AbandonRule, Committed, Decision, Drafted, Plan, Tokens, Verification, View
 from tests.unit.router.simulated_time import run
 from tests.unit.router.small_cascade import FakeStage, Policy, SmallCascade, answered, called, shown
 

@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from asd.v1 import policy_pb2
+from asd.values import DecisionAction, DecisionReason
 from services.router.convert import response_to
-from services.router.domain import Decision, DecisionAction, DecisionReason
+from services.router.domain import Decision
 from tests.unit.router.small_cascade import Policy, SmallCascade, answered
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from services.router.domain import Answer, Condition, Request
+    from services.router.domain import Answer, Condition, RoutedRequest
 
 
 class Unknowing(Policy):
@@ -23,7 +25,7 @@ class Unknowing(Policy):
 
     async def decide(
         self,
-        request: Request,
+        request: RoutedRequest,
         answer: Answer,
         spent_cost: float,
         spent_ms: float,
@@ -49,7 +51,7 @@ async def test_it_is_answered_by_the_last_stage_which_verifies_the_draft():
     assert response.out_of_family
     assert not response.HasField("p_correct")
     assert [record.HasField("p_correct") for record in response.stages] == [False, False]
-    assert {record.reason for record in response.stages} == {DecisionReason.OUT_OF_FAMILY}
+    assert {record.reason for record in response.stages} == {policy_pb2.DECISION_REASON_OUT_OF_FAMILY}
 
 
 async def test_a_budget_that_stops_it_does_not_hide_it():

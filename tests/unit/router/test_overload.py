@@ -10,17 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from asd.values import DecisionReason, FinishReason, Objective, Preference
 from services.common.errors import AsdError, Away, BudgetSpent, Overloaded, PreconditionFailed
 from services.router.cascade import Cascade
 from services.router.domain import (
-    DecisionReason,
-    FinishReason,
-    Objective,
     Outcome,
     Overload,
-    Preference,
     Refusal,
-    Request,
+    RoutedRequest,
     Stage,
     StageResult,
     Timing,
@@ -59,7 +56,7 @@ class BusyStage:
     called: int = 0
     answered: int = 0
 
-    async def generate(self, request: Request, timeout_ms: float, emit: Take) -> StageResult:
+    async def generate(self, request: RoutedRequest, timeout_ms: float, emit: Take) -> StageResult:
         clock = asyncio.get_running_loop().time
         came, service_s = clock(), self.service_s()
         self.called += 1
@@ -80,7 +77,7 @@ class BusyStage:
         return StageResult("a", (1,), "a" * 64, FinishReason.EOS, Usage(4, completion_tokens=1), timing)
 
     async def verify(
-        self, request: Request, draft: StageResult, timeout_ms: float, emit: Take
+        self, request: RoutedRequest, draft: StageResult, timeout_ms: float, emit: Take
     ) -> StageResult:
         async def verified(event: Tokens | Verification) -> None:
             await emit(Verification(1, 1))
@@ -90,14 +87,14 @@ class BusyStage:
 
     async def verify_stream(
         self,
-        request: Request,
+        request: RoutedRequest,
         drafts: AsyncIterable[Tokens | FinishReason],
         timeout_ms: float,
         emit: Take,
     ) -> StageResult:
         raise NotImplementedError
 
-    async def prefill(self, request: Request, timeout_ms: float) -> int:
+    async def prefill(self, request: RoutedRequest, timeout_ms: float) -> int:
         return 4
 
 
@@ -135,7 +132,7 @@ class Busy:
     async def ask(self, seconds: float, **fields: Any) -> Told:
         """Return how a request ends whose caller waits so long."""
         came = self.clock()
-        request = Request("id", **{"input": "hi", **fields})
+        request = RoutedRequest(**{"input": "hi", "id": "id", **fields})
         error = outcome = None
         try:
             outcome = await self._cascade.answer(request, came + seconds, View.OUTCOME, show_nothing)

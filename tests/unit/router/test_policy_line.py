@@ -9,22 +9,12 @@ import grpc
 import pytest
 
 from asd.v1 import policy_pb2
+from asd.values import FinishReason, Objective, StageAction
 from services.common.errors import AsdError, BudgetSpent, Unavailable
 from services.router.clients.breaker import Breaker
 from services.router.clients.call_limit import CallLimit
 from services.router.clients.policy import GrpcPolicy
-from services.router.domain import (
-    Answer,
-    FinishReason,
-    Objective,
-    Request,
-    Stage,
-    StageAction,
-    StageResult,
-    Timing,
-    Tokens,
-    Usage,
-)
+from services.router.domain import Answer, RoutedRequest, Stage, StageResult, Timing, Tokens, Usage
 from services.router.planning.health import Health
 from tests.unit.router.small_cascade import NAMES, Clock
 
@@ -74,7 +64,7 @@ class World:
 
     async def ask(self, count: int, timeout_ms: float = 60_000.0) -> list[asyncio.Task[Any]]:
         """Return requests, each as far as it comes by itself."""
-        request = Request("id", input="hi")
+        request = RoutedRequest("hi", id="id")
         plans = [self.policy.plan(request, (), timeout_ms, min_accuracy_share=None) for _ in range(count)]
         tasks = [asyncio.ensure_future(plan) for plan in plans]
         await settled()
@@ -182,8 +172,8 @@ ANSWER = Answer(
 )
 
 
-def within(max_latency_ms: float | None) -> Request:
-    return Request("id", input="hi", objective=Objective(max_latency_ms=max_latency_ms))
+def within(max_latency_ms: float | None) -> RoutedRequest:
+    return RoutedRequest("hi", id="id", objective=Objective(max_latency_ms=max_latency_ms))
 
 
 @pytest.mark.parametrize(

@@ -6,28 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asd.v1 import cascade_pb2, common_pb2, policy_pb2
-from services.router import domain
 from services.router.clients.breaker import Breaker
 from services.router.planning.static_plan import StaticPlan
-
-
-@pytest.mark.parametrize(
-    ("kind", "proto", "prefix"),
-    [
-        (domain.Role, common_pb2.Role, "ROLE_"),
-        (domain.Preference, common_pb2.Preference, "PREFERENCE_"),
-        (domain.AcceptanceMode, common_pb2.AcceptanceMode, "ACCEPTANCE_MODE_"),
-        (domain.FinishReason, common_pb2.FinishReason, "FINISH_REASON_"),
-        (domain.StageAction, common_pb2.StageAction, "STAGE_ACTION_"),
-        (domain.DecisionAction, policy_pb2.DecisionAction, "DECISION_ACTION_"),
-        (domain.DecisionReason, policy_pb2.DecisionReason, "DECISION_REASON_"),
-        (domain.PlanSource, cascade_pb2.PlanSource, "PLAN_SOURCE_"),
-    ],
-)
-def test_enumerations_have_the_protos_numbers(kind, proto, prefix):
-    theirs = {name.removeprefix(prefix): number for name, number in proto.items() if number != 0}
-    assert {member.name: member.value for member in kind} == theirs
 
 
 def test_static_plan():

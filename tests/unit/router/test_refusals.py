@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from asd.values import DecisionReason, Message, Objective, PlanSource, Preference, Role
 from services.common.errors import (
     AsdError,
     BudgetSpent,
@@ -20,18 +21,7 @@ from services.common.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from services.router.domain import (
-    DecisionReason,
-    Objective,
-    Overload,
-    PlanSource,
-    Preference,
-    Refusal,
-    Request,
-    Role,
-    Turn,
-    View,
-)
+from services.router.domain import Overload, Refusal, RoutedRequest, View
 from services.router.request import RequestState
 from tests.unit.router.small_cascade import (
     NAMES,
@@ -283,7 +273,7 @@ async def test_a_stage_whose_context_is_known_to_be_too_short_is_left_out_in_adv
     cascade.forget_calls()
     small.prompt_tokens = prompt_tokens
     roles = (Role.USER, Role.ASSISTANT, Role.USER)[:turns]
-    conversation = tuple(Turn(role, "hi") for role in roles)
+    conversation = tuple(Message(role, "hi") for role in roles)
     outcome = await cascade.ask(**({"input": conversation} if turns else {}))
     assert answered(outcome) == (["small", "large"] if is_asked else ["small"])
     assert called(cascade) == answered(outcome)
@@ -318,7 +308,7 @@ async def test_a_draft_without_text_is_not_handed_on(is_silent: bool, calls: lis
 async def test_a_wait_for_a_stage_that_sleeps_is_no_overload() -> None:
     """Unrelated requests are under way elsewhere."""
     cascade = SmallCascade(Policy())
-    state = RequestState(Request("id", "hi"), 60.0, View.OUTCOME, cascade.clock, show_nothing)
+    state = RequestState(RoutedRequest("hi", id="id"), 60.0, View.OUTCOME, cascade.clock, show_nothing)
     with cascade.load.calling(0), cascade.load.calling(0), cascade.planner.plan_for(state) as plan:
         error = BudgetSpent("stage large is not awake")
         assert plan.refusal(error) is error

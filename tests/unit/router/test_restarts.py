@@ -10,15 +10,15 @@ import grpc
 import pytest
 
 from asd.v1 import stage_pb2
+from asd.values import FinishReason
 from services.common.errors import AsdError, Away, InvalidRequest, NotFound, QueueFull, Unavailable
 from services.common.patience import Patience
 from services.common.status import DETAILS_KEY, status_of, to_rpc_status
 from services.router.cascade import Cascade
 from services.router.clients.stage import GrpcStage
 from services.router.domain import (
-    FinishReason,
     Outcome,
-    Request,
+    RoutedRequest,
     Stage,
     StageResult,
     Timing,
@@ -127,7 +127,7 @@ def time() -> Time:
     return Time()
 
 
-async def ask(site: Any, time: Time, request: Request, *, was_there: bool = True) -> str:
+async def ask(site: Any, time: Time, request: RoutedRequest, *, was_there: bool = True) -> str:
     """Return the text of the result that a stage at a site gives."""
     patience = Patience(time, time.sleep)
     if was_there:
@@ -139,22 +139,22 @@ def stage_at(site: Any, time: Time, patience: Patience) -> GrpcStage:
     return GrpcStage(Stage("small", 0, 1.0, TIMEOUT_MS), site, time, 1, (), patience)
 
 
-async def text_of(stage: GrpcStage, request: Request) -> str:
+async def text_of(stage: GrpcStage, request: RoutedRequest) -> str:
     async def emit(event: Tokens | Verification) -> None:
         """Take what comes before the result."""
 
     return (await stage.generate(request, TIMEOUT_MS, emit)).text
 
 
-FIXED = Request("id", "hi", stage="small")
-CHAINED = Request("id", "hi", chain=("small", "large"))
-PLANNED = Request("id", "hi")
+FIXED = RoutedRequest("hi", id="id", stage="small")
+CHAINED = RoutedRequest("hi", id="id", chain=("small", "large"))
+PLANNED = RoutedRequest("hi", id="id")
 
 
 @pytest.mark.parametrize("request_", [FIXED, CHAINED, PLANNED])
 @pytest.mark.parametrize("error", [CANCELLED, REFUSED, said(Unavailable("no"))])
 async def test_what_a_replica_has_not_begun_goes_to_another_one_at_once(
-    time: Time, request_: Request, error: Exception
+    time: Time, request_: RoutedRequest, error: Exception
 ) -> None:
     site = Site({"a": [[error]], "b": [[RESULT]]})
     assert await ask(site, time, request_) == "19"
@@ -169,7 +169,9 @@ async def test_a_replica_that_has_taken_the_place_of_another_is_looked_for(time:
 
 
 @pytest.mark.parametrize("request_", [FIXED, CHAINED])
-async def test_a_request_that_names_its_stage_waits_for_its_return(time: Time, request_: Request) -> None:
+async def test_a_request_that_names_its_stage_waits_for_its_return(
+    time: Time, request_: RoutedRequest
+) -> None:
     site = Site({"a": [[CANCELLED], [REFUSED], [REFUSED], [RESULT]]})
     assert await ask(site, time, request_) == "19"
     assert site.called == ["a"] * 4
@@ -231,7 +233,7 @@ class Client:
         self.calls = 0
         self._script = script
 
-    async def generate(self, request: Request, timeout_ms: float, emit: object) -> StageResult:
+    async def generate(self, request: RoutedRequest, timeout_ms: float, emit: object) -> StageResult:
         self.calls += 1
         error = self._script.pop(0) if len(self._script) > 1 else self._script[0]
         if error is not None:

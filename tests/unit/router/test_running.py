@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from asd.values import DecisionAction, DecisionReason, PlanSource
 from services.common.errors import BudgetSpent, Overloaded, Unavailable
 from services.router.domain import (
     AbandonRule,
     Decision,
-    DecisionAction,
-    DecisionReason,
-    PlanSource,
     Provenance,
-    Request,
+    RoutedRequest,
     Stage,
     StageFailed,
     Step,
@@ -64,7 +62,7 @@ class Running:
         self.load = Load(len(STAGES), self.clock)
         self.runner = StageRunner(self.clients, self.load, self.clock)
         self.seen: list[Event] = []
-        request = Request("id", "hi")
+        request = RoutedRequest("hi", id="id")
         self.state = RequestState(request, self.clock() + 100.0, view, self.clock, self._show)
         self.prefill = PrefillAhead(request, self.clients, self.load, self.clock)
         self.looked: list[Call] = []
@@ -179,7 +177,7 @@ def test_a_slow_caller_takes_what_it_is_shown_before_its_stage_is_left() -> None
             await asyncio.sleep(30.0)
             taken.append(event)
 
-        request = Request("id", "hi")
+        request = RoutedRequest("hi", id="id")
         running.state = RequestState(request, running.clock() + 500.0, View.DRAFTS, running.clock, show)
         await running.run(0, leave_after_ms=20_000.0)
         decision = Decision(DecisionAction.ESCALATE, DecisionReason.VALUE, 1)

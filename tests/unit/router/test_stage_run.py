@@ -4,16 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from services.router.domain import (
-    FinishReason,
-    Stage,
-    StageAction,
-    StageResult,
-    Timing,
-    Tokens,
-    Usage,
-    Verification,
-)
+from asd.values import FinishReason, StageAction
+from services.router.domain import Stage, StageResult, Timing, Tokens, Usage, Verification
 from services.router.stage_call import StageCall
 
 LARGE = Stage("large", 2, 8.0, 1000.0)

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from asd.values import PlanSource
 from services.common.errors import Unavailable
-from services.router.domain import Failure, PlanSource, Request, Stage, StageFailed, Step, View
+from services.router.domain import Failure, RoutedRequest, Stage, StageFailed, Step, View
 from services.router.planning.static_plan import StaticPlan
 from services.router.planning.time_budget import MARGIN_MS
 from services.router.request import RequestState
@@ -70,7 +71,9 @@ async def test_a_request_waits_as_long_as_nothing_else_can_answer(
     policy = Policy(first=2) if source is PlanSource.POLICY else None
     planner = planner_with(sleepers, policy, (2,) if not failed else (0, 1, 2))
     fields: dict[str, Any] = {"stage": "large"} if source is PlanSource.FIXED else {}
-    state = RequestState(Request("id", "hi", **fields), DEADLINE_S, View.OUTCOME, lambda: 0.0, show_nothing)
+    state = RequestState(
+        RoutedRequest("hi", id="id", **fields), DEADLINE_S, View.OUTCOME, lambda: 0.0, show_nothing
+    )
     with planner.plan_for(state) as plan:
         step = await plan.first_step()
         for _ in failed:
@@ -85,7 +88,7 @@ async def test_a_request_waits_as_long_as_nothing_else_can_answer(
 async def test_who_is_awake_is_not_waited_for() -> None:
     sleepers = Activator({0})
     planner = planner_with(sleepers, None, (1,))
-    state = RequestState(Request("id", "hi"), DEADLINE_S, View.OUTCOME, lambda: 0.0, show_nothing)
+    state = RequestState(RoutedRequest("hi", id="id"), DEADLINE_S, View.OUTCOME, lambda: 0.0, show_nothing)
     with planner.plan_for(state) as plan:
         assert (await plan.first_step()).stage.name == "medium"
     assert sleepers.waited == []
