@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from asd.values import Message, Sampling
 from benchmarks.record import write_result
 from policy_service.artifact import load_artifact
 from policy_service.features import Draft, PromptText
 from policy_service.train.family import suite_prompts
 from services.common.stats import percentile
-from services.stage.domain import Result, SamplingOptions, TokenChunk, Turn
+from services.stage.domain import Result, TokenChunk
 from services.stage.engines.onnx.engine import OnnxEngine, OnnxOptions
 from suites import grade, split
 from tests.fakes.renamed_tasks import renamed_prompts
@@ -30,7 +31,7 @@ from tests.fakes.renamed_tasks import renamed_prompts
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from policy_service.features import FinishReason
+    from asd.values import FinishReason
     from policy_service.policy import Policy
     from services.stage.engines.engine import Engine
     from suites import Task
@@ -42,21 +43,21 @@ _OFF_TOPIC = _ROOT / "tests" / "data" / "off_topic.jsonl"
 _SURE = 0.9
 
 
-def _asked(text: str) -> tuple[Turn, ...]:
-    return (Turn("user", text),)
+def _asked(text: str) -> tuple[Message, ...]:
+    return (Message("user", text),)
 
 
-def _after(other: Task, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-    return (*_asked(other.prompt), Turn("assistant", other.solution), *turns)
+def _after(other: Task, turns: tuple[Message, ...]) -> tuple[Message, ...]:
+    return (*_asked(other.prompt), Message("assistant", other.solution), *turns)
 
 
 # Forms of a question of the suites; the second task is another one. Chosen, none of them by these figures.
-FORMS: dict[str, Callable[[Task, Task], tuple[Turn, ...]]] = {
+FORMS: dict[str, Callable[[Task, Task], tuple[Message, ...]]] = {
     "as it is": lambda task, _: _asked(task.prompt),
     "with a line break behind it": lambda task, _: _asked(f"{task.prompt}\n"),
-    "after an empty system turn": lambda task, _: (Turn("system", ""), *_asked(task.prompt)),
+    "after an empty system turn": lambda task, _: (Message("system", ""), *_asked(task.prompt)),
     "after a default system turn": lambda task, _: (
-        Turn("system", "You are a helpful assistant."),
+        Message("system", "You are a helpful assistant."),
         *_asked(task.prompt),
     ),
     "in lower case": lambda task, _: _asked(task.prompt.lower()),
@@ -67,7 +68,7 @@ FORMS: dict[str, Callable[[Task, Task], tuple[Turn, ...]]] = {
 }
 
 
-def prompt_of(turns: Sequence[Turn]) -> PromptText:
+def prompt_of(turns: Sequence[Message]) -> PromptText:
     """Return what the policy service reads of a conversation."""
     *history, question = (turn.content for turn in turns)
     return PromptText(question, tuple(history))
@@ -113,10 +114,10 @@ async def measure_forms(policy: Policy, count: int, answered: int, seed: int) ->
     return figures
 
 
-async def _answer(engine: Engine, turns: tuple[Turn, ...]) -> Draft:
+async def _answer(engine: Engine, turns: tuple[Message, ...]) -> Draft:
     pieces: list[TokenChunk] = []
     finish: FinishReason = "eos"
-    async for event in engine.generate(turns, SamplingOptions(max_new_tokens=160)):
+    async for event in engine.generate(turns, Sampling(max_new_tokens=160)):
         if isinstance(event, TokenChunk):
             pieces.append(event)
         elif isinstance(event, Result):

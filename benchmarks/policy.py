@@ -26,12 +26,12 @@ from rich.progress import track
 
 from asd.client import AsyncClient
 from asd.values import Objective as ClientObjective
-from asd.values import Request
+from asd.values import Preference, Request
 from benchmarks.processes import ROOT
 from benchmarks.record import update_result, write_result
 from policy_service.artifact import load_artifact
 from policy_service.features import Draft, PromptText
-from policy_service.policy import Objective, Preference, Spent
+from policy_service.policy import Objective, Spent
 from policy_service.solver import solve_policy
 from policy_service.train.compare import compare_predictors
 from policy_service.train.costs import EMBEDDED, read_costs

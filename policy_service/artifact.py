@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 from pydantic import ValidationError
 
+from asd.values import FinishReason, Preference
 from policy_service.document import (
     Lineage,
     PolicyDocument,
@@ -38,7 +39,6 @@ from policy_service.policy import (
     Objective,
     Policy,
     Predictor,
-    Preference,
     Spent,
     StageFacts,
 )
@@ -224,7 +224,7 @@ def tried(artifact: Artifact, where: str) -> LoadedArtifact:
     family = policy.family
     policy.use_family(None)
     signals = np.zeros(1, np.float32)
-    draft = Draft("", signals, signals, signals, "eos")
+    draft = Draft("", signals, signals, signals, FinishReason.EOS)
     verification = Verification(0, np.zeros(1, np.int64))
     try:
         for preference in Preference:

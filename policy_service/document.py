@@ -21,8 +21,9 @@ from pydantic import (
     model_validator,
 )
 
+from asd.values import FinishReason
 from policy_service.family import Family
-from policy_service.features import FEATURES_VERSION, FeatureSpace, FinishReason
+from policy_service.features import FEATURES_VERSION, FeatureSpace
 from services.common.documents import DamagedFile, parse_json, quoted
 from services.common.visible import OneLineError, one_line
 
@@ -172,12 +173,12 @@ class StageEntry(Entry):
     calibration_error: Probability
     abandon: tuple[AbandonEntry, ...] = ()
     # Not in the repr, of which `fit` makes the version: the outcomes, which are in it, say as much.
-    finish_reasons: Annotated[tuple[FinishReason, ...], Field(min_length=1, repr=False)] = ("eos",)
+    finish_reasons: Annotated[tuple[FinishReason, ...], Field(min_length=1, repr=False)] = (FinishReason.EOS,)
 
     @model_serializer(mode="wrap")
     def _leave_out_the_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
         content: dict[str, object] = handler(self)
-        if self.finish_reasons == ("eos",):
+        if self.finish_reasons == (FinishReason.EOS,):
             del content["finish_reasons"]
         return content
 

@@ -13,7 +13,7 @@ import re
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-FEATURES_VERSION = 1
+    from asd.values import FinishReason
 
-FinishReason = Literal["eos", "length", "stop"]
+FEATURES_VERSION = 1
 
 # Buckets of the hashed words and word pairs of a prompt. Chosen.
 HASH_BUCKETS = 256

@@ -5,12 +5,12 @@ from __future__ import annotations
 import bisect
 import math
 from dataclasses import dataclass, replace
-from enum import Enum
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from asd.values import DecisionReason, FinishReason, Preference
 from policy_service.solver import View, expect, paths_from, solve_policy, unfold
 from services.common.cost import is_above
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from policy_service.family import Family
-    from policy_service.features import Draft, FeatureSpace, FinishReason, PromptText, Verification
+    from policy_service.features import Draft, FeatureSpace, PromptText, Verification
     from policy_service.solver import Expectation, Move, Path, Solution
     from policy_service.state_cells import StateCells
 
@@ -45,25 +45,6 @@ _WAIT_BISECTIONS = 5
 
 # Steps of bisection for a value of quality: beyond, a hundredth of a per cent is left of the curve's spacing.
 _BISECTIONS = 20
-
-
-class Preference(Enum):
-    """A wish for speed or for quality; each stands for a value of quality that was fitted."""
-
-    FASTEST = "fastest"
-    BALANCED = "balanced"
-    BEST = "best"
-
-
-class Reason(Enum):
-    """What a decision was based on."""
-
-    VALUE = "value"
-    LAST_STAGE = "last_stage"
-    MAX_COST = "max_cost"
-    MAX_LATENCY = "max_latency"
-    MIN_QUALITY = "min_quality"
-    OUT_OF_FAMILY = "out_of_family"
 
 
 class UnmeetableBudget(Exception):  # noqa: N818 - an error is named by its cause
@@ -116,7 +97,7 @@ class StageFacts:
     latency_ms: float
     accuracy: float
     calibration_error: float
-    finish_reasons: tuple[FinishReason, ...] = ("eos",)
+    finish_reasons: tuple[FinishReason, ...] = (FinishReason.EOS,)
 
 
 @dataclass(frozen=True)
@@ -318,7 +299,7 @@ class Decision:
     """
 
     next_stage: int | None
-    reason: Reason
+    reason: DecisionReason
     p_correct: float | None
     stderr: float | None
     stop_value: float
@@ -617,9 +598,9 @@ class Policy:
         later = [s for s in range(stage + 1, len(self.stages)) if conditions.get(s, Condition()).is_available]
         chosen = max((s for s in later if (s,) not in limits), default=None)
         if chosen is not None or stage == len(self.stages) - 1:
-            reason = Reason.OUT_OF_FAMILY
+            reason = DecisionReason.OUT_OF_FAMILY
         else:
-            reason = limits[max(later),] if later else Reason.LAST_STAGE
+            reason = limits[max(later),] if later else DecisionReason.LAST_STAGE
         return Decision(chosen, reason, None, None, 0.0, 0.0, estimates)
 
     def _mean_estimates(self, index: int) -> tuple[Estimate, ...]:
@@ -641,10 +622,10 @@ class Policy:
         return self.stages[first].cost + float(verifying.cost.mean())
 
     def _affordable(
-        self, stages: Iterable[int], limits: Mapping[Path, Reason], objective: Objective
+        self, stages: Iterable[int], limits: Mapping[Path, DecisionReason], objective: Objective
     ) -> set[int]:
         """Return the stages that fit max_cost alone. Raises UnmeetableBudget where none does."""
-        fitting = {stage for stage in stages if limits.get((stage,)) is not Reason.MAX_COST}
+        fitting = {stage for stage in stages if limits.get((stage,)) is not DecisionReason.MAX_COST}
         if not fitting:
             cheapest = min((self.stages[stage] for stage in stages), key=lambda stage: stage.cost)
             raise UnmeetableBudget(
@@ -660,7 +641,7 @@ class Policy:
         objective: Objective,
         spent: Spent,
         conditions: Mapping[int, Condition],
-    ) -> dict[Path, Reason]:
+    ) -> dict[Path, DecisionReason]:
         """Return the ways on from a view that a budget cuts off at their last call, and which one does.
 
         estimates: of the point in the view. Calls count at their dearest, a verification as a whole answer:
@@ -672,7 +653,7 @@ class Policy:
         if objective.max_cost == math.inf and objective.max_latency_ms == math.inf:
             return {}
         next_one = {each.stage: each for each in estimates}
-        limits: dict[Path, Reason] = {}
+        limits: dict[Path, DecisionReason] = {}
         for way in self._ways[index]:
             if len(way.path) > 1 and way.path[:-1] in limits:
                 # A path that is cut off stays cut off further on.
@@ -681,9 +662,9 @@ class Policy:
             queues_ms = sum(conditions[stage].expected_queue_ms for stage in way.path if stage in conditions)
             latency_ms = next_one[way.path[0]].latency_ms + way.latency_ms + queues_ms
             if is_above(spent.cost + way.cost, objective.max_cost):
-                limits[way.path] = Reason.MAX_COST
+                limits[way.path] = DecisionReason.MAX_COST
             elif spent.latency_ms + latency_ms > objective.max_latency_ms:
-                limits[way.path] = Reason.MAX_LATENCY
+                limits[way.path] = DecisionReason.MAX_LATENCY
         return limits
 
     def _problem(self, objective: Objective, conditions: Mapping[int, Condition]) -> _Problem:
@@ -749,7 +730,9 @@ class Policy:
         answers = min(queue_ms / facts.latency_ms, _LONGEST_WAIT) if facts.latency_ms else 0.0
         return facts.cost * 2.0 ** round(math.log2(answers)) if answers >= _SHORTEST_WAIT else 0.0
 
-    def _solution_within(self, problem: _Problem, index: int, limits: Mapping[Path, Reason]) -> _Lookup:
+    def _solution_within(
+        self, problem: _Problem, index: int, limits: Mapping[Path, DecisionReason]
+    ) -> _Lookup:
         """Return the solution that keeps out of what the budgets cut off, from a view on."""
         if not limits:
             return self._solution(problem)
@@ -863,14 +846,16 @@ def _fastest(
     )
 
 
-def _choose(values: Mapping[int, float], stop_value: float, is_certified: bool) -> tuple[int | None, Reason]:
+def _choose(
+    values: Mapping[int, float], stop_value: float, is_certified: bool
+) -> tuple[int | None, DecisionReason]:
     """Return the stage to ask of those that may be, None to stop. is_certified: the answer may stand."""
     if not values:
-        return None, Reason.LAST_STAGE
+        return None, DecisionReason.LAST_STAGE
     best = max(values, key=values.__getitem__)
     if values[best] > stop_value:
-        return best, Reason.VALUE
-    return (None, Reason.VALUE) if is_certified else (best, Reason.MIN_QUALITY)
+        return best, DecisionReason.VALUE
+    return (None, DecisionReason.VALUE) if is_certified else (best, DecisionReason.MIN_QUALITY)
 
 
 def _next_stages(first: Move, solution: Solution) -> dict[int, list[float]]:

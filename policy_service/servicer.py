@@ -11,16 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from asd.convert import DECISION_REASONS, FINISH_REASONS, PREFERENCES
 from asd.v1 import common_pb2, policy_pb2, policy_pb2_grpc
+from asd.values import Preference
 from policy_service.features import Draft, PromptText, Verification
-from policy_service.policy import (
-    Condition,
-    Objective,
-    Preference,
-    Reason,
-    Spent,
-    UnmeetableBudget,
-)
+from policy_service.policy import Condition, Objective, Spent, UnmeetableBudget
 from policy_service.reports import OutcomeReport
 from policy_service.scoring import Scoring
 from policy_service.shadow import ShadowJob
@@ -37,30 +32,11 @@ if TYPE_CHECKING:
 
     from policy_service.document import PolicyDocument
     from policy_service.drift import DriftMonitor, StageCalibration
-    from policy_service.features import FinishReason
     from policy_service.policy import Decision, Estimate, Plan, Policy
     from policy_service.reports import ReportLog
     from policy_service.shadow import Shadow
 
-_PREFERENCES = {
-    common_pb2.PREFERENCE_FASTEST: Preference.FASTEST,
-    common_pb2.PREFERENCE_BALANCED: Preference.BALANCED,
-    common_pb2.PREFERENCE_BEST: Preference.BEST,
-}
-_FINISH: dict[int, FinishReason] = {
-    common_pb2.FINISH_REASON_EOS: "eos",
-    common_pb2.FINISH_REASON_LENGTH: "length",
-    common_pb2.FINISH_REASON_STOP: "stop",
-}
 _FINISH_REASONS = frozenset(common_pb2.FinishReason.values())
-_REASONS = {
-    Reason.VALUE: policy_pb2.DECISION_REASON_VALUE,
-    Reason.LAST_STAGE: policy_pb2.DECISION_REASON_LAST_STAGE,
-    Reason.MAX_COST: policy_pb2.DECISION_REASON_MAX_COST,
-    Reason.MAX_LATENCY: policy_pb2.DECISION_REASON_MAX_LATENCY,
-    Reason.MIN_QUALITY: policy_pb2.DECISION_REASON_MIN_QUALITY,
-    Reason.OUT_OF_FAMILY: policy_pb2.DECISION_REASON_OUT_OF_FAMILY,
-}
 MAX_REQUEST_ID_BYTES = 256
 
 
@@ -262,7 +238,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         return policy_pb2.DecideResponse(
             action=policy_pb2.DECISION_ACTION_STOP if stops else policy_pb2.DECISION_ACTION_ESCALATE,
             next_stage="" if decision.next_stage is None else live.names[decision.next_stage],
-            reason=_REASONS[decision.reason],
+            reason=DECISION_REASONS.numbers[decision.reason],
             p_correct=decision.p_correct,
             p_correct_stderr=decision.stderr,
             stop_value=decision.stop_value,
@@ -407,7 +383,7 @@ def _objective(request: policy_pb2.PlanRequest | policy_pb2.DecideRequest) -> Ob
         max_cost=objective.max_cost if has("max_cost") else math.inf,
         max_latency_ms=objective.max_latency_ms if has("max_latency_ms") else math.inf,
         min_quality=objective.min_quality if has("min_quality") else 0.0,
-        preference=_PREFERENCES[objective.preference] if has("preference") else Preference.BALANCED,
+        preference=PREFERENCES.members[objective.preference] if has("preference") else Preference.BALANCED,
         min_accuracy_share=None if share is None else _amount(share, "min_accuracy_share"),
     )
 
@@ -426,7 +402,9 @@ def _draft(evidence: policy_pb2.DraftEvidence) -> Draft:
         if not np.isfinite(values).all():
             raise InvalidRequest(f"{name} must be finite", field=f"draft.{name}")
         signals.append(values)
-    return Draft(evidence.text, signals[0], signals[1], signals[2], _FINISH[evidence.finish_reason])
+    return Draft(
+        evidence.text, signals[0], signals[1], signals[2], FINISH_REASONS.members[evidence.finish_reason]
+    )
 
 
 def _amount(value: float, field: str) -> float:

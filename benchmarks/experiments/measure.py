@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.stats import beta
 
+from asd.values import Preference
 from benchmarks.experiments.grid import (
     CONFIDENCE,
     GROUPS,
@@ -21,7 +22,6 @@ from benchmarks.experiments.grid import (
     sample_runs,
 )
 from benchmarks.experiments.response import check_response
-from policy_service.policy import Preference
 from policy_service.solver import solve_policy
 from policy_service.train.evaluate import served_states
 from policy_service.train.fit import expected_calibration_error

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast, get_args
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from asd.convert import FINISH_REASONS
 from asd.v1 import common_pb2, stage_pb2, stage_pb2_grpc
 from policy_service.features import round_signals
 from policy_service.train.console import warn
@@ -40,11 +41,6 @@ if TYPE_CHECKING:
 
     from asd.transport.tls import TlsFiles
 
-_FINISH_NAMES = {
-    common_pb2.FINISH_REASON_EOS: "eos",
-    common_pb2.FINISH_REASON_LENGTH: "length",
-    common_pb2.FINISH_REASON_STOP: "stop",
-}
 _DECIMALS = 3
 
 _Record = dict[str, Any]
@@ -194,7 +190,7 @@ class _StageCalls:
         )
         record: dict[str, object] = {
             "text": result.text,
-            "finish_reason": _FINISH_NAMES[result.finish_reason],
+            "finish_reason": FINISH_REASONS.members[result.finish_reason].value,
             **{name: round_signals(np.array(values, np.float32)) for name, values in signals.items()},
             "latency_ms": _fresh_latency(result),
         }

@@ -13,6 +13,7 @@ import numpy as np
 from scipy.stats import beta, norm
 from sklearn.linear_model import LogisticRegression
 
+from asd.values import FinishReason
 from policy_service.artifact import Artifact
 from policy_service.document import (
     MOST_NAME,
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from policy_service.features import FinishReason
     from policy_service.state_cells import StateCells
     from policy_service.train.costs import StageCosts
     from policy_service.train.dataset import Dataset, ViewKey
@@ -381,9 +381,9 @@ def known_finish_reasons(data: Dataset, stage: int) -> tuple[FinishReason, ...]:
     answers = data.features[stage, None]
     is_eos, is_length = (answers[:, names.index(f"draft_is_{reason}")] > 0 for reason in ("eos", "length"))
     ended: dict[FinishReason, npt.NDArray[np.bool_]] = {
-        "eos": is_eos,
-        "length": is_length,
-        "stop": ~(is_eos | is_length),
+        FinishReason.EOS: is_eos,
+        FinishReason.LENGTH: is_length,
+        FinishReason.STOP: ~(is_eos | is_length),
     }
     return tuple(reason for reason, rows in ended.items() if rows.mean() >= _LEAST_FINISH_SHARE)
 

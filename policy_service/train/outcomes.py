@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from asd.values import FinishReason
 from policy_service.features import PromptText
 from policy_service.train.faults import UnfitOutcomes, say_why
 from policy_service.train.outcome_table import HEADER_KEY, table_schema
@@ -44,7 +45,7 @@ class StageOutcome(_Record):
     """A stage's own answer. logprobs, entropies, top2_margins: one entry per token, as in TokenChunk."""
 
     text: str
-    finish_reason: Literal["eos", "length", "stop"]
+    finish_reason: FinishReason
     logprobs: tuple[float, ...]
     entropies: tuple[float, ...]
     top2_margins: tuple[float, ...]

@@ -9,19 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from asd.values import DecisionReason, FinishReason, Preference
 from policy_service.artifact import load_artifact, pack, read_artifact
-from policy_service.features import Draft, FeatureSpace, FinishReason, PromptText, Verification
-from policy_service.policy import (
-    CalibratedView,
-    Calibration,
-    Decision,
-    Objective,
-    Policy,
-    Preference,
-    Reason,
-    Spent,
-    StageFacts,
-)
+from policy_service.features import Draft, FeatureSpace, PromptText, Verification
+from policy_service.policy import CalibratedView, Calibration, Decision, Objective, Policy, Spent, StageFacts
 from policy_service.solver import Move, View
 from policy_service.state_cells import StateCells
 from suites import split
@@ -99,7 +90,7 @@ def test_a_cut_answer_is_as_good_as_its_prompt_foretells(finish_reason: FinishRe
     # Log-odds of -0.2 are a score of -0.6 in the answers' view, in the lower cell: 10 - 3.
     assert decision.escalate_value == pytest.approx(7.0)
     assert decision.estimates[1].cost == 3.0
-    assert (decision.next_stage, decision.reason) == (1, Reason.VALUE)
+    assert (decision.next_stage, decision.reason) == (1, DecisionReason.VALUE)
 
 
 @pytest.mark.parametrize(
@@ -117,14 +108,14 @@ def test_an_answer_that_ended_as_others_did_is_judged_by_itself(
 @pytest.mark.parametrize(
     ("finish_reason", "min_quality", "next_stage", "reason"),
     [
-        ("length", 0.0, None, Reason.VALUE),
-        ("length", 0.01, 1, Reason.MIN_QUALITY),
-        ("length", 0.9, 1, Reason.MIN_QUALITY),
-        ("eos", 0.9, None, Reason.VALUE),
+        ("length", 0.0, None, DecisionReason.VALUE),
+        ("length", 0.01, 1, DecisionReason.MIN_QUALITY),
+        ("length", 0.9, 1, DecisionReason.MIN_QUALITY),
+        ("eos", 0.9, None, DecisionReason.VALUE),
     ],
 )
 def test_a_cut_answer_keeps_no_min_quality(
-    finish_reason: FinishReason, min_quality: float, next_stage: int | None, reason: Reason
+    finish_reason: FinishReason, min_quality: float, next_stage: int | None, reason: DecisionReason
 ) -> None:
     # Stopping is worth 9.5, and escalating 9.
     decision = decide(make_policy(0.95, "eos"), finish_reason, min_quality)
@@ -135,7 +126,7 @@ def test_the_last_stage_stops_with_a_cut_answer() -> None:
     policy = make_policy(0.45, "eos")
     objective = Objective(min_quality=0.99)
     decision = policy.decide(PROMPT, 1, draft("length"), 0, VERIFIED, objective, Spent(), {})
-    assert (decision.next_stage, decision.reason) == (None, Reason.LAST_STAGE)
+    assert (decision.next_stage, decision.reason) == (None, DecisionReason.LAST_STAGE)
     assert decision.p_correct == pytest.approx(0.9)
 
 

@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from asd.values import DecisionReason, Preference
 from policy_service.artifact import Artifact, load_artifact, load_usable, read_artifact, read_document
 from policy_service.document import FamilyEntry, UnfitArtifact
 from policy_service.family import MOST_CHARACTERS, Family
 from policy_service.features import Draft, PromptText
-from policy_service.policy import Condition, Objective, Policy, Preference, Reason, Spent, UnmeetableBudget
+from policy_service.policy import Condition, Objective, Policy, Spent, UnmeetableBudget
 from policy_service.servicer import PolicyServicer
 from policy_service.store import write_artifact
 from policy_service.train.family import MARKED, fit_family, suite_prompts, with_family
@@ -215,28 +216,32 @@ def test_it_goes_to_the_last_stage_whatever_the_preference(policy: Policy, prefe
     objective = Objective(preference=preference)
     for stage in (0, 1):
         decision = decide(policy, stage, objective, Spent(1.0))
-        assert (decision.next_stage, decision.reason) == (2, Reason.OUT_OF_FAMILY)
+        assert (decision.next_stage, decision.reason) == (2, DecisionReason.OUT_OF_FAMILY)
         assert (decision.p_correct, decision.stderr) == (None, None)
         assert {each.p_correct for each in decision.estimates} == {None}
     last = decide(policy, 2, objective, Spent(3.0))
-    assert (last.next_stage, last.reason, last.p_correct) == (None, Reason.OUT_OF_FAMILY, None)
+    assert (last.next_stage, last.reason, last.p_correct) == (None, DecisionReason.OUT_OF_FAMILY, None)
 
 
 @pytest.mark.parametrize(
     ("objective", "away", "next_stage", "reason"),
     [
-        (Objective(min_quality=0.1, quality_value=0.0), {}, 2, Reason.OUT_OF_FAMILY),
-        (Objective(max_cost=4.0), {}, 2, Reason.OUT_OF_FAMILY),
-        (Objective(max_cost=3.9), {}, 1, Reason.OUT_OF_FAMILY),
-        (Objective(max_cost=2.9), {}, None, Reason.MAX_COST),
-        (Objective(max_cost=2.9, min_quality=0.9), {}, None, Reason.MAX_COST),
-        (Objective(max_latency_ms=1.5), {}, None, Reason.MAX_LATENCY),
-        (Objective(), {"large": True}, 1, Reason.OUT_OF_FAMILY),
-        (Objective(), {"medium": True, "large": True}, None, Reason.LAST_STAGE),
+        (Objective(min_quality=0.1, quality_value=0.0), {}, 2, DecisionReason.OUT_OF_FAMILY),
+        (Objective(max_cost=4.0), {}, 2, DecisionReason.OUT_OF_FAMILY),
+        (Objective(max_cost=3.9), {}, 1, DecisionReason.OUT_OF_FAMILY),
+        (Objective(max_cost=2.9), {}, None, DecisionReason.MAX_COST),
+        (Objective(max_cost=2.9, min_quality=0.9), {}, None, DecisionReason.MAX_COST),
+        (Objective(max_latency_ms=1.5), {}, None, DecisionReason.MAX_LATENCY),
+        (Objective(), {"large": True}, 1, DecisionReason.OUT_OF_FAMILY),
+        (Objective(), {"medium": True, "large": True}, None, DecisionReason.LAST_STAGE),
     ],
 )
 def test_the_budgets_and_what_is_there_bound_it(
-    policy: Policy, objective: Objective, away: dict[str, bool], next_stage: int | None, reason: Reason
+    policy: Policy,
+    objective: Objective,
+    away: dict[str, bool],
+    next_stage: int | None,
+    reason: DecisionReason,
 ):
     decision = decide(policy, 0, objective, Spent(1.0, 1.0), **away)
     assert (decision.next_stage, decision.reason, decision.p_correct) == (next_stage, reason, None)

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from asd.values import DecisionReason, Preference
 from policy_service.artifact import load_artifact
 from policy_service.features import Draft, FeatureSpace, PromptText, Verification
 from policy_service.policy import (
@@ -24,8 +25,6 @@ from policy_service.policy import (
     Decision,
     Objective,
     Policy,
-    Preference,
-    Reason,
     Spent,
     StageFacts,
     UnmeetableBudget,
@@ -113,10 +112,15 @@ def decide(
 @pytest.mark.parametrize(
     ("own", "next_stage", "reason"),
     # Balanced: escalating is worth 10 * 0.99 - 3 = 6.9, so 0.69 is where stopping begins to pay.
-    [(0.3, 1, Reason.VALUE), (0.68, 1, Reason.VALUE), (0.70, None, Reason.VALUE), (0.99, None, Reason.VALUE)],
+    [
+        (0.3, 1, DecisionReason.VALUE),
+        (0.68, 1, DecisionReason.VALUE),
+        (0.70, None, DecisionReason.VALUE),
+        (0.99, None, DecisionReason.VALUE),
+    ],
 )
 def test_the_better_value_decides(
-    policy: Policy, scores: FixedScores, own: float, next_stage: int | None, reason: Reason
+    policy: Policy, scores: FixedScores, own: float, next_stage: int | None, reason: DecisionReason
 ) -> None:
     scores.own = own
     decision = decide(policy)
@@ -129,22 +133,22 @@ def test_the_better_value_decides(
 @pytest.mark.parametrize(
     ("objective", "own", "next_stage", "reason"),
     [
-        (Objective(preference=Preference.FASTEST), 0.3, None, Reason.VALUE),
-        (Objective(preference=Preference.BEST), 0.95, 1, Reason.VALUE),
-        (Objective(quality_value=0.0), 0.01, None, Reason.VALUE),
-        (Objective(max_cost=4.9), 0.3, None, Reason.MAX_COST),
-        (Objective(max_cost=5.0), 0.3, 1, Reason.VALUE),
-        (Objective(max_cost=4.9), 0.95, None, Reason.VALUE),
-        (Objective(max_latency_ms=55.0), 0.3, None, Reason.MAX_LATENCY),
-        (Objective(max_latency_ms=65.0), 0.3, 1, Reason.VALUE),
+        (Objective(preference=Preference.FASTEST), 0.3, None, DecisionReason.VALUE),
+        (Objective(preference=Preference.BEST), 0.95, 1, DecisionReason.VALUE),
+        (Objective(quality_value=0.0), 0.01, None, DecisionReason.VALUE),
+        (Objective(max_cost=4.9), 0.3, None, DecisionReason.MAX_COST),
+        (Objective(max_cost=5.0), 0.3, 1, DecisionReason.VALUE),
+        (Objective(max_cost=4.9), 0.95, None, DecisionReason.VALUE),
+        (Objective(max_latency_ms=55.0), 0.3, None, DecisionReason.MAX_LATENCY),
+        (Objective(max_latency_ms=65.0), 0.3, 1, DecisionReason.VALUE),
         # What counts is what is certified of answers that score above 0.5, which is 0.9, not the score.
-        (Objective(min_quality=0.9), 0.8, None, Reason.VALUE),
-        (Objective(min_quality=0.901), 0.8, 1, Reason.MIN_QUALITY),
-        (Objective(min_quality=0.901), 0.999, 1, Reason.MIN_QUALITY),
-        (Objective(min_quality=1.0), 0.999, 1, Reason.MIN_QUALITY),
-        (Objective(quality_value=0.0, min_quality=0.1), 0.4, None, Reason.VALUE),
-        (Objective(quality_value=0.0, min_quality=0.2), 0.4, 1, Reason.MIN_QUALITY),
-        (Objective(quality_value=0.0, min_quality=0.2), 0.6, None, Reason.VALUE),
+        (Objective(min_quality=0.9), 0.8, None, DecisionReason.VALUE),
+        (Objective(min_quality=0.901), 0.8, 1, DecisionReason.MIN_QUALITY),
+        (Objective(min_quality=0.901), 0.999, 1, DecisionReason.MIN_QUALITY),
+        (Objective(min_quality=1.0), 0.999, 1, DecisionReason.MIN_QUALITY),
+        (Objective(quality_value=0.0, min_quality=0.1), 0.4, None, DecisionReason.VALUE),
+        (Objective(quality_value=0.0, min_quality=0.2), 0.4, 1, DecisionReason.MIN_QUALITY),
+        (Objective(quality_value=0.0, min_quality=0.2), 0.6, None, DecisionReason.VALUE),
     ],
 )
 def test_objectives(
@@ -153,7 +157,7 @@ def test_objectives(
     objective: Objective,
     own: float,
     next_stage: int | None,
-    reason: Reason,
+    reason: DecisionReason,
 ) -> None:
     scores.own = own
     decision = decide(policy, objective, Spent(cost=1.0, latency_ms=10.0))
@@ -179,11 +183,11 @@ def test_objectives_together(policy: Policy, scores: FixedScores, chosen: tuple[
     decision = decide(policy, Objective(**fields), Spent(cost=1.0, latency_ms=10.0))  # type: ignore[arg-type]
     value, quality, cost, latency = chosen
     if not (value or quality):
-        expected: tuple[int | None, Reason] = (None, Reason.VALUE)
+        expected: tuple[int | None, DecisionReason] = (None, DecisionReason.VALUE)
     elif cost or latency:
-        expected = (None, Reason.MAX_COST if cost else Reason.MAX_LATENCY)
+        expected = (None, DecisionReason.MAX_COST if cost else DecisionReason.MAX_LATENCY)
     else:
-        expected = (1, Reason.VALUE if value else Reason.MIN_QUALITY)
+        expected = (1, DecisionReason.VALUE if value else DecisionReason.MIN_QUALITY)
     assert (decision.next_stage, decision.reason) == expected
     if (cost or latency) and decision.next_stage is None:
         assert decision.escalate_value < decision.stop_value
@@ -200,7 +204,7 @@ def test_budgets_that_do_not_bind_change_no_preference(
         decision = decide(policy, objective, Spent(cost=1.0, latency_ms=10.0))
         assert (decision.next_stage, decision.reason) == (
             1 if preference in preferred else None,
-            Reason.VALUE,
+            DecisionReason.VALUE,
         )
 
 
@@ -209,13 +213,13 @@ def test_a_quality_that_no_budget_pays_for_is_not_waited_for(policy: Policy, pre
     objective = Objective(preference=preference, min_quality=1.0, max_cost=2.0)
     assert policy.plan(PROMPT, objective, {}).first_stage == 0
     decision = decide(policy, objective, Spent(cost=1.0))
-    assert (decision.next_stage, decision.reason) == (None, Reason.MAX_COST)
+    assert (decision.next_stage, decision.reason) == (None, DecisionReason.MAX_COST)
 
 
 def test_a_stage_that_is_away_is_not_asked(policy: Policy, scores: FixedScores) -> None:
     scores.own = 0.1
     decision = decide(policy, large=Condition(is_available=False))
-    assert (decision.next_stage, decision.reason) == (None, Reason.LAST_STAGE)
+    assert (decision.next_stage, decision.reason) == (None, DecisionReason.LAST_STAGE)
     assert math.isfinite(decision.escalate_value)
     assert decision.escalate_value < decision.stop_value
 
@@ -225,13 +229,13 @@ def test_a_queue_counts_against_the_latency_budget(policy: Policy, scores: Fixed
     objective = Objective(max_latency_ms=100.0)
     assert decide(policy, objective).next_stage == 1
     decision = decide(policy, objective, large=Condition(expected_queue_ms=80.0))
-    assert (decision.next_stage, decision.reason) == (None, Reason.MAX_LATENCY)
+    assert (decision.next_stage, decision.reason) == (None, DecisionReason.MAX_LATENCY)
 
 
 def test_the_last_stage_stops(policy: Policy, scores: FixedScores) -> None:
     scores.own = 0.4
     decision = policy.decide(PROMPT, 1, DRAFT, 0, VERIFIED, Objective(), Spent(4.0, 60.0), {})
-    assert (decision.next_stage, decision.reason) == (None, Reason.LAST_STAGE)
+    assert (decision.next_stage, decision.reason) == (None, DecisionReason.LAST_STAGE)
     assert [estimate.stage for estimate in decision.estimates] == [1]
 
 
@@ -347,29 +351,29 @@ class ThreeScores:
     ("spent", "objective", "next_stage", "reason"),
     [
         # Worth 10: stopping 5; the last stage 10 - 1 = 9; by way of the middle one 10 - 0.5 - 1 = 8.5.
-        (1.0, Objective(), 2, Reason.VALUE),
+        (1.0, Objective(), 2, DecisionReason.VALUE),
         # Stopping with the middle one: 7.5 - 0.5 = 7. It is what 3 pay for, and the last one what 5 do.
-        (1.0, Objective(max_cost=5.0), 2, Reason.VALUE),
-        (1.0, Objective(max_cost=4.9), 1, Reason.VALUE),
-        (1.0, Objective(max_cost=2.9), None, Reason.MAX_COST),
+        (1.0, Objective(max_cost=5.0), 2, DecisionReason.VALUE),
+        (1.0, Objective(max_cost=4.9), 1, DecisionReason.VALUE),
+        (1.0, Objective(max_cost=2.9), None, DecisionReason.MAX_COST),
         # What an earlier call left of its dearest is there for later ones.
-        (0.5, Objective(max_cost=4.5), 2, Reason.VALUE),
+        (0.5, Objective(max_cost=4.5), 2, DecisionReason.VALUE),
         # The last stage takes 20 ms more, the middle one 10.
-        (1.0, Objective(max_latency_ms=30.0), 2, Reason.VALUE),
-        (1.0, Objective(max_latency_ms=29.0), 1, Reason.VALUE),
-        (1.0, Objective(max_latency_ms=19.0), None, Reason.MAX_LATENCY),
+        (1.0, Objective(max_latency_ms=30.0), 2, DecisionReason.VALUE),
+        (1.0, Objective(max_latency_ms=29.0), 1, DecisionReason.VALUE),
+        (1.0, Objective(max_latency_ms=19.0), None, DecisionReason.MAX_LATENCY),
         # The reason is what keeps out of the best, which is the last stage.
-        (1.0, Objective(max_latency_ms=29.0, max_cost=2.9), None, Reason.MAX_COST),
-        (1.0, Objective(max_latency_ms=19.0, max_cost=4.9), None, Reason.MAX_COST),
-        (1.0, Objective(max_latency_ms=19.0, max_cost=5.0), None, Reason.MAX_LATENCY),
+        (1.0, Objective(max_latency_ms=29.0, max_cost=2.9), None, DecisionReason.MAX_COST),
+        (1.0, Objective(max_latency_ms=19.0, max_cost=4.9), None, DecisionReason.MAX_COST),
+        (1.0, Objective(max_latency_ms=19.0, max_cost=5.0), None, DecisionReason.MAX_LATENCY),
         # Certified: 0.45, 0.7 and 0.95.
-        (1.0, Objective(quality_value=0.0, min_quality=0.6), 1, Reason.MIN_QUALITY),
-        (1.0, Objective(quality_value=0.0, min_quality=0.8), 2, Reason.MIN_QUALITY),
-        (1.0, Objective(quality_value=0.0, min_quality=0.8, max_cost=4.0), 1, Reason.MIN_QUALITY),
+        (1.0, Objective(quality_value=0.0, min_quality=0.6), 1, DecisionReason.MIN_QUALITY),
+        (1.0, Objective(quality_value=0.0, min_quality=0.8), 2, DecisionReason.MIN_QUALITY),
+        (1.0, Objective(quality_value=0.0, min_quality=0.8, max_cost=4.0), 1, DecisionReason.MIN_QUALITY),
     ],
 )
 def test_budgets_leave_the_best_of_what_they_pay_for(
-    spent: float, objective: Objective, next_stage: int | None, reason: Reason
+    spent: float, objective: Objective, next_stage: int | None, reason: DecisionReason
 ) -> None:
     policy = three_stages(ThreeScores())
     decision = policy.decide(PROMPT, 0, DRAFT, None, None, objective, Spent(spent, 10.0), {})
@@ -391,7 +395,7 @@ def test_a_way_that_would_be_cut_off_is_not_begun(budget: Objective, next_stage:
     # Worth 10: by way of the middle stage 10 - 0.5 - 0.2; the last one at once 10 - 1; the middle one 7.
     policy = three_stages(ThreeScores(), last_after_middle=0.05)
     decision = policy.decide(PROMPT, 0, DRAFT, None, None, budget, Spent(1.0, 10.0), {})
-    assert (decision.next_stage, decision.reason) == (next_stage, Reason.VALUE)
+    assert (decision.next_stage, decision.reason) == (next_stage, DecisionReason.VALUE)
     assert decision.escalate_value == pytest.approx(9.3 if next_stage == 1 else 9.0, abs=1e-3)
 
 
@@ -546,7 +550,7 @@ def test_waits_count_against_a_latency_budget_whatever_the_floor(policy: Policy,
     scores.own = 0.1
     objective = Objective(max_latency_ms=100.0, min_accuracy_share=1.0)
     decision = decide(policy, objective, large=Condition(expected_queue_ms=80.0))
-    assert (decision.next_stage, decision.reason) == (None, Reason.MAX_LATENCY)
+    assert (decision.next_stage, decision.reason) == (None, DecisionReason.MAX_LATENCY)
 
 
 @pytest.fixture(scope="module")

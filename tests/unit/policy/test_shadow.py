@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from policy_service.policy import Decision, Estimate, Plan, Reason, StageFacts
+from asd.values import DecisionReason
+from policy_service.policy import Decision, Estimate, Plan, StageFacts
 from policy_service.shadow import Shadow, ShadowJob, compare, read_shadow
 from tests.limits import CALL_S
 
@@ -54,7 +55,13 @@ def plan(first: int, *p_correct: float) -> Plan:
 
 def decision(next_stage: int | None, *p_correct: float, judged: int = 0) -> Decision:
     return Decision(
-        next_stage, Reason.VALUE, p_correct[0], 0.0, 1.0, 0.0, estimates(judged, *p_correct, own_cost=0.0)
+        next_stage,
+        DecisionReason.VALUE,
+        p_correct[0],
+        0.0,
+        1.0,
+        0.0,
+        estimates(judged, *p_correct, own_cost=0.0),
     )
 
 
