@@ -24,7 +24,7 @@ import yaml
 
 from asd.client import AsyncClient
 from asd.v1 import cascade_pb2, cascade_pb2_grpc, common_pb2, policy_pb2, policy_pb2_grpc
-from asd.values import Objective
+from asd.values import Message, Objective, Sampling
 from benchmarks.processes import READY_TIMEOUT, ROOT, embedded_cascade, process
 from benchmarks.record import write_result
 from services.cli.demo import ask_both_ways, choose_tasks, summarise
@@ -32,7 +32,7 @@ from services.common.channel import open_channel
 from services.common.privacy import report_nothing
 from services.common.server import run_service
 from services.common.stats import percentile
-from services.stage.domain import Result, SamplingOptions, TokenChunk, Turn
+from services.stage.domain import Result, TokenChunk
 from services.stage.engines.onnx.engine import OnnxEngine, OnnxOptions
 from services.stage.engines.onnx.export import prepare
 from services.stage.engines.onnx.llama_config import read_shape
@@ -189,7 +189,7 @@ async def measure_engine(prompts: int) -> dict[str, object]:
         model = og.Model(config)
         bare, ours = [], []
         for index, task in enumerate(split("evaluation", prompts)):
-            turns = (Turn("user", task.prompt),)
+            turns = (Message("user", task.prompt),)
             ids = tokenizer.encode_chat(turns)
             pair = {}
             for way in ("bare", "ours") if index % 2 else ("ours", "bare"):
@@ -231,11 +231,11 @@ def _bare_ms_per_token(model: og.Model, ids: list[int], end_ids: tuple[int, ...]
     return (time.perf_counter() - started) * 1000.0 / count
 
 
-async def _engine_ms_per_token(engine: OnnxEngine, turns: tuple[Turn, ...]) -> float:
+async def _engine_ms_per_token(engine: OnnxEngine, turns: tuple[Message, ...]) -> float:
     """Return the time per token of the engine: tokens with log-probability, entropy and margin."""
     started = time.perf_counter()
     count = 0
-    async for event in engine.generate(turns, SamplingOptions(max_new_tokens=160)):
+    async for event in engine.generate(turns, Sampling(max_new_tokens=160)):
         if isinstance(event, TokenChunk):
             count += len(event.ids)
         elif isinstance(event, Result):
@@ -259,7 +259,7 @@ async def measure_batching(prompts: int) -> dict[str, object]:
     for engine in engines.values():
         await engine.load()
     tokenizer = ChatTokenizer(directory)
-    encoded = [tokenizer.encode_chat((Turn("user", task.prompt),)) for task in tasks]
+    encoded = [tokenizer.encode_chat((Message("user", task.prompt),)) for task in tasks]
     model = og.Model(og.Config(str(prepare(directory))))
     rates: dict[str, list[float]] = {name: [] for name in (*engines, "library_engine")}
     for _ in range(5):
@@ -277,7 +277,7 @@ async def measure_batching(prompts: int) -> dict[str, object]:
 
 
 async def _count_tokens(engine: OnnxEngine, prompt: str) -> int:
-    async for event in engine.generate((Turn("user", prompt),), SamplingOptions(max_new_tokens=160)):
+    async for event in engine.generate((Message("user", prompt),), Sampling(max_new_tokens=160)):
         if isinstance(event, Result):
             return len(event.ids) + 1
     raise SystemExit("an answer ended without a result")

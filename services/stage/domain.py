@@ -1,41 +1,15 @@
-"""What passes through a stage: requests, drafts, and the events of an answer. Pure."""
+"""What passes through a stage beside asd.values: drafts, and the events of an answer. Pure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-
-class FinishReason(Enum):
-    """Why an answer ended."""
-
-    EOS = "eos"
-    LENGTH = "length"
-    STOP = "stop"
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One message of a conversation. role: "system", "user" or "assistant"."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingOptions:
-    """How tokens are chosen and when to end. max_new_tokens None: the model's default."""
-
-    max_new_tokens: int | None = None
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
+    from asd.values import FinishReason
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from asd.convert import FINISH_REASONS, input_from, sampling_from
 from asd.v1 import common_pb2, stage_pb2, stage_pb2_grpc
+from asd.values import FinishReason, Message, Role, Sampling
 from services.common.errors import Draining, InvalidRequest
 from services.common.validation import (
     check_acceptance,
@@ -16,16 +18,7 @@ from services.common.validation import (
     check_session_id,
 )
 from services.common.version import VERSION
-from services.stage.domain import (
-    DraftPiece,
-    DraftText,
-    FinishReason,
-    Result,
-    SamplingOptions,
-    TokenChunk,
-    Turn,
-    VerificationResult,
-)
+from services.stage.domain import DraftPiece, DraftText, Result, TokenChunk, VerificationResult
 from services.stage.engines.engine import ModelState
 from services.stage.process_memory import resident_bytes
 
@@ -38,17 +31,6 @@ if TYPE_CHECKING:
     from services.stage.engines.engine import EngineStatus
     from services.stage.model_pool import ModelPool
 
-_ROLES = {
-    common_pb2.ROLE_SYSTEM: "system",
-    common_pb2.ROLE_USER: "user",
-    common_pb2.ROLE_ASSISTANT: "assistant",
-}
-_FINISH = {
-    FinishReason.EOS: common_pb2.FINISH_REASON_EOS,
-    FinishReason.LENGTH: common_pb2.FINISH_REASON_LENGTH,
-    FinishReason.STOP: common_pb2.FINISH_REASON_STOP,
-}
-_FINISH_BACK = {proto: finish for finish, proto in _FINISH.items()}
 _STATES = {
     ModelState.UNLOADED: stage_pb2.MODEL_STATE_UNLOADED,
     ModelState.LOADING: stage_pb2.MODEL_STATE_LOADING,
@@ -108,7 +90,7 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
             text=request.draft.text,
             ids=tuple(request.draft.token_ids),
             fingerprint=request.draft.tokenizer_fingerprint,
-            finish=_FINISH_BACK[request.draft.finish_reason],
+            finish=FINISH_REASONS.members[request.draft.finish_reason],
         )
         async with self._pool.use(request.model, request.caller) as (name, engine):
             status = engine.status()
@@ -193,13 +175,12 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
             idle_ms=self._pool.idle_ms(),
         )
 
-    def _admit(self, request: _WithInput, path: str = "") -> tuple[Turn, ...]:
+    def _admit(self, request: _WithInput, path: str = "") -> tuple[Message, ...]:
         self._refuse_while_draining()
         check_input(request, path)
         check_session_id(request.session_id, f"{path}session_id")
-        if request.WhichOneof("input") == "prompt":
-            return (Turn("user", request.prompt),)
-        return tuple(Turn(_ROLES[turn.role], turn.content) for turn in request.conversation.messages)
+        given = input_from(request)
+        return (Message(Role.USER, given),) if isinstance(given, str) else given
 
     def _fields(self, event: Event, model: str, status: EngineStatus, caller: int) -> dict[str, Any]:
         """Return the field of a response that an event is sent in."""
@@ -231,7 +212,7 @@ async def _pieces(
             yield DraftPiece(tuple(step.chunk.token_ids), step.chunk.text, step.chunk.tokenizer_fingerprint)
         elif kind == "end":
             check_finish_reason(step.end.finish_reason, "end.finish_reason")
-            yield _FINISH_BACK[step.end.finish_reason]
+            yield FINISH_REASONS.members[step.end.finish_reason]
         else:
             raise InvalidRequest("send chunk or end after start", field=kind or "event")
 
@@ -247,15 +228,9 @@ def _threshold(
     return request.acceptance.threshold if is_tolerant else None
 
 
-def _sampling(sampling: common_pb2.Sampling, path: str = "sampling") -> SamplingOptions:
+def _sampling(sampling: common_pb2.Sampling, path: str = "sampling") -> Sampling:
     check_sampling(sampling, path)
-    return SamplingOptions(
-        max_new_tokens=sampling.max_new_tokens if sampling.HasField("max_new_tokens") else None,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
-        seed=sampling.seed if sampling.HasField("seed") else None,
-        stop=tuple(sampling.stop),
-    )
+    return sampling_from(sampling)
 
 
 def _chunk(chunk: TokenChunk) -> common_pb2.TokenChunk:
@@ -283,7 +258,7 @@ def _result(result: Result, model: str, status: EngineStatus, others: int) -> st
         text=result.text,
         token_ids=result.ids,
         tokenizer_fingerprint=status.fingerprint,
-        finish_reason=_FINISH[result.finish],
+        finish_reason=FINISH_REASONS.numbers[result.finish],
         usage=common_pb2.Usage(
             prompt_tokens=result.prompt_tokens,
             cached_prompt_tokens=result.cached_prompt_tokens,

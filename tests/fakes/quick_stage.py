@@ -14,8 +14,9 @@ import numpy as np
 import yaml
 
 from asd.v1 import stage_pb2_grpc
+from asd.values import FinishReason
 from services.common.server import ServiceRegistration, run_service, serve
-from services.stage.domain import FinishReason, PrefillResult, Result, TokenChunk, VerificationResult
+from services.stage.domain import PrefillResult, Result, TokenChunk, VerificationResult
 from services.stage.engines.engine import EngineStatus, ModelState
 from services.stage.model_pool import ModelPool
 from services.stage.servicer import StageServicer
@@ -23,7 +24,8 @@ from services.stage.servicer import StageServicer
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
 
-    from services.stage.domain import DraftPiece, DraftText, Event, SamplingOptions, Turn
+    from asd.values import Message, Sampling
+    from services.stage.domain import DraftPiece, DraftText, Event
 
 WORDS = ("The", " answer", " is", " 19.")
 # Long enough that calls are under way whenever the process is asked to end.
@@ -48,9 +50,7 @@ class QuickEngine:
         """There is nothing to free."""
         self._state = ModelState.UNLOADED
 
-    async def generate(
-        self, turns: tuple[Turn, ...], sampling: SamplingOptions
-    ) -> AsyncGenerator[Event, None]:
+    async def generate(self, turns: tuple[Message, ...], sampling: Sampling) -> AsyncGenerator[Event, None]:
         """Write the words."""
         for token, word in enumerate(WORDS):
             await asyncio.sleep(_WORD_SECONDS)
@@ -58,7 +58,7 @@ class QuickEngine:
         yield _result(0, 0)
 
     async def verify(
-        self, turns: tuple[Turn, ...], sampling: SamplingOptions, draft: DraftText, threshold: float | None
+        self, turns: tuple[Message, ...], sampling: Sampling, draft: DraftText, threshold: float | None
     ) -> AsyncGenerator[Event, None]:
         """Accept the whole draft, which another process wrote in the same words."""
         count = len(draft.ids) + 1
@@ -70,8 +70,8 @@ class QuickEngine:
 
     async def verify_stream(
         self,
-        turns: tuple[Turn, ...],
-        sampling: SamplingOptions,
+        turns: tuple[Message, ...],
+        sampling: Sampling,
         pieces: AsyncIterator[DraftPiece | FinishReason],
         threshold: float | None,
     ) -> AsyncGenerator[Event, None]:
@@ -90,7 +90,7 @@ class QuickEngine:
         yield _verification(proposed)
         yield _result(proposed, proposed)
 
-    async def prefill(self, turns: tuple[Turn, ...]) -> PrefillResult:
+    async def prefill(self, turns: tuple[Message, ...]) -> PrefillResult:
         """There is nothing to keep."""
         return PrefillResult(8, 0, 0.0)
 

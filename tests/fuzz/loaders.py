@@ -16,6 +16,7 @@ import pyarrow as pa
 import yaml
 
 import policy_service
+from asd.values import Message
 from policy_service.artifact import load_usable, read_artifact
 from policy_service.document import UnfitArtifact
 from policy_service.predictor import OnnxPredictor
@@ -34,7 +35,6 @@ from services.common.errors import PreconditionFailed
 from services.common.settings import SettingsError
 from services.local.cascade_file import read_cascade
 from services.router.settings import RouterSettings
-from services.stage.domain import Turn
 from services.stage.engines.checkpoint import read_checkpoint
 from services.stage.engines.onnx.export import prepare
 from services.stage.engines.onnx.llama_config import read_shape
@@ -201,7 +201,7 @@ def _damage(rng: random.Random, file: Path) -> bytes:
 
 def _encode(at: Path) -> None:
     tokenizer = ChatTokenizer(at)
-    turns = (Turn("user", "Hello <|eot_id|> [INST] \n\n 123 aaaaaaaaaaaaaaaaaaaaaaaa!"),)
+    turns = (Message("user", "Hello <|eot_id|> [INST] \n\n 123 aaaaaaaaaaaaaaaaaaaaaaaa!"),)
     try:
         ids = tokenizer.encode_chat(turns)
     except PreconditionFailed as error:

@@ -17,17 +17,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from asd.values import FinishReason, Message, Sampling
 from services.common.errors import AsdError, InvalidRequest, PreconditionFailed, PromptTooLong
-from services.stage.domain import (
-    DraftPiece,
-    DraftText,
-    FinishReason,
-    Result,
-    SamplingOptions,
-    TokenChunk,
-    Turn,
-    VerificationResult,
-)
+from services.stage.domain import DraftPiece, DraftText, Result, TokenChunk, VerificationResult
 from services.stage.engines.engine import ModelState
 
 if TYPE_CHECKING:
@@ -91,13 +83,13 @@ class Suite:
     _plain: dict[str, Answer] = field(default_factory=dict)
 
     @property
-    def greedy(self) -> SamplingOptions:
+    def greedy(self) -> Sampling:
         """The options of most calls."""
-        return SamplingOptions(max_new_tokens=self.max_new_tokens)
+        return Sampling(max_new_tokens=self.max_new_tokens)
 
-    async def ask(self, prompt: str | tuple[Turn, ...], sampling: SamplingOptions | None = None) -> Answer:
+    async def ask(self, prompt: str | tuple[Message, ...], sampling: Sampling | None = None) -> Answer:
         """Return a generated answer."""
-        turns = (Turn("user", prompt),) if isinstance(prompt, str) else prompt
+        turns = (Message("user", prompt),) if isinstance(prompt, str) else prompt
         return await collect(self.engine.generate(turns, sampling or self.greedy))
 
     async def plain(self, prompt: str) -> Answer:
@@ -110,11 +102,11 @@ class Suite:
         self,
         prompt: str,
         draft: DraftText,
-        sampling: SamplingOptions | None = None,
+        sampling: Sampling | None = None,
         threshold: float | None = None,
     ) -> Answer:
         """Return a verified answer; its evidence must come first."""
-        turns = (Turn("user", prompt),)
+        turns = (Message("user", prompt),)
         call = self.engine.verify(turns, sampling or self.greedy, draft, threshold)
         return await collect(call, evidence="first")
 
@@ -211,7 +203,7 @@ async def answers_end_where_they_should(suite: Suite) -> None:
     for prompt in suite.prompts[:3]:
         whole = await suite.plain(prompt)
         for most in (1, 2, max(1, len(whole.result.ids))):
-            short = await suite.ask(prompt, SamplingOptions(max_new_tokens=most))
+            short = await suite.ask(prompt, Sampling(max_new_tokens=most))
             expect(len(short.result.ids) <= most, f"{len(short.result.ids)} tokens where {most} are allowed")
             if len(whole.result.ids) >= most and short.result.ids == whole.result.ids[:most]:
                 expect(short.result.finish is FinishReason.LENGTH, f"{most} tokens do not end by length")
@@ -278,7 +270,7 @@ async def verified_answers_are_as_long_as_generated_ones(suite: Suite) -> None:
     for prompt in suite.prompts[:3]:
         draft = suite.own_draft(await suite.plain(prompt))
         for most in (1, 3, max(1, len(draft.ids))):
-            sampling = SamplingOptions(max_new_tokens=most)
+            sampling = Sampling(max_new_tokens=most)
             plain = await suite.ask(prompt, sampling)
             suite.expect_same(await suite.verify(prompt, draft, sampling), plain, f"at {most} tokens")
 
@@ -291,7 +283,7 @@ async def drafts_are_verified_while_they_are_written(suite: Suite) -> None:
         ids = list(plain.result.ids)
         if ids and index % 2:
             ids[rng.randrange(len(ids))] = ids[0]
-        turns = (Turn("user", prompt),)
+        turns = (Message("user", prompt),)
         call = suite.engine.verify_stream(turns, suite.greedy, _pieces(suite, ids, plain.result.finish), None)
         suite.expect_same(await collect(call, evidence="any"), plain, f"prompt {index} in pieces")
 
@@ -361,7 +353,7 @@ async def stop_sequences_end_before_themselves(suite: Suite) -> None:
         stop = text[len(text) // 2 :][:3]
         if not stop:
             continue
-        sampling = SamplingOptions(max_new_tokens=suite.max_new_tokens, stop=(stop,))
+        sampling = Sampling(max_new_tokens=suite.max_new_tokens, stop=(stop,))
         cut = await suite.ask(prompt, sampling)
         expect(stop not in cut.result.text, "the stop sequence is part of the answer")
         if plain.result.ids[: len(cut.result.ids)] == cut.result.ids:
@@ -375,12 +367,12 @@ async def sampling_repeats_with_its_seed(suite: Suite) -> None:
     """A seed repeats its answer, other seeds give others, and a draft changes nothing."""
     prompt, most = suite.prompts[3], suite.max_new_tokens
     drawn = [
-        await suite.ask(prompt, SamplingOptions(max_new_tokens=most, temperature=1.0, seed=seed))
+        await suite.ask(prompt, Sampling(max_new_tokens=most, temperature=1.0, seed=seed))
         for seed in (1, 1, 2, 3)
     ]
     suite.expect_same(drawn[1], drawn[0], "the same seed")
     expect(len({answer.result.ids for answer in drawn}) > 1, "three seeds give one answer")
-    sampling = SamplingOptions(max_new_tokens=most, temperature=1.0, seed=1)
+    sampling = Sampling(max_new_tokens=most, temperature=1.0, seed=1)
     for draft in (suite.own_draft(drawn[0]), suite.own_draft(drawn[2]), suite.draft(())):
         verified = await suite.verify(prompt, draft, sampling)
         is_same = suite.expect_same(verified, drawn[0], "a sampled answer with a draft")
@@ -394,7 +386,7 @@ async def a_longer_conversation_changes_no_token(suite: Suite) -> None:
     """A cached beginning of a conversation does not change its next answer."""
     for prompt, following in zip(suite.prompts[:3], suite.prompts[1:], strict=False):
         first = await suite.plain(prompt)
-        turns = (Turn("user", prompt), Turn("assistant", first.result.text), Turn("user", following))
+        turns = (Message("user", prompt), Message("assistant", first.result.text), Message("user", following))
         warm = await suite.ask(turns)
         suite.expect_same(await suite.ask(turns), warm, "a conversation again")
         cached = warm.result.cached_prompt_tokens
@@ -404,7 +396,7 @@ async def a_longer_conversation_changes_no_token(suite: Suite) -> None:
 async def prefill_changes_no_token(suite: Suite) -> None:
     """A prompt that was warmed is answered as one that was not."""
     prompt = suite.prompts[4]
-    warmed = await suite.engine.prefill((Turn("user", prompt),))
+    warmed = await suite.engine.prefill((Message("user", prompt),))
     answer = await suite.ask(prompt)
     expect(warmed.prompt_tokens == answer.result.prompt_tokens, "prefill counts another prompt")
     expect(warmed.total_ms >= 0, "prefill took less than no time")
@@ -419,7 +411,7 @@ async def cancelled_calls_stop(suite: Suite) -> None:
 
     async def start_and_leave(index: int) -> None:
         prompt = suite.prompts[index % len(suite.prompts)]
-        turns, ids = (Turn("user", prompt),), known[prompt].result.ids
+        turns, ids = (Message("user", prompt),), known[prompt].result.ids
         calls = (
             lambda: suite.engine.generate(turns, suite.greedy),
             lambda: suite.engine.verify(turns, suite.greedy, suite.draft(ids[::-1]), None),

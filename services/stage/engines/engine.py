@@ -9,15 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
 
-    from services.stage.domain import (
-        DraftPiece,
-        DraftText,
-        Event,
-        FinishReason,
-        PrefillResult,
-        SamplingOptions,
-        Turn,
-    )
+    from asd.values import FinishReason, Message, Sampling
+    from services.stage.domain import DraftPiece, DraftText, Event, PrefillResult
 
 
 class ModelState(Enum):
@@ -66,11 +59,11 @@ class Engine(Protocol):
     async def unload(self) -> None:
         """Free the model. The caller ensures that no call is under way."""
 
-    def generate(self, turns: tuple[Turn, ...], sampling: SamplingOptions) -> AsyncGenerator[Event, None]:
+    def generate(self, turns: tuple[Message, ...], sampling: Sampling) -> AsyncGenerator[Event, None]:
         """Write an answer."""
 
     def verify(
-        self, turns: tuple[Turn, ...], sampling: SamplingOptions, draft: DraftText, threshold: float | None
+        self, turns: tuple[Message, ...], sampling: Sampling, draft: DraftText, threshold: float | None
     ) -> AsyncGenerator[Event, None]:
         """Accept a prefix of a draft and go on from there: exactly, or with a threshold tolerantly.
 
@@ -79,8 +72,8 @@ class Engine(Protocol):
 
     def verify_stream(
         self,
-        turns: tuple[Turn, ...],
-        sampling: SamplingOptions,
+        turns: tuple[Message, ...],
+        sampling: Sampling,
         pieces: AsyncIterator[DraftPiece | FinishReason],
         threshold: float | None,
     ) -> AsyncGenerator[Event, None]:
@@ -90,7 +83,7 @@ class Engine(Protocol):
         once, before the Result.
         """
 
-    async def prefill(self, turns: tuple[Turn, ...]) -> PrefillResult:
+    async def prefill(self, turns: tuple[Message, ...]) -> PrefillResult:
         """Put a prompt into the prefix cache."""
 
     def status(self) -> EngineStatus:

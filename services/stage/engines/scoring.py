@@ -23,17 +23,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from asd.values import FinishReason, Message, Sampling
 from services.common.errors import AsdError, PreconditionFailed, QueueFull, ResourceExhausted
-from services.stage.domain import (
-    DraftPiece,
-    DraftText,
-    Event,
-    FinishReason,
-    PrefillResult,
-    SamplingOptions,
-    TokenChunk,
-    Turn,
-)
+from services.stage.domain import DraftPiece, DraftText, Event, PrefillResult, TokenChunk
 from services.stage.engines.backend import BackendDied, TokenRequest
 from services.stage.engines.engine import EngineStatus, ModelState
 from services.stage.engines.probe import ANSWER_TOKENS, probe, probe_prompts
@@ -213,7 +205,7 @@ class ScoringEngine:
             await self._backend.close()
 
     async def generate(
-        self, turns: tuple[Turn, ...], sampling: SamplingOptions, adapter: str = ""
+        self, turns: tuple[Message, ...], sampling: Sampling, adapter: str = ""
     ) -> AsyncGenerator[Event, None]:
         """Write an answer. adapter: by name; "" for the model itself."""
         call = await self._open(turns, sampling)
@@ -223,8 +215,8 @@ class ScoringEngine:
 
     async def verify(
         self,
-        turns: tuple[Turn, ...],
-        sampling: SamplingOptions,
+        turns: tuple[Message, ...],
+        sampling: Sampling,
         draft: DraftText,
         threshold: float | None,
         adapter: str = "",
@@ -242,8 +234,8 @@ class ScoringEngine:
 
     async def verify_stream(
         self,
-        turns: tuple[Turn, ...],
-        sampling: SamplingOptions,
+        turns: tuple[Message, ...],
+        sampling: Sampling,
         pieces: AsyncIterator[DraftPiece | FinishReason],
         threshold: float | None,
         adapter: str = "",
@@ -262,9 +254,9 @@ class ScoringEngine:
         finally:
             reader.cancel()
 
-    async def prefill(self, turns: tuple[Turn, ...], adapter: str = "") -> PrefillResult:
+    async def prefill(self, turns: tuple[Message, ...], adapter: str = "") -> PrefillResult:
         """Put a prompt into the prefix cache: the library has no such call, so a token is written."""
-        call = await self._open(turns, SamplingOptions(max_new_tokens=1))
+        call = await self._open(turns, Sampling(max_new_tokens=1))
         count = len(call.prompt)
         # Without the last token: a verification needs its logits, which a cache does not hold.
         call.prompt = call.prompt[:-1] or call.prompt
@@ -296,7 +288,7 @@ class ScoringEngine:
         """Weights, and the KV cache where its size is set: the library takes further memory for itself."""
         return self._checkpoint.weight_bytes + self._options.cache_bytes
 
-    async def _open(self, turns: tuple[Turn, ...], sampling: SamplingOptions) -> Call[Row]:
+    async def _open(self, turns: tuple[Message, ...], sampling: Sampling) -> Call[Row]:
         return await self._reader.open_call(turns, sampling, lambda _, rows: row_signals(rows))
 
     @asynccontextmanager
@@ -359,7 +351,8 @@ class ScoringEngine:
             return
         await self._acquire(call)
         sampling = call.sampling
-        request = TokenRequest(call.room, sampling.temperature, sampling.top_p, sampling.seed, adapter)
+        top_p = 1.0 if sampling.top_p is None else sampling.top_p
+        request = TokenRequest(call.room, sampling.temperature, top_p, sampling.seed, adapter)
         async with aclosing(self._backend.generate([*call.prompt, *call.ids], request)) as pieces:
             async for piece in pieces:
                 call.mark_prefilled(piece.cached)
@@ -515,27 +508,27 @@ class AdapterEngine:
     async def unload(self) -> None:
         """Do nothing: an adapter is part of its model's memory."""
 
-    def generate(self, turns: tuple[Turn, ...], sampling: SamplingOptions) -> AsyncGenerator[Event, None]:
+    def generate(self, turns: tuple[Message, ...], sampling: Sampling) -> AsyncGenerator[Event, None]:
         """Write an answer."""
         return self._base.generate(turns, sampling, self._adapter)
 
     def verify(
-        self, turns: tuple[Turn, ...], sampling: SamplingOptions, draft: DraftText, threshold: float | None
+        self, turns: tuple[Message, ...], sampling: Sampling, draft: DraftText, threshold: float | None
     ) -> AsyncGenerator[Event, None]:
         """Accept a prefix of a draft and go on from there."""
         return self._base.verify(turns, sampling, draft, threshold, self._adapter)
 
     def verify_stream(
         self,
-        turns: tuple[Turn, ...],
-        sampling: SamplingOptions,
+        turns: tuple[Message, ...],
+        sampling: Sampling,
         pieces: AsyncIterator[DraftPiece | FinishReason],
         threshold: float | None,
     ) -> AsyncGenerator[Event, None]:
         """Verify a draft while it is being written."""
         return self._base.verify_stream(turns, sampling, pieces, threshold, self._adapter)
 
-    async def prefill(self, turns: tuple[Turn, ...]) -> PrefillResult:
+    async def prefill(self, turns: tuple[Message, ...]) -> PrefillResult:
         """Put a prompt into the prefix cache."""
         return await self._base.prefill(turns, self._adapter)
 

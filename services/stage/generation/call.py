@@ -6,12 +6,14 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from services.stage.domain import FinishReason, Result
+from asd.values import FinishReason
+from services.stage.domain import Result
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from services.stage.domain import Event, SamplingOptions, TokenChunk
+    from asd.values import Sampling
+    from services.stage.domain import Event, TokenChunk
     from services.stage.generation.answer import AnswerBuilder, Signals
 
 # What an engine shows of the distribution that a token was chosen from: logits, or the likeliest tokens.
@@ -30,7 +32,7 @@ class Call(Generic[Evidence]):
 
     prompt: list[int]
     most_tokens: int
-    sampling: SamplingOptions
+    sampling: Sampling
     answer: AnswerBuilder
     eos_ids: tuple[int, ...]
     signals: Callable[[Sequence[int], Sequence[Evidence]], Signals]

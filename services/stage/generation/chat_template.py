@@ -17,8 +17,8 @@ from jinja2.ext import Extension
 from jinja2.filters import make_attrgetter
 from jinja2.utils import pass_environment
 
+from asd.values import Message
 from services.common.errors import ConversationRefused, InputFailed, PreconditionFailed
-from services.stage.domain import Turn
 from services.stage.generation.template_limits import (
     Meter,
     MeteredEnvironment,
@@ -41,9 +41,9 @@ if TYPE_CHECKING:
 
 # Conversations that any chat model may get; a template that fails on one of them is broken.
 _PROBES = (
-    (Turn("user", "Hello"),),
-    (Turn("user", "Hello"), Turn("assistant", "Hi."), Turn("user", "How are you?")),
-    (Turn("system", "Be brief."), Turn("user", "Hello")),
+    (Message("user", "Hello"),),
+    (Message("user", "Hello"), Message("assistant", "Hi."), Message("user", "How are you?")),
+    (Message("system", "Be brief."), Message("user", "Hello")),
 )
 
 
@@ -75,7 +75,7 @@ class ChatTemplate:
             ) from error
         refusals = []
         # The plain conversations that it accepts.
-        self.plain: list[tuple[Turn, ...]] = []
+        self.plain: list[tuple[Message, ...]] = []
         for turns in _PROBES:
             try:
                 self.render(turns)
@@ -89,7 +89,7 @@ class ChatTemplate:
                 f"{self._where}: the chat template refuses every plain conversation: {'; '.join(words)}"
             ) from refusals[0]
 
-    def render(self, turns: Sequence[Turn]) -> str:
+    def render(self, turns: Sequence[Message]) -> str:
         """Return a conversation's text, up to where the model's answer begins.
 
         Raises ConversationRefused where the template refuses it, InputFailed where it fails.
@@ -104,14 +104,14 @@ class ChatTemplate:
             if not text.strip():
                 raise PreconditionFailed(f"{self._where}: the chat template makes nothing of a conversation")
             # Of the same length, so that a template that counts letters does not pass.
-            other = (*turns[:-1], Turn("user", turns[-1].content.swapcase()[::-1]))
+            other = (*turns[:-1], Message("user", turns[-1].content.swapcase()[::-1]))
             if self._run(self._plain, other, now) == text:
                 raise PreconditionFailed(
                     f"{self._where}: the chat template leaves out what the user says: "
                     "the model would answer without the question"
                 )
 
-    def trace(self, turns: Sequence[Turn]) -> TracedText:
+    def trace(self, turns: Sequence[Message]) -> TracedText:
         """Return the same text with the origin of each character. Raises as `render` does."""
         now = datetime.now()
         text = self._run(self._tracing, turns, now)
@@ -119,10 +119,10 @@ class ChatTemplate:
             raise InputFailed(f"{self._where}: what the chat template makes of a message cannot be followed")
         return text
 
-    def _run(self, template: Any, turns: Sequence[Turn], now: datetime) -> str:
+    def _run(self, template: Any, turns: Sequence[Message], now: datetime) -> str:
         traced = template is self._tracing
         own, given = (_own, _given) if traced else (str, str)
-        messages = [{"role": own(turn.role), "content": given(turn.content)} for turn in turns]
+        messages = [{"role": own(str(turn.role)), "content": given(turn.content)} for turn in turns]
         try:
             with metered(self._meter(sum(len(turn.content) for turn in turns), len(turns))):
                 text: str = template.render(

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from asd.values import FinishReason
 from services.common.errors import (
     AsdError,
     ConversationRefused,
@@ -16,7 +17,6 @@ from services.common.errors import (
     PreconditionFailed,
     PromptTooLong,
 )
-from services.stage.domain import FinishReason
 from services.stage.generation.answer import AnswerBuilder
 from services.stage.generation.call import Call
 from services.stage.generation.tokenizer import TooManyTokens
@@ -24,7 +24,8 @@ from services.stage.generation.tokenizer import TooManyTokens
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
-    from services.stage.domain import DraftPiece, DraftText, SamplingOptions, Turn
+    from asd.values import Message, Sampling
+    from services.stage.domain import DraftPiece, DraftText
     from services.stage.generation.answer import Signals
     from services.stage.generation.call import Evidence
     from services.stage.generation.draft import Draft
@@ -76,8 +77,8 @@ class RequestReader:
 
     async def open_call(
         self,
-        turns: tuple[Turn, ...],
-        sampling: SamplingOptions,
+        turns: tuple[Message, ...],
+        sampling: Sampling,
         signals: Callable[[Sequence[int], Sequence[Evidence]], Signals],
     ) -> Call[Evidence]:
         """Return the call of a request, with a seed where it samples. signals: see Call."""
@@ -89,7 +90,7 @@ class RequestReader:
         answer = AnswerBuilder(self._tokenizer.stream(), sampling.stop)
         return Call(prompt, most_tokens, sampling, answer, self._eos_ids, signals)
 
-    async def read_prompt(self, turns: tuple[Turn, ...]) -> list[int]:
+    async def read_prompt(self, turns: tuple[Message, ...]) -> list[int]:
         """Return a prompt's ids: at most one fewer than the context, so that an answer has room."""
         size = sum(len(turn.content) for turn in turns)
         if size > _LONG_TEXT:
@@ -156,7 +157,7 @@ class RequestReader:
             logger.error("a draft for model %s cannot be read", self._name, exc_info=error)
             notify(AsdError(f"model {self._name} failed on this request"))
 
-    def _encode_prompt(self, turns: tuple[Turn, ...], size: int) -> list[int]:
+    def _encode_prompt(self, turns: tuple[Message, ...], size: int) -> list[int]:
         most = self._context - 1
         where = "prompt" if len(turns) == 1 else "conversation"
         text = self._tokenizer.render(turns)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from services.stage.domain import Turn
+    from asd.values import Message
     from services.stage.generation.traced_text import TracedText
 
 # Private-use characters for the names of special tokens, which occur in no text.
@@ -78,7 +78,7 @@ class ChatTokenizer:
         self._decoding = Decoding(self._tokenizer, description, path, set(self.special))
         check_patterns(self._tokenizer, description, path)
 
-    def render(self, turns: Sequence[Turn]) -> str:
+    def render(self, turns: Sequence[Message]) -> str:
         """Return a conversation's text as the chat template writes it.
 
         Raises ConversationRefused where the template refuses it, InputFailed where it fails.
@@ -86,7 +86,7 @@ class ChatTokenizer:
         return self._template.render(turns)
 
     def encode_chat(
-        self, turns: Sequence[Turn], text: str | None = None, most: int | None = None
+        self, turns: Sequence[Message], text: str | None = None, most: int | None = None
     ) -> list[int]:
         """Return the ids of a conversation, ready for the model's answer.
 
@@ -132,7 +132,7 @@ class ChatTokenizer:
         """Return an empty growing text."""
         return TextStream(self._decoding, self.special)
 
-    def _check_origins(self, text: TracedText, turns: Sequence[Turn]) -> None:
+    def _check_origins(self, text: TracedText, turns: Sequence[Message]) -> None:
         unknown = of_unknown_origin(text, self._marks)
         if unknown:
             mark = str.__str__(text)[slice(*unknown[0])]

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from asd.values import Message
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import projection
 from benchmarks.gpu.measure import TINY, Prompts, speculation
 from benchmarks.gpu.shapes import SHAPES, make_model
-from services.stage.domain import Turn
 from services.stage.engines.checkpoint import read_checkpoint
 from services.stage.engines.vllm.engine import VllmBackend, VllmOptions
 from services.stage.generation.tokenizer import ChatTokenizer
@@ -67,7 +67,7 @@ def test_shapes_are_the_published_ones(tmp_path: Path, name: str, parameters: in
 def test_a_word_is_a_token_so_that_prompts_have_the_wanted_size(tmp_path: Path) -> None:
     tokenizer = ChatTokenizer(make_model("tiny", tmp_path))
     ids = Prompts(TINY)(50)
-    assert tokenizer.encode_chat([Turn("user", " ".join(f"w{each}" for each in ids))]) == ids
+    assert tokenizer.encode_chat([Message("user", " ".join(f"w{each}" for each in ids))]) == ids
 
 
 def _row(model: str, device: str = "H100", **figures: Any) -> dict[str, Any]:

@@ -11,16 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from asd.values import FinishReason, Message, Sampling
 from services.common.errors import AsdError, PreconditionFailed
-from services.stage.domain import (
-    DraftPiece,
-    DraftText,
-    Event,
-    FinishReason,
-    PrefillResult,
-    SamplingOptions,
-    Turn,
-)
+from services.stage.domain import DraftPiece, DraftText, Event, PrefillResult
 from services.stage.engines.engine import EngineStatus, ModelState
 from services.stage.engines.onnx.binding import load_binding, remember_array_formats
 from services.stage.engines.onnx.export import prepare, served_shape
@@ -122,16 +115,14 @@ class OnnxEngine:
             self._state = ModelState.UNLOADED
             await self._scheduler.stop()
 
-    async def generate(
-        self, turns: tuple[Turn, ...], sampling: SamplingOptions
-    ) -> AsyncGenerator[Event, None]:
+    async def generate(self, turns: tuple[Message, ...], sampling: Sampling) -> AsyncGenerator[Event, None]:
         """Write an answer."""
         async with aclosing(self._events(*await self._open(turns, sampling))) as events:
             async for event in events:
                 yield event
 
     async def verify(
-        self, turns: tuple[Turn, ...], sampling: SamplingOptions, draft: DraftText, threshold: float | None
+        self, turns: tuple[Message, ...], sampling: Sampling, draft: DraftText, threshold: float | None
     ) -> AsyncGenerator[Event, None]:
         """Accept a prefix of a draft and go on from there."""
         request, deliveries = await self._open(turns, sampling)
@@ -143,8 +134,8 @@ class OnnxEngine:
 
     async def verify_stream(
         self,
-        turns: tuple[Turn, ...],
-        sampling: SamplingOptions,
+        turns: tuple[Message, ...],
+        sampling: Sampling,
         pieces: AsyncIterator[DraftPiece | FinishReason],
         threshold: float | None,
     ) -> AsyncGenerator[Event, None]:
@@ -166,9 +157,9 @@ class OnnxEngine:
         finally:
             reader.cancel()
 
-    async def prefill(self, turns: tuple[Turn, ...]) -> PrefillResult:
+    async def prefill(self, turns: tuple[Message, ...]) -> PrefillResult:
         """Put a prompt into the prefix cache."""
-        request, deliveries = await self._open(turns, SamplingOptions(max_new_tokens=1))
+        request, deliveries = await self._open(turns, Sampling(max_new_tokens=1))
         request.only_prefill = True
         async for _ in self._events(request, deliveries):
             pass
@@ -231,7 +222,7 @@ class OnnxEngine:
         config.overlay(json.dumps({"model": overlay}))
         return Generators(og.Model(config), self._shape.pad_id, self._pass_tokens)
 
-    async def _open(self, turns: tuple[Turn, ...], sampling: SamplingOptions) -> tuple[Request, _Deliveries]:
+    async def _open(self, turns: tuple[Message, ...], sampling: Sampling) -> tuple[Request, _Deliveries]:
         call = await self._reader.open_call(turns, sampling, evidence_signals)
         deliveries: _Deliveries = asyncio.Queue()
         loop = asyncio.get_running_loop()

@@ -350,4 +350,5 @@ def _choose(call: Call[Logits], logits: Logits, position: int) -> int:
         return int(logits.argmax())
     sampling = call.sampling
     assert sampling.seed is not None
-    return choose_token(logits, sampling.temperature, sampling.top_p, sampling.seed, position)
+    top_p = 1.0 if sampling.top_p is None else sampling.top_p
+    return choose_token(logits, sampling.temperature, top_p, sampling.seed, position)

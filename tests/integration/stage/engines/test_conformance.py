@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from services.stage.domain import SamplingOptions
+from asd.values import Sampling
 from services.stage.engines import conformance
 from services.stage.engines.conformance import CHECKS, NotConforming, Suite
 from services.stage.engines.onnx.engine import OnnxEngine, OnnxOptions
@@ -106,7 +106,7 @@ async def test_the_suite_notices_a_wrong_engine(monkeypatch: pytest.MonkeyPatch)
     await engine.load()
 
     async def without_draft(turns: Any, sampling: Any, draft: Any, threshold: Any) -> Any:
-        async for event in engine.verify(turns, SamplingOptions(max_new_tokens=7), draft, threshold):
+        async for event in engine.verify(turns, Sampling(max_new_tokens=7), draft, threshold):
             yield event
 
     broken = Suite(_Broken(engine, verify=without_draft))  # type: ignore[arg-type]

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from asd.values import FinishReason, Message, Sampling
 from services.common.errors import AsdError, ModelRefusal, PreconditionFailed, QueueFull, ResourceExhausted
-from services.stage.domain import DraftPiece, FinishReason, SamplingOptions, Turn
+from services.stage.domain import DraftPiece
 from services.stage.engines import check
 from services.stage.engines import scoring as scoring_engine
 from services.stage.engines.check import main as check_main
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 MODELS = Path(__file__).parents[4] / "models"
 SMALL = MODELS / "small"
-LONG = Turn("user", "Tell me of " + "Ardia and of Statnor and " * 12)
+LONG = Message("user", "Tell me of " + "Ardia and of Statnor and " * 12)
 
 
 async def _vllm(**options: Any) -> Any:
@@ -54,13 +55,13 @@ async def _tensorrt_llm(**options: Any) -> Any:
     return engine
 
 
-async def _ask(engine: Any, *turns: Turn, **sampling: Any) -> Answer:
-    return await collect(engine.generate(turns, SamplingOptions(**{"max_new_tokens": 24, **sampling})))
+async def _ask(engine: Any, *turns: Message, **sampling: Any) -> Answer:
+    return await collect(engine.generate(turns, Sampling(**{"max_new_tokens": 24, **sampling})))
 
 
-async def _verify(engine: Any, answer: Answer, *turns: Turn) -> Answer:
+async def _verify(engine: Any, answer: Answer, *turns: Message) -> Answer:
     draft = Suite(engine).own_draft(answer)
-    return await collect(engine.verify(turns, SamplingOptions(max_new_tokens=24), draft, None), "first")
+    return await collect(engine.verify(turns, Sampling(max_new_tokens=24), draft, None), "first")
 
 
 # The calls are the library's.
@@ -194,7 +195,7 @@ async def test_a_call_that_is_left_is_aborted_in_the_library(
     else:
         library, engine = fake_tensorrt_llm.install(monkeypatch), await _tensorrt_llm()
     llm = library.engines[0]
-    events = engine.generate((LONG,), SamplingOptions(max_new_tokens=200))
+    events = engine.generate((LONG,), Sampling(max_new_tokens=200))
     await anext(events)
     assert len(llm.running) == 1
     await events.aclose()
@@ -223,7 +224,7 @@ async def test_cached_scoring_reads_the_prompt_and_computes_the_draft(
     assert first.verification.accepted == first.verification.proposed
     passes = library.engines[0].prompts[1:]
     assert [cached > 0 for _, cached in passes[:2]] == [True, False]
-    other = await _ask(engine, Turn("user", PROMPTS[1]))
+    other = await _ask(engine, Message("user", PROMPTS[1]))
     again = await _verify(engine, other, LONG)
     assert again.result.ids == answer.result.ids
     assert prompt - 2 * fake_vllm.BLOCK < again.result.cached_prompt_tokens < prompt
@@ -237,8 +238,8 @@ async def test_what_is_prefilled_ahead_is_never_computed_again(
 ) -> None:
     library = fake_vllm.install(monkeypatch)
     engine = await _vllm(resync=False)
-    prompt = Turn("user", LONG.content + "!" * marks)
-    draft = await _ask(await _vllm(), Turn("user", PROMPTS[1]))
+    prompt = Message("user", LONG.content + "!" * marks)
+    draft = await _ask(await _vllm(), Message("user", PROMPTS[1]))
     llm = library.engines[0]
     prefilled = await engine.prefill((prompt,))
     answer = await _verify(engine, draft, prompt)
@@ -256,7 +257,7 @@ async def test_what_is_prefilled_ahead_is_never_computed_again(
 async def test_the_pieces_of_a_draft_are_computed_once(monkeypatch: pytest.MonkeyPatch, marks: int) -> None:
     library = fake_vllm.install(monkeypatch)
     writer, engine = await _vllm(), await _vllm(resync=False)
-    prompt = Turn("user", LONG.content + "!" * marks)
+    prompt = Message("user", LONG.content + "!" * marks)
     own = await _ask(writer, prompt, max_new_tokens=60)
     status = engine.status()
 
@@ -270,7 +271,7 @@ async def test_the_pieces_of_a_draft_are_computed_once(monkeypatch: pytest.Monke
             yield DraftPiece(own.result.ids[index : index + 16], "", status.fingerprint)
         yield own.result.finish
 
-    events = engine.verify_stream((prompt,), SamplingOptions(max_new_tokens=60), pieces(), None)
+    events = engine.verify_stream((prompt,), Sampling(max_new_tokens=60), pieces(), None)
     answer = await collect(events, evidence="any")
     assert answer.result.ids == own.result.ids
     assert len(passes) == answer.result.forward_passes > 1
@@ -294,7 +295,7 @@ async def test_what_follows_a_correction_is_scored_while_that_keeps_enough(
     async def is_scored_again(draft: tuple[int, ...]) -> bool:
         """Verify it; return whether more than the draft was scored."""
         proposal = Suite(engine).draft(draft, FinishReason.LENGTH)
-        call = engine.verify((LONG,), SamplingOptions(max_new_tokens=60), proposal, None)
+        call = engine.verify((LONG,), Sampling(max_new_tokens=60), proposal, None)
         answer = await collect(call, "first")
         assert answer.result.ids == ids
         return answer.result.proposed_tokens > len(draft)
@@ -370,7 +371,7 @@ async def test_adapters_are_models_of_their_own_over_one_engine(
     assert len(set(answers)) == 3
     assert len(library.engines) == 1
     assert engines["m/math"].status().memory_bytes == 0 < engines["m"].status().memory_bytes
-    events = engines["m/math"].generate((LONG,), SamplingOptions(max_new_tokens=50))
+    events = engines["m/math"].generate((LONG,), Sampling(max_new_tokens=50))
     await anext(events)
     with pytest.raises(ResourceExhausted):
         await engines["m"].unload()
@@ -475,7 +476,7 @@ async def test_a_draft_that_is_still_being_written_holds_no_place_in_the_batch(
         await asyncio.Event().wait()
         yield FinishReason.EOS
 
-    held = engine.verify_stream((LONG,), SamplingOptions(), pieces(), None)
+    held = engine.verify_stream((LONG,), Sampling(), pieces(), None)
     async with asyncio.timeout(CALL_S):
         # It has been in the batch once.
         assert (await anext(held)).ids
@@ -503,7 +504,7 @@ async def test_waiting_for_a_draft_is_no_waiting_in_a_queue(monkeypatch: pytest.
         yield DraftPiece(answer.result.ids, "", engine.status().fingerprint)
         yield answer.result.finish
 
-    events = engine.verify_stream((LONG,), SamplingOptions(max_new_tokens=24), pieces(), None)
+    events = engine.verify_stream((LONG,), Sampling(max_new_tokens=24), pieces(), None)
     result = (await collect(events, "first")).result
     assert result.total_ms > 1e6
     assert result.queue_ms < 1e5
@@ -513,7 +514,7 @@ async def test_the_library_itself_ends_an_answer_at_its_end(monkeypatch: pytest.
     """A request that only our side ends goes on for a step, and has to be aborted."""
     library = fake_vllm.install(monkeypatch)
     engine = await _vllm()
-    answer = await _ask(engine, Turn("user", PROMPTS[0]), max_new_tokens=60)
+    answer = await _ask(engine, Message("user", PROMPTS[0]), max_new_tokens=60)
     assert answer.result.finish is FinishReason.EOS
     assert library.engines[0].aborted == []
 
@@ -522,7 +523,7 @@ async def test_the_rest_of_a_draft_is_proposed_again_after_a_correction(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fake_vllm.install(monkeypatch)
-    sampling = SamplingOptions(max_new_tokens=60)
+    sampling = Sampling(max_new_tokens=60)
     passes = {}
     for resync in (False, True):
         engine = await _vllm(resync=resync)
@@ -555,7 +556,7 @@ async def test_what_is_certain_of_a_draft_goes_out_before_all_of_it_has_come(
         yield DraftPiece(answer.result.ids[16:], "", engine.status().fingerprint)
         yield answer.result.finish
 
-    events = engine.verify_stream((LONG,), SamplingOptions(max_new_tokens=40), pieces(), None)
+    events = engine.verify_stream((LONG,), Sampling(max_new_tokens=40), pieces(), None)
     async with asyncio.timeout(CALL_S):
         chunk = await anext(events)
         assert chunk.ids == answer.result.ids[:16]
@@ -579,7 +580,7 @@ async def test_a_draft_that_writes_on_past_the_targets_end_changes_nothing(
     install(monkeypatch)
     engine = await make()
     fingerprint, end = engine.status().fingerprint, 1
-    for prompt in (LONG, Turn("user", PROMPTS[0])):
+    for prompt in (LONG, Message("user", PROMPTS[0])):
         plain = await _ask(engine, prompt, max_new_tokens=40)
         ids = (*plain.result.ids[:at], end, *plain.result.ids[:5])
 
@@ -589,7 +590,7 @@ async def test_a_draft_that_writes_on_past_the_targets_end_changes_nothing(
                 await asyncio.sleep(0)
             yield FinishReason.EOS
 
-        sampling = SamplingOptions(max_new_tokens=40)
+        sampling = Sampling(max_new_tokens=40)
         found = await collect(
             engine.verify_stream((prompt,), sampling, pieces(), None)
             if streamed

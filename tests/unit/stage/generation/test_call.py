@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from services.stage.domain import FinishReason, Result, SamplingOptions, TokenChunk
+from asd.values import FinishReason, Sampling
+from services.stage.domain import Result, TokenChunk
 from services.stage.generation import call as call_module
 from services.stage.generation.answer import AnswerBuilder
 from services.stage.generation.call import Call
@@ -39,7 +40,7 @@ def signals(ids: Sequence[int], rows: Sequence[float]) -> tuple[np.ndarray, np.n
 
 
 def make(most_tokens: int = 9, stop: tuple[str, ...] = ()) -> Call[float]:
-    sampling = SamplingOptions(stop=stop)
+    sampling = Sampling(stop=stop)
     return Call([7, 7], most_tokens, sampling, AnswerBuilder(Letters(), stop), (END,), signals)
 
 

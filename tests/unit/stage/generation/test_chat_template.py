@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from asd.values import Message
 from services.common.errors import InvalidRequest, PreconditionFailed
-from services.stage.domain import Turn
 from services.stage.generation.chat_template import ChatTemplate
 from tests.fakes.chat_templates import FAMILIES
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-ASK = (Turn("user", "a<b> 'c' ü"),)
+ASK = (Message("user", "a<b> 'c' ü"),)
 
 
 def _write(directory: Path, template: object, **config: object) -> Path:
@@ -133,7 +133,7 @@ def test_a_template_may_change_the_users_words(tmp_path: Path, changed: str) -> 
 
 def test_a_template_may_refuse_all_plain_conversations_but_one(tmp_path: Path) -> None:
     template = "{% if messages[0].role != 'system' %}{{ raise_exception('No system') }}{% endif %}x"
-    assert ChatTemplate(_write(tmp_path, template)).render((Turn("system", "Be brief."), *ASK)) == "x"
+    assert ChatTemplate(_write(tmp_path, template)).render((Message("system", "Be brief."), *ASK)) == "x"
 
 
 def test_a_template_that_fails_on_a_message_is_not_the_callers_fault(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_template_that_fails_on_a_message_is_not_the_callers_fault(tmp_path: P
         _write(tmp_path, "{{ messages[0].content if messages[0].content != 'x' else 1 + '' }}")
     )
     with pytest.raises(PreconditionFailed, match="chat template fails"):
-        chat.render((Turn("user", "x"),))
+        chat.render((Message("user", "x"),))
 
 
 @pytest.mark.parametrize(
@@ -152,12 +152,12 @@ def test_a_conversation_that_a_template_refuses_is_refused_in_its_words(
 ) -> None:
     chat = ChatTemplate(_write(tmp_path, FAMILIES[family].template, bos_token="<s>", eos_token="</s>"))
     with pytest.raises(InvalidRequest, match=says) as caught:
-        chat.render((Turn("system", "x"), *ASK))
+        chat.render((Message("system", "x"), *ASK))
     assert caught.value.field == "conversation"
 
 
 def test_text_of_a_template_and_of_messages_is_told_apart(tmp_path: Path) -> None:
     template = "{{ bos_token }}[{{ messages[-1].content | trim }}]{{ messages[-1].role | upper }}"
-    traced = ChatTemplate(_write(tmp_path, template, bos_token="<s>")).trace((Turn("user", " ab "),))
+    traced = ChatTemplate(_write(tmp_path, template, bos_token="<s>")).trace((Message("user", " ab "),))
     assert traced == "<s>[ab]USER"
     assert traced.origins == "ttttmmttttt"

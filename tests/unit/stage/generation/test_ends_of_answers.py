@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from services.stage.domain import DraftText, FinishReason, Result, SamplingOptions, TokenChunk, Turn
+from asd.values import FinishReason, Message, Sampling
+from services.stage.domain import DraftText, Result, TokenChunk
 from services.stage.engines.backend import Piece, Scores, TokenRequest
 from services.stage.engines.checkpoint import Checkpoint
 from services.stage.engines.onnx.generators import CachedSequence
@@ -30,7 +31,7 @@ _SPECIAL = ("<unk>", "<s>", "</s>", "[end]")
 _EOS = _SPECIAL.index("</s>")
 _MARK = _SPECIAL.index("[end]")
 _CONFIG = {"chat_template": "<s>{{ messages[-1].content }}", "bos_token": "<s>"}
-_TURNS = (Turn("user", "z"),)
+_TURNS = (Message("user", "z"),)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +143,7 @@ def _request(tokenizer: ChatTokenizer, stop: tuple[str, ...], draft: Draft | Non
     events: list[Any] = []
     answer = AnswerBuilder(tokenizer.stream(), stop)
     prompt = tokenizer.encode_chat(_TURNS)
-    call = Call(prompt, 20, SamplingOptions(stop=stop), answer, (_EOS,), evidence_signals)
+    call = Call(prompt, 20, Sampling(stop=stop), answer, (_EOS,), evidence_signals)
     return Request(call, events.extend, draft)
 
 
@@ -199,7 +200,7 @@ async def test_a_stop_sequence_may_be_a_special_token_in_engines_over_a_library(
     checkpoint = Checkpoint("LlamaForCausalLM", chain.vocabulary, 64, (_EOS,), 1, 1, 1)
     engine = ScoringEngine("vllm", "m", directory, checkpoint, ChainBackend(chain), ScoringOptions(2, 2, 64))
     await engine.load()
-    sampling = SamplingOptions(stop=stop)
+    sampling = Sampling(stop=stop)
     events = engine.generate(_TURNS, sampling)
     if has_draft:
         draft = DraftText("", tuple(chain.ids[:-1]), tokenizer.fingerprint, FinishReason.EOS)

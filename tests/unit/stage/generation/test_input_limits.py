@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from tokenizers import Tokenizer
 
+from asd.values import FinishReason, Message
 from services.common.errors import InvalidRequest, PromptTooLong
-from services.stage.domain import DraftPiece, DraftText, FinishReason, Turn
+from services.stage.domain import DraftPiece, DraftText
 from services.stage.generation.draft import Draft
 from services.stage.generation.inputs import RequestReader
 from services.stage.generation.tokenizer import ChatTokenizer
@@ -62,7 +63,7 @@ async def test_a_prompt_that_cannot_fit_is_refused_before_it_is_encoded(
     reader: RequestReader, tokenizer: Counting
 ) -> None:
     with pytest.raises(InvalidRequest, match="2000000 characters; m takes at most 39 tokens") as caught:
-        await reader.read_prompt((Turn("user", "a " * 1_000_000),))
+        await reader.read_prompt((Message("user", "a " * 1_000_000),))
     assert caught.value.field == "prompt"
     assert tokenizer.texts == []
 
@@ -118,7 +119,7 @@ async def test_of_a_prompt_that_is_too_long_nothing_is_read_but_its_length(
     tmp_path: Path, log: list[str], make: Callable[..., dict[str, Any]], text: str
 ) -> None:
     tokenizer = ChatTokenizer(write(tmp_path, make(_SPECIAL), _CONFIG))
-    turns = (Turn("user", text * 30),)
+    turns = (Message("user", text * 30),)
     count = len(tokenizer.encode_chat(turns))
     reader = RequestReader("m", tokenizer, count, tokenizer.vocabulary_size, (2,))
     log.clear()
@@ -135,7 +136,7 @@ def test_of_special_tokens_in_a_message_no_other_tokens_places_are_read(
 ) -> None:
     tokenizer = ChatTokenizer(write(tmp_path, byte_level(_SPECIAL, **flags), _CONFIG))
     log.clear()
-    tokenizer.encode_chat((Turn("user", f"({'hello </s> ' * 30})"),))
+    tokenizer.encode_chat((Message("user", f"({'hello </s> ' * 30})"),))
     assert log.count("encode") == log.count("ids") == encoded
     assert log.count("token_to_chars") == found
     assert "offsets" not in log
@@ -148,9 +149,9 @@ def test_a_token_that_may_share_text_with_a_special_one_is_left_to_the_library(
     special = ("</s>", "<s>") if other != "<s>" else ("</s>", "[<s>]")
     config = {"chat_template": "{{ messages[-1].content }}</s>b a<s>"}
     tokenizer = ChatTokenizer(write(tmp_path, byte_level(special, (other,)), config))
-    plain = tokenizer.encode_chat((Turn("user", "x"),))
+    plain = tokenizer.encode_chat((Message("user", "x"),))
     log.clear()
-    marked = tokenizer.encode_chat((Turn("user", "</s>x"),))
+    marked = tokenizer.encode_chat((Message("user", "</s>x"),))
     assert log.count("encode") == 2
     assert marked[-len(plain) + 1 :] == plain[1:]
 
@@ -158,8 +159,8 @@ def test_a_token_that_may_share_text_with_a_special_one_is_left_to_the_library(
 async def test_what_a_template_leaves_out_counts_for_nothing(
     reader: RequestReader, tokenizer: Counting
 ) -> None:
-    short = await reader.read_prompt((Turn("user", "hello"),))
-    assert await reader.read_prompt((Turn("user", "hello" + " " * 1_000_000),)) == short
+    short = await reader.read_prompt((Message("user", "hello"),))
+    assert await reader.read_prompt((Message("user", "hello" + " " * 1_000_000),)) == short
     # Long text is encoded beside the event loop.
     assert len(tokenizer.threads) == 2
 
@@ -280,6 +281,6 @@ def test_a_text_has_no_fewer_tokens_than_is_said(
     tmp_path: Path, make: Callable[[], dict[str, Any]], text: str
 ) -> None:
     tokenizer = ChatTokenizer(write(tmp_path, make(), {"chat_template": "</s>{{ messages[-1].content }}"}))
-    turns = (Turn("user", text),)
+    turns = (Message("user", text),)
     assert tokenizer.least_tokens(tokenizer.render(turns)) <= len(tokenizer.encode_chat(turns))
     assert tokenizer.least_tokens("the " * 1000) > 100

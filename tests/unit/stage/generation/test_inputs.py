@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from asd.values import FinishReason, Message
 from services.common.errors import AsdError, InvalidRequest, PromptTooLong
-from services.stage.domain import DraftPiece, DraftText, FinishReason, Turn
+from services.stage.domain import DraftPiece, DraftText
 from services.stage.generation.draft import Draft
 from services.stage.generation.inputs import RequestReader
 from services.stage.generation.tokenizer import TooManyTokens
@@ -30,7 +31,7 @@ class Letters:
     fingerprint = OWN
     longest_token = 4
 
-    def render(self, turns: Sequence[Turn]) -> str:
+    def render(self, turns: Sequence[Message]) -> str:
         return "".join(turn.content for turn in turns)
 
     def least_tokens(self, text: str) -> int:
@@ -39,7 +40,7 @@ class Letters:
     def most_characters(self, tokens: int) -> int:
         return tokens * self.longest_token
 
-    def encode_chat(self, turns: Sequence[Turn], text: str, most: int) -> list[int]:
+    def encode_chat(self, turns: Sequence[Message], text: str, most: int) -> list[int]:
         if len(text) > most:
             raise TooManyTokens(len(text))
         return [9 for _ in text]
@@ -57,7 +58,7 @@ class Gated(Letters):
         self._lock = threading.Lock()
         self._now = self.most = 0
 
-    def encode_chat(self, turns: Sequence[Turn], text: str, most: int) -> list[int]:
+    def encode_chat(self, turns: Sequence[Message], text: str, most: int) -> list[int]:
         return self._encode(text)
 
     def encode_text(self, text: str) -> list[int]:
@@ -88,7 +89,7 @@ async def test_a_cancelled_requests_long_text_counts_until_it_is_encoded(kind: s
     async def read(letter: str) -> None:
         text = letter * 10_000
         if kind == "prompt":
-            await reader.read_prompt((Turn("user", text),))
+            await reader.read_prompt((Message("user", text),))
         else:
             await reader.read_draft(DraftText(text, (), "", FinishReason.EOS), Draft(100))
 
@@ -128,9 +129,9 @@ def reader() -> RequestReader:
 async def test_a_prompt_beyond_the_context_is_refused_for_this_model_alone(
     reader: RequestReader, count: int
 ) -> None:
-    assert len(await reader.read_prompt((Turn("user", "x" * (CONTEXT - 1)),))) == CONTEXT - 1
+    assert len(await reader.read_prompt((Message("user", "x" * (CONTEXT - 1)),))) == CONTEXT - 1
     with pytest.raises(PromptTooLong) as caught:
-        await reader.read_prompt((Turn("user", "x" * count),))
+        await reader.read_prompt((Message("user", "x" * count),))
     assert caught.value.field == "prompt"
 
 

@@ -10,8 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from asd.values import Message
 from services.common.errors import InvalidRequest
-from services.stage.domain import Turn
 from services.stage.generation.tokenizer import ChatTokenizer
 from tests.fakes.chat_templates import FAMILIES, Family
 from tests.fakes.tiny_tokenizers import byte_level, pieces, write, write_family
@@ -54,21 +54,21 @@ _PLACE = "\ue000"
 
 
 @st.composite
-def _conversations(draw: st.DrawFn) -> tuple[str, tuple[Turn, ...], int]:
+def _conversations(draw: st.DrawFn) -> tuple[str, tuple[Message, ...], int]:
     """Return a family, and a conversation with places where a special token's text may stand."""
     name = draw(st.sampled_from(sorted(FAMILIES)))
     content = st.lists(st.sampled_from((*_FRAGMENTS, _PLACE, _PLACE)), min_size=1, max_size=5).map("".join)
     roles = ["user", "assistant"] * draw(st.integers(0, 2)) + ["user"]
     if FAMILIES[name].has_system and draw(st.booleans()):
         roles.insert(0, "system")
-    turns = tuple(Turn(role, draw(content)) for role in roles)
+    turns = tuple(Message(role, draw(content)) for role in roles)
     # Fragments may make a special token; here those count that are put in.
     assume(not any(mark in turn.content for turn in turns for mark in FAMILIES[name].special))
     return name, turns, draw(st.integers(0, 20))
 
 
-def _with(turns: tuple[Turn, ...], text: str) -> tuple[Turn, ...]:
-    return tuple(Turn(turn.role, turn.content.replace(_PLACE, text)) for turn in turns)
+def _with(turns: tuple[Message, ...], text: str) -> tuple[Message, ...]:
+    return tuple(Message(turn.role, turn.content.replace(_PLACE, text)) for turn in turns)
 
 
 def _split(ids: list[int], special: set[int]) -> list[list[int]]:
@@ -79,7 +79,7 @@ def _split(ids: list[int], special: set[int]) -> list[list[int]]:
 @settings(max_examples=400, deadline=None)
 @given(_conversations())
 def test_a_special_tokens_text_changes_nothing_around_it(
-    models: dict[str, Model], drawn: tuple[str, tuple[Turn, ...], int]
+    models: dict[str, Model], drawn: tuple[str, tuple[Message, ...], int]
 ) -> None:
     """The prompt is that of an ordinary word, with the token's text in its place."""
     name, turns, index = drawn
@@ -105,7 +105,7 @@ def _decode(model: Model, ids: list[int]) -> str:
 @settings(max_examples=400, deadline=None)
 @given(_conversations())
 def test_without_special_tokens_the_prompt_is_the_librarys(
-    models: dict[str, Model], drawn: tuple[str, tuple[Turn, ...], int]
+    models: dict[str, Model], drawn: tuple[str, tuple[Message, ...], int]
 ) -> None:
     name, turns, _ = drawn
     model = models[name]
@@ -167,8 +167,8 @@ def test_whatever_a_template_does_its_own_marks_are_known(
     ours = ChatTokenizer(tmp_path)
     special = set(ours.special)
 
-    def turns(text: str) -> tuple[Turn, ...]:
-        return Turn("system", f"{text}s"), Turn("user", f"hi {text}\n a X{text} {text}b \nX")
+    def turns(text: str) -> tuple[Message, ...]:
+        return Message("system", f"{text}s"), Message("user", f"hi {text}\n a X{text} {text}b \nX")
 
     neutral = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     expected = neutral.encode(ours.render(turns("")), add_special_tokens=False).ids
@@ -183,7 +183,7 @@ def test_a_special_token_that_a_template_puts_together_of_a_message_is_letters(t
     template = "<s>{{ messages[-1].content | replace('-', '') }}</s>"
     write(tmp_path, byte_level(("<s>", "</s>")), {"chat_template": template})
     ours = ChatTokenizer(tmp_path)
-    ids = ours.encode_chat((Turn("user", "a <-/s> <-s>"),))
+    ids = ours.encode_chat((Message("user", "a <-/s> <-s>"),))
     assert [each for each in ids if each in ours.special] == [ids[0], ids[-1]]
 
 
@@ -191,7 +191,7 @@ def test_the_first_line_of_an_indented_message_may_hold_a_special_token(tmp_path
     template = "<s>{{ messages[-1].content | indent(2) }}</s>"
     write(tmp_path, byte_level(("<s>", "</s>")), {"chat_template": template})
     ours = ChatTokenizer(tmp_path)
-    ids = ours.encode_chat((Turn("user", "a </s> b\nc"),))
+    ids = ours.encode_chat((Message("user", "a </s> b\nc"),))
     assert [each for each in ids if each in ours.special] == [ids[0], ids[-1]]
 
 
@@ -209,9 +209,9 @@ def test_a_message_whose_place_in_the_prompt_is_hidden_is_refused_with_its_token
     template = f"<s>{{{{ {written} }}}}</s>"
     write(tmp_path, byte_level(("<s>", "</s>")), {"chat_template": template})
     ours = ChatTokenizer(tmp_path)
-    ours.encode_chat((Turn("user", "x < y\nz > y"),))
+    ours.encode_chat((Message("user", "x < y\nz > y"),))
     with pytest.raises(InvalidRequest, match="</s>") as caught:
-        ours.encode_chat((Turn("user", "a\n</s> is not allowed"),))
+        ours.encode_chat((Message("user", "a\n</s> is not allowed"),))
     assert caught.value.field == "prompt"
 
 
@@ -226,7 +226,7 @@ def test_what_a_special_token_does_to_its_neighbours_stays(tmp_path: Path, flag:
     write(tmp_path, tokenizer, {"chat_template": template})
     ours = ChatTokenizer(tmp_path)
     plain = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    turns = [(Turn("user", f"is {text} is"),) for text in (WORD, "[x]")]
+    turns = [(Message("user", f"is {text} is"),) for text in (WORD, "[x]")]
     expected = plain.encode(ours.render(turns[0]), add_special_tokens=False).ids
     ids = ours.encode_chat(turns[1])
     for is_, should in zip(_split(ids, set(ours.special)), _split(expected, set(ours.special)), strict=True):
@@ -241,5 +241,5 @@ def test_text_that_the_vocabulary_lacks_is_no_special_token_of_the_templates(tmp
     tokenizer["model"]["byte_fallback"] = False
     write(tmp_path, tokenizer, {"chat_template": "<s><unk>{{ messages[-1].content }}</s>"})
     ours = ChatTokenizer(tmp_path)
-    ids = ours.encode_chat((Turn("user", "a\U0001f642b</s>"),))
+    ids = ours.encode_chat((Message("user", "a\U0001f642b</s>"),))
     assert [each for each in ids if each in ours.special] == [1, 0, 0, 2]

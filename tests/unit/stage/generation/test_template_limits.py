@@ -6,8 +6,8 @@ import re
 
 import pytest
 
+from asd.values import Message
 from services.common.errors import InputFailed, PreconditionFailed
-from services.stage.domain import Turn
 from services.stage.generation.chat_template import ChatTemplate
 from services.stage.generation.template_limits import MOST_BYTES, MOST_STEPS, Meter, TooMuchWork
 from tests.fakes.chat_templates import FAMILIES
@@ -123,7 +123,7 @@ _HELD = {
     "in objects": "{% set ns.all = namespace(others=ns.all, text=ns.text) %}",
     "in what is written": "{{ ns.text }}",
 }
-_HELLO = (Turn("user", "Hello"),)
+_HELLO = (Message("user", "Hello"),)
 _ROLES = ("user", "assistant")
 
 
@@ -173,9 +173,9 @@ def test_a_template_that_never_ends_on_one_conversation_alone_fails_that_request
         "{% endfor %}{% endfor %}{% endif %}{{ messages[-1].content }}",
     )
     with pytest.raises(InputFailed, match="stopped"):
-        template.render((Turn("user", "loop"),))
+        template.render((Message("user", "loop"),))
     with pytest.raises(InputFailed, match="stopped"):
-        template.trace((Turn("user", "loop"),))
+        template.trace((Message("user", "loop"),))
     assert template.render(_HELLO) == "Hello"
 
 
@@ -205,9 +205,9 @@ def test_a_name_in_a_template_cannot_write_to_the_terminal(tmp_path):
     assert str(refused.value).isprintable()
 
 
-_MANY = tuple(Turn(_ROLES[index % 2], f"turn {index:04d} ".ljust(200, "x")) for index in range(4095))
-_SHORT = (*(Turn(_ROLES[index % 2], "Hi") for index in range(4094)), Turn("user", "turn 4094"))
-_LARGEST = (Turn("user", "word </think> " * 75_000 + "turn 4094"),)
+_MANY = tuple(Message(_ROLES[index % 2], f"turn {index:04d} ".ljust(200, "x")) for index in range(4095))
+_SHORT = (*(Message(_ROLES[index % 2], "Hi") for index in range(4094)), Message("user", "turn 4094"))
+_LARGEST = (Message("user", "word </think> " * 75_000 + "turn 4094"),)
 
 
 @pytest.mark.parametrize("turns", [_MANY, _SHORT, _LARGEST], ids=["many", "short", "largest"])

@@ -9,17 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from asd.values import FinishReason, Message, Sampling
 from services.common.errors import InvalidRequest, ResourceExhausted
-from services.stage.domain import (
-    DraftPiece,
-    DraftText,
-    FinishReason,
-    Result,
-    SamplingOptions,
-    TokenChunk,
-    Turn,
-    VerificationResult,
-)
+from services.stage.domain import DraftPiece, DraftText, Result, TokenChunk, VerificationResult
 from services.stage.model_pool import ModelPool
 from tests.integration.stage.conftest import LiveGenerators, Reference, engine
 from tests.limits import CALL_S
@@ -29,7 +21,7 @@ if TYPE_CHECKING:
 
     from services.stage.engines.onnx.engine import OnnxEngine
 
-_GREEDY = SamplingOptions()
+_GREEDY = Sampling()
 
 
 @pytest.fixture
@@ -41,9 +33,9 @@ async def small() -> AsyncIterator[OnnxEngine]:
 
 
 async def _generate(
-    model: OnnxEngine, prompt: str | tuple[Turn, ...], sampling: SamplingOptions = _GREEDY
+    model: OnnxEngine, prompt: str | tuple[Message, ...], sampling: Sampling = _GREEDY
 ) -> tuple[Result, list[TokenChunk]]:
-    turns = (Turn("user", prompt),) if isinstance(prompt, str) else prompt
+    turns = (Message("user", prompt),) if isinstance(prompt, str) else prompt
     events = [event async for event in model.generate(turns, sampling)]
     chunks = [event for event in events if isinstance(event, TokenChunk)]
     result = events[-1]
@@ -56,8 +48,8 @@ async def _generate(
 async def _verify(
     model: OnnxEngine, prompt: str, draft: DraftText, threshold: float | None = None, most: int | None = None
 ) -> tuple[Result, VerificationResult]:
-    sampling = SamplingOptions(max_new_tokens=most)
-    events = [event async for event in model.verify((Turn("user", prompt),), sampling, draft, threshold)]
+    sampling = Sampling(max_new_tokens=most)
+    events = [event async for event in model.verify((Message("user", prompt),), sampling, draft, threshold)]
     first, result = events[0], events[-1]
     assert isinstance(first, VerificationResult)
     assert isinstance(result, Result)
@@ -144,7 +136,7 @@ async def test_a_draft_is_verified_while_it_is_written(reference: Reference) -> 
                 await asyncio.sleep(0)
             yield FinishReason.EOS
 
-        call = target.verify_stream((Turn("user", prompt),), _GREEDY, pieces(), None)
+        call = target.verify_stream((Message("user", prompt),), _GREEDY, pieces(), None)
         events = [event async for event in call]
         assert isinstance(events[-1], Result)
         assert list(events[-1].ids) == reference.outputs["medium"][index]
@@ -160,7 +152,7 @@ async def test_a_wrong_id_in_a_draft_that_comes_ends_the_call(small: OnnxEngine)
         yield DraftPiece((9999,), "", fingerprint)
 
     with pytest.raises(InvalidRequest) as caught:
-        async for _ in small.verify_stream((Turn("user", "x"),), _GREEDY, pieces(), None):
+        async for _ in small.verify_stream((Message("user", "x"),), _GREEDY, pieces(), None):
             pass
     assert caught.value.field == "chunk.token_ids"
     result, _ = await _generate(small, "True or false? 3 plus 22 is more than 24.")
@@ -170,14 +162,14 @@ async def test_a_wrong_id_in_a_draft_that_comes_ends_the_call(small: OnnxEngine)
 async def test_a_sampled_draft_is_kept_where_the_target_draws_the_same(
     small: OnnxEngine, reference: Reference
 ) -> None:
-    sampling = SamplingOptions(temperature=0.7, seed=11)
+    sampling = Sampling(temperature=0.7, seed=11)
     target = engine("medium")
     await target.load()
     kept = 0
     for prompt in reference.prompts[:20]:
         draft, _ = await _generate(small, prompt, sampling)
         alone, _ = await _generate(target, prompt, sampling)
-        call = target.verify((Turn("user", prompt),), sampling, _draft(target, list(draft.ids)), None)
+        call = target.verify((Message("user", prompt),), sampling, _draft(target, list(draft.ids)), None)
         events = [event async for event in call]
         result = events[-1]
         assert isinstance(result, Result)
@@ -204,7 +196,7 @@ async def test_a_verified_answer_is_as_long_as_a_generated_one(
 ) -> None:
     prompt, wanted = reference.prompts[4], reference.outputs["small"][4]
     for most in (1, 3, len(wanted), len(wanted) + 1):
-        alone, _ = await _generate(small, prompt, SamplingOptions(max_new_tokens=most))
+        alone, _ = await _generate(small, prompt, Sampling(max_new_tokens=most))
         checked, _ = await _verify(small, prompt, _draft(small, wanted), most=most)
         assert (checked.ids, checked.finish) == (alone.ids, alone.finish)
 
@@ -233,9 +225,9 @@ async def test_a_longer_conversation_reuses_its_prefix_and_changes_no_token(
     small: OnnxEngine, reference: Reference
 ) -> None:
     for index in (0, 5, 20):
-        question = Turn("user", reference.prompts[index])
+        question = Message("user", reference.prompts[index])
         first, _ = await _generate(small, (question,))
-        turns = (question, Turn("assistant", first.text), Turn("user", reference.prompts[index + 1]))
+        turns = (question, Message("assistant", first.text), Message("user", reference.prompts[index + 1]))
         again, _ = await _generate(small, turns)
         assert again.cached_prompt_tokens >= first.prompt_tokens
         fresh = engine("small", cached_sequences=0)
@@ -248,7 +240,7 @@ async def test_a_longer_conversation_reuses_its_prefix_and_changes_no_token(
 
 async def test_prefill_warms_the_prompt(small: OnnxEngine, reference: Reference) -> None:
     prompt = reference.prompts[33]
-    warmed = await small.prefill((Turn("user", prompt),))
+    warmed = await small.prefill((Message("user", prompt),))
     result, _ = await _generate(small, prompt)
     assert warmed.cached_prompt_tokens == 0
     assert result.cached_prompt_tokens == warmed.prompt_tokens - 1
@@ -256,14 +248,14 @@ async def test_prefill_warms_the_prompt(small: OnnxEngine, reference: Reference)
 
 
 async def test_sampling_repeats_with_its_seed(small: OnnxEngine) -> None:
-    options = [SamplingOptions(temperature=1.0, seed=seed, max_new_tokens=30) for seed in (1, 1, 2)]
+    options = [Sampling(temperature=1.0, seed=seed, max_new_tokens=30) for seed in (1, 1, 2)]
     texts = [(await _generate(small, "Tell me of Ardia.", option))[0].text for option in options]
     assert texts[0] == texts[1] != texts[2]
 
 
 async def test_a_stop_sequence_ends_the_answer_before_itself(small: OnnxEngine, reference: Reference) -> None:
     whole, _ = await _generate(small, reference.prompts[0])
-    cut, _ = await _generate(small, reference.prompts[0], SamplingOptions(stop=("Answer",)))
+    cut, _ = await _generate(small, reference.prompts[0], Sampling(stop=("Answer",)))
     assert cut.finish is FinishReason.STOP
     assert cut.text == whole.text[: whole.text.index("Answer")]
 
@@ -298,7 +290,7 @@ async def test_a_draft_that_writes_on_past_the_targets_end_changes_nothing(
 ) -> None:
     """As a drafter with the same tokenizer and another end token does. at: where; None: behind the answer."""
     fingerprint = small.status().fingerprint
-    sampling = _GREEDY if seed is None else SamplingOptions(temperature=1.0, seed=seed)
+    sampling = _GREEDY if seed is None else Sampling(temperature=1.0, seed=seed)
     for prompt in reference.prompts[:8]:
         plain, _ = await _generate(small, prompt, sampling)
         ids = (*plain.ids[:at], 1, *plain.ids[:5])
@@ -309,7 +301,7 @@ async def test_a_draft_that_writes_on_past_the_targets_end_changes_nothing(
                 await asyncio.sleep(0)
             yield FinishReason.EOS
 
-        turns = (Turn("user", prompt),)
+        turns = (Message("user", prompt),)
         call = (
             small.verify_stream(turns, sampling, pieces(), None)
             if streamed
@@ -342,11 +334,11 @@ async def test_a_thousand_random_cancels_leave_no_computation_and_no_cache(
         yield FinishReason.EOS
 
     async def start_and_leave(index: int) -> None:
-        turns = (Turn("user", reference.prompts[index]),)
+        turns = (Message("user", reference.prompts[index]),)
         draft = reference.outputs["medium"][index]
         calls = (
             lambda: model.generate(turns, _GREEDY),
-            lambda: model.generate(turns, SamplingOptions(temperature=0.7, seed=index)),
+            lambda: model.generate(turns, Sampling(temperature=0.7, seed=index)),
             lambda: model.verify(turns, _GREEDY, _draft(model, draft), None),
             lambda: model.verify_stream(turns, _GREEDY, pieces(draft), None),
             lambda: model.verify_stream(turns, _GREEDY, pieces(draft), 0.1),

@@ -13,16 +13,9 @@ import numpy as np
 import onnxruntime_genai
 import pytest
 
+from asd.values import FinishReason, Message, Sampling
 from services.common.errors import ConversationRefused, PreconditionFailed, PromptTooLong
-from services.stage.domain import (
-    DraftPiece,
-    DraftText,
-    FinishReason,
-    Result,
-    SamplingOptions,
-    Turn,
-    VerificationResult,
-)
+from services.stage.domain import DraftPiece, DraftText, Result, VerificationResult
 from services.stage.engines.engine import ModelState
 from services.stage.engines.onnx.engine import OnnxEngine, OnnxOptions
 from services.stage.engines.onnx.export import prepare
@@ -64,7 +57,7 @@ async def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
 
 
 async def _ask(engine: OnnxEngine, text: str, most: int = 12) -> Result:
-    events = engine.generate((Turn("user", text),), SamplingOptions(max_new_tokens=most))
+    events = engine.generate((Message("user", text),), Sampling(max_new_tokens=most))
     last = [event async for event in events][-1]
     assert isinstance(last, Result)
     return last
@@ -136,7 +129,7 @@ async def test_status_says_what_the_librarys_buffers_take(load: Callable[..., An
 
     calls = [
         engine.verify_stream(
-            (Turn("user", "bead " * words),), SamplingOptions(max_new_tokens=most), pieces(), None
+            (Message("user", "bead " * words),), Sampling(max_new_tokens=most), pieces(), None
         )
         for words, most in ((2, 12), (4, 900), (300, 3000))
     ]
@@ -162,16 +155,16 @@ async def test_a_conversation_that_outgrows_its_cache_goes_on_in_a_larger_one(
 ) -> None:
     engine = await load(max_position_embeddings=4096, eos_token_id=511)
     fresh = await load(OnnxOptions(cached_sequences=0), max_position_embeddings=4096, eos_token_id=511)
-    turns: tuple[Turn, ...] = ()
+    turns: tuple[Message, ...] = ()
     reused = []
     for index in range(8):
-        turns = (*turns, Turn("user", f"{index} beads and lace " * 12))
-        options = SamplingOptions(max_new_tokens=40)
+        turns = (*turns, Message("user", f"{index} beads and lace " * 12))
+        options = Sampling(max_new_tokens=40)
         results = [[e async for e in each.generate(turns, options)][-1] for each in (engine, fresh)]
         assert all(isinstance(each, Result) for each in results)
         assert results[0].ids == results[1].ids  # type: ignore[union-attr]
         reused.append(results[0].cached_prompt_tokens > 0)  # type: ignore[union-attr]
-        turns = (*turns, Turn("assistant", results[0].text))  # type: ignore[union-attr]
+        turns = (*turns, Message("assistant", results[0].text))  # type: ignore[union-attr]
     # Read anew where it doubles, from its prefix otherwise; what it outgrew is not kept.
     assert 3 <= sum(reused) < 7
     await _settled(engine, lambda status: status.cached_sequences == 1)
@@ -199,8 +192,8 @@ async def test_the_served_context_is_the_smaller_of_the_settings_and_the_models(
     result = await _ask(engine, "bead " * 4, 1000)
     assert (result.finish, result.prompt_tokens + len(result.ids)) == (FinishReason.LENGTH, 64)
     draft = DraftText("", result.ids, engine.status().fingerprint, FinishReason.EOS)
-    options = SamplingOptions(max_new_tokens=1000)
-    events = [e async for e in engine.verify((Turn("user", "bead " * 4),), options, draft, None)]
+    options = Sampling(max_new_tokens=1000)
+    events = [e async for e in engine.verify((Message("user", "bead " * 4),), options, draft, None)]
     assert isinstance(events[0], VerificationResult)
     assert events[0].accepted == len(result.ids)
     assert events[-1].ids == result.ids  # type: ignore[union-attr]
@@ -240,7 +233,7 @@ async def test_a_conversation_of_no_tokens_is_refused(load: Callable[..., Any], 
 
 
 async def test_every_end_of_both_files_ends_an_answer(load: Callable[..., Any], tmp_path: Path) -> None:
-    prompt = ChatTokenizer(tiny_llama.SMALL).encode_chat((Turn("user", "3 beads"),))
+    prompt = ChatTokenizer(tiny_llama.SMALL).encode_chat((Message("user", "3 beads"),))
     tensors = tiny_llama.weights(tiny_llama.CONFIG)
     ids = list(prompt)
     for _ in range(6):
@@ -311,7 +304,7 @@ MEASURE = """
 import asyncio, gc, json, sys
 from pathlib import Path
 import onnxruntime_genai
-from services.stage.domain import SamplingOptions, Turn
+from asd.values import Message, Sampling
 from services.stage.process_memory import resident_bytes
 from services.stage.engines.onnx.engine import OnnxEngine, OnnxOptions
 
@@ -321,8 +314,8 @@ async def main():
     before = resident_bytes()
     await engine.load()
     for index in range(8):
-        turns = (Turn("user", "abcdefgh"[index] * 20),)
-        async for _ in engine.generate(turns, SamplingOptions(max_new_tokens=8)):
+        turns = (Message("user", "abcdefgh"[index] * 20),)
+        async for _ in engine.generate(turns, Sampling(max_new_tokens=8)):
             pass
     while engine.status().cached_sequences < 8:
         await asyncio.sleep(0)

@@ -7,15 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from services.stage.domain import (
-    DraftPiece,
-    DraftText,
-    FinishReason,
-    Result,
-    SamplingOptions,
-    Turn,
-    VerificationResult,
-)
+from asd.values import FinishReason, Message, Sampling
+from services.stage.domain import DraftPiece, DraftText, Result, VerificationResult
 from tests.integration.stage.conftest import Reference, engine
 
 if TYPE_CHECKING:
@@ -24,7 +17,7 @@ if TYPE_CHECKING:
     from services.stage.domain import Event
     from services.stage.engines.onnx.engine import OnnxEngine
 
-_GREEDY = SamplingOptions()
+_GREEDY = Sampling()
 
 
 async def _outcome(events: AsyncGenerator[Event, None]) -> tuple[Result, VerificationResult | None]:
@@ -51,7 +44,7 @@ async def test_drafts_of_another_vocabulary_are_encoded_anew(
     assert one.status().fingerprint != other.status().fingerprint
     accepted = proposed = 0
     for prompt in reference.prompts[:40]:
-        turns = (Turn("user", prompt),)
+        turns = (Message("user", prompt),)
         draft, _ = await _outcome(one.generate(turns, _GREEDY))
         alone, _ = await _outcome(other.generate(turns, _GREEDY))
         travelling = DraftText(draft.text, draft.ids, one.status().fingerprint, draft.finish)
@@ -82,7 +75,7 @@ async def foreign() -> AsyncIterator[OnnxEngine]:
 
 @pytest.mark.parametrize("text", ["<|end|>", "19<|end|>19", "naïve 東京 🦊", "🦊🦊", "", " ", "\x00\ufffd"])
 async def test_odd_text_is_proposed_as_letters(foreign: OnnxEngine, text: str, reference: Reference) -> None:
-    turns = (Turn("user", reference.prompts[0]),)
+    turns = (Message("user", reference.prompts[0]),)
     alone, _ = await _outcome(foreign.generate(turns, _GREEDY))
     draft = DraftText(text, (), "", FinishReason.LENGTH)
     checked, verification = await _outcome(foreign.verify(turns, _GREEDY, draft, None))
@@ -99,13 +92,11 @@ async def test_odd_text_is_proposed_as_letters(foreign: OnnxEngine, text: str, r
 
 
 async def test_a_character_cut_between_tokens_is_verified_and_shown_whole(foreign: OnnxEngine) -> None:
-    turns = (Turn("user", "Say 東京."),)
+    turns = (Message("user", "Say 東京."),)
     alone, _ = await _outcome(foreign.generate(turns, _GREEDY))
     # With next to no threshold the target writes what it is given: each letter is several tokens.
     draft = DraftText("東京", (), "", FinishReason.LENGTH)
-    result, verification = await _outcome(
-        foreign.verify(turns, SamplingOptions(max_new_tokens=40), draft, 1e-30)
-    )
+    result, verification = await _outcome(foreign.verify(turns, Sampling(max_new_tokens=40), draft, 1e-30))
     assert verification is not None
     assert verification.accepted == verification.proposed > 2
     assert result.text.startswith("東京")

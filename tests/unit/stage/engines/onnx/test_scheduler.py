@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from asd.values import Sampling
 from services.common.errors import AsdError, PreconditionFailed, QueueFull
-from services.stage.domain import Result, SamplingOptions
+from services.stage.domain import Result
 from services.stage.engines.onnx.engine import OnnxOptions
 from services.stage.engines.onnx.generators import CachedSequence
 from services.stage.engines.onnx.scheduler import Scheduler
@@ -110,7 +111,7 @@ class Asked:
     """A request, and what is delivered of it."""
 
     def __init__(self, prompt: list[int], most_tokens: int = 3, **more: Any) -> None:
-        call = Call(prompt, most_tokens, SamplingOptions(), AnswerBuilder(Letters()), (0,), evidence_signals)
+        call = Call(prompt, most_tokens, Sampling(), AnswerBuilder(Letters()), (0,), evidence_signals)
         self._events: queue.Queue[Any] = queue.Queue()
         self.request = Request(call, self._deliver, **more)
 

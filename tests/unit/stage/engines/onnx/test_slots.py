@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from asd.values import FinishReason, Sampling
 from models.train.passes import count_passes
-from services.stage.domain import FinishReason, Result, SamplingOptions, TokenChunk, VerificationResult
+from services.stage.domain import Result, TokenChunk, VerificationResult
 from services.stage.engines.onnx.generators import CachedSequence
 from services.stage.engines.onnx.slots import Request, VerifySlot
 from services.stage.generation.answer import AnswerBuilder
@@ -85,7 +86,7 @@ def slot_for(
     resync: bool = True,
 ) -> tuple[VerifySlot, list[object], Request]:
     events: list[object] = []
-    sampling = SamplingOptions(temperature=0.0 if seed is None else 1.0, seed=seed, stop=stop)
+    sampling = Sampling(temperature=0.0 if seed is None else 1.0, seed=seed, stop=stop)
     answer = AnswerBuilder(Letters(), stop)
     call = Call(PROMPT, most, sampling, answer, (END,), evidence_signals)
     request = Request(call, events.extend, draft, threshold, resync)
