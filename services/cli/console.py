@@ -166,8 +166,8 @@ def description(value: Description) -> RenderableType:
         f"Policy {policy.policy_version}: fitted on {count(policy.train_prompts, 'prompt')}, calibrated on "
         f"{count(policy.calibration_prompts, 'other')}",
         judged,
-        f"Value of a right answer (lambda): fastest {policy.lambda_fastest:g}, "
-        f"balanced {policy.lambda_balanced:g}, best {policy.lambda_best:g}",
+        f"Value of a right answer (lambda): fastest {policy.quality_value_fastest:g}, "
+        f"balanced {policy.quality_value_balanced:g}, best {policy.quality_value_best:g}",
         plan,
     )
 

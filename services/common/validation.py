@@ -97,11 +97,12 @@ def check_sampling(sampling: common_pb2.Sampling, path: str = "sampling") -> Non
 
 def check_objective(objective: common_pb2.Objective, path: str = "objective") -> None:
     """Check the ranges of an objective, and that lambda and preference do not both stand. Empty is right."""
-    lambda_ = getattr(objective, "lambda")
+    quality_value = getattr(objective, "lambda")
     if objective.HasField("lambda"):
-        if not 0.0 <= lambda_ <= MAX_COST_UNITS:
+        if not 0.0 <= quality_value <= MAX_COST_UNITS:
             raise InvalidRequest(
-                f"lambda must be 0 to {MAX_COST_UNITS:g} cost units, not {lambda_:g}", field=f"{path}.lambda"
+                f"lambda must be 0 to {MAX_COST_UNITS:g} cost units, not {quality_value:g}",
+                field=f"{path}.lambda",
             )
         if objective.HasField("preference"):
             raise InvalidRequest(

@@ -391,9 +391,9 @@ def _policy_from(message: policy_pb2.PolicyServiceDescribeResponse) -> PolicyDes
             PolicyStage(stage.stage, stage.cost, stage.latency_ms, stage.accuracy, stage.calibration_error)
             for stage in message.stages
         ),
-        lambda_fastest=message.lambda_fastest,
-        lambda_balanced=message.lambda_balanced,
-        lambda_best=message.lambda_best,
+        quality_value_fastest=message.lambda_fastest,
+        quality_value_balanced=message.lambda_balanced,
+        quality_value_best=message.lambda_best,
         train_prompts=message.train_prompts,
         calibration_prompts=message.calibration_prompts,
     )

@@ -383,9 +383,9 @@ class PolicyDescription:
 
     policy_version: str
     stages: tuple[PolicyStage, ...]
-    lambda_fastest: float
-    lambda_balanced: float
-    lambda_best: float
+    quality_value_fastest: float
+    quality_value_balanced: float
+    quality_value_best: float
     train_prompts: int
     calibration_prompts: int
 
