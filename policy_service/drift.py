@@ -53,15 +53,16 @@ class DriftRule:
 class StageCalibration:
     """How a stage's reported answers turned out.
 
-    expected: mean p_correct. observed: share of right answers. evidence: wealth of the bets, an alarm from
-    the rule's run_length on. alarm_at: number of the report that raised it; None: none did.
+    expected: mean p_correct. observed: share of right answers. reported_calibration_error: over bins of equal
+    width; StageFacts.calibration_error is of the calibration prompts. evidence: wealth of the bets, an alarm
+    from the rule's run_length on. alarm_at: number of the report that raised it; None: none did.
     """
 
     stage: str
     reports: int
     expected: float
     observed: float
-    calibration_error: float
+    reported_calibration_error: float
     evidence: float
     alarm_at: int | None
 

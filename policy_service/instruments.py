@@ -62,7 +62,7 @@ class Instruments:
             Metrics.REPORTED_ECE,
             "1",
             "expected calibration error of reported answers",
-            lambda each: each.calibration_error,
+            lambda each: each.reported_calibration_error,
         )
         gauge(
             Metrics.DRIFT_EVIDENCE,

@@ -324,7 +324,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
                     reports=each.reports,
                     expected=each.expected,
                     observed=each.observed,
-                    calibration_error=each.calibration_error,
+                    calibration_error=each.reported_calibration_error,
                     drift_evidence=each.evidence,
                     drifted=each.alarm_at is not None,
                 )

@@ -107,7 +107,7 @@ def _policy() -> None:
         reports=1,
         expected=0.5,
         observed=0.5,
-        calibration_error=0.1,
+        reported_calibration_error=0.1,
         evidence=1.0,
         alarm_at=None,
     )
