@@ -194,8 +194,7 @@ def test_without_a_file_it_only_counts():
     assert shadow.counts.agreements == 1
 
 
-def test_a_candidate_that_hangs_neither_holds_the_offer_nor_the_end(monkeypatch):
-    monkeypatch.setattr("policy_service.shadow._CLOSING_SECONDS", 0.01)
+def test_a_candidate_that_hangs_neither_holds_the_offer_nor_the_end():
     entered, leave = threading.Event(), threading.Event()
 
     class Hanging(FakePolicy):
@@ -205,7 +204,8 @@ def test_a_candidate_that_hangs_neither_holds_the_offer_nor_the_end(monkeypatch)
             leave.wait(CALL_S)
             return super().say()
 
-    shadow = Shadow(Hanging(plan(0, 0.5)), None, Heard(), capacity=1)  # type: ignore[arg-type]
+    candidate = Hanging(plan(0, 0.5))
+    shadow = Shadow(candidate, None, Heard(), capacity=1, closing_s=0.01)  # type: ignore[arg-type]
     with shadow:
         shadow.offer(job(plan(0, 0.5), None))
         assert entered.wait(CALL_S)
