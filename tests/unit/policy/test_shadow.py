@@ -153,7 +153,8 @@ def test_a_candidate_that_fails_is_counted_logged_once_and_asked_again(tmp_path:
             shadow.offer(job(plan(0, 0.5), None))
     assert shadow.counts.failures == 3
     assert heard.told == ["failed"] * 3
-    assert caplog.text.count("the shadow policy candidate failed") == 1
+    (told,) = caplog.records
+    assert "candidate" in told.getMessage()
     assert list(read_shadow(tmp_path / "s.jsonl")) == []
 
 
@@ -180,7 +181,7 @@ def test_a_full_file_is_written_no_more_and_counting_goes_on(tmp_path: Path, cap
     written = path.stat().st_size
     assert 600 <= written < 1200
     assert shadow.counts.decisions == 6
-    assert caplog.text.count("has reached its greatest size") == 1
+    assert caplog.text.count(str(path)) == 1
     again, _ = make(plan(0, 0.5), path, max_bytes=600)
     with again:
         again.offer(job(plan(0, 0.5), None))

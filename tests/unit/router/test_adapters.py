@@ -138,7 +138,8 @@ async def test_a_stage_may_drop_an_adapter_while_it_is_asked_for_it(caplog):
     await asyncio.sleep(0)
     found.lacks("math", name)
     assert await found.model_for("math", LEFT_MS) == ""
-    assert caplog.messages == ["7b/math is not there: tasks of that type are answered without"]
+    (said,) = caplog.messages
+    assert "7b/math" in said
 
 
 async def test_a_stage_that_says_nothing_is_not_waited_for_beyond_the_time_left():
