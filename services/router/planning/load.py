@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from contextlib import contextmanager
-from enum import Enum
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from services.router.domain import Call
@@ -36,7 +36,7 @@ DEVIATIONS = 2.0
 NEWEST_CHOICE = 0.05
 
 
-class Question(Enum):
+class Question(StrEnum):
     """What the policy is asked. Each kind of answer has stages of its own that it mostly names."""
 
     PLAN = "plan"
@@ -233,8 +233,12 @@ class Load:
 
     def _line_ms(self, stage: int) -> float:
         """Return the wait behind this router's calls, those that are being planned among them."""
-        coming = sum(self._asking[each] * self._shares[each][stage] for each in Question)
-        return self._behind_ms(stage, len(self._under_way[stage]) + coming + 1.0)
+        # Every request asks this a dozen times, mostly while nothing else is being planned.
+        depth = len(self._under_way[stage]) + 1.0
+        for question, asking in self._asking.items():
+            if asking:
+                depth += asking * self._shares[question][stage]
+        return self._behind_ms(stage, depth)
 
     def _behind_ms(self, stage: int, depth: float) -> float:
         """Return how long a call waits in this router's line. depth: calls under way, itself included."""
