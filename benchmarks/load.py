@@ -197,11 +197,13 @@ def cells(text: str) -> tuple[str, ...]:
     return tuple(name for name in CELLS if name in names)
 
 
-async def measure(names: Sequence[str], prompts: int, kept: Kept | None) -> dict[str, dict[str, Any]]:
+async def measure(
+    names: Sequence[str], prompts: int, kept: Kept | None, port_base: int
+) -> dict[str, dict[str, Any]]:
     """Return a row for each cell. kept: gets each row as it is there; None: nothing is kept."""
     tasks = list(split("evaluation", prompts))
     rows = {}
-    async with embedded_cascade() as address, AsyncClient(address, timeout_ms=CALL_MS) as client:
+    async with embedded_cascade(port_base) as address, AsyncClient(address, timeout_ms=CALL_MS) as client:
         # A router that has seen nothing yet is not what is measured.
         await _ask(client, tasks[:AFTER], BALANCED, 1, "start")
         for name in names:
@@ -279,14 +281,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tenth of the prompts; keep nothing")
     parser.add_argument("--cells", type=cells, default=CELLS, help="such as best@32,burst; default: all")
     parser.add_argument("--anew", action="store_true", help="measure again what this tree has kept")
+    parser.add_argument("--port-base", type=int, default=21050, help="the cascade's first port (21050)")
     options = parser.parse_args()
     if options.quick:
-        run_service(measure(options.cells, PROMPTS // 10, None))
+        run_service(measure(options.cells, PROMPTS // 10, None, options.port_base))
         return
     kept = Kept(_WORK, tree_state())
     names = [name for name in options.cells if options.anew or name not in kept.rows]
     if names:
-        run_service(measure(names, PROMPTS, kept))
+        run_service(measure(names, PROMPTS, kept, options.port_base))
     missing = [name for name in CELLS if name not in kept.rows]
     if missing:
         sys.stderr.write(f"kept in {_WORK}; still to be measured: {', '.join(missing)}\n")

@@ -3,18 +3,19 @@
     .venv/bin/python -m benchmarks.processor_time COMMIT
 
 Both routers run with their own commit's policy service and instant stage (benchmarks.instant_stage), and
-answer the same requests, one at a time. Each pair of runs gives a ratio, the commit that runs first alternating.
-Writes benchmarks/results/processor_time.json.
+answer the same requests, one at a time, in turns: each pair of turns gives a ratio. Which commit is first
+alternates. Writes benchmarks/results/processor_time.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import statistics
 import sys
 import tempfile
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,12 +32,14 @@ from suites import split
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    import grpc
     import psutil
 
 COSTS = {"small": 1.6, "medium": 4.2, "large": 8.8}
 CALL_TIMEOUT = 30.0
-# Of a run's requests, what is sent before time is taken: imports, connections, caches.
-WARM = 500
+KINDS = ("unary", "stream")
+# Requests before any time is taken: imports, connections, caches.
+WARM = 300
 
 
 @asynccontextmanager
@@ -63,54 +66,61 @@ async def router_of(root: Path) -> AsyncIterator[tuple[str, psutil.Process]]:
                 yield running
 
 
-async def milliseconds_per_request(address: str, router: psutil.Process, samples: int) -> dict[str, float]:
-    """Return the router's processor time per request, by kind of call."""
-    requests = [
-        cascade_pb2.GenerateRequest(
-            prompt=task.prompt,
-            # Nothing is worth more than the first answer: one draft, one decision.
-            objective=common_pb2.Objective(**{"lambda": 0.0}),
-        )
-        for task in split("demo", 240)
-    ]
-    async with open_channel(address, retry=False) as channel:
-        stub = cascade_pb2_grpc.CascadeServiceStub(channel)
+class Turns:
+    """Sends requests to one router, a turn at a time, and takes the processor time of its process."""
 
-        async def unary(number: int) -> None:
-            await stub.Generate(requests[number % len(requests)], timeout=CALL_TIMEOUT)
+    def __init__(self, channel: grpc.aio.Channel, router: psutil.Process) -> None:
+        self._stub = cascade_pb2_grpc.CascadeServiceStub(channel)
+        self._router = router
+        # Nothing is worth more than the first answer: one draft, one decision.
+        objective = common_pb2.Objective(**{"lambda": 0.0})
+        prompts = [task.prompt for task in split("demo", 240)]
+        self._requests = [cascade_pb2.GenerateRequest(prompt=each, objective=objective) for each in prompts]
 
-        async def stream(number: int) -> None:
-            request = cascade_pb2.GenerateStreamRequest(request=requests[number % len(requests)])
-            async for _ in stub.GenerateStream(request, timeout=CALL_TIMEOUT):
-                pass
+    async def take(self, kind: str, count: int) -> float:
+        """Send requests one after the other; return the milliseconds of processor time for each.
 
-        figures = {}
-        for kind, call in (("unary", unary), ("stream", stream)):
-            for number in range(WARM):
-                await call(number)
-            before = sum(router.cpu_times()[:2])
-            for number in range(samples):
-                await call(number)
-            figures[kind] = (sum(router.cpu_times()[:2]) - before) * 1000.0 / samples
-    return figures
+        kind: "unary" or "stream".
+        """
+        before = self._processor_s()
+        for request in itertools.islice(itertools.cycle(self._requests), count):
+            if kind == "unary":
+                await self._stub.Generate(request, timeout=CALL_TIMEOUT)
+            else:
+                whole = cascade_pb2.GenerateStreamRequest(request=request)
+                async for _ in self._stub.GenerateStream(whole, timeout=CALL_TIMEOUT):
+                    pass
+        return (self._processor_s() - before) * 1000.0 / count
+
+    def _processor_s(self) -> float:
+        times = self._router.cpu_times()
+        return float(times.user + times.system)
 
 
-async def compare(roots: dict[str, Path], pairs: int, samples: int) -> dict[str, object]:
-    """Run pairs of turns. roots: the earlier commit's clone, then the later one's."""
+async def compare(roots: dict[str, Path], pairs: int, count: int) -> dict[str, object]:
+    """Run pairs of turns. roots: the earlier commit's clone, then the later one's. count: of requests."""
     before, after = roots
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in roots}
-    for pair in range(pairs):
-        for name in (before, after) if pair % 2 == 0 else (after, before):
-            async with router_of(roots[name]) as (address, router):
-                runs[name].append(await milliseconds_per_request(address, router, samples))
-            print(f"pair {pair + 1}/{pairs}: {name} {runs[name][-1]}", file=sys.stderr, flush=True)
-    figures: dict[str, object] = {"before": before, "after": after, "requests_per_run": samples}
-    for kind in runs[before][0]:
-        ratios = [b[kind] / a[kind] for a, b in zip(runs[before], runs[after], strict=True)]
-        figures[f"{kind}_ms_before"] = [round(run[kind], 3) for run in runs[before]]
-        figures[f"{kind}_ms_after"] = [round(run[kind], 3) for run in runs[after]]
-        figures[f"{kind}_ratio_median"] = round(statistics.median(ratios), 3)
-        figures[f"{kind}_ratios"] = [round(ratio, 3) for ratio in ratios]
+    async with AsyncExitStack() as stack:
+        routers = {}
+        for name, root in roots.items():
+            address, router = await stack.enter_async_context(router_of(root))
+            channel = await stack.enter_async_context(open_channel(address, retry=False))
+            routers[name] = Turns(channel, router)
+            for kind in KINDS:
+                await routers[name].take(kind, WARM)
+        figures: dict[str, object] = {"before": before, "after": after, "requests_per_turn": count}
+        for kind in KINDS:
+            taken: dict[str, list[float]] = {name: [] for name in roots}
+            for pair in range(pairs):
+                for name in (before, after) if pair % 2 == 0 else (after, before):
+                    taken[name].append(await routers[name].take(kind, count))
+                line = ", ".join(f"{name} {ms[-1]:.3f} ms" for name, ms in taken.items())
+                print(f"{kind}, pair {pair + 1} of {pairs}: {line}", file=sys.stderr, flush=True)
+            ratios = [later / earlier for earlier, later in zip(taken[before], taken[after], strict=True)]
+            figures[f"{kind}_ms_before"] = round(statistics.median(taken[before]), 3)
+            figures[f"{kind}_ms_after"] = round(statistics.median(taken[after]), 3)
+            figures[f"{kind}_ratio_median"] = round(statistics.median(ratios), 3)
+            figures[f"{kind}_ratios"] = [round(ratio, 3) for ratio in ratios]
     return figures
 
 
@@ -121,8 +131,8 @@ def main() -> None:
     )
     parser.add_argument("before", help="the earlier commit")
     parser.add_argument("--after", default="HEAD", help="the later one (HEAD)")
-    parser.add_argument("--pairs", type=int, default=5, help="pairs of turns (5)")
-    parser.add_argument("--requests", type=int, default=4000, help="for each kind of call and turn (4000)")
+    parser.add_argument("--pairs", type=int, default=20, help="pairs of turns, for each kind of call (20)")
+    parser.add_argument("--requests", type=int, default=400, help="of a turn (400)")
     options = parser.parse_args()
     before, after = commit_of(options.before), commit_of(options.after)
     with cloned(before) as earlier, cloned(after) as later:

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 # Answers that may wait for the candidate; further ones are dropped. Chosen: about a tenth of a second's work.
 CAPACITY = 256
 # How long the thread may go on when the service ends, in seconds.
-_CLOSING_SECONDS = 2.0
+CLOSING_S = 2.0
 STOP = "stop"
 
 
@@ -114,6 +114,7 @@ class Shadow:
     """Asks a candidate what the live policy was asked, in a thread that runs while this is entered.
 
     path: file of JSON lines; None: counted only. max_bytes: size from which on nothing more is written there.
+    closing_s: time that leaving waits for the jobs in the queue.
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class Shadow:
         *,
         capacity: int = CAPACITY,
         max_bytes: float = 2.0**28,
+        closing_s: float = CLOSING_S,
     ) -> None:
         self._policy = policy
         self._names = [stage.name for stage in policy.stages]
@@ -132,6 +134,7 @@ class Shadow:
         self._file = None if path is None else LineLog(path, log=logger)
         self._observer = observer
         self._max_bytes = max_bytes
+        self._closing_s = closing_s
         self._is_full = self._file is not None and self._file.size >= max_bytes
         self._jobs: queue.Queue[ShadowJob | None] = queue.Queue(capacity)
         self._thread = threading.Thread(target=self._work, name="shadow", daemon=True)
@@ -148,10 +151,10 @@ class Shadow:
     ) -> None:
         """Finish the waiting jobs, for a short time: a candidate that hangs must not hold up the service."""
         try:
-            self._jobs.put(None, timeout=_CLOSING_SECONDS)
+            self._jobs.put(None, timeout=self._closing_s)
         except queue.Full:
             return
-        self._thread.join(_CLOSING_SECONDS)
+        self._thread.join(self._closing_s)
 
     @property
     def counts(self) -> ShadowCounts:

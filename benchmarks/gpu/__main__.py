@@ -38,13 +38,13 @@ LONGEST = 2048
 SMALL = Path(__file__).parents[2] / "models" / "small"
 # What a later run may have had otherwise.
 _OF_A_PART = ("settings", "versions")
-_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
     options, parts = _read(arguments)
-    for variable, value in _ENVIRONMENT.items():
+    for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     is_small = options.tiny or (options.model and read_checkpoint(options.model).context < LONGEST)
     plan = TINY if is_small else Plan()

@@ -266,7 +266,7 @@ async def _measure(
         for concurrency in concurrencies:
             row["throughput"] += await _throughput(
                 running,
-                _mixes([stage.name for stage in stages], options.asked),
+                mixes([stage.name for stage in stages], options.asked),
                 concurrency,
                 options.rounds,
                 options.rounds_to_learn,
@@ -339,7 +339,7 @@ async def _start(
         for name, target in targets.items()
     ]
     ways: dict[str, dict[str, Any]] = {
-        **{name: {} for name in _mixes([stage.name for stage in stages], asked)},
+        **{name: {} for name in mixes([stage.name for stage in stages], asked)},
         # Acceptance is set: drafts of which nothing is accepted must not stop the others' verification.
         "pipelined": {"adaptive": False},
         "sequential": {"adaptive": False, "pipelined": False},
@@ -377,12 +377,13 @@ async def _load(stages: list[Stage], targets: dict[str, str]) -> dict[str, float
 async def _warm(running: Running, stages: list[Stage]) -> None:
     """Ask what compiles on its first use: every stage alone, every chain, at the largest batch too."""
     names = [stage.name for stage in stages]
-    for way in [{"stage": name} for name in names] + [{"chain": chain} for chain in _chains(names)]:
+    for way in [{"stage": name} for name in names] + [{"chain": chain} for chain in chains(names)]:
         for router in ("pipelined", "sequential"):
             await asyncio.gather(*(running.ask(router, way, share) for share in (*ACCEPTANCES, *ACCEPTANCES)))
 
 
-def _chains(names: Sequence[str]) -> list[tuple[str, ...]]:
+def chains(names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return every pair of stages in order, and all of them."""
     pairs = list(itertools.combinations(names, 2))
     return [*pairs, tuple(names)] if len(names) > 2 else pairs
 
@@ -395,7 +396,7 @@ async def _latencies(running: Running, names: list[str], repeats: int) -> dict[s
     alone = [("pipelined", (name,), 1.0) for name in names]
     chained = [
         (router, chain, acceptance)
-        for router, chain in itertools.product(("pipelined", "sequential"), _chains(names))
+        for router, chain in itertools.product(("pipelined", "sequential"), chains(names))
         for acceptance in (ACCEPTANCES if chain[0] == names[0] else ACCEPTANCES[:1])
     ]
     samples: dict[tuple[str, tuple[str, ...], float], list[tuple[float, Answer]]]
@@ -431,7 +432,7 @@ async def _latencies(running: Running, names: list[str], repeats: int) -> dict[s
     return {"latencies": found}
 
 
-def _mixes(
+def mixes(
     names: Sequence[str], asked: Collection[str] = tuple(ASKED)
 ) -> dict[str, list[tuple[dict[str, Any], float]]]:
     """Return what is asked, by name: ways of asking with the acceptance of their drafts, taken in turn.

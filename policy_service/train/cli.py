@@ -50,7 +50,7 @@ errors = LiteralConsole(stderr=True)
 
 _EMBEDDED_ARTIFACT = Path(__file__).resolve().parents[1] / "policy.zip"
 # Below, what is fitted and calibrated says little of other prompts. Chosen.
-_FEW_PROMPTS = 1000
+FEW_PROMPTS = 1000
 
 # Where `asd up` serves the embedded family.
 EMBEDDED_STAGES = ["small=127.0.0.1:50061", "medium=127.0.0.1:50062", "large=127.0.0.1:50063"]
@@ -109,9 +109,9 @@ def fit(
             inputs.append(InputFile(path, read_dataset(path, stages)))
         prompts = len(inputs[-1].data)
         console.print(f"{path}: {prompts} prompts", soft_wrap=True, markup=False)
-        if prompts < _FEW_PROMPTS:
+        if prompts < FEW_PROMPTS:
             _say(
-                f"warning: {prompts} prompts are few to {purpose}: collect {_FEW_PROMPTS:,} or more", "yellow"
+                f"warning: {prompts} prompts are few to {purpose}: collect {FEW_PROMPTS:,} or more", "yellow"
             )
     with console.status("fitting") as status:
         document = fit_policy(inputs[0], inputs[1], stages, output, seed, status.update)

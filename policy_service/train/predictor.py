@@ -75,8 +75,9 @@ def export_heads(heads: list[Head], size: int) -> bytes:
     tree_id = 0
     for index, head in enumerate(heads):
         # scikit-learn has no public view of these trees; tests compare the export with the original.
-        base.append(head.base if head.trees is None else float(head.trees._baseline_prediction.ravel()[0]))
-        ensembles = [] if head.trees is None else [trees[0] for trees in head.trees._predictors]
+        trees: Any = head.trees
+        base.append(head.base if trees is None else float(trees._baseline_prediction.ravel()[0]))  # noqa: SLF001
+        ensembles = [] if trees is None else [each[0] for each in trees._predictors]  # noqa: SLF001
         for ensemble in ensembles:
             for node_id, node in enumerate(ensemble.nodes):
                 is_leaf = bool(node["is_leaf"])

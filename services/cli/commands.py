@@ -619,14 +619,14 @@ async def _show_answer(client: AsyncClient, request: Request) -> None:
 
     output = console.output()
     async with client as cascade:
-        show = _stream_live if output.is_terminal else _stream_plain
+        show = stream_live if output.is_terminal else stream_plain
         answer = await show(cascade, request, output)
     objective = request.objective
     line = console.answer_line(answer, request.task, objective.max_latency_ms, objective.min_quality)
     console.notes().print(line, soft_wrap=True)
 
 
-async def _stream_live(cascade: AsyncClient, request: Request, output: Console) -> Answer:
+async def stream_live(cascade: AsyncClient, request: Request, output: Console) -> Answer:
     """Show drafts and what becomes of them; leave the answer on the terminal."""
     from rich.live import Live
 
@@ -649,7 +649,7 @@ async def _stream_live(cascade: AsyncClient, request: Request, output: Console) 
     return answer
 
 
-async def _stream_plain(cascade: AsyncClient, request: Request, output: Console) -> Answer:
+async def stream_plain(cascade: AsyncClient, request: Request, output: Console) -> Answer:
     """Write final text as it comes: as it is into files and pipes, with its controls shown to people."""
     from asd.values import Answer, Committed
 

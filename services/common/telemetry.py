@@ -246,6 +246,12 @@ def use_tracer_provider(provider: trace.TracerProvider | None) -> None:
     _state.tracer = provider.get_tracer(INSTRUMENTATION, VERSION) if provider else None
 
 
+def use_meter_provider(provider: metrics.MeterProvider) -> None:
+    """Record metrics with a provider. For set-up and for tests; once in a process."""
+    metrics.set_meter_provider(provider)
+    _state.metered = True
+
+
 def server_interceptors() -> list[Any]:
     """Return the interceptors that trace a grpc.aio server: none where tracing is off."""
     if _state.provider is None:
@@ -321,8 +327,7 @@ def setup_metrics(service_name: str, listen: str = "") -> bool:
         readers.append(_periodic_reader(kind))
     if listen:
         readers.append(_serve_metrics(listen))
-    metrics.set_meter_provider(MeterProvider(metric_readers=readers, resource=_resource(service_name)))
-    _state.metered = True
+    use_meter_provider(MeterProvider(metric_readers=readers, resource=_resource(service_name)))
     return True
 
 

@@ -64,7 +64,7 @@ async def running(
     supervisors: list[Supervisor] = []
     has_served = False
     # Before there is anything to leave behind.
-    received = _cancel_on_signals(supervisors, say)
+    received = cancel_on_signals(supervisors, say)
     directory = Path(tempfile.mkdtemp(prefix="asd-"))
     try:
         services = services_of(cascade, ports, directory, drain_seconds=_DRAIN_SECONDS)
@@ -101,7 +101,7 @@ def _check_installed(cascade: CascadeFile, only: str | None) -> None:
     check_extras(extras)
 
 
-def _cancel_on_signals(supervisors: Sequence[Supervisor], say: Callable[[str], None]) -> list[int]:
+def cancel_on_signals(supervisors: Sequence[Supervisor], say: Callable[[str], None]) -> list[int]:
     """Let signals cancel the task that runs now, then kill; return the list that they are put into."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     received: list[int] = []

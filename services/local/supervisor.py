@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
 # A model that was never prepared is prepared now: seconds for the embedded family, minutes for a large one.
 _READY_SECONDS = 300.0
-_FIRST_DELAY_S = 0.25
-_LONGEST_DELAY_S = 10.0
+_DELAYS_S = (0.25, 10.0)
 # A service that served for this long starts with the first delay again.
 _STABLE_S = 30.0
 # For how long the router is waited for to reach a service that is back, how long one question to it may take,
@@ -123,7 +122,8 @@ class Supervisor:
 class Child:
     """One service's process, and the file that its output goes to.
 
-    reach: waits until callers can have what the service of a name does.
+    reach: waits until callers can have what the service of a name does. delays_s: the first and the longest
+    time between the end of a process and the start of the next one.
     """
 
     def __init__(
@@ -132,8 +132,10 @@ class Child:
         directory: Path,
         say: Callable[[str], None],
         reach: Callable[[str], Awaitable[None]] | None = None,
+        delays_s: tuple[float, float] = _DELAYS_S,
     ) -> None:
         self._reach = reach or _reached
+        self._delays_s = delays_s
         self.service = service
         self.log = directory / f"{service.name}.log"
         self.crashes = 0
@@ -185,7 +187,8 @@ class Child:
 
     async def keep(self) -> None:
         """Start the process again whenever it ends, until cancelled."""
-        delay_s = _FIRST_DELAY_S
+        first_delay_s, longest_delay_s = self._delays_s
+        delay_s = first_delay_s
         serves, is_return = True, False
         while True:
             started = time.monotonic()
@@ -202,13 +205,13 @@ class Child:
             # A process that ends with 0 was asked to: it has drained, and nothing is wrong with it.
             was_asked = serves and process.returncode == 0
             if was_asked or time.monotonic() - started > _STABLE_S:
-                delay_s = _FIRST_DELAY_S
+                delay_s = first_delay_s
             self._say(
                 f"{self.service.name} (process {process.pid}) {_ending(process)}; starting it again in "
                 f"{delay_s:g} s (log: {self.log})"
             )
             await asyncio.sleep(delay_s)
-            delay_s = min(2 * delay_s, _LONGEST_DELAY_S)
+            delay_s = min(2 * delay_s, longest_delay_s)
             serves, is_return = False, True
             # A failed start is an ended process, which the next turn reports.
             with contextlib.suppress(LaunchError):

@@ -12,7 +12,6 @@ import sys
 from contextlib import suppress
 from types import SimpleNamespace as Fields
 
-from opentelemetry import metrics
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from opentelemetry.sdk.metrics import MeterProvider
 from prometheus_client import CollectorRegistry, generate_latest
@@ -44,8 +43,7 @@ def main() -> None:
     registry = CollectorRegistry()
     # As services.common.telemetry serves it.
     reader = PrometheusMetricReader(scope_info_enabled=False, registry=registry)
-    metrics.set_meter_provider(MeterProvider([reader]))
-    telemetry._state.metered = True
+    telemetry.use_meter_provider(MeterProvider([reader]))
     _count()
     sys.stdout.write(generate_latest(registry).decode())
 

@@ -40,7 +40,7 @@ Received = TypeVar("Received")
 # `timeout_ms` does not run yet. Four take some 4 ms of processor time there, and so end within the default
 # 100 ms where stages leave it a tenth of a processor. At 32 requests at a time beside others, 1 of 720 had
 # a late call with four, 5 with eight. At a millisecond each they are 4,000 a second, more than a router asks.
-_POLICY_CALLS = 4
+POLICY_CALLS = 4
 # Share of a call's time that it may spend in that line, and of what is left of the request's latency budget.
 # Chosen: a request of half a second, which then follows the static plan, still has most of it for its stages.
 _SHARE_IN_LINE = 0.25
@@ -74,7 +74,7 @@ class GrpcPolicy:
         self._indices = {name: index for index, name in enumerate(stages)}
         self._timeout_ms = timeout_ms
         self._breaker = breaker
-        self._limit = CallLimit(_POLICY_CALLS)
+        self._limit = CallLimit(POLICY_CALLS)
         stub = policy_pb2_grpc.PolicyServiceStub(channel)
         self._plan = stub.Plan
         self._decide = stub.Decide

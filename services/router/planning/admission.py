@@ -22,7 +22,7 @@ MIN_QUEUE_MS = 1.0
 _SHORT_WAIT = 0.25
 # Share of the largest stage's accuracy below which waits do not take a BALANCED request. Chosen: two points
 # less than what BALANCED keeps without waits.
-_LEAST_SHARE = 0.97
+LEAST_SHARE = 0.97
 # A request in a line is looked at again after half of the time that it has to spare, within these bounds, in
 # milliseconds. Chosen: its caller hears early of a line that became slower, and looking costs little.
 _SHORTEST_LOOK_MS, _LONGEST_LOOK_MS = 10.0, 250.0
@@ -60,7 +60,7 @@ class Admission:
         if self._overload is Overload.DEGRADE or objective.preference is Preference.FASTEST:
             return None
         is_bound = objective.quality_value is not None or objective.preference == Preference.BEST
-        return 1.0 if is_bound else _LEAST_SHARE
+        return 1.0 if is_bound else LEAST_SHARE
 
     @staticmethod
     def asks_for_quality(objective: Objective) -> bool:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # What a verification takes, as a share of writing anew, from which on drafts are not verified. Chosen: below
 # 1, since the drafting itself takes time too.
-_WORTHLESS = 0.9
+WORTHLESS = 0.9
 # Weight of the newest verification in the mean of that, and their number from which on it says something.
 # Chosen: some forty carry nine tenths, so that a few bad drafts in a row do not turn it; while drafts are
 # worthless few are verified, and some seven do.
@@ -40,8 +40,8 @@ _LEAST_VERIFIED = 4
 # While drafts are worthless, one in so many is verified all the same, to see whether that changed; each time
 # that it has not, twice as many are left out, up to the most. Chosen: at ten per cent more per attempt, they
 # cost one per cent at first.
-_PROBE_EVERY = 16
-_PROBE_EVERY_AT_MOST = 128
+PROBE_EVERY = 16
+PROBE_EVERY_AT_MOST = 128
 # Time of a computed token, in passes. Measured with vLLM on an H200: 0.22 ms beside 34 of a 70B, 0.045 beside
 # 7.9 of a 13B. It is the same for all models of one number format: bandwidth over arithmetic.
 _TOKEN = 0.0065
@@ -180,18 +180,18 @@ class _Pair:
         self._verified = 0
         self.is_worthless = False
         self._left_out = 0
-        self._every = _PROBE_EVERY
+        self._every = PROBE_EVERY
 
     def learn(self, share: float) -> None:
         """Learn from a verification."""
         # More than writing anew says no more: it would only take longer to forget.
         share = min(share, 1.0)
-        if share < _WORTHLESS:
-            self._every = _PROBE_EVERY
+        if share < WORTHLESS:
+            self._every = PROBE_EVERY
         self._verified += 1
         weight = max(_NEWEST_WORTHLESS if self.is_worthless else _NEWEST, 1.0 / self._verified)
         self._share += weight * (share - self._share)
-        self.is_worthless = self._share >= _WORTHLESS and self._verified >= _LEAST_VERIFIED
+        self.is_worthless = self._share >= WORTHLESS and self._verified >= _LEAST_VERIFIED
 
     def leaves_out(self) -> bool:
         """Return whether the next draft is left out, of those that are worthless."""
@@ -199,5 +199,5 @@ class _Pair:
         if self._left_out < self._every:
             return True
         self._left_out = 0
-        self._every = min(2 * self._every, _PROBE_EVERY_AT_MOST)
+        self._every = min(2 * self._every, PROBE_EVERY_AT_MOST)
         return False

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 # For how long plans avoid a stage that was away: at first, and at most, doubling while it hangs. Chosen: one
 # attempt per second costs nothing where the stage is gone, and half a deadline where it hangs.
 AWAY_SECONDS = 1.0
-_LONGEST_AWAY_SECONDS = 30.0
+LONGEST_AWAY_SECONDS = 30.0
 
 
 class Health:
@@ -97,7 +97,7 @@ class StageHealth(Health):
         time."""
         self.failed(error, "and avoided")
         self._has_hung = True
-        if self._avoid(min(AWAY_SECONDS * 2.0**self._times_silent, _LONGEST_AWAY_SECONDS)):
+        if self._avoid(min(AWAY_SECONDS * 2.0**self._times_silent, LONGEST_AWAY_SECONDS)):
             self._times_silent += 1
 
     def failed_a_request(self, error: AsdError) -> None:

@@ -134,12 +134,14 @@ class Knowledge:
         longer_ms = self.load.expected_queue_ms(stage) - told_ms[stage]
         return longer_ms >= self.load.service_ms(stage) > 0.0
 
-    def conditions(self, unavailable: Collection[int]) -> list[Condition]:
-        """Return the conditions of stages that are unavailable or busy; the policy takes others as idle."""
+    def conditions(self, unavailable: Collection[int], queues_ms: Sequence[float]) -> list[Condition]:
+        """Return the conditions of stages that are unavailable or busy; the policy takes others as idle.
+
+        queues_ms: what `queues_ms` gave.
+        """
         conditions = []
-        for stage in self.stages:
+        for stage, queue_ms in zip(self.stages, queues_ms, strict=True):
             depth = self.load.own_calls(stage.index)
-            queue_ms = self.load.expected_queue_ms(stage.index)
             if stage.index in unavailable or depth or queue_ms >= MIN_QUEUE_MS:
                 conditions.append(Condition(stage.name, stage.index not in unavailable, depth, queue_ms))
         return conditions

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from contextlib import contextmanager
-from enum import Enum
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from services.router.domain import Call
@@ -15,28 +15,28 @@ if TYPE_CHECKING:
     from services.router.domain import PeerLoad
 
 # Weight of the newest measurement in a mean. Chosen: some ten calls carry nine tenths of it.
-_NEWEST = 0.2
+NEWEST = 0.2
 # Time in which what was heard of others halves: the mean of the waits that they cause, unless it is gone
 # before, and their calls. Chosen: a stage that plans avoid for its queue would otherwise never be asked
 # again, and so never be seen to be idle; and one that is seldom asked says little of now.
-_HALF_LIFE_S = 5.0
+HALF_LIFE_S = 5.0
 # Calls that a stage is taken to compute at a time before it has shown it. Chosen: the onnx engine's default.
 # Where it is more, calls beyond it that did not wait say so.
-_FIRST_CAPACITY = 8.0
+FIRST_CAPACITY = 8.0
 # Share of a call's computing time from which on a wait says that the stage was full. Chosen: a call that only
 # waits for the pass under way, where there is room, waits less.
-_FULL = 0.25
+FULL = 0.25
 # Weight of the newest measurement in the mean deviation of a call's time. RFC 6298, section 2, has the same
 # for the round-trip times of a connection.
-_NEWEST_DEVIATION = 0.25
+NEWEST_DEVIATION = 0.25
 # Few calls take longer than so many deviations above the mean. Chosen: half of that RFC's, since answers vary
 # more than connections, and a request that might just not fit is better tried than refused.
-_DEVIATIONS = 2.0
+DEVIATIONS = 2.0
 # Least weight of the newest answer of the policy in the shares. Chosen: some forty carry nine tenths.
-_NEWEST_CHOICE = 0.05
+NEWEST_CHOICE = 0.05
 
 
-class Question(Enum):
+class Question(StrEnum):
     """What the policy is asked. Each kind of answer has stages of its own that it mostly names."""
 
     PLAN = "plan"
@@ -63,7 +63,7 @@ class Load:
         self._sent = [0.0] * stage_count
         self._service_ms = [0.0] * stage_count
         self._deviation_ms = [0.0] * stage_count
-        self._capacity = [_FIRST_CAPACITY] * stage_count
+        self._capacity = [FIRST_CAPACITY] * stage_count
         # Whether a call has waited in this router's own line.
         self._has_shown = [False] * stage_count
         # By the replica's address.
@@ -101,7 +101,7 @@ class Load:
     def chosen(self, question: Question, stage: int | None) -> None:
         """The policy answered a question with a stage to call; None: with none."""
         self._choices[question] += 1
-        weight = max(_NEWEST_CHOICE, 1.0 / self._choices[question])
+        weight = max(NEWEST_CHOICE, 1.0 / self._choices[question])
         shares = self._shares[question]
         for each, share in enumerate(shares):
             shares[each] = share + weight * ((each == stage) - share)
@@ -115,14 +115,14 @@ class Load:
         not, the capacity is at least that.
         """
         old, own_ms = self._faded_ms(stage), self._behind_ms(stage, depth)
-        self._others_ms[stage] = old + _NEWEST * (max(queue_ms - own_ms, 0.0) - old)
+        self._others_ms[stage] = old + NEWEST * (max(queue_ms - own_ms, 0.0) - old)
         self._measured[stage] = self._clock()
         if service_ms <= 0.0:
             return
         self._took(stage, service_ms)
         mean_ms = self._service_ms[stage]
         computed, capacity = depth * mean_ms / (queue_ms + mean_ms), self._capacity[stage]
-        has_waited = queue_ms >= _FULL * mean_ms
+        has_waited = queue_ms >= FULL * mean_ms
         if not self._has_shown[stage] and computed > capacity:
             # So many were computed, and nothing says that more cannot be.
             self._capacity[stage] = computed
@@ -131,7 +131,7 @@ class Load:
             # What a call waits that has a place by what is known may be of others' doing.
             self._has_shown[stage] = self._has_shown[stage] or depth > capacity
             # 1 at least: what others ask of the stage is not in this router's line, and the mean fades.
-            self._capacity[stage] = max(capacity + _NEWEST * (computed - capacity), 1.0)
+            self._capacity[stage] = max(capacity + NEWEST * (computed - capacity), 1.0)
 
     def ran_out(self, call: Call) -> None:
         """A call ran out of time that something had come of: what it had is the least that it takes.
@@ -150,8 +150,8 @@ class Load:
             return
         deviation_ms = self._deviation_ms[stage]
         newest_ms = abs(service_ms - known_ms)
-        self._deviation_ms[stage] = deviation_ms + _NEWEST_DEVIATION * (newest_ms - deviation_ms)
-        self._service_ms[stage] = known_ms + _NEWEST * (service_ms - known_ms)
+        self._deviation_ms[stage] = deviation_ms + NEWEST_DEVIATION * (newest_ms - deviation_ms)
+        self._service_ms[stage] = known_ms + NEWEST * (service_ms - known_ms)
 
     def heard(self, stage: int, others: PeerLoad) -> None:
         """An answer told of calls of others at a replica. Answers of a chain may be heard of out of order."""
@@ -198,7 +198,7 @@ class Load:
 
     def longest_ms(self, stage: int) -> float:
         """Return the time that few calls take longer than at a stage, waits not counted; 0 as above."""
-        return self._service_ms[stage] + _DEVIATIONS * self._deviation_ms[stage]
+        return self._service_ms[stage] + DEVIATIONS * self._deviation_ms[stage]
 
     def capacity(self, stage: int) -> float:
         """Return how many of this router's calls a stage is taken to compute at a time, 1 or more."""
@@ -233,8 +233,12 @@ class Load:
 
     def _line_ms(self, stage: int) -> float:
         """Return the wait behind this router's calls, those that are being planned among them."""
-        coming = sum(self._asking[each] * self._shares[each][stage] for each in Question)
-        return self._behind_ms(stage, len(self._under_way[stage]) + coming + 1.0)
+        # Every request asks this a dozen times, mostly while nothing else is being planned.
+        depth = len(self._under_way[stage]) + 1.0
+        for question, asking in self._asking.items():
+            if asking:
+                depth += asking * self._shares[question][stage]
+        return self._behind_ms(stage, depth)
 
     def _behind_ms(self, stage: int, depth: float) -> float:
         """Return how long a call waits in this router's line. depth: calls under way, itself included."""
@@ -247,10 +251,10 @@ class Load:
         if mean_ms <= 0.0:
             return 0.0
         elapsed_s = self._clock() - self._measured[stage]
-        faded_ms: float = mean_ms * 0.5 ** (elapsed_s / _HALF_LIFE_S)
+        faded_ms: float = mean_ms * 0.5 ** (elapsed_s / HALF_LIFE_S)
         return max(min(faded_ms, mean_ms - elapsed_s * 1000.0), 0.0)
 
     def _left_of(self, others: PeerLoad) -> float:
         """Return how many of the calls that were under way at a time are taken to be so still."""
-        left: float = others.calls * 0.5 ** ((self._clock() - others.when) / _HALF_LIFE_S)
+        left: float = others.calls * 0.5 ** ((self._clock() - others.when) / HALF_LIFE_S)
         return left

@@ -39,7 +39,8 @@ class PolicyPlan:
         avoided, may_repeat = unavailable, self._counts_waits()
         with self._timed():
             while True:
-                conditions, told_ms = self._knowledge.conditions(avoided), self._knowledge.queues_ms()
+                told_ms = self._knowledge.queues_ms()
+                conditions = self._knowledge.conditions(avoided, told_ms)
                 with self._knowledge.load.asking(Question.PLAN):
                     plan = await self._policy.plan(
                         self._state.request,
@@ -63,7 +64,8 @@ class PolicyPlan:
         spent_ms = state.spent_ms()
         with self._timed():
             while True:
-                conditions, told_ms = self._knowledge.conditions(avoided), self._knowledge.queues_ms()
+                told_ms = self._knowledge.queues_ms()
+                conditions = self._knowledge.conditions(avoided, told_ms)
                 with self._knowledge.load.asking(Question.DECIDE):
                     decision = await self._policy.decide(
                         state.request,

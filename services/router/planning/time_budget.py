@@ -17,10 +17,10 @@ MARGIN_MS = 10.0
 # Kept in its place beside other requests, as a share of the whole time and at most, in milliseconds. Chosen:
 # a refusal that its caller does not hear in time is none, and a busy machine takes long to say anything: with
 # a tenth, most of a burst with half a second each heard nothing in time.
-_SHARE_KEPT, _MOST_KEPT_MS = 0.25, 250.0
+_SHARE_KEPT, MOST_KEPT_MS = 0.25, 250.0
 # Kept of a deadline, in milliseconds, for an earlier answer to reach its caller. gRPC rounds a deadline of
 # 10 to 100 s up to a tenth of a second, so that the router may think that it has so much more.
-_RETURN_MS = 100.0
+RETURN_MS = 100.0
 # Share of the time left that a stage may take whose answer another stage could still replace. Chosen.
 SHARE_OF_TIME = 0.5
 # Share of the time left that an escalation may lose to a prefix cache that is filled ahead. Chosen.
@@ -71,7 +71,7 @@ class TimeBudget:
         if is_bound:
             return left_ms
         # A stage that takes long for every answer may have more than half, but for the way back.
-        usual_ms = min(USUAL_TIMES * self._knowledge.usual_ms(stage), left_ms - _RETURN_MS)
+        usual_ms = min(USUAL_TIMES * self._knowledge.usual_ms(stage), left_ms - RETURN_MS)
         return max(self._part_of(left_ms, stage), usual_ms)
 
     def prefill_ms(self, stage: Stage) -> float:
@@ -87,7 +87,7 @@ class TimeBudget:
         """Return what is kept of the deadline: more beside other requests, who make the way back longer."""
         if not (self._admission.refuses and self.is_beside_others()):
             return MARGIN_MS
-        return max(MARGIN_MS, min(self._state.whole_ms() * _SHARE_KEPT, _MOST_KEPT_MS))
+        return max(MARGIN_MS, min(self._state.whole_ms() * _SHARE_KEPT, MOST_KEPT_MS))
 
     def _part_of(self, left_ms: float, stage: Stage) -> float:
         """Return what a stage may take of the time left where another stage could still answer.

@@ -202,9 +202,7 @@ async def test_a_stray_package_in_the_current_directory_is_not_run(services, tmp
         assert supervisor.children[0].pid
 
 
-async def test_a_service_that_keeps_ending_is_started_later_each_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(supervising, "_FIRST_DELAY_S", 0.001)
-    monkeypatch.setattr(supervising, "_LONGEST_DELAY_S", 0.004)
+async def test_a_service_that_keeps_ending_is_started_later_each_time(tmp_path):
     lines: list[str] = []
     four_lines = asyncio.Event()
 
@@ -213,7 +211,7 @@ async def test_a_service_that_keeps_ending_is_started_later_each_time(tmp_path, 
         if len(lines) == 4:
             four_lines.set()
 
-    child = Child(Service("small", "no_such_module", {}, 1), tmp_path, say)
+    child = Child(Service("small", "no_such_module", {}, 1), tmp_path, say, delays_s=(0.001, 0.004))
     with pytest.raises(LaunchError, match=r"small ended with code 1\.(?s:.*)No module named no_such_module"):
         await child.start()
     keeper = asyncio.create_task(child.keep())
@@ -234,9 +232,9 @@ async def test_a_service_that_was_asked_to_end_is_started_again_without_delay(tm
         "signal.pause()\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(supervising, "_FIRST_DELAY_S", 0.001)
     lines: asyncio.Queue[str] = asyncio.Queue()
-    child = Child(Service("small", "obedient", {}, 1), tmp_path, lines.put_nowait)
+    service = Service("small", "obedient", {}, 1)
+    child = Child(service, tmp_path, lines.put_nowait, delays_s=(0.001, 0.004))
     await child.start()
     keeper = asyncio.create_task(child.keep())
     for _ in range(3):

@@ -300,7 +300,6 @@ async def test_a_shadow_decides_beside_the_live_policy_and_is_only_recorded(
 async def test_a_shadow_that_fails_or_hangs_touches_no_answer(
     store: PolicyStore, tmp_path: Path, monkeypatch
 ):
-    monkeypatch.setattr("policy_service.shadow._CLOSING_SECONDS", 0.01)
     async with running(store, tmp_path / "r.jsonl") as service:
         alone = await service.stub.Decide(decide(-0.4), timeout=CALL_S)
     leave = threading.Event()
@@ -314,7 +313,7 @@ async def test_a_shadow_that_fails_or_hangs_touches_no_answer(
 
     for behaviour in (fail, hang):
         monkeypatch.setattr(candidate, "decide", behaviour)
-        with Shadow(candidate, None, Instruments(), capacity=1) as shadow:
+        with Shadow(candidate, None, Instruments(), capacity=1, closing_s=0.01) as shadow:
             async with running(store, tmp_path / "r.jsonl", shadow) as service:
                 for _ in range(4):
                     beside = await service.stub.Decide(decide(-0.4), timeout=CALL_S)

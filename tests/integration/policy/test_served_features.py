@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 ARTIFACT = Path(__file__).parents[3] / "policy_service" / "policy.zip"
 CASCADE = ["small", "medium", "large"]
-ROWS = 10_000
+ROWS = 1500
 
 
 class Recorder:
@@ -62,7 +62,7 @@ def conversation(task: Task) -> common_pb2.Conversation:
 @pytest.fixture(scope="module")
 def cases() -> list[tuple[Task, dict[str, dict[str, list[float]]], list[int]]]:
     rng = np.random.default_rng(0)
-    tasks = [*split("calibration", ROWS - 2000), *split("calibration", 2000, follow_ups=True)]
+    tasks = [*split("calibration", ROWS - 300), *split("calibration", 300, follow_ups=True)]
     random.Random(0).shuffle(tasks)
     return [
         (
@@ -77,7 +77,7 @@ def cases() -> list[tuple[Task, dict[str, dict[str, list[float]]], list[int]]]:
 async def test_features_of_requests_equal_those_of_outcome_files(cases: Any, tmp_path: Path) -> None:
     document = read_document(ARTIFACT)
     recorder = Recorder([len(view.heads) for view in document.views])
-    # Every prompt is predicted for, also the few of 10,000 that look new.
+    # Every prompt is predicted for, also the few that look new.
     servicer = PolicyServicer(build_policy(document, recorder), document, None, novelty_threshold=1.0)
     keys = view_keys(len(CASCADE))
     rows = []

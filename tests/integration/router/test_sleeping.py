@@ -111,64 +111,6 @@ async def test_a_plan_that_begins_with_a_sleeper_is_made_again_without_it(world,
     assert manager.woken == ["small"]
 
 
-async def test_a_stage_that_nobody_wants_is_not_woken(world, sleepy):
-    policy = world.policy(first="small")
-    w, manager = await sleepy("large", policy=policy)
-    answer = await w.stub.Generate(ask(), timeout=CALL_S)
-    assert answer.stage == "small"
-    assert (len(policy.plans), manager.woken) == (1, [])
-
-
-async def test_a_decision_for_a_sleeper_is_made_again_without_it(world, sleepy):
-    policy = world.policy(first="small", script={"small": "large"})
-
-    def without_large(step: str) -> None:
-        if step == "decide" and any(not each.available for each in policy.decisions[-1].conditions):
-            policy.script = {"small": "medium"}
-
-    policy.on_call = without_large
-    w, manager = await sleepy("large", policy=policy)
-    answer = await w.stub.Generate(ask(), timeout=CALL_S)
-    assert used(w) == {"small": ["generate"], "medium": ["verify"]}
-    assert answer.stage == "medium"
-    assert await woken(manager) == ["large"]
-
-
-async def test_an_answer_does_not_wait_for_a_sleeper_that_the_policy_insists_on(world, sleepy):
-    policy = world.policy(first="small", script={"small": "large"})
-    w, manager = await sleepy("large", policy=policy)
-    answer = await w.stub.Generate(ask(), timeout=CALL_S)
-    assert answer.stage == "small"
-    assert answer.stages[0].reason == cascade_pb2.StageRecord(reason=9).reason
-    assert await woken(manager) == ["large"]
-
-
-async def test_a_prompt_is_not_read_ahead_for_a_sleeper(world, sleepy):
-    policy = world.policy(first="small", p_escalate=1.0, likely_next="large")
-    w, manager = await sleepy("large", policy=policy)
-    answer = await w.stub.Generate(ask(), timeout=CALL_S)
-    assert answer.stage == "small"
-    assert used(w) == {"small": ["generate"]}
-    assert await woken(manager) == ["large"]
-
-
-@pytest.mark.parametrize(
-    ("plan", "asleep", "answers", "wakes"),
-    [
-        (("small", "large"), ("small",), {"large": ["generate"]}, ["small"]),
-        (("small", "large"), ("large",), {"small": ["generate"]}, ["large"]),
-        (("small", "medium", "large"), ("medium",), {"small": ["generate"], "large": ["verify"]}, ["medium"]),
-        # None of the plan's is there.
-        (("small",), ("small",), {"large": ["generate"]}, ["small"]),
-    ],
-)
-async def test_the_static_plan_goes_on_without_sleepers(sleepy, plan, asleep, answers, wakes):
-    w, manager = await sleepy(*asleep, static_plan=plan)
-    await w.stub.Generate(ask(), timeout=CALL_S)
-    assert used(w) == answers
-    assert await woken(manager) == wakes
-
-
 async def test_whoever_names_a_sleeper_waits_for_it(sleepy):
     w, manager = await sleepy("large")
     call = w.stub.Generate(ask(stage="large"), timeout=CALL_S)

@@ -20,8 +20,9 @@ from tests.fakes import fake_vllm
 
 
 def test_a_tiny_run_has_every_figure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(gpu, "_use_stand_in", lambda: fake_vllm.install(monkeypatch))
-    for variable, value in gpu._ENVIRONMENT.items():
+    # The run puts both in place itself; the test's end takes them away.
+    fake_vllm.install(monkeypatch)
+    for variable, value in gpu.ENVIRONMENT.items():
         monkeypatch.setenv(variable, value)
     file = tmp_path / "gpu.json"
     gpu.main(["--tiny", "--out", str(file)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.gpu.cascade import ALWAYS, ANSWER, LEAST_ANSWERS, Stage, _chains, _mixes, main
+from benchmarks.gpu.cascade import ALWAYS, ANSWER, LEAST_ANSWERS, Stage, chains, main, mixes
 from benchmarks.gpu.predictable import last_token, successor
 
 VOCABULARY = 32_000
@@ -59,19 +59,18 @@ def test_stages_are_read_with_their_gpus() -> None:
 
 
 def test_what_is_asked_of_two_and_of_three_stages() -> None:
-    assert _chains(("small", "large")) == [("small", "large")]
-    assert _chains(("small", "medium", "large"))[-1] == ("small", "medium", "large")
-    assert "the policy decides" not in _mixes(("small", "large"))
-    mixes = _mixes(("small", "medium", "large"))
-    assert mixes["the policy decides"]
-    early = [way for way, _ in mixes["four of five stop early"] if way == {"stage": "small"}]
-    assert len(early) / len(mixes["four of five stop early"]) == 0.8
-    assert all(LEAST_ANSWERS % len(mix) == 0 for mix in mixes.values())
+    assert chains(("small", "large")) == [("small", "large")]
+    assert chains(("small", "medium", "large"))[-1] == ("small", "medium", "large")
+    assert "the policy decides" not in mixes(("small", "large"))
+    asked = mixes(("small", "medium", "large"))
+    assert asked["the policy decides"]
+    early = [way for way, _ in asked["four of five stop early"] if way == {"stage": "small"}]
+    assert len(early) / len(asked["four of five stop early"]) == 0.8
+    assert all(LEAST_ANSWERS % len(mix) == 0 for mix in asked.values())
 
 
 def test_only_what_is_named_is_asked_beside_always_the_largest(capsys: pytest.CaptureFixture[str]) -> None:
-    mixes = _mixes(("small", "large"), ("all-accepted",))
-    assert list(mixes) == [ALWAYS, "escalated, all accepted"]
+    assert list(mixes(("small", "large"), ("all-accepted",))) == [ALWAYS, "escalated, all accepted"]
     with pytest.raises(SystemExit):
         main(["tiny", "tiny", "--asked", "all-accepted,al"])
     assert "'al' is none of all-accepted, half-accepted" in capsys.readouterr().err

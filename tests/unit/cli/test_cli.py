@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from contextlib import asynccontextmanager
 from dataclasses import asdict, replace
 
 import pytest
@@ -37,10 +38,11 @@ from asd.values import (
     Tokens,
 )
 from services.cli import commands, console
-from services.cli.commands import _stream_live, _stream_plain, app
+from services.cli.commands import app, stream_live, stream_plain
 from services.common.errors import AsdError, InvalidRequest
 from services.common.terminal import LiteralConsole
 from services.common.version import VERSION
+from services.local import running
 from services.local.running import Signalled
 
 _RUNNER = CliRunner()
@@ -247,10 +249,12 @@ def test_standard_input_that_is_not_text_is_refused():
     ],
 )
 def test_a_signal_is_success_only_for_a_cascade_that_served(monkeypatch, number, has_served, code):
-    async def run(*_, **options):
+    @asynccontextmanager
+    async def end(*_, **options):
         raise Signalled(number, has_served=has_served)
+        yield
 
-    monkeypatch.setattr(commands, "_up", run)
+    monkeypatch.setattr(running, "running", end)
     assert _RUNNER.invoke(app, ["up"]).exit_code == code
 
 
@@ -293,7 +297,7 @@ async def test_a_terminal_shows_the_draft_and_keeps_the_answer(monkeypatch):
     monkeypatch.setattr(Live, "update", lambda self, renderable: shown.append(_text(renderable)))
     file = io.StringIO()
     output = LiteralConsole(file=file, force_terminal=True, width=80)
-    assert await _stream_live(_Cascade(), Request("Hi"), output) == ANSWER
+    assert await stream_live(_Cascade(), Request("Hi"), output) == ANSWER
     assert shown == [
         "\nsmall writes …\n",
         "wrong\nsmall writes …\n",
@@ -304,7 +308,7 @@ async def test_a_terminal_shows_the_draft_and_keeps_the_answer(monkeypatch):
     ]
     assert file.getvalue().endswith("right\n")
     with pytest.raises(AsdError, match="without an answer"):
-        await _stream_live(_Cascade(), Request("cut"), output)
+        await stream_live(_Cascade(), Request("cut"), output)
 
 
 def _text(renderable) -> str:
@@ -374,8 +378,8 @@ class _Terminal(io.StringIO):
 
 
 async def test_a_terminal_shows_controls_of_an_answer_and_of_names():
-    for show, file in ((_stream_live, io.StringIO()), (_stream_plain, _Terminal())):
-        output = LiteralConsole(file=file, force_terminal=show is _stream_live, width=200)
+    for show, file in ((stream_live, io.StringIO()), (stream_plain, _Terminal())):
+        output = LiteralConsole(file=file, force_terminal=show is stream_live, width=200)
         await show(_HostileCascade(), Request("Hi"), output)
         assert not _has_controls(file.getvalue())
         assert file.getvalue().endswith(f"{SHOWN}\n")
@@ -434,9 +438,11 @@ def test_what_is_asked_comes_from_standard_input_where_it_is_left_out(monkeypatc
     # Nothing was sent there, or somebody would have to type it.
     assert _RUNNER.invoke(app, ["ask"], input="").exit_code == 2
     monkeypatch.setattr("sys.stdin", _Terminal("typed"))
-    with pytest.raises(InvalidRequest, match="say what to ask"):
-        commands._read_prompt(None)
-    assert commands._read_prompt("-") == "typed"
+    for arguments, code in ((["ask", "--json"], 2), (["ask", "--json", "-"], 0)):
+        with pytest.raises(SystemExit) as ended:
+            app(arguments)
+        assert ended.value.code == code
+    assert requests[2:] == ["typed"]
 
 
 @pytest.mark.parametrize("options", [[], ["--json"], ["--system", "Be brief."]])

@@ -70,15 +70,15 @@ main()
 
 def test_while_it_works_it_unwinds():
     code = """
-from services.cli import commands
+import types
 
-def read(file):
+def read(path):
     try:
         interrupt()
     finally:
         print("cleaned up", file=sys.stderr)
 
-commands._models = read
+sys.modules["services.stage.engines.onnx.export"] = types.SimpleNamespace(read_shape=read)
 main()
 """
     assert _run(code, "models") == (130, "cleaned up\n")
@@ -99,8 +99,17 @@ def test_after_its_end_the_code_stands():
 
 
 def test_a_command_in_the_background_is_left_alone():
-    code = "signal.signal(signal.SIGINT, signal.SIG_IGN)\nfrom services.cli import commands\n"
-    code += "commands._models = lambda file: interrupt() or []\nmain()"
+    code = """
+import types
+
+def read(path):
+    interrupt()
+    return types.SimpleNamespace(parameters=1)
+
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+sys.modules["services.stage.engines.onnx.export"] = types.SimpleNamespace(read_shape=read)
+main()
+"""
     assert _run(code, "models") == (0, "")
 
 
@@ -126,7 +135,7 @@ async def test_a_terminal_that_closes_ends_a_cascade_unless_nohup_said_otherwise
     supervisor, lines = _Supervisor(), []
 
     async def work() -> list[int]:
-        received = running._cancel_on_signals(supervisor, lines.append)
+        received = running.cancel_on_signals(supervisor, lines.append)
         try:
             signal.raise_signal(signal.SIGHUP)
             # Signals reach the loop through a pipe.

@@ -133,7 +133,7 @@ def test_few_prompts_are_warned_of(tmp_path: Path, monkeypatch):
         "warning: 3 prompts are few to fit to: collect 1,000 or more",
         "warning: 4 prompts are few to calibrate on: collect 1,000 or more",
     ]
-    monkeypatch.setattr(cli, "_FEW_PROMPTS", 4)
+    monkeypatch.setattr(cli, "FEW_PROMPTS", 4)
     assert _RUNNER.invoke(app, arguments).stderr.splitlines() == [
         "warning: 3 prompts are few to fit to: collect 4 or more"
     ]

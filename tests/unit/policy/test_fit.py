@@ -323,7 +323,7 @@ def test_a_file_of_another_kind_is_refused(
 def test_a_file_without_a_column_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "o.parquet", [record(random.Random(3))])
     pq.write_table(pq.read_table(path).drop_columns(["prompt"]), path)
-    with pytest.raises(UnfitOutcomes, match="has no column prompt"):
+    with pytest.raises(UnfitOutcomes, match="prompt"):
         list(read_rows(path))
 
 
@@ -338,7 +338,7 @@ def test_a_cut_file_is_refused(tmp_path: Path, cut: int) -> None:
 
 def test_costs_of_another_cascade_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "o.parquet", [record(random.Random(5))])
-    with pytest.raises(UnfitOutcomes, match="holds the cascade small, large; the costs are for large, small"):
+    with pytest.raises(UnfitOutcomes, match=r"small, large.* large, small"):
         read_dataset(path, COSTS[::-1])
 
 
@@ -347,7 +347,7 @@ def test_shared_prompts_are_refused(tmp_path: Path) -> None:
     one, two, three = (record(rng) for _ in range(3))
     first = write(tmp_path / "a.parquet", [one, two])
     second = write(tmp_path / "b.parquet", [three, one])
-    with pytest.raises(UnfitOutcomes, match=r"b\.parquet: row 2: the prompt is in .*a\.parquet as well"):
+    with pytest.raises(UnfitOutcomes, match=r"b\.parquet: row 2: .*a\.parquet"):
         check_disjoint(first, second)
 
 
@@ -356,19 +356,16 @@ def test_an_artifact_with_a_foreign_model_is_refused(
 ) -> None:
     artifact = Path(shutil.copy(made[0], tmp_path))
     change_file(artifact, "stage-0.onnx", files_of(artifact)["stage-1.onnx"])
-    with pytest.raises(UnfitArtifact, match=r"artifact: stage-0\.onnx is not the model"):
+    with pytest.raises(UnfitArtifact, match=r"artifact: stage-0\.onnx"):
         read_artifact(artifact)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"features_version": 0}, "made with features 0"),
-        ({"features": 3}, "features must be"),
-        (
-            {"schema_version": 1},
-            "schema_version 1; this version of asd reads 2: make the policy anew with `asd-policy fit`",
-        ),
+        ({"features_version": 0}, "features 0"),
+        ({"features": 3}, "features"),
+        ({"schema_version": 1}, "schema_version 1.* `asd-policy fit`"),
         ({"schema_version": 3}, "schema_version 3"),
         (
             {"curve": [{"quality_value": 1, "cost": 1, "latency_ms": 1, "accuracy": 1}] * 2},

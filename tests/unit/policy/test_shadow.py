@@ -160,7 +160,8 @@ def test_a_candidate_that_fails_is_counted_logged_once_and_asked_again(tmp_path:
             shadow.offer(job(plan(0, 0.5), None))
     assert shadow.counts.failures == 3
     assert heard.told == ["failed"] * 3
-    assert caplog.text.count("the shadow policy candidate failed") == 1
+    (told,) = caplog.records
+    assert "candidate" in told.getMessage()
     assert list(read_shadow(tmp_path / "s.jsonl")) == []
 
 
@@ -187,7 +188,7 @@ def test_a_full_file_is_written_no_more_and_counting_goes_on(tmp_path: Path, cap
     written = path.stat().st_size
     assert 600 <= written < 1200
     assert shadow.counts.decisions == 6
-    assert caplog.text.count("has reached its greatest size") == 1
+    assert caplog.text.count(str(path)) == 1
     again, _ = make(plan(0, 0.5), path, max_bytes=600)
     with again:
         again.offer(job(plan(0, 0.5), None))
@@ -201,8 +202,7 @@ def test_without_a_file_it_only_counts():
     assert shadow.counts.agreements == 1
 
 
-def test_a_candidate_that_hangs_neither_holds_the_offer_nor_the_end(monkeypatch):
-    monkeypatch.setattr("policy_service.shadow._CLOSING_SECONDS", 0.01)
+def test_a_candidate_that_hangs_neither_holds_the_offer_nor_the_end():
     entered, leave = threading.Event(), threading.Event()
 
     class Hanging(FakePolicy):
@@ -212,7 +212,8 @@ def test_a_candidate_that_hangs_neither_holds_the_offer_nor_the_end(monkeypatch)
             leave.wait(CALL_S)
             return super().say()
 
-    shadow = Shadow(Hanging(plan(0, 0.5)), None, Heard(), capacity=1)  # type: ignore[arg-type]
+    candidate = Hanging(plan(0, 0.5))
+    shadow = Shadow(candidate, None, Heard(), capacity=1, closing_s=0.01)  # type: ignore[arg-type]
     with shadow:
         shadow.offer(job(plan(0, 0.5), None))
         assert entered.wait(CALL_S)

@@ -80,7 +80,7 @@ def test_publishing_again_changes_nothing_and_another_content_is_refused(store: 
     store.publish(tmp_path / "v2")
     assert store.history() == ("v1", "v2")
     other = make_artifact(tmp_path / "other", "v2", offset=-1.0)
-    with pytest.raises(UnfitStore, match="a version never changes"):
+    with pytest.raises(UnfitStore):
         store.publish(other)
     assert store.history() == ("v1", "v2")
 
@@ -89,7 +89,7 @@ def test_rollback_goes_back_step_by_step_and_to_any_version(store: PolicyStore, 
     store.publish(make_artifact(tmp_path / "v3", "v3"))
     assert store.rollback() == "v2"
     assert store.rollback() == "v1"
-    with pytest.raises(UnfitStore, match="there is no version before v1"):
+    with pytest.raises(UnfitStore, match="v1"):
         store.rollback()
     assert store.rollback("v3") == "v3"
     assert store.history() == ("v1", "v3")
@@ -99,7 +99,7 @@ def test_rollback_goes_back_step_by_step_and_to_any_version(store: PolicyStore, 
     assert store.rollback("v1") == "v1"
     # It was in force before the two, so they are undone with what follows it.
     assert store.history() == ("v1",)
-    with pytest.raises(UnfitStore, match="no version 'v9': choose one of v1, v2, v3"):
+    with pytest.raises(UnfitStore, match="v1, v2, v3"):
         store.rollback("v9")
 
 
@@ -111,20 +111,20 @@ def test_rollback_to_what_cannot_be_served_is_refused(store: PolicyStore):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("spoil", "named"),
     [
-        (lambda path: path.unlink(), "v3: No such file"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-9]), "v3 is no policy of `asd-policy fit`"),
-        (lambda path: change_file(path, "policy.json", None), "v3 holds no policy.json"),
-        (lambda path: change_file(path, "policy.json", b"{}"), "v3: policy.json: schema_version is missing"),
-        (lambda path: change_file(path, "1-0.onnx", b"x"), "v3: 1-0.onnx is not the model"),
-        (lambda path: change_file(path, "1-0.onnx", None), "v3 holds no 1-0.onnx"),
+        (lambda path: path.unlink(), "v3"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-9]), "v3"),
+        (lambda path: change_file(path, "policy.json", None), r"v3.* policy\.json"),
+        (lambda path: change_file(path, "policy.json", b"{}"), r"v3: policy\.json: schema_version"),
+        (lambda path: change_file(path, "1-0.onnx", b"x"), r"v3: 1-0\.onnx"),
+        (lambda path: change_file(path, "1-0.onnx", None), r"v3.* 1-0\.onnx"),
     ],
 )
-def test_what_cannot_be_served_is_not_published(spoil, message, store: PolicyStore, tmp_path: Path):
+def test_what_cannot_be_served_is_not_published(spoil, named, store: PolicyStore, tmp_path: Path):
     artifact = make_artifact(tmp_path / "v3", "v3")
     spoil(artifact)
-    with pytest.raises(UnfitArtifact, match=message):
+    with pytest.raises(UnfitArtifact, match=named):
         store.publish(artifact)
     assert store.history() == ("v1", "v2")
     assert store.names() == ("v1", "v2")
@@ -165,22 +165,24 @@ def _refusal(store: PolicyStore, artifact: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "field"),
     [
-        (_without("schema_version"), "schema_version is missing; this version of asd reads 2"),
-        (_without("schema"), "schema: Field required"),
-        (_with("schema_version", 2.0), "schema_version 2.0;"),
-        (_with("schema_version", "2"), 'schema_version "2";'),
-        (_with("schema_version", None), "schema_version null;"),
-        (_with("schema_version", "\x1b[31m"), 'schema_version "\\u001b[31m";'),
+        (_without("schema_version"), "schema_version"),
+        (_without("schema"), "schema:"),
+        (_with("schema_version", 2.0), "schema_version"),
+        (_with("schema_version", "2"), "schema_version"),
+        (_with("schema_version", None), "schema_version"),
+        (_with("schema_version", "\x1b[31m"), "schema_version"),
     ],
 )
 def test_a_document_that_does_not_say_what_it_is_is_not_published(
-    change, words, store: PolicyStore, tmp_path: Path
+    change, field, store: PolicyStore, tmp_path: Path
 ):
     artifact = make_artifact(tmp_path / "v3", "v3")
     change_document(artifact, change)
-    assert _refusal(store, artifact).startswith(f"{artifact}: policy.json: {words}")
+    said = _refusal(store, artifact)
+    assert said.startswith(f"{artifact}: policy.json: {field}")
+    assert said.isprintable()
 
 
 def _numbers(content: Any, place: str = "") -> Iterator[str]:
@@ -250,14 +252,14 @@ def test_a_digest_is_one(wrong, store: PolicyStore, tmp_path: Path):
 @pytest.mark.parametrize("wrong", ["v2\x1b[2J", "../policies/v2", "v2\n"])
 def test_the_version_in_force_is_a_name(wrong, store: PolicyStore):
     _change_pointer(store, _with("history.1.version", wrong))
-    with pytest.raises(UnfitStore, match="does not name a version"):
+    with pytest.raises(UnfitStore):
         store.current()
 
 
 @pytest.mark.parametrize("wrong", [-1, 1e15])
 def test_a_version_is_in_force_since_a_time_that_can_be_shown(wrong, store: PolicyStore):
     _change_pointer(store, _with("history.1.since", wrong))
-    with pytest.raises(UnfitStore, match="does not name a version"):
+    with pytest.raises(UnfitStore):
         store.current()
 
 
@@ -272,7 +274,7 @@ def test_true_is_no_number_in_a_store(store: PolicyStore, tmp_path: Path):
     change_document(artifact, _with("lineage", {"parent": "v2", "stages": [stage]}))
     assert read_document(artifact).lineage is not None
     _change_pointer(store, _with("history.0.since", True))
-    with pytest.raises(UnfitStore, match="does not name a version"):
+    with pytest.raises(UnfitStore):
         store.current()
 
 
@@ -287,7 +289,7 @@ def test_a_policy_with_the_model_of_another_view_is_not_published(store: PolicyS
         return document
 
     change_document(artifact, use_another)
-    with pytest.raises(UnfitArtifact, match=r"0-None\.onnx is no predictor .* float32 \[n, 1\]"):
+    with pytest.raises(UnfitArtifact, match=r"0-None\.onnx"):
         store.publish(artifact)
     assert store.current() == "v2"
 
@@ -295,35 +297,35 @@ def test_a_policy_with_the_model_of_another_view_is_not_published(store: PolicyS
 def test_a_file_that_holds_another_version_than_its_name_is_refused(store: PolicyStore):
     store.artifact("v2").rename(store.artifact("v3"))
     store.artifact("v1").rename(store.artifact("v2"))
-    with pytest.raises(UnfitStore, match=r"v2\.zip holds policy v1"):
+    with pytest.raises(UnfitStore, match=r"v2\.zip .*v1"):
         open_policy(store.directory)
 
 
 def test_names_that_lead_out_of_the_store_are_refused(store: PolicyStore, tmp_path: Path):
-    with pytest.raises(UnfitStore, match="cannot name a file"):
+    with pytest.raises(UnfitStore, match=r"\.\./v3"):
         store.publish(make_artifact(tmp_path / "odd", "../v3"))
     artifact = make_artifact(tmp_path / "v3", "v3")
     change_document(artifact, _with("views.0.model", "../v3/None-None.onnx"))
-    with pytest.raises(UnfitArtifact, match="not the name of a file"):
+    with pytest.raises(UnfitArtifact, match="views"):
         store.publish(artifact)
 
 
 def test_a_policy_of_another_cascade_is_refused(store: PolicyStore, tmp_path: Path):
     other = make_artifact(tmp_path / "v3", "v3", stages=("small", "medium", "large"))
-    with pytest.raises(UnfitStore, match="made for the cascade small, medium, large"):
+    with pytest.raises(UnfitStore, match="small, medium, large"):
         store.publish(other)
-    with pytest.raises(UnfitStore, match="`cascade` is for a, b: make a policy"):
+    with pytest.raises(UnfitStore, match="a, b"):
         open_policy(store.directory, ("a", "b"))
-    with pytest.raises(UnfitStore, match="`cascade` is for a, b"):
+    with pytest.raises(UnfitStore, match="a, b"):
         open_policy(other, ("a", "b"))
     assert open_policy(other, ("small", "medium", "large"))[0].policy.version == "v3"
 
 
 def test_an_artifact_is_no_store(tmp_path: Path):
     artifact = make_artifact(tmp_path / "v1" / "policy.zip", "v1")
-    with pytest.raises(UnfitStore, match="is an artifact, not a store"):
+    with pytest.raises(UnfitStore):
         PolicyStore(artifact.parent).publish(artifact)
-    with pytest.raises(UnfitStore, match="is a file: name a directory"):
+    with pytest.raises(UnfitStore):
         PolicyStore(artifact).publish(artifact)
 
 
@@ -331,10 +333,10 @@ def test_a_store_without_a_policy_says_how_to_publish_one(tmp_path: Path):
     (tmp_path / "policies").mkdir()
     with pytest.raises(UnfitStore, match="asd-policy publish"):
         open_policy(tmp_path)
-    with pytest.raises(UnfitArtifact, match="no policy in"):
+    with pytest.raises(UnfitArtifact, match="nowhere"):
         open_policy(tmp_path / "nowhere")
     (tmp_path / "current.json").write_text('{"schema": "asd.policies", "history": []}')
-    with pytest.raises(UnfitStore, match="does not name a version"):
+    with pytest.raises(UnfitStore):
         open_policy(tmp_path)
 
 
@@ -342,7 +344,7 @@ def test_two_cannot_change_a_store_at_once(store: PolicyStore):
     with (store.directory / ".lock").open("w") as held:
         # Even one that only reads with the lock held keeps a writer out.
         fcntl.flock(held, fcntl.LOCK_SH)
-        with pytest.raises(UnfitStore, match="another process is changing this store"):
+        with pytest.raises(UnfitStore):
             store.rollback()
     assert store.rollback() == "v1"
 
@@ -350,7 +352,8 @@ def test_two_cannot_change_a_store_at_once(store: PolicyStore):
 def test_at_start_the_last_policy_that_can_be_served_stands_in(store: PolicyStore, caplog):
     break_model(store, "v2")
     assert open_policy(store.directory)[0].policy.version == "v1"
-    assert "policy v1 is served in place of v2" in caplog.text
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.index("v1") < said.index("v2")
     break_model(store, "v1")
     with pytest.raises(UnfitArtifact, match="v2"):
         open_policy(store.directory)
@@ -435,8 +438,7 @@ def test_a_watch_refuses_a_bad_version_once_in_the_log_and_takes_it_when_it_is_m
     with caplog.at_level(logging.ERROR):
         assert [watch.poll(), watch.poll()] == [None, None]
     (said,) = [record.getMessage() for record in caplog.records]
-    assert said.startswith("policy v2 stays in force: ")
-    assert "0-None.onnx is not the model" in said
+    assert said.index("v2") < said.index("0-None.onnx")
     store.artifact("v3").write_bytes(whole)
     loaded = watch.poll()
     assert loaded is not None
@@ -455,7 +457,7 @@ def test_a_watch_outlives_a_pointer_that_cannot_be_read(content, store: PolicySt
     else:
         pointer.write_text(content)
     assert watch.poll() is None
-    assert "policy v2 stays in force" in caplog.text
+    assert "policy v2" in caplog.text
     pointer.write_text(kept)
     assert watch.poll() is None
 
@@ -467,7 +469,7 @@ def test_a_watch_refuses_another_cascade(store: PolicyStore, tmp_path: Path, cap
     pointer = store.directory / "current.json"
     pointer.write_text(pointer.read_text().replace('"v2"', '"v3"'))
     assert watch.poll() is None
-    assert "made for the cascade small, medium, large" in caplog.text
+    assert "small, medium, large" in caplog.text
 
 
 async def test_following_hands_over_between_sleeps(store: PolicyStore, tmp_path: Path):
@@ -516,13 +518,11 @@ def test_a_damaged_version_in_force_keeps_none_from_being_published(store: Polic
     store.artifact("v2").unlink()
     other = make_artifact(tmp_path / "other", "other", stages=("small", "medium", "large"))
     # The cascade is still known from v1.
-    with pytest.raises(UnfitStore, match="but policy v1 is for small, large"):
+    with pytest.raises(UnfitStore, match=r"v1 .*small, large"):
         store.publish(other)
     store.publish(make_artifact(tmp_path / "v3", "v3"))
     assert store.history() == ("v1", "v2", "v3")
-    with pytest.raises(
-        UnfitStore, match="Name another one of `asd-policy versions` with --to, or publish v2"
-    ):
+    with pytest.raises(UnfitStore, match=r"asd-policy versions.* v2"):
         store.rollback()
     assert store.rollback("v1") == "v1"
 
@@ -544,10 +544,10 @@ def test_a_pointer_that_is_damaged_says_what_mends_it_and_that_does(
     for act in (store.current, store.rollback, lambda: open_policy(store.directory)):
         with pytest.raises(UnfitStore) as caught:
             act()
-        assert f"Put one of v1, v2 into force with `asd-policy rollback {store.directory} --to" in str(
-            caught.value
-        )
-        assert f"`asd-policy publish ARTIFACT {store.directory}`" in str(caught.value)
+        said = str(caught.value)
+        assert "v1, v2" in said
+        assert f"`asd-policy rollback {store.directory} --to VERSION`" in said
+        assert f"`asd-policy publish ARTIFACT {store.directory}`" in said
     assert [(each.version, each.is_current) for each in store.versions()] == [("v1", False), ("v2", False)]
     assert store.rollback("v1") == "v1"
     assert store.history() == ("v1",)
@@ -566,7 +566,7 @@ def test_damaged_versions_are_listed_with_what_is_wrong(store: PolicyStore):
     (store.directory / "policies" / "v3.zip").write_text("no zip")
     first, second, third = store.versions()
     assert (first.since, first.prompts) == (100.0, 300)
-    assert "0-None.onnx is not the model" in first.problem
+    assert "0-None.onnx" in first.problem
     assert second.is_current
     assert "lineage" in second.problem
     assert "v3" in third.problem
@@ -582,13 +582,13 @@ def test_what_killed_publishes_left_is_removed_and_versions_stay(store: PolicySt
 
 def test_a_store_that_is_not_there_is_not_made_by_what_fails(tmp_path: Path):
     nowhere = tmp_path / "nowhere"
-    with pytest.raises(UnfitStore, match="no policy was published"):
+    with pytest.raises(UnfitStore, match="nowhere"):
         PolicyStore(nowhere).rollback()
-    with pytest.raises(UnfitStore, match="no policy was published"):
+    with pytest.raises(UnfitStore, match="nowhere"):
         PolicyStore(nowhere).versions()
     spoilt = make_artifact(tmp_path / "v1", "v1")
     change_file(spoilt, "1-0.onnx", b"x")
-    with pytest.raises(UnfitArtifact, match="is not the model"):
+    with pytest.raises(UnfitArtifact, match=r"1-0\.onnx"):
         PolicyStore(nowhere).publish(spoilt)
     assert not nowhere.exists()
 
@@ -597,7 +597,7 @@ def test_a_store_stands_for_its_version_in_force(store: PolicyStore, tmp_path: P
     assert artifact_in(store.directory) == store.artifact("v2")
     assert artifact_in(tmp_path / "v1") == tmp_path / "v1"
     store.artifact("v2").unlink()
-    with pytest.raises(UnfitStore, match=r"version v2, which is in force in .* `asd-policy rollback"):
+    with pytest.raises(UnfitStore, match=r"v2.* `asd-policy rollback"):
         artifact_in(store.directory)
 
 
@@ -614,4 +614,4 @@ def test_a_policy_whose_model_does_not_load_is_not_published(store: PolicyStore,
         return document
 
     change_document(artifact, name_it)
-    assert "v3: a model does not load: " in _refusal(store, artifact)
+    assert _refusal(store, artifact).startswith(f"{artifact}: ")

@@ -62,15 +62,17 @@ def test_a_head_is_fitted_in_one_thread(monkeypatch):
     assert seen == [{1}]
 
 
-def test_predictors_are_compared_in_one_thread(monkeypatch):
+def test_predictors_are_compared_in_one_thread():
     seen: list[set[int]] = []
 
-    def views(_):
-        seen.append(pools())
-        return ()
+    class Outcomes:
+        @property
+        def cascade(self):
+            seen.append(pools())
+            raise LookupError
 
-    monkeypatch.setattr(compare, "_views", views)
-    compare.compare_predictors(None, None, 0, lambda _: None)
+    with pytest.raises(LookupError):
+        compare.compare_predictors(Outcomes(), Outcomes(), 0, lambda _: None)
     assert seen == [{1}]
 
 

@@ -16,6 +16,7 @@ from services.router.domain import (
     Drafted,
     Outcome,
     Overload,
+    PeerLoad,
     Plan,
     Refusal,
     Revised,
@@ -60,8 +61,9 @@ class Clock:
 class FakeStage:
     """Writes the letters of a text. failure: raised after so many of them; None for a stage that then hangs.
 
-    is_silent: its tokens have no text. on_call: called as each call begins. on_token: called with the count
-    of letters before each is sent.
+    is_silent: its tokens have no text. queue_ms: of total_ms. peers: calls of other routers, as its results
+    tell them. on_call: called as each call begins. on_token: called with the count of letters before each is
+    sent.
     """
 
     stage: Stage
@@ -73,6 +75,8 @@ class FakeStage:
     fingerprint: str = OWN
     context_length: int = 0
     total_ms: float = 0.0
+    queue_ms: float = 0.0
+    peers: int = 0
     is_silent: bool = False
     on_call: Callable[[], None] = lambda: None
     on_token: Callable[[int], None] = lambda count: None
@@ -91,7 +95,8 @@ class FakeStage:
         pairs = zip(own, draft.token_ids, strict=False)
         accepted = next((n for n, (a, b) in enumerate(pairs) if a != b), len(draft.token_ids))
         await emit(Verification(len(draft.token_ids), min(accepted, len(own))))
-        return await self._write(emit)
+        # One pass for the draft, and one for each token after the correction and the end.
+        return await self._write(emit, passes=1 + max(len(own) - accepted, 0))
 
     async def verify_stream(
         self,
@@ -105,7 +110,7 @@ class FakeStage:
         async for piece in drafts:
             proposed += len(piece.ids) if isinstance(piece, Tokens) else 0
         await emit(Verification(proposed, 0))
-        return await self._write(emit)
+        return await self._write(emit, passes=1 + len(self.text))
 
     async def prefill(self, request: RoutedRequest, timeout_ms: float) -> int:
         self.calls.append("prefill")
@@ -117,7 +122,7 @@ class FakeStage:
         self.calls.append(call)
         self.on_call()
 
-    async def _write(self, emit: Take) -> StageResult:
+    async def _write(self, emit: Take, passes: int | None = None) -> StageResult:
         for count, letter in enumerate(self.text):
             await self._may_fail(count)
             self.on_token(count)
@@ -130,9 +135,14 @@ class FakeStage:
             tuple(ord(letter) for letter in self.text),
             self.fingerprint,
             FinishReason.EOS,
-            Usage(self.prompt_tokens, completion_tokens=len(self.text), forward_passes=len(self.text)),
-            Timing(total_ms=self.total_ms),
+            Usage(
+                self.prompt_tokens,
+                completion_tokens=len(self.text),
+                forward_passes=len(self.text) if passes is None else passes,
+            ),
+            Timing(queue_ms=self.queue_ms, total_ms=self.total_ms),
             context_length=self.context_length,
+            others=PeerLoad("a", self.peers, ("a",), 0.0) if self.peers else None,
         )
 
     async def _may_fail(self, count: int) -> None:
@@ -154,6 +164,7 @@ class Policy:
     script: dict[int, Sequence[int]] = field(default_factory=dict)
     first: int = 0
     likely_next: int | None = None
+    p_escalate: float = 0.9
     plan_failure: AsdError | None = None
     # The stages that were unavailable at each plan and decision.
     plans: list[set[str]] = field(default_factory=list)
@@ -174,7 +185,7 @@ class Policy:
             raise self.plan_failure
         order = (self.first, *range(len(NAMES)))
         first = next((place for place in order if NAMES[place] not in away), self.first)
-        return Plan(first, "v1", 0.9 if self.likely_next else 0.0, self.likely_next)
+        return Plan(first, "v1", self.p_escalate if self.likely_next else 0.0, self.likely_next)
 
     async def decide(
         self,
@@ -241,6 +252,8 @@ class SmallCascade:
         *,
         static_plan: Sequence[int] = (0, 2),
         pipelined: bool = True,
+        speculation: SpeculationOptions | None = None,
+        activator: Activator | None = None,
         timeout_ms: float = 60_000.0,
         overload: Overload = Overload.QUEUE,
         **options: dict[str, Any],
@@ -259,8 +272,9 @@ class SmallCascade:
             StaticPlan(tuple(static_plan), len(NAMES)),
             observer,
             self.clock,
-            SpeculationOptions(pipelined=pipelined),
-            overload=overload,
+            speculation or SpeculationOptions(pipelined=pipelined),
+            activator,
+            overload,
         )
         self.load = self.planner.load
         self._cascade = Cascade(tuple(self.stages.values()), self.planner, observer, self.clock)

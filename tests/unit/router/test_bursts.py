@@ -26,6 +26,7 @@ from services.router.domain import (
     Usage,
     View,
 )
+from services.router.planning.admission import LEAST_SHARE
 from services.router.planning.draft_selection import SpeculationOptions
 from services.router.planning.static_plan import StaticPlan
 from services.router.request import RequestState
@@ -258,9 +259,9 @@ async def test_a_burst_for_the_best_is_not_told_to_step_down(question: str) -> N
 @pytest.mark.parametrize(
     ("objective", "share"),
     [
-        (Objective(), 0.97),
-        (Objective(preference=Preference.BALANCED, max_latency_ms=900.0), 0.97),
-        (Objective(min_quality=0.9), 0.97),
+        (Objective(), LEAST_SHARE),
+        (Objective(preference=Preference.BALANCED, max_latency_ms=900.0), LEAST_SHARE),
+        (Objective(min_quality=0.9), LEAST_SHARE),
         (BEST, 1.0),
         (Objective(quality_value=3.0), 1.0),
         (Objective(preference=Preference.FASTEST), None),

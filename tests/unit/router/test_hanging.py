@@ -9,13 +9,15 @@ import pytest
 from asd.values import DecisionReason
 from services.common.errors import AsdError, BudgetSpent, QueueFull, Unavailable
 from services.router.domain import Failure, Report, Step, View
-from services.router.planning.time_budget import MARGIN_MS
+from services.router.planning.knowledge import USUAL_TIMES
+from services.router.planning.time_budget import MARGIN_MS, RETURN_MS, SHARE_OF_TIME
 from services.router.running import StageRunner
 from tests.unit.router.small_cascade import FakeStage, Policy, SmallCascade, answered, called, shown
 
 # Short, as what hangs is waited for: half of it, by the clock on the wall.
 HURRY_S = 0.2
 LEFT_MS = 60_000.0 - MARGIN_MS
+SHARE_MS = LEFT_MS * SHARE_OF_TIME
 
 
 def late(cascade: SmallCascade, name: str, *, after: int = 0, seconds: float = 60.0) -> FakeStage:
@@ -59,14 +61,14 @@ async def test_an_answer_is_not_lost_to_a_last_stage_that_hangs(
         assert shown(events) == "abc"
 
 
-async def test_a_last_stage_that_others_wait_for_has_half_of_the_time(
+async def test_a_last_stage_that_others_wait_for_has_a_share_of_the_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By what the planner says: the router's clock stands still while the call is waited for."""
     cascade = SmallCascade(Policy({0: (2,)}))
     seen = keep_limits(monkeypatch)
     await cascade.ask()
-    assert seen == [pytest.approx(LEFT_MS / 2)] * 2
+    assert seen == [pytest.approx(SHARE_MS)] * 2
     seen.clear()
     # Nothing stands in for the stages that a caller names.
     await cascade.ask(chain=("small", "large"))
@@ -77,14 +79,14 @@ async def test_a_last_stage_that_others_wait_for_has_half_of_the_time(
 @pytest.mark.parametrize(
     ("total_ms", "share_ms"),
     [
-        (1_000.0, LEFT_MS / 2),
-        # Four times what its answers take.
-        (10_000.0, 40_000.0),
+        (1_000.0, SHARE_MS),
+        # Several times what its answers take.
+        (0.8 * LEFT_MS / USUAL_TIMES, 0.8 * LEFT_MS),
         # But for the time that the earlier answer needs on its way.
-        (50_000.0, LEFT_MS - 100.0),
+        (50_000.0, LEFT_MS - RETURN_MS),
     ],
 )
-async def test_a_stage_that_always_takes_long_has_more_than_half(
+async def test_a_stage_that_always_takes_long_has_more_than_its_share(
     total_ms: float, share_ms: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cascade = SmallCascade(Policy({0: (2,)}), large={"total_ms": total_ms})
@@ -132,27 +134,29 @@ async def test_a_stage_that_hangs_is_avoided_whatever_time_is_left(
 
 
 @pytest.mark.parametrize(
-    ("total_ms", "deadline_s", "after", "is_avoided"),
+    ("total_ms", "call_ms", "after", "is_avoided"),
     [
-        # Of a stage that has answered nobody yet, less than a second says nothing.
-        (0.0, 1.5, 0, False),
-        (0.0, 2.5, 0, True),
-        # Nothing came in the time of a whole answer: half of the deadline, here.
-        (2_000.0, 3.5, 0, False),
-        (2_000.0, 4.5, 0, True),
-        # It was at work, and some answers are longer than others: four times the usual.
-        (2_000.0, 8.5, 2, False),
-        (2_000.0, 16.5, 2, True),
+        # Of a stage that has answered nobody yet, a moment says nothing.
+        (0.0, 500.0, 0, False),
+        (0.0, 2_000.0, 0, True),
+        # Nothing came in the time of a whole answer.
+        (2_000.0, 1_900.0, 0, False),
+        (2_000.0, 2_100.0, 0, True),
+        # It was at work, and some answers are longer than others.
+        (2_000.0, 1_900.0 * USUAL_TIMES, 2, False),
+        (2_000.0, 2_100.0 * USUAL_TIMES, 2, True),
     ],
 )
 async def test_a_caller_in_a_hurry_says_nothing_of_a_stage(
-    total_ms: float, deadline_s: float, after: int, is_avoided: bool
+    total_ms: float, call_ms: float, after: int, is_avoided: bool
 ) -> None:
     policy = Policy()
     cascade = SmallCascade(policy, small={"total_ms": total_ms})
     if total_ms:
         await cascade.ask()
     late(cascade, "small", after=after, seconds=0.0)
+    # Another stage could answer, so that its call has a share of the time.
+    deadline_s = (call_ms / SHARE_OF_TIME + MARGIN_MS) / 1000.0
     assert answered(await cascade.ask(seconds=deadline_s)) == ["medium"]
     policy.plans.clear()
     await cascade.ask()
@@ -274,10 +278,10 @@ async def test_a_last_stage_that_is_asked_first_and_is_at_work_has_all_the_time(
     assert answered(await cascade.ask()) == ["large"]
 
 
-async def test_the_policy_has_half_of_the_time_for_a_question_about_an_answer() -> None:
+async def test_the_policy_has_a_share_of_the_time_for_a_question_about_an_answer() -> None:
     policy = Policy()
     await SmallCascade(policy).ask()
-    assert policy.left_ms == [pytest.approx(LEFT_MS / 2)]
+    assert policy.left_ms == [pytest.approx(SHARE_MS)]
 
 
 async def test_a_stage_that_is_away_is_avoided_even_at_the_deadline() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from services.common.errors import AsdError, PromptTooLong, Unavailable
 from services.router.domain import Stage
-from services.router.planning.health import Health, StageHealth
+from services.router.planning.health import AWAY_SECONDS, LONGEST_AWAY_SECONDS, Health, StageHealth
 from tests.unit.router.small_cascade import Clock, Policy, SmallCascade
 
 if TYPE_CHECKING:
@@ -66,23 +66,25 @@ def test_a_stage_is_avoided_for_longer_each_time_that_it_hangs() -> None:
     clock = Clock()
     health = StageHealth(Stage("small", 0, 1.0, 1000.0), clock)
     lengths = []
-    for _ in range(7):
+    for _ in range(9):
         health.hung(GONE)
         # At the same time: no further time.
         health.hung(GONE)
         started = clock.now
         while health.is_avoided:
-            clock.now += 0.5
+            clock.now += AWAY_SECONDS / 64
         lengths.append(clock.now - started)
-    assert lengths == [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+    doubled = [min(AWAY_SECONDS * 2.0**times, LONGEST_AWAY_SECONDS) for times in range(9)]
+    assert lengths == pytest.approx(doubled, abs=AWAY_SECONDS / 32)
+    assert lengths[-1] == pytest.approx(lengths[-2])
     health.answered()
     health.went_away(GONE)
     assert health.is_avoided
-    clock.now += 1.0
+    clock.now += AWAY_SECONDS
     assert not health.is_avoided
     # It has answered in between: the next time is the first one.
     health.hung(GONE)
-    clock.now += 1.0
+    clock.now += AWAY_SECONDS
     assert not health.is_avoided
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from asd.values import DecisionAction, DecisionReason, Objective, Preference
+from services.common.cost import is_above
 from services.common.errors import InvalidRequest, Overloaded, Unavailable
 from services.router.domain import AbandonRule, Committed, Decision, Drafted, Plan, Tokens, Verification, View
 from tests.unit.router.simulated_time import run
@@ -263,6 +264,20 @@ async def test_the_static_plan_stays_within_max_cost() -> None:
     assert answered(outcome) == ["small", "medium"]
     assert outcome.records[-1].decision.reason is DecisionReason.MAX_COST
     assert answered(await cascade.ask(objective=Objective(max_cost=7.0))) == ["small", "medium", "large"]
+
+
+@pytest.mark.parametrize(
+    ("max_cost", "stages"), [(5.0, ["small", "large"]), (4.999, ["small"]), (1.0, ["small"])]
+)
+async def test_the_static_plan_spends_max_cost_to_the_last(max_cost: float, stages: list[str]) -> None:
+    outcome = await SmallCascade(static_plan=(0, 2)).ask(objective=Objective(max_cost=max_cost))
+    assert answered(outcome) == stages
+
+
+def test_a_budget_is_not_exceeded_by_rounding() -> None:
+    assert 1.6 + 4.2 > 5.8
+    assert not is_above(1.6 + 4.2, 5.8)
+    assert is_above(1.6 + 4.2, 5.799)
 
 
 async def test_an_abandoned_draft_is_no_answer() -> None:

@@ -13,7 +13,7 @@ from asd.values import FinishReason, Objective, StageAction
 from services.common.errors import AsdError, BudgetSpent, Unavailable
 from services.router.clients.breaker import Breaker
 from services.router.clients.call_limit import CallLimit
-from services.router.clients.policy import GrpcPolicy
+from services.router.clients.policy import POLICY_CALLS, GrpcPolicy
 from services.router.domain import Answer, RoutedRequest, Stage, StageResult, Timing, Tokens, Usage
 from services.router.planning.health import Health
 from tests.unit.router.small_cascade import NAMES, Clock
@@ -211,16 +211,16 @@ async def test_the_wait_in_line_keeps_within_the_latency_budget_and_a_few_timeou
 
 async def test_the_policy_is_told_the_wait_in_line_as_time_spent():
     world = World(timeout_ms=60_000.0)
-    first = await world.ask(4)
+    first = await world.ask(POLICY_CALLS)
     ways = [
         world.policy.decide(within(500.0), ANSWER, 1.0, 40.0, (), 60_000.0, min_accuracy_share=None),
         world.policy.plan(within(500.0), (), 60_000.0, min_accuracy_share=None),
     ]
     tasks = [asyncio.ensure_future(way) for way in ways]
     await settled()
-    assert len(world.channel.messages) == 4
+    assert len(world.channel.messages) == POLICY_CALLS
     await world.serve([*first], 0.1, is_late=False)
-    decide, plan = world.channel.messages[4:]
+    decide, plan = world.channel.messages[POLICY_CALLS:]
     assert decide.spent_ms == pytest.approx(140.0)
     assert decide.objective.max_latency_ms == 500.0
     # A plan is told no time spent: what is left is its budget.

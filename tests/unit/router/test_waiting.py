@@ -10,7 +10,7 @@ from asd.values import PlanSource
 from services.common.errors import Unavailable
 from services.router.domain import Failure, RoutedRequest, Stage, StageFailed, Step, View
 from services.router.planning.static_plan import StaticPlan
-from services.router.planning.time_budget import MARGIN_MS
+from services.router.planning.time_budget import MARGIN_MS, SHARE_OF_TIME
 from services.router.request import RequestState
 from tests.unit.router.small_cascade import Observer, Policy, make_planner, show_nothing
 
@@ -60,8 +60,8 @@ def planner_with(sleepers: Activator, policy: Policy | None, stages: tuple[int, 
         (PlanSource.POLICY, {0, 1, 2}, (), 0, 1.0),
         (PlanSource.STATIC, {2}, (0, 1), 0, 1.0),
         # It lost its replicas once it was planned, and other stages could still answer.
-        (PlanSource.POLICY, {2}, (), 2, 0.5),
-        (PlanSource.STATIC, {1, 2}, (), 1, 0.5),
+        (PlanSource.POLICY, {2}, (), 2, SHARE_OF_TIME),
+        (PlanSource.STATIC, {1, 2}, (), 1, SHARE_OF_TIME),
     ],
 )
 async def test_a_request_waits_as_long_as_nothing_else_can_answer(

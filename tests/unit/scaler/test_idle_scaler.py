@@ -254,11 +254,12 @@ async def test_a_deployment_that_is_not_there_is_said() -> None:
     w.cluster.scales.clear()
     await w.after(0, 0.0)
     (view,) = w.scaler.views()
-    assert (view.state, view.error) == (SleepState.UNKNOWN, "there is no deployment asd-large")
+    assert view.state is SleepState.UNKNOWN
+    assert "asd-large" in view.error
 
 
 async def test_only_a_managed_stage_is_woken() -> None:
-    with pytest.raises(NotFound, match="'small' is not managed: choose one of large"):
+    with pytest.raises(NotFound, match="large"):
         await World().scaler.wake("small")
 
 

@@ -26,8 +26,7 @@ def test_a_damaged_model_leaves_the_others_serving_with_one_line_in_the_log(tmp_
     assert list(engines) == ["sound"]
     assert list(damaged) == ["damaged"]
     (record,) = caplog.records
-    assert "model damaged is not served" in record.getMessage()
-    assert "config.json" in record.getMessage()
+    assert record.getMessage().index("damaged") < record.getMessage().index("config.json")
 
 
 def test_a_damaged_default_model_ends_the_process(tmp_path):
@@ -38,7 +37,7 @@ def test_a_damaged_default_model_ends_the_process(tmp_path):
 async def test_a_request_for_a_damaged_model_is_told_the_file_and_the_place(tmp_path):
     settings = StageSettings(default_model="sound", models=_models(tmp_path))
     pool, _ = build(settings)
-    with pytest.raises(PreconditionFailed, match=r"model damaged is not served: .*config\.json.*NaN"):
+    with pytest.raises(PreconditionFailed, match=r"damaged.*config\.json.*NaN"):
         async with pool.use("damaged"):
             pass
     for call in (pool.load, pool.unload):
@@ -85,7 +84,7 @@ async def test_what_cannot_be_loaded_at_the_start_leaves_the_others_serving(kind
     with caplog.at_level(logging.ERROR):
         await preload(pool, settings)
     (record,) = caplog.records
-    assert "model bad is not loaded: weights are cut short" in record.getMessage()
+    assert record.getMessage().index("bad") < record.getMessage().index("cut short")
     async with pool.use("good"):
         pass
     with pytest.raises(kind, match="cut short"):

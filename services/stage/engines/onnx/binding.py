@@ -30,11 +30,11 @@ def remember_array_formats() -> None:
     og = load_binding()
     try:
         internal: Any = importlib.import_module("numpy._core._internal")
-        parse = internal._dtype_from_pep3118
+        parse = internal._dtype_from_pep3118  # noqa: SLF001
     except (ImportError, AttributeError):
         return
-    internal._dtype_from_pep3118 = functools.cache(parse)
+    internal._dtype_from_pep3118 = functools.cache(parse)  # noqa: SLF001
     try:
         og.Tensor(np.zeros(1, np.float32)).as_numpy()
     finally:
-        internal._dtype_from_pep3118 = parse
+        internal._dtype_from_pep3118 = parse  # noqa: SLF001

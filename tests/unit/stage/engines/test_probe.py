@@ -38,7 +38,7 @@ async def test_numbers_that_are_not_finite_are_refused(rows: int, way: str, valu
     async def answer(prompts: Sequence[list[int]]) -> npt.NDArray[np.float32]:
         return np.array([0.0, value if len(prompts) == rows else 1.0], np.float32)
 
-    with pytest.raises(PreconditionFailed, match=f"m computes numbers that are not finite, {way}"):
+    with pytest.raises(PreconditionFailed, match=way):
         await probe("m", PROMPTS, answer)
 
 
@@ -50,7 +50,7 @@ async def test_what_a_library_raises_is_the_reason(rows: int, way: str, error: E
             raise error
         return np.zeros(1, np.float32)
 
-    with pytest.raises(PreconditionFailed, match=f"model m cannot answer {way}: head_size"):
+    with pytest.raises(PreconditionFailed, match=f"{way}: head_size"):
         await probe("m", PROMPTS, answer)
 
 

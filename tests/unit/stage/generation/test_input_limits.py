@@ -62,7 +62,7 @@ def reader(tokenizer: Counting) -> RequestReader:
 async def test_a_prompt_that_cannot_fit_is_refused_before_it_is_encoded(
     reader: RequestReader, tokenizer: Counting
 ) -> None:
-    with pytest.raises(InvalidRequest, match="2000000 characters; m takes at most 39 tokens") as caught:
+    with pytest.raises(InvalidRequest, match=r"2000000 .* 39 tokens") as caught:
         await reader.read_prompt((Message("user", "a " * 1_000_000),))
     assert caught.value.field == "prompt"
     assert tokenizer.texts == []
@@ -123,7 +123,7 @@ async def test_of_a_prompt_that_is_too_long_nothing_is_read_but_its_length(
     count = len(tokenizer.encode_chat(turns))
     reader = RequestReader("m", tokenizer, count, tokenizer.vocabulary_size, (2,))
     log.clear()
-    with pytest.raises(PromptTooLong, match=f"{count} tokens; m takes at most {count - 1}"):
+    with pytest.raises(PromptTooLong, match=f"{count} .* {count - 1}"):
         await reader.read_prompt(turns)
     assert log == ["encode"]
 

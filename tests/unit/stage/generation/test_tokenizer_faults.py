@@ -70,5 +70,5 @@ def test_a_key_that_is_there_twice_is_named(tmp_path):
     path = folder / "tokenizer.json"
     path.write_text(path.read_text().replace('"version"', '"truncation": 1, "version"', 1))
     assert json.loads(path.read_text())
-    with pytest.raises(PreconditionFailed, match="'truncation' is there twice"):
+    with pytest.raises(PreconditionFailed, match="truncation"):
         ChatTokenizer(folder)

@@ -70,15 +70,15 @@ async def _all(tasks: list[object], at_a_time: int = 16) -> list[object]:
     return await asyncio.gather(*map(run, tasks))
 
 
-@pytest.mark.parametrize("name", ["small", "medium", "large"])
-async def test_greedy_output_equals_transformers_on_500_prompts(name: str, reference: Reference) -> None:
+@pytest.mark.parametrize(("name", "count"), [("small", 500), ("medium", 500), ("large", 150)])
+async def test_greedy_output_equals_that_of_transformers(name: str, count: int, reference: Reference) -> None:
     model = engine(name, threads=2)
     await model.load()
-    results = await _all([_generate(model, prompt) for prompt in reference.prompts])
+    results = await _all([_generate(model, prompt) for prompt in reference.prompts[:count]])
     outputs = [list(result.ids) for result, _ in results]  # type: ignore[misc]
     await model.unload()
-    assert len(outputs) == 500
-    assert outputs == reference.outputs[name]
+    assert len(outputs) == count
+    assert outputs == reference.outputs[name][:count]
 
 
 async def test_batched_tokens_carry_the_signals_that_they_have_alone(
