@@ -166,7 +166,7 @@ def drift(
                 str(each.reports),
                 f"{each.expected:.2%}",
                 f"{each.observed:.2%}",
-                f"{each.calibration_error:.4f}",
+                f"{each.reported_calibration_error:.4f}",
                 f"{each.evidence:.3g}",
                 "no" if each.alarm_at is None else str(each.alarm_at),
             )
