@@ -22,10 +22,10 @@ from pydantic import (
 )
 
 from asd.values import FinishReason
+from asd.visible import OneLineError, one_line
 from policy_service.family import Family
 from policy_service.features import FEATURES_VERSION, FeatureSpace
 from services.common.documents import DamagedFile, parse_json, quoted
-from services.common.visible import OneLineError, one_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -13,7 +13,7 @@ import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
-from services.common.visible import one_line
+from asd.visible import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, ValidationError
 
+from asd.visible import OneLineError
 from services.common.documents import MOST_YAML_BYTES, DamagedFile, parse_yaml, read_content
 from services.common.settings import Section
-from services.common.visible import OneLineError
 
 if TYPE_CHECKING:
     from policy_service.train.outcomes import StageOutcome, VerificationOutcome

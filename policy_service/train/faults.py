@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.common.visible import OneLineError
+from asd.visible import OneLineError
 
 
 class UnfitOutcomes(OneLineError):  # noqa: N818 - an error is named by its cause

@@ -14,6 +14,7 @@ from scipy.stats import beta, norm
 from sklearn.linear_model import LogisticRegression
 
 from asd.values import FinishReason
+from asd.visible import one_line
 from policy_service.artifact import Artifact
 from policy_service.document import (
     MOST_NAME,
@@ -39,7 +40,6 @@ from policy_service.train.predictor import export_heads, fit_head
 from policy_service.train.replay import replay
 from policy_service.train.state_cells import fit_state_cells
 from policy_service.train.threads import one_thread, run_side_by_side
-from services.common.visible import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -24,9 +24,9 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from asd.visible import one_line, visible
 from services.common.addresses import check_target
 from services.common.documents import MOST_YAML_BYTES, DamagedFile, parse_yaml, read_content
-from services.common.visible import one_line, visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from services.common.visible import UNSEEN, visible
+from asd.visible import UNSEEN, visible
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

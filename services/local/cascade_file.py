@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from asd.visible import one_line
 from services.common.settings import Section, ServiceSettings, SettingsError, explain, service_config
-from services.common.visible import one_line
 from services.router.domain import Overload
 from services.router.settings import Milliseconds, Name, RouterSettings, SpeculationSettings
 from services.stage.engines.settings import (

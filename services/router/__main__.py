@@ -10,13 +10,13 @@ from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from asd.transport.files import UnusableFile
+from asd.transport.patience import NEW_SECONDS, Patience
 from services.common import telemetry
 from services.common.auth import TokenInterceptor
 from services.common.channel import open_channel
-from services.common.patience import NEW_SECONDS, Patience
 from services.common.privacy import report_nothing
 from services.common.server import run_service, serve
-from services.common.watched_files import UnusableFile
 from services.router.cascade import Cascade
 from services.router.clients.activation import Activation, AlwaysActive, GrpcManager
 from services.router.clients.breaker import Breaker

@@ -35,7 +35,7 @@ from services.router.planning.time_budget import MARGIN_MS, SHARE_OF_TIME, TimeB
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
-    from services.common.patience import Patience
+    from asd.transport.patience import Patience
     from services.router.domain import AbandonRule, Answer, Call, Report, Stage, StageResult
     from services.router.interfaces import Observer, PolicyClient
     from services.router.planning.draft_selection import DraftChoice, SpeculationOptions

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import pytest
 
+from asd.transport.patience import Patience
 from asd.v1 import common_pb2, stage_pb2, stage_pb2_grpc
 from services.common.channel import call_exchange, call_stream, call_unary, open_channel
 from services.common.errors import (
@@ -24,7 +25,6 @@ from services.common.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from services.common.patience import Patience
 from services.common.server import ServiceRegistration, start_server
 from tests.limits import CALL_S
 

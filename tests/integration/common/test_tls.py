@@ -17,6 +17,7 @@ import yaml
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from pydantic import ValidationError
 
+from asd.transport.files import UnusableFile
 from asd.v1 import cascade_pb2, cascade_pb2_grpc, stage_pb2, stage_pb2_grpc
 from services.common.channel import call_stream, call_unary, open_channel
 from services.common.errors import Unavailable
@@ -28,7 +29,6 @@ from services.common.server import (
     start_server,
 )
 from services.common.tls import ClientTls, ServerTls, server_credentials
-from services.common.watched_files import UnusableFile
 from services.router.clients.replicas import Replicas
 from tests.integration.common.certificates import Authority
 from tests.integration.common.conftest import CALL_S, PROCESS_S, Health, running
@@ -207,7 +207,7 @@ async def test_a_certificate_that_cannot_be_used_leaves_the_last_one_in_force(
         authority.issue("other", HOST)[1].rename(key)
     else:
         key.unlink()
-    with caplog.at_level(logging.ERROR, "services.common.watched_files"):
+    with caplog.at_level(logging.ERROR, "asd.transport.files"):
         for _ in range(2):
             assert await status(target, ClientTls(ca_file=authority.file)) == "small"
     # It is said once, not for every connection.

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
+from asd.visible import one_line
 from services.common.documents import DamagedFile, numbered_lines, parse_json, parse_yaml, read_content
-from services.common.visible import one_line
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from asd.transport.patience import NEW_SECONDS, RESTART_SECONDS, Patience
 from services.common.errors import (
     AsdError,
     Away,
@@ -12,7 +13,6 @@ from services.common.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from services.common.patience import NEW_SECONDS, RESTART_SECONDS, Patience
 
 FAR = 1e6
 

@@ -6,8 +6,8 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from asd.transport.patience import Patience
 from asd.values import DecisionAction, DecisionReason, FinishReason
-from services.common.patience import Patience
 from services.router.cascade import Cascade
 from services.router.clients.activation import AlwaysActive
 from services.router.domain import (

@@ -23,9 +23,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from asd.visible import one_line
 from services.common.disks import alone, sync
 from services.common.documents import DamagedFile, open_file, parse_json, quoted, read_content
-from services.common.visible import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
