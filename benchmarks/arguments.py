@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentTypeError
 from pathlib import Path
 
-from services.common.errors import AsdError
+from asd.errors import AsdError
 from services.stage.engines.checkpoint import read_checkpoint
 
 

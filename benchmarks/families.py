@@ -23,10 +23,10 @@ from rich.console import Console
 from rich.progress import track
 
 from asd.client import AsyncClient
+from asd.errors import AsdError, InvalidRequest
 from asd.values import Message, Request, Sampling
 from benchmarks.processes import service
 from benchmarks.record import write_result
-from services.common.errors import AsdError, InvalidRequest
 from services.common.server import run_service
 from tests.fakes.tiny_models import write_model
 

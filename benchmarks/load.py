@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asd.client import AsyncClient
+from asd.errors import AsdError, BudgetSpent, ResourceExhausted
 from asd.values import Objective, Request
 from benchmarks.processes import embedded_cascade
 from benchmarks.record import write_result
-from services.common.errors import AsdError, BudgetSpent, ResourceExhausted
 from services.common.server import run_service
 from services.common.stats import percentile
 from suites import grade, split

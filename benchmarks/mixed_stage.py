@@ -11,8 +11,8 @@ import asyncio
 import sys
 from typing import TYPE_CHECKING, Any
 
+from asd.errors import AsdError, PromptTooLong, ResourceExhausted
 from asd.v1 import common_pb2, stage_pb2, stage_pb2_grpc
-from services.common.errors import AsdError, PromptTooLong, ResourceExhausted
 from services.common.server import ServiceRegistration, run_service, serve
 
 if TYPE_CHECKING:

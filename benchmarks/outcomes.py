@@ -17,10 +17,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from asd.errors import AsdError
 from benchmarks.processes import ROOT, service
 from policy_service.train.collect import CollectOptions, collect_outcomes
 from policy_service.train.outcomes import UnfitOutcomes
-from services.common.errors import AsdError
 from services.common.server import run_service
 
 NAMES = ("small", "medium", "large")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from asd.convert import DECISION_REASONS, FINISH_REASONS, PREFERENCES
+from asd.errors import InvalidRequest, NotFound, PreconditionFailed
 from asd.v1 import common_pb2, policy_pb2, policy_pb2_grpc
 from asd.values import Preference
 from policy_service.features import Draft, PromptText, Verification
@@ -20,7 +21,6 @@ from policy_service.reports import OutcomeReport
 from policy_service.scoring import Scoring
 from policy_service.shadow import ShadowJob
 from services.common import telemetry
-from services.common.errors import InvalidRequest, NotFound, PreconditionFailed
 from services.common.validation import check_enum, check_input, check_objective
 from services.common.version import VERSION
 

@@ -14,9 +14,9 @@ import threading
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Protocol
 
+from asd.errors import AsdError
 from policy_service.policy import Decision, Plan
 from services.common.documents import parse_json
-from services.common.errors import AsdError
 from services.common.line_log import LineLog, parse_lines
 
 if TYPE_CHECKING:

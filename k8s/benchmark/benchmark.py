@@ -120,7 +120,7 @@ async def measure(client: AsyncClient, options: argparse.Namespace) -> Result:
 
 
 async def _describe(client: AsyncClient) -> Description:
-    from services.common.errors import Unavailable
+    from asd.errors import Unavailable
 
     deadline = time.monotonic() + READY_SECONDS
     while True:
@@ -174,8 +174,8 @@ class _Asking:
         await asyncio.gather(*(work() for _ in range(self._concurrency)))
 
     async def _ask(self, task: Task, way: str) -> Outcome | None:
+        from asd.errors import AsdError
         from asd.values import Request
-        from services.common.errors import AsdError
         from services.common.status import status_of
         from suites import grade
 
@@ -555,7 +555,7 @@ def main() -> None:
     if options.render:
         sys.stdout.write(page(read_result(options.render)))
         return
-    from services.common.errors import AsdError, Unavailable
+    from asd.errors import AsdError, Unavailable
     from services.common.settings import SettingsError
 
     try:

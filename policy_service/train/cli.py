@@ -133,6 +133,7 @@ def evaluate(
 ) -> None:
     """Measure a policy on outcomes that it was not made from, beside fixed stages, a threshold, an oracle."""
     _check_extra()
+    from asd.errors import InvalidRequest
     from policy_service.artifact import load_artifact
     from policy_service.store import artifact_in
     from policy_service.train.costs import read_costs
@@ -140,7 +141,6 @@ def evaluate(
     from policy_service.train.evaluate import evaluate_policy
     from policy_service.train.outcomes import file_digest
     from policy_service.train.tables import comparisons_table, lines_table, predictions_table
-    from services.common.errors import InvalidRequest
 
     if any(not math.isfinite(value) or value < 0 for value in quality_value or ()):
         raise InvalidRequest("--lambda must be a number of 0 or more", field="lambda")
@@ -175,10 +175,10 @@ def price(
 ) -> None:
     """Say which lambda keeps a mean over requests: give exactly one of the three."""
     _check_extra()
+    from asd.errors import InvalidRequest
     from policy_service.artifact import load_artifact
     from policy_service.policy import UnmeetableBudget
     from policy_service.store import artifact_in
-    from services.common.errors import InvalidRequest
 
     if [mean_cost, mean_latency_ms, min_accuracy].count(None) != 2:
         raise InvalidRequest("give exactly one of --mean-cost, --mean-latency-ms and --min-accuracy")
@@ -273,8 +273,8 @@ def collect(
     import asyncio
 
     from asd.client import encryption_advice
+    from asd.errors import Unavailable
     from policy_service.train.collect import CollectOptions, collect_outcomes, parse_targets
-    from services.common.errors import Unavailable
 
     targets = parse_targets(stage)
     at_once = concurrency or min(map(len, targets.values()))
@@ -313,7 +313,7 @@ lifecycle.register(app)
 def main() -> None:
     """Run the command; every expected error is one sentence and a code: 2 where the command line is wrong."""
     report_nothing()
-    from services.common.errors import AsdError
+    from asd.errors import AsdError
     from services.common.settings import SettingsError
 
     prepare_streams()
@@ -333,7 +333,7 @@ def main() -> None:
 
 def _check_moved(arguments: Sequence[str]) -> None:
     """Refuse what 0.1 had in this command. To be removed with 0.3."""
-    from services.common.errors import InvalidRequest
+    from asd.errors import InvalidRequest
 
     if arguments[:1] == ["evaluate"] and any(each.startswith("--outcomes") for each in arguments):
         raise InvalidRequest(
@@ -343,8 +343,8 @@ def _check_moved(arguments: Sequence[str]) -> None:
 
 
 def _fail(error: Exception) -> NoReturn:
+    from asd.errors import InvalidRequest, NotFound
     from services.common.disks import explain, is_full
-    from services.common.errors import InvalidRequest, NotFound
     from services.common.settings import SettingsError
 
     message = in_tls_options(str(error))

@@ -18,6 +18,7 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from asd.convert import FINISH_REASONS
+from asd.errors import AsdError, InvalidRequest
 from asd.v1 import common_pb2, stage_pb2, stage_pb2_grpc
 from policy_service.features import round_signals
 from policy_service.train.console import warn
@@ -27,7 +28,6 @@ from policy_service.train.outcomes import read_cascade, read_prompts
 from services.common.channel import call_stream, open_channel
 from services.common.disks import writing
 from services.common.documents import DamagedFile, parse_json
-from services.common.errors import AsdError, InvalidRequest
 from services.common.line_log import LineLog
 from suites import Task, grade
 from suites.splits import Split

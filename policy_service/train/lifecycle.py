@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from asd.errors import InvalidRequest, NotFound, PreconditionFailed
 from policy_service.train.console import number_table, result_console, warn
 from policy_service.train.faults import UnfitOutcomes
 from services.cli.arguments import CheckedCommand
-from services.common.errors import InvalidRequest, NotFound, PreconditionFailed
 from services.common.extras import missing_of
 from services.common.line_log import parse_lines
 

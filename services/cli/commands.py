@@ -668,7 +668,7 @@ async def stream_plain(cascade: AsyncClient, request: Request, output: Console) 
 
 
 def _last(answer: Answer | None) -> Answer:
-    from services.common.errors import AsdError
+    from asd.errors import AsdError
 
     if answer is None:
         raise AsdError("the cascade ended the stream without an answer")
@@ -823,8 +823,8 @@ def _run(
     """
     import asyncio
 
+    from asd.errors import AsdError
     from services.common import telemetry
-    from services.common.errors import AsdError
     from services.common.settings import SettingsError
     from services.local.running import Signalled
     from services.local.supervisor import LaunchError
@@ -868,7 +868,7 @@ def _set_up_telemetry() -> None:
 
 
 def _fail(error: Exception, *, as_json: bool, options: Mapping[str, str]) -> NoReturn:
-    from services.common.errors import AsdError, InvalidRequest, NotFound
+    from asd.errors import AsdError, InvalidRequest, NotFound
     from services.common.settings import SettingsError
     from services.common.status import status_of
 
@@ -897,8 +897,8 @@ def _json_error(code: str, message: str, field: str) -> dict[str, Any]:
 
 
 def _explain(error: Exception) -> str:
+    from asd.errors import Away
     from services.common.disks import explain
-    from services.common.errors import Away
 
     if isinstance(error, OSError):
         return explain(error)
@@ -914,7 +914,7 @@ def _is_typed(context: typer.Context, name: str) -> bool:
 
 def _read_prompt(prompt: str | None) -> str:
     """Return what was typed, or standard input. Raises InvalidRequest where there is neither."""
-    from services.common.errors import InvalidRequest
+    from asd.errors import InvalidRequest
     from services.common.validation import MAX_REQUEST_BYTES
 
     if prompt is not None and prompt != "-":
@@ -942,9 +942,9 @@ def read_answer(file: Path) -> Answer:
     """Return what `asd ask --json` wrote; -: to standard input. Raises InvalidRequest for anything else."""
     from pydantic import TypeAdapter, ValidationError
 
+    from asd.errors import InvalidRequest
     from asd.values import Answer
     from services.common.documents import read_content
-    from services.common.errors import InvalidRequest
 
     content = (
         sys.stdin.buffer.read()

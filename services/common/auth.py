@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from asd.errors import Unauthenticated
 from asd.transport.files import UnusableFile, WatchedFiles
 from asd.transport.token import METADATA_KEY, TOKEN
-from services.common.errors import Unauthenticated
 from services.common.settings import Section
 
 if TYPE_CHECKING:

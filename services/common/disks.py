@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from services.common.errors import AsdError, PreconditionFailed, ResourceExhausted
+from asd.errors import AsdError, PreconditionFailed, ResourceExhausted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -1,45 +1,8 @@
-"""The errors of asd.errors, and one that a service alone raises."""
+"""The error that a service alone raises; the rest are in asd.errors."""
 
 from __future__ import annotations
 
-from asd.errors import (
-    AsdError,
-    Away,
-    BrokenOff,
-    BudgetSpent,
-    ConversationRefused,
-    InputFailed,
-    InvalidRequest,
-    ModelRefusal,
-    NotFound,
-    Overloaded,
-    PreconditionFailed,
-    PromptTooLong,
-    QueueFull,
-    ResourceExhausted,
-    Unauthenticated,
-    Unavailable,
-)
-
-__all__ = [
-    "AsdError",
-    "Away",
-    "BrokenOff",
-    "BudgetSpent",
-    "ConversationRefused",
-    "Draining",
-    "InputFailed",
-    "InvalidRequest",
-    "ModelRefusal",
-    "NotFound",
-    "Overloaded",
-    "PreconditionFailed",
-    "PromptTooLong",
-    "QueueFull",
-    "ResourceExhausted",
-    "Unauthenticated",
-    "Unavailable",
-]
+from asd.errors import Unavailable
 
 
 class Draining(Unavailable):

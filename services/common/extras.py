@@ -6,7 +6,7 @@ import importlib.util
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from services.common.errors import PreconditionFailed
+from asd.errors import PreconditionFailed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

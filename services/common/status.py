@@ -5,9 +5,10 @@ from __future__ import annotations
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
+from asd.errors import AsdError
 from asd.transport import status
 from asd.transport.status import DETAILS_KEY, ERROR_DOMAIN, from_rpc_error, status_of
-from services.common.errors import AsdError, Draining
+from services.common.errors import Draining
 
 __all__ = [
     "DETAILS_KEY",

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Final, Self, SupportsIndex
 from opentelemetry import metrics, trace
 from opentelemetry.trace import Status, StatusCode
 
+from asd.errors import AsdError
 from asd.transport.proxy import proxy_arguments
-from services.common.errors import AsdError
 from services.common.version import VERSION
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import re
 from typing import TYPE_CHECKING, Any, Protocol
 
 from asd import convert
+from asd.errors import InvalidRequest
 from asd.v1 import common_pb2
-from services.common.errors import InvalidRequest
 from services.common.wire import MAX_ENTRIES
 
 if TYPE_CHECKING:

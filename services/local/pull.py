@@ -19,16 +19,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from asd.errors import AsdError, InvalidRequest, NotFound, PreconditionFailed, ResourceExhausted, Unavailable
 from services.common.disks import cannot_write, is_of_disk, replace_file, sync
 from services.common.documents import DamagedFile, parse_json, read_content
-from services.common.errors import (
-    AsdError,
-    InvalidRequest,
-    NotFound,
-    PreconditionFailed,
-    ResourceExhausted,
-    Unavailable,
-)
 from services.common.extras import explain_missing
 from services.common.privacy import report_nothing
 from services.common.terminal import visible

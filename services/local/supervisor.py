@@ -14,8 +14,8 @@ from typing import IO, TYPE_CHECKING, Self
 import yaml
 
 from asd.client import AsyncClient
+from asd.errors import AsdError, BudgetSpent, Unavailable
 from services.common.disks import cannot_write, replace_file
-from services.common.errors import AsdError, BudgetSpent, Unavailable
 from services.local.cascade_file import HOST, POLICY, ROUTER, Ports
 
 if TYPE_CHECKING:

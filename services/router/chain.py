@@ -7,8 +7,8 @@ from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING
 
+from asd.errors import AsdError
 from asd.values import FinishReason, StageAction
-from services.common.errors import AsdError
 from services.common.telemetry import Spans, Traced
 from services.router import spans
 from services.router.domain import Failure, Tokens

@@ -20,9 +20,9 @@ from asd.convert import (
     objective_from,
     sampling_from,
 )
+from asd.errors import AsdError
 from asd.v1 import cascade_pb2, common_pb2, policy_pb2, stage_pb2
 from asd.values import Objective, Sampling, StageAction
-from services.common.errors import AsdError
 from services.router.domain import (
     AbandonRule,
     Answer,

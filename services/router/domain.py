@@ -11,8 +11,8 @@ from asd.values import DecisionAction, Request, StageAction
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
+    from asd.errors import AsdError
     from asd.values import DecisionReason, FinishReason, PlanSource
-    from services.common.errors import AsdError
 
 
 class Overload(Enum):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from opentelemetry.metrics import CallbackOptions, Observation
 
-    from services.common.errors import AsdError
+    from asd.errors import AsdError
     from services.router.domain import Answer, Outcome, Refusal, Stage
     from services.router.planning.draft_selection import SkipReason
 

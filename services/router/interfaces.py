@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
 
+    from asd.errors import AsdError
     from asd.values import FinishReason
-    from services.common.errors import AsdError
     from services.router.domain import (
         Answer,
         Condition,

@@ -6,7 +6,7 @@ import asyncio
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Self
 
-from services.common.errors import AsdError, ModelRefusal
+from asd.errors import AsdError, ModelRefusal
 from services.router.domain import Prefilled
 
 if TYPE_CHECKING:

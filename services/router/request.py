@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from asd.errors import AsdError
 from asd.values import DecisionAction, DecisionReason, PlanSource
 from services.common.cost import prefill_cost
-from services.common.errors import AsdError
 from services.router.domain import (
     Answer,
     Decision,

@@ -6,7 +6,7 @@ import asyncio
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from services.common.errors import AsdError, BudgetSpent
+from asd.errors import AsdError, BudgetSpent
 from services.common.telemetry import Spans, Traced
 from services.router import spans
 from services.router.chain import Chain

@@ -9,9 +9,10 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from asd.errors import AsdError, InvalidRequest, Overloaded, ResourceExhausted
 from asd.v1 import cascade_pb2, cascade_pb2_grpc
 from services.common import validation
-from services.common.errors import AsdError, Draining, InvalidRequest, Overloaded, ResourceExhausted
+from services.common.errors import Draining
 from services.common.server import ServiceRegistration
 from services.common.status import public_message, status_of
 from services.common.telemetry import Spans, Traced, current_trace_id

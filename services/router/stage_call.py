@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from asd.errors import AsdError
 from asd.values import FinishReason, StageAction
 from services.common.cost import generate_cost, verify_cost
-from services.common.errors import AsdError
 from services.router.domain import Answer, StageResult, Timing, Tokens, Usage, Verification
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from typing import TYPE_CHECKING
 
-from services.common.errors import AsdError
+from asd.errors import AsdError
 from services.router.domain import Committed, Drafted, Event, Revised, Tokens, View
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from asd.errors import AsdError
 from services.common import telemetry
-from services.common.errors import AsdError
 from services.common.extras import needs
 from services.common.privacy import report_nothing
 from services.common.server import run_service, serve

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from services.common.errors import AsdError, NotFound, PreconditionFailed
+from asd.errors import AsdError, NotFound, PreconditionFailed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from kubernetes import client, config
 from urllib3.exceptions import HTTPError
 
-from services.common.errors import AsdError, PreconditionFailed, Unavailable
+from asd.errors import AsdError, PreconditionFailed, Unavailable
 from services.scaler.cluster import Scale
 
 if TYPE_CHECKING:

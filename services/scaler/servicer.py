@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from asd.errors import InvalidRequest
 from asd.v1 import manager_pb2, manager_pb2_grpc
-from services.common.errors import InvalidRequest
 from services.common.server import ServiceRegistration
 from services.common.version import VERSION
 from services.scaler.idle_scaler import SleepState

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from asd.errors import AsdError
 from asd.v1 import stage_pb2, stage_pb2_grpc
 from services.common.addresses import host_of, resolve_addresses
 from services.common.channel import call_unary, open_channel
-from services.common.errors import AsdError
 from services.common.tls import watched_channel_credentials
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ import logging
 import os
 import signal
 
+from asd.errors import AsdError
 from asd.v1 import stage_pb2_grpc
 from services.common import telemetry
-from services.common.errors import AsdError
 from services.common.privacy import report_nothing
 from services.common.server import ServiceRegistration, run_service, serve
 from services.stage.engines.factory import make_all

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from asd.errors import PreconditionFailed
 from services.common.documents import open_file, parse_json, read_content
-from services.common.errors import PreconditionFailed
 
 if TYPE_CHECKING:
     from pathlib import Path

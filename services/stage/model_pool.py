@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from services.common.errors import NotFound, PreconditionFailed, QueueFull, ResourceExhausted
+from asd.errors import NotFound, PreconditionFailed, QueueFull, ResourceExhausted
 from services.stage.engines.engine import ModelState
 
 if TYPE_CHECKING:

@@ -6,9 +6,10 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from asd.convert import FINISH_REASONS, input_from, sampling_from
+from asd.errors import InvalidRequest
 from asd.v1 import common_pb2, stage_pb2, stage_pb2_grpc
 from asd.values import FinishReason, Message, Role, Sampling
-from services.common.errors import Draining, InvalidRequest
+from services.common.errors import Draining
 from services.common.validation import (
     check_acceptance,
     check_draft,

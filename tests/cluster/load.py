@@ -17,8 +17,8 @@ from pathlib import Path
 
 import suites
 from asd.client import AsyncClient
+from asd.errors import AsdError
 from asd.values import Request
-from services.common.errors import AsdError
 
 
 def _say(**what: object) -> None:

@@ -11,16 +11,10 @@ from unittest import mock
 
 import huggingface_hub
 
+from asd.errors import InvalidRequest, NotFound, PreconditionFailed, ResourceExhausted, Unavailable
 from asd.transport.token import bearer
 from services.cli.commands import read_answer
 from services.cli.connecting import Connection
-from services.common.errors import (
-    InvalidRequest,
-    NotFound,
-    PreconditionFailed,
-    ResourceExhausted,
-    Unavailable,
-)
 from services.common.settings import SettingsError
 from services.common.tls import ClientTls, ServerTls, server_credentials, watched_channel_credentials
 from services.local.pull import Pulled, pull

@@ -16,6 +16,7 @@ import pyarrow as pa
 import yaml
 
 import policy_service
+from asd.errors import PreconditionFailed
 from asd.values import Message
 from policy_service.artifact import load_usable, read_artifact
 from policy_service.document import UnfitArtifact
@@ -31,7 +32,6 @@ from policy_service.train.faults import UnfitOutcomes
 from policy_service.train.outcome_table import write_outcomes
 from policy_service.train.outcomes import read_rows
 from services.common.auth import AuthSettings, TokenInterceptor
-from services.common.errors import PreconditionFailed
 from services.common.settings import SettingsError
 from services.local.cascade_file import read_cascade
 from services.router.settings import RouterSettings

@@ -19,9 +19,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 import policy_service.instruments
 import services.router.instruments
 import services.scaler.instruments
+from asd.errors import Unavailable
 from asd.values import DecisionAction, DecisionReason, PlanSource, StageAction
 from services.common import telemetry
-from services.common.errors import Unavailable
 from services.common.telemetry import Spans, Traced
 from services.router.domain import Refusal
 from services.router.planning.draft_selection import SkipReason

@@ -6,7 +6,7 @@ import asyncio
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from services.common.errors import BudgetSpent
+from asd.errors import BudgetSpent
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

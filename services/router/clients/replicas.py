@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from asd.errors import Away
 from asd.transport.files import UnusableFile
 from asd.v1 import stage_pb2_grpc
 from services.common.addresses import host_of, resolve_addresses
 from services.common.channel import open_channel
-from services.common.errors import Away
 from services.common.tls import watched_channel_credentials
 from services.router.clients.affinity import choose_replica
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from asd.errors import Overloaded
 from asd.values import Preference
-from services.common.errors import Overloaded
 from services.router.domain import Overload
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from services.common.errors import AsdError, BudgetSpent, ModelRefusal, ResourceExhausted, Unavailable
+from asd.errors import AsdError, BudgetSpent, ModelRefusal, ResourceExhausted, Unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

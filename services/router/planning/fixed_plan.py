@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from asd.errors import AsdError, InvalidRequest, ModelRefusal
 from asd.values import AcceptanceMode, DecisionAction, DecisionReason
-from services.common.errors import AsdError, InvalidRequest, ModelRefusal
 from services.router.domain import Decision
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from services.common.errors import AsdError
+    from asd.errors import AsdError
     from services.router.domain import Stage
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from services.common.errors import (
+from asd.errors import (
     AsdError,
     BudgetSpent,
     InputFailed,

@@ -9,9 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from asd.values import DecisionAction, DecisionReason, PlanSource
-from services.common.cost import is_above
-from services.common.errors import (
+from asd.errors import (
     AsdError,
     Away,
     BudgetSpent,
@@ -22,6 +20,8 @@ from services.common.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from asd.values import DecisionAction, DecisionReason, PlanSource
+from services.common.cost import is_above
 from services.common.telemetry import Spans, Traced
 from services.router import spans
 from services.router.domain import Decision, Failure, Overload, Provenance, Refusal, StageFailed, Step, Stop

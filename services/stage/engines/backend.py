@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from services.stage.generation.logprobs import Row
 
 
-class BackendDied(Exception):  # noqa: N818 - named by its cause, as in services.common.errors
+class BackendDied(Exception):  # noqa: N818 - named by its cause, as in asd.errors
     """The library's engine is gone; it has to be loaded again."""
 
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from asd.errors import AsdError, InvalidRequest
 from services.common.documents import parse_yaml
-from services.common.errors import AsdError, InvalidRequest
 from services.common.extras import needs
 from services.common.privacy import report_nothing
 from services.common.settings import explain

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from asd.errors import PreconditionFailed
 from services.common.documents import quoted
-from services.common.errors import PreconditionFailed
 from services.stage.model_files import read_json_file
 
 if TYPE_CHECKING:

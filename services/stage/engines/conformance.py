@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from asd.errors import AsdError, InvalidRequest, PreconditionFailed, PromptTooLong
 from asd.values import FinishReason, Message, Sampling
-from services.common.errors import AsdError, InvalidRequest, PreconditionFailed, PromptTooLong
 from services.stage.domain import DraftPiece, DraftText, Result, TokenChunk, VerificationResult
 from services.stage.engines.engine import ModelState
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from services.common.errors import AsdError, PreconditionFailed
+from asd.errors import AsdError, PreconditionFailed
 from services.common.extras import missing_of
 from services.stage.engines.settings import TensorrtLlmSettings, VllmSettings, most_at_a_time
 

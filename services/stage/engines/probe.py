@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from services.common.errors import PreconditionFailed
+from asd.errors import PreconditionFailed
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from asd.errors import AsdError, PreconditionFailed, QueueFull, ResourceExhausted
 from asd.values import FinishReason, Message, Sampling
-from services.common.errors import AsdError, PreconditionFailed, QueueFull, ResourceExhausted
 from services.stage.domain import DraftPiece, DraftText, Event, PrefillResult, TokenChunk
 from services.stage.engines.backend import BackendDied, TokenRequest
 from services.stage.engines.engine import EngineStatus, ModelState

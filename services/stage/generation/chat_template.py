@@ -17,8 +17,8 @@ from jinja2.ext import Extension
 from jinja2.filters import make_attrgetter
 from jinja2.utils import pass_environment
 
+from asd.errors import ConversationRefused, InputFailed, PreconditionFailed
 from asd.values import Message
-from services.common.errors import ConversationRefused, InputFailed, PreconditionFailed
 from services.stage.generation.template_limits import (
     Meter,
     MeteredEnvironment,

@@ -9,14 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from asd.errors import AsdError, ConversationRefused, InvalidRequest, PreconditionFailed, PromptTooLong
 from asd.values import FinishReason
-from services.common.errors import (
-    AsdError,
-    ConversationRefused,
-    InvalidRequest,
-    PreconditionFailed,
-    PromptTooLong,
-)
 from services.stage.generation.answer import AnswerBuilder
 from services.stage.generation.call import Call
 from services.stage.generation.tokenizer import TooManyTokens

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from services.common.errors import ConversationRefused, InputFailed, PreconditionFailed
+from asd.errors import ConversationRefused, InputFailed, PreconditionFailed
 from services.stage.generation.chat_template import ChatTemplate
 from services.stage.generation.text_stream import Decoding, TextStream
 from services.stage.generation.tokenizer_description import TextLimit, as_is, renamed

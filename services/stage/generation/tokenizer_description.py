@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from services.common.errors import PreconditionFailed
+from asd.errors import PreconditionFailed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -10,7 +10,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from services.common.errors import AsdError, InputFailed, PreconditionFailed
+from asd.errors import AsdError, InputFailed, PreconditionFailed
 from services.stage.generation.tokenizer_description import patterns
 
 if TYPE_CHECKING:

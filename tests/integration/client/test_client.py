@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import suites
 from asd.client import AsyncClient, in_plain_words
+from asd.errors import BudgetSpent, InvalidRequest, NotFound, PreconditionFailed, Unavailable
 from asd.v1 import cascade_pb2, cascade_pb2_grpc, policy_pb2, policy_pb2_grpc
 from asd.values import (
     Answer,
@@ -30,7 +31,6 @@ from asd.values import (
     StreamedText,
 )
 from services.cli.commands import app
-from services.common.errors import BudgetSpent, InvalidRequest, NotFound, PreconditionFailed, Unavailable
 from services.common.server import ServerOptions, ServiceRegistration, start_server
 from tests.integration.local.conftest import PROMPT, asd, count_weights
 from tests.limits import CALL_S

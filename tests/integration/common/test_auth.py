@@ -13,11 +13,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from asd.client import AsyncClient
+from asd.errors import Unauthenticated
 from asd.transport.files import UnusableFile
 from asd.v1 import cascade_pb2, cascade_pb2_grpc, stage_pb2, stage_pb2_grpc
 from asd.values import Request
 from services.common.auth import AuthSettings, TokenInterceptor
-from services.common.errors import Unauthenticated
 from services.common.server import ServerOptions, ServiceRegistration, start_server
 from tests.integration.common.certificates import Authority
 from tests.integration.common.conftest import CALL_S, PROCESS_S, running

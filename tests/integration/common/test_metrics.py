@@ -17,6 +17,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
+from asd.errors import QueueFull, Unavailable
 from asd.v1 import (
     cascade_pb2,
     cascade_pb2_grpc,
@@ -25,7 +26,6 @@ from asd.v1 import (
     stage_pb2,
     stage_pb2_grpc,
 )
-from services.common.errors import QueueFull, Unavailable
 from services.common.server import ServiceRegistration, start_server
 from tests.integration.common.conftest import CALL_S, PROCESS_S, running
 from tests.integration.common.test_tls import failing, router_config

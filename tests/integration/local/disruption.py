@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from asd.client import AsyncClient
+from asd.errors import AsdError
 from asd.values import Answer, Request
-from services.common.errors import AsdError
 from services.local.cascade_file import HOST, ROUTER, Service
 from services.local.supervisor import Supervisor, free_ports
 from tests.fakes import quick_stage

@@ -14,14 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from services.common.errors import (
-    AsdError,
-    InvalidRequest,
-    NotFound,
-    PreconditionFailed,
-    ResourceExhausted,
-    Unavailable,
-)
+from asd.errors import AsdError, InvalidRequest, NotFound, PreconditionFailed, ResourceExhausted, Unavailable
 from services.local import pull as pulling
 from services.local.pull import Pulled, pull
 from services.stage.engines.checkpoint import read_checkpoint

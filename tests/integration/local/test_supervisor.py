@@ -15,10 +15,10 @@ import psutil
 import pytest
 
 from asd.client import AsyncClient
+from asd.errors import Unavailable
 from asd.v1 import cascade_pb2, cascade_pb2_grpc
 from asd.values import Request
 from services.cli.console import notes
-from services.common.errors import Unavailable
 from services.common.server import ServiceRegistration, start_server
 from services.common.terminal import LiteralConsole
 from services.local import supervisor as supervising

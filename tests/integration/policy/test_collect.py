@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from asd.errors import InvalidRequest, Unavailable
 from asd.v1 import common_pb2, stage_pb2, stage_pb2_grpc
 from benchmarks.instant_stage import InstantStage
 from policy_service.train.collect import CollectOptions, collect_outcomes, parse_targets
@@ -24,7 +25,6 @@ from policy_service.train.costs import StageCosts
 from policy_service.train.dataset import read_dataset
 from policy_service.train.faults import UnfitOutcomes
 from policy_service.train.outcomes import read_rows
-from services.common.errors import InvalidRequest, Unavailable
 from services.common.server import ServerOptions, ServiceRegistration, start_server
 from services.common.tls import ServerTls
 from services.stage.engines.onnx.engine import OnnxEngine, OnnxOptions
@@ -325,7 +325,7 @@ def test_outcomes_on_a_full_disk_are_one_sentence_and_leave_nothing(tmp_path: Pa
 import sys
 from pathlib import Path
 from policy_service.train.outcome_table import write_outcomes
-from services.common.errors import AsdError
+from asd.errors import AsdError
 try:
     write_outcomes(Path(sys.argv[1]), ["a", "b"], ({"prompt": str(n) * 50} for n in range(50_000)))
 except AsdError as error:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from asd.errors import AsdError, NotFound, Unavailable
 from asd.v1 import (
     cascade_pb2_grpc,
     common_pb2,
@@ -23,7 +24,6 @@ from asd.v1 import (
     stage_pb2_grpc,
 )
 from services.common.channel import open_channel
-from services.common.errors import AsdError, NotFound, Unavailable
 from services.common.server import ServiceRegistration, start_server
 from services.router.__main__ import assemble
 from services.router.settings import RouterSettings

@@ -6,8 +6,8 @@ from __future__ import annotations
 import grpc
 import pytest
 
+from asd.errors import InvalidRequest, QueueFull
 from asd.v1 import cascade_pb2, common_pb2
-from services.common.errors import InvalidRequest, QueueFull
 from services.common.status import from_rpc_error
 from tests.limits import CALL_S
 

@@ -12,9 +12,9 @@ from collections import defaultdict
 import grpc
 import pytest
 
+from asd.errors import BudgetSpent, Unavailable
 from asd.v1 import cascade_pb2, policy_pb2
 from services.common import telemetry
-from services.common.errors import BudgetSpent, Unavailable
 from services.router.planning.planner import MARGIN_MS
 
 ASK = cascade_pb2.GenerateRequest(prompt="hi")

@@ -8,8 +8,7 @@ import asyncio
 import grpc
 import pytest
 
-from asd.v1 import cascade_pb2, common_pb2, policy_pb2
-from services.common.errors import (
+from asd.errors import (
     ConversationRefused,
     InvalidRequest,
     NotFound,
@@ -18,6 +17,7 @@ from services.common.errors import (
     QueueFull,
     Unavailable,
 )
+from asd.v1 import cascade_pb2, common_pb2, policy_pb2
 from services.common.server import ServiceRegistration, start_server
 from services.common.status import from_rpc_error
 from tests.limits import CALL_S, HANGS_MS

@@ -14,9 +14,9 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
+from asd.errors import Unavailable
 from asd.v1 import cascade_pb2, cascade_pb2_grpc, common_pb2, policy_pb2
 from services.common import telemetry
-from services.common.errors import Unavailable
 from services.router.planning.draft_selection import DraftChoice, DraftSelection, SkipReason
 from tests.limits import CALL_S, HANGS_MS
 

@@ -8,8 +8,9 @@ import asyncio
 import grpc
 import pytest
 
+from asd.errors import Unavailable
 from asd.v1 import cascade_pb2, common_pb2, stage_pb2
-from services.common.errors import Draining, Unavailable
+from services.common.errors import Draining
 from services.common.server import ServiceRegistration, start_server
 from services.router.clients.replicas import Replicas, resolve_addresses
 from tests.limits import CALL_S

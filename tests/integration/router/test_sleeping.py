@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import grpc
 import pytest
 
+from asd.errors import Unavailable
 from asd.v1 import cascade_pb2, manager_pb2, manager_pb2_grpc
-from services.common.errors import Unavailable
 from services.common.server import ServiceRegistration, start_server
 from tests.limits import CALL_S, HANGS_MS
 

@@ -8,8 +8,8 @@ import asyncio
 import grpc
 import pytest
 
+from asd.errors import BrokenOff
 from asd.v1 import cascade_pb2, common_pb2, policy_pb2
-from services.common.errors import BrokenOff
 from services.router.clients import stage as stage_client
 from tests.limits import CALL_S
 

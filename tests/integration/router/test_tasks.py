@@ -7,8 +7,8 @@ import asyncio
 import grpc
 import pytest
 
+from asd.errors import NotFound, Unavailable
 from asd.v1 import cascade_pb2, common_pb2
-from services.common.errors import NotFound, Unavailable
 from tests.limits import CALL_S, HANGS_MS
 
 GENERATE, PREFILL = "generate", "prefill"

@@ -18,8 +18,8 @@ import pytest
 import yaml
 from kubernetes import client
 
+from asd.errors import PreconditionFailed, Unavailable
 from asd.v1 import manager_pb2, manager_pb2_grpc, stage_pb2
-from services.common.errors import PreconditionFailed, Unavailable
 from services.common.server import ServerOptions, ServiceRegistration, start_server
 from services.common.tls import ClientTls, ServerTls
 from services.scaler.cluster import Scale

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from asd.errors import AsdError, BudgetSpent, ResourceExhausted, Unavailable
 from benchmarks.load import CELLS, WAYS, Kept, Tally, cells, headline, wilson
-from services.common.errors import AsdError, BudgetSpent, ResourceExhausted, Unavailable
 from suites import generate
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ import typer
 from google.protobuf.descriptor import FieldDescriptor
 
 from asd.convert import request_to
+from asd.errors import AsdError
 from asd.v1 import cascade_pb2
 from asd.values import Acceptance, Message, Objective, Request, Sampling
 from services.cli.arguments import ASK_OPTIONS, in_options, option_of
 from services.cli.commands import app
-from services.common.errors import AsdError
 from services.router.servicer import check_request
 
 # What says how to ask, and not what.

@@ -18,6 +18,7 @@ from rich.live import Live
 from typer.testing import CliRunner
 
 from asd.client import AsyncClient
+from asd.errors import AsdError, InvalidRequest
 from asd.values import (
     Acceptance,
     Answer,
@@ -39,7 +40,6 @@ from asd.values import (
 )
 from services.cli import commands, console
 from services.cli.commands import app, stream_live, stream_plain
-from services.common.errors import AsdError, InvalidRequest
 from services.common.terminal import LiteralConsole
 from services.common.version import VERSION
 from services.local import running

@@ -9,6 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from asd import convert
+from asd.errors import InvalidRequest
 from asd.v1 import cascade_pb2, common_pb2, policy_pb2
 from asd.values import (
     Acceptance,
@@ -28,7 +29,6 @@ from asd.values import (
     StreamedText,
     Tokens,
 )
-from services.common.errors import InvalidRequest
 from services.router import convert as router_convert
 
 

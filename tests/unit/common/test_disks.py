@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from asd.errors import PreconditionFailed, ResourceExhausted
 from services.common.disks import cannot_write, explain, replace_file, writing
-from services.common.errors import PreconditionFailed, ResourceExhausted
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from services.common.errors import PreconditionFailed
+from asd.errors import PreconditionFailed
 from services.common.extras import EXTRAS, check_extras, explain_missing, needs
 from tests.unit.test_packaging import modules_of
 

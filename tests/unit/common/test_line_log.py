@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from services.common.errors import PreconditionFailed, ResourceExhausted
+from asd.errors import PreconditionFailed, ResourceExhausted
 from services.common.line_log import LineLog, parse_lines
 from tests.fakes.full_disk import FullFile
 
@@ -99,7 +99,7 @@ def test_on_a_real_file_that_may_not_grow_nothing_is_lost(tmp_path: Path):
     path = tmp_path / "log"
     code = (
         "import sys; from pathlib import Path\n"
-        "from services.common.errors import ResourceExhausted\n"
+        "from asd.errors import ResourceExhausted\n"
         "from services.common.line_log import LineLog\n"
         "log = LineLog(Path(sys.argv[1]))\n"
         "taken = 0\n"

@@ -4,15 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from asd.errors import AsdError, Away, BudgetSpent, InvalidRequest, ResourceExhausted, Unavailable
 from asd.transport.patience import NEW_SECONDS, RESTART_SECONDS, Patience
-from services.common.errors import (
-    AsdError,
-    Away,
-    BudgetSpent,
-    InvalidRequest,
-    ResourceExhausted,
-    Unavailable,
-)
 
 FAR = 1e6
 

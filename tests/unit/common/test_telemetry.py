@@ -15,8 +15,8 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
+from asd.errors import Unavailable
 from services.common import telemetry
-from services.common.errors import Unavailable
 from services.common.telemetry import Attributes, Traced, duration_histogram, observation
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, ArrayValue, KeyValue
 from opentelemetry.proto.resource.v1.resource_pb2 import Resource
 
+from asd.errors import InvalidRequest
 from asd.v1 import cascade_pb2, common_pb2, manager_pb2, policy_pb2, stage_pb2
 from services.common import wire
-from services.common.errors import InvalidRequest
 from services.common.server import StatusInterceptor
 from services.common.wire import MAX_ENTRIES, MAX_FIELDS, UNCOUNTED_BYTES, check_entries, find_invalid_text
 

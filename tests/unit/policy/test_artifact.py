@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from asd.errors import ResourceExhausted
 from policy_service.artifact import (
     Artifact,
     load_artifact,
@@ -25,7 +26,6 @@ from policy_service.artifact import (
 )
 from policy_service.document import Lineage, UnfitArtifact, document_text
 from policy_service.store import PolicyStore, UnfitStore, check_output, open_policy, write_artifact
-from services.common.errors import ResourceExhausted
 from tests.limits import PROCESS_S
 from tests.unit.policy.test_fit import record, write
 from tests.unit.policy.tiny_policy import (

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from asd.errors import ResourceExhausted
 from policy_service.drift import DriftDetector, DriftMonitor, DriftRule, RunningCalibration
 from policy_service.reports import (
     OutcomeReport,
@@ -22,7 +23,6 @@ from policy_service.reports import (
     last_reports,
     read_reports,
 )
-from services.common.errors import ResourceExhausted
 from tests.fakes.full_disk import filling
 
 if TYPE_CHECKING:

@@ -38,7 +38,7 @@ from tests.limits import CALL_S
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Callable, Sequence
 
-    from services.common.errors import AsdError
+    from asd.errors import AsdError
     from services.router.domain import Answer, Condition, Event
     from services.router.interfaces import Activator, PolicyClient, Take
 

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from pydantic import ValidationError
 
-from services.common.errors import Unavailable
+from asd.errors import Unavailable
 from services.router.clients.adapters import FRESH_SECONDS, RETRY_SECONDS, Adapters, tasks_of
 from services.router.settings import StageSettings
 from tests.limits import CALL_S

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.common.errors import AsdError
+from asd.errors import AsdError
 from services.router.domain import Committed, Drafted, Revised, Tokens, View
 from services.router.stream import AnswerStream
 

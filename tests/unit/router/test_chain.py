@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from asd.errors import AsdError, ModelRefusal, PromptTooLong, Unavailable
 from asd.values import FinishReason, PlanSource
-from services.common.errors import AsdError, ModelRefusal, PromptTooLong, Unavailable
 from services.router.chain import Chain, Draft
 from services.router.domain import Provenance, RoutedRequest, Stage, Step, Tokens, Verification
 from services.router.planning.load import Load

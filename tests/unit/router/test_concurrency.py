@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from asd.errors import AsdError, Overloaded
 from asd.v1 import cascade_pb2
-from services.common.errors import AsdError, Overloaded
 from services.router.cascade import Cascade
 from services.router.servicer import CascadeServicer
 from tests.unit.router.small_cascade import Observer, SmallCascade

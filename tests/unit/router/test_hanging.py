@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from asd.errors import AsdError, BudgetSpent, QueueFull, Unavailable
 from asd.values import DecisionReason
-from services.common.errors import AsdError, BudgetSpent, QueueFull, Unavailable
 from services.router.domain import Failure, Report, Step, View
 from services.router.planning.knowledge import USUAL_TIMES
 from services.router.planning.time_budget import MARGIN_MS, RETURN_MS, SHARE_OF_TIME

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from services.common.errors import AsdError, PromptTooLong, Unavailable
+from asd.errors import AsdError, PromptTooLong, Unavailable
 from services.router.domain import Stage
 from services.router.planning.health import AWAY_SECONDS, LONGEST_AWAY_SECONDS, Health, StageHealth
 from tests.unit.router.small_cascade import Clock, Policy, SmallCascade

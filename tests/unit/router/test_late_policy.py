@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from asd.errors import AsdError, BudgetSpent, Unavailable
 from asd.values import DecisionReason, Objective, PlanSource, Preference
-from services.common.errors import AsdError, BudgetSpent, Unavailable
 from tests.unit.router.small_cascade import Policy, SmallCascade, answered
 
 FASTEST = Objective(preference=Preference.FASTEST)

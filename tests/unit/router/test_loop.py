@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from asd.errors import InvalidRequest, Overloaded, Unavailable
 from asd.values import DecisionAction, DecisionReason, Objective, Preference
 from services.common.cost import is_above
-from services.common.errors import InvalidRequest, Overloaded, Unavailable
 from services.router.domain import AbandonRule, Committed, Decision, Drafted, Plan, Tokens, Verification, View
 from tests.unit.router.simulated_time import run
 from tests.unit.router.small_cascade import FakeStage, Policy, SmallCascade, answered, called, shown

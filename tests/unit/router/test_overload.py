@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from asd.errors import AsdError, Away, BudgetSpent, Overloaded, PreconditionFailed
 from asd.values import DecisionReason, FinishReason, Objective, Preference
-from services.common.errors import AsdError, Away, BudgetSpent, Overloaded, PreconditionFailed
 from services.router.cascade import Cascade
 from services.router.domain import (
     Outcome,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from asd.errors import QueueFull, Unavailable
 from asd.values import Acceptance, AcceptanceMode, DecisionAction, DecisionReason, PlanSource
-from services.common.errors import QueueFull, Unavailable
 from services.router.domain import (
     AbandonRule,
     Condition,

@@ -8,9 +8,9 @@ from typing import Any
 import grpc
 import pytest
 
+from asd.errors import AsdError, BudgetSpent, Unavailable
 from asd.v1 import policy_pb2
 from asd.values import FinishReason, Objective, StageAction
-from services.common.errors import AsdError, BudgetSpent, Unavailable
 from services.router.clients.breaker import Breaker
 from services.router.clients.call_limit import CallLimit
 from services.router.clients.policy import POLICY_CALLS, GrpcPolicy

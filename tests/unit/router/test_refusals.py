@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from asd.values import DecisionReason, Message, Objective, PlanSource, Preference, Role
-from services.common.errors import (
+from asd.errors import (
     AsdError,
     BudgetSpent,
     ConversationRefused,
@@ -21,6 +20,7 @@ from services.common.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from asd.values import DecisionReason, Message, Objective, PlanSource, Preference, Role
 from services.router.domain import Overload, Refusal, RoutedRequest, View
 from services.router.request import RequestState
 from tests.unit.router.small_cascade import (

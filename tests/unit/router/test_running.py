@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from asd.errors import BudgetSpent, Overloaded, Unavailable
 from asd.values import DecisionAction, DecisionReason, PlanSource
-from services.common.errors import BudgetSpent, Overloaded, Unavailable
 from services.router.domain import (
     AbandonRule,
     Decision,

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from asd.errors import Unavailable
 from asd.values import PlanSource
-from services.common.errors import Unavailable
 from services.router.domain import Failure, RoutedRequest, Stage, StageFailed, Step, View
 from services.router.planning.static_plan import StaticPlan
 from services.router.planning.time_budget import MARGIN_MS, SHARE_OF_TIME

@@ -7,7 +7,7 @@ import asyncio
 
 import pytest
 
-from services.common.errors import AsdError, BudgetSpent, Unavailable
+from asd.errors import AsdError, BudgetSpent, Unavailable
 from services.router.clients.activation import TRUSTED_SECONDS, WAKE_SECONDS, Activation
 from services.router.domain import Stage
 from tests.limits import CALL_S

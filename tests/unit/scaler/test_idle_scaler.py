@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from pydantic import ValidationError
 
-from services.common.errors import AsdError, NotFound, PreconditionFailed, Unavailable
+from asd.errors import AsdError, NotFound, PreconditionFailed, Unavailable
 from services.scaler.cluster import Scale
 from services.scaler.idle_scaler import IdleScaler, Rule, SleepState
 from services.scaler.settings import ScalerSettings

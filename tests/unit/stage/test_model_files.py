@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from services.common.errors import PreconditionFailed
+from asd.errors import PreconditionFailed
 from services.stage.engines.checkpoint import read_config
 from services.stage.engines.onnx.llama_config import read_shape
 from services.stage.generation.tokenizer import ChatTokenizer

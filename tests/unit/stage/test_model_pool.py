@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from services.common.errors import NotFound, PreconditionFailed, ResourceExhausted
+from asd.errors import NotFound, PreconditionFailed, ResourceExhausted
 from services.stage.engines.engine import EngineStatus, ModelState
 from services.stage.model_pool import ModelPool
 

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from services.common.errors import NotFound, PreconditionFailed, ResourceExhausted
+from asd.errors import NotFound, PreconditionFailed, ResourceExhausted
 from services.stage.__main__ import build, preload
 from services.stage.engines.factory import make_all
 from services.stage.model_pool import ModelPool

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from asd.errors import AsdError, PreconditionFailed
 from asd.values import FinishReason, Message, Sampling
-from services.common.errors import AsdError, PreconditionFailed
 from services.stage.domain import DraftPiece, DraftText, Event, PrefillResult
 from services.stage.engines.engine import EngineStatus, ModelState
 from services.stage.engines.onnx.binding import load_binding, remember_array_formats

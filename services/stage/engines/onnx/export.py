@@ -21,9 +21,9 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from asd.errors import PreconditionFailed
 from services.common.disks import writing
 from services.common.documents import parse_json, quoted
-from services.common.errors import PreconditionFailed
 from services.stage.engines.onnx.llama_config import LlamaShape, read_shape
 from services.stage.engines.onnx.memory import capacity_for
 from services.stage.engines.onnx.partial_folders import find_damage, finish, partial_folder, remove_left

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
+from asd.errors import PreconditionFailed
 from services.common.documents import quoted
-from services.common.errors import PreconditionFailed
 from services.stage.engines.checkpoint import read_config, read_count, read_eos_ids
 from services.stage.engines.onnx.rope import Rope, read_rope
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from asd.errors import PreconditionFailed
 from services.common.documents import quoted
-from services.common.errors import PreconditionFailed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

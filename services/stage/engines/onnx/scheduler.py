@@ -21,7 +21,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
-from services.common.errors import AsdError, PreconditionFailed, QueueFull
+from asd.errors import AsdError, PreconditionFailed, QueueFull
 from services.stage.engines.onnx.memory import capacity_for
 from services.stage.engines.onnx.slots import BatchSlot, GenerateSlot, SoloSlot, VerifySlot
 

@@ -15,7 +15,7 @@ from services.stage.generation.verification import choose_token, verify_draft
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from services.common.errors import AsdError
+    from asd.errors import AsdError
     from services.stage.domain import Event
     from services.stage.engines.onnx.generators import CachedSequence
     from services.stage.generation.call import Call

@@ -18,7 +18,7 @@ import secrets
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
-from services.common.errors import AsdError, ModelRefusal, PreconditionFailed
+from asd.errors import AsdError, ModelRefusal, PreconditionFailed
 from services.common.privacy import report_nothing
 from services.stage.engines.backend import BackendDied, Piece, Scores
 from services.stage.engines.checkpoint import read_checkpoint

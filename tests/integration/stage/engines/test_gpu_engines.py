@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from asd.errors import AsdError, ModelRefusal, PreconditionFailed, QueueFull, ResourceExhausted
 from asd.values import FinishReason, Message, Sampling
-from services.common.errors import AsdError, ModelRefusal, PreconditionFailed, QueueFull, ResourceExhausted
 from services.stage.domain import DraftPiece
 from services.stage.engines import check
 from services.stage.engines import scoring as scoring_engine

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from services.common.errors import PreconditionFailed
+from asd.errors import PreconditionFailed
 from services.stage.engines.checkpoint import read_checkpoint
 
 SMALL = Path(__file__).parents[4] / "models" / "small"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from services.common.errors import InvalidRequest, PreconditionFailed
+from asd.errors import InvalidRequest, PreconditionFailed
 from services.stage.engines.probe import ANSWER_TOKENS, probe, probe_prompts
 from services.stage.generation.tokenizer import ChatTokenizer
 

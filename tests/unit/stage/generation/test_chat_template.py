@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from asd.errors import InvalidRequest, PreconditionFailed
 from asd.values import Message
-from services.common.errors import InvalidRequest, PreconditionFailed
 from services.stage.generation.chat_template import ChatTemplate
 from tests.fakes.chat_templates import FAMILIES
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from tokenizers import Tokenizer
 
+from asd.errors import InvalidRequest, PromptTooLong
 from asd.values import FinishReason, Message
-from services.common.errors import InvalidRequest, PromptTooLong
 from services.stage.domain import DraftPiece, DraftText
 from services.stage.generation.draft import Draft
 from services.stage.generation.inputs import RequestReader

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from asd.errors import AsdError, InvalidRequest, PromptTooLong
 from asd.values import FinishReason, Message
-from services.common.errors import AsdError, InvalidRequest, PromptTooLong
 from services.stage.domain import DraftPiece, DraftText
 from services.stage.generation.draft import Draft
 from services.stage.generation.inputs import RequestReader

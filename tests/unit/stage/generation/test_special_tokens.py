@@ -10,8 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from asd.errors import InvalidRequest
 from asd.values import Message
-from services.common.errors import InvalidRequest
 from services.stage.generation.tokenizer import ChatTokenizer
 from tests.fakes.chat_templates import FAMILIES, Family
 from tests.fakes.tiny_tokenizers import byte_level, pieces, write, write_family

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
+from asd.errors import InputFailed, PreconditionFailed
 from asd.values import Message
-from services.common.errors import InputFailed, PreconditionFailed
 from services.stage.generation.chat_template import ChatTemplate
 from services.stage.generation.template_limits import MOST_BYTES, MOST_STEPS, Meter, TooMuchWork
 from tests.fakes.chat_templates import FAMILIES

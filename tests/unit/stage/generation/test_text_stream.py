@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.common.errors import PreconditionFailed
+from asd.errors import PreconditionFailed
 from services.stage.generation.tokenizer import ChatTokenizer
 from tests.fakes.tiny_tokenizers import byte_level, pieces, write
 

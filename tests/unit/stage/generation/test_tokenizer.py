@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from asd.errors import InvalidRequest, PreconditionFailed
 from asd.values import Message
-from services.common.errors import InvalidRequest, PreconditionFailed
 from services.stage.generation.tokenizer import ChatTokenizer
 
 MODEL = Path(__file__).parents[4] / "models" / "small"

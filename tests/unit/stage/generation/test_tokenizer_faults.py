@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from services.common.errors import PreconditionFailed
+from asd.errors import PreconditionFailed
 from services.stage.generation.tokenizer import ChatTokenizer
 from services.stage.generation.tokenizer_faults import check_patterns
 from tests.fakes.tiny_tokenizers import byte_level, write

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from asd.errors import InvalidRequest, ResourceExhausted
 from asd.values import FinishReason, Message, Sampling
-from services.common.errors import InvalidRequest, ResourceExhausted
 from services.stage.domain import DraftPiece, DraftText, Result, TokenChunk, VerificationResult
 from services.stage.model_pool import ModelPool
 from tests.integration.stage.conftest import LiveGenerators, Reference, engine

@@ -13,8 +13,8 @@ import numpy as np
 import onnxruntime_genai
 import pytest
 
+from asd.errors import ConversationRefused, PreconditionFailed, PromptTooLong
 from asd.values import FinishReason, Message, Sampling
-from services.common.errors import ConversationRefused, PreconditionFailed, PromptTooLong
 from services.stage.domain import DraftPiece, DraftText, Result, VerificationResult
 from services.stage.engines.engine import ModelState
 from services.stage.engines.onnx.engine import OnnxEngine, OnnxOptions

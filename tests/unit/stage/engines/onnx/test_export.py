@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime_genai as og
 import pytest
 
-from services.common.errors import PreconditionFailed
+from asd.errors import PreconditionFailed
 from services.stage.engines.onnx.export import FORMAT, build_graph, prepare
 from services.stage.engines.onnx.llama_config import read_shape
 from tests.fakes import tiny_llama

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from services.common.errors import PreconditionFailed
+from asd.errors import PreconditionFailed
 from services.stage.engines.checkpoint import read_checkpoint
 from services.stage.engines.onnx.llama_config import read_shape
 from tests.fakes.tiny_llama import ABSENT, config

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from services.common.errors import PreconditionFailed
+from asd.errors import PreconditionFailed
 from services.stage.engines.onnx import partial_folders
 from services.stage.engines.onnx.engine import OnnxEngine, OnnxOptions
 from services.stage.engines.onnx.export import prepare
@@ -32,7 +32,7 @@ NOBODY = 65534
 PREPARE = """
 import os, sys
 from pathlib import Path
-from services.common.errors import AsdError
+from asd.errors import AsdError
 from services.stage.engines.onnx.export import prepare
 if len(sys.argv) > 3:
     prepare(Path(sys.argv[1]), Path(sys.argv[3]))

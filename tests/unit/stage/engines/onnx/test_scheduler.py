@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from asd.errors import AsdError, PreconditionFailed, QueueFull
 from asd.values import Sampling
-from services.common.errors import AsdError, PreconditionFailed, QueueFull
 from services.stage.domain import Result
 from services.stage.engines.onnx.engine import OnnxOptions
 from services.stage.engines.onnx.generators import CachedSequence
