@@ -16,6 +16,7 @@ from policy_service.policy import Objective, Spent
 from policy_service.reports import OutcomeReport
 from policy_service.store import write_artifact
 from policy_service.train.refit import (
+    LEAST_REPORTS,
     Correction,
     UnfitReports,
     correct_document,
@@ -118,7 +119,7 @@ def test_a_calibrated_policy_is_left_alone():
 @pytest.mark.parametrize(
     ("made", "counted"),
     [
-        (reports(199), "small 199"),
+        (reports(LEAST_REPORTS - 1), f"small {LEAST_REPORTS - 1}"),
         (reports(5000, version="v0"), "small 0"),
         ([OutcomeReport("same", "small", 0.5, "v1", True, float(n)) for n in range(5000)], "small 1"),
         ([OutcomeReport(f"{n}", "small", 0.9, "v1", True, 0.0) for n in range(5000)], "small 5000"),
