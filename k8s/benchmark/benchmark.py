@@ -209,21 +209,19 @@ def _say(text: str) -> None:
 def compare(pairs: Sequence[Pair]) -> Result:
     """Return the figures of both ways, and of the cascade as shares of the largest stage's."""
     cascade, largest = [pair.cascade for pair in pairs], [pair.largest for pair in pairs]
+    of_cascade, of_largest = _figures(cascade), _figures(largest)
     by_suite: dict[str, list[Pair]] = {}
     for pair in pairs:
         by_suite.setdefault(pair.suite, []).append(pair)
     return {
-        CASCADE: _figures(cascade),
-        LARGEST: _figures(largest),
+        CASCADE: of_cascade,
+        LARGEST: of_largest,
         "early_stop_share": _mean(each.is_early for each in cascade),
         "ratios": {
             "cost": _ratio(pairs, lambda each: each.cost),
             "mean_latency": _ratio(pairs, lambda each: each.latency_ms),
             "share_right": _ratio(pairs, lambda each: each.is_right),
-            "p95_latency": {
-                "value": percentile([each.latency_ms for each in cascade], 95)
-                / percentile([each.latency_ms for each in largest], 95)
-            },
+            "p95_latency": {"value": of_cascade["latency_ms"]["p95"] / of_largest["latency_ms"]["p95"]},
         },
         "suites": {
             suite: {
@@ -240,14 +238,16 @@ def compare(pairs: Sequence[Pair]) -> Result:
 
 
 def _figures(outcomes: Sequence[Outcome]) -> Result:
+    from services.common.stats import percentile
+
     latencies = sorted(each.latency_ms for each in outcomes)
     return {
         "share_right": _mean(each.is_right for each in outcomes),
         "mean_cost": _mean(each.cost for each in outcomes),
         "latency_ms": {
             "mean": statistics.fmean(latencies),
-            **{f"p{share}": percentile(latencies, share) for share in (50, 90, 95, 99)},
-            "percentiles": [round(percentile(latencies, share), 3) for share in range(101)],
+            **{f"p{share}": percentile(latencies, share / 100) for share in (50, 90, 95, 99)},
+            "percentiles": [round(percentile(latencies, share / 100), 3) for share in range(101)],
         },
         "answering_stage": dict(Counter(each.stage for each in outcomes)),
         "plan_source": dict(Counter(each.plan_source for each in outcomes)),
@@ -273,11 +273,6 @@ def _ratio(pairs: Sequence[Pair], read: Callable[[Outcome], float]) -> Result:
     ratios.sort()
     low, high = (ratios[round(share * (len(ratios) - 1))] for share in (0.025, 0.975))
     return {"value": sum(left for left, _ in values) / below, "low": low, "high": high}
-
-
-def percentile(values: Sequence[float], share: int) -> float:
-    """Return the nearest-rank percentile; the least value for 0."""
-    return sorted(values)[max(math.ceil(share * len(values) / 100) - 1, 0)]
 
 
 # Showing.

@@ -11,4 +11,6 @@ if TYPE_CHECKING:
 
 def percentile(values: Sequence[float], share: float) -> float:
     """Return the smallest value that at least `share` (0 to 1) of the values do not exceed: nearest rank."""
-    return sorted(values)[max(math.ceil(share * len(values)) - 1, 0)]
+    # In floats, 0.07 × 100 is a little more than 7.
+    rank = math.ceil(round(share * len(values), 9))
+    return sorted(values)[max(rank - 1, 0)]

@@ -85,10 +85,10 @@ def test_figures_are_those_of_a_hand_calculation() -> None:
 
 
 def test_percentiles_are_nearest_ranks() -> None:
-    values = [30.0, 10.0, 20.0, 40.0]
-    assert [benchmark.percentile(values, share) for share in (0, 25, 26, 50, 75, 76, 100)] == [
-        *(10.0, 10.0, 20.0, 20.0, 30.0, 40.0, 40.0),
-    ]
+    latency = benchmark.compare(PAIRS)["cascade"]["latency_ms"]
+    # Of 10, 20, 20 and 50 ms.
+    assert [latency["percentiles"][share] for share in (0, 25, 26, 75, 76, 100)] == [10, 10, 20, 20, 50, 50]
+    assert (latency["p50"], latency["p99"]) == (20.0, 50.0)
 
 
 def test_an_interval_holds_its_ratio_and_narrows_with_the_tasks() -> None:
