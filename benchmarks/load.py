@@ -14,7 +14,6 @@ import collections
 import hashlib
 import itertools
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from asd.errors import AsdError, BudgetSpent, ResourceExhausted
 from asd.values import Objective, Request
 from benchmarks.processes import embedded_cascade
 from benchmarks.record import write_result
+from benchmarks.stats import wilson
 from services.common.server import run_service
 from services.common.stats import percentile
 from suites import grade, split
@@ -55,8 +55,6 @@ CALL_MS = 120_000.0
 # second, so that two thirds of them cannot be answered in time; and they are as many as a router takes.
 BURST, BURSTS, BURST_MS = 256, 3, 3_000.0
 CELLS = (*(f"{way}@{at_a_time}" for at_a_time in AT_A_TIME for way in WAYS), "burst")
-# Of a normal distribution, for intervals of 95%.
-_Z = 1.959964
 _WORK = Path(__file__).parents[1] / "build" / "load.json"
 
 
@@ -125,16 +123,6 @@ class Tally:
             row["p95_ms"] = round(percentile(self.times_ms, 0.95), 1)
             row["cost"] = round(statistics.mean(self.costs), 3)
         return row
-
-
-def wilson(right: int, count: int) -> tuple[float, float]:
-    """Return the 95% interval of a share, 0 to 1 where nothing was counted. Wilson 1927."""
-    if not count:
-        return 0.0, 1.0
-    share, spread = right / count, _Z * _Z / count
-    centre = (share + spread / 2) / (1 + spread)
-    half = math.sqrt(share * (1 - share) * spread + spread * spread / 4) / (1 + spread)
-    return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
 def headline(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

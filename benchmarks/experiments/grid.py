@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.stats import t
 
+from benchmarks.stats import Interval, interval
 from suites import LEVELS
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 QUALITY_VALUES = (0.5, 1.0, 2.0, 5.0)
 GROUPS = {"simple": (1, 2, 3, 4, 5), "medium": (6, 7, 8, 9, 10), "complex": (11, 12, 13, 14, 15)}
 SEEDS = (0, 1, 2, 3, 4)
-CONFIDENCE = 0.95
 
 
 class TooFewPrompts(Exception):  # noqa: N818 - an error is named by its cause
@@ -49,15 +48,6 @@ class Sample:
     latency_ms: float
     early_stop_share: float
     mix: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean over runs and the confidence interval around it."""
-
-    mean: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -174,14 +164,3 @@ def summarise(samples: Sequence[Sample]) -> Summary:
         share([each.early_stop_share for each in samples]),
         tuple(share(shares) for shares in zip(*(each.mix for each in samples), strict=True)),
     )
-
-
-def interval(values: Sequence[float], prompts: Sequence[int], confidence: float = CONFIDENCE) -> Interval:
-    """Return the mean of independent runs, by their prompts, and its interval by Student's t.
-
-    The interval takes the runs for equally large: in a level they differ by one prompt.
-    """
-    mean = float(np.average(values, weights=prompts))
-    error = np.std(values, ddof=1) / np.sqrt(len(values))
-    half = float(t.ppf((1 + confidence) / 2, len(values) - 1) * error)
-    return Interval(mean, mean - half, mean + half)

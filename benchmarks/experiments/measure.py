@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.stats import beta
 
 from asd.values import Preference
 from benchmarks.experiments.grid import (
-    CONFIDENCE,
     GROUPS,
     QUALITY_VALUES,
     Experiment,
@@ -22,6 +20,7 @@ from benchmarks.experiments.grid import (
     sample_runs,
 )
 from benchmarks.experiments.response import check_response
+from benchmarks.stats import clopper_pearson
 from policy_service.solver import solve_policy
 from policy_service.train.evaluate import served_states
 from policy_service.train.fit import expected_calibration_error
@@ -219,11 +218,5 @@ def _reliability(key: ViewKey, scores: Floats, data: Dataset) -> Reliability:
 
 
 def _bin(scores: Floats, correct: npt.NDArray[np.bool_]) -> Bin:
-    count, right, doubt = len(correct), int(correct.sum()), (1 - CONFIDENCE) / 2
-    return Bin(
-        count,
-        float(scores.mean()),
-        right / count,
-        float(beta.ppf(doubt, right, count - right + 1)) if right else 0.0,
-        float(beta.ppf(1 - doubt, right + 1, count - right)) if right < count else 1.0,
-    )
+    count, right = len(correct), int(correct.sum())
+    return Bin(count, float(scores.mean()), right / count, *clopper_pearson(right, count))

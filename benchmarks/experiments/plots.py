@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from benchmarks.experiments.grid import Interval, Summary
+    from benchmarks.experiments.grid import Summary
     from benchmarks.experiments.measure import Measured, Point, Reliability
+    from benchmarks.stats import Interval
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from benchmarks.experiments.grid import Interval, Result
+    from benchmarks.experiments.grid import Result
     from benchmarks.experiments.measure import Measured, Point
+    from benchmarks.stats import Interval
 
 # What the research system reported of itself: the largest model for every prompt, whatever the value.
 RESEARCH_COST, RESEARCH_LATENCY_S, RESEARCH_R2 = 8.8, 3.9, 0.489

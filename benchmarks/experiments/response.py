@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from benchmarks.experiments.grid import CONFIDENCE, interval
+from benchmarks.stats import CONFIDENCE, interval
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -5,14 +5,16 @@ from __future__ import annotations
 import csv
 from typing import TYPE_CHECKING
 
-from benchmarks.experiments.grid import CONFIDENCE, GROUPS, QUALITY_VALUES, policy_way
+from benchmarks.experiments.grid import GROUPS, QUALITY_VALUES, policy_way
+from benchmarks.stats import CONFIDENCE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from benchmarks.experiments.grid import Interval, Result
+    from benchmarks.experiments.grid import Result
     from benchmarks.experiments.measure import Measured, Point
+    from benchmarks.stats import Interval
 
 Row = dict[str, object]
 

@@ -8,9 +8,9 @@ from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.load import wilson
 from benchmarks.record import update_result
 from benchmarks.revisions import commit_of
+from benchmarks.stats import wilson
 from tests.mutants.mutations import cores, mutated, sample
 from tests.mutants.trials import INTEGRATION, UNIT, Kept, cloned, judged, measured, say
 

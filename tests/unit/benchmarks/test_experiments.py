@@ -18,7 +18,6 @@ from benchmarks.experiments.grid import (
     draw_runs,
     fixed_way,
     grid,
-    interval,
     policy_way,
     sample_runs,
     summarise,
@@ -28,6 +27,7 @@ from benchmarks.experiments.plots import draw_plots
 from benchmarks.experiments.report import render_report, verdicts
 from benchmarks.experiments.response import check_response
 from benchmarks.experiments.tables import figures, write_tables
+from benchmarks.stats import interval
 from policy_service.train.replay import Run
 
 CASCADE = ("small", "medium", "large")

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from asd.errors import AsdError, BudgetSpent, ResourceExhausted, Unavailable
-from benchmarks.load import CELLS, WAYS, Kept, Tally, cells, headline, wilson
+from benchmarks.load import CELLS, WAYS, Kept, Tally, cells, headline
+from benchmarks.stats import wilson
 from suites import generate
 
 if TYPE_CHECKING:
