@@ -45,7 +45,7 @@ from policy_service.train.evaluate import (
 from policy_service.train.fit import InputFile, fit_policy
 from policy_service.train.outcomes import read_rows
 from policy_service.train.replay import Run, always, least_spent, replay
-from policy_service.train.scores import area_under_roc, r_squared
+from policy_service.train.scores import area_under_roc, mean_interval, r_squared
 from services.common.server import run_service
 from services.common.stats import percentile
 from suites import grade, split
@@ -260,14 +260,13 @@ def compare_history(replayers: Mapping[str, Replayer], value: float) -> dict[str
             "cost": round(float(run.cost.mean()), 4),
             "value": round(float(values[-1].mean()), 4),
         }
-    lost = values[0] - values[1]
-    margin = 1.96 * float(lost.std(ddof=1)) / len(lost) ** 0.5
+    lost, low, high = mean_interval(values[0] - values[1])
     return {
         **figures,
-        "conversations": len(lost),
-        "value_lost_without_history": round(float(lost.mean()), 4),
-        "value_lost_low": round(float(lost.mean()) - margin, 4),
-        "value_lost_high": round(float(lost.mean()) + margin, 4),
+        "conversations": len(values[0]),
+        "value_lost_without_history": round(lost, 4),
+        "value_lost_low": round(low, 4),
+        "value_lost_high": round(high, 4),
     }
 
 

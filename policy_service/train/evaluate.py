@@ -13,7 +13,7 @@ from policy_service.solver import solve_policy
 from policy_service.train.dataset import view_keys
 from policy_service.train.fit import expected_calibration_error
 from policy_service.train.replay import Run, always, oracle, replay, threshold
-from policy_service.train.scores import area_under_roc, r_squared
+from policy_service.train.scores import area_under_roc, mean_interval, r_squared
 from policy_service.train.threads import one_thread
 
 if TYPE_CHECKING:
@@ -194,11 +194,8 @@ def _compare(name: str, quality_value: float, run: Run, thresholds: Sequence[Run
         (quality_value * other.correct - other.cost for other in thresholds),
         key=lambda each: float(each.mean()),
     )
-    differences = values - best
-    mean = float(differences.mean())
-    margin = 1.96 * float(differences.std(ddof=1)) / np.sqrt(len(differences))
     return Comparison(
-        name, quality_value, float(values.mean()), float(best.mean()), mean, mean - margin, mean + margin
+        name, quality_value, float(values.mean()), float(best.mean()), *mean_interval(values - best)
     )
 
 

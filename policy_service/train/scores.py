@@ -1,4 +1,4 @@
-"""How good scores and probabilities of right answers are."""
+"""How good scores and probabilities of right answers are, and the interval of a mean."""
 
 from __future__ import annotations
 
@@ -26,3 +26,9 @@ def area_under_roc(p_correct: Floats, correct: npt.NDArray[np.bool_]) -> float:
     below = np.searchsorted(right, wrong, side="left")
     not_above = np.searchsorted(right, wrong, side="right")
     return float(np.mean(len(right) - (below + not_above) / 2) / len(right))
+
+
+def mean_interval(values: Floats) -> tuple[float, float, float]:
+    """Return a mean and the bounds of its 95% interval. values: [n], many and independent."""
+    mean, margin = float(values.mean()), 1.96 * float(values.std(ddof=1)) / float(np.sqrt(len(values)))
+    return mean, mean - margin, mean + margin
