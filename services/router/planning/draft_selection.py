@@ -1,16 +1,16 @@
 """Whether drafts are worth verifying, by the passes and the time that they save. Pure.
 
-Two rules. By passes: where verifying takes about as many as writing anew, drafts save nothing whatever the
-load. By time: the faster of the two ways holds (see bandit.py), and what one of them takes foretells the
-other.
+There are two rules. By passes: if verifying takes about as many passes as writing anew, drafts save nothing
+at any load. By time: a bandit (see bandit.py) chooses between verifying drafts and writing anew. A verified
+draft also forecasts how long writing anew would take.
 
-The forecast. A step of an engine that batches takes the time of reading the weights, a pass, and more for
-each token that is computed in it: the roofline (Williams, Waterman and Patterson 2009), as in the goodput
-that SmartSpec maximises (Liu et al. 2024, "Optimizing Speculative Decoding for Serving Large Language Models
-Using Goodput"). A call that takes p passes while N calls of w tokens each are at its stage takes the time of
-p + TOKEN x N x w passes. A verification shows how long one is, and so what writing the whole answer would
-take, with all requests at the target. Unlike SmartSpec, the router sees no step, only calls: what it
-foretells is a bound until the other way was seen.
+The forecast. A step of a batching engine takes the time of reading the weights, one pass, and more for each
+token that it computes. This is the roofline (Williams, Waterman and Patterson 2009), as in the goodput that
+SmartSpec maximises (Liu et al. 2024, "Optimizing Speculative Decoding for Serving Large Language Models Using
+Goodput"). A call of p passes, beside N calls of w tokens each at its stage, takes the time of p + TOKEN x N x
+w passes. So a verification shows how long a pass is, and what writing the whole answer would take with all
+requests at the target. Unlike SmartSpec, the router sees calls and no steps. Its forecast is only a bound
+until the other arm was measured.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ if TYPE_CHECKING:
 
     from services.router.domain import Answer
 
-# What a verification takes, as a share of writing anew, from which on drafts are not verified. Chosen: below
-# 1, since the drafting itself takes time too.
+# Drafts are not verified if a verification takes at least this share of writing anew. Chosen: below 1, since
+# drafting takes time too.
 WORTHLESS = 0.9
-# Weight of the newest verification in the mean of that, and their number from which on it says something.
-# Chosen: some forty carry nine tenths, so that a few bad drafts in a row do not turn it; while drafts are
-# worthless few are verified, and some seven do.
+# The newest verification's weight in the mean share, and the number of verifications before the mean counts.
+# Chosen: the last forty carry nine tenths, so that a few bad drafts in a row do not turn it. While drafts are
+# worthless few are verified, and the last seven carry as much.
 _NEWEST = 0.05
 _NEWEST_WORTHLESS = 0.3
 _LEAST_VERIFIED = 4
-# While drafts are worthless, one in so many is verified all the same, to see whether that changed; each time
-# that it has not, twice as many are left out, up to the most. Chosen: at ten per cent more per attempt, they
-# cost one per cent at first.
+# While drafts are worthless, one in this many is verified as a probe. Each probe that fails doubles the
+# interval, up to the maximum. Chosen: at ten per cent more time per probe, they cost one per cent at first.
 PROBE_EVERY = 16
 PROBE_EVERY_AT_MOST = 128
-# Time of a computed token, in passes. Measured with vLLM on an H200: 0.22 ms beside 34 of a 70B, 0.045 beside
-# 7.9 of a 13B. It is the same for all models of one number format: bandwidth over arithmetic.
+# Time of a computed token, in passes. Measured with vLLM on an H200: a token takes 0.22 ms and a pass 34 ms
+# for a 70B, 0.045 ms and 7.9 ms for a 13B. The ratio, bandwidth over arithmetic, depends on the number format
+# alone.
 _TOKEN = 0.0065
 
 
@@ -60,10 +60,10 @@ class SkipReason(Enum):
 
 @dataclass(frozen=True, slots=True)
 class SpeculationOptions:
-    """Which ways of working ahead are used.
+    """Which kinds of speculative work are on.
 
     pipelined: the stages of a chain work at the same time. prefill_ahead: a likely target's prefix cache is
-    warmed while the first stage drafts. early_abandon: a hopeless draft is not finished. adaptive: drafts
+    filled while the first stage drafts. early_abandon: a hopeless draft is not finished. adaptive: drafts
     that saved nothing recently, or that save nothing under the present load, are not verified.
     """
 
@@ -75,9 +75,10 @@ class SpeculationOptions:
 
 @dataclass(frozen=True, slots=True)
 class DraftChoice:
-    """Whether a target verifies a draft: why not, or None. To be given back, once, when its request ends.
+    """Whether a target verifies a draft. To be given back, once, when its request ends.
 
-    paces, start: where times are compared. counts: whether the request shows how long that takes.
+    reason: why the draft is left out; None: it is verified. paces, start: the bandit and its choice. counts:
+    whether the request's time is a measurement.
     """
 
     reason: SkipReason | None = None
@@ -87,10 +88,10 @@ class DraftChoice:
 
 
 class DraftSelection:
-    """What is known of drafts. enabled: False, and every draft is verified. clock: monotonic seconds.
+    """Chooses which drafts are verified. enabled: if False, every draft is. clock: monotonic seconds.
 
-    Times are compared for each drafter of a target; of chains, which begin with the drafting, and of
-    escalations, where the draft is there, on their own.
+    Each pair of drafter and target has a bandit for chains, which include the drafting, and one for
+    escalations, which begin with a finished draft.
     """
 
     def __init__(self, clock: Callable[[], float], *, enabled: bool = True) -> None:
@@ -104,7 +105,7 @@ class DraftSelection:
     ) -> DraftChoice:
         """Choose whether a target verifies a drafter's draft or writes its next answer without.
 
-        calls: under way at the target, over its replicas, the next one and those of other routers included.
+        calls: in flight at the target over its replicas, including the next one and other routers' calls.
         replicas: how many it has. has_draft: whether the draft is written already.
         """
         if not self._enabled:
@@ -128,24 +129,24 @@ class DraftSelection:
         if not answer.is_whole or (choice.reason is None) != (answer.action is StageAction.VERIFY):
             self.ended(replace(choice, counts=False))
             return
-        # The stages of a pipeline start together, and an earlier one's answer is only heard of at the end.
+        # The stages of a pipeline start together, and the router learns of an earlier answer only at the end.
         seconds = answer.latency_ms / 1000.0 if answer.is_pipelined else self._clock() - choice.start.started
         otherwise_s = _written_s(answer, choice.start.load, seconds) if choice.reason is None else 0.0
-        # One for the end, which is a token too where the answer was not cut.
+        # Count the end token as well. An answer that was cut has none.
         self._end(choice, Took(seconds, usage.completion_tokens + 1, otherwise_s))
 
     def ended(self, choice: DraftChoice) -> None:
-        """A request has ended without an answer of the target: that took its time and gave nothing."""
+        """Count a request that has ended without an answer of the target: it took time and gave no tokens."""
         if choice.start is not None:
             self._end(choice, Took(self._clock() - choice.start.started, 0))
 
     def _learn(self, drafter: str, target: str, share: float) -> None:
-        """Learn from a verification, which took a share of the passes of writing anew."""
+        """Learn from a verification. share: its passes over those of writing anew."""
         pair = self._pairs.setdefault((drafter, target), _Pair())
         was_worthless = pair.is_worthless
         pair.learn(share)
         if was_worthless and not pair.is_worthless:
-            # What such drafts took says nothing of these.
+            # The times of worthless drafts say nothing about the present ones.
             for has_draft in (False, True):
                 self._paces.pop((drafter, target, has_draft), None)
 
@@ -155,14 +156,14 @@ class DraftSelection:
 
 
 def _written_s(answer: Answer, load: float, seconds: float) -> float:
-    """Return what a verified answer would have taken without its draft, in seconds; 0 where nothing tells.
+    """Return how long a verified answer would have taken without its draft, in seconds; 0: unknown.
 
-    load: requests under way. seconds: of this one, the drafting included.
+    load: requests in flight. seconds: of this one, the drafting included.
     """
     usage, target_s = answer.result.usage, answer.latency_ms / 1000.0
     if seconds <= 0.0:
         return 0.0
-    # By Little's law, as many of them are at the target as it has of their time.
+    # By Little's law, the share of requests at the target is the target's share of their time.
     at_target = max(load * min(target_s / seconds, 1.0), 1.0)
     read = usage.prompt_tokens - usage.cached_prompt_tokens
     tokens = usage.completion_tokens + 1
@@ -175,7 +176,7 @@ class _Pair:
     """What the drafts of one stage are worth to another."""
 
     def __init__(self) -> None:
-        # Mean of the passes that verifications took, as a share of writing anew.
+        # Mean passes of a verification, as a share of writing anew.
         self._share = 0.0
         self._verified = 0
         self.is_worthless = False
@@ -184,7 +185,7 @@ class _Pair:
 
     def learn(self, share: float) -> None:
         """Learn from a verification."""
-        # More than writing anew says no more: it would only take longer to forget.
+        # A larger share tells nothing more, and would take longer to forget.
         share = min(share, 1.0)
         if share < WORTHLESS:
             self._every = PROBE_EVERY
@@ -194,7 +195,7 @@ class _Pair:
         self.is_worthless = self._share >= WORTHLESS and self._verified >= _LEAST_VERIFIED
 
     def leaves_out(self) -> bool:
-        """Return whether the next draft is left out, of those that are worthless."""
+        """Return whether to leave out the next worthless draft; if not, it is a probe."""
         self._left_out += 1
         if self._left_out < self._every:
             return True
