@@ -1,4 +1,4 @@
-"""Whether there is room for a request: what is done where stages have lines. Pure."""
+"""Admission: whether the stages have room for a request, and when a refused one may call again. Pure."""
 
 from __future__ import annotations
 
@@ -15,36 +15,35 @@ if TYPE_CHECKING:
     from services.router.domain import Call, Stage
     from services.router.planning.load import Load
 
-# Shorter waits than this count as none, and are not told to the policy. Chosen: no plan turns on them.
+# Shorter waits count as none, and the policy is not told of them. Chosen: they change no plan.
 MIN_QUEUE_MS = 1.0
-# Nor is a request refused for a shorter wait than this share of what a call takes at the stage. Chosen: a
-# call that only waits for the pass under way waits less, and its answer may be shorter than most.
+# A wait below this share of a call's usual time is no reason to refuse. Chosen: a call that waits for the
+# current pass alone waits less, and its answer may be shorter than most.
 _SHORT_WAIT = 0.25
-# Share of the largest stage's accuracy below which waits do not take a BALANCED request. Chosen: two points
-# less than what BALANCED keeps without waits.
+# Waits must leave a BALANCED request this share of the largest stage's accuracy. Chosen: two points below
+# what BALANCED keeps without waits.
 LEAST_SHARE = 0.97
-# A request in a line is looked at again after half of the time that it has to spare, within these bounds, in
-# milliseconds. Chosen: its caller hears early of a line that became slower, and looking costs little.
+# A waiting request is checked again after half of its spare time, within these bounds in milliseconds.
+# Chosen: its caller learns early that the line became slower, and a check costs little.
 _SHORTEST_LOOK_MS, _LONGEST_LOOK_MS = 10.0, 250.0
-# Least and most that a caller is told to wait, in seconds. Chosen: sooner it would meet the same line, and
-# what is further away nobody knows.
+# Bounds of the delay that a refusal names, in seconds. Chosen: a caller that returns sooner meets the same
+# line, and no estimate reaches further.
 LEAST_RETRY_S, MOST_RETRY_S = 0.05, 60.0
 
 
 class Admission:
     """Says which requests the stages have room for.
 
-    Under QUEUE and SHED a request is refused where the line at a stage leaves it no time to be answered.
-    Where there is no line, or this router has no call under way at the stage, every request is let in: the
-    stage is idle, or what is known of it is old. So it is where no call has waited yet: how many the stage
-    computes at a time is then a guess.
+    Under QUEUE and SHED, a request is refused if the line at a stage leaves no time to answer it. A stage
+    admits every request in three cases: it has no line, this router has no call in flight there, or no call
+    has waited there yet. Then it is idle, its measurements are old, or its capacity is a guess.
     """
 
     def __init__(self, load: Load, overload: Overload, clock: Callable[[], float]) -> None:
         self._load = load
         self._overload = overload
         self._clock = clock
-        # By the stage, when the next one that is refused there is told to come, by the clock.
+        # By stage, the earliest time at which the next refused caller may return, by the clock.
         self._appointments: dict[int, float] = {}
 
     @property
@@ -53,9 +52,9 @@ class Admission:
         return self._overload is not Overload.DEGRADE
 
     def accuracy_share(self, objective: Objective) -> float | None:
-        """Return down to which share of the largest stage's accuracy waits may take a request; None: to any.
+        """Return the least share of the largest stage's accuracy that waits must leave a request; None: any.
 
-        1: they do not count. Who asks for the BEST, or says what a right answer is worth, asked for no speed.
+        1: waits do not count. A caller who asks for the BEST, or sets a lambda, did not ask for speed.
         """
         if self._overload is Overload.DEGRADE or objective.preference is Preference.FASTEST:
             return None
@@ -64,17 +63,17 @@ class Admission:
 
     @staticmethod
     def asks_for_quality(objective: Objective) -> bool:
-        """Return whether a request had rather be refused than be given an answer that was to be improved."""
+        """Return whether a request prefers a refusal to an answer that was to be improved."""
         return objective.min_quality is not None or objective.preference == Preference.BEST
 
     def check(self, stages: Sequence[Stage], left_ms: float) -> None:
-        """Raise Overloaded where the stages, one after the other, have no time left to answer a request."""
+        """Raise Overloaded if the stages, one after the other, have no time left to answer a request."""
         missing_ms = self._missing_ms(stages, left_ms) if self.refuses else 0.0
         if missing_ms > 0.0:
             raise self._late(stages[0], sum(map(self._wait_ms, stages)), left_ms, missing_ms)
 
     def shed(self, stage: Stage) -> None:
-        """Raise Overloaded where a stage has a line of more than an answer, and such lines are shed."""
+        """Under SHED, raise Overloaded if the line at a stage is longer than one answer takes."""
         wait_ms, service_ms = self._wait_ms(stage), self._load.service_ms(stage.index)
         if self._overload is Overload.SHED and wait_ms > service_ms:
             after_s = self._appointment(stage, wait_ms - service_ms)
@@ -85,14 +84,14 @@ class Admission:
             )
 
     def late(self, stage: Stage, left_ms: float) -> Overloaded:
-        """Return the refusal of a request that has no time left for a stage that is busy with others."""
+        """Return the refusal of a request that has no time left for a stage busy with other requests."""
         missing_ms = self._wait_ms(stage) + self._load.longest_ms(stage.index) - left_ms
         return self._late(stage, self._wait_ms(stage), left_ms, missing_ms)
 
     def look(self, stage: Stage, call: Call, left_ms: float) -> float:
-        """Return after how many milliseconds to look again at a call that nothing has come of.
+        """Return after how many milliseconds to check a silent call again.
 
-        Raises Overloaded where its line leaves no time for it.
+        Raises Overloaded if the line leaves no time to answer it.
         """
         wait_ms = self._load.left_to_wait_ms(call)
         if not self.refuses or self._is_short(stage, wait_ms) or call.depth == 1:
@@ -103,14 +102,14 @@ class Admission:
         return min(max(spare_ms / 2.0, _SHORTEST_LOOK_MS), _LONGEST_LOOK_MS)
 
     def retry_after_s(self, stage: Stage) -> float:
-        """Return after how many seconds a stage that refused a call will have gone through its line."""
+        """Return after how many seconds a stage that refused a call will have served its line."""
         return self._appointment(stage, self._wait_ms(stage) + self._load.service_ms(stage.index))
 
     def _appointment(self, stage: Stage, after_ms: float) -> float:
-        """Return after how many seconds one who is refused at a stage is told to come again.
+        """Return after how many seconds a refused caller may return, not before after_ms.
 
-        Not before so many milliseconds; and one after the other, at the rate at which the stage finishes
-        calls: told the same, they would come together and find the same line.
+        Refused callers get times one after the other, at the rate at which the stage finishes calls. With
+        equal delays they would return together and find the same line.
         """
         now, index = self._clock(), stage.index
         at = max(now + after_ms / 1000.0, self._appointments.get(index, 0.0))
@@ -134,9 +133,9 @@ class Admission:
         )
 
     def _missing_ms(self, stages: Sequence[Stage], left_ms: float) -> float:
-        """Return how much time more a request needs than it has; 0 or less where it may have enough.
+        """Return how much more time a request needs than it has; 0 or less: it may have enough.
 
-        Without a line it may: its answer may be shorter than others.
+        Without a line it may have enough, since its answer may be shorter than most.
         """
         if all(self._is_short(stage, self._wait_ms(stage)) for stage in stages):
             return 0.0

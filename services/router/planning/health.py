@@ -1,4 +1,4 @@
-"""Whether services answer: a line in the log where that changes, and how long a stage is avoided. Pure."""
+"""Health of services, logged when it changes, and how long plans avoid a stage. Pure."""
 
 from __future__ import annotations
 
@@ -14,66 +14,66 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# For how long plans avoid a stage that was away: at first, and at most, doubling while it hangs. Chosen: one
-# attempt per second costs nothing where the stage is gone, and half a deadline where it hangs.
+# Plans avoid an unreachable stage for AWAY_SECONDS. While a stage hangs, the time doubles up to the maximum.
+# Chosen: an attempt per second costs nothing at a stage that is gone, and half a deadline at one that hangs.
 AWAY_SECONDS = 1.0
 LONGEST_AWAY_SECONDS = 30.0
 
 
 class Health:
-    """Of a service, as the log tells it. name: of the service. clock: monotonic seconds.
+    """Health of a service, for the log. name: of the service. clock: monotonic seconds.
 
-    A service that fails now and answers a moment later is unhealthy all the while, so that the log has two
-    lines a second at most, whatever comes in between.
+    A failed service stays unhealthy for a second even if it answers, so that the log has at most two lines a
+    second.
     """
 
     def __init__(self, name: str, clock: Callable[[], float]) -> None:
         self._name = name
         self._clock = clock
-        # When it failed last; None: it is healthy.
+        # The time of the last failure; None: the service is healthy.
         self._failed: float | None = None
 
     def failed(self, error: AsdError, consequence: str) -> None:
-        """A call failed. consequence: what follows while it is so, for the log."""
+        """Count a failed call. consequence: what follows while the service is unhealthy, for the log."""
         if self._failed is None:
             reason = error.message.removeprefix(f"{self._name}: ")
             logger.warning("%s is unhealthy, %s: %s", self._name, consequence, reason)
         self._failed = self._clock()
 
     def answered(self) -> None:
-        """A call was answered."""
+        """Count an answered call."""
         if self._failed is not None and self._clock() - self._failed >= AWAY_SECONDS:
             self._failed = None
             logger.info("%s is healthy again", self._name)
 
 
 class StageHealth(Health):
-    """Of a stage, with how long plans avoid it."""
+    """Health of a stage, and how long plans avoid it."""
 
     def __init__(self, stage: Stage, clock: Callable[[], float]) -> None:
         super().__init__(str(stage), clock)
         self._avoided_until = clock()
         self._times_silent = 0
-        # Whether it was found to hang, and nothing has come from it since.
+        # Whether it was found to hang, and has sent nothing since.
         self._has_hung = False
-        # Milliseconds of calls from which nothing came, since something did last, and when they ended.
+        # Total time of silent calls since the stage last sent something, and when the last of them ended.
         self._silent_ms = 0.0
         self._silent_until = -math.inf
 
     @property
     def is_avoided(self) -> bool:
-        """Whether plans leave it out."""
+        """Whether plans avoid the stage."""
         return self._avoided_until > self._clock()
 
     @property
     def is_hanging(self) -> bool:
-        """Whether plans leave it out because it is silent, and not because it failed."""
+        """Whether plans avoid the stage because it is silent, not because it failed."""
         return self._has_hung and self.is_avoided
 
     def was_silent(self, call_ms: float) -> float:
-        """A call of so many milliseconds ends now, and nothing came from it.
+        """Count a call that ends now and got nothing from the stage. call_ms: its duration.
 
-        Returns for how many milliseconds nothing has come from the stage's calls; what overlaps counts once.
+        Returns for how many milliseconds the stage's calls were silent. Overlapping times count once.
         """
         now = self._clock()
         silent_s = now - max(now - call_ms / 1000.0, self._silent_until)
@@ -82,38 +82,37 @@ class StageHealth(Health):
         return self._silent_ms
 
     def spoke(self) -> None:
-        """Something came from it."""
+        """Note that the stage has sent something."""
         self._silent_ms = 0.0
         self._has_hung = False
 
     def went_away(self, error: AsdError) -> None:
-        """It cannot be called: avoid it for a second."""
+        """Avoid the stage for a second, since it cannot be called."""
         self.spoke()
         self.failed(error, "and avoided")
         self._avoid(AWAY_SECONDS)
 
     def hung(self, error: AsdError) -> None:
-        """It is silent: avoid it, for twice as long as the last time. Calls that fail together are one
-        time."""
+        """Avoid a silent stage for twice as long as the last time. Simultaneous failures count once."""
         self.failed(error, "and avoided")
         self._has_hung = True
         if self._avoid(min(AWAY_SECONDS * 2.0**self._times_silent, LONGEST_AWAY_SECONDS)):
             self._times_silent += 1
 
     def failed_a_request(self, error: AsdError) -> None:
-        """It could not answer one request, which says nothing of others."""
+        """Count a request that the stage could not answer. It is not avoided: other requests may succeed."""
         self.spoke()
         self.failed(error, "though not avoided")
 
     def answered(self) -> None:
-        """It gave a whole answer."""
+        """Count a whole answer."""
         super().answered()
         self.spoke()
         self._avoided_until = self._clock()
         self._times_silent = 0
 
     def _avoid(self, seconds: float) -> bool:
-        """Avoid it; return whether it was not avoided already."""
+        """Avoid the stage. False if it is avoided already, so that simultaneous failures count once."""
         if self.is_avoided:
             return False
         self._avoided_until = self._clock() + seconds

@@ -43,18 +43,18 @@ if TYPE_CHECKING:
     from services.router.planning.load import Load
     from services.router.request import RequestState
 
-# Probability of an escalation from which on its target's prefix cache is filled. Chosen: it is then more
-# often right than wrong.
+# Least probability of an escalation at which its target's prefix cache is filled. Chosen: filling it is then
+# more often useful than not.
 _LIKELY = 0.5
 
 
 class Planner:
-    """Plans requests. Only where the policy service is unavailable does the static plan stand in for it.
+    """Plans requests. The static plan replaces the policy service only while that is unavailable.
 
-    policy: None where there is no policy service. overload: what becomes of requests where stages have lines.
-    patience: how long requests wait while no stage is there. A stage without a replica is activated where a
-    plan would use it, and the plan is made again without it; only where nothing else can answer is it waited
-    for.
+    policy: None without a policy service. overload: how requests are treated when stages have lines.
+    patience: how long requests wait while no stage is reachable. If a plan names a stage without a replica,
+    the stage is activated and the request is planned again without it. The request waits for the stage only
+    if no other one can answer.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Planner:
 
     @contextmanager
     def plan_for(self, state: RequestState) -> Iterator[RequestPlan]:
-        """Plan a request during the block. Raises Overloaded where it ran out of room or time for others."""
+        """Plan a request during the block. Raises Overloaded if other requests took its room or time."""
         plan = RequestPlan(self, state)
         try:
             yield plan
@@ -96,7 +96,7 @@ class Planner:
 
 
 class RequestPlan:
-    """The plan of one request as it goes: the next step at each turn."""
+    """The plan of one request: the next step after each event."""
 
     def __init__(self, planner: Planner, state: RequestState) -> None:
         self._state = state
@@ -118,26 +118,26 @@ class RequestPlan:
         )
         self._source = PlanSource.STATIC
         self._policy_version = ""
-        # False once the policy was unavailable: the static plan holds from there on.
+        # False once the policy was unavailable. From then on, the request follows the static plan.
         self._follows_policy = True
-        # Stages that this request does without, by index, with why: they failed, or cannot take it.
+        # Errors by index of stages that failed this request or cannot take it.
         self._failed: dict[int, AsdError] = {}
-        # What was chosen where a stage could verify a draft, by the stage's index.
+        # The draft choice of each stage that could verify one, by index.
         self._choices: dict[int, DraftChoice] = {}
         self._decision: Decision | None = None
-        # Of the policy's plan: when the first draft is not worth finishing, and who goes on from it.
+        # From the policy's plan: when to abandon the first draft, and which stage then continues.
         self._abandon: tuple[AbandonRule, ...] = ()
         self._abandon_to: int | None = None
         self._prefill: Stage | None = None
-        # The call that failed last, and why there was no room for the request.
+        # The last call that failed, and the reason of a refusal.
         self._call: Call | None = None
         self._reason = Refusal.STAGE_FULL
 
     # The three questions.
 
     async def first_step(self) -> Step:
-        """Return the stage to begin with. Raises NotFound for an unknown one, Unavailable where all have
-        failed, Overloaded where there is no room for the request."""
+        """Return the first step. Raises NotFound for an unknown stage, Unavailable if all have failed,
+        Overloaded if there is no room for the request."""
         step = await self._step(await self._first())
         if not isinstance(step, Step):
             raise AsdError("a request without an answer cannot stop")
@@ -146,7 +146,7 @@ class RequestPlan:
     async def after_answer(self, report: Report) -> Step | Stop:
         """Return what follows an answer. An escalation that does not fit the deadline is not started.
 
-        Raises Overloaded where there is no room for it, and the caller asked for quality.
+        Raises Overloaded if there is no room for the escalation and the caller asked for quality.
         """
         self._learn_failures(report.failures)
         for answer, depth in report.answers:
@@ -155,8 +155,8 @@ class RequestPlan:
         return await self._following(await self._decide(is_abandoned=report.is_abandoned))
 
     async def after_failure(self, failed: StageFailed) -> Step | Stop:
-        """Return what follows a failure: another stage, or the earlier answer. Raises the failure's error
-        where neither may be."""
+        """Return what follows a failure: another stage, or the earlier answer. Raises the failure's error if
+        neither is possible."""
         failure, error = failed.failure, failed.failure.error
         self._learn_failures([*failed.drafters, failure])
         self._call = failure.call
@@ -175,11 +175,11 @@ class RequestPlan:
         return self._stop(self._decision.stopped(reason), is_earlier=True)
 
     def look(self, stage: Stage, call: Call) -> float:
-        """Return after how many milliseconds to look again at a call from which nothing has come.
+        """Return after how many milliseconds to check a silent call again.
 
-        Raises Overloaded where the line at the stage leaves no time for an answer, and BudgetSpent where the
-        stage was found to hang and the request can go on without it. A stage that only failed others may
-        answer this one.
+        Raises Overloaded if the line at the stage leaves no time for an answer. Raises BudgetSpent if the
+        stage was found to hang and the request can go on without it. A stage that failed other requests
+        without hanging may still answer this one.
         """
         can_leave = self._state.has_earlier_answer() or self._has_replacement(stage)
         if can_leave and call.depth > 1 and self._knowledge.health[stage.index].is_hanging:
@@ -189,8 +189,8 @@ class RequestPlan:
             return self._admission.look(stage, call, self._time.left_ms())
 
     def refusal(self, error: BudgetSpent | ResourceExhausted) -> AsdError:
-        """Return the error for a request that ran out of room or time: where other requests are why, when to
-        ask again."""
+        """Return the error for a request that ran out of room or time. If other requests are the reason, it
+        says when to call again."""
         if isinstance(error, QueueFull):
             failed = [self._knowledge.stages[index] for index, each in self._failed.items() if each is error]
             after_s = min(map(self._admission.retry_after_s, failed or self._knowledge.stages))
@@ -209,7 +209,7 @@ class RequestPlan:
         return error
 
     def close(self) -> None:
-        """The request has ended, however it did: what was chosen for it and found no answer is known too."""
+        """End the request, and report the draft choices that got no answer."""
         for choice in self._choices.values():
             self._knowledge.drafts.ended(choice)
         self._choices.clear()
@@ -217,7 +217,7 @@ class RequestPlan:
     # Steps.
 
     async def _step(self, stage: Stage, decision: Decision | None = None) -> Step | Stop:
-        """Return a stage's step once its stages have a replica; what follows where they get none in time."""
+        """Return a stage's step once its stages have replicas, or what follows if they get none in time."""
         drafters = self._fixed.drafters
         draft = self._draft_for(stage)
         self._time.works_with(len(drafters))
@@ -258,7 +258,7 @@ class RequestPlan:
         return Provenance(self._source, self._policy_version, self._policy.asked_ms if self._policy else 0.0)
 
     async def _until_active(self, stages: Sequence[Stage]) -> None:
-        """Wait for the stages that have no replica. Raises BudgetSpent where one gets none in time."""
+        """Wait for the stages that have no replica. Raises BudgetSpent if one gets none in time."""
         for stage in stages:
             if stage.index not in self._knowledge.scaled_to_zero():
                 continue
@@ -266,11 +266,11 @@ class RequestPlan:
             if self._has_replacement(stage) or self._state.has_earlier_answer():
                 left_ms *= SHARE_OF_TIME
             await self._knowledge.until_active(stage, left_ms)
-            # How long that took says nothing about drafts.
+            # The wait says nothing about drafts.
             self._choices = {index: replace(choice, counts=False) for index, choice in self._choices.items()}
 
     def _is_final(self, stage: Stage) -> bool:
-        """Return whether a stage's answer will stand, whatever it shows."""
+        """Return whether no decision will follow a stage's answer."""
         if self._source is PlanSource.FIXED:
             return not self._fixed.following
         if all(later in self._failed for later in range(stage.index + 1, len(self._knowledge.stages))):
@@ -279,7 +279,7 @@ class RequestPlan:
         return not self._follows_policy and following is None
 
     def _has_replacement(self, stage: Stage) -> bool:
-        """Return whether a stage has a replica, other than this one and those that failed the request."""
+        """Return whether another stage has a replica and has not failed the request."""
         if self._source is PlanSource.FIXED:
             return False
         left_out = self._knowledge.scaled_to_zero().union(self._failed, {stage.index})
@@ -288,9 +288,9 @@ class RequestPlan:
     # Where to begin.
 
     async def _first(self) -> Stage:
-        """Return the stage to ask first, of those that have not failed. Errors: first_step."""
+        """Return the first stage, among those that have not failed. Errors: first_step."""
         with Traced(Spans.PLAN) as span:
-            # An earlier plan of this request says nothing of the stage that is chosen now.
+            # These belong to an earlier plan of this request.
             self._abandon, self._abandon_to, self._prefill = (), None, None
             is_fixed = bool(self._state.request.stage or self._state.request.chain)
             first = self._fixed.first() if is_fixed else await self._chosen_first()
@@ -311,7 +311,7 @@ class RequestPlan:
             else:
                 if plan.first_stage not in self._failed:
                     self._source, self._policy_version = PlanSource.POLICY, plan.policy_version
-                    # Within a budget the policy alone says what comes next.
+                    # Within a budget, only the policy chooses the next stage.
                     has_budget = self._objective.max_cost or self._objective.max_latency_ms
                     left_out = self._knowledge.scaled_to_zero().union(self._failed)
                     is_there = plan.abandon_to is not None and plan.abandon_to not in left_out
@@ -345,16 +345,16 @@ class RequestPlan:
         )
 
     async def _first_again(self, error: AsdError) -> Stage:
-        """Return the stage to ask after one has failed before there was an answer.
+        """Return the first stage again after one has failed before there was an answer.
 
-        Where none is left, those that were away are waited for and asked again. Raises the error where
-        nothing else may be asked; where everything was, one that says so of each.
+        If none is left, wait for the unreachable ones and plan anew. Raises the error if no other stage may
+        answer. If all have failed, the error names each.
         """
         try:
             return await self._instead(error)
         except Unavailable:
-            # A request that names its stages has waited in the call itself. One whose caller has been given
-            # final tokens cannot begin anew.
+            # A request that names its stages has already waited in the call. A request whose caller has final
+            # tokens cannot begin anew.
             is_bound = self._source is PlanSource.FIXED or self._state.has_committed
             away = [index for index, each in self._failed.items() if isinstance(each, Away)]
             until = self._knowledge.clock() + self._state.left_ms() / 1000.0
@@ -370,35 +370,35 @@ class RequestPlan:
         if self._state.has_committed or not self._may_be_replaced(error):
             raise error
         if isinstance(error, QueueFull) and self._admission.refuses:
-            # What stands in for a stage without room is not worse than it.
+            # A full stage is not replaced by a worse one.
             full = max(index for index, each in self._failed.items() if each is error)
             for index in range(full):
                 self._failed.setdefault(index, error)
         try:
             return await self._first()
         except InvalidRequest as refusal:
-            # What is left of the cascade does not fit the request's budget.
+            # The remaining stages do not fit the request's budget.
             raise failure_of_all(self._knowledge.stages, self._failed) from refusal
 
     def _may_be_replaced(self, error: AsdError) -> bool:
-        """Return whether another stage may still answer, after one did not."""
+        """Return whether another stage may still answer after one has failed."""
         if isinstance(error, BudgetSpent):
             return self._time.left_ms() > 0
         if isinstance(error, Overloaded):
-            # Another one would answer less well, or be in the way of those that need it.
+            # Another stage would answer less well, or delay the requests that need it.
             return False
-        # The router has checked the request: what a stage finds beyond that holds for all of them.
+        # The router has checked the request. A further fault that a stage finds holds for all stages.
         return not isinstance(error, InvalidRequest) or isinstance(error, ModelRefusal)
 
     def _to_prefill(self, index: int | None) -> Stage | None:
-        """Return the stage whose cache is filled while the first one drafts; None: it is busy, or costs."""
+        """Return the stage whose cache is filled while the first one drafts; None: busy, or too dear."""
         if index is None or not self._options.prefill_ahead or self._objective.max_cost is not None:
-            # What it costs is not part of the policy's sum.
+            # The policy's costs leave out prefills.
             return None
         stage = self._knowledge.stages[index]
         if self._knowledge.activate({index}):
             return None
-        # Any call of this router, since requests that come together would all fill it.
+        # One call of this router is enough: simultaneous requests would all fill the cache.
         is_busy = self._knowledge.load.own_calls(index) or self._knowledge.is_busy(stage)
         return None if is_busy or self._knowledge.has_line(stage) else stage
 
@@ -448,7 +448,7 @@ class RequestPlan:
             return Decision(DecisionAction.STOP, reason)
         decision = Decision(DecisionAction.ESCALATE, DecisionReason.STATIC_PLAN, following)
         stage = self._knowledge.stages[following]
-        # A verified answer never costs more than one written anew.
+        # A verified answer costs no more than one written anew.
         cost, max_cost = self._state.spent_cost + stage.cost, self._objective.max_cost
         if max_cost is not None and is_above(cost, max_cost):
             return decision.stopped(DecisionReason.MAX_COST)
@@ -457,14 +457,14 @@ class RequestPlan:
         return decision
 
     def _within_reach(self, decision: Decision) -> Decision:
-        """Return a decision, stopped where its stage cannot answer in time. Raises Overloaded where others
-        are why, and the caller asked for quality."""
+        """Return a decision, stopped if its stage cannot answer in time. Raises Overloaded if other requests
+        are the reason and the caller asked for quality."""
         if decision.reason is DecisionReason.LAST_STAGE:
             is_last = self._state.answer.stage.index == len(self._knowledge.stages) - 1
-            # To the policy, a stage that is unavailable is not there.
+            # The policy leaves unavailable stages out.
             return decision if is_last else decision.stopped(DecisionReason.STAGE_UNAVAILABLE)
         if decision.next_stage is None or decision.reason is DecisionReason.ABANDONED:
-            # A draft that was abandoned is no answer to stop with.
+            # An abandoned draft is not an answer.
             return decision
         stage, left_ms = self._knowledge.stages[decision.next_stage], self._time.left_ms()
         if stage.index in self._failed:
@@ -484,7 +484,7 @@ class RequestPlan:
         return decision
 
     async def _decide_again(self) -> Decision | None:
-        """Return the decision on the earlier answer after a later stage has failed; None: it stands."""
+        """Return the decision on the earlier answer after a later stage has failed; None: keep the answer."""
         if self._state.has_committed or self._state.left_ms(MARGIN_MS) <= 0:
             return None
         try:
@@ -492,12 +492,12 @@ class RequestPlan:
         except Overloaded:
             raise
         except AsdError:
-            # There is an answer.
+            # The earlier answer is better than an error.
             return None
 
     def _without_policy(self) -> StaticPlan:
         if self._policy is None:
-            # Then it is all that its operator wants.
+            # The operator configured this plan alone.
             return self._static_plan
         has_drafts = self._source is PlanSource.POLICY
         return plan_without_policy(
@@ -505,8 +505,8 @@ class RequestPlan:
         )
 
     def _too_slow(self, excluded: Collection[int]) -> frozenset[int]:
-        """Return the stages that max_latency_ms leaves no time for, by what calls took; never all that are
-        left: where none fits, the quickest one does."""
+        """Return the stages too slow for max_latency_ms, by the times of earlier calls. If all are, the
+        quickest one is left out of them."""
         left_ms = self._time.left_of_latency_ms()
         expected = {
             stage.index: self._knowledge.expected_ms(stage)
@@ -519,7 +519,7 @@ class RequestPlan:
     # Room.
 
     def _admit(self, stages: Sequence[Stage]) -> None:
-        """Raise Overloaded where there is no room for a request at the stages that it needs."""
+        """Raise Overloaded if the stages that a request needs have no room for it."""
         with self._refused_for(Refusal.LINE):
             for stage in stages:
                 self._admission.shed(stage)
@@ -527,16 +527,16 @@ class RequestPlan:
             self._admission.check(stages, self._time.left_ms())
 
     def _may_be_refused(self) -> bool:
-        """Return whether a request that has an answer is refused where there is no room for a better one.
+        """Return whether a request that has an answer is refused if there is no room for a better one.
 
-        Waits lower no quality unasked. A caller who did not ask for quality has more of the answer.
+        Only a caller who asked for quality is refused. For any other, the answer is worth more.
         """
         return self._admission.asks_for_quality(self._objective) and not self._state.has_committed
 
     def _is_refused_for(self, error: AsdError) -> bool:
-        """Return whether a request that asks for quality ends with an error, though it has an answer.
+        """Return whether a request that asks for quality ends with an error although it has an answer.
 
-        Where the improvement ran out of room or time because of other requests.
+        It does if the improvement ran out of room or time because of other requests.
         """
         is_crowded = isinstance(error, Overloaded | QueueFull) or (
             isinstance(error, BudgetSpent) and self._call is not None and self._ran_out_for_others()
@@ -544,9 +544,9 @@ class RequestPlan:
         return is_crowded and self._may_be_refused()
 
     def _ran_out_for_others(self) -> bool:
-        """Return whether the request ran out of time in its last call because it had others beside it.
+        """Return whether the request ran out of time in its last call because of other requests.
 
-        Not where they wait for a stage that hangs, nor where the caller was given final tokens.
+        Not if they all wait for a stage that hangs, nor if the caller has final tokens.
         """
         if self._call is None or self._state.has_committed:
             return False
