@@ -33,7 +33,7 @@ from asd.values import (
 from services.cli.commands import app
 from services.common.server import ServerOptions, ServiceRegistration, start_server
 from tests.integration.local.conftest import PROMPT, asd, count_weights
-from tests.limits import CALL_S
+from tests.limits import CALL_S, PROCESS_S
 from tests.unit.cli.test_examples import python_in
 
 # Of no suite, so that the stages are apt to differ.
@@ -459,15 +459,22 @@ def test_a_failure_is_one_sentence(silent_socket):
 
 
 def test_an_interrupted_question_ends_clean(silent_socket):
-    with subprocess.Popen(
-        [sys.executable, "-m", "services.cli", "ask", "--target", _address(silent_socket), "Hi"],
-        stderr=subprocess.PIPE,
-        text=True,
-        # Also where the tests run in the background, and so with SIGINT ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
-    ) as process:
-        # It is connected, and waits; a connection that closes would be an answer of its own.
-        connection, _ = silent_socket.accept()
+    # Also where the tests run in the background, and so with SIGINT ignored.
+    code = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from services.cli.__main__ import main
+main()
+"""
+    command = [sys.executable, "-c", code, "ask", "--target", _address(silent_socket), "Hi"]
+    silent_socket.settimeout(PROCESS_S)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            # It is connected, and waits; a connection that closes would be an answer of its own.
+            connection, _ = silent_socket.accept()
+        except TimeoutError:
+            process.kill()
+            pytest.fail(f"it never connected: {process.communicate()[1]}")
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=CALL_S)
     connection.close()

@@ -17,6 +17,9 @@ _START = """
 import atexit, os, signal, sys
 from services.cli.__main__ import main
 
+# Also where the tests run in the background, and so with SIGINT ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 def interrupt():
     os.kill(os.getpid(), signal.SIGINT)
 """
