@@ -312,11 +312,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """The end of a request: an answer stands. decision: on it. is_earlier: a later stage has failed since."""
+    """The end of a request: an answer stands. decision: on it."""
 
     decision: Decision
     provenance: Provenance
-    is_earlier: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -202,7 +202,7 @@ class RequestState:
         self._judged(stop.decision)
         result, tokens = self.answer.result, self.answer.tokens
         whole = Tokens(result.token_ids, result.text, tokens.logprobs, tokens.entropies, tokens.top2_margins)
-        await self._show(self._stream.commit(whole, is_earlier=stop.is_earlier))
+        await self._show(self._stream.commit(whole))
         return Outcome(
             self.request.id,
             tuple(self._records),

@@ -83,16 +83,10 @@ class AnswerStream:
         """The running stage failed: drop what is not of the answer before it. Only where can_revert."""
         yield from self._drop_after(self._agreed_with_earlier())
 
-    def commit(self, tokens: Tokens, *, is_earlier: bool = False) -> Iterator[Event]:
-        """An answer stands: commit all of it.
-
-        tokens: the whole answer. is_earlier: it is the one from before the running stage, which failed; only
-        where can_revert.
-        """
+    def commit(self, tokens: Tokens) -> Iterator[Event]:
+        """An answer stands: commit all of it. tokens: the whole answer."""
         if self._view is View.OUTCOME:
             return
-        if is_earlier:
-            yield from self.revert()
         self._skip_tokens, self._skip_bytes = self._token_bounds[-1], self._byte_bounds[-1]
         rest = self._unseen(tokens)
         if rest is not None:

@@ -172,7 +172,7 @@ class RequestPlan:
             raise error
         is_late = isinstance(error, BudgetSpent | Overloaded)
         reason = DecisionReason.DEADLINE if is_late else DecisionReason.STAGE_UNAVAILABLE
-        return self._stop(self._decision.stopped(reason), is_earlier=True)
+        return self._stop(self._decision.stopped(reason))
 
     def look(self, stage: Stage, call: Call) -> float:
         """Return after how many milliseconds to check a silent call again.
@@ -251,8 +251,8 @@ class RequestPlan:
             return self._stop(decision)
         return await self._step(self._knowledge.stages[decision.next_stage], decision)
 
-    def _stop(self, decision: Decision, *, is_earlier: bool = False) -> Stop:
-        return Stop(decision, self._provenance(), is_earlier)
+    def _stop(self, decision: Decision) -> Stop:
+        return Stop(decision, self._provenance())
 
     def _provenance(self) -> Provenance:
         return Provenance(self._source, self._policy_version, self._policy.asked_ms if self._policy else 0.0)

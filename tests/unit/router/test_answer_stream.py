@@ -102,7 +102,7 @@ def test_the_earlier_answer_stands_after_a_stage_that_failed(
         caller.take(stream.written(chunk))
     if stream.can_revert():
         caller.take(stream.revert())
-        caller.take(stream.commit(tokens(first), is_earlier=True))
+        caller.take(stream.commit(tokens(first)))
         assert caller.text.decode() == ("" if view is View.OUTCOME else first)
     else:
         # The failed stage's own tokens are final.
