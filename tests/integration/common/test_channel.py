@@ -55,8 +55,9 @@ class Flaky(stage_pb2_grpc.StageServiceServicer):
         for _ in range(self.sent_before):
             yield token
         await self._attempt(context)
-        yield token
         try:
+            # A caller may leave before the server asks for the next answer: then the yield ends.
+            yield token
             await self.gate.wait()
         finally:
             self.left.set()
