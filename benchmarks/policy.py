@@ -31,7 +31,7 @@ from benchmarks.processes import ROOT
 from benchmarks.record import update_result, write_result
 from policy_service.artifact import load_artifact
 from policy_service.features import Draft, PromptText
-from policy_service.policy import Objective, Spent
+from policy_service.policy import PolicyObjective, Spent
 from policy_service.solver import solve_policy
 from policy_service.train.compare import compare_predictors
 from policy_service.train.costs import EMBEDDED, read_costs
@@ -304,9 +304,9 @@ def measure_decisions(policy: Policy, path: Path, count: int) -> dict[str, objec
     times_us = []
     for prompt, draft in cases:
         # As it happens: the plan comes first and leaves the prompt's features.
-        policy.plan(prompt, Objective(), {})
+        policy.plan(prompt, PolicyObjective(), {})
         started = time.perf_counter()
-        policy.decide(prompt, 0, draft, None, None, Objective(), Spent(), {})
+        policy.decide(prompt, 0, draft, None, None, PolicyObjective(), Spent(), {})
         times_us.append((time.perf_counter() - started) * 1e6)
     return {
         "decision_p50_us": round(percentile(times_us, 0.5), 1),

@@ -13,7 +13,16 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from asd.values import FinishReason, StageAction
-from services.router.domain import Answer, PeerLoad, Stage, StageResult, Timing, Tokens, Usage, Verification
+from services.router.domain import (
+    PeerLoad,
+    ScoredTokens,
+    Stage,
+    StageAnswer,
+    StageResult,
+    Timing,
+    TokenUsage,
+    Verification,
+)
 from services.router.planning.draft_selection import DraftChoice, DraftSelection, SkipReason
 from services.router.planning.load import Load
 
@@ -280,15 +289,15 @@ class ClosedLoop:
             self._request()
 
 
-def answer(tokens: int, passes: int, took_ms: float = 0.0, *, is_verified: bool) -> Answer:
+def answer(tokens: int, passes: int, took_ms: float = 0.0, *, is_verified: bool) -> StageAnswer:
     """Return a target's answer. tokens: with the one that ends it. passes: that it took."""
     proposed, accepted = (tokens, tokens - passes) if is_verified else (0, 0)
-    usage = Usage(PROMPT, 0, tokens - 1, proposed, accepted, passes)
-    return Answer(
+    usage = TokenUsage(PROMPT, 0, tokens - 1, proposed, accepted, passes)
+    return StageAnswer(
         _TARGET,
         StageAction.VERIFY if is_verified else StageAction.GENERATE,
         StageResult("hi", (1,) * (tokens - 1), "", FinishReason.EOS, usage, Timing()),
-        Tokens((1,) * (tokens - 1), "hi"),
+        ScoredTokens((1,) * (tokens - 1), "hi"),
         Verification(tokens, 0) if is_verified else None,
         took_ms,
         _TARGET.cost,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from asd.v1 import policy_pb2_grpc
 from policy_service.drift import DriftMonitor, DriftRule
-from policy_service.instruments import Instruments
+from policy_service.instruments import PolicyInstruments
 from policy_service.reports import ReportLog
 from policy_service.settings import PolicySettings
 from services.common import telemetry
@@ -72,7 +72,7 @@ def main() -> None:
             "written"
         ) from error
     telemetry.setup_telemetry("asd-policy", settings.metrics_listen)
-    instruments = Instruments()
+    instruments = PolicyInstruments()
     with _shadow(settings, loaded, instruments) or nullcontext() as shadow:
         servicer = PolicyServicer(
             loaded.policy,
@@ -88,7 +88,7 @@ def main() -> None:
         run_service(run(settings, servicer, watch))
 
 
-def _shadow(settings: PolicySettings, live: LoadedArtifact, instruments: Instruments) -> Shadow | None:
+def _shadow(settings: PolicySettings, live: LoadedArtifact, instruments: PolicyInstruments) -> Shadow | None:
     """Return the shadow of the settings; None, with an error in the log, where it cannot be had."""
     if settings.shadow_artifact is None:
         return None

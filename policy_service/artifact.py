@@ -30,14 +30,14 @@ from policy_service.document import (
     first_problem,
     parse_document,
 )
-from policy_service.features import Draft, FeatureSpace, PromptText, Verification
+from policy_service.features import Draft, DraftVerification, FeatureSpace, PromptText
 from policy_service.policy import (
-    AbandonRule,
+    AbandonThreshold,
     CalibratedView,
     Calibration,
     CurvePoint,
-    Objective,
     Policy,
+    PolicyObjective,
     Predictor,
     Spent,
     StageFacts,
@@ -225,15 +225,15 @@ def tried(artifact: Artifact, where: str) -> LoadedArtifact:
     policy.use_family(None)
     signals = np.zeros(1, np.float32)
     draft = Draft("", signals, signals, signals, FinishReason.EOS)
-    verification = Verification(0, np.zeros(1, np.int64))
+    verification = DraftVerification(0, np.zeros(1, np.int64))
     try:
         for preference in Preference:
-            policy.plan(prompt, Objective(preference=preference), {})
+            policy.plan(prompt, PolicyObjective(preference=preference), {})
         for each in policy.views:
             stage, origin = each.view.stage, each.view.origin
             if stage is not None:
                 check = None if origin is None else verification
-                policy.decide(prompt, stage, draft, origin, check, Objective(), Spent(), {})
+                policy.decide(prompt, stage, draft, origin, check, PolicyObjective(), Spent(), {})
     except Exception as error:
         raise UnfitArtifact(f"{where}: the policy loads but does not decide: {error}") from error
     policy.use_family(family)
@@ -353,7 +353,7 @@ def build_policy(document: PolicyDocument, predictor: Predictor) -> Policy:
         predictor,
         [CurvePoint(p.quality_value, p.cost, p.latency_ms, p.accuracy) for p in document.curve],
         {
-            index: tuple(AbandonRule(rule.tokens, rule.mean_logprob) for rule in stage.abandon)
+            index: tuple(AbandonThreshold(rule.tokens, rule.mean_logprob) for rule in stage.abandon)
             for index, stage in enumerate(document.stages)
         },
         None if document.family is None else document.family.family(),

@@ -130,7 +130,7 @@ class Draft:
 
 
 @dataclass(frozen=True)
-class Verification:
+class DraftVerification:
     """How an earlier stage's draft fared. ranks: int [proposed], 0 where the target agrees."""
 
     accepted: int
@@ -182,7 +182,7 @@ class FeatureSpace:
         stage: int,
         draft: Draft,
         origin: int | None = None,
-        verification: Verification | None = None,
+        verification: DraftVerification | None = None,
     ) -> npt.NDArray[np.float32]:
         """Return the vector of an answer: float32 [size].
 
@@ -333,7 +333,7 @@ def _overlap(of: Sequence[str], among: Sequence[str]) -> float:
     return len(items & set(among)) / len(items) if items else 1.0
 
 
-def _verification_features(verification: Verification) -> list[float]:
+def _verification_features(verification: DraftVerification) -> list[float]:
     ranks = verification.ranks
     proposed = len(ranks)
     if proposed == 0:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     Read = Callable[[StageCalibration], float]
 
 
-class Instruments:
+class PolicyInstruments:
     """Counts what the policy service does, through OpenTelemetry. Build it after set-up."""
 
     def __init__(self) -> None:

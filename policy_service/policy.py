@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from policy_service.family import Family
-    from policy_service.features import Draft, FeatureSpace, PromptText, Verification
+    from policy_service.features import Draft, DraftVerification, FeatureSpace, PromptText
     from policy_service.solver import Expectation, Move, Path, Solution
     from policy_service.state_cells import StateCells
 
@@ -52,7 +52,7 @@ class UnmeetableBudget(Exception):  # noqa: N818 - an error is named by its caus
 
 
 @dataclass(frozen=True)
-class Objective:
+class PolicyObjective:
     """What to optimise. quality_value: the contract's `lambda`, cost units; None: the preference's.
 
     min_quality: an answer is returned early only where answers that look like it are certified to be right
@@ -264,7 +264,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class AbandonRule:
+class AbandonThreshold:
     """A draft whose first tokens have a lower mean log-probability (nats) is almost never right."""
 
     tokens: int
@@ -285,13 +285,13 @@ class Plan:
     estimates: tuple[Estimate, ...]
     p_escalate: float
     likely_next: int | None
-    abandon: tuple[AbandonRule, ...]
+    abandon: tuple[AbandonThreshold, ...]
     abandon_to: int | None
     is_unlike: bool = False
 
 
 @dataclass(frozen=True)
-class Decision:
+class Judgement:
     """What to do with an answer. next_stage: None to stop. Values are in cost units, waits counted.
 
     escalate_value: of the best stage that the budgets leave; below stop_value where none is possible.
@@ -324,7 +324,7 @@ class Policy:
         space: FeatureSpace,
         predictor: Predictor,
         curve: Sequence[CurvePoint] = (),
-        abandon: Mapping[int, tuple[AbandonRule, ...]] | None = None,
+        abandon: Mapping[int, tuple[AbandonThreshold, ...]] | None = None,
         family: Family | None = None,
     ) -> None:
         self.use_family(family)
@@ -376,7 +376,7 @@ class Policy:
         stage: int,
         draft: Draft,
         origin: int | None,
-        verification: Verification | None,
+        verification: DraftVerification | None,
     ) -> State:
         """Return what the predictor is asked for a decision: the prompt's state where it does not know such
         an answer (see `decide`)."""
@@ -401,7 +401,7 @@ class Policy:
     def plan(
         self,
         prompt: PromptText,
-        objective: Objective,
+        objective: PolicyObjective,
         conditions: Mapping[int, Condition],
         scores: Sequence[float] | None = None,
     ) -> Plan:
@@ -449,12 +449,12 @@ class Policy:
         stage: int,
         draft: Draft,
         origin: int | None,
-        verification: Verification | None,
-        objective: Objective,
+        verification: DraftVerification | None,
+        objective: PolicyObjective,
         spent: Spent,
         conditions: Mapping[int, Condition],
         scores: Sequence[float] | None = None,
-    ) -> Decision:
+    ) -> Judgement:
         """Return whether a stage's answer is good enough, or which later stage to ask.
 
         scores: of `answer_state`; None: they are made here.
@@ -501,7 +501,7 @@ class Policy:
             elif wanted is not None:
                 # What the budgets cut off made the difference.
                 reason = next(limit for path, limit in limits.items() if path[0] == wanted)
-        return Decision(
+        return Judgement(
             chosen,
             reason,
             score,
@@ -512,7 +512,7 @@ class Policy:
             estimates,
         )
 
-    def expect(self, objective: Objective, conditions: Mapping[int, Condition]) -> Expectation:
+    def expect(self, objective: PolicyObjective, conditions: Mapping[int, Condition]) -> Expectation:
         """Return what decisions under these conditions do on average over the calibration prompts.
 
         Budgets of single requests are left out.
@@ -569,7 +569,7 @@ class Policy:
         is_kept = _size(prompt) <= _LONGEST_KEPT_PROMPT
         return self._kept_features(prompt) if is_kept else self._space.prompt(prompt)
 
-    def _plan_unlike(self, objective: Objective, conditions: Mapping[int, Condition]) -> Plan:
+    def _plan_unlike(self, objective: PolicyObjective, conditions: Mapping[int, Condition]) -> Plan:
         estimates = self._mean_estimates(0)
         every_stage = range(len(self.stages))
         stages = (
@@ -589,10 +589,10 @@ class Policy:
         self,
         index: int,
         stage: int,
-        objective: Objective,
+        objective: PolicyObjective,
         spent: Spent,
         conditions: Mapping[int, Condition],
-    ) -> Decision:
+    ) -> Judgement:
         estimates = self._mean_estimates(index)
         limits = self._limits(index, estimates, objective, spent, conditions)
         later = [s for s in range(stage + 1, len(self.stages)) if conditions.get(s, Condition()).is_available]
@@ -601,7 +601,7 @@ class Policy:
             reason = DecisionReason.OUT_OF_FAMILY
         else:
             reason = limits[max(later),] if later else DecisionReason.LAST_STAGE
-        return Decision(chosen, reason, None, None, 0.0, 0.0, estimates)
+        return Judgement(chosen, reason, None, None, 0.0, 0.0, estimates)
 
     def _mean_estimates(self, index: int) -> tuple[Estimate, ...]:
         """Return what asking the stages of a view takes on average, the judged one included."""
@@ -622,7 +622,7 @@ class Policy:
         return self.stages[first].cost + float(verifying.cost.mean())
 
     def _affordable(
-        self, stages: Iterable[int], limits: Mapping[Path, DecisionReason], objective: Objective
+        self, stages: Iterable[int], limits: Mapping[Path, DecisionReason], objective: PolicyObjective
     ) -> set[int]:
         """Return the stages that fit max_cost alone. Raises UnmeetableBudget where none does."""
         fitting = {stage for stage in stages if limits.get((stage,)) is not DecisionReason.MAX_COST}
@@ -638,7 +638,7 @@ class Policy:
         self,
         index: int,
         estimates: Sequence[Estimate],
-        objective: Objective,
+        objective: PolicyObjective,
         spent: Spent,
         conditions: Mapping[int, Condition],
     ) -> dict[Path, DecisionReason]:
@@ -667,7 +667,7 @@ class Policy:
                 limits[way.path] = DecisionReason.MAX_LATENCY
         return limits
 
-    def _problem(self, objective: Objective, conditions: Mapping[int, Condition]) -> _Problem:
+    def _problem(self, objective: PolicyObjective, conditions: Mapping[int, Condition]) -> _Problem:
         quality_value = objective.quality_value
         if quality_value is None:
             quality_value = self.quality_values[objective.preference]
@@ -793,7 +793,7 @@ class Policy:
             f"highest share of right answers is {max(accuracies):g}"
         )
 
-    def _view_of(self, stage: int, origin: int | None, verification: Verification | None) -> int:
+    def _view_of(self, stage: int, origin: int | None, verification: DraftVerification | None) -> int:
         """Return the index of an answer's view."""
         return self._indexes[stage, origin if verification else None]
 

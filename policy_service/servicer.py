@@ -15,8 +15,8 @@ from asd.convert import DECISION_REASONS, FINISH_REASONS, PREFERENCES
 from asd.errors import InvalidRequest, NotFound, PreconditionFailed
 from asd.v1 import common_pb2, policy_pb2, policy_pb2_grpc
 from asd.values import Preference
-from policy_service.features import Draft, PromptText, Verification
-from policy_service.policy import Condition, Objective, Spent, UnmeetableBudget
+from policy_service.features import Draft, DraftVerification, PromptText
+from policy_service.policy import Condition, PolicyObjective, Spent, UnmeetableBudget
 from policy_service.reports import OutcomeReport
 from policy_service.scoring import Scoring
 from policy_service.shadow import ShadowJob
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from policy_service.document import PolicyDocument
     from policy_service.drift import DriftMonitor, StageCalibration
-    from policy_service.policy import Decision, Estimate, Plan, Policy
+    from policy_service.policy import Estimate, Judgement, Plan, Policy
     from policy_service.reports import ReportLog
     from policy_service.shadow import Shadow
 
@@ -71,7 +71,7 @@ class _Live:
 
     def verification(
         self, request: policy_pb2.DecideRequest, stage: int
-    ) -> tuple[int | None, Verification | None]:
+    ) -> tuple[int | None, DraftVerification | None]:
         if not request.HasField("verification"):
             return None, None
         evidence = request.verification
@@ -92,7 +92,7 @@ class _Live:
                 f"accepted_tokens must be 0 to {evidence.proposed_tokens}, not {evidence.accepted_tokens}",
                 field="verification.accepted_tokens",
             )
-        return origin, Verification(evidence.accepted_tokens, np.array(evidence.ranks, np.int64))
+        return origin, DraftVerification(evidence.accepted_tokens, np.array(evidence.ranks, np.int64))
 
     def conditions(self, conditions: Iterable[policy_pb2.StageCondition]) -> dict[int, Condition]:
         return {
@@ -220,7 +220,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         spent = Spent(_amount(request.spent_cost, "spent_cost"), _amount(request.spent_ms, "spent_ms"))
         prompt, conditions = _prompt(request), live.conditions(request.conditions)
 
-        def ask(policy: Policy, scores: Sequence[float] | None = None) -> Decision:
+        def ask(policy: Policy, scores: Sequence[float] | None = None) -> Judgement:
             return policy.decide(
                 prompt, stage, draft, origin, verification, objective, spent, conditions, scores
             )
@@ -348,8 +348,8 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
 
 
 def _job(
-    ask: Callable[[Policy], Plan | Decision],
-    answer: Plan | Decision,
+    ask: Callable[[Policy], Plan | Judgement],
+    answer: Plan | Judgement,
     version: str,
     judged: int | None,
     request_id: str,
@@ -373,12 +373,12 @@ def _prompt(request: policy_pb2.PlanRequest | policy_pb2.DecideRequest) -> Promp
     return PromptText(turns[-1], tuple(turns[:-1]))
 
 
-def _objective(request: policy_pb2.PlanRequest | policy_pb2.DecideRequest) -> Objective:
+def _objective(request: policy_pb2.PlanRequest | policy_pb2.DecideRequest) -> PolicyObjective:
     objective = request.objective
     check_objective(objective)
     share = request.min_accuracy_share if request.HasField("min_accuracy_share") else None
     has = objective.HasField
-    return Objective(
+    return PolicyObjective(
         quality_value=getattr(objective, "lambda") if has("lambda") else None,
         max_cost=objective.max_cost if has("max_cost") else math.inf,
         max_latency_ms=objective.max_latency_ms if has("max_latency_ms") else math.inf,

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Protocol
 
 from asd.errors import AsdError
-from policy_service.policy import Decision, Plan
+from policy_service.policy import Judgement, Plan
 from services.common.documents import parse_json
 from services.common.line_log import LineLog, parse_lines
 
@@ -44,8 +44,8 @@ class ShadowJob:
     plan. at: seconds since 1970.
     """
 
-    ask: Callable[[Policy], Plan | Decision]
-    live: Plan | Decision
+    ask: Callable[[Policy], Plan | Judgement]
+    live: Plan | Judgement
     live_version: str
     judged: int | None
     request_id: str
@@ -210,7 +210,7 @@ class Shadow:
 
 
 def compare(
-    job: ShadowJob, shadow: Plan | Decision, shadow_version: str, names: Sequence[str]
+    job: ShadowJob, shadow: Plan | Judgement, shadow_version: str, names: Sequence[str]
 ) -> ShadowRecord:
     """Return the record of one question to both policies. names: of the stages."""
     live_next, shadow_next = _next_stage(job.live), _next_stage(shadow)
@@ -262,7 +262,7 @@ def parse_shadow(line: str) -> ShadowRecord:
     return record
 
 
-def _next_stage(answer: Plan | Decision) -> int | None:
+def _next_stage(answer: Plan | Judgement) -> int | None:
     return answer.first_stage if isinstance(answer, Plan) else answer.next_stage
 
 
@@ -270,7 +270,7 @@ def _change(of: float | None, to: float | None) -> float | None:
     return None if of is None or to is None else to - of
 
 
-def _expected(answer: Plan | Decision, stage: int | None) -> tuple[float | None, float]:
+def _expected(answer: Plan | Judgement, stage: int | None) -> tuple[float | None, float]:
     """Return P(correct) and further cost of asking a stage, or of stopping at what was judged."""
     if stage is None:
         return _p_correct(answer), 0.0
@@ -278,8 +278,8 @@ def _expected(answer: Plan | Decision, stage: int | None) -> tuple[float | None,
     return estimate.p_correct, estimate.cost
 
 
-def _p_correct(answer: Plan | Decision) -> float | None:
-    if isinstance(answer, Decision):
+def _p_correct(answer: Plan | Judgement) -> float | None:
+    if isinstance(answer, Judgement):
         return answer.p_correct
     (first,) = (each for each in answer.estimates if each.stage == answer.first_stage)
     return first.p_correct

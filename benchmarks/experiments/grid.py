@@ -51,7 +51,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Summary:
+class ExperimentSummary:
     """What the runs of an experiment gave together. mix: by stage."""
 
     accuracy: Interval
@@ -62,14 +62,14 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class Result:
+class ExperimentResult:
     """An experiment with its runs."""
 
     experiment: Experiment
     samples: tuple[Sample, ...]
 
     @property
-    def summary(self) -> Summary:
+    def summary(self) -> ExperimentSummary:
         """Means over the runs, with intervals."""
         return summarise(self.samples)
 
@@ -149,7 +149,7 @@ def sample_runs(
     return tuple(samples)
 
 
-def summarise(samples: Sequence[Sample]) -> Summary:
+def summarise(samples: Sequence[Sample]) -> ExperimentSummary:
     """Return means over the runs' prompts with intervals; those of shares end at 0 and 1."""
     prompts = [each.prompts for each in samples]
 
@@ -157,7 +157,7 @@ def summarise(samples: Sequence[Sample]) -> Summary:
         found = interval(values, prompts)
         return Interval(found.mean, max(found.low, 0.0), min(found.high, 1.0))
 
-    return Summary(
+    return ExperimentSummary(
         share([each.accuracy for each in samples]),
         interval([each.cost for each in samples], prompts),
         interval([each.latency_ms for each in samples], prompts),

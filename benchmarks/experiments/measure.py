@@ -12,7 +12,7 @@ from benchmarks.experiments.grid import (
     GROUPS,
     QUALITY_VALUES,
     Experiment,
-    Result,
+    ExperimentResult,
     draw_runs,
     fixed_way,
     grid,
@@ -101,9 +101,9 @@ class Measured:
     unit: float
     prompts: int
     suites: tuple[str, ...]
-    results: tuple[Result, ...]
-    overall: dict[str, Result]
-    by_group: dict[str, dict[str, Result]]
+    results: tuple[ExperimentResult, ...]
+    overall: dict[str, ExperimentResult]
+    by_group: dict[str, dict[str, ExperimentResult]]
     response: Response
     response_by_level: dict[int, Response]
     curve: tuple[Point, ...]
@@ -114,7 +114,7 @@ class Measured:
     oracle: Point
     reliability: tuple[Reliability, ...]
 
-    def at(self, multiple: float) -> Result:
+    def at(self, multiple: float) -> ExperimentResult:
         """Return the policy over all levels at a value of the grid."""
         return self.overall[policy_way(multiple)]
 
@@ -141,14 +141,14 @@ def measure(
     ways |= {fixed_way(name): always(data, place) for place, name in enumerate(data.cascade)}
     taken_by = draw_runs(data.levels)
 
-    def result_of(experiment: Experiment) -> Result:
+    def result_of(experiment: Experiment) -> ExperimentResult:
         rows = np.isin(data.levels, experiment.levels)
-        return Result(experiment, sample_runs(ways[experiment.way], rows, taken_by, stages))
+        return ExperimentResult(experiment, sample_runs(ways[experiment.way], rows, taken_by, stages))
 
-    def results_on(levels: Iterable[int], name: str) -> dict[str, Result]:
+    def results_on(levels: Iterable[int], name: str) -> dict[str, ExperimentResult]:
         return {way: result_of(Experiment(f"{way}/{name}", way, tuple(levels))) for way in ways}
 
-    def response_on(results: Mapping[str, Result]) -> Response:
+    def response_on(results: Mapping[str, ExperimentResult]) -> Response:
         samples = [results[policy_way(value)].samples for value in QUALITY_VALUES]
         return check_response(QUALITY_VALUES, samples)
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from benchmarks.experiments.grid import Summary
+    from benchmarks.experiments.grid import ExperimentSummary
     from benchmarks.experiments.measure import Measured, Point, Reliability
     from benchmarks.stats import Interval
 
@@ -304,7 +304,7 @@ def _draw_levels(measured: Measured) -> Any:
     return figure
 
 
-def _by_level(measured: Measured, value: float) -> list[Summary]:
+def _by_level(measured: Measured, value: float) -> list[ExperimentSummary]:
     way = policy_way(value)
     return [result.summary for result in measured.results if result.experiment.way == way]
 

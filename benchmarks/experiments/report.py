@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from benchmarks.experiments.grid import Result
+    from benchmarks.experiments.grid import ExperimentResult
     from benchmarks.experiments.measure import Measured, Point
     from benchmarks.stats import Interval
 
@@ -233,7 +233,7 @@ def _comparison(measured: Measured) -> list[str]:
     ]
 
 
-def _cost_and_mix(result: Result) -> str:
+def _cost_and_mix(result: ExperimentResult) -> str:
     summary = result.summary
     mix = " / ".join(f"{share.mean:.0%}" for share in summary.mix)
     return f"{summary.cost.mean:.2f}<br><small>{mix}</small>"
@@ -326,7 +326,7 @@ def _point_cells(point: Point) -> list[str]:
     ]
 
 
-def _interval_cells(result: Result) -> list[str]:
+def _interval_cells(result: ExperimentResult) -> list[str]:
     summary = result.summary
     return [
         _interval(summary.accuracy, 100, 2),

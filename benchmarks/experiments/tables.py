@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from benchmarks.experiments.grid import Result
+    from benchmarks.experiments.grid import ExperimentResult
     from benchmarks.experiments.measure import Measured, Point
     from benchmarks.stats import Interval
 
@@ -46,7 +46,7 @@ def write_tables(measured: Measured, directory: Path) -> None:
             writer.writerows(rows)
 
 
-def experiment_row(result: Result, cascade: Sequence[str]) -> Row:
+def experiment_row(result: ExperimentResult, cascade: Sequence[str]) -> Row:
     """Return an experiment as means over its runs and their intervals."""
     summary = result.summary
     row: Row = {
@@ -61,7 +61,7 @@ def experiment_row(result: Result, cascade: Sequence[str]) -> Row:
     return row
 
 
-def run_rows(results: Sequence[Result], cascade: Sequence[str]) -> list[Row]:
+def run_rows(results: Sequence[ExperimentResult], cascade: Sequence[str]) -> list[Row]:
     """Return every run of experiments."""
     return [
         {

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import arguments as kinds
 from benchmarks.gpu import device, service
-from benchmarks.gpu.measure import TINY, Plan, passes, prefilled, residency, speculation
+from benchmarks.gpu.measure import TINY, MeasurePlan, passes, prefilled, residency, speculation
 from benchmarks.gpu.shapes import RESEARCH_MS, SHAPES, make_model
 from benchmarks.record import RESULTS, record
 from services.stage.engines.checkpoint import read_checkpoint
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     is_small = options.tiny or (options.model and read_checkpoint(options.model).context < LONGEST)
-    plan = TINY if is_small else Plan()
+    plan = TINY if is_small else MeasurePlan()
     if options.batches:
         plan = replace(plan, batches=options.batches, speculation_batches=options.batches)
     if options.speculation_batches:
@@ -117,7 +117,7 @@ def _read(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
 
 async def _measure(
     options: argparse.Namespace,
-    plan: Plan,
+    plan: MeasurePlan,
     parts: list[str],
     model: Path,
     keep: Callable[[str, dict[str, Any]], None],

@@ -36,7 +36,7 @@ from asd.client import AsyncClient
 from asd.values import Objective, Request, Sampling
 from benchmarks import arguments as kinds
 from benchmarks.gpu import device
-from benchmarks.gpu.measure import TINY, Plan, Prompts
+from benchmarks.gpu.measure import TINY, MeasurePlan, Prompts
 from benchmarks.gpu.predictable import last_token
 from benchmarks.gpu.service import load_model
 from benchmarks.gpu.shapes import SHAPES, make_model
@@ -78,7 +78,7 @@ ALWAYS = "always the largest"
 
 
 @dataclass(frozen=True)
-class Stage:
+class GpuStage:
     """One stage: its name in the cascade, the shape of its model, and the GPUs that hold it."""
 
     name: str
@@ -86,7 +86,7 @@ class Stage:
     gpus: tuple[str, ...]
 
     @classmethod
-    def read(cls, name: str, text: str) -> Stage:
+    def read(cls, name: str, text: str) -> GpuStage:
         """Read SHAPE@GPU, SHAPE@GPU+GPU, or SHAPE where there is none. Raises ValueError."""
         shape, _, gpus = text.partition("@")
         if shape not in SHAPES:
@@ -96,7 +96,7 @@ class Stage:
         return cls(name, shape, tuple(gpus.split("+")) if gpus else ())
 
 
-class Spans(collector_grpc.TraceServiceServicer):
+class SpanStore(collector_grpc.TraceServiceServicer):
     """Receives what the services trace."""
 
     def __init__(self) -> None:
@@ -139,7 +139,7 @@ class Spans(collector_grpc.TraceServiceServicer):
 class Questions:
     """Prompts of which a set part of a 64-token draft is accepted, no two with a common beginning."""
 
-    def __init__(self, plan: Plan, blocks: int) -> None:
+    def __init__(self, plan: MeasurePlan, blocks: int) -> None:
         self._prompts = Prompts(plan)
         self._rng = random.Random(29)
         self._blocks = blocks
@@ -154,7 +154,7 @@ class Questions:
 class Running:
     """The services, up."""
 
-    def __init__(self, clients: dict[str, AsyncClient], questions: Questions, spans: Spans) -> None:
+    def __init__(self, clients: dict[str, AsyncClient], questions: Questions, spans: SpanStore) -> None:
         self.clients = clients
         self.questions = questions
         self.spans = spans
@@ -199,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if len(options.stages) != len(names):
         parser.error(f"{len(options.stages)} stages: give two or three")
     try:
-        stages = [Stage.read(name, text) for name, text in zip(names, options.stages, strict=True)]
+        stages = [GpuStage.read(name, text) for name, text in zip(names, options.stages, strict=True)]
     except ValueError as error:
         parser.error(str(error))
     command = " ".join(
@@ -236,7 +236,7 @@ def _merge(file: Path, row: dict[str, Any]) -> None:
 
 
 async def _measure(
-    stages: list[Stage],
+    stages: list[GpuStage],
     options: argparse.Namespace,
     concurrencies: tuple[int, ...],
     keep: Callable[[dict[str, Any]], None],
@@ -250,7 +250,7 @@ async def _measure(
         "prompt_tokens": PROMPT,
     }
     vocabulary = min(SHAPES[stage.shape].vocabulary for stage in stages)
-    plan = Plan() if vocabulary > TINY.highest_id * 40 else TINY
+    plan = MeasurePlan() if vocabulary > TINY.highest_id * 40 else TINY
     async with AsyncExitStack() as stack:
         running = await _start(
             stack, stages, max(concurrencies), Questions(plan, vocabulary // 1024 - 4), row, options.asked
@@ -276,14 +276,14 @@ async def _measure(
 
 async def _start(
     stack: AsyncExitStack,
-    stages: list[Stage],
+    stages: list[GpuStage],
     batch: int,
     questions: Questions,
     row: dict[str, Any],
     asked: Collection[str],
 ) -> Running:
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    spans = Spans()
+    spans = SpanStore()
     receiver, port = await start_server(
         "127.0.0.1:0",
         [
@@ -358,7 +358,7 @@ async def _start(
     return Running(clients, questions, spans)
 
 
-async def _load(stages: list[Stage], targets: dict[str, str]) -> dict[str, float]:
+async def _load(stages: list[GpuStage], targets: dict[str, str]) -> dict[str, float]:
     """Load all at the same time; return the seconds of each.
 
     The size of every KV cache is set, so that none is taken from what another has not claimed yet.
@@ -366,7 +366,7 @@ async def _load(stages: list[Stage], targets: dict[str, str]) -> dict[str, float
     found: dict[str, float] = {}
     started = time.perf_counter()
 
-    async def load(stage: Stage) -> None:
+    async def load(stage: GpuStage) -> None:
         await load_model(targets[stage.name])
         found[stage.name] = time.perf_counter() - started
 
@@ -374,7 +374,7 @@ async def _load(stages: list[Stage], targets: dict[str, str]) -> dict[str, float
     return found
 
 
-async def _warm(running: Running, stages: list[Stage]) -> None:
+async def _warm(running: Running, stages: list[GpuStage]) -> None:
     """Ask what compiles on its first use: every stage alone, every chain, at the largest batch too."""
     names = [stage.name for stage in stages]
     for way in [{"stage": name} for name in names] + [{"chain": chain} for chain in chains(names)]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MeasurePlan:
     """What is measured. Sizes in tokens; batches: requests at a time; acceptances: shares of a draft."""
 
     batches: tuple[int, ...] = (1, 8, 64)
@@ -36,13 +36,13 @@ class Plan:
 
 
 # Smaller than the embedded model's context of 512.
-TINY = Plan((1, 2), 16, 64, 16, (32, 64), (8, 16), (0.0, 0.5, 1.0), (1, 2), 1, 500)
+TINY = MeasurePlan((1, 2), 16, 64, 16, (32, 64), (8, 16), (0.0, 0.5, 1.0), (1, 2), 1, 500)
 
 
 class Prompts:
     """Random prompts that share no beginning: no prefix cache helps but where one is meant to."""
 
-    def __init__(self, plan: Plan, seed: int = 13) -> None:
+    def __init__(self, plan: MeasurePlan, seed: int = 13) -> None:
         self._rng = random.Random(seed)
         self._highest = plan.highest_id
 
@@ -74,7 +74,7 @@ async def best_of(repeats: int, make: Callable[[], Sequence[Any]]) -> float:
     return min([(await timed(*make()))[0] for _ in range(repeats)])
 
 
-async def passes(backend: Backend, plan: Plan) -> dict[str, Any]:
+async def passes(backend: Backend, plan: MeasurePlan) -> dict[str, Any]:
     """Measure decoding at each batch size, prefill, and scoring."""
     prompt = Prompts(plan)
     await write(backend, prompt(plan.prompt), 8)
@@ -110,7 +110,7 @@ async def passes(backend: Backend, plan: Plan) -> dict[str, Any]:
     return found
 
 
-async def prefilled(backend: Backend, plan: Plan) -> dict[str, Any]:
+async def prefilled(backend: Backend, plan: MeasurePlan) -> dict[str, Any]:
     """Measure verifying a draft whose prompt is in the prefix cache, as after prefilling ahead."""
     prompt = Prompts(plan, seed=14)
     own = await write(backend, prompt(plan.prompt), plan.answer)
@@ -124,7 +124,7 @@ async def prefilled(backend: Backend, plan: Plan) -> dict[str, Any]:
     return {f"verify{plan.answer}_prefilled_ms": min(times[1:])}
 
 
-async def speculation(backend: Backend, plan: Plan) -> list[dict[str, Any]]:
+async def speculation(backend: Backend, plan: MeasurePlan) -> list[dict[str, Any]]:
     """Measure verifying a draft and going on after it, against plain decoding, at each acceptance.
 
     A draft is the model's own greedy continuation, with another token in the place that ends the accepted
@@ -184,7 +184,9 @@ async def _verify(
     return next((place for place, (token, row) in enumerate(pairs) if token != row.top_ids[0]), len(draft))
 
 
-async def residency(make: Callable[[int], Backend], levels: Sequence[int], plan: Plan) -> dict[str, Any]:
+async def residency(
+    make: Callable[[int], Backend], levels: Sequence[int], plan: MeasurePlan
+) -> dict[str, Any]:
     """Measure loading, sleeping and waking, and the memory given back, at each sleep level."""
     found: dict[str, Any] = {}
     prompt = Prompts(plan)

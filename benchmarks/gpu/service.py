@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from asd.v1 import common_pb2, stage_pb2, stage_pb2_grpc
-from benchmarks.gpu.measure import Plan, Prompts, timed, write
+from benchmarks.gpu.measure import MeasurePlan, Prompts, timed, write
 from benchmarks.processes import service
 from services.common.channel import open_channel
 
@@ -19,7 +19,7 @@ CALL_S = 600.0
 LOAD_S = 900.0
 
 
-async def bare(backend: Backend, plan: Plan) -> dict[int, float]:
+async def bare(backend: Backend, plan: MeasurePlan) -> dict[int, float]:
     """Return the milliseconds for a round of answers by batch, the median of the repeats."""
     prompt = Prompts(plan)
     found = {}
@@ -33,7 +33,7 @@ async def bare(backend: Backend, plan: Plan) -> dict[int, float]:
     return found
 
 
-async def served(model: Path, options: dict[str, Any], max_batch: int, plan: Plan) -> dict[int, float]:
+async def served(model: Path, options: dict[str, Any], max_batch: int, plan: MeasurePlan) -> dict[int, float]:
     """Return the same through a stage process of its own and gRPC."""
     prompt = Prompts(plan)
     sampling = common_pb2.Sampling(max_new_tokens=plan.decode)

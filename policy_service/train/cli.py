@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 
 
-class _Commands(TyperGroup):
+class _PolicyCommands(TyperGroup):
     """Commands of which an interrupted one ends with its code; typer's own differs between its versions."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -40,7 +40,7 @@ class _Commands(TyperGroup):
 
 
 app = typer.Typer(
-    cls=_Commands,
+    cls=_PolicyCommands,
     help="Make and measure policies: collect outcomes of a cascade, fit a policy to them, evaluate it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from policy_service.features import Draft, FeatureSpace, PromptText, Verification
+from policy_service.features import Draft, DraftVerification, FeatureSpace, PromptText
 from policy_service.train.faults import UnfitOutcomes
 from policy_service.train.outcome_table import pair_name, pairs
 from policy_service.train.outcomes import read_cascade, read_rows
@@ -124,7 +124,7 @@ def _vectors(
         yield (stage, None), space.answer(vector, prompt, stage, draft)
     for origin, target in pairs(cascade):
         check = row.verifications[pair_name(cascade, origin, target)]
-        verification = Verification(check.accepted, np.array(check.ranks, np.int64))
+        verification = DraftVerification(check.accepted, np.array(check.ranks, np.int64))
         yield (
             (target, origin),
             space.answer(vector, prompt, target, drafts[target], origin, verification),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from asd.values import Preference
-from policy_service.policy import Objective
+from policy_service.policy import PolicyObjective
 from policy_service.solver import solve_policy
 from policy_service.train.dataset import view_keys
 from policy_service.train.fit import expected_calibration_error
@@ -154,7 +154,7 @@ def with_unlike(run: Run, policy: Policy, data: Dataset, unlike: npt.NDArray[np.
     if not len(rows):
         return run
     # What is planned for one of them is planned for all.
-    plan = policy.plan(data.prompt_texts()[rows[0]], Objective(), {})
+    plan = policy.plan(data.prompt_texts()[rows[0]], PolicyObjective(), {})
     calls: list[ViewKey] = [(plan.first_stage, None)]
     if plan.likely_next is not None:
         calls.append((plan.likely_next, plan.first_stage))

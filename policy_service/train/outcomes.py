@@ -29,11 +29,11 @@ Count = Annotated[int, Field(ge=0)]
 Milliseconds = Annotated[float, Field(ge=0)]
 
 
-class _Record(BaseModel):
+class _OutcomeModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class _Header(_Record):
+class _Header(_OutcomeModel):
     """Metadata of a file. cascade: stages in order."""
 
     schema_name: Literal["asd.outcomes"] = Field(alias="schema")
@@ -41,7 +41,7 @@ class _Header(_Record):
     cascade: Annotated[tuple[str, ...], Field(min_length=1)]
 
 
-class StageOutcome(_Record):
+class StageOutcome(_OutcomeModel):
     """A stage's own answer. logprobs, entropies, top2_margins: one entry per token, as in TokenChunk."""
 
     text: str
@@ -53,7 +53,7 @@ class StageOutcome(_Record):
     latency_ms: Milliseconds | None = None
 
 
-class VerificationOutcome(_Record):
+class VerificationOutcome(_OutcomeModel):
     """How a stage's answer fared as a draft of a later one. ranks: one entry per proposed token.
 
     proposed_again: tokens that were proposed after the first correction.
@@ -67,7 +67,7 @@ class VerificationOutcome(_Record):
     latency_ms: Milliseconds | None = None
 
 
-class OutcomeRow(_Record):
+class OutcomeRow(_OutcomeModel):
     """What became of one prompt. verifications: by "draft stage>target stage", every pair of the cascade."""
 
     prompt: Annotated[str, Field(min_length=1)]

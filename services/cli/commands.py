@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from asd.client import AsyncClient
     from asd.values import Answer, Request
-    from services.cli.demo import Row
+    from services.cli.demo import DemoRow
     from services.local.cascade_file import CascadeFile
 
 FAILED, MISUSED = 1, 2
@@ -743,7 +743,7 @@ async def _demo(
     objective = Objective(preference=preference.value if preference else None)
     notes = console.notes()
 
-    async def collect(asked: AsyncClient) -> list[Row]:
+    async def collect(asked: AsyncClient) -> list[DemoRow]:
         rows = []
         async with asked as client:
             with console.progress(notes) as bar:

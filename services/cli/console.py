@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         StageStarted,
         StreamedText,
     )
-    from services.cli.demo import Row, Summary
+    from services.cli.demo import DemoRow, DemoSummary
     from services.local.supervisor import Child
 
 _DOING = {"generate": "writes", "verify": "verifies", "prefill": "reads ahead"}
@@ -180,7 +180,7 @@ def processes(children: Sequence[Child], seconds: float) -> RenderableType:
     return Group(table, f"Ready after {seconds:.1f} s. Logs: {children[0].log.parent}")
 
 
-def demo_rows(rows: Sequence[Row], width: int) -> Table:
+def demo_rows(rows: Sequence[DemoRow], width: int) -> Table:
     """Return one line per question, for a terminal of `width` columns."""
     table = Table("suite", "level", "prompt", "answer", "", "stage", "quality", "ms", "cost", pad_edge=False)
     for column in table.columns:
@@ -204,7 +204,7 @@ def demo_rows(rows: Sequence[Row], width: int) -> Table:
     return table
 
 
-def demo_summary(summary: Summary) -> RenderableType:
+def demo_summary(summary: DemoSummary) -> RenderableType:
     """Return the cascade beside its largest stage."""
     table = Table("", "cascade", f"always {summary.largest_stage}")
     for column in table.columns[1:]:

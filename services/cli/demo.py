@@ -33,7 +33,7 @@ ROUND = len(suites.SUITES) * len(suites.LEVELS)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class DemoAnswer:
     """One answer to a graded question. latency_ms: from the call to the whole answer, seen by the client."""
 
     text: str
@@ -48,19 +48,19 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Row:
+class DemoRow:
     """One question, answered by the cascade and by its largest stage."""
 
     suite: str
     level: int
     prompt: str
     wanted: str
-    cascade: Outcome
-    largest: Outcome
+    cascade: DemoAnswer
+    largest: DemoAnswer
 
 
 @dataclass(frozen=True)
-class Summary:
+class DemoSummary:
     """Means over the questions; costs in cost units. early_stop_share: answered before the last stage.
 
     speedup: latency_largest_ms / latency_ms. stage_shares: share of the answers by answering stage.
@@ -94,7 +94,7 @@ def choose_tasks(count: int, seed: int = 0) -> list[suites.Task]:
 
 async def ask_both_ways(
     cascade: AsyncClient, tasks: Sequence[suites.Task], objective: Objective
-) -> AsyncGenerator[Row, None]:
+) -> AsyncGenerator[DemoRow, None]:
     """Yield each task's outcomes, one request at a time.
 
     The two ways take turns at going first, since the second finds the prompt in the stages' prefix caches.
@@ -110,14 +110,14 @@ async def ask_both_ways(
         outcomes = {}
         for stage in ("", largest) if cascade_first else (largest, ""):
             outcomes[stage] = await _ask(cascade, task, objective, stage)
-        yield Row(task.suite, task.level, task.prompt, task.answer, outcomes[""], outcomes[largest])
+        yield DemoRow(task.suite, task.level, task.prompt, task.answer, outcomes[""], outcomes[largest])
 
 
-async def _ask(cascade: AsyncClient, task: suites.Task, objective: Objective, stage: str) -> Outcome:
+async def _ask(cascade: AsyncClient, task: suites.Task, objective: Objective, stage: str) -> DemoAnswer:
     started = time.perf_counter()
     answer: Answer = await cascade.ask(Request(task.prompt, objective=objective, stage=stage))
     latency_ms = (time.perf_counter() - started) * 1000.0
-    return Outcome(
+    return DemoAnswer(
         answer.text,
         suites.grade(task, answer.text),
         answer.stage,
@@ -130,7 +130,7 @@ async def _ask(cascade: AsyncClient, task: suites.Task, objective: Objective, st
     )
 
 
-def summarise(rows: Sequence[Row]) -> Summary:
+def summarise(rows: Sequence[DemoRow]) -> DemoSummary:
     """Return the means over one or more rows."""
     cascade, largest = [row.cascade for row in rows], [row.largest for row in rows]
     last_index = largest[0].stage_index
@@ -138,7 +138,7 @@ def summarise(rows: Sequence[Row]) -> Summary:
         statistics.fmean(each.latency_ms for each in outcomes) for outcomes in (cascade, largest)
     )
     answering = [each.stage for each in cascade]
-    return Summary(
+    return DemoSummary(
         prompts=len(rows),
         accuracy=statistics.fmean(each.is_right for each in cascade),
         accuracy_largest=statistics.fmean(each.is_right for each in largest),

@@ -121,7 +121,7 @@ def _append(file: Appendable, data: bytes) -> int:
     return before + written
 
 
-class _File:
+class _LineFile:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
 
@@ -144,7 +144,7 @@ def open_for_appending(path: Path) -> Iterator[Appendable]:
     """Open a file for its end, made if missing. Network file systems tell of a full disk as it is closed."""
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        yield _File(descriptor)
+        yield _LineFile(descriptor)
     except BaseException:
         os.close(descriptor)
         raise

@@ -49,7 +49,7 @@ class PolicyEntry(Section):
     reports_path: Path | None = None
 
 
-class StageEntry(Section):
+class LocalStage(Section):
     """One stage and its model. cost: cost units of a whole answer."""
 
     name: Name
@@ -76,7 +76,7 @@ class CascadeFile(ServiceSettings):
     model_config = service_config("ASD_CASCADE_")
 
     policy: PolicyEntry | None = None
-    stages: tuple[StageEntry, ...] = Field(min_length=1)
+    stages: tuple[LocalStage, ...] = Field(min_length=1)
     # Empty: the last stage alone.
     static_plan: tuple[str, ...] = ()
     speculation: SpeculationSettings | None = None
@@ -219,7 +219,7 @@ def _say(problem: ErrorDetails) -> str:
     *place, key = problem["loc"]
     section: dict[object, type[Section] | type[ServiceSettings]] = {
         "": CascadeFile,
-        "stages": StageEntry,
+        "stages": LocalStage,
         "policy": PolicyEntry,
         "speculation": SpeculationSettings,
         "vllm": VllmSettings,
@@ -299,7 +299,7 @@ def policy_config(
     }
 
 
-def stage_config(stage: StageEntry, port: int, *, drain_seconds: float) -> dict[str, Any]:
+def stage_config(stage: LocalStage, port: int, *, drain_seconds: float) -> dict[str, Any]:
     """Return the settings of a stage process (services.stage.settings)."""
     model: dict[str, Any] = {
         "name": stage.name,

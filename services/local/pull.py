@@ -71,7 +71,7 @@ class Pulled:
 
 
 @dataclass(frozen=True, slots=True)
-class _File:
+class _HubFile:
     """A file of the hub. digest: SHA-256 of large ones, git's SHA-1 of others."""
 
     name: str
@@ -90,7 +90,7 @@ class _File:
 
 
 @dataclass(slots=True)
-class _Record:
+class _PullRecord:
     """What this command did in a folder; revision "" while its files are those of several.
 
     files: names that are ours, each with what was checked of it; None: not known. staged: the same of files
@@ -168,7 +168,7 @@ def pull(
     )
 
 
-def _own(target: Path, model: str, commit: str) -> _Record:
+def _own(target: Path, model: str, commit: str) -> _PullRecord:
     """Return what was done in a folder before, and write down whose it is from now on.
 
     Raises PreconditionFailed for a folder that holds another model, or that this command did not make.
@@ -180,7 +180,7 @@ def _own(target: Path, model: str, commit: str) -> _Record:
                 f"{target} was not made by `asd models pull`, which would replace what is there: move it "
                 "away, or name another place with --to"
             )
-        record = _Record()
+        record = _PullRecord()
     # Records named no model once.
     elif record.model != model and (record.model or record.revision != commit):
         raise PreconditionFailed(
@@ -211,7 +211,7 @@ def _locked(target: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _strangers(target: Path, record: _Record, files: list[_File]) -> list[str]:
+def _strangers(target: Path, record: _PullRecord, files: list[_HubFile]) -> list[str]:
     """Return what others put there that a stage reads.
 
     Raises PreconditionFailed where that is weights, or a folder with the name of a file.
@@ -232,7 +232,7 @@ def _strangers(target: Path, record: _Record, files: list[_File]) -> list[str]:
     return names
 
 
-def _drop_what_is_there(target: Path, record: _Record, files: list[_File]) -> list[_File]:
+def _drop_what_is_there(target: Path, record: _PullRecord, files: list[_HubFile]) -> list[_HubFile]:
     """Return the files that have to be loaded; what waits of another revision goes."""
     staging = target / _STAGING
     staging.mkdir(exist_ok=True)
@@ -248,7 +248,7 @@ def _drop_what_is_there(target: Path, record: _Record, files: list[_File]) -> li
     ]
 
 
-def _place(target: Path, record: _Record, files: list[_File], commit: str) -> list[str]:
+def _place(target: Path, record: _PullRecord, files: list[_HubFile], commit: str) -> list[str]:
     """Put what waits into its place and remove what the revision lacks; return the names of the latter.
 
     A stage that starts meanwhile finds no config.json, and so never a model that is half another. Wherever
@@ -275,7 +275,9 @@ def _place(target: Path, record: _Record, files: list[_File], commit: str) -> li
         sync(target)
         (staging / _CONFIG).replace(target / _CONFIG)
         sync(target)
-    done = _Record(record.model, commit, {file.name: file.checked_at(target / file.name) for file in files})
+    done = _PullRecord(
+        record.model, commit, {file.name: file.checked_at(target / file.name) for file in files}
+    )
     if done != _read_record(target):
         _write_record(target, done)
     shutil.rmtree(staging)
@@ -293,9 +295,9 @@ def _hub() -> Any:
     return huggingface_hub
 
 
-def _choose(model: str, siblings: Any) -> list[_File]:
+def _choose(model: str, siblings: Any) -> list[_HubFile]:
     files = [
-        _File(
+        _HubFile(
             each.rfilename,
             int(each.size or 0),
             each.lfs.sha256 if each.lfs else (each.blob_id or ""),
@@ -320,7 +322,7 @@ def _choose(model: str, siblings: Any) -> list[_File]:
     return files
 
 
-def _check_space(target: Path, missing: list[_File]) -> None:
+def _check_space(target: Path, missing: list[_HubFile]) -> None:
     partial = target / _STAGING / ".cache" / "huggingface" / "download"
     half = sum(each.stat().st_size for each in partial.glob("*.incomplete")) if partial.exists() else 0
     needed = sum(file.size for file in missing) - half
@@ -333,7 +335,7 @@ def _check_space(target: Path, missing: list[_File]) -> None:
 
 
 def _load(
-    hub: Any, model: str, commit: str, staging: Path, file: _File, token: str | None, endpoint: str | None
+    hub: Any, model: str, commit: str, staging: Path, file: _HubFile, token: str | None, endpoint: str | None
 ) -> None:
     """Load a file and check it, a second time if it is damaged."""
     path = staging / file.name
@@ -357,7 +359,7 @@ def _load(
     )
 
 
-def _matches(path: Path, file: _File) -> bool:
+def _matches(path: Path, file: _HubFile) -> bool:
     if path.stat().st_size != file.size:
         return False
     digest = hashlib.sha256() if file.is_sha256 else hashlib.sha1(usedforsecurity=False)
@@ -370,7 +372,7 @@ def _matches(path: Path, file: _File) -> bool:
     return digest.hexdigest() == file.digest
 
 
-def _read_record(target: Path) -> _Record | None:
+def _read_record(target: Path) -> _PullRecord | None:
     """Return the record of a folder; None where there is none. Raises PreconditionFailed if it is damaged."""
     path = target / _RECORD
     try:
@@ -379,7 +381,7 @@ def _read_record(target: Path) -> _Record | None:
         # Files are removed by these names, and the terminal shows them.
         if not all(_WANTED.fullmatch(name) and name.isprintable() for name in (*files, *staged)):
             raise ValueError("a name is not of a model")
-        return _Record(str(record.get("model", "")), str(record["revision"]), files, staged)
+        return _PullRecord(str(record.get("model", "")), str(record["revision"]), files, staged)
     except FileNotFoundError:
         return None
     except (DamagedFile, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -389,11 +391,11 @@ def _read_record(target: Path) -> _Record | None:
         ) from error
 
 
-def _write_record(target: Path, record: _Record) -> None:
+def _write_record(target: Path, record: _PullRecord) -> None:
     replace_file(target / _RECORD, json.dumps(asdict(record), indent=1) + "\n", is_alone=True)
 
 
-def _is_there(path: Path, checked: dict[str, list[Any] | None], file: _File) -> bool:
+def _is_there(path: Path, checked: dict[str, list[Any] | None], file: _HubFile) -> bool:
     """Return whether a file lies there whole; its content is read where it was not checked as it is now."""
     if not path.exists() or path.stat().st_size != file.size:
         return False

@@ -25,7 +25,7 @@ from services.router.clients.policy import GrpcPolicy
 from services.router.clients.replicas import Replicas
 from services.router.clients.stage import GrpcStage
 from services.router.domain import Stage
-from services.router.instruments import Instruments
+from services.router.instruments import RouterInstruments
 from services.router.planning.draft_selection import SpeculationOptions
 from services.router.planning.health import Health
 from services.router.planning.knowledge import Knowledge
@@ -84,7 +84,7 @@ async def assemble(settings: RouterSettings, channels: AsyncExitStack) -> Router
         timeout_ms = settings.policy.timeout_ms
         policy = GrpcPolicy(target, channel, names, timeout_ms, Breaker(clock), health, clock)
     static_plan = StaticPlan(tuple(names.index(name) for name in settings.static_plan), len(names))
-    instruments = Instruments()
+    instruments = RouterInstruments()
     options = SpeculationOptions(**settings.speculation.model_dump())
     activator = await _activator(settings, sleeping, channels)
     if settings.manager is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from services.router.domain import Outcome, RoutedRequest, StageFailed, Step, Stop, View
+from services.router.domain import RoutedAnswer, RoutedRequest, StageFailed, Step, Stop, Visibility
 from services.router.prefill import PrefillAhead
 from services.router.request import RequestState
 from services.router.running import StageRunner
@@ -33,7 +33,9 @@ class Cascade:
         self._observer = observer
         self._clock = clock
 
-    async def answer(self, request: RoutedRequest, deadline: float, view: View, emit: Emit) -> Outcome:
+    async def answer(
+        self, request: RoutedRequest, deadline: float, view: Visibility, emit: Emit
+    ) -> RoutedAnswer:
         """Return the outcome of a request; emit what the view shows of it on the way. deadline: by the clock.
 
         Raises NotFound for an unknown fixed stage, BudgetSpent at the deadline, Overloaded where there is no

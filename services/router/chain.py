@@ -11,16 +11,16 @@ from asd.errors import AsdError
 from asd.values import FinishReason, StageAction
 from services.common.telemetry import Spans, Traced
 from services.router import spans
-from services.router.domain import Failure, Tokens
+from services.router.domain import CallFailure, ScoredTokens
 from services.router.stage_call import StageCall
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
-    from services.router.domain import Answer, RoutedRequest, Stage, StageResult, Verification
+    from services.router.domain import RoutedRequest, Stage, StageAnswer, StageResult, Verification
     from services.router.interfaces import StageClient, Take
 
-Piece = Tokens | FinishReason
+Piece = ScoredTokens | FinishReason
 
 
 class Chain:
@@ -40,7 +40,7 @@ class Chain:
         self._clock = clock
         self._calls: list[StageCall] = []
         # What each of them writes.
-        self._written: list[Draft] = []
+        self._written: list[DraftStream] = []
         self._tasks: list[asyncio.Task[None]] = []
         for client in clients:
             self._start(client)
@@ -49,7 +49,7 @@ class Chain:
         """Have the last stage verify what the others write; return its result."""
         return await client.verify_stream(self._request, self._written[-1], self._timeout_ms, emit)
 
-    async def close(self) -> tuple[list[Answer], list[Failure], float]:
+    async def close(self) -> tuple[list[StageAnswer], list[CallFailure], float]:
         """Stop what is still being written; return the answers, whole or not, and the failures.
 
         And for how many milliseconds the last stage waited for a draft to begin.
@@ -60,7 +60,7 @@ class Chain:
         # What is waited for comes from elsewhere: it says nothing of the stage.
         *waited_ms, last_ms = 0.0, *(written.waited_ms() for written in self._written)
         failures = [
-            Failure(call.stage, outcome, self._time_of(call.stage) - each_ms, call.has_heard)
+            CallFailure(call.stage, outcome, self._time_of(call.stage) - each_ms, call.has_heard)
             for call, each_ms, outcome in zip(self._calls, waited_ms, outcomes, strict=True)
             if isinstance(outcome, AsdError)
         ]
@@ -77,14 +77,16 @@ class Chain:
         drafter = self._calls[-1].stage.name if drafts else ""
         call = StageCall(client.stage, action, drafter, self._clock, is_pipelined=drafts is not None)
         self._calls.append(call)
-        written = Draft(self._clock)
+        written = DraftStream(self._clock)
         self._written.append(written)
         self._tasks.append(asyncio.create_task(self._work(client, call, drafts, written)))
 
-    async def _work(self, client: StageClient, call: StageCall, drafts: Draft | None, written: Draft) -> None:
-        async def take(event: Tokens | Verification) -> None:
+    async def _work(
+        self, client: StageClient, call: StageCall, drafts: DraftStream | None, written: DraftStream
+    ) -> None:
+        async def take(event: ScoredTokens | Verification) -> None:
             call.take(event)
-            if isinstance(event, Tokens):
+            if isinstance(event, ScoredTokens):
                 written.add(event)
 
         with Traced(Spans.STAGE) as span:
@@ -104,7 +106,7 @@ class Chain:
             spans.describe_answer(span, call.unfinished_answer())
 
 
-class Draft:
+class DraftStream:
     """What a stage has written and still writes. Each reader has it from its beginning, until it ends.
 
     clock: monotonic seconds.

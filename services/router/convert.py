@@ -25,22 +25,22 @@ from asd.v1 import cascade_pb2, common_pb2, policy_pb2, stage_pb2
 from asd.values import Objective, Sampling, StageAction
 from services.router.domain import (
     AbandonRule,
-    Answer,
-    Committed,
-    Condition,
-    Drafted,
+    DraftPart,
     Event,
-    Outcome,
-    Plan,
+    FinalPart,
+    PolicyChoice,
     Prefilled,
     Record,
-    Revised,
+    Revision,
+    RoutedAnswer,
     RoutedRequest,
+    ScoredTokens,
+    StageAnswer,
+    StageKnowledge,
     StageResult,
-    StageStarted,
+    StageStart,
     Timing,
-    Tokens,
-    Usage,
+    TokenUsage,
     Verification,
 )
 
@@ -83,7 +83,7 @@ def draft_to(draft: StageResult) -> common_pb2.Draft:
     )
 
 
-def evidence_to(answer: Answer) -> policy_pb2.DraftEvidence:
+def evidence_to(answer: StageAnswer) -> policy_pb2.DraftEvidence:
     """Return what an answer shows, for the policy."""
     return policy_pb2.DraftEvidence(
         text=answer.result.text,
@@ -94,7 +94,7 @@ def evidence_to(answer: Answer) -> policy_pb2.DraftEvidence:
     )
 
 
-def verification_to(answer: Answer) -> policy_pb2.VerificationEvidence | None:
+def verification_to(answer: StageAnswer) -> policy_pb2.VerificationEvidence | None:
     """Return what the verification behind an answer showed, for the policy."""
     verification = answer.verification
     if verification is None:
@@ -107,7 +107,7 @@ def verification_to(answer: Answer) -> policy_pb2.VerificationEvidence | None:
     )
 
 
-def conditions_to(conditions: Sequence[Condition]) -> list[policy_pb2.StageCondition]:
+def conditions_to(conditions: Sequence[StageKnowledge]) -> list[policy_pb2.StageCondition]:
     """Return conditions as messages."""
     return [
         policy_pb2.StageCondition(
@@ -123,9 +123,9 @@ def conditions_to(conditions: Sequence[Condition]) -> list[policy_pb2.StageCondi
 # From stages and policy.
 
 
-def tokens_from(message: common_pb2.TokenChunk, fingerprint: str = "") -> Tokens:
+def tokens_from(message: common_pb2.TokenChunk, fingerprint: str = "") -> ScoredTokens:
     """Return tokens as a domain value. fingerprint: of the tokenizer, where the message came with one."""
-    return Tokens(
+    return ScoredTokens(
         message.token_ids,
         message.text,
         message.logprobs,
@@ -148,7 +148,7 @@ def result_from(message: stage_pb2.StageResult, peer: str) -> StageResult:
         token_ids=message.token_ids,
         tokenizer_fingerprint=message.tokenizer_fingerprint,
         finish_reason=member(FINISH_REASONS, message.finish_reason, peer),
-        usage=Usage(
+        usage=TokenUsage(
             usage.prompt_tokens,
             usage.cached_prompt_tokens,
             usage.completion_tokens,
@@ -165,10 +165,10 @@ def result_from(message: stage_pb2.StageResult, peer: str) -> StageResult:
 
 def plan_from(
     message: policy_pb2.PlanResponse, first: int, likely_next: int | None, abandon_to: int | None
-) -> Plan:
+) -> PolicyChoice:
     """Return a plan as a domain value. first, likely_next, abandon_to: indices of its stages."""
     rules = tuple(AbandonRule(rule.tokens, rule.mean_logprob) for rule in message.abandon)
-    return Plan(first, message.policy_version, message.p_escalate, likely_next, rules, abandon_to)
+    return PolicyChoice(first, message.policy_version, message.p_escalate, likely_next, rules, abandon_to)
 
 
 def member(enumeration: Enumeration[Member], number: int, peer: str) -> Member:
@@ -182,7 +182,7 @@ def member(enumeration: Enumeration[Member], number: int, peer: str) -> Member:
 # To callers.
 
 
-def response_to(outcome: Outcome, trace_id: str) -> cascade_pb2.GenerateResponse:
+def response_to(outcome: RoutedAnswer, trace_id: str) -> cascade_pb2.GenerateResponse:
     """Return an outcome as the response."""
     answer, decision = outcome.answer, outcome.records[-1].decision
     result = answer.result
@@ -258,19 +258,19 @@ def prefilled_to(prefilled: Prefilled) -> cascade_pb2.StageRecord:
 
 def event_to(event: Event, trace_id: str) -> cascade_pb2.GenerateStreamResponse:
     """Return an event as a message of the stream."""
-    if isinstance(event, Committed):
+    if isinstance(event, FinalPart):
         return cascade_pb2.GenerateStreamResponse(
             commit=cascade_pb2.Commit(
                 committed_tokens=event.count, tokens=None if event.tokens is None else chunk_to(event.tokens)
             )
         )
-    if isinstance(event, Drafted):
+    if isinstance(event, DraftPart):
         return cascade_pb2.GenerateStreamResponse(draft=chunk_to(event.tokens))
-    if isinstance(event, Revised):
+    if isinstance(event, Revision):
         return cascade_pb2.GenerateStreamResponse(
             revise=cascade_pb2.Revise(kept_tokens=event.kept_tokens, kept_bytes=event.kept_bytes)
         )
-    if isinstance(event, StageStarted):
+    if isinstance(event, StageStart):
         return cascade_pb2.GenerateStreamResponse(
             stage_started=cascade_pb2.StageStarted(
                 stage=event.stage.name,
@@ -281,7 +281,7 @@ def event_to(event: Event, trace_id: str) -> cascade_pb2.GenerateStreamResponse:
     return cascade_pb2.GenerateStreamResponse(response=response_to(event, trace_id))
 
 
-def chunk_to(tokens: Tokens) -> common_pb2.TokenChunk:
+def chunk_to(tokens: ScoredTokens) -> common_pb2.TokenChunk:
     """Return tokens as a message."""
     return common_pb2.TokenChunk(
         token_ids=tokens.ids,

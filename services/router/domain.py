@@ -32,7 +32,7 @@ class Refusal(Enum):
     STAGE_FULL = "stage_full"  # The stage refused it.
 
 
-class View(Enum):
+class Visibility(Enum):
     """What a caller sees while an answer is made."""
 
     OUTCOME = "outcome"  # The outcome alone.
@@ -66,7 +66,7 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
+class ScoredTokens:
     """Tokens in order. logprobs (nats), entropies (nats) and top2_margins have one entry per id.
 
     fingerprint: of the tokenizer; "" where the stage did not say.
@@ -91,7 +91,7 @@ class Verification:
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
+class TokenUsage:
     """What a stage call consumed."""
 
     prompt_tokens: int = 0
@@ -138,7 +138,7 @@ class StageResult:
     token_ids: Sequence[int]
     tokenizer_fingerprint: str
     finish_reason: FinishReason
-    usage: Usage
+    usage: TokenUsage
     timing: Timing
     model: str = ""
     accept_lengths: Sequence[int] = ()
@@ -147,11 +147,11 @@ class StageResult:
     context_length: int = 0
 
 
-StageEvent = Tokens | Verification | StageResult
+StageEvent = ScoredTokens | Verification | StageResult
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class StageAnswer:
     """A stage's whole answer with what it shows. latency_ms: from the call to the stage's last message.
 
     draft_stage: name of the stage whose draft it verified, or "". is_whole: False where the call was cut off,
@@ -162,7 +162,7 @@ class Answer:
     stage: Stage
     action: StageAction
     result: StageResult
-    tokens: Tokens
+    tokens: ScoredTokens
     verification: Verification | None
     latency_ms: float
     cost: float
@@ -172,7 +172,7 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Condition:
+class StageKnowledge:
     """What the router knows of a stage.
 
     queue_depth: calls under way. expected_queue_ms: wait to be expected.
@@ -193,7 +193,7 @@ class AbandonRule:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class PolicyChoice:
     """The policy's choice of a first stage, by its index.
 
     p_escalate: probability that a later stage will be asked. likely_next: that stage; None: there is none.
@@ -247,7 +247,7 @@ class Decision:
 class Record:
     """A stage's answer and what was decided on it."""
 
-    answer: Answer
+    answer: StageAnswer
     decision: Decision
 
     def stopped(self, reason: DecisionReason) -> Record:
@@ -256,7 +256,7 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class OpenCall:
     """One of this router's calls under way at a stage.
 
     stage: its index. number: later calls have higher ones. depth: how many there were as it began, itself
@@ -319,7 +319,7 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
+class CallFailure:
     """How a stage's call failed. call_ms: time that it had for its own work.
 
     has_heard: whether anything came from it. call: None where none was made, and of drafters.
@@ -329,7 +329,7 @@ class Failure:
     error: AsdError
     call_ms: float
     has_heard: bool
-    call: Call | None = None
+    call: OpenCall | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,8 +341,8 @@ class Report:
     was filled, by its index. is_abandoned: whether the answer is a draft that was not worth finishing.
     """
 
-    answers: tuple[tuple[Answer, int], ...] = ()
-    failures: tuple[Failure, ...] = ()
+    answers: tuple[tuple[StageAnswer, int], ...] = ()
+    failures: tuple[CallFailure, ...] = ()
     refusals: Mapping[int, AsdError] = field(default_factory=dict)
     is_abandoned: bool = False
 
@@ -350,14 +350,14 @@ class Report:
 class StageFailed(Exception):  # noqa: N818 - an error is named by its cause
     """The stage of a step has failed. drafters: those of its drafters that failed, too."""
 
-    def __init__(self, failure: Failure, drafters: tuple[Failure, ...] = ()) -> None:
+    def __init__(self, failure: CallFailure, drafters: tuple[CallFailure, ...] = ()) -> None:
         super().__init__(failure.error.message)
         self.failure = failure
         self.drafters = drafters
 
 
 @dataclass(frozen=True, slots=True)
-class StageStarted:
+class StageStart:
     """A stage starts on the request."""
 
     stage: Stage
@@ -365,22 +365,22 @@ class StageStarted:
 
 
 @dataclass(frozen=True, slots=True)
-class Drafted:
+class DraftPart:
     """Tokens that may still be revised."""
 
-    tokens: Tokens
+    tokens: ScoredTokens
 
 
 @dataclass(frozen=True, slots=True)
-class Committed:
+class FinalPart:
     """Tokens that are final, counted from the answer's start. tokens: those not shown before, or None."""
 
     count: int
-    tokens: Tokens | None = None
+    tokens: ScoredTokens | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Revised:
+class Revision:
     """Everything after these many tokens, and bytes of UTF-8, is dropped."""
 
     kept_tokens: int
@@ -388,7 +388,7 @@ class Revised:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class RoutedAnswer:
     """The answer to a request: the last record's, with what led to it."""
 
     request_id: str
@@ -400,7 +400,7 @@ class Outcome:
     prefilled: Prefilled | None = None
 
     @property
-    def answer(self) -> Answer:
+    def answer(self) -> StageAnswer:
         """The answer that stands."""
         return self.records[-1].answer
 
@@ -416,7 +416,7 @@ class Outcome:
         return ahead + sum(record.answer.cost for record in self.records)
 
 
-Event = StageStarted | Drafted | Committed | Revised | Outcome
+Event = StageStart | DraftPart | FinalPart | Revision | RoutedAnswer
 
 
 async def show_nothing(event: Event) -> None:

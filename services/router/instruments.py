@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from opentelemetry.metrics import CallbackOptions, Observation
 
     from asd.errors import AsdError
-    from services.router.domain import Answer, Outcome, Refusal, Stage
+    from services.router.domain import Refusal, RoutedAnswer, Stage, StageAnswer
     from services.router.planning.draft_selection import SkipReason
 
 # From a small stage's verification to all stages after each other; costs are in the default units.
 _COST_BUCKETS = (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 15.0, 20.0, 50.0)
 
 
-class Instruments:
+class RouterInstruments:
     """Counts what the router does, through OpenTelemetry. Build it after set-up."""
 
     def __init__(self) -> None:
@@ -118,7 +118,7 @@ class Instruments:
         if self._enabled:
             self._static_plans.add(1, {Attributes.PLAN_STEP: step})
 
-    def stage_answered(self, answer: Answer, task: str, *, is_adapted: bool) -> None:
+    def stage_answered(self, answer: StageAnswer, task: str, *, is_adapted: bool) -> None:
         """A stage gave an answer to a request of a type of task, or of none (""), with its adapter or not."""
         if not self._enabled:
             return
@@ -195,7 +195,7 @@ class Instruments:
             Metrics.ASLEEP, [observe], "{stage}", "1 where a stage has no replica, else 0"
         )
 
-    def request_answered(self, outcome: Outcome, stage_count: int) -> None:
+    def request_answered(self, outcome: RoutedAnswer, stage_count: int) -> None:
         """A request was answered, in a cascade of so many stages."""
         if not self._enabled:
             return

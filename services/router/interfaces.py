@@ -10,22 +10,22 @@ if TYPE_CHECKING:
     from asd.errors import AsdError
     from asd.values import FinishReason
     from services.router.domain import (
-        Answer,
-        Condition,
         Decision,
-        Outcome,
-        Plan,
+        PolicyChoice,
         Refusal,
+        RoutedAnswer,
         RoutedRequest,
+        ScoredTokens,
         Stage,
+        StageAnswer,
+        StageKnowledge,
         StageResult,
-        Tokens,
         Verification,
     )
     from services.router.planning.draft_selection import SkipReason
 
     # Takes what a stage sends while it works; the stage goes on once it has been taken.
-    Take = Callable[[Tokens | Verification], Awaitable[None]]
+    Take = Callable[[ScoredTokens | Verification], Awaitable[None]]
 
 
 class StageClient(Protocol):
@@ -49,7 +49,7 @@ class StageClient(Protocol):
     async def verify_stream(
         self,
         request: RoutedRequest,
-        drafts: AsyncIterable[Tokens | FinishReason],
+        drafts: AsyncIterable[ScoredTokens | FinishReason],
         timeout_ms: float,
         emit: Take,
     ) -> StageResult:
@@ -68,20 +68,20 @@ class PolicyClient(Protocol):
     async def plan(
         self,
         request: RoutedRequest,
-        conditions: Sequence[Condition],
+        conditions: Sequence[StageKnowledge],
         timeout_ms: float,
         *,
         min_accuracy_share: float | None,
-    ) -> Plan:
+    ) -> PolicyChoice:
         """Return the first stage. min_accuracy_share: how far waits may lower quality, as in the contract."""
 
     async def decide(
         self,
         request: RoutedRequest,
-        answer: Answer,
+        answer: StageAnswer,
         spent_cost: float,
         spent_ms: float,
-        conditions: Sequence[Condition],
+        conditions: Sequence[StageKnowledge],
         timeout_ms: float,
         *,
         min_accuracy_share: float | None,
@@ -109,7 +109,7 @@ class Observer(Protocol):
     def static_plan_used(self, step: str) -> None:
         """The static plan stood in for the policy at a step, "plan" or "decide"."""
 
-    def stage_answered(self, answer: Answer, task: str, *, is_adapted: bool) -> None:
+    def stage_answered(self, answer: StageAnswer, task: str, *, is_adapted: bool) -> None:
         """A stage gave an answer to a request of a type of task, or of none (""), with its adapter or not."""
 
     def draft_skipped(self, stage: Stage, reason: SkipReason) -> None:
@@ -121,5 +121,5 @@ class Observer(Protocol):
     def stage_failed(self, stage: Stage, error: AsdError) -> None:
         """A stage call failed."""
 
-    def request_answered(self, outcome: Outcome, stage_count: int) -> None:
+    def request_answered(self, outcome: RoutedAnswer, stage_count: int) -> None:
         """A request was answered, in a cascade of so many stages."""

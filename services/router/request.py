@@ -9,20 +9,20 @@ from asd.errors import AsdError
 from asd.values import DecisionAction, DecisionReason, PlanSource
 from services.common.cost import prefill_cost
 from services.router.domain import (
-    Answer,
     Decision,
     Event,
-    Outcome,
     Prefilled,
     Record,
+    RoutedAnswer,
     RoutedRequest,
+    ScoredTokens,
+    StageAnswer,
     StageResult,
-    StageStarted,
+    StageStart,
     Step,
     Stop,
-    Tokens,
     Verification,
-    View,
+    Visibility,
 )
 from services.router.stage_call import StageCall
 from services.router.stream import AnswerStream
@@ -45,7 +45,12 @@ class RequestState:
     """
 
     def __init__(
-        self, request: RoutedRequest, deadline: float, view: View, clock: Callable[[], float], emit: Emit
+        self,
+        request: RoutedRequest,
+        deadline: float,
+        view: Visibility,
+        clock: Callable[[], float],
+        emit: Emit,
     ) -> None:
         self.request = request
         self._deadline = deadline
@@ -57,7 +62,7 @@ class RequestState:
         self._step: Step | None = None
         self._call: StageCall | None = None
         self._records: list[Record] = []
-        self._answer: Answer | None = None
+        self._answer: StageAnswer | None = None
         # Whether the answer is a draft that was abandoned.
         self._is_fragment = False
         self._spent_cost = 0.0
@@ -90,7 +95,7 @@ class RequestState:
         return self._answer is not None
 
     @property
-    def answer(self) -> Answer:
+    def answer(self) -> StageAnswer:
         """The latest answer. Raises AsdError before the first."""
         if self._answer is None:
             raise AsdError("no stage has answered yet")
@@ -135,8 +140,8 @@ class RequestState:
     async def begin(self, step: Step) -> None:
         """A step begins: its stage works on the request."""
         self._judged(step.decision)
-        if self._view is not View.OUTCOME:
-            await self._emit(StageStarted(step.stage, step.action))
+        if self._view is not Visibility.OUTCOME:
+            await self._emit(StageStart(step.stage, step.action))
         drafters = [*([self._answer.stage] if self._answer else []), *step.drafters]
         self._step = step
         self._call = StageCall(
@@ -149,14 +154,14 @@ class RequestState:
         )
         self._stream.start(is_final=step.is_final)
 
-    async def take(self, event: Tokens | Verification) -> None:
+    async def take(self, event: ScoredTokens | Verification) -> None:
         """Take what the running stage sends, and show what that changes for the caller.
 
         Raises DraftAbandoned once the stage's draft is not worth finishing.
         """
         call, step = self._running()
         call.take(event)
-        if isinstance(event, Tokens):
+        if isinstance(event, ScoredTokens):
             await self._show(self._stream.written(event))
         elif not step.drafters:
             # Re-encoded tokens are not those that the caller was shown.
@@ -164,7 +169,7 @@ class RequestState:
         if call.is_hopeless():
             raise DraftAbandoned
 
-    def finish(self, result: StageResult | None) -> Answer:
+    def finish(self, result: StageResult | None) -> StageAnswer:
         """Take the running stage's result, and return its answer. None: its draft was abandoned."""
         call, _ = self._running()
         if result is not None:
@@ -178,7 +183,7 @@ class RequestState:
         self._spent_cost += answer.cost
         return answer
 
-    def drafted(self, answers: Sequence[Answer]) -> list[Answer]:
+    def drafted(self, answers: Sequence[StageAnswer]) -> list[StageAnswer]:
         """Record what the drafters of the running stage wrote; return the answers that hold something."""
         written = [each for each in answers if each.tokens.ids or each.result.text]
         decision = Decision(DecisionAction.ESCALATE, DecisionReason.FIXED_STAGE)
@@ -197,13 +202,15 @@ class RequestState:
         if self.has_earlier_answer():
             await self._show(self._stream.revert())
 
-    async def commit(self, stop: Stop) -> Outcome:
+    async def commit(self, stop: Stop) -> RoutedAnswer:
         """Let the answer stand: show all of it as final, and return the outcome."""
         self._judged(stop.decision)
         result, tokens = self.answer.result, self.answer.tokens
-        whole = Tokens(result.token_ids, result.text, tokens.logprobs, tokens.entropies, tokens.top2_margins)
+        whole = ScoredTokens(
+            result.token_ids, result.text, tokens.logprobs, tokens.entropies, tokens.top2_margins
+        )
         await self._show(self._stream.commit(whole))
-        return Outcome(
+        return RoutedAnswer(
             self.request.id,
             tuple(self._records),
             stop.provenance.source,

@@ -10,7 +10,15 @@ from asd.errors import AsdError, BudgetSpent
 from services.common.telemetry import Spans, Traced
 from services.router import spans
 from services.router.chain import Chain
-from services.router.domain import Answer, Call, Failure, Report, StageFailed, Tokens, Verification
+from services.router.domain import (
+    CallFailure,
+    OpenCall,
+    Report,
+    ScoredTokens,
+    StageAnswer,
+    StageFailed,
+    Verification,
+)
 from services.router.request import DraftAbandoned
 
 if TYPE_CHECKING:
@@ -24,7 +32,7 @@ if TYPE_CHECKING:
 
     # Says after how many milliseconds to look again at a call of a stage from which nothing has come. Raises
     # the error that ends the call.
-    Look = Callable[[Stage, Call], float]
+    Look = Callable[[Stage, OpenCall], float]
 
 
 class StageRunner:
@@ -64,8 +72,8 @@ class _Run:
         self._leave_after_ms = min(step.leave_after_ms - waited_ms, self._timeout_ms)
         # What the stage waited for its drafters: that says nothing of the stage.
         self._wait_ms = 0.0
-        self._drafted: list[Answer] = []
-        self._failures: tuple[Failure, ...] = ()
+        self._drafted: list[StageAnswer] = []
+        self._failures: tuple[CallFailure, ...] = ()
 
     async def answer(self, state: RequestState, prefill: PrefillAhead, look: Look) -> Report:
         step, stage = self._step, self._step.stage
@@ -91,7 +99,7 @@ class _Run:
                 if limit.was_looked_at:
                     # What the request still had says nothing of the stage.
                     call_ms = min(call_ms, (self._clock() - call.began) * 1000.0)
-                failure = Failure(stage, error, call_ms, state.has_heard, call)
+                failure = CallFailure(stage, error, call_ms, state.has_heard, call)
                 raise StageFailed(failure, self._failures) from error
         answers = ((each, calls[each.stage.index].depth) for each in (*self._drafted, answer))
         return Report(tuple(answers), self._failures, prefill.refusals(), is_abandoned=result is None)
@@ -168,7 +176,7 @@ class _Limit:
             leaving.cancel()
             self._stop_looking()
 
-    async def take(self, event: Tokens | Verification) -> None:
+    async def take(self, event: ScoredTokens | Verification) -> None:
         """Take what the stage sends. That the caller is slow to take it is no reason to leave meanwhile."""
         self._stop_looking()
         self._heard()

@@ -19,7 +19,7 @@ from services.common.telemetry import Spans, Traced, current_trace_id
 from services.common.validation import MAX_REQUEST_BYTES
 from services.common.wire import MAX_ENTRIES
 from services.router import convert, spans
-from services.router.domain import Event, Outcome, Refusal, RoutedRequest, View, show_nothing
+from services.router.domain import Event, Refusal, RoutedAnswer, RoutedRequest, Visibility, show_nothing
 from services.router.planning.admission import LEAST_RETRY_S, MOST_RETRY_S
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from services.router.cascade import Cascade
     from services.router.clients.directory import Directory
-    from services.router.instruments import Instruments
+    from services.router.instruments import RouterInstruments
     from services.router.request import Emit
 
     Context = grpc.aio.ServicerContext[object, object]
@@ -51,7 +51,7 @@ class CascadeServicer(cascade_pb2_grpc.CascadeServiceServicer):
         cascade: Cascade,
         directory: Directory,
         clock: Callable[[], float],
-        instruments: Instruments,
+        instruments: RouterInstruments,
         *,
         max_concurrent: int,
         batch_concurrency: int,
@@ -98,7 +98,7 @@ class CascadeServicer(cascade_pb2_grpc.CascadeServiceServicer):
         if not request.HasField("request"):
             raise InvalidRequest("request is required", field="request")
         check_request(request.request, "request.")
-        view = View.DRAFTS if request.include_drafts else View.COMMITTED
+        view = Visibility.DRAFTS if request.include_drafts else Visibility.COMMITTED
         with self._admitted(), self._timed():
             trace_id = current_trace_id()
 
@@ -142,16 +142,16 @@ class CascadeServicer(cascade_pb2_grpc.CascadeServiceServicer):
         return await self._directory.describe()
 
     async def _answer(
-        self, message: cascade_pb2.GenerateRequest, deadline: float, view: View, emit: Emit
-    ) -> Outcome:
+        self, message: cascade_pb2.GenerateRequest, deadline: float, view: Visibility, emit: Emit
+    ) -> RoutedAnswer:
         request = _domain_request(message)
         with self._instruments.request_under_way(), Traced(Spans.CASCADE) as span:
             outcome = await self._cascade.answer(request, deadline, view, emit)
             spans.describe_outcome(span, outcome)
             return outcome
 
-    async def _outcome(self, message: cascade_pb2.GenerateRequest, deadline: float) -> Outcome:
-        return await self._answer(message, deadline, View.OUTCOME, show_nothing)
+    async def _outcome(self, message: cascade_pb2.GenerateRequest, deadline: float) -> RoutedAnswer:
+        return await self._answer(message, deadline, Visibility.OUTCOME, show_nothing)
 
     async def _batch_response(
         self, index: int, message: cascade_pb2.GenerateRequest, deadline: float

@@ -40,7 +40,7 @@ TaskName = Annotated[str, AfterValidator(_check_task)]
 Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class PolicySettings(Section):
+class PolicyPeer(Section):
     """Where the policy service is, and for how long one of its calls is waited for."""
 
     target: Target
@@ -48,7 +48,7 @@ class PolicySettings(Section):
     tls: ClientTls | None = None
 
 
-class ManagerSettings(Section):
+class ManagerPeer(Section):
     """Where the manager is that wakes stages, for how long one of its calls is waited for, and how often it
     is asked which stages sleep."""
 
@@ -58,7 +58,7 @@ class ManagerSettings(Section):
     tls: ClientTls | None = None
 
 
-class StageSettings(Section):
+class StagePeer(Section):
     """One stage. cost: cost units of a whole answer. model: empty for the stage's default model.
 
     adapters: types of task that the model has adapters for, which the stage serves as MODEL/TASK; absent: the
@@ -98,10 +98,10 @@ class RouterSettings(ServerSettings):
     # Absent: whoever reaches the router may call it.
     auth: AuthSettings | None = None
     # Absent: there is no policy service, and the static plan always holds.
-    policy: PolicySettings | None = None
+    policy: PolicyPeer | None = None
     # Absent: stages are never scaled to zero.
-    manager: ManagerSettings | None = None
-    stages: tuple[StageSettings, ...] = Field(min_length=1)
+    manager: ManagerPeer | None = None
+    stages: tuple[StagePeer, ...] = Field(min_length=1)
     # Stages asked in order while the policy service is away; the last one answers. With a policy service, for
     # FASTEST alone: see services.router.planning.planner.
     static_plan: tuple[str, ...] = Field(min_length=1)

@@ -8,7 +8,7 @@ from services.common.telemetry import OPERATION_CHAT, PROVIDER_NAME, Attributes,
 
 if TYPE_CHECKING:
     from asd.values import StageAction
-    from services.router.domain import Answer, Decision, Outcome, Provenance, RoutedRequest, Stage
+    from services.router.domain import Decision, Provenance, RoutedAnswer, RoutedRequest, Stage, StageAnswer
 
 
 def describe_plan(span: Traced, provenance: Provenance, first: Stage) -> None:
@@ -41,7 +41,7 @@ def describe_call(
         span.set(Attributes.DRAFT_SKIPPED, skip_reason)
 
 
-def describe_answer(span: Traced, answer: Answer) -> None:
+def describe_answer(span: Traced, answer: StageAnswer) -> None:
     """Say what a stage call took."""
     if not span.recording:
         return
@@ -84,7 +84,7 @@ def describe_decision(
         span.set(Attributes.PREDICT_US, decision.predict_us)
 
 
-def describe_outcome(span: Traced, outcome: Outcome) -> None:
+def describe_outcome(span: Traced, outcome: RoutedAnswer) -> None:
     """Say how the request went."""
     if not span.recording:
         return

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from asd.errors import AsdError
 from asd.values import FinishReason, StageAction
 from services.common.cost import generate_cost, verify_cost
-from services.router.domain import Answer, StageResult, Timing, Tokens, Usage, Verification
+from services.router.domain import ScoredTokens, StageAnswer, StageResult, Timing, TokenUsage, Verification
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -53,10 +53,10 @@ class StageCall:
         self._entropies: list[float] = []
         self._top2_margins: list[float] = []
 
-    def take(self, event: Tokens | Verification) -> None:
+    def take(self, event: ScoredTokens | Verification) -> None:
         """Take what the stage sends while it works."""
         self.has_heard = True
-        if isinstance(event, Tokens):
+        if isinstance(event, ScoredTokens):
             self._fingerprint = self._fingerprint or event.fingerprint
             self._ids.extend(event.ids)
             if self._verification is None:
@@ -92,13 +92,13 @@ class StageCall:
                 return True
         return False
 
-    def answer(self) -> Answer:
+    def answer(self) -> StageAnswer:
         """Return the stage's whole answer. Raises AsdError if it sent no result."""
         if self._result is None:
             raise AsdError(f"{self.stage}: the call ended without a result")
         return self._answer(self._result)
 
-    def unfinished_answer(self) -> Answer:
+    def unfinished_answer(self) -> StageAnswer:
         """Return what the stage has written, of a call that is not waited for any longer.
 
         Its usage is what the messages showed; the passes of a verification are an estimate.
@@ -112,7 +112,7 @@ class StageCall:
                 tuple(self._ids),
                 self._fingerprint,
                 FinishReason.LENGTH,
-                Usage(
+                TokenUsage(
                     completion_tokens=len(self._ids),
                     proposed_tokens=verification.proposed_tokens if verification else 0,
                     accepted_tokens=verification.accepted_tokens if verification else 0,
@@ -145,7 +145,7 @@ class StageCall:
             passes += (corrected > self._unverified_tokens) + count - corrected
         return passes
 
-    def _answer(self, result: StageResult) -> Answer:
+    def _answer(self, result: StageResult) -> StageAnswer:
         usage = result.usage
         if self.action is StageAction.VERIFY:
             cost = verify_cost(
@@ -153,8 +153,10 @@ class StageCall:
             )
         else:
             cost = generate_cost(self.stage.cost)
-        tokens = Tokens(self._ids, "".join(self._texts), self._logprobs, self._entropies, self._top2_margins)
-        return Answer(
+        tokens = ScoredTokens(
+            self._ids, "".join(self._texts), self._logprobs, self._entropies, self._top2_margins
+        )
+        return StageAnswer(
             self.stage,
             self.action,
             result,

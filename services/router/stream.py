@@ -6,7 +6,7 @@ from bisect import bisect_left, bisect_right
 from typing import TYPE_CHECKING
 
 from asd.errors import AsdError
-from services.router.domain import Committed, Drafted, Event, Revised, Tokens, View
+from services.router.domain import DraftPart, Event, FinalPart, Revision, ScoredTokens, Visibility
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,7 +19,7 @@ class AnswerStream:
     (a token may end inside a character), so revisions go back to such a boundary.
     """
 
-    def __init__(self, view: View) -> None:
+    def __init__(self, view: Visibility) -> None:
         self._view = view
         # Tokens and bytes after each chunk that the caller holds, ascending, from (0, 0).
         self._token_bounds = [0]
@@ -54,13 +54,13 @@ class AnswerStream:
         kept = self._boundary(accepted_tokens)
         if self._is_final and kept > self._committed:
             self._committed = kept
-            yield Committed(self._token_bounds[kept])
+            yield FinalPart(self._token_bounds[kept])
         yield from self._drop_after(kept)
         self._skip_tokens, self._skip_bytes = self._token_bounds[-1], self._byte_bounds[-1]
 
-    def written(self, tokens: Tokens) -> Iterator[Event]:
+    def written(self, tokens: ScoredTokens) -> Iterator[Event]:
         """The running stage wrote tokens; its stream starts at the answer's first token."""
-        if self._view is View.OUTCOME or (self._view is View.COMMITTED and not self._is_final):
+        if self._view is Visibility.OUTCOME or (self._view is Visibility.COMMITTED and not self._is_final):
             return
         if self._is_undecided:
             # It writes an answer of its own: nothing stands.
@@ -72,7 +72,7 @@ class AnswerStream:
         if self._is_final:
             yield self._commit_all(unseen)
         else:
-            yield Drafted(unseen)
+            yield DraftPart(unseen)
 
     def can_revert(self) -> bool:
         """Return whether the answer before the running stage can still be given: nothing else was
@@ -83,9 +83,9 @@ class AnswerStream:
         """The running stage failed: drop what is not of the answer before it. Only where can_revert."""
         yield from self._drop_after(self._agreed_with_earlier())
 
-    def commit(self, tokens: Tokens) -> Iterator[Event]:
+    def commit(self, tokens: ScoredTokens) -> Iterator[Event]:
         """An answer stands: commit all of it. tokens: the whole answer."""
-        if self._view is View.OUTCOME:
+        if self._view is Visibility.OUTCOME:
             return
         self._skip_tokens, self._skip_bytes = self._token_bounds[-1], self._byte_bounds[-1]
         rest = self._unseen(tokens)
@@ -94,9 +94,9 @@ class AnswerStream:
         if self._committed < len(self._token_bounds) - 1:
             yield self._commit_all(rest)
 
-    def _commit_all(self, shown_now: Tokens | None) -> Committed:
+    def _commit_all(self, shown_now: ScoredTokens | None) -> FinalPart:
         self._committed = len(self._token_bounds) - 1
-        return Committed(self._token_bounds[-1], shown_now)
+        return FinalPart(self._token_bounds[-1], shown_now)
 
     def _agreed_with_earlier(self) -> int:
         return len(self._token_bounds) - 1 if self._stands is None else self._boundary(self._stands)
@@ -114,13 +114,13 @@ class AnswerStream:
         if boundary < len(self._token_bounds) - 1:
             del self._token_bounds[boundary + 1 :]
             del self._byte_bounds[boundary + 1 :]
-            yield Revised(self._token_bounds[-1], self._byte_bounds[-1])
+            yield Revision(self._token_bounds[-1], self._byte_bounds[-1])
 
-    def _hold(self, tokens: Tokens) -> None:
+    def _hold(self, tokens: ScoredTokens) -> None:
         self._token_bounds.append(self._token_bounds[-1] + len(tokens.ids))
         self._byte_bounds.append(self._byte_bounds[-1] + len(tokens.text.encode()))
 
-    def _unseen(self, tokens: Tokens) -> Tokens | None:
+    def _unseen(self, tokens: ScoredTokens) -> ScoredTokens | None:
         """Return the part of a chunk that the caller does not hold; None if it holds all."""
         skip = min(self._skip_tokens, len(tokens.ids))
         text = tokens.text
@@ -134,7 +134,7 @@ class AnswerStream:
                 raise AsdError("a stage's text does not start with the text that it accepted") from None
         if skip:
             self._skip_tokens -= skip
-            tokens = Tokens(
+            tokens = ScoredTokens(
                 tokens.ids[skip:],
                 text,
                 tokens.logprobs[skip:],
@@ -142,5 +142,5 @@ class AnswerStream:
                 tokens.top2_margins[skip:],
             )
         elif text is not tokens.text:
-            tokens = Tokens(tokens.ids, text, tokens.logprobs, tokens.entropies, tokens.top2_margins)
+            tokens = ScoredTokens(tokens.ids, text, tokens.logprobs, tokens.entropies, tokens.top2_margins)
         return tokens if tokens.ids or tokens.text else None

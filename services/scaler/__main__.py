@@ -14,7 +14,7 @@ from services.common.extras import needs
 from services.common.privacy import report_nothing
 from services.common.server import run_service, serve
 from services.scaler.idle_scaler import IdleScaler, Rule
-from services.scaler.instruments import Instruments
+from services.scaler.instruments import ScalerInstruments
 from services.scaler.servicer import ManagerServicer
 from services.scaler.settings import ScalerSettings
 from services.scaler.usage import StageUsage
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 async def run(settings: ScalerSettings, cluster: Cluster) -> None:
     """Keep the stages, and serve until SIGTERM or SIGINT."""
-    instruments = Instruments()
+    instruments = ScalerInstruments()
     usage = StageUsage({each.name: (each.target, each.tls) for each in settings.stages}, settings.timeout_ms)
     rules = [
         Rule(

@@ -29,7 +29,7 @@ class Cluster(Protocol):
         """Set the number of replicas that are wanted."""
 
 
-class Usage(Protocol):
+class StageIdleness(Protocol):
     """Knows how long stages have been idle."""
 
     async def idle_ms(self, stage: str, replicas: int) -> float | None:

@@ -13,7 +13,7 @@ from asd.errors import AsdError, NotFound, PreconditionFailed
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from services.scaler.cluster import Cluster, Scale, Usage
+    from services.scaler.cluster import Cluster, Scale, StageIdleness
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class IdleScaler:
         self,
         rules: Sequence[Rule],
         cluster: Cluster,
-        usage: Usage,
+        usage: StageIdleness,
         clock: Callable[[], float],
         on_scaled: Callable[[str, str], None] = lambda stage, direction: None,
     ) -> None:

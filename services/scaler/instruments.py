@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from services.scaler.idle_scaler import StageView
 
 
-class Instruments:
+class ScalerInstruments:
     """Counts what the manager does, through OpenTelemetry. Build it after set-up."""
 
     def __init__(self) -> None:

@@ -62,7 +62,7 @@ _run = functools.partial(run, error=NodeError)
 
 
 @dataclass(frozen=True)
-class State:
+class NodeState:
     """What is kept of a running node between two commands.
 
     init_pid: process 1 of the node, as the machine numbers it. started: the kernel's start time of it,
@@ -94,10 +94,10 @@ class Node:
         self._programs: dict[str, Path] = {}
 
     @property
-    def state(self) -> State | None:
+    def state(self) -> NodeState | None:
         """What runs, or None."""
         try:
-            state = State(**json.loads(self._state_path.read_text(encoding="utf-8")))
+            state = NodeState(**json.loads(self._state_path.read_text(encoding="utf-8")))
         except (FileNotFoundError, ValueError, TypeError):
             return None
         return state if state.is_alive else None
@@ -163,7 +163,7 @@ class Node:
         command = [str(program), "--kubeconfig", str(self.kubeconfig), *arguments]
         return _run(command, timeout_s=timeout_s, stdin=stdin)
 
-    def _running(self) -> State:
+    def _running(self) -> NodeState:
         state = self.state
         if state is None:
             raise NodeError(f"no node runs in {self.folder}: python -m tools.node up")
@@ -297,7 +297,7 @@ class Node:
         self._wait("init", (self.folder / "inside").exists, deadline)
         children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text(encoding="ascii").split()
         pid = int(children[0])
-        self._write_state(State(pid, _start_time(pid), 0))
+        self._write_state(NodeState(pid, _start_time(pid), 0))
 
     def _setup_script(self) -> str:
         """Return the commands that make the node's mounts and network; they run as its process 1."""
@@ -343,7 +343,7 @@ class Node:
                 command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
         self._wait("gate", lambda: port_file.exists() and port_file.read_text().endswith("\n"), deadline)
-        self._write_state(State(state.init_pid, state.started, int(port_file.read_text())))
+        self._write_state(NodeState(state.init_pid, state.started, int(port_file.read_text())))
 
     def _launch(self, name: str, command: list[str]) -> None:
         with (self.logs / f"{name}.log").open("wb") as log:
@@ -397,7 +397,7 @@ class Node:
         if ended:
             raise NodeError(f"ended while the node started: {', '.join(ended)}")
 
-    def _write_state(self, state: State) -> None:
+    def _write_state(self, state: NodeState) -> None:
         content = {"init_pid": state.init_pid, "started": state.started, "port": state.port}
         self._state_path.write_text(json.dumps(content), encoding="utf-8")
 

@@ -14,7 +14,7 @@ from services.common.channel import call_unary
 from services.router import convert
 from services.router.clients.call_limit import CallLimit
 from services.router.clients.stage import DESCRIBE_TIMEOUT_MS
-from services.router.domain import Answer, Condition, Decision, Plan, RoutedRequest
+from services.router.domain import Decision, PolicyChoice, RoutedRequest, StageAnswer, StageKnowledge
 
 if TYPE_CHECKING:
     from collections.abc import (
@@ -78,11 +78,11 @@ class GrpcPolicy:
     async def plan(
         self,
         request: RoutedRequest,
-        conditions: Sequence[Condition],
+        conditions: Sequence[StageKnowledge],
         timeout_ms: float,
         *,
         min_accuracy_share: float | None,
-    ) -> Plan:
+    ) -> PolicyChoice:
         """Return the first stage."""
 
         def message(waited_ms: float) -> policy_pb2.PlanRequest:
@@ -115,10 +115,10 @@ class GrpcPolicy:
     async def decide(
         self,
         request: RoutedRequest,
-        answer: Answer,
+        answer: StageAnswer,
         spent_cost: float,
         spent_ms: float,
-        conditions: Sequence[Condition],
+        conditions: Sequence[StageKnowledge],
         timeout_ms: float,
         *,
         min_accuracy_share: float | None,

@@ -14,7 +14,7 @@ from asd.values import FinishReason
 from services.common.channel import call_exchange, call_stream, call_unary
 from services.router import convert
 from services.router.clients.adapters import Adapters, tasks_of
-from services.router.domain import PeerLoad, RoutedRequest, Stage, StageResult, Tokens
+from services.router.domain import PeerLoad, RoutedRequest, ScoredTokens, Stage, StageResult
 
 if TYPE_CHECKING:
     from collections.abc import (
@@ -120,7 +120,7 @@ class GrpcStage:
     async def verify_stream(
         self,
         request: RoutedRequest,
-        drafts: AsyncIterable[Tokens | FinishReason],
+        drafts: AsyncIterable[ScoredTokens | FinishReason],
         timeout_ms: float,
         emit: Take,
     ) -> StageResult:
@@ -337,7 +337,7 @@ def _key(request: RoutedRequest) -> str:
 
 
 async def _steps(
-    start: stage_pb2.VerifyStreamStart, drafts: AsyncIterable[Tokens | FinishReason]
+    start: stage_pb2.VerifyStreamStart, drafts: AsyncIterable[ScoredTokens | FinishReason]
 ) -> AsyncIterator[stage_pb2.VerifyStreamRequest]:
     """Yield a draft as the steps of a VerifyStream call."""
     yield stage_pb2.VerifyStreamRequest(start=start)

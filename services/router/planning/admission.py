@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from asd.values import Objective
-    from services.router.domain import Call, Stage
+    from services.router.domain import OpenCall, Stage
     from services.router.planning.load import Load
 
 # Shorter waits count as none, and the policy is not told of them. Chosen: they change no plan.
@@ -88,7 +88,7 @@ class Admission:
         missing_ms = self._wait_ms(stage) + self._load.longest_ms(stage.index) - left_ms
         return self._late(stage, self._wait_ms(stage), left_ms, missing_ms)
 
-    def look(self, stage: Stage, call: Call, left_ms: float) -> float:
+    def look(self, stage: Stage, call: OpenCall, left_ms: float) -> float:
         """Return after how many milliseconds to check a silent call again.
 
         Raises Overloaded if the line leaves no time to answer it.

@@ -26,7 +26,7 @@ from services.router.planning.bandit import Paces, Start, Took
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from services.router.domain import Answer
+    from services.router.domain import StageAnswer
 
 # Drafts are not verified if a verification takes at least this share of writing anew. Chosen: below 1, since
 # drafting takes time too.
@@ -118,7 +118,7 @@ class DraftSelection:
         reason = None if start.is_first else SkipReason.PROBE if paces.is_trial else SkipReason.LOAD
         return DraftChoice(reason, paces, start)
 
-    def answered(self, answer: Answer, choice: DraftChoice | None = None) -> None:
+    def answered(self, answer: StageAnswer, choice: DraftChoice | None = None) -> None:
         """Learn from an answer. choice: what was chosen for it, if anything was; its request has ended."""
         usage = answer.result.usage
         if answer.verification is not None:
@@ -155,7 +155,7 @@ class DraftSelection:
             choice.paces.ended(choice.start, self._clock(), took, counts=choice.counts)
 
 
-def _written_s(answer: Answer, load: float, seconds: float) -> float:
+def _written_s(answer: StageAnswer, load: float, seconds: float) -> float:
     """Return how long a verified answer would have taken without its draft, in seconds; 0: unknown.
 
     load: requests in flight. seconds: of this one, the drafting included.

@@ -15,7 +15,7 @@ from asd.errors import (
     PromptTooLong,
     Unavailable,
 )
-from services.router.domain import Condition
+from services.router.domain import StageKnowledge
 from services.router.planning.admission import MIN_QUEUE_MS
 from services.router.planning.draft_selection import DraftSelection
 from services.router.planning.health import StageHealth
@@ -24,7 +24,7 @@ from services.router.planning.load import Load
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
-    from services.router.domain import Answer, Failure, RoutedRequest, Stage
+    from services.router.domain import CallFailure, RoutedRequest, Stage, StageAnswer
     from services.router.interfaces import Activator
 
 # A timed-out call marks the stage unhealthy only if it had so many times the usual time. Chosen: answers
@@ -134,7 +134,7 @@ class Knowledge:
         longer_ms = self.load.expected_queue_ms(stage) - told_ms[stage]
         return longer_ms >= self.load.service_ms(stage) > 0.0
 
-    def conditions(self, unavailable: Collection[int], queues_ms: Sequence[float]) -> list[Condition]:
+    def conditions(self, unavailable: Collection[int], queues_ms: Sequence[float]) -> list[StageKnowledge]:
         """Return the conditions of stages that are unavailable or busy; the policy takes others as idle.
 
         queues_ms: what `queues_ms` gave.
@@ -143,12 +143,12 @@ class Knowledge:
         for stage, queue_ms in zip(self.stages, queues_ms, strict=True):
             depth = self.load.own_calls(stage.index)
             if stage.index in unavailable or depth or queue_ms >= MIN_QUEUE_MS:
-                conditions.append(Condition(stage.name, stage.index not in unavailable, depth, queue_ms))
+                conditions.append(StageKnowledge(stage.name, stage.index not in unavailable, depth, queue_ms))
         return conditions
 
     # Learning.
 
-    def learn_answer(self, answer: Answer, depth: int) -> None:
+    def learn_answer(self, answer: StageAnswer, depth: int) -> None:
         """Learn from an answer. depth: calls under way at its stage as it began, itself included."""
         if not answer.is_whole:
             return
@@ -162,7 +162,7 @@ class Knowledge:
         if result.others is not None:
             self.load.heard(index, result.others)
 
-    def learn_failure(self, failure: Failure) -> None:
+    def learn_failure(self, failure: CallFailure) -> None:
         """Learn from a failed call: plans avoid its stage for a while if other requests may find it so."""
         index, error = failure.stage.index, failure.error
         health = self.health[index]
@@ -182,7 +182,7 @@ class Knowledge:
         elif not isinstance(error, Overloaded):
             health.failed_a_request(error)
 
-    def _works_for_others(self, failure: Failure) -> bool:
+    def _works_for_others(self, failure: CallFailure) -> bool:
         """Return whether the stage has answered other requests since the call began, or writes for them."""
         call, index = failure.call, failure.stage.index
         if call is None:
@@ -190,7 +190,7 @@ class Knowledge:
         writes = not failure.has_heard and self.load.has_sent_since(index, call.began)
         return writes or self.load.has_answered_since(index, call.began)
 
-    def _hangs(self, failure: Failure) -> bool:
+    def _hangs(self, failure: CallFailure) -> bool:
         """Return whether a call that has run out of time shows that its stage hangs.
 
         It had enough for a stage that works, or calls before it were silent as well: no caller may have the
@@ -207,7 +207,7 @@ class Knowledge:
         silent_ms = health.was_silent(failure.call_ms)
         return failure.call_ms >= min(timeout_ms, usual_ms or _UNKNOWN_MS) or silent_ms >= long_ms
 
-    def too_short_contexts(self, request: RoutedRequest, answer: Answer) -> dict[int, AsdError]:
+    def too_short_contexts(self, request: RoutedRequest, answer: StageAnswer) -> dict[int, AsdError]:
         """Return later stages whose context is certain not to hold the prompt, by their indices, with why.
 
         The stage that has just answered counted it after its own chat template. Another stage's template may

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from services.router.domain import Call
+from services.router.domain import OpenCall
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -73,12 +73,12 @@ class Load:
         self._shares = {question: [0.0] * stage_count for question in Question}
 
     @contextmanager
-    def calling(self, stage: int) -> Iterator[Call]:
+    def calling(self, stage: int) -> Iterator[OpenCall]:
         """Count the block as a call in flight at a stage."""
         line, expected_ms = self._under_way[stage], self.expected_queue_ms(stage)
         self._begun += 1
         line.append(self._begun)
-        call = Call(stage, self._begun, len(line), self._clock(), expected_ms)
+        call = OpenCall(stage, self._begun, len(line), self._clock(), expected_ms)
         try:
             yield call
         finally:
@@ -132,7 +132,7 @@ class Load:
             # At least 1: other routers' calls are not in this router's line, and the mean fades.
             self._capacity[stage] = max(capacity + NEWEST * (computed - capacity), 1.0)
 
-    def ran_out(self, call: Call) -> None:
+    def ran_out(self, call: OpenCall) -> None:
         """Learn from a call that ran out of time while the stage was answering: it takes at least that long.
 
         Otherwise a stage that is too slow for every caller would never count as slow.
@@ -217,7 +217,7 @@ class Load:
         """
         return self.expected_queue_ms(stage) if self._has_shown[stage] else self._faded_ms(stage)
 
-    def left_to_wait_ms(self, call: Call) -> float:
+    def left_to_wait_ms(self, call: OpenCall) -> float:
         """Return how much longer a silent call is certain to wait; 0: the stage may be computing it.
 
         Stages take calls in the order in which they came.

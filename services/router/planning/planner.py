@@ -24,7 +24,16 @@ from asd.values import DecisionAction, DecisionReason, PlanSource
 from services.common.cost import is_above
 from services.common.telemetry import Spans, Traced
 from services.router import spans
-from services.router.domain import Decision, Failure, Overload, Provenance, Refusal, StageFailed, Step, Stop
+from services.router.domain import (
+    CallFailure,
+    Decision,
+    Overload,
+    Provenance,
+    Refusal,
+    StageFailed,
+    Step,
+    Stop,
+)
 from services.router.planning.admission import Admission
 from services.router.planning.failures import failure_of_all
 from services.router.planning.fixed_plan import FixedPlan
@@ -36,7 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
     from asd.transport.patience import Patience
-    from services.router.domain import AbandonRule, Answer, Call, Report, Stage, StageResult
+    from services.router.domain import AbandonRule, OpenCall, Report, Stage, StageAnswer, StageResult
     from services.router.interfaces import Observer, PolicyClient
     from services.router.planning.draft_selection import DraftChoice, SpeculationOptions
     from services.router.planning.knowledge import Knowledge
@@ -130,7 +139,7 @@ class RequestPlan:
         self._abandon_to: int | None = None
         self._prefill: Stage | None = None
         # The last call that failed, and the reason of a refusal.
-        self._call: Call | None = None
+        self._call: OpenCall | None = None
         self._reason = Refusal.STAGE_FULL
 
     # The three questions.
@@ -174,7 +183,7 @@ class RequestPlan:
         reason = DecisionReason.DEADLINE if is_late else DecisionReason.STAGE_UNAVAILABLE
         return self._stop(self._decision.stopped(reason))
 
-    def look(self, stage: Stage, call: Call) -> float:
+    def look(self, stage: Stage, call: OpenCall) -> float:
         """Return after how many milliseconds to check a silent call again.
 
         Raises Overloaded if the line at the stage leaves no time for an answer. Raises BudgetSpent if the
@@ -224,7 +233,7 @@ class RequestPlan:
         try:
             await self._until_active([stage, *drafters])
         except AsdError as error:
-            return await self.after_failure(StageFailed(Failure(stage, error, 0.0, has_heard=False)))
+            return await self.after_failure(StageFailed(CallFailure(stage, error, 0.0, has_heard=False)))
         is_final = self._is_final(stage)
         timeout_ms = self._time.timeout_ms(stage, is_final=is_final)
         is_bound = not (self._state.has_earlier_answer() or self._has_replacement(stage))
@@ -591,14 +600,14 @@ class RequestPlan:
         if choice is not None:
             self._knowledge.drafts.ended(replace(choice, counts=False))
 
-    def _learn_answer(self, answer: Answer, depth: int) -> None:
+    def _learn_answer(self, answer: StageAnswer, depth: int) -> None:
         self._patience.there()
         self._knowledge.drafts.answered(answer, self._choices.pop(answer.stage.index, None))
         self._knowledge.learn_answer(answer, depth)
         task = self._state.request.task
         self._observer.stage_answered(answer, task, is_adapted=answer.result.is_adapted)
 
-    def _learn_failures(self, failures: Sequence[Failure]) -> None:
+    def _learn_failures(self, failures: Sequence[CallFailure]) -> None:
         for failure in failures:
             if isinstance(failure.error, Overloaded):
                 # The request left its line: that says nothing of the stage.

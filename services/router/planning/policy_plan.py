@@ -12,7 +12,7 @@ from services.router.planning.time_budget import MARGIN_MS, SHARE_OF_TIME
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
-    from services.router.domain import Decision, Plan
+    from services.router.domain import Decision, PolicyChoice
     from services.router.interfaces import PolicyClient
     from services.router.planning.admission import Admission
     from services.router.planning.knowledge import Knowledge
@@ -34,7 +34,7 @@ class PolicyPlan:
         # For how long the policy was asked, in milliseconds.
         self.asked_ms = 0.0
 
-    async def plan(self, unavailable: Collection[int]) -> Plan:
+    async def plan(self, unavailable: Collection[int]) -> PolicyChoice:
         """Return the policy's plan; without stages that have no replica, where it begins with one."""
         avoided, may_repeat = unavailable, self._counts_waits()
         with self._timed():

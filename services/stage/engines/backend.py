@@ -41,7 +41,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
+class TokenScores:
     """Outcome of a scoring pass: a row for each scored token, and the model's own token after the last."""
 
     rows: Sequence[Row]
@@ -68,5 +68,5 @@ class Backend(Protocol):
     def generate(self, ids: list[int], request: TokenRequest) -> AsyncGenerator[Piece, None]:
         """Write tokens after a prompt."""
 
-    async def score(self, ids: list[int], start: int, adapter: str) -> Scores:
+    async def score(self, ids: list[int], start: int, adapter: str) -> TokenScores:
         """Judge ids[start:] in one pass. start: 1 or more."""

@@ -24,7 +24,7 @@ from services.stage.settings import ModelSettings
 with needs("stage", "asd-engine"):
     from services.stage.engines.conformance import (
         CHECKS,
-        Outcome,
+        CheckOutcome,
         Suite,
         a_model_can_be_unloaded_and_loaded_again,
         run_check,
@@ -126,7 +126,7 @@ def _share(text: str) -> float:
 
 async def _check(
     engines: Mapping[str, Engine], other: Engine | None, options: argparse.Namespace
-) -> list[Outcome]:
+) -> list[CheckOutcome]:
     """Check a model's adapters, and then the model itself."""
     tie, tolerance = options.tie_margin, options.signal_tolerance
     model, *adapters = engines
@@ -165,7 +165,7 @@ async def greedy_answers(engine: Engine, tokens: int) -> list[tuple[int, ...]]:
         await engine.unload()
 
 
-def _say(outcome: Outcome, *, is_quiet: bool) -> None:
+def _say(outcome: CheckOutcome, *, is_quiet: bool) -> None:
     if is_quiet:
         return
     ties = f", {outcome.near_ties} near ties" if outcome.near_ties else ""

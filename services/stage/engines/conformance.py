@@ -45,7 +45,7 @@ class NotConforming(Exception):  # noqa: N818 - named by its cause
     """The engine breaks the contract; the message says how."""
 
 
-class Outcome(NamedTuple):
+class CheckOutcome(NamedTuple):
     """How a check went. error: "" if it passed. near_ties: positions that were tolerated."""
 
     check: str
@@ -54,7 +54,7 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-class Answer(NamedTuple):
+class EngineAnswer(NamedTuple):
     """An answer with its signals, one entry per token."""
 
     result: Result
@@ -80,19 +80,19 @@ class Suite:
     tie_margin: float = 0.0
     signal_tolerance: float = 2e-3
     near_ties: int = 0
-    _plain: dict[str, Answer] = field(default_factory=dict)
+    _plain: dict[str, EngineAnswer] = field(default_factory=dict)
 
     @property
     def greedy(self) -> Sampling:
         """The options of most calls."""
         return Sampling(max_new_tokens=self.max_new_tokens)
 
-    async def ask(self, prompt: str | tuple[Message, ...], sampling: Sampling | None = None) -> Answer:
+    async def ask(self, prompt: str | tuple[Message, ...], sampling: Sampling | None = None) -> EngineAnswer:
         """Return a generated answer."""
         turns = (Message("user", prompt),) if isinstance(prompt, str) else prompt
         return await collect(self.engine.generate(turns, sampling or self.greedy))
 
-    async def plain(self, prompt: str) -> Answer:
+    async def plain(self, prompt: str) -> EngineAnswer:
         """Return the greedy answer to a prompt, generated once."""
         if prompt not in self._plain:
             self._plain[prompt] = await self.ask(prompt)
@@ -104,7 +104,7 @@ class Suite:
         draft: DraftText,
         sampling: Sampling | None = None,
         threshold: float | None = None,
-    ) -> Answer:
+    ) -> EngineAnswer:
         """Return a verified answer; its evidence must come first."""
         turns = (Message("user", prompt),)
         call = self.engine.verify(turns, sampling or self.greedy, draft, threshold)
@@ -114,11 +114,11 @@ class Suite:
         """Return a draft of the engine's own tokens."""
         return DraftText("", tuple(ids), self.engine.status().fingerprint, finish)
 
-    def own_draft(self, answer: Answer) -> DraftText:
+    def own_draft(self, answer: EngineAnswer) -> DraftText:
         """Return an answer as a draft."""
         return self.draft(answer.result.ids, answer.result.finish)
 
-    def expect_same(self, found: Answer, wanted: Answer, what: str) -> bool:
+    def expect_same(self, found: EngineAnswer, wanted: EngineAnswer, what: str) -> bool:
         """Return whether two answers are equal. Raises NotConforming unless a near tie explains it."""
         left, right = found.result, wanted.result
         if left.ids == right.ids:
@@ -137,7 +137,7 @@ class Suite:
         )
 
 
-async def collect(events: AsyncGenerator[Event, None], evidence: str = "") -> Answer:
+async def collect(events: AsyncGenerator[Event, None], evidence: str = "") -> EngineAnswer:
     """Return what a call yields, after the checks that hold for every call.
 
     evidence: "first" or "any" where a VerificationResult must come. Raises NotConforming.
@@ -172,7 +172,7 @@ async def collect(events: AsyncGenerator[Event, None], evidence: str = "") -> An
         sizes = {found.proposed, len(found.ranks), len(found.target_logprobs)}
         expect(len(sizes) == 1 and 0 <= found.accepted <= found.proposed, f"evidence does not fit: {found}")
     expect(0 <= result.accepted_tokens <= result.proposed_tokens, "more is accepted than proposed")
-    return Answer(result, logprobs, entropies, margins, verifications[0] if verifications else None)
+    return EngineAnswer(result, logprobs, entropies, margins, verifications[0] if verifications else None)
 
 
 def expect(is_so: bool, otherwise: str) -> None:
@@ -489,7 +489,7 @@ CHECKS: tuple[Check, ...] = (
 )
 
 
-async def run_check(suite: Suite, check: Check) -> Outcome:
+async def run_check(suite: Suite, check: Check) -> CheckOutcome:
     """Run a check and return its outcome, an unexpected error included."""
     before, started = suite.near_ties, time.monotonic()
     error = ""
@@ -502,7 +502,7 @@ async def run_check(suite: Suite, check: Check) -> Outcome:
     except Exception as failure:
         error = f"{type(failure).__name__}: {failure}"
     name = getattr(check, "__name__", "check").replace("_", " ")
-    return Outcome(name, error, suite.near_ties - before, time.monotonic() - started)
+    return CheckOutcome(name, error, suite.near_ties - before, time.monotonic() - started)
 
 
 async def _pieces(

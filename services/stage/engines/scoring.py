@@ -29,7 +29,7 @@ from services.stage.domain import DraftPiece, DraftText, Event, PrefillResult, T
 from services.stage.engines.backend import BackendDied, TokenRequest
 from services.stage.engines.engine import EngineStatus, ModelState
 from services.stage.engines.probe import ANSWER_TOKENS, probe, probe_prompts
-from services.stage.generation.draft import Draft
+from services.stage.generation.draft import ReceivedDraft
 from services.stage.generation.inputs import RequestReader
 from services.stage.generation.logprobs import row_signals, verify_rows
 from services.stage.generation.resync import PASS_PER_DRAFT, Resynchroniser, ResyncPayoff
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from services.stage.engines.backend import Backend, Scores
+    from services.stage.engines.backend import Backend, TokenScores
     from services.stage.engines.checkpoint import Checkpoint
     from services.stage.generation.call import Call
     from services.stage.generation.logprobs import Row
@@ -67,7 +67,7 @@ class ScoringOptions:
     cache_bytes: int = 0
 
 
-class _ArrivingDraft(Draft):
+class _ArrivingDraft(ReceivedDraft):
     """A draft that may still be on its way."""
 
     def __init__(self, most_tokens: int) -> None:
@@ -479,7 +479,7 @@ class ScoringEngine:
 
     async def _score(
         self, call: Call[Row], proposal: list[int], adapter: str, following: Row | None = None
-    ) -> Scores:
+    ) -> TokenScores:
         """Judge a proposal in one pass. following: of its first token, where that is known."""
         await self._acquire(call)
         known = [*call.prompt, *call.ids]

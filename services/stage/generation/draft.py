@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from services.stage.generation.verification import Verdict
 
 
-class Draft:
+class ReceivedDraft:
     """Ids of a draft in the target's vocabulary, which only grow until it is complete, and how they fare.
 
     One thread adds ids while another one reads and judges them. most_tokens: ids beyond are dropped, as the

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from services.stage.domain import DraftPiece, DraftText
     from services.stage.generation.answer import Signals
     from services.stage.generation.call import Evidence
-    from services.stage.generation.draft import Draft
+    from services.stage.generation.draft import ReceivedDraft
     from services.stage.generation.tokenizer import ChatTokenizer
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class RequestReader:
             return await loop.run_in_executor(self._long_texts, self._encode_prompt, turns, size)
         return self._encode_prompt(turns, size)
 
-    async def read_draft(self, sent: DraftText, draft: Draft) -> None:
+    async def read_draft(self, sent: DraftText, draft: ReceivedDraft) -> None:
         """Read a whole draft: its ids where they are of this tokenizer, else its text.
 
         It reads no more than the draft has room for.
@@ -117,7 +117,7 @@ class RequestReader:
     async def follow_draft(
         self,
         pieces: AsyncIterator[DraftPiece | FinishReason],
-        draft: Draft,
+        draft: ReceivedDraft,
         notify: Callable[[AsdError | None], None],
     ) -> None:
         """Read a draft as it arrives. notify: called after each piece, and with the error that ends it."""
@@ -178,7 +178,7 @@ class RequestReader:
             return await loop.run_in_executor(self._long_texts, self._tokenizer.encode_text, text)
         return self._tokenizer.encode_text(text)
 
-    def _add_ids(self, draft: Draft, ids: Sequence[int], field: str) -> bool:
+    def _add_ids(self, draft: ReceivedDraft, ids: Sequence[int], field: str) -> bool:
         """Add ids to a draft; return whether it ends among them, at a token that ends this model's answers.
 
         A drafter with the same tokenizer may have other end tokens, and write past this model's. Whether the

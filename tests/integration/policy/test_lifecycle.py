@@ -24,7 +24,7 @@ from asd.v1 import common_pb2, policy_pb2, policy_pb2_grpc
 from policy_service import instruments as instruments_module
 from policy_service.artifact import load_usable
 from policy_service.drift import DriftMonitor, DriftRule
-from policy_service.instruments import Instruments
+from policy_service.instruments import PolicyInstruments
 from policy_service.reports import ReportLog
 from policy_service.servicer import PolicyServicer
 from policy_service.shadow import Shadow, read_shadow
@@ -250,7 +250,7 @@ async def test_calibration_shows_as_metrics_of_the_policy_in_force(
     store: PolicyStore, tmp_path: Path, metrics: InMemoryMetricReader
 ):
     async with running(store, tmp_path / "r.jsonl") as service:
-        Instruments().watch_calibration(service.servicer.calibration)
+        PolicyInstruments().watch_calibration(service.servicer.calibration)
         for index in range(60):
             await service.stub.Report(report(f"r{index}", 0.9, correct=index % 2 == 0), timeout=CALL_S)
         seen = measured(metrics)
@@ -270,7 +270,7 @@ async def test_a_shadow_decides_beside_the_live_policy_and_is_only_recorded(
 ):
     candidate = load_usable(make_artifact(tmp_path / "c", "candidate", offset=-2.0))
     path = tmp_path / "shadow.jsonl"
-    with Shadow(candidate.policy, path, Instruments()) as shadow:
+    with Shadow(candidate.policy, path, PolicyInstruments()) as shadow:
         async with running(store, tmp_path / "r.jsonl", shadow) as service:
             planned = await service.stub.Plan(
                 policy_pb2.PlanRequest(prompt="What?", cascade=CASCADE), timeout=CALL_S
@@ -313,7 +313,7 @@ async def test_a_shadow_that_fails_or_hangs_touches_no_answer(
 
     for behaviour in (fail, hang):
         monkeypatch.setattr(candidate, "decide", behaviour)
-        with Shadow(candidate, None, Instruments(), capacity=1, closing_s=0.01) as shadow:
+        with Shadow(candidate, None, PolicyInstruments(), capacity=1, closing_s=0.01) as shadow:
             async with running(store, tmp_path / "r.jsonl", shadow) as service:
                 for _ in range(4):
                     beside = await service.stub.Decide(decide(-0.4), timeout=CALL_S)

@@ -12,7 +12,7 @@ from benchmarks.experiments.grid import (
     GROUPS,
     QUALITY_VALUES,
     Experiment,
-    Result,
+    ExperimentResult,
     Sample,
     TooFewPrompts,
     draw_runs,
@@ -180,7 +180,7 @@ def measured_of(rows=RISING):
 
     def results_on(name, levels):
         return {
-            way: Result(Experiment(f"{way}/{name}", way, levels), tuple(samples))
+            way: ExperimentResult(Experiment(f"{way}/{name}", way, levels), tuple(samples))
             for way, samples in ways.items()
         }
 
@@ -198,7 +198,7 @@ def measured_of(rows=RISING):
         8.8,
         500,
         ("arithmetic", "code"),
-        tuple(Result(each, tuple(ways[each.way])) for each in grid(CASCADE)),
+        tuple(ExperimentResult(each, tuple(ways[each.way])) for each in grid(CASCADE)),
         results_on("all", tuple(range(1, 16))),
         {group: results_on(group, levels) for group, levels in GROUPS.items()},
         response,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.gpu.cascade import ALWAYS, ANSWER, LEAST_ANSWERS, Stage, chains, main, mixes
+from benchmarks.gpu.cascade import ALWAYS, ANSWER, LEAST_ANSWERS, GpuStage, chains, main, mixes
 from benchmarks.gpu.predictable import last_token, successor
 
 VOCABULARY = 32_000
@@ -50,12 +50,12 @@ def test_no_word_is_followed_by_what_ends_an_answer_or_is_no_word() -> None:
 
 
 def test_stages_are_read_with_their_gpus() -> None:
-    assert Stage.read("large", "70b@1+2") == Stage("large", "70b", ("1", "2"))
-    assert Stage.read("small", "tiny").gpus == ()
+    assert GpuStage.read("large", "70b@1+2") == GpuStage("large", "70b", ("1", "2"))
+    assert GpuStage.read("small", "tiny").gpus == ()
     with pytest.raises(ValueError, match="no shape '7b': choose of 13b"):
-        Stage.read("small", "7b@0")
+        GpuStage.read("small", "7b@0")
     with pytest.raises(ValueError, match="13b@x: GPUs are numbers, such as 13b@0"):
-        Stage.read("small", "13b@x")
+        GpuStage.read("small", "13b@x")
 
 
 def test_what_is_asked_of_two_and_of_three_stages() -> None:

@@ -25,8 +25,8 @@ from asd.values import (
 from services.cli import console
 from services.cli.demo import (
     EXAMPLE_PROMPT,
-    Outcome,
-    Row,
+    DemoAnswer,
+    DemoRow,
     ask_both_ways,
     choose_tasks,
     summarise,
@@ -49,17 +49,17 @@ def test_any_number_of_prompts_is_spread_evenly(count):
 
 def _outcome(
     index: int, latency_ms: float, cost: float, *, is_right: bool = True, source="policy"
-) -> Outcome:
+) -> DemoAnswer:
     stage = ("small", "medium", "large")[index]
     version = "v7" if source == "policy" else ""
-    return Outcome("so 4. Answer: 4", is_right, stage, index, 0.75, latency_ms, cost, source, version)
+    return DemoAnswer("so 4. Answer: 4", is_right, stage, index, 0.75, latency_ms, cost, source, version)
 
 
 _ROWS = [
-    Row("arithmetic", 1, "2 + 2?\n", "4", _outcome(0, 10, 1.5), _outcome(2, 40, 8, source="fixed")),
-    Row("code", 2, "p" * 300, "4", _outcome(0, 20, 1.5, is_right=False), _outcome(2, 80, 8)),
-    Row("claims", 3, "c", "4", _outcome(1, 30, 5), _outcome(2, 60, 8, is_right=False)),
-    Row("claims", 9, "d", "4", _outcome(2, 60, 10, source="static"), _outcome(2, 60, 8)),
+    DemoRow("arithmetic", 1, "2 + 2?\n", "4", _outcome(0, 10, 1.5), _outcome(2, 40, 8, source="fixed")),
+    DemoRow("code", 2, "p" * 300, "4", _outcome(0, 20, 1.5, is_right=False), _outcome(2, 80, 8)),
+    DemoRow("claims", 3, "c", "4", _outcome(1, 30, 5), _outcome(2, 60, 8, is_right=False)),
+    DemoRow("claims", 9, "d", "4", _outcome(2, 60, 10, source="static"), _outcome(2, 60, 8)),
 ]
 
 

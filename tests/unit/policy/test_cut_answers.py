@@ -11,15 +11,23 @@ import pytest
 
 from asd.values import DecisionReason, FinishReason, Preference
 from policy_service.artifact import load_artifact, pack, read_artifact
-from policy_service.features import Draft, FeatureSpace, PromptText, Verification
-from policy_service.policy import CalibratedView, Calibration, Decision, Objective, Policy, Spent, StageFacts
+from policy_service.features import Draft, DraftVerification, FeatureSpace, PromptText
+from policy_service.policy import (
+    CalibratedView,
+    Calibration,
+    Judgement,
+    Policy,
+    PolicyObjective,
+    Spent,
+    StageFacts,
+)
 from policy_service.solver import Move, View
 from policy_service.state_cells import StateCells
 from suites import split
 
 ARTIFACT = Path(__file__).parents[3] / "policy_service" / "policy.zip"
 PROMPT = PromptText("What?")
-VERIFIED = Verification(3, np.zeros(3, np.int64))
+VERIFIED = DraftVerification(3, np.zeros(3, np.int64))
 ONE_BIN = Calibration(1.0, 0.0, (), (200,))
 # Of the answers' view: a score of -0.5 stands for 0.5.
 STEEP = Calibration(2.0, 1.0, (0.5,), (100, 100))
@@ -74,8 +82,8 @@ def draft(finish_reason: FinishReason, tokens: int = 3) -> Draft:
     return Draft("Max has 9", sure, -sure, np.ones(tokens, np.float32), finish_reason)
 
 
-def decide(policy: Policy, finish_reason: FinishReason, min_quality: float = 0.0) -> Decision:
-    objective = Objective(min_quality=min_quality)
+def decide(policy: Policy, finish_reason: FinishReason, min_quality: float = 0.0) -> Judgement:
+    objective = PolicyObjective(min_quality=min_quality)
     return policy.decide(PROMPT, 0, draft(finish_reason), None, None, objective, Spent(), {})
 
 
@@ -124,7 +132,7 @@ def test_a_cut_answer_keeps_no_min_quality(
 
 def test_the_last_stage_stops_with_a_cut_answer() -> None:
     policy = make_policy(0.45, "eos")
-    objective = Objective(min_quality=0.99)
+    objective = PolicyObjective(min_quality=0.99)
     decision = policy.decide(PROMPT, 1, draft("length"), 0, VERIFIED, objective, Spent(), {})
     assert (decision.next_stage, decision.reason) == (None, DecisionReason.LAST_STAGE)
     assert decision.p_correct == pytest.approx(0.9)
@@ -137,15 +145,15 @@ def test_the_shipped_policy_expects_of_a_cut_answer_what_it_planned_with() -> No
     decisions = {}
     for task in (easy, hard):
         prompt = PromptText(task.prompt)
-        planned = policy.plan(prompt, Objective(), {}).estimates
+        planned = policy.plan(prompt, PolicyObjective(), {}).estimates
         for stage, origin in ((0, None), (1, None), (1, 0), (2, 0)):
             check = None if origin is None else VERIFIED
-            cut = policy.decide(prompt, stage, draft("length"), origin, check, Objective(), Spent(), {})
+            cut = policy.decide(prompt, stage, draft("length"), origin, check, PolicyObjective(), Spent(), {})
             assert [(each.stage, each.p_correct, each.stderr) for each in cut.estimates] == [
                 (each.stage, each.p_correct, each.stderr) for each in planned[stage:]
             ]
             decisions[task, stage] = cut
-        whole = policy.decide(prompt, 0, draft("eos", 12), None, None, Objective(), Spent(), {})
+        whole = policy.decide(prompt, 0, draft("eos", 12), None, None, PolicyObjective(), Spent(), {})
         # Were it whole, few and sure tokens would speak for it, whatever was asked.
         assert whole.p_correct > 0.85
     assert decisions[easy, 0].next_stage is None

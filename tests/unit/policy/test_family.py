@@ -17,7 +17,7 @@ from policy_service.artifact import Artifact, load_artifact, load_usable, read_a
 from policy_service.document import FamilyEntry, UnfitArtifact
 from policy_service.family import MOST_CHARACTERS, Family
 from policy_service.features import Draft, PromptText
-from policy_service.policy import Condition, Objective, Policy, Spent, UnmeetableBudget
+from policy_service.policy import Condition, Policy, PolicyObjective, Spent, UnmeetableBudget
 from policy_service.servicer import PolicyServicer
 from policy_service.store import write_artifact
 from policy_service.train.family import MARKED, fit_family, suite_prompts, with_family
@@ -206,14 +206,14 @@ def policy(tmp_path: Path) -> Policy:
     return policy
 
 
-def decide(policy: Policy, stage: int, objective: Objective, spent: Spent, **away: bool):
+def decide(policy: Policy, stage: int, objective: PolicyObjective, spent: Spent, **away: bool):
     conditions = {STAGES.index(name): Condition(is_available=False) for name in away}
     return policy.decide(UNLIKE, stage, DRAFT, None, None, objective, spent, conditions)
 
 
 @pytest.mark.parametrize("preference", list(Preference))
 def test_it_goes_to_the_last_stage_whatever_the_preference(policy: Policy, preference: Preference):
-    objective = Objective(preference=preference)
+    objective = PolicyObjective(preference=preference)
     for stage in (0, 1):
         decision = decide(policy, stage, objective, Spent(1.0))
         assert (decision.next_stage, decision.reason) == (2, DecisionReason.OUT_OF_FAMILY)
@@ -226,19 +226,19 @@ def test_it_goes_to_the_last_stage_whatever_the_preference(policy: Policy, prefe
 @pytest.mark.parametrize(
     ("objective", "away", "next_stage", "reason"),
     [
-        (Objective(min_quality=0.1, quality_value=0.0), {}, 2, DecisionReason.OUT_OF_FAMILY),
-        (Objective(max_cost=4.0), {}, 2, DecisionReason.OUT_OF_FAMILY),
-        (Objective(max_cost=3.9), {}, 1, DecisionReason.OUT_OF_FAMILY),
-        (Objective(max_cost=2.9), {}, None, DecisionReason.MAX_COST),
-        (Objective(max_cost=2.9, min_quality=0.9), {}, None, DecisionReason.MAX_COST),
-        (Objective(max_latency_ms=1.5), {}, None, DecisionReason.MAX_LATENCY),
-        (Objective(), {"large": True}, 1, DecisionReason.OUT_OF_FAMILY),
-        (Objective(), {"medium": True, "large": True}, None, DecisionReason.LAST_STAGE),
+        (PolicyObjective(min_quality=0.1, quality_value=0.0), {}, 2, DecisionReason.OUT_OF_FAMILY),
+        (PolicyObjective(max_cost=4.0), {}, 2, DecisionReason.OUT_OF_FAMILY),
+        (PolicyObjective(max_cost=3.9), {}, 1, DecisionReason.OUT_OF_FAMILY),
+        (PolicyObjective(max_cost=2.9), {}, None, DecisionReason.MAX_COST),
+        (PolicyObjective(max_cost=2.9, min_quality=0.9), {}, None, DecisionReason.MAX_COST),
+        (PolicyObjective(max_latency_ms=1.5), {}, None, DecisionReason.MAX_LATENCY),
+        (PolicyObjective(), {"large": True}, 1, DecisionReason.OUT_OF_FAMILY),
+        (PolicyObjective(), {"medium": True, "large": True}, None, DecisionReason.LAST_STAGE),
     ],
 )
 def test_the_budgets_and_what_is_there_bound_it(
     policy: Policy,
-    objective: Objective,
+    objective: PolicyObjective,
     away: dict[str, bool],
     next_stage: int | None,
     reason: DecisionReason,
@@ -255,35 +255,35 @@ def test_the_budgets_and_what_is_there_bound_it(
 def test_it_starts_with_the_last_stage_that_the_budget_leaves(
     policy: Policy, max_cost: float, first: int, following: int | None
 ):
-    plan = policy.plan(UNLIKE, Objective(max_cost=max_cost), {})
+    plan = policy.plan(UNLIKE, PolicyObjective(max_cost=max_cost), {})
     assert (plan.first_stage, plan.likely_next, plan.is_unlike) == (first, following, True)
     assert {each.p_correct for each in plan.estimates} == {None}
     assert plan.abandon == ()
 
 
 def test_it_starts_with_a_draft_where_that_is_cheaper(shipped: Policy):
-    plan = shipped.plan(UNLIKE, Objective(), {})
+    plan = shipped.plan(UNLIKE, PolicyObjective(), {})
     assert (plan.first_stage, plan.likely_next, plan.p_escalate) == (0, 2, 1.0)
     # Not where the two do not fit the budget, or the drafter is away.
-    assert shipped.plan(UNLIKE, Objective(max_cost=9.0), {}).first_stage == 2
-    assert shipped.plan(UNLIKE, Objective(), {0: Condition(is_available=False)}).first_stage == 1
+    assert shipped.plan(UNLIKE, PolicyObjective(max_cost=9.0), {}).first_stage == 2
+    assert shipped.plan(UNLIKE, PolicyObjective(), {0: Condition(is_available=False)}).first_stage == 1
 
 
 def test_where_no_stage_is_in_time_the_fastest_answers(policy: Policy):
-    assert policy.plan(UNLIKE, Objective(max_latency_ms=0.1), {}).first_stage == 0
+    assert policy.plan(UNLIKE, PolicyObjective(max_latency_ms=0.1), {}).first_stage == 0
 
 
 def test_a_budget_below_every_stage_is_refused(policy: Policy):
     with pytest.raises(UnmeetableBudget, match="small"):
-        policy.plan(UNLIKE, Objective(max_cost=0.5), {})
+        policy.plan(UNLIKE, PolicyObjective(max_cost=0.5), {})
 
 
 def test_prompts_that_it_knows_are_judged_as_ever(policy: Policy):
-    marked = decide(policy, 0, Objective(), Spent(1.0))
+    marked = decide(policy, 0, PolicyObjective(), Spent(1.0))
     policy.mark_above(1.0)
-    known = decide(policy, 0, Objective(), Spent(1.0))
+    known = decide(policy, 0, PolicyObjective(), Spent(1.0))
     policy.use_family(None)
-    assert known == decide(policy, 0, Objective(), Spent(1.0)) != marked
+    assert known == decide(policy, 0, PolicyObjective(), Spent(1.0)) != marked
     assert known.p_correct is not None
 
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from policy_service.features import HASH_BUCKETS, Draft, FeatureSpace, PromptText, Verification
+from policy_service.features import HASH_BUCKETS, Draft, DraftVerification, FeatureSpace, PromptText
 
 SPACE = FeatureSpace(3)
 
@@ -71,7 +71,7 @@ def test_equations_are_checked(text: str, found: int, false: int) -> None:
 
 def test_a_verification() -> None:
     prompt = PromptText("?")
-    check = Verification(2, np.array([0, 0, 3, 0]))
+    check = DraftVerification(2, np.array([0, 0, 3, 0]))
     features = named(SPACE.answer(SPACE.prompt(prompt), prompt, 2, a_draft(), 1, check))
     assert [features[f"origin_is_{i}"] for i in range(2)] == [0, 1]
     assert features["verify_accepted_share"] == 0.5

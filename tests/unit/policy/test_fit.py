@@ -15,8 +15,8 @@ import pytest
 from policy_service.artifact import load_artifact, read_artifact, read_document
 from policy_service.document import UnfitArtifact
 from policy_service.family import Family
-from policy_service.features import Draft, PromptText, Verification
-from policy_service.policy import Objective, Policy, Spent
+from policy_service.features import Draft, DraftVerification, PromptText
+from policy_service.policy import Policy, PolicyObjective, Spent
 from policy_service.solver import solve_policy
 from policy_service.train.costs import StageCosts
 from policy_service.train.dataset import Dataset, read_dataset, view_keys
@@ -139,7 +139,7 @@ def test_served_decisions_equal_the_replay(
     views = tuple(each.view for each in policy.views)
     for quality_value in (2.0, 6.0, 20.0):
         run = replay(data, views, scores, solve_policy(views, quality_value), quality_value, cells)
-        stages = [follow(policy, row, Objective(quality_value=quality_value)) for row in rows]
+        stages = [follow(policy, row, PolicyObjective(quality_value=quality_value)) for row in rows]
         assert stages == run.stage.tolist()
         assert len(set(stages)) > 1 or quality_value != 6.0
 
@@ -158,7 +158,7 @@ def test_prompts_unlike_others_are_evaluated_as_they_are_served(
     assert 0.1 < unlike.mean() < 0.9
     after = evaluate_policy(policy, predictor, data, [6.0])
     assert after.unlike_share == unlike.mean()
-    stages = [follow(policy, row, Objective(quality_value=6.0)) for row in rows]
+    stages = [follow(policy, row, PolicyObjective(quality_value=6.0)) for row in rows]
     line = next(line for line in after.lines if line.name == "lambda 6")
     assert line.accuracy == np.mean(data.correct[np.arange(len(data)), stages])
     assert line.mix == tuple(np.mean(np.array(stages) == stage) for stage in range(len(data.cascade)))
@@ -174,7 +174,7 @@ def test_prompts_unlike_others_are_evaluated_as_they_are_served(
     assert (evaluate_policy(policy, predictor, data, []).predictions) == ()
 
 
-def follow(policy: Policy, row: OutcomeRow, objective: Objective) -> int:
+def follow(policy: Policy, row: OutcomeRow, objective: PolicyObjective) -> int:
     """Return the stage whose answer stands, deciding as the policy service does."""
     prompt = PromptText(row.prompt)
     stage, origin = policy.plan(prompt, objective, {}).first_stage, None
@@ -188,7 +188,7 @@ def follow(policy: Policy, row: OutcomeRow, objective: Objective) -> int:
         check = None
         if origin is not None:
             found = row.verifications[f"{policy.stages[origin].name}>{name}"]
-            check = Verification(found.accepted, np.array(found.ranks))
+            check = DraftVerification(found.accepted, np.array(found.ranks))
         decision = policy.decide(prompt, stage, draft, origin, check, objective, Spent(), {})
         if decision.next_stage is None:
             return stage

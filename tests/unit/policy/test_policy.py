@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 
 from asd.values import DecisionReason, Preference
 from policy_service.artifact import load_artifact
-from policy_service.features import Draft, FeatureSpace, PromptText, Verification
+from policy_service.features import Draft, DraftVerification, FeatureSpace, PromptText
 from policy_service.policy import (
-    AbandonRule,
+    AbandonThreshold,
     CalibratedView,
     Calibration,
     Condition,
     CurvePoint,
-    Decision,
-    Objective,
+    Judgement,
     Policy,
+    PolicyObjective,
     Spent,
     StageFacts,
     UnmeetableBudget,
@@ -34,8 +34,8 @@ from policy_service.solver import Move, View, expect, solve_policy
 EMBEDDED = Path(__file__).parents[3] / "policy_service" / "policy.zip"
 PROMPT = PromptText("What?")
 DRAFT = Draft("This.", np.zeros(2, np.float32), np.zeros(2, np.float32), np.ones(2, np.float32), "eos")
-VERIFIED = Verification(2, np.zeros(2, np.int64))
-BALANCED, NOTHING = Objective(), Spent()
+VERIFIED = DraftVerification(2, np.zeros(2, np.int64))
+BALANCED, NOTHING = PolicyObjective(), Spent()
 PLAIN = Calibration(1.0, 0.0, (0.5,), (100, 100))
 ONE_BIN = Calibration(1.0, 0.0, (), (200,))
 
@@ -102,8 +102,8 @@ def policy(scores: FixedScores) -> Policy:
 
 
 def decide(
-    policy: Policy, objective: Objective = BALANCED, spent: Spent = NOTHING, **conditions: Condition
-) -> Decision:
+    policy: Policy, objective: PolicyObjective = BALANCED, spent: Spent = NOTHING, **conditions: Condition
+) -> Judgement:
     places = {"small": 0, "large": 1}
     told = {places[name]: condition for name, condition in conditions.items()}
     return policy.decide(PROMPT, 0, DRAFT, None, None, objective, spent, told)
@@ -133,28 +133,28 @@ def test_the_better_value_decides(
 @pytest.mark.parametrize(
     ("objective", "own", "next_stage", "reason"),
     [
-        (Objective(preference=Preference.FASTEST), 0.3, None, DecisionReason.VALUE),
-        (Objective(preference=Preference.BEST), 0.95, 1, DecisionReason.VALUE),
-        (Objective(quality_value=0.0), 0.01, None, DecisionReason.VALUE),
-        (Objective(max_cost=4.9), 0.3, None, DecisionReason.MAX_COST),
-        (Objective(max_cost=5.0), 0.3, 1, DecisionReason.VALUE),
-        (Objective(max_cost=4.9), 0.95, None, DecisionReason.VALUE),
-        (Objective(max_latency_ms=55.0), 0.3, None, DecisionReason.MAX_LATENCY),
-        (Objective(max_latency_ms=65.0), 0.3, 1, DecisionReason.VALUE),
+        (PolicyObjective(preference=Preference.FASTEST), 0.3, None, DecisionReason.VALUE),
+        (PolicyObjective(preference=Preference.BEST), 0.95, 1, DecisionReason.VALUE),
+        (PolicyObjective(quality_value=0.0), 0.01, None, DecisionReason.VALUE),
+        (PolicyObjective(max_cost=4.9), 0.3, None, DecisionReason.MAX_COST),
+        (PolicyObjective(max_cost=5.0), 0.3, 1, DecisionReason.VALUE),
+        (PolicyObjective(max_cost=4.9), 0.95, None, DecisionReason.VALUE),
+        (PolicyObjective(max_latency_ms=55.0), 0.3, None, DecisionReason.MAX_LATENCY),
+        (PolicyObjective(max_latency_ms=65.0), 0.3, 1, DecisionReason.VALUE),
         # What counts is what is certified of answers that score above 0.5, which is 0.9, not the score.
-        (Objective(min_quality=0.9), 0.8, None, DecisionReason.VALUE),
-        (Objective(min_quality=0.901), 0.8, 1, DecisionReason.MIN_QUALITY),
-        (Objective(min_quality=0.901), 0.999, 1, DecisionReason.MIN_QUALITY),
-        (Objective(min_quality=1.0), 0.999, 1, DecisionReason.MIN_QUALITY),
-        (Objective(quality_value=0.0, min_quality=0.1), 0.4, None, DecisionReason.VALUE),
-        (Objective(quality_value=0.0, min_quality=0.2), 0.4, 1, DecisionReason.MIN_QUALITY),
-        (Objective(quality_value=0.0, min_quality=0.2), 0.6, None, DecisionReason.VALUE),
+        (PolicyObjective(min_quality=0.9), 0.8, None, DecisionReason.VALUE),
+        (PolicyObjective(min_quality=0.901), 0.8, 1, DecisionReason.MIN_QUALITY),
+        (PolicyObjective(min_quality=0.901), 0.999, 1, DecisionReason.MIN_QUALITY),
+        (PolicyObjective(min_quality=1.0), 0.999, 1, DecisionReason.MIN_QUALITY),
+        (PolicyObjective(quality_value=0.0, min_quality=0.1), 0.4, None, DecisionReason.VALUE),
+        (PolicyObjective(quality_value=0.0, min_quality=0.2), 0.4, 1, DecisionReason.MIN_QUALITY),
+        (PolicyObjective(quality_value=0.0, min_quality=0.2), 0.6, None, DecisionReason.VALUE),
     ],
 )
 def test_objectives(
     policy: Policy,
     scores: FixedScores,
-    objective: Objective,
+    objective: PolicyObjective,
     own: float,
     next_stage: int | None,
     reason: DecisionReason,
@@ -180,7 +180,7 @@ def test_objectives_together(policy: Policy, scores: FixedScores, chosen: tuple[
     fields: dict[str, float] = {}
     for is_chosen, each in zip(chosen, BINDING, strict=True):
         fields |= each if is_chosen else {}
-    decision = decide(policy, Objective(**fields), Spent(cost=1.0, latency_ms=10.0))  # type: ignore[arg-type]
+    decision = decide(policy, PolicyObjective(**fields), Spent(cost=1.0, latency_ms=10.0))  # type: ignore[arg-type]
     value, quality, cost, latency = chosen
     if not (value or quality):
         expected: tuple[int | None, DecisionReason] = (None, DecisionReason.VALUE)
@@ -200,7 +200,7 @@ def test_budgets_that_do_not_bind_change_no_preference(
 ) -> None:
     for own, preferred in ((0.75, (Preference.BEST,)), (0.6, (Preference.BEST, Preference.BALANCED))):
         scores.own = own
-        objective = Objective(preference=preference, **budget)  # type: ignore[arg-type]
+        objective = PolicyObjective(preference=preference, **budget)  # type: ignore[arg-type]
         decision = decide(policy, objective, Spent(cost=1.0, latency_ms=10.0))
         assert (decision.next_stage, decision.reason) == (
             1 if preference in preferred else None,
@@ -210,7 +210,7 @@ def test_budgets_that_do_not_bind_change_no_preference(
 
 @pytest.mark.parametrize("preference", list(Preference))
 def test_a_quality_that_no_budget_pays_for_is_not_waited_for(policy: Policy, preference: Preference) -> None:
-    objective = Objective(preference=preference, min_quality=1.0, max_cost=2.0)
+    objective = PolicyObjective(preference=preference, min_quality=1.0, max_cost=2.0)
     assert policy.plan(PROMPT, objective, {}).first_stage == 0
     decision = decide(policy, objective, Spent(cost=1.0))
     assert (decision.next_stage, decision.reason) == (None, DecisionReason.MAX_COST)
@@ -226,7 +226,7 @@ def test_a_stage_that_is_away_is_not_asked(policy: Policy, scores: FixedScores) 
 
 def test_a_queue_counts_against_the_latency_budget(policy: Policy, scores: FixedScores) -> None:
     scores.own = 0.1
-    objective = Objective(max_latency_ms=100.0)
+    objective = PolicyObjective(max_latency_ms=100.0)
     assert decide(policy, objective).next_stage == 1
     decision = decide(policy, objective, large=Condition(expected_queue_ms=80.0))
     assert (decision.next_stage, decision.reason) == (None, DecisionReason.MAX_LATENCY)
@@ -234,7 +234,7 @@ def test_a_queue_counts_against_the_latency_budget(policy: Policy, scores: Fixed
 
 def test_the_last_stage_stops(policy: Policy, scores: FixedScores) -> None:
     scores.own = 0.4
-    decision = policy.decide(PROMPT, 1, DRAFT, 0, VERIFIED, Objective(), Spent(4.0, 60.0), {})
+    decision = policy.decide(PROMPT, 1, DRAFT, 0, VERIFIED, PolicyObjective(), Spent(4.0, 60.0), {})
     assert (decision.next_stage, decision.reason) == (None, DecisionReason.LAST_STAGE)
     assert [estimate.stage for estimate in decision.estimates] == [1]
 
@@ -243,35 +243,35 @@ def test_the_last_stage_stops(policy: Policy, scores: FixedScores) -> None:
     ("objective", "first_stage"),
     [
         # Worth 10: starting small is worth 0.5 * 6.9 + 0.5 * 8 - 1 = 6.45; starting large 5.9.
-        (Objective(), 0),
+        (PolicyObjective(), 0),
         # Worth 1000: 990 - 3 - 1 against 990 - 4: equal but for what small's good half loses.
-        (Objective(quality_value=1000.0), 0),
-        (Objective(max_latency_ms=50.0), 0),
-        (Objective(max_cost=1.0), 0),
+        (PolicyObjective(quality_value=1000.0), 0),
+        (PolicyObjective(max_latency_ms=50.0), 0),
+        (PolicyObjective(max_cost=1.0), 0),
     ],
 )
-def test_plans(policy: Policy, objective: Objective, first_stage: int) -> None:
+def test_plans(policy: Policy, objective: PolicyObjective, first_stage: int) -> None:
     assert policy.plan(PROMPT, objective, {}).first_stage == first_stage
 
 
 def test_a_plan_tells_how_likely_escalation_is(policy: Policy) -> None:
-    plan = policy.plan(PROMPT, Objective(), {})
+    plan = policy.plan(PROMPT, PolicyObjective(), {})
     # Of small's two bins, the one around 0.2 escalates.
     assert plan.p_escalate == pytest.approx(0.5)
     assert [(e.stage, e.cost, e.latency_ms) for e in plan.estimates] == [(0, 1.0, 10.0), (1, 4.0, 100.0)]
 
 
 def test_a_plan_avoids_a_stage_that_is_away(policy: Policy) -> None:
-    assert policy.plan(PROMPT, Objective(), {0: Condition(is_available=False)}).first_stage == 1
+    assert policy.plan(PROMPT, PolicyObjective(), {0: Condition(is_available=False)}).first_stage == 1
 
 
 def test_a_plan_names_what_the_cheapest_stage_costs(policy: Policy) -> None:
     with pytest.raises(UnmeetableBudget, match=r"max_cost 0\.5 .*small: 1\): raise it"):
-        policy.plan(PROMPT, Objective(max_cost=0.5), {})
+        policy.plan(PROMPT, PolicyObjective(max_cost=0.5), {})
 
 
 def test_a_plan_takes_the_fastest_stage_where_none_is_in_time(policy: Policy) -> None:
-    assert policy.plan(PROMPT, Objective(max_latency_ms=5.0), {}).first_stage == 0
+    assert policy.plan(PROMPT, PolicyObjective(max_latency_ms=5.0), {}).first_stage == 0
 
 
 def test_stderr_shrinks_with_the_prompts_of_a_bin() -> None:
@@ -296,7 +296,7 @@ def test_calibration_takes_any_score(score: float) -> None:
 def test_the_plan_says_which_stage_comes_next(
     policy: Policy, quality_value: float, likely: int | None, p_escalate: float
 ) -> None:
-    plan = policy.plan(PROMPT, Objective(quality_value=quality_value), {})
+    plan = policy.plan(PROMPT, PolicyObjective(quality_value=quality_value), {})
     assert (plan.first_stage, plan.likely_next) == (0, likely)
     assert plan.p_escalate == pytest.approx(p_escalate)
 
@@ -304,14 +304,14 @@ def test_the_plan_says_which_stage_comes_next(
 def test_drafts_are_given_up_only_where_something_may_come_after_them(
     policy: Policy, scores: FixedScores
 ) -> None:
-    rules = (AbandonRule(8, -0.5),)
+    rules = (AbandonThreshold(8, -0.5),)
     views = policy.views
     policy = Policy(
         "v1", policy.stages, views, policy.quality_values, FeatureSpace(2), scores, (), {0: rules}
     )
-    plan = policy.plan(PROMPT, Objective(quality_value=5.0), {})
+    plan = policy.plan(PROMPT, PolicyObjective(quality_value=5.0), {})
     assert (plan.abandon, plan.abandon_to) == (rules, 1)
-    plan = policy.plan(PROMPT, Objective(quality_value=3.0), {})
+    plan = policy.plan(PROMPT, PolicyObjective(quality_value=3.0), {})
     assert (plan.abandon, plan.abandon_to) == ((), None)
 
 
@@ -351,29 +351,34 @@ class ThreeScores:
     ("spent", "objective", "next_stage", "reason"),
     [
         # Worth 10: stopping 5; the last stage 10 - 1 = 9; by way of the middle one 10 - 0.5 - 1 = 8.5.
-        (1.0, Objective(), 2, DecisionReason.VALUE),
+        (1.0, PolicyObjective(), 2, DecisionReason.VALUE),
         # Stopping with the middle one: 7.5 - 0.5 = 7. It is what 3 pay for, and the last one what 5 do.
-        (1.0, Objective(max_cost=5.0), 2, DecisionReason.VALUE),
-        (1.0, Objective(max_cost=4.9), 1, DecisionReason.VALUE),
-        (1.0, Objective(max_cost=2.9), None, DecisionReason.MAX_COST),
+        (1.0, PolicyObjective(max_cost=5.0), 2, DecisionReason.VALUE),
+        (1.0, PolicyObjective(max_cost=4.9), 1, DecisionReason.VALUE),
+        (1.0, PolicyObjective(max_cost=2.9), None, DecisionReason.MAX_COST),
         # What an earlier call left of its dearest is there for later ones.
-        (0.5, Objective(max_cost=4.5), 2, DecisionReason.VALUE),
+        (0.5, PolicyObjective(max_cost=4.5), 2, DecisionReason.VALUE),
         # The last stage takes 20 ms more, the middle one 10.
-        (1.0, Objective(max_latency_ms=30.0), 2, DecisionReason.VALUE),
-        (1.0, Objective(max_latency_ms=29.0), 1, DecisionReason.VALUE),
-        (1.0, Objective(max_latency_ms=19.0), None, DecisionReason.MAX_LATENCY),
+        (1.0, PolicyObjective(max_latency_ms=30.0), 2, DecisionReason.VALUE),
+        (1.0, PolicyObjective(max_latency_ms=29.0), 1, DecisionReason.VALUE),
+        (1.0, PolicyObjective(max_latency_ms=19.0), None, DecisionReason.MAX_LATENCY),
         # The reason is what keeps out of the best, which is the last stage.
-        (1.0, Objective(max_latency_ms=29.0, max_cost=2.9), None, DecisionReason.MAX_COST),
-        (1.0, Objective(max_latency_ms=19.0, max_cost=4.9), None, DecisionReason.MAX_COST),
-        (1.0, Objective(max_latency_ms=19.0, max_cost=5.0), None, DecisionReason.MAX_LATENCY),
+        (1.0, PolicyObjective(max_latency_ms=29.0, max_cost=2.9), None, DecisionReason.MAX_COST),
+        (1.0, PolicyObjective(max_latency_ms=19.0, max_cost=4.9), None, DecisionReason.MAX_COST),
+        (1.0, PolicyObjective(max_latency_ms=19.0, max_cost=5.0), None, DecisionReason.MAX_LATENCY),
         # Certified: 0.45, 0.7 and 0.95.
-        (1.0, Objective(quality_value=0.0, min_quality=0.6), 1, DecisionReason.MIN_QUALITY),
-        (1.0, Objective(quality_value=0.0, min_quality=0.8), 2, DecisionReason.MIN_QUALITY),
-        (1.0, Objective(quality_value=0.0, min_quality=0.8, max_cost=4.0), 1, DecisionReason.MIN_QUALITY),
+        (1.0, PolicyObjective(quality_value=0.0, min_quality=0.6), 1, DecisionReason.MIN_QUALITY),
+        (1.0, PolicyObjective(quality_value=0.0, min_quality=0.8), 2, DecisionReason.MIN_QUALITY),
+        (
+            1.0,
+            PolicyObjective(quality_value=0.0, min_quality=0.8, max_cost=4.0),
+            1,
+            DecisionReason.MIN_QUALITY,
+        ),
     ],
 )
 def test_budgets_leave_the_best_of_what_they_pay_for(
-    spent: float, objective: Objective, next_stage: int | None, reason: DecisionReason
+    spent: float, objective: PolicyObjective, next_stage: int | None, reason: DecisionReason
 ) -> None:
     policy = three_stages(ThreeScores())
     decision = policy.decide(PROMPT, 0, DRAFT, None, None, objective, Spent(spent, 10.0), {})
@@ -384,14 +389,14 @@ def test_budgets_leave_the_best_of_what_they_pay_for(
     ("budget", "next_stage"),
     # On its way through the middle stage a request of 1 so far may come to cost 7, and take 40 ms.
     [
-        (Objective(), 1),
-        (Objective(max_cost=7.0), 1),
-        (Objective(max_cost=6.9), 2),
-        (Objective(max_latency_ms=40.0), 1),
-        (Objective(max_latency_ms=39.0), 2),
+        (PolicyObjective(), 1),
+        (PolicyObjective(max_cost=7.0), 1),
+        (PolicyObjective(max_cost=6.9), 2),
+        (PolicyObjective(max_latency_ms=40.0), 1),
+        (PolicyObjective(max_latency_ms=39.0), 2),
     ],
 )
-def test_a_way_that_would_be_cut_off_is_not_begun(budget: Objective, next_stage: int) -> None:
+def test_a_way_that_would_be_cut_off_is_not_begun(budget: PolicyObjective, next_stage: int) -> None:
     # Worth 10: by way of the middle stage 10 - 0.5 - 0.2; the last one at once 10 - 1; the middle one 7.
     policy = three_stages(ThreeScores(), last_after_middle=0.05)
     decision = policy.decide(PROMPT, 0, DRAFT, None, None, budget, Spent(1.0, 10.0), {})
@@ -402,16 +407,16 @@ def test_a_way_that_would_be_cut_off_is_not_begun(budget: Objective, next_stage:
 def test_a_plan_does_not_start_what_the_budget_will_not_finish() -> None:
     policy = three_stages(ThreeScores())
     # Worth 20: the first and then the last stage 20 - 1 - 1 = 18; the last alone 16; the middle alone 13.
-    free = policy.plan(PROMPT, Objective(quality_value=20.0), {})
+    free = policy.plan(PROMPT, PolicyObjective(quality_value=20.0), {})
     assert (free.first_stage, free.likely_next, free.p_escalate) == (0, 2, 1.0)
     # 4 pay for the last stage alone; of the first, they would leave 3, for the middle one: 15 - 1.5.
-    bound = policy.plan(PROMPT, Objective(quality_value=20.0, max_cost=4.0), {})
+    bound = policy.plan(PROMPT, PolicyObjective(quality_value=20.0, max_cost=4.0), {})
     assert (bound.first_stage, bound.likely_next) == (2, None)
     # 3 pay for the first and the middle one: 15 - 1 - 0.5 beats 15 - 2.
-    less = policy.plan(PROMPT, Objective(quality_value=20.0, max_cost=3.0), {})
+    less = policy.plan(PROMPT, PolicyObjective(quality_value=20.0, max_cost=3.0), {})
     assert (less.first_stage, less.likely_next, less.p_escalate) == (0, 1, 1.0)
     # 30 ms are what the first and the last one take together, with the last one's queue of 5 ms 35.
-    soon = Objective(quality_value=20.0, max_latency_ms=30.0)
+    soon = PolicyObjective(quality_value=20.0, max_latency_ms=30.0)
     assert policy.plan(PROMPT, soon, {}).likely_next == 2
     assert policy.plan(PROMPT, soon, {2: Condition(expected_queue_ms=4.0)}).likely_next == 1
 
@@ -444,7 +449,7 @@ def test_a_longer_queue_never_makes_a_decision_for_its_stage(
     scores = FixedScores()
     scores.own = own
     policy = make_policy(scores)
-    objective = Objective(quality_value=quality_value, min_quality=min_quality)
+    objective = PolicyObjective(quality_value=quality_value, min_quality=min_quality)
     small = Condition(expected_queue_ms=other_ms)
     short, long = (
         {0: small, 1: Condition(expected_queue_ms=wait_ms)} for wait_ms in (queue_ms, queue_ms + longer_ms)
@@ -461,7 +466,7 @@ def test_a_longer_queue_never_makes_a_decision_for_its_stage(
 
 def test_a_queue_behind_the_first_stage_counts_in_the_plan() -> None:
     policy = three_stages(ThreeScores())
-    plan = policy.plan(PROMPT, Objective(quality_value=20.0), {2: Condition(expected_queue_ms=160.0)})
+    plan = policy.plan(PROMPT, PolicyObjective(quality_value=20.0), {2: Condition(expected_queue_ms=160.0)})
     # With four answers waiting the last stage costs 16 more, which leaves 2; the middle one is worth 13.5.
     assert (plan.first_stage, plan.likely_next) == (0, 1)
 
@@ -477,7 +482,7 @@ def test_few_queues_and_budgets_are_told_apart(monkeypatch: pytest.MonkeyPatch) 
     policy = three_stages(ThreeScores())
     for step in range(400):
         conditions = {2: Condition(expected_queue_ms=40.0 + step / 50)}
-        objective = Objective(max_cost=1.0 + step / 40, min_quality=0.7 + step / 2000)
+        objective = PolicyObjective(max_cost=1.0 + step / 40, min_quality=0.7 + step / 2000)
         policy.decide(PROMPT, 0, DRAFT, None, None, objective, Spent(1.0, 10.0), conditions)
     # Nothing fits, the middle stage, the last one too, the two in turn; times two levels of certified shares.
     assert len(solved) <= 8
@@ -529,7 +534,7 @@ def test_waits_count_only_as_far_as_accuracy_keeps_its_floor(
     policy: Policy, scores: FixedScores, share: float | None, next_stage: int | None
 ) -> None:
     scores.own = 0.2
-    objective = Objective(min_accuracy_share=share)
+    objective = PolicyObjective(min_accuracy_share=share)
     decision = decide(policy, objective, large=Condition(expected_queue_ms=200.0))
     assert decision.next_stage == next_stage
 
@@ -538,17 +543,17 @@ def test_waits_that_break_no_floor_count_in_full(policy: Policy, scores: FixedSc
     scores.own = 0.2
     waiting = Condition(expected_queue_ms=100.0)
     # One answer waited for adds 4 to large's 3, which leaves 10 * 0.99 - 7.
-    assert decide(policy, Objective(min_accuracy_share=0.97), large=waiting).escalate_value == pytest.approx(
-        2.9
-    )
-    assert decide(policy, Objective(min_accuracy_share=1.0), large=waiting).escalate_value == pytest.approx(
-        6.9
-    )
+    assert decide(
+        policy, PolicyObjective(min_accuracy_share=0.97), large=waiting
+    ).escalate_value == pytest.approx(2.9)
+    assert decide(
+        policy, PolicyObjective(min_accuracy_share=1.0), large=waiting
+    ).escalate_value == pytest.approx(6.9)
 
 
 def test_waits_count_against_a_latency_budget_whatever_the_floor(policy: Policy, scores: FixedScores) -> None:
     scores.own = 0.1
-    objective = Objective(max_latency_ms=100.0, min_accuracy_share=1.0)
+    objective = PolicyObjective(max_latency_ms=100.0, min_accuracy_share=1.0)
     decision = decide(policy, objective, large=Condition(expected_queue_ms=80.0))
     assert (decision.next_stage, decision.reason) == (None, DecisionReason.MAX_LATENCY)
 
@@ -572,7 +577,7 @@ def test_no_wait_takes_expected_accuracy_below_its_floor(
         index: Condition(expected_queue_ms=count * stage.latency_ms)
         for index, (count, stage) in enumerate(zip(answers, embedded.stages, strict=True))
     }
-    objective = Objective(quality_value, min_quality=min_quality)
+    objective = PolicyObjective(quality_value, min_quality=min_quality)
     idle, full = embedded.expect(objective, {}), embedded.expect(objective, conditions)
     kept = embedded.expect(replace(objective, min_accuracy_share=share), conditions)
     floor = min(share * embedded.stages[-1].accuracy, idle.accuracy)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from policy_service.artifact import load_usable, read_artifact, read_document
-from policy_service.features import Draft, PromptText, Verification
-from policy_service.policy import Objective, Spent
+from policy_service.features import Draft, DraftVerification, PromptText
+from policy_service.policy import PolicyObjective, Spent
 from policy_service.reports import OutcomeReport
 from policy_service.store import write_artifact
 from policy_service.train.refit import (
@@ -146,9 +146,11 @@ def test_the_last_report_of_a_request_counts():
 
 def p_correct(policy: Policy, stage: int, origin: int | None, logprob: float) -> float:
     signals = np.full(2, logprob, np.float32)
-    check = None if origin is None else Verification(1, np.zeros(2, np.int64))
+    check = None if origin is None else DraftVerification(1, np.zeros(2, np.int64))
     draft = Draft("x", signals, signals, signals, "eos")
-    return policy.decide(PromptText("?"), stage, draft, origin, check, Objective(), Spent(), {}).p_correct
+    return policy.decide(
+        PromptText("?"), stage, draft, origin, check, PolicyObjective(), Spent(), {}
+    ).p_correct
 
 
 @pytest.fixture
@@ -205,7 +207,7 @@ def test_a_worse_medium_is_asked_less(refitted: tuple[Path, Path]):
         signals = np.full(2, -1.0, np.float32)
         draft = Draft("x", signals, signals, signals, "eos")
         return policy.decide(
-            PromptText("?"), 0, draft, None, None, Objective(quality_value=5.0), Spent(), {2: _away()}
+            PromptText("?"), 0, draft, None, None, PolicyObjective(quality_value=5.0), Spent(), {2: _away()}
         ).escalate_value
 
     def _away() -> object:

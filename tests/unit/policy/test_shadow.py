@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from asd.values import DecisionReason
-from policy_service.policy import Decision, Estimate, Plan, StageFacts
+from policy_service.policy import Estimate, Judgement, Plan, StageFacts
 from policy_service.shadow import Shadow, ShadowJob, compare, read_shadow
 from tests.limits import CALL_S
 
@@ -24,10 +24,10 @@ class FakePolicy:
     version = "candidate"
     stages = tuple(StageFacts(name, 1.0, 1.0, 0.5, 0.0) for name in NAMES)
 
-    def __init__(self, answer: Plan | Decision | Exception) -> None:
+    def __init__(self, answer: Plan | Judgement | Exception) -> None:
         self.answer = answer
 
-    def say(self) -> Plan | Decision:
+    def say(self) -> Plan | Judgement:
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
@@ -53,8 +53,8 @@ def plan(first: int, *p_correct: float) -> Plan:
     return Plan(first, estimates(0, *p_correct), 0.0, None, (), None)
 
 
-def decision(next_stage: int | None, *p_correct: float, judged: int = 0) -> Decision:
-    return Decision(
+def decision(next_stage: int | None, *p_correct: float, judged: int = 0) -> Judgement:
+    return Judgement(
         next_stage,
         DecisionReason.VALUE,
         p_correct[0],
@@ -74,7 +74,7 @@ def estimates(first: int, *p_correct: float, own_cost: float = 1.0) -> tuple[Est
     )
 
 
-def job(live: Plan | Decision, judged: int | None, **fields: str) -> ShadowJob:
+def job(live: Plan | Judgement, judged: int | None, **fields: str) -> ShadowJob:
     return ShadowJob(
         lambda policy: policy.say(),  # type: ignore[attr-defined]
         live,
@@ -86,7 +86,7 @@ def job(live: Plan | Decision, judged: int | None, **fields: str) -> ShadowJob:
     )
 
 
-def make(answer: Plan | Decision | Exception, path: Path | None, **options: float) -> tuple[Shadow, Heard]:
+def make(answer: Plan | Judgement | Exception, path: Path | None, **options: float) -> tuple[Shadow, Heard]:
     heard = Heard()
     return Shadow(FakePolicy(answer), path, heard, **options), heard  # type: ignore[arg-type]
 
@@ -206,7 +206,7 @@ def test_a_candidate_that_hangs_neither_holds_the_offer_nor_the_end():
     entered, leave = threading.Event(), threading.Event()
 
     class Hanging(FakePolicy):
-        def say(self) -> Plan | Decision:
+        def say(self) -> Plan | Judgement:
             entered.set()
             # What waited for it would see it decide.
             leave.wait(CALL_S)

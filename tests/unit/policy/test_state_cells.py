@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from policy_service.artifact import build_policy, read_document
 from policy_service.document import CellsEntry
 from policy_service.features import Draft, PromptText
-from policy_service.policy import Objective, Spent
+from policy_service.policy import PolicyObjective, Spent
 from policy_service.solver import solve_policy
 from policy_service.state_cells import StateCells
 from policy_service.train.dataset import Dataset, view_keys
@@ -91,7 +91,7 @@ def test_decisions_are_those_of_the_cell() -> None:
     for scores in rng.normal(0, 3, (300, 3)).tolist():
         predictor.said = scores
         decision = policy.decide(
-            PromptText("x"), 0, draft, None, None, Objective(quality_value=12.0), Spent(), {}
+            PromptText("x"), 0, draft, None, None, PolicyObjective(quality_value=12.0), Spent(), {}
         )
         cell = view.state_cells.cell_of(scores)
         onward = {stage: values[cell] for stage, values in solution.continuations[1].items()}

@@ -491,7 +491,7 @@ async def test_following_hands_over_between_sleeps(store: PolicyStore, tmp_path:
 def test_a_usable_policy_has_solved_what_its_first_requests_need(tmp_path: Path, monkeypatch):
     from policy_service import policy as module
     from policy_service.features import PromptText
-    from policy_service.policy import Objective
+    from policy_service.policy import PolicyObjective
 
     loaded = load_usable(make_artifact(tmp_path / "v1", "v1"))
 
@@ -499,7 +499,7 @@ def test_a_usable_policy_has_solved_what_its_first_requests_need(tmp_path: Path,
         raise AssertionError("it has to solve again")
 
     monkeypatch.setattr(module, "solve_policy", solve)
-    assert loaded.policy.plan(PromptText("What?"), Objective(), {}).first_stage == 0
+    assert loaded.policy.plan(PromptText("What?"), PolicyObjective(), {}).first_stage == 0
 
 
 def test_publishing_mends_a_version_that_is_damaged(store: PolicyStore, tmp_path: Path):

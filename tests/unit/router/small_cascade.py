@@ -11,23 +11,23 @@ from asd.values import DecisionAction, DecisionReason, FinishReason
 from services.router.cascade import Cascade
 from services.router.clients.activation import AlwaysActive
 from services.router.domain import (
-    Committed,
     Decision,
-    Drafted,
-    Outcome,
+    DraftPart,
+    FinalPart,
     Overload,
     PeerLoad,
-    Plan,
+    PolicyChoice,
     Refusal,
-    Revised,
+    Revision,
+    RoutedAnswer,
     RoutedRequest,
+    ScoredTokens,
     Stage,
     StageResult,
     Timing,
-    Tokens,
-    Usage,
+    TokenUsage,
     Verification,
-    View,
+    Visibility,
 )
 from services.router.planning.draft_selection import SpeculationOptions
 from services.router.planning.knowledge import Knowledge
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Callable, Sequence
 
     from asd.errors import AsdError
-    from services.router.domain import Answer, Condition, Event
+    from services.router.domain import Event, StageAnswer, StageKnowledge
     from services.router.interfaces import Activator, PolicyClient, Take
 
 NAMES = ("small", "medium", "large")
@@ -101,14 +101,14 @@ class FakeStage:
     async def verify_stream(
         self,
         request: RoutedRequest,
-        drafts: AsyncIterable[Tokens | FinishReason],
+        drafts: AsyncIterable[ScoredTokens | FinishReason],
         timeout_ms: float,
         emit: Take,
     ) -> StageResult:
         self._begin("verify_stream")
         proposed = 0
         async for piece in drafts:
-            proposed += len(piece.ids) if isinstance(piece, Tokens) else 0
+            proposed += len(piece.ids) if isinstance(piece, ScoredTokens) else 0
         await emit(Verification(proposed, 0))
         return await self._write(emit, passes=1 + len(self.text))
 
@@ -128,14 +128,16 @@ class FakeStage:
             self.on_token(count)
             # What is warmed meanwhile, and who waits, has its turn.
             await asyncio.sleep(0)
-            await emit(Tokens((ord(letter),), "" if self.is_silent else letter, (-0.1,), (0.1,), (0.9,)))
+            await emit(
+                ScoredTokens((ord(letter),), "" if self.is_silent else letter, (-0.1,), (0.1,), (0.9,))
+            )
         await self._may_fail(len(self.text))
         return StageResult(
             "" if self.is_silent else self.text,
             tuple(ord(letter) for letter in self.text),
             self.fingerprint,
             FinishReason.EOS,
-            Usage(
+            TokenUsage(
                 self.prompt_tokens,
                 completion_tokens=len(self.text),
                 forward_passes=len(self.text) if passes is None else passes,
@@ -174,26 +176,26 @@ class Policy:
     async def plan(
         self,
         request: RoutedRequest,
-        conditions: Sequence[Condition],
+        conditions: Sequence[StageKnowledge],
         timeout_ms: float,
         *,
         min_accuracy_share: float | None,
-    ) -> Plan:
+    ) -> PolicyChoice:
         away = _away(conditions)
         self.plans.append(away)
         if self.plan_failure is not None and len(self.plans) > 1:
             raise self.plan_failure
         order = (self.first, *range(len(NAMES)))
         first = next((place for place in order if NAMES[place] not in away), self.first)
-        return Plan(first, "v1", self.p_escalate if self.likely_next else 0.0, self.likely_next)
+        return PolicyChoice(first, "v1", self.p_escalate if self.likely_next else 0.0, self.likely_next)
 
     async def decide(
         self,
         request: RoutedRequest,
-        answer: Answer,
+        answer: StageAnswer,
         spent_cost: float,
         spent_ms: float,
-        conditions: Sequence[Condition],
+        conditions: Sequence[StageKnowledge],
         timeout_ms: float,
         *,
         min_accuracy_share: float | None,
@@ -279,7 +281,9 @@ class SmallCascade:
         self.load = self.planner.load
         self._cascade = Cascade(tuple(self.stages.values()), self.planner, observer, self.clock)
 
-    async def events(self, view: View = View.OUTCOME, *, seconds: float = 60.0, **fields: Any) -> list[Event]:
+    async def events(
+        self, view: Visibility = Visibility.OUTCOME, *, seconds: float = 60.0, **fields: Any
+    ) -> list[Event]:
         """Return what a request's caller sees."""
         request = RoutedRequest(**{"input": "hi", "id": "id", **fields})
         seen: list[Event] = []
@@ -292,10 +296,12 @@ class SmallCascade:
             outcome = await self._cascade.answer(request, self.clock() + seconds, view, emit)
         return [*seen, outcome]
 
-    async def ask(self, view: View = View.OUTCOME, *, seconds: float = 60.0, **fields: Any) -> Outcome:
+    async def ask(
+        self, view: Visibility = Visibility.OUTCOME, *, seconds: float = 60.0, **fields: Any
+    ) -> RoutedAnswer:
         """Return the outcome of a request. fields: of the request."""
         outcome = (await self.events(view, seconds=seconds, **fields))[-1]
-        assert isinstance(outcome, Outcome)
+        assert isinstance(outcome, RoutedAnswer)
         return outcome
 
     def forget_calls(self) -> None:
@@ -313,7 +319,7 @@ def called(cascade: SmallCascade) -> list[str]:
     return [name for name, stage in cascade.stages.items() if stage.calls]
 
 
-def answered(outcome: Outcome) -> list[str]:
+def answered(outcome: RoutedAnswer) -> list[str]:
     """Return the stages whose answers an outcome has, in order."""
     return [record.answer.stage.name for record in outcome.records]
 
@@ -322,15 +328,15 @@ def shown(events: Sequence[Event]) -> str:
     """Return the text that a stream leaves its caller with, of which all must be final. A token is a byte."""
     text, final = "", 0
     for event in events:
-        if isinstance(event, Revised):
+        if isinstance(event, Revision):
             text = text[: event.kept_bytes]
-        elif isinstance(event, Committed | Drafted) and event.tokens is not None:
+        elif isinstance(event, FinalPart | DraftPart) and event.tokens is not None:
             text += event.tokens.text
-        if isinstance(event, Committed):
+        if isinstance(event, FinalPart):
             final = event.count
     assert final == len(text)
     return text
 
 
-def _away(conditions: Sequence[Condition]) -> set[str]:
+def _away(conditions: Sequence[StageKnowledge]) -> set[str]:
     return {each.stage for each in conditions if not each.available}

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from asd.errors import Unavailable
 from services.router.clients.adapters import FRESH_SECONDS, RETRY_SECONDS, Adapters, tasks_of
-from services.router.settings import StageSettings
+from services.router.settings import StagePeer
 from tests.limits import CALL_S
 
 LEFT_MS = 60_000.0
@@ -177,4 +177,4 @@ async def test_closing_ends_what_is_being_asked():
 )
 def test_adapters_that_no_stage_can_have_are_refused_at_start(settings, problem):
     with pytest.raises(ValidationError, match=problem):
-        StageSettings(name="small", target="localhost:1", cost=1.0, **settings)
+        StagePeer(name="small", target="localhost:1", cost=1.0, **settings)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asd.errors import AsdError
-from services.router.domain import Committed, Drafted, Revised, Tokens, View
+from services.router.domain import DraftPart, FinalPart, Revision, ScoredTokens, Visibility
 from services.router.stream import AnswerStream
 
 if TYPE_CHECKING:
@@ -29,13 +29,13 @@ class Caller:
 
     def take(self, events: Iterable[Event]) -> None:
         for event in events:
-            if isinstance(event, Revised):
+            if isinstance(event, Revision):
                 assert event.kept_tokens >= self.final, "final tokens are not taken back"
                 self.count, self.text = event.kept_tokens, self.text[: event.kept_bytes]
-            elif isinstance(event, Committed | Drafted) and event.tokens is not None:
+            elif isinstance(event, FinalPart | DraftPart) and event.tokens is not None:
                 self.count += len(event.tokens.ids)
                 self.text += event.tokens.text.encode()
-            if isinstance(event, Committed):
+            if isinstance(event, FinalPart):
                 assert event.count > self.final, "a commit commits something"
                 self.final = event.count
                 kept = "".join(list(self.text.decode())[: event.count]).encode()
@@ -43,12 +43,12 @@ class Caller:
                 self.final_text = kept
 
 
-def tokens(text: str) -> Tokens:
+def tokens(text: str) -> ScoredTokens:
     count = len(text)
-    return Tokens(tuple(map(ord, text)), text, (-0.1,) * count, (0.1,) * count, (0.9,) * count)
+    return ScoredTokens(tuple(map(ord, text)), text, (-0.1,) * count, (0.1,) * count, (0.9,) * count)
 
 
-def chunks(text: str, sizes: Sequence[int]) -> list[Tokens]:
+def chunks(text: str, sizes: Sequence[int]) -> list[ScoredTokens]:
     """Cut a text into chunks of these sizes, the last one of what is left."""
     found, begin = [], 0
     for size in sizes:
@@ -68,12 +68,12 @@ SIZES = st.lists(st.integers(1, 3), max_size=4)
 
 
 @given(
-    view=st.sampled_from(View),
+    view=st.sampled_from(Visibility),
     answers=st.lists(st.tuples(TEXTS, SIZES, st.booleans()), min_size=1, max_size=3),
     is_last_final=st.booleans(),
 )
 def test_the_caller_ends_with_the_answer_whatever_was_drafted(
-    view: View, answers: list[tuple[str, list[int], bool]], is_last_final: bool
+    view: Visibility, answers: list[tuple[str, list[int], bool]], is_last_final: bool
 ) -> None:
     stream, caller, earlier = AnswerStream(view), Caller(), ""
     for place, (text, sizes, verifies) in enumerate(answers):
@@ -84,14 +84,14 @@ def test_the_caller_ends_with_the_answer_whatever_was_drafted(
             caller.take(stream.written(chunk))
         earlier = text
     caller.take(stream.commit(tokens(earlier)))
-    shown = "" if view is View.OUTCOME else earlier
+    shown = "" if view is Visibility.OUTCOME else earlier
     assert (caller.text.decode(), caller.final) == (shown, len(shown))
     assert stream.has_committed == bool(shown)
 
 
-@given(view=st.sampled_from(View), first=TEXTS, second=TEXTS, sizes=SIZES, heard=st.integers(0, 4))
+@given(view=st.sampled_from(Visibility), first=TEXTS, second=TEXTS, sizes=SIZES, heard=st.integers(0, 4))
 def test_the_earlier_answer_stands_after_a_stage_that_failed(
-    view: View, first: str, second: str, sizes: list[int], heard: int
+    view: Visibility, first: str, second: str, sizes: list[int], heard: int
 ) -> None:
     stream, caller = AnswerStream(view), Caller()
     stream.start(is_final=False)
@@ -103,7 +103,7 @@ def test_the_earlier_answer_stands_after_a_stage_that_failed(
     if stream.can_revert():
         caller.take(stream.revert())
         caller.take(stream.commit(tokens(first)))
-        assert caller.text.decode() == ("" if view is View.OUTCOME else first)
+        assert caller.text.decode() == ("" if view is Visibility.OUTCOME else first)
     else:
         # The failed stage's own tokens are final.
         assert not first.startswith(caller.final_text.decode())
@@ -111,27 +111,27 @@ def test_the_earlier_answer_stands_after_a_stage_that_failed(
 
 def test_drafts_are_shown_to_those_who_ask_for_them_alone() -> None:
     seen = {}
-    for view in View:
+    for view in Visibility:
         stream = AnswerStream(view)
         stream.start(is_final=False)
         seen[view] = list(stream.written(tokens("ab")))
-    assert seen[View.DRAFTS] == [Drafted(tokens("ab"))]
-    assert seen[View.COMMITTED] == seen[View.OUTCOME] == []
+    assert seen[Visibility.DRAFTS] == [DraftPart(tokens("ab"))]
+    assert seen[Visibility.COMMITTED] == seen[Visibility.OUTCOME] == []
 
 
 def test_a_final_stage_commits_what_it_accepts_before_it_writes() -> None:
-    stream = AnswerStream(View.DRAFTS)
+    stream = AnswerStream(Visibility.DRAFTS)
     stream.start(is_final=False)
     for chunk in chunks("abc", [1, 1]):
         list(stream.written(chunk))
     stream.start(is_final=True)
-    assert list(stream.verified(2)) == [Committed(2), Revised(2, 2)]
+    assert list(stream.verified(2)) == [FinalPart(2), Revision(2, 2)]
     # Its stream begins with what the caller holds.
-    assert [*stream.written(tokens("ab")), *stream.written(tokens("x"))] == [Committed(3, tokens("x"))]
+    assert [*stream.written(tokens("ab")), *stream.written(tokens("x"))] == [FinalPart(3, tokens("x"))]
 
 
 def test_a_text_that_does_not_begin_with_what_was_accepted_is_a_fault() -> None:
-    stream = AnswerStream(View.DRAFTS)
+    stream = AnswerStream(Visibility.DRAFTS)
     stream.start(is_final=False)
     list(stream.written(tokens("a")))
     stream.start(is_final=True)

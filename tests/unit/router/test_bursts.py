@@ -12,19 +12,19 @@ import pytest
 
 from asd.values import DecisionAction, DecisionReason, FinishReason, Objective, Preference, StageAction
 from services.router.domain import (
-    Answer,
     Decision,
     Overload,
-    Plan,
+    PolicyChoice,
     Report,
     RoutedRequest,
+    ScoredTokens,
     Stage,
+    StageAnswer,
     StageResult,
     Step,
     Timing,
-    Tokens,
-    Usage,
-    View,
+    TokenUsage,
+    Visibility,
 )
 from services.router.planning.admission import LEAST_SHARE
 from services.router.planning.draft_selection import SpeculationOptions
@@ -35,7 +35,7 @@ from tests.unit.router.small_cascade import Observer, make_planner, show_nothing
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from services.router.domain import Condition
+    from services.router.domain import StageKnowledge
     from services.router.planning.planner import Planner, RequestPlan
 
 COSTS, LATENCIES_MS = (1.6, 4.2, 8.8), (20.0, 40.0, 80.0)
@@ -62,23 +62,23 @@ class Toll:
     async def plan(
         self,
         request: RoutedRequest,
-        conditions: Sequence[Condition],
+        conditions: Sequence[StageKnowledge],
         timeout_ms: float,
         *,
         min_accuracy_share: float | None,
-    ) -> Plan:
+    ) -> PolicyChoice:
         self.plans += 1
         self._has_been_asked()
         await self.gate.wait()
-        return Plan(self._cheapest(range(len(STAGES)), conditions, min_accuracy_share))
+        return PolicyChoice(self._cheapest(range(len(STAGES)), conditions, min_accuracy_share))
 
     async def decide(
         self,
         request: RoutedRequest,
-        answer: Answer,
+        answer: StageAnswer,
         spent_cost: float,
         spent_ms: float,
-        conditions: Sequence[Condition],
+        conditions: Sequence[StageKnowledge],
         timeout_ms: float,
         *,
         min_accuracy_share: float | None,
@@ -93,7 +93,9 @@ class Toll:
         if self.plans + self.decisions == BURST:
             self.everybody.set()
 
-    def _cheapest(self, stages: Sequence[int], conditions: Sequence[Condition], share: float | None) -> int:
+    def _cheapest(
+        self, stages: Sequence[int], conditions: Sequence[StageKnowledge], share: float | None
+    ) -> int:
         self.shares.add(share)
         waits_ms = {each.stage: each.expected_queue_ms for each in conditions if share is None or share < 1.0}
 
@@ -111,14 +113,16 @@ def planner_of(policy: Toll, overload: Overload = Overload.DEGRADE) -> Planner:
 
 def make_state(objective: Objective | None = None) -> RequestState:
     request = RoutedRequest("hi", id="id", objective=objective or Objective())
-    return RequestState(request, 60.0, View.OUTCOME, lambda: 0.0, show_nothing)
+    return RequestState(request, 60.0, Visibility.OUTCOME, lambda: 0.0, show_nothing)
 
 
-def make_answer(stage: Stage) -> Answer:
+def make_answer(stage: Stage) -> StageAnswer:
     """Return what an idle stage answers: in its mean latency, without a wait."""
     timing = Timing(queue_ms=0.0, total_ms=LATENCIES_MS[stage.index])
-    result = StageResult("hi", (1,), "", FinishReason.EOS, Usage(completion_tokens=1), timing)
-    return Answer(stage, StageAction.GENERATE, result, Tokens((1,), "hi"), None, timing.total_ms, stage.cost)
+    result = StageResult("hi", (1,), "", FinishReason.EOS, TokenUsage(completion_tokens=1), timing)
+    return StageAnswer(
+        stage, StageAction.GENERATE, result, ScoredTokens((1,), "hi"), None, timing.total_ms, stage.cost
+    )
 
 
 async def answer_some(planner: Planner, policy: Toll) -> None:

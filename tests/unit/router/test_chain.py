@@ -9,8 +9,8 @@ import pytest
 
 from asd.errors import AsdError, ModelRefusal, PromptTooLong, Unavailable
 from asd.values import FinishReason, PlanSource
-from services.router.chain import Chain, Draft
-from services.router.domain import Provenance, RoutedRequest, Stage, Step, Tokens, Verification
+from services.router.chain import Chain, DraftStream
+from services.router.domain import Provenance, RoutedRequest, ScoredTokens, Stage, Step, Verification
 from services.router.planning.load import Load
 from services.router.prefill import PrefillAhead
 from tests.limits import CALL_S
@@ -26,7 +26,7 @@ SMALL, MEDIUM, LARGE = (Stage(name, index, 1.0, 60_000.0) for index, name in enu
 REQUEST = RoutedRequest("hi", id="id", stage="", chain=("s", "m", "l"))
 
 
-async def ignore(event: Tokens | Verification) -> None:
+async def ignore(event: ScoredTokens | Verification) -> None:
     """Take what a stage sends."""
 
 
@@ -41,7 +41,7 @@ class Reading(FakeStage):
     async def verify_stream(
         self,
         request: RoutedRequest,
-        drafts: AsyncIterable[Tokens | FinishReason],
+        drafts: AsyncIterable[ScoredTokens | FinishReason],
         timeout_ms: float,
         emit: Take,
     ) -> StageResult:
@@ -49,7 +49,7 @@ class Reading(FakeStage):
 
         async def kept() -> Any:
             async for piece in drafts:
-                self.pieces.append(piece.text if isinstance(piece, Tokens) else piece)
+                self.pieces.append(piece.text if isinstance(piece, ScoredTokens) else piece)
                 yield piece
 
         return await super().verify_stream(request, kept(), timeout_ms, emit)
@@ -100,9 +100,9 @@ async def test_drafters_that_still_write_end_with_the_chain() -> None:
 
 async def test_a_drafts_reader_may_come_late_and_waited_until_it_began() -> None:
     clock = Clock()
-    draft = Draft(clock)
+    draft = DraftStream(clock)
     clock.now = 1.5
-    draft.add(Tokens((1,), "a"))
+    draft.add(ScoredTokens((1,), "a"))
     clock.now = 9.0
     draft.add(FinishReason.EOS)
     for _ in range(2):

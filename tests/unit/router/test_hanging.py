@@ -8,7 +8,7 @@ import pytest
 
 from asd.errors import AsdError, BudgetSpent, QueueFull, Unavailable
 from asd.values import DecisionReason
-from services.router.domain import Failure, Report, Step, View
+from services.router.domain import CallFailure, Report, Step, Visibility
 from services.router.planning.knowledge import USUAL_TIMES
 from services.router.planning.time_budget import MARGIN_MS, RETURN_MS, SHARE_OF_TIME
 from services.router.running import StageRunner
@@ -46,10 +46,10 @@ def keep_limits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.mark.parametrize("has_policy", [True, False])
-@pytest.mark.parametrize("view", View)
+@pytest.mark.parametrize("view", Visibility)
 @pytest.mark.parametrize("hangs", [0, 2], ids=["silent", "after the draft's first tokens"])
 async def test_an_answer_is_not_lost_to_a_last_stage_that_hangs(
-    view: View, hangs: int, has_policy: bool
+    view: Visibility, hangs: int, has_policy: bool
 ) -> None:
     policy = Policy({0: (2,)}) if has_policy else None
     cascade = SmallCascade(policy, large={"fail_after": hangs})
@@ -57,7 +57,7 @@ async def test_an_answer_is_not_lost_to_a_last_stage_that_hangs(
     outcome: Any = events[-1]
     assert (answered(outcome), outcome.answer.result.text) == (["small"], "abc")
     assert outcome.records[0].decision.reason is DecisionReason.DEADLINE
-    if view is not View.OUTCOME:
+    if view is not Visibility.OUTCOME:
         assert shown(events) == "abc"
 
 
@@ -96,8 +96,8 @@ async def test_a_stage_that_always_takes_long_has_more_than_its_share(
     assert seen[-1] == pytest.approx(share_ms)
 
 
-@pytest.mark.parametrize("view", [View.COMMITTED, View.DRAFTS])
-async def test_a_last_stage_whose_own_tokens_are_shown_has_all_the_time(view: View) -> None:
+@pytest.mark.parametrize("view", [Visibility.COMMITTED, Visibility.DRAFTS])
+async def test_a_last_stage_whose_own_tokens_are_shown_has_all_the_time(view: Visibility) -> None:
     """What it has committed cannot be taken back, so that no earlier answer waits for the time."""
     cascade = SmallCascade(Policy({0: (2,)}), large={"text": "axyz"})
     large = cascade.stages["large"]
@@ -246,7 +246,7 @@ async def test_a_drafter_that_hangs_is_found_though_others_are_answered_by_its_t
     small = cascade.stages["small"].stage
     cascade.clock.now += 1.0
     await cascade.ask(stage="large")
-    drafter = Failure(small, BudgetSpent("late"), 59_000.0, has_heard=False)
+    drafter = CallFailure(small, BudgetSpent("late"), 59_000.0, has_heard=False)
     cascade.planner.knowledge.learn_failure(drafter)
     assert await avoided(cascade) == {"small"}
 
@@ -259,8 +259,8 @@ async def test_a_stage_that_hangs_on_a_draft_is_blamed_though_its_drafter_has_an
     assert await avoided(cascade) == {"large"}
 
 
-@pytest.mark.parametrize("view", View)
-async def test_a_last_stage_that_is_asked_first_and_hangs_is_replaced(view: View) -> None:
+@pytest.mark.parametrize("view", Visibility)
+async def test_a_last_stage_that_is_asked_first_and_hangs_is_replaced(view: Visibility) -> None:
     policy = Policy(first=2)
     cascade = SmallCascade(policy, large={"fail_after": 0})
     assert answered((await cascade.events(view, seconds=HURRY_S))[-1]) == ["small"]  # type: ignore[arg-type]

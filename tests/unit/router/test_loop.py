@@ -11,7 +11,16 @@ import pytest
 from asd.errors import InvalidRequest, Overloaded, Unavailable
 from asd.values import DecisionAction, DecisionReason, Objective, Preference
 from services.common.cost import is_above
-from services.router.domain import AbandonRule, Committed, Decision, Drafted, Plan, Tokens, Verification, View
+from services.router.domain import (
+    AbandonRule,
+    Decision,
+    DraftPart,
+    FinalPart,
+    PolicyChoice,
+    ScoredTokens,
+    Verification,
+    Visibility,
+)
 from tests.unit.router.simulated_time import run
 from tests.unit.router.small_cascade import FakeStage, Policy, SmallCascade, answered, called, shown
 
@@ -35,7 +44,7 @@ class Undecided(Policy):
 class Abandoning(Policy):
     """Has no draft finished: the largest stage goes on from its first token."""
 
-    async def plan(self, *arguments: Any, **options: Any) -> Plan:
+    async def plan(self, *arguments: Any, **options: Any) -> PolicyChoice:
         plan = await super().plan(*arguments, **options)
         # The stages write with a logprob of -0.1.
         return replace(plan, abandon=(AbandonRule(1, -0.05),), abandon_to=2)
@@ -79,8 +88,8 @@ def finish(work: Coroutine[Any, Any, Any], cascade: SmallCascade) -> Any:
 # What the caller is shown.
 
 
-@pytest.mark.parametrize("view", [View.COMMITTED, View.DRAFTS])
-async def test_once_final_tokens_were_sent_no_other_stage_is_asked(view: View) -> None:
+@pytest.mark.parametrize("view", [Visibility.COMMITTED, Visibility.DRAFTS])
+async def test_once_final_tokens_were_sent_no_other_stage_is_asked(view: Visibility) -> None:
     cascade = SmallCascade(static_plan=(2,), large={"text": "xyz", "fail_after": 1, "failure": AWAY})
     with pytest.raises(Unavailable):
         await cascade.events(view)
@@ -89,15 +98,15 @@ async def test_once_final_tokens_were_sent_no_other_stage_is_asked(view: View) -
 
 async def test_who_asked_for_final_tokens_sees_no_draft() -> None:
     cascade = SmallCascade(Policy({0: (2,)}), large={"text": "xyz"})
-    events = await cascade.events(View.COMMITTED)
-    assert not [event for event in events if isinstance(event, Drafted)]
+    events = await cascade.events(Visibility.COMMITTED)
+    assert not [event for event in events if isinstance(event, DraftPart)]
     assert shown(events) == "xyz"
 
 
 async def test_exactly_the_accepted_tokens_stand() -> None:
     cascade = SmallCascade(static_plan=(0, 2), large={"text": "abx"})
-    events = await cascade.events(View.DRAFTS)
-    assert next(event.count for event in events if isinstance(event, Committed)) == 2
+    events = await cascade.events(Visibility.DRAFTS)
+    assert next(event.count for event in events if isinstance(event, FinalPart)) == 2
     assert shown(events) == "abx"
 
 
@@ -110,11 +119,11 @@ async def test_tokens_that_were_encoded_anew_are_not_those_that_the_caller_holds
         return await large.generate(request, timeout_ms, emit)
 
     large.verify = verify  # type: ignore[method-assign]
-    assert shown(await cascade.events(View.DRAFTS)) == "xyz"
+    assert shown(await cascade.events(Visibility.DRAFTS)) == "xyz"
 
 
-@pytest.mark.parametrize("view", [View.COMMITTED, View.DRAFTS])
-async def test_no_earlier_answer_stands_in_for_final_tokens_that_differ_from_it(view: View) -> None:
+@pytest.mark.parametrize("view", [Visibility.COMMITTED, Visibility.DRAFTS])
+async def test_no_earlier_answer_stands_in_for_final_tokens_that_differ_from_it(view: Visibility) -> None:
     cascade = SmallCascade(large={"text": "xyz", "fail_after": 1, "failure": AWAY})
     with pytest.raises(Unavailable):
         await cascade.events(view)
@@ -124,7 +133,7 @@ async def test_what_a_failed_stage_wrote_is_taken_back() -> None:
     cascade = SmallCascade(
         Policy({0: (1,), 1: (2,)}), medium={"text": "xyz", "fail_after": 2, "failure": AWAY}
     )
-    assert shown(await cascade.events(View.DRAFTS)) == "abc"
+    assert shown(await cascade.events(Visibility.DRAFTS)) == "abc"
 
 
 async def test_text_that_begins_inside_a_character_is_a_stages_fault() -> None:
@@ -134,19 +143,19 @@ async def test_text_that_begins_inside_a_character_is_a_stages_fault() -> None:
 
     async def verify(request: Any, draft: Any, timeout_ms: float, emit: Take) -> None:
         await emit(Verification(3, 1))
-        await emit(Tokens((1, 2), "é"))
+        await emit(ScoredTokens((1, 2), "é"))
 
     large.verify = verify  # type: ignore[assignment]
-    assert shown(await cascade.events(View.DRAFTS)) == "abc"
+    assert shown(await cascade.events(Visibility.DRAFTS)) == "abc"
     assert cascade.observer.failures == [("large", "AsdError")]
 
 
 async def test_a_chains_draft_is_not_final() -> None:
     cascade = SmallCascade(pipelined=False, large={"text": "xyz"})
-    events = await cascade.events(View.DRAFTS, chain=CHAIN)
+    events = await cascade.events(Visibility.DRAFTS, chain=CHAIN)
     assert shown(events) == "xyz"
-    first = next(event for event in events if isinstance(event, Committed | Drafted))
-    assert isinstance(first, Drafted)
+    first = next(event for event in events if isinstance(event, FinalPart | DraftPart))
+    assert isinstance(first, DraftPart)
 
 
 # Time.

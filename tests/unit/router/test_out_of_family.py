@@ -15,7 +15,7 @@ from tests.unit.router.small_cascade import Policy, SmallCascade, answered
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from services.router.domain import Answer, Condition, RoutedRequest
+    from services.router.domain import RoutedRequest, StageAnswer, StageKnowledge
 
 
 class Unknowing(Policy):
@@ -26,10 +26,10 @@ class Unknowing(Policy):
     async def decide(
         self,
         request: RoutedRequest,
-        answer: Answer,
+        answer: StageAnswer,
         spent_cost: float,
         spent_ms: float,
-        conditions: Sequence[Condition],
+        conditions: Sequence[StageKnowledge],
         timeout_ms: float,
         *,
         min_accuracy_share: float | None,

@@ -14,17 +14,17 @@ from asd.errors import AsdError, Away, BudgetSpent, Overloaded, PreconditionFail
 from asd.values import DecisionReason, FinishReason, Objective, Preference
 from services.router.cascade import Cascade
 from services.router.domain import (
-    Outcome,
     Overload,
     Refusal,
+    RoutedAnswer,
     RoutedRequest,
+    ScoredTokens,
     Stage,
     StageResult,
     Timing,
-    Tokens,
-    Usage,
+    TokenUsage,
     Verification,
-    View,
+    Visibility,
 )
 from services.router.planning.admission import MOST_RETRY_S
 from services.router.planning.draft_selection import SpeculationOptions
@@ -70,18 +70,18 @@ class BusyStage:
             async with asyncio.timeout(timeout_ms / 1000.0), self.places:
                 queue_ms = (clock() - came) * 1000.0
                 await asyncio.sleep(service_s / 4.0)
-                await emit(Tokens((1,), "a", (-0.1,), (0.1,), (0.9,)))
+                await emit(ScoredTokens((1,), "a", (-0.1,), (0.1,), (0.9,)))
                 await asyncio.sleep(service_s * 3.0 / 4.0)
         except TimeoutError:
             raise BudgetSpent(f"{self.stage} did not finish within {timeout_ms:.0f} ms") from None
         self.answered += 1
         timing = Timing(queue_ms, total_ms=queue_ms + service_s * 1000.0)
-        return StageResult("a", (1,), "a" * 64, FinishReason.EOS, Usage(4, completion_tokens=1), timing)
+        return StageResult("a", (1,), "a" * 64, FinishReason.EOS, TokenUsage(4, completion_tokens=1), timing)
 
     async def verify(
         self, request: RoutedRequest, draft: StageResult, timeout_ms: float, emit: Take
     ) -> StageResult:
-        async def verified(event: Tokens | Verification) -> None:
+        async def verified(event: ScoredTokens | Verification) -> None:
             await emit(Verification(1, 1))
             await emit(event)
 
@@ -90,7 +90,7 @@ class BusyStage:
     async def verify_stream(
         self,
         request: RoutedRequest,
-        drafts: AsyncIterable[Tokens | FinishReason],
+        drafts: AsyncIterable[ScoredTokens | FinishReason],
         timeout_ms: float,
         emit: Take,
     ) -> StageResult:
@@ -105,7 +105,7 @@ class Told:
     """How one request ended, and how long after it came. error: None for an answer."""
 
     error: AsdError | None
-    outcome: Outcome | None
+    outcome: RoutedAnswer | None
     after_s: float
 
 
@@ -137,7 +137,7 @@ class Busy:
         request = RoutedRequest(**{"input": "hi", "id": "id", **fields})
         error = outcome = None
         try:
-            outcome = await self._cascade.answer(request, came + seconds, View.OUTCOME, show_nothing)
+            outcome = await self._cascade.answer(request, came + seconds, Visibility.OUTCOME, show_nothing)
         except AsdError as failure:
             error = failure
         return Told(error, outcome, self.clock() - came)
@@ -274,7 +274,7 @@ def test_who_ran_out_of_time_beside_others_is_refused_without_a_further_call() -
 def test_the_static_plan_goes_on_within_max_latency_only(
     budget_s: float, stages: list[str], reason: DecisionReason
 ) -> None:
-    async def work() -> Outcome | None:
+    async def work() -> RoutedAnswer | None:
         busy = Busy(static_plan=(0, 2))
         for name in NAMES:
             await busy.warm(stage=name)
@@ -291,7 +291,7 @@ def test_the_static_plan_goes_on_within_max_latency_only(
 
 
 def test_the_static_plan_begins_where_max_latency_has_time() -> None:
-    async def work() -> Outcome | None:
+    async def work() -> RoutedAnswer | None:
         busy = Busy(static_plan=(2,))
         await busy.warm(**FIXED)
         waiting = asyncio.create_task(busy.burst(3 * CAPACITY, 60.0, **FIXED))

@@ -12,10 +12,10 @@ from asd.errors import QueueFull, Unavailable
 from asd.values import Acceptance, AcceptanceMode, DecisionAction, DecisionReason, PlanSource
 from services.router.domain import (
     AbandonRule,
-    Condition,
     Decision,
-    Plan,
-    View,
+    PolicyChoice,
+    StageKnowledge,
+    Visibility,
 )
 from services.router.planning.draft_selection import DraftSelection, SpeculationOptions
 from tests.unit.router.small_cascade import NAMES, Policy, SmallCascade, answered, called, shown
@@ -34,11 +34,11 @@ class Recording(Policy):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.told: list[list[Condition]] = []
+        self.told: list[list[StageKnowledge]] = []
 
     async def plan(
-        self, request: Any, conditions: Sequence[Condition], *arguments: Any, **options: Any
-    ) -> Plan:
+        self, request: Any, conditions: Sequence[StageKnowledge], *arguments: Any, **options: Any
+    ) -> PolicyChoice:
         self.told.append(list(conditions))
         return await super().plan(request, conditions, *arguments, **options)
 
@@ -60,7 +60,7 @@ class Abandoning(Policy):
 
     to = 2
 
-    async def plan(self, *arguments: Any, **options: Any) -> Plan:
+    async def plan(self, *arguments: Any, **options: Any) -> PolicyChoice:
         plan = await super().plan(*arguments, **options)
         # The stages write with a log-probability of -0.1.
         return replace(plan, abandon=(AbandonRule(1, -0.05),), abandon_to=self.to)
@@ -89,7 +89,7 @@ async def test_an_escalation_past_a_failed_stage_goes_on_from_the_answer_before_
         return await verify(request, draft, *arguments)
 
     large.verify = keep  # type: ignore[method-assign]
-    assert shown(await cascade.events(View.DRAFTS)) == "abd"
+    assert shown(await cascade.events(Visibility.DRAFTS)) == "abd"
     assert drafts == ["abc"]
 
 

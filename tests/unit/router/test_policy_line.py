@@ -14,7 +14,15 @@ from asd.values import FinishReason, Objective, StageAction
 from services.router.clients.breaker import Breaker
 from services.router.clients.call_limit import CallLimit
 from services.router.clients.policy import POLICY_CALLS, GrpcPolicy
-from services.router.domain import Answer, RoutedRequest, Stage, StageResult, Timing, Tokens, Usage
+from services.router.domain import (
+    RoutedRequest,
+    ScoredTokens,
+    Stage,
+    StageAnswer,
+    StageResult,
+    Timing,
+    TokenUsage,
+)
 from services.router.planning.health import Health
 from tests.unit.router.small_cascade import NAMES, Clock
 
@@ -161,11 +169,11 @@ async def test_a_request_leaves_the_line_where_its_time_is_short_and_takes_no_pl
     assert not limit.is_full
 
 
-ANSWER = Answer(
+ANSWER = StageAnswer(
     Stage("small", 0, 1.0, 1000.0),
     StageAction.GENERATE,
-    StageResult("a", (1,), "f", FinishReason.EOS, Usage(), Timing()),
-    Tokens((1,), "a"),
+    StageResult("a", (1,), "f", FinishReason.EOS, TokenUsage(), Timing()),
+    ScoredTokens((1,), "a"),
     None,
     5.0,
     1.0,

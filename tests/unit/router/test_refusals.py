@@ -21,7 +21,7 @@ from asd.errors import (
     Unavailable,
 )
 from asd.values import DecisionReason, Message, Objective, PlanSource, Preference, Role
-from services.router.domain import Overload, Refusal, RoutedRequest, View
+from services.router.domain import Overload, Refusal, RoutedRequest, Visibility
 from services.router.request import RequestState
 from tests.unit.router.small_cascade import (
     NAMES,
@@ -84,7 +84,7 @@ async def test_an_answer_stands_where_a_later_stage_cannot_give_another(name: st
     assert outcome.records[0].decision.reason is DecisionReason.STAGE_UNAVAILABLE
     # What comes next was decided once more, without it.
     assert policy.decisions == [set(), {"large"}]
-    for view in (View.COMMITTED, View.DRAFTS):
+    for view in (Visibility.COMMITTED, Visibility.DRAFTS):
         cascade.clock.now += 60.0
         events = await cascade.events(view)
         assert shown(events) == "abc"
@@ -107,7 +107,7 @@ async def test_a_stage_is_avoided_only_where_other_requests_would_find_it_so(nam
 
 async def test_a_draft_that_breaks_off_with_a_fault_is_replaced() -> None:
     cascade = SmallCascade(Policy(), small=failing(BROKEN, after=2), medium={"text": "xyz"})
-    events = await cascade.events(View.DRAFTS)
+    events = await cascade.events(Visibility.DRAFTS)
     assert events[-1].answer.result.text == "xyz"  # type: ignore[union-attr]
     assert (await cascade.ask()).answer.stage.name == "medium"
 
@@ -308,18 +308,18 @@ async def test_a_draft_without_text_is_not_handed_on(is_silent: bool, calls: lis
 async def test_a_wait_for_a_stage_that_sleeps_is_no_overload() -> None:
     """Unrelated requests are under way elsewhere."""
     cascade = SmallCascade(Policy())
-    state = RequestState(RoutedRequest("hi", id="id"), 60.0, View.OUTCOME, cascade.clock, show_nothing)
+    state = RequestState(RoutedRequest("hi", id="id"), 60.0, Visibility.OUTCOME, cascade.clock, show_nothing)
     with cascade.load.calling(0), cascade.load.calling(0), cascade.planner.plan_for(state) as plan:
         error = BudgetSpent("stage large is not awake")
         assert plan.refusal(error) is error
 
 
-@pytest.mark.parametrize("view", [View.OUTCOME, View.COMMITTED])
-async def test_who_was_given_final_tokens_is_late_and_not_refused(view: View) -> None:
+@pytest.mark.parametrize("view", [Visibility.OUTCOME, Visibility.COMMITTED])
+async def test_who_was_given_final_tokens_is_late_and_not_refused(view: Visibility) -> None:
     # Of a stage that always takes long, and does not hang.
     cascade = SmallCascade(Policy(), medium={"total_ms": 20_000.0}, timeout_ms=120_000.0)
     await cascade.ask(stage="medium")
     cascade.stages["medium"].fail_after, cascade.stages["medium"].failure = 2, BudgetSpent("late")
-    kind = Overloaded if view is View.OUTCOME else BudgetSpent
+    kind = Overloaded if view is Visibility.OUTCOME else BudgetSpent
     with cascade.load.calling(1), pytest.raises(kind):
         await cascade.events(view, stage="medium")

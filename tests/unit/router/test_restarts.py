@@ -17,15 +17,15 @@ from services.common.status import DETAILS_KEY, status_of, to_rpc_status
 from services.router.cascade import Cascade
 from services.router.clients.stage import GrpcStage
 from services.router.domain import (
-    Outcome,
+    RoutedAnswer,
     RoutedRequest,
+    ScoredTokens,
     Stage,
     StageResult,
     Timing,
-    Tokens,
-    Usage,
+    TokenUsage,
     Verification,
-    View,
+    Visibility,
 )
 from services.router.planning.static_plan import StaticPlan
 from tests.unit.router.small_cascade import make_planner, show_nothing
@@ -140,7 +140,7 @@ def stage_at(site: Any, time: Time, patience: Patience) -> GrpcStage:
 
 
 async def text_of(stage: GrpcStage, request: RoutedRequest) -> str:
-    async def emit(event: Tokens | Verification) -> None:
+    async def emit(event: ScoredTokens | Verification) -> None:
         """Take what comes before the result."""
 
     return (await stage.generate(request, TIMEOUT_MS, emit)).text
@@ -243,7 +243,7 @@ class Client:
             token_ids=(1,),
             tokenizer_fingerprint="f",
             finish_reason=FinishReason.EOS,
-            usage=Usage(4, 0, 1, 0, 0, 2),
+            usage=TokenUsage(4, 0, 1, 0, 0, 2),
             timing=Timing(0.0, 1.0, 1.0, 2.0),
             model="m",
         )
@@ -269,8 +269,8 @@ def cascade_of(time: Time, *scripts: list[AsdError | None]) -> tuple[Cascade, li
     return Cascade(clients, planner, observer, time), clients  # type: ignore[arg-type]
 
 
-async def outcome(cascade: Cascade, time: Time) -> Outcome:
-    return await cascade.answer(PLANNED, time() + 60.0, View.OUTCOME, show_nothing)
+async def outcome(cascade: Cascade, time: Time) -> RoutedAnswer:
+    return await cascade.answer(PLANNED, time() + 60.0, Visibility.OUTCOME, show_nothing)
 
 
 GONE = Away("gone")

@@ -17,7 +17,7 @@ from services.router.domain import (
     Stage,
     StageFailed,
     Step,
-    View,
+    Visibility,
 )
 from services.router.planning.load import Load
 from services.router.prefill import PrefillAhead
@@ -29,7 +29,7 @@ from tests.unit.router.small_cascade import FakeStage
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from services.router.domain import Call, Event, Report
+    from services.router.domain import Event, OpenCall, Report
 
 STAGES = [Stage(name, index, 1.0, 60_000.0) for index, name in enumerate(("small", "medium", "large"))]
 
@@ -54,7 +54,7 @@ class Slow(FakeStage):
 class Running:
     """Runs steps for one request, in simulated time."""
 
-    def __init__(self, *seconds: float, view: View = View.OUTCOME) -> None:
+    def __init__(self, *seconds: float, view: Visibility = Visibility.OUTCOME) -> None:
         self.clock = asyncio.get_running_loop().time
         self.clients = [
             Slow(stage, each) for stage, each in zip(STAGES, (*seconds, 0.0, 0.0, 0.0), strict=False)
@@ -65,13 +65,13 @@ class Running:
         request = RoutedRequest("hi", id="id")
         self.state = RequestState(request, self.clock() + 100.0, view, self.clock, self._show)
         self.prefill = PrefillAhead(request, self.clients, self.load, self.clock)
-        self.looked: list[Call] = []
+        self.looked: list[OpenCall] = []
 
     async def _show(self, event: Event) -> None:
         self.seen.append(event)
 
     async def run(self, stage: int, look: Callable[[], float] = lambda: 1000.0, **fields: Any) -> Report:
-        def look_at(_: Stage, call: Call) -> float:
+        def look_at(_: Stage, call: OpenCall) -> float:
             self.looked.append(call)
             return look()
 
@@ -178,7 +178,7 @@ def test_a_slow_caller_takes_what_it_is_shown_before_its_stage_is_left() -> None
             taken.append(event)
 
         request = RoutedRequest("hi", id="id")
-        running.state = RequestState(request, running.clock() + 500.0, View.DRAFTS, running.clock, show)
+        running.state = RequestState(request, running.clock() + 500.0, Visibility.DRAFTS, running.clock, show)
         await running.run(0, leave_after_ms=20_000.0)
         decision = Decision(DecisionAction.ESCALATE, DecisionReason.VALUE, 1)
         await running.failure(1, leave_after_ms=20_000.0, decision=decision)

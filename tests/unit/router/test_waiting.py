@@ -8,7 +8,7 @@ import pytest
 
 from asd.errors import Unavailable
 from asd.values import PlanSource
-from services.router.domain import Failure, RoutedRequest, Stage, StageFailed, Step, View
+from services.router.domain import CallFailure, RoutedRequest, Stage, StageFailed, Step, Visibility
 from services.router.planning.static_plan import StaticPlan
 from services.router.planning.time_budget import MARGIN_MS, SHARE_OF_TIME
 from services.router.request import RequestState
@@ -72,12 +72,12 @@ async def test_a_request_waits_as_long_as_nothing_else_can_answer(
     planner = planner_with(sleepers, policy, (2,) if not failed else (0, 1, 2))
     fields: dict[str, Any] = {"stage": "large"} if source is PlanSource.FIXED else {}
     state = RequestState(
-        RoutedRequest("hi", id="id", **fields), DEADLINE_S, View.OUTCOME, lambda: 0.0, show_nothing
+        RoutedRequest("hi", id="id", **fields), DEADLINE_S, Visibility.OUTCOME, lambda: 0.0, show_nothing
     )
     with planner.plan_for(state) as plan:
         step = await plan.first_step()
         for _ in failed:
-            gone = Failure(step.stage, Unavailable("gone"), 0.0, has_heard=False)
+            gone = CallFailure(step.stage, Unavailable("gone"), 0.0, has_heard=False)
             following = await plan.after_failure(StageFailed(gone))
             assert isinstance(following, Step)
             step = following
@@ -88,7 +88,9 @@ async def test_a_request_waits_as_long_as_nothing_else_can_answer(
 async def test_who_is_awake_is_not_waited_for() -> None:
     sleepers = Activator({0})
     planner = planner_with(sleepers, None, (1,))
-    state = RequestState(RoutedRequest("hi", id="id"), DEADLINE_S, View.OUTCOME, lambda: 0.0, show_nothing)
+    state = RequestState(
+        RoutedRequest("hi", id="id"), DEADLINE_S, Visibility.OUTCOME, lambda: 0.0, show_nothing
+    )
     with planner.plan_for(state) as plan:
         assert (await plan.first_step()).stage.name == "medium"
     assert sleepers.waited == []

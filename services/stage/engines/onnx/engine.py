@@ -20,9 +20,9 @@ from services.stage.engines.onnx.export import prepare, served_shape
 from services.stage.engines.onnx.generators import Generators
 from services.stage.engines.onnx.memory import capacity_for, pass_tokens, weight_bytes
 from services.stage.engines.onnx.scheduler import Scheduler
-from services.stage.engines.onnx.slots import Request
+from services.stage.engines.onnx.slots import SlotRequest
 from services.stage.engines.probe import ANSWER_TOKENS, probe, probe_prompts
-from services.stage.generation.draft import Draft
+from services.stage.generation.draft import ReceivedDraft
 from services.stage.generation.inputs import RequestReader
 from services.stage.generation.tokenizer import ChatTokenizer
 from services.stage.generation.verification import evidence_signals
@@ -126,7 +126,7 @@ class OnnxEngine:
     ) -> AsyncGenerator[Event, None]:
         """Accept a prefix of a draft and go on from there."""
         request, deliveries = await self._open(turns, sampling)
-        request.threshold, request.draft = threshold, Draft(request.call.most_tokens)
+        request.threshold, request.draft = threshold, ReceivedDraft(request.call.most_tokens)
         await self._reader.read_draft(draft, request.draft)
         async with aclosing(self._events(request, deliveries)) as events:
             async for event in events:
@@ -141,7 +141,7 @@ class OnnxEngine:
     ) -> AsyncGenerator[Event, None]:
         """Verify a draft while it is being written."""
         request, deliveries = await self._open(turns, sampling)
-        request.threshold, request.draft = threshold, Draft(request.call.most_tokens)
+        request.threshold, request.draft = threshold, ReceivedDraft(request.call.most_tokens)
 
         def notify(error: AsdError | None) -> None:
             if error is not None:
@@ -222,7 +222,7 @@ class OnnxEngine:
         config.overlay(json.dumps({"model": overlay}))
         return Generators(og.Model(config), self._shape.pad_id, self._pass_tokens)
 
-    async def _open(self, turns: tuple[Message, ...], sampling: Sampling) -> tuple[Request, _Deliveries]:
+    async def _open(self, turns: tuple[Message, ...], sampling: Sampling) -> tuple[SlotRequest, _Deliveries]:
         call = await self._reader.open_call(turns, sampling, evidence_signals)
         deliveries: _Deliveries = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -234,10 +234,10 @@ class OnnxEngine:
                 # The loop closed while the model was at work: nobody listens.
                 request.is_cancelled = True
 
-        request = Request(call, deliver, resync=self._options.resync)
+        request = SlotRequest(call, deliver, resync=self._options.resync)
         return request, deliveries
 
-    async def _events(self, request: Request, deliveries: _Deliveries) -> AsyncGenerator[Event, None]:
+    async def _events(self, request: SlotRequest, deliveries: _Deliveries) -> AsyncGenerator[Event, None]:
         if self._state is not ModelState.READY:
             raise PreconditionFailed(f"model {self._name} is not loaded")
         self._scheduler.submit(request)

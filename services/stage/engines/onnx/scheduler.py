@@ -28,7 +28,7 @@ from services.stage.engines.onnx.slots import BatchSlot, GenerateSlot, SoloSlot,
 if TYPE_CHECKING:
     from services.stage.engines.onnx.engine import OnnxOptions
     from services.stage.engines.onnx.generators import CachedSequence, Generators
-    from services.stage.engines.onnx.slots import Request
+    from services.stage.engines.onnx.slots import SlotRequest
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ _WAITING_SLOTS = 8
 _LEAST_SHARED = 8
 
 
-class Usage(NamedTuple):
+class SchedulerUsage(NamedTuple):
     """What a scheduler holds. used_capacity, kept_capacity: tokens of KV caches, in use and in the pool."""
 
     queued: int
@@ -63,7 +63,7 @@ class Scheduler:
         self._pass_tokens = pass_tokens
         self._thread: threading.Thread | None = None
         self._wake = threading.Condition()
-        self._waiting: deque[Request] = deque()
+        self._waiting: deque[SlotRequest] = deque()
         self._slots: list[SoloSlot | BatchSlot] = []
         self._pool: list[CachedSequence] = []
         self._stopping = False
@@ -87,7 +87,7 @@ class Scheduler:
         self._thread = None
         self._pool.clear()
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: SlotRequest) -> None:
         """Have a request computed. Raises QueueFull."""
         with self._wake:
             if len(self._waiting) >= self._options.max_queue:
@@ -102,10 +102,10 @@ class Scheduler:
         with self._wake:
             self._wake.notify()
 
-    def usage(self) -> Usage:
+    def usage(self) -> SchedulerUsage:
         """Return what it holds now."""
         with self._wake:
-            return Usage(
+            return SchedulerUsage(
                 queued=len(self._waiting),
                 running=sum(len(slot.requests) for slot in self._slots),
                 used_capacity=sum(slot.capacity for slot in self._slots),
@@ -162,12 +162,12 @@ class Scheduler:
             return True
         return any(slot.is_ready or any(r.is_cancelled for r in slot.requests) for slot in self._slots)
 
-    def _admit(self) -> list[Request]:
+    def _admit(self) -> list[SlotRequest]:
         """Take the requests that wait, as far as they fit one slot; called with the lock held."""
         if not self._waiting or not self._has_room:
             return []
-        admitted: list[Request] = []
-        kept: deque[Request] = deque()
+        admitted: list[SlotRequest] = []
+        kept: deque[SlotRequest] = deque()
         longest = most = 0
         # Rows of a slot have the capacity of the longest of them: none may take far more than it needs.
         least = self._context
@@ -193,7 +193,7 @@ class Scheduler:
         self._waiting.extendleft(reversed(kept))
         return admitted
 
-    def _open_slot(self, requests: list[Request], generators: Generators) -> None:
+    def _open_slot(self, requests: list[SlotRequest], generators: Generators) -> None:
         now = time.monotonic()
         for request in requests:
             request.start(now)
@@ -242,12 +242,12 @@ class Scheduler:
             return False
         return bool(slot.requests)
 
-    def _fail(self, requests: list[Request], error: Exception) -> None:
+    def _fail(self, requests: list[SlotRequest], error: Exception) -> None:
         logger.error("model %s failed", self._name, exc_info=error)
         for request in requests:
             request.send(AsdError(f"model {self._name} failed on this request"))
 
-    def _take_sequence(self, request: Request, generators: Generators) -> CachedSequence:
+    def _take_sequence(self, request: SlotRequest, generators: Generators) -> CachedSequence:
         """Return a sequence rolled back to what it shares with the prompt; a new one if there is none."""
         prompt = request.call.prompt
         best, shared = None, 0
@@ -280,7 +280,7 @@ class Scheduler:
             if len(self._pool) > self._options.cached_sequences:
                 self._pool.remove(min(self._pool, key=lambda s: s.used))
 
-    def _capacity(self, request: Request) -> int:
+    def _capacity(self, request: SlotRequest) -> int:
         """Return that of a cache for a request alone; one more than it fills, where there is one."""
         return capacity_for(len(request.call.prompt) + request.call.most_tokens + 1, self._context)
 

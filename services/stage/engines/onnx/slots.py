@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from services.stage.domain import Event
     from services.stage.engines.onnx.generators import CachedSequence
     from services.stage.generation.call import Call
-    from services.stage.generation.draft import Draft
+    from services.stage.generation.draft import ReceivedDraft
 
     Logits = npt.NDArray[np.float32]
 
@@ -35,7 +35,7 @@ _SLICE_SECONDS = 0.001
 
 
 @dataclass(slots=True, eq=False)
-class Request:
+class SlotRequest:
     """A call on its way through the model's thread, and what waits to be delivered to its caller.
 
     deliver: hands events over; None ends the call. threshold: of a tolerant verification. resync: whether
@@ -45,7 +45,7 @@ class Request:
 
     call: Call[Logits]
     deliver: Callable[[list[Event | AsdError | None]], None]
-    draft: Draft | None = None
+    draft: ReceivedDraft | None = None
     threshold: float | None = None
     resync: bool = True
     only_prefill: bool = False
@@ -99,7 +99,7 @@ class Request:
 class SoloSlot:
     """One request with a cache of its own. A subclass says how it is decoded."""
 
-    def __init__(self, request: Request, sequence: CachedSequence) -> None:
+    def __init__(self, request: SlotRequest, sequence: CachedSequence) -> None:
         self.requests = [request]
         self.sequence = sequence
         self._request = request
@@ -116,7 +116,7 @@ class SoloSlot:
         """Tokens that the cache has room for; once the request has left, it belongs to the prefix cache."""
         return self.sequence.capacity if self.requests else 0
 
-    def step(self) -> list[Request]:
+    def step(self) -> list[SlotRequest]:
         """Advance by a pass, or for a slice of time; return the request if it finished."""
         if self._has_begun:
             has_ended = self._go_on()
@@ -173,7 +173,7 @@ class VerifySlot(SoloSlot):
     Resynchroniser finds. A proposal of nothing is plain decoding.
     """
 
-    def __init__(self, request: Request, sequence: CachedSequence) -> None:
+    def __init__(self, request: SlotRequest, sequence: CachedSequence) -> None:
         super().__init__(request, sequence)
         self._agrees = request.draft is not None
         # What the last id was chosen from.
@@ -193,7 +193,7 @@ class VerifySlot(SoloSlot):
             return self._request.threshold is None
         return len(draft.ids) > draft.accepted
 
-    def step(self) -> list[Request]:
+    def step(self) -> list[SlotRequest]:
         """Advance by a pass; return the request if it finished."""
         finished = super().step()
         if finished and self._agrees:
@@ -217,7 +217,7 @@ class VerifySlot(SoloSlot):
         return self._judge(proposal, self.sequence.append([call.ids[-1], *proposal]))
 
     @property
-    def _draft(self) -> Draft:
+    def _draft(self) -> ReceivedDraft:
         assert self._request.draft is not None
         return self._request.draft
 
@@ -302,14 +302,14 @@ class VerifySlot(SoloSlot):
 class BatchSlot:
     """Several greedy generations in one generator; a row that ends is passed over until all have ended."""
 
-    def __init__(self, requests: list[Request], generator: Any, capacity: int = 0) -> None:
+    def __init__(self, requests: list[SlotRequest], generator: Any, capacity: int = 0) -> None:
         self.requests = list(requests)
         self._capacity = capacity
         self._rows = list(requests)
         self._generator = generator
         self._steps = 0
         # Requests that went wrong in the last step, and how: those beside them go on.
-        self.failed: list[tuple[Request, Exception]] = []
+        self.failed: list[tuple[SlotRequest, Exception]] = []
 
     @property
     def is_ready(self) -> bool:
@@ -321,7 +321,7 @@ class BatchSlot:
         """Tokens that the caches have room for; a row that has ended keeps its own until all have."""
         return self._capacity if self.requests else 0
 
-    def step(self) -> list[Request]:
+    def step(self) -> list[SlotRequest]:
         """Advance each request by a token; return those that finished."""
         self._generator.generate_next_token()
         tokens = self._generator.get_next_tokens()

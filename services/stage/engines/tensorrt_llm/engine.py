@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from asd.errors import AsdError, ModelRefusal, PreconditionFailed
 from services.common.privacy import report_nothing
-from services.stage.engines.backend import BackendDied, Piece, Scores
+from services.stage.engines.backend import BackendDied, Piece, TokenScores
 from services.stage.engines.checkpoint import read_checkpoint
 from services.stage.engines.scoring import ScoringEngine, ScoringOptions
 from services.stage.engines.settings import TensorrtLlmSettings
@@ -138,7 +138,7 @@ class TensorrtLlmBackend:
             if not is_over:
                 self._abort(output)
 
-    async def score(self, ids: list[int], start: int, adapter: str) -> Scores:
+    async def score(self, ids: list[int], start: int, adapter: str) -> TokenScores:
         """Judge ids[start:] in one pass."""
         # Reused blocks have no rows, so a scored prompt gets a salt of its own and finds none.
         salt = {"cache_salt": secrets.token_hex(8)} if self._options.prefix_caching else {}
@@ -165,7 +165,7 @@ class TensorrtLlmBackend:
             )
         # Entry i is for token i + 1; the last one is for the token that was written.
         rows = [self._row(ids[index], known[index - 1]) for index in range(start, len(ids))]
-        return Scores(rows, self._row(completion.token_ids[0], known[-1]))
+        return TokenScores(rows, self._row(completion.token_ids[0], known[-1]))
 
     def _submit(
         self,

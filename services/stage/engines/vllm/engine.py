@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from asd.errors import AsdError, ModelRefusal, PreconditionFailed
 from services.common.privacy import report_nothing
-from services.stage.engines.backend import BackendDied, Piece, Scores
+from services.stage.engines.backend import BackendDied, Piece, TokenScores
 from services.stage.engines.checkpoint import read_checkpoint
 from services.stage.engines.scoring import ScoringEngine, ScoringOptions
 from services.stage.engines.settings import VllmSettings
@@ -180,7 +180,7 @@ class VllmBackend:
                     has_ended=completion.finish_reason == "stop",
                 )
 
-    async def score(self, ids: list[int], start: int, adapter: str) -> Scores:
+    async def score(self, ids: list[int], start: int, adapter: str) -> TokenScores:
         """Judge ids[start:] in one pass."""
         if self._options.cached_scoring and self._options.prefix_caching:
             scores = await self._score(ids, start, adapter, skips_cache=False)
@@ -191,7 +191,9 @@ class VllmBackend:
             raise RuntimeError(f"vLLM gave log-probabilities of a part of {len(ids)} prompt tokens alone")
         return scores
 
-    async def _score(self, ids: list[int], start: int, adapter: str, *, skips_cache: bool) -> Scores | None:
+    async def _score(
+        self, ids: list[int], start: int, adapter: str, *, skips_cache: bool
+    ) -> TokenScores | None:
         """Judge ids[start:] in one pass; None if the prefix cache reached into them."""
         params = self._vllm.SamplingParams(
             # vLLM refuses None and 0, so every pass writes a token.
@@ -223,7 +225,7 @@ class VllmBackend:
         if len(known) < wanted + 1 or (not cached and len(known) != len(ids)):
             return None
         rows = [self._row(ids[start + i], known[len(known) - wanted + i]) for i in range(wanted)]
-        return Scores(rows, self._row(completion.token_ids[0], completion.logprobs[0]), cached)
+        return TokenScores(rows, self._row(completion.token_ids[0], completion.logprobs[0]), cached)
 
     async def _ask(self, ids: list[int], params: Any, adapter: str) -> AsyncGenerator[Any, None]:
         """Yield vLLM's outputs. Closing this aborts the request."""

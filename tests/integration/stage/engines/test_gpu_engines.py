@@ -21,7 +21,7 @@ from services.stage.engines import check
 from services.stage.engines import scoring as scoring_engine
 from services.stage.engines.check import main as check_main
 from services.stage.engines.checkpoint import read_checkpoint
-from services.stage.engines.conformance import PROMPTS, Answer, Suite, collect
+from services.stage.engines.conformance import PROMPTS, EngineAnswer, Suite, collect
 from services.stage.engines.engine import ModelState
 from services.stage.engines.factory import make_engines
 from services.stage.engines.tensorrt_llm import engine as tensorrt_llm_engine
@@ -55,11 +55,11 @@ async def _tensorrt_llm(**options: Any) -> Any:
     return engine
 
 
-async def _ask(engine: Any, *turns: Message, **sampling: Any) -> Answer:
+async def _ask(engine: Any, *turns: Message, **sampling: Any) -> EngineAnswer:
     return await collect(engine.generate(turns, Sampling(**{"max_new_tokens": 24, **sampling})))
 
 
-async def _verify(engine: Any, answer: Answer, *turns: Message) -> Answer:
+async def _verify(engine: Any, answer: EngineAnswer, *turns: Message) -> EngineAnswer:
     draft = Suite(engine).own_draft(answer)
     return await collect(engine.verify(turns, Sampling(max_new_tokens=24), draft, None), "first")
 

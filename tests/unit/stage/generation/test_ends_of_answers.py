@@ -10,14 +10,14 @@ import pytest
 
 from asd.values import FinishReason, Message, Sampling
 from services.stage.domain import DraftText, Result, TokenChunk
-from services.stage.engines.backend import Piece, Scores, TokenRequest
+from services.stage.engines.backend import Piece, TokenRequest, TokenScores
 from services.stage.engines.checkpoint import Checkpoint
 from services.stage.engines.onnx.generators import CachedSequence
-from services.stage.engines.onnx.slots import BatchSlot, GenerateSlot, Request, VerifySlot
+from services.stage.engines.onnx.slots import BatchSlot, GenerateSlot, SlotRequest, VerifySlot
 from services.stage.engines.scoring import ScoringEngine, ScoringOptions
 from services.stage.generation.answer import AnswerBuilder
 from services.stage.generation.call import Call
-from services.stage.generation.draft import Draft
+from services.stage.generation.draft import ReceivedDraft
 from services.stage.generation.logprobs import Row
 from services.stage.generation.tokenizer import ChatTokenizer
 from services.stage.generation.verification import evidence_signals
@@ -119,10 +119,10 @@ class ChainBackend:
             if is_last:
                 return
 
-    async def score(self, ids: list[int], start: int, adapter: str) -> Scores:
+    async def score(self, ids: list[int], start: int, adapter: str) -> TokenScores:
         rows = [self._row(ids[index], ids[index - 1]) for index in range(start, len(ids))]
         own = self._chain.after(ids[-1])
-        return Scores(rows, self._row(own, ids[-1]))
+        return TokenScores(rows, self._row(own, ids[-1]))
 
 
 # A stop sequence, and what the answer is then.
@@ -139,15 +139,17 @@ _ENDS = [
 ]
 
 
-def _request(tokenizer: ChatTokenizer, stop: tuple[str, ...], draft: Draft | None = None) -> Request:
+def _request(
+    tokenizer: ChatTokenizer, stop: tuple[str, ...], draft: ReceivedDraft | None = None
+) -> SlotRequest:
     events: list[Any] = []
     answer = AnswerBuilder(tokenizer.stream(), stop)
     prompt = tokenizer.encode_chat(_TURNS)
     call = Call(prompt, 20, Sampling(stop=stop), answer, (_EOS,), evidence_signals)
-    return Request(call, events.extend, draft)
+    return SlotRequest(call, events.extend, draft)
 
 
-def _events(request: Request) -> list[Any]:
+def _events(request: SlotRequest) -> list[Any]:
     request.send()
     return request.deliver.__self__  # type: ignore[attr-defined, no-any-return]
 
@@ -167,7 +169,7 @@ def test_a_stop_sequence_may_be_a_special_token_in_the_onnx_engine(
     chain = Chain(tokenizer)
     draft = None
     if kind == "draft":
-        draft = Draft(20)
+        draft = ReceivedDraft(20)
         draft.add(chain.ids[:-1])
         draft.finish(_EOS)
     requests = [_request(tokenizer, stop, draft) for _ in range(3 if kind == "batch" else 1)]

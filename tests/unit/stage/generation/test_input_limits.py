@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from asd.errors import InvalidRequest, PromptTooLong
 from asd.values import FinishReason, Message
 from services.stage.domain import DraftPiece, DraftText
-from services.stage.generation.draft import Draft
+from services.stage.generation.draft import ReceivedDraft
 from services.stage.generation.inputs import RequestReader
 from services.stage.generation.tokenizer import ChatTokenizer
 from tests.fakes.chat_templates import FAMILIES
@@ -169,7 +169,7 @@ async def test_a_whole_draft_is_encoded_as_far_as_it_is_wanted(
     reader: RequestReader, tokenizer: Counting
 ) -> None:
     text = "the user is in the system " * 100_000
-    feed = Draft(30)
+    feed = ReceivedDraft(30)
     await reader.read_draft(DraftText(text, (), "", FinishReason.EOS), feed)
     assert feed.ids == ChatTokenizer.encode_text(tokenizer, text[:1000])[:30]
     assert feed.is_complete
@@ -186,7 +186,7 @@ async def test_a_draft_in_pieces_is_encoded_as_far_as_it_is_wanted(
             yield DraftPiece((7,), text[start : start + len(text) // 3], "f" * 64)
         yield FinishReason.EOS
 
-    feed, told = Draft(30), []
+    feed, told = ReceivedDraft(30), []
     await reader.follow_draft(come(), feed, told.append)
     assert feed.ids == ChatTokenizer.encode_text(tokenizer, text[:1000])[:30]
     assert feed.is_complete
@@ -205,7 +205,7 @@ async def test_the_end_of_a_draft_is_proposed_only_where_all_of_it_was_read(
     }
     tokenizer = ChatTokenizer(write(tmp_path, description, _CONFIG))
     reader = RequestReader("m", tokenizer, CONTEXT, tokenizer.vocabulary_size, (2,))
-    text, whole, stream = f"a{' ' * blanks}b", Draft(30), Draft(30)
+    text, whole, stream = f"a{' ' * blanks}b", ReceivedDraft(30), ReceivedDraft(30)
     await reader.read_draft(DraftText(text, (), "", FinishReason.EOS), whole)
 
     async def come() -> AsyncIterator[DraftPiece | FinishReason]:
@@ -219,12 +219,14 @@ async def test_the_end_of_a_draft_is_proposed_only_where_all_of_it_was_read(
 async def test_ids_beyond_what_a_draft_may_have_are_not_looked_at(
     reader: RequestReader, tokenizer: Counting
 ) -> None:
-    feed = Draft(3)
+    feed = ReceivedDraft(3)
     ids = (*tokenizer.encode_text("abcd"), 2, 99_999)
     await reader.read_draft(DraftText("", ids[:3] + ids[-2:], tokenizer.fingerprint, FinishReason.EOS), feed)
     assert feed.ids == list(ids[:3])
     with pytest.raises(InvalidRequest, match="99999"):
-        await reader.read_draft(DraftText("", (99_999,), tokenizer.fingerprint, FinishReason.EOS), Draft(3))
+        await reader.read_draft(
+            DraftText("", (99_999,), tokenizer.fingerprint, FinishReason.EOS), ReceivedDraft(3)
+        )
 
 
 def test_other_threads_go_on_while_text_is_encoded(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from asd.errors import AsdError, InvalidRequest, PromptTooLong
 from asd.values import FinishReason, Message
 from services.stage.domain import DraftPiece, DraftText
-from services.stage.generation.draft import Draft
+from services.stage.generation.draft import ReceivedDraft
 from services.stage.generation.inputs import RequestReader
 from services.stage.generation.tokenizer import TooManyTokens
 from tests.limits import CALL_S
@@ -91,7 +91,7 @@ async def test_a_cancelled_requests_long_text_counts_until_it_is_encoded(kind: s
         if kind == "prompt":
             await reader.read_prompt((Message("user", text),))
         else:
-            await reader.read_draft(DraftText(text, (), "", FinishReason.EOS), Draft(100))
+            await reader.read_draft(DraftText(text, (), "", FinishReason.EOS), ReceivedDraft(100))
 
     tasks = {letter: asyncio.create_task(read(letter)) for letter in "abcdef"}
     try:
@@ -153,7 +153,7 @@ async def test_a_prompt_beyond_the_context_is_refused_for_this_model_alone(
 async def test_a_draft_ends_at_a_token_that_ends_the_models_answers(
     reader: RequestReader, ids: tuple[int, ...], finish: FinishReason, read: list[int], size: int | None
 ) -> None:
-    feed = Draft(most_tokens=100)
+    feed = ReceivedDraft(most_tokens=100)
     if size is None:
         await reader.read_draft(DraftText("", ids, OWN, finish), feed)
     else:
@@ -167,14 +167,14 @@ async def test_a_draft_ends_at_a_token_that_ends_the_models_answers(
 async def test_ids_beyond_the_vocabulary_are_refused(reader: RequestReader) -> None:
     for ids in ((1, VOCABULARY), (VOCABULARY, 7)):
         with pytest.raises(InvalidRequest) as caught:
-            await reader.read_draft(DraftText("", ids, OWN, FinishReason.EOS), Draft(100))
+            await reader.read_draft(DraftText("", ids, OWN, FinishReason.EOS), ReceivedDraft(100))
         assert caught.value.field == "draft.token_ids"
-        (error,) = await follow(reader, Draft(100), [ids, FinishReason.EOS])
+        (error,) = await follow(reader, ReceivedDraft(100), [ids, FinishReason.EOS])
         assert error.field == "chunk.token_ids"
 
 
 async def follow(
-    reader: RequestReader, feed: Draft, pieces: Sequence[tuple[int, ...] | FinishReason]
+    reader: RequestReader, feed: ReceivedDraft, pieces: Sequence[tuple[int, ...] | FinishReason]
 ) -> list[AsdError]:
     """Have a draft read as it comes; return the errors that its target is told of."""
     errors: list[AsdError] = []

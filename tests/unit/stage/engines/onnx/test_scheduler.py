@@ -16,10 +16,10 @@ from services.stage.domain import Result
 from services.stage.engines.onnx.engine import OnnxOptions
 from services.stage.engines.onnx.generators import CachedSequence
 from services.stage.engines.onnx.scheduler import Scheduler
-from services.stage.engines.onnx.slots import Request
+from services.stage.engines.onnx.slots import SlotRequest
 from services.stage.generation.answer import AnswerBuilder
 from services.stage.generation.call import Call
-from services.stage.generation.draft import Draft
+from services.stage.generation.draft import ReceivedDraft
 from services.stage.generation.verification import evidence_signals
 from tests.limits import CALL_S
 
@@ -113,7 +113,7 @@ class Asked:
     def __init__(self, prompt: list[int], most_tokens: int = 3, **more: Any) -> None:
         call = Call(prompt, most_tokens, Sampling(), AnswerBuilder(Letters()), (0,), evidence_signals)
         self._events: queue.Queue[Any] = queue.Queue()
-        self.request = Request(call, self._deliver, **more)
+        self.request = SlotRequest(call, self._deliver, **more)
 
     def outcome(self) -> Result | AsdError:
         """Return its result, or its error."""
@@ -197,7 +197,7 @@ def test_none_takes_far_more_than_it_needs(
 
 
 def test_what_needs_a_cache_of_its_own_goes_alone(library: Library, start: Any) -> None:
-    draft = Draft(3)
+    draft = ReceivedDraft(3)
     draft.add([8, 9, 11])
     draft.finish(None)
     asked = [Asked([9]), Asked([5]), Asked([7], draft=draft), Asked([6])]
@@ -294,7 +294,7 @@ def test_slots_that_wait_for_drafts_leave_the_model_to_the_next_requests(
 ) -> None:
     library.gate.set()
     scheduler = start(max_lanes=1)
-    waiting = Asked([9], draft=Draft(3), threshold=0.5)
+    waiting = Asked([9], draft=ReceivedDraft(3), threshold=0.5)
     submit(scheduler, waiting, other := Asked([5]))
     assert other.ids() == (6, 7, 8)
     assert scheduler.usage().running == 1

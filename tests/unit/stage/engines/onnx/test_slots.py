@@ -15,10 +15,10 @@ from asd.values import FinishReason, Sampling
 from models.train.passes import count_passes
 from services.stage.domain import Result, TokenChunk, VerificationResult
 from services.stage.engines.onnx.generators import CachedSequence
-from services.stage.engines.onnx.slots import Request, VerifySlot
+from services.stage.engines.onnx.slots import SlotRequest, VerifySlot
 from services.stage.generation.answer import AnswerBuilder
 from services.stage.generation.call import Call
-from services.stage.generation.draft import Draft
+from services.stage.generation.draft import ReceivedDraft
 from services.stage.generation.verification import evidence_signals
 
 if TYPE_CHECKING:
@@ -77,24 +77,24 @@ class Letters:
 
 
 def slot_for(
-    draft: Draft | None,
+    draft: ReceivedDraft | None,
     *,
     most: int = MOST,
     seed: int | None = None,
     stop: tuple[str, ...] = (),
     threshold: float | None = None,
     resync: bool = True,
-) -> tuple[VerifySlot, list[object], Request]:
+) -> tuple[VerifySlot, list[object], SlotRequest]:
     events: list[object] = []
     sampling = Sampling(temperature=0.0 if seed is None else 1.0, seed=seed, stop=stop)
     answer = AnswerBuilder(Letters(), stop)
     call = Call(PROMPT, most, sampling, answer, (END,), evidence_signals)
-    request = Request(call, events.extend, draft, threshold, resync)
+    request = SlotRequest(call, events.extend, draft, threshold, resync)
     return VerifySlot(request, CachedSequence(TableGenerator())), events, request
 
 
 def run(
-    slot: VerifySlot, request: Request, draft: Draft | None = None, pieces: Sequence[object] = ()
+    slot: VerifySlot, request: SlotRequest, draft: ReceivedDraft | None = None, pieces: Sequence[object] = ()
 ) -> Result:
     """Step a slot to its end; a piece of the draft comes whenever it has nothing to do."""
     waiting = iter(pieces)
@@ -115,7 +115,7 @@ def run(
     raise AssertionError("the slot does not end")
 
 
-def events_of(request: Request) -> list[object]:
+def events_of(request: SlotRequest) -> list[object]:
     return request.deliver.__self__  # type: ignore[attr-defined]
 
 
@@ -125,8 +125,8 @@ def alone(**options: object) -> Result:
     return run(slot, request)
 
 
-def whole(ids: Sequence[int], *, has_ended: bool, most: int = MOST) -> Draft:
-    draft = Draft(most)
+def whole(ids: Sequence[int], *, has_ended: bool, most: int = MOST) -> ReceivedDraft:
+    draft = ReceivedDraft(most)
     draft.add(ids)
     draft.finish(END if has_ended else None)
     return draft
@@ -186,7 +186,7 @@ def test_however_a_draft_comes_the_answer_is_the_same(data: st.DataObject, has_e
     ids = data.draw(edited_drafts(wanted.ids))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(ids)), max_size=5)))
     pieces = [ids[a:b] for a, b in itertools.pairwise([0, *cuts, len(ids)])]
-    draft = Draft(MOST)
+    draft = ReceivedDraft(MOST)
     slot, events, request = slot_for(draft)
     result = run(slot, request, draft, [*pieces, END if has_ended else None])
     assert (result.ids, result.finish) == (wanted.ids, wanted.finish)
@@ -197,7 +197,7 @@ def test_however_a_draft_comes_the_answer_is_the_same(data: st.DataObject, has_e
 
 
 def test_the_first_token_goes_out_before_any_draft_comes() -> None:
-    draft = Draft(MOST)
+    draft = ReceivedDraft(MOST)
     slot, events, _ = slot_for(draft)
     assert slot.step() == []
     assert not slot.is_ready
@@ -206,7 +206,7 @@ def test_the_first_token_goes_out_before_any_draft_comes() -> None:
 
 def test_while_the_target_agrees_each_pass_is_one_chunk() -> None:
     ids = alone().ids
-    draft = Draft(MOST)
+    draft = ReceivedDraft(MOST)
     slot, events, request = slot_for(draft)
     assert slot.step() == []
     for end, tokens in ((4, 4), (6, 2), (12, 6)):
@@ -221,7 +221,7 @@ def test_while_the_target_agrees_each_pass_is_one_chunk() -> None:
 
 
 def test_a_tolerant_target_waits_for_the_draft_and_keeps_what_is_likely_enough() -> None:
-    draft = Draft(MOST)
+    draft = ReceivedDraft(MOST)
     slot, _, request = slot_for(draft, threshold=1e-6)
     assert not slot.is_ready
     second = [int(np.argsort(table_logits(PROMPT))[-2])]
