@@ -7,13 +7,13 @@ import logging
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+from asd.transport.files import DamagedFile
 from asd.v1 import policy_pb2_grpc
 from policy_service.drift import DriftMonitor, DriftRule
 from policy_service.instruments import PolicyInstruments
 from policy_service.reports import ReportLog
 from policy_service.settings import PolicySettings
 from services.common import telemetry
-from services.common.documents import DamagedFile
 from services.common.extras import needs
 from services.common.privacy import report_nothing
 from services.common.server import ServiceRegistration, run_service, serve

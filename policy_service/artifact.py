@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 from pydantic import ValidationError
 
+from asd.transport.files import DamagedFile, read_content
 from asd.values import FinishReason, Preference
 from policy_service.document import (
     Lineage,
@@ -46,7 +47,7 @@ from policy_service.predictor import OnnxPredictor
 from policy_service.predictor_model import MOST_MODEL_BYTES, UnfitModel, check_model
 from policy_service.solver import Move, View
 from policy_service.state_cells import StateCells
-from services.common.documents import DamagedFile, parse_json, quoted, read_content
+from services.common.documents import parse_json, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -21,11 +21,12 @@ from pydantic import (
     model_validator,
 )
 
+from asd.transport.files import DamagedFile
 from asd.values import FinishReason
 from asd.visible import OneLineError, one_line
 from policy_service.family import Family
 from policy_service.features import FEATURES_VERSION, FeatureSpace
-from services.common.documents import DamagedFile, parse_json, quoted
+from services.common.documents import parse_json, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

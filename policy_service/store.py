@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, ValidationError
 
+from asd.transport.files import DamagedFile, read_content
 from policy_service.artifact import (
     ARTIFACT,
     DOCUMENT,
@@ -38,7 +39,7 @@ from policy_service.artifact import (
 )
 from policy_service.document import Entry, PolicyDocument, UnfitArtifact
 from services.common.disks import alone, replace_file, writing
-from services.common.documents import DamagedFile, parse_json, read_content
+from services.common.documents import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Sequence

@@ -175,8 +175,8 @@ class _Asking:
 
     async def _ask(self, task: Task, way: str) -> Outcome | None:
         from asd.errors import AsdError
+        from asd.transport.status import status_of
         from asd.values import Request
-        from services.common.status import status_of
         from suites import grade
 
         stage = "" if way == CASCADE else self._baseline

@@ -19,15 +19,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from asd.convert import FINISH_REASONS
 from asd.errors import AsdError, InvalidRequest
+from asd.transport.channel import call_stream
+from asd.transport.files import DamagedFile
 from asd.v1 import common_pb2, stage_pb2, stage_pb2_grpc
 from policy_service.features import round_signals
 from policy_service.train.console import warn
 from policy_service.train.faults import UnfitOutcomes
 from policy_service.train.outcome_table import SCHEMA, VERSION, pair_name, pairs, write_outcomes
 from policy_service.train.outcomes import read_cascade, read_prompts
-from services.common.channel import call_stream, open_channel
+from services.common.channel import open_channel
 from services.common.disks import writing
-from services.common.documents import DamagedFile, parse_json
+from services.common.documents import parse_json
 from services.common.line_log import LineLog
 from suites import Task, grade
 from suites.splits import Split

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, ValidationError
 
+from asd.transport.files import DamagedFile, read_content
 from asd.visible import OneLineError
-from services.common.documents import MOST_YAML_BYTES, DamagedFile, parse_yaml, read_content
+from services.common.documents import MOST_YAML_BYTES, parse_yaml
 from services.common.settings import Section
 
 if TYPE_CHECKING:

@@ -6,10 +6,6 @@ import asyncio
 import re
 import socket
 
-from asd.transport.addresses import host_of, is_loopback
-
-__all__ = ["check_target", "host_of", "is_loopback", "neighbour", "resolve_addresses"]
-
 # A name or an address, that of IPv6 in brackets; or one to be asked of a name server ("dns://8.8.8.8/host:port").
 _ADDRESS = re.compile(r"(dns://[^\s/]+/)?([^\s:/\[\]]+|\[[0-9a-fA-F:.%]+\]):[0-9]{1,5}")
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from asd.transport import channel
-from asd.transport.channel import MAX_MESSAGE_BYTES, call_exchange, call_stream, call_unary, result_of
+from asd.transport.channel import MAX_MESSAGE_BYTES
 from services.common import telemetry
 
 if TYPE_CHECKING:
     import grpc
 
     from asd.transport.tls import TlsFiles
-
-__all__ = ["call_exchange", "call_stream", "call_unary", "open_channel", "result_of"]
 
 
 def open_channel(

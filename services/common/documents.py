@@ -15,24 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from asd.transport.files import DamagedFile, open_file, read_content
+from asd.transport.files import DamagedFile, open_file
 from asd.visible import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
-
-__all__ = [
-    "MOST_LINE_BYTES",
-    "MOST_YAML_BYTES",
-    "DamagedFile",
-    "numbered_lines",
-    "open_file",
-    "parse_json",
-    "parse_yaml",
-    "quoted",
-    "read_content",
-]
 
 # Objects and lists within each other. Chosen: far more than any real file has, far fewer than would exhaust
 # the stack of what reads the content, or prints it.

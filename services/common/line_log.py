@@ -11,8 +11,9 @@ import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from asd.transport.files import DamagedFile
 from services.common.disks import cannot_write, is_full
-from services.common.documents import DamagedFile, numbered_lines
+from services.common.documents import numbered_lines
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

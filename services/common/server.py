@@ -20,11 +20,12 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from asd.errors import AsdError, InvalidRequest, Unavailable
+from asd.transport.addresses import is_loopback
 from asd.transport.channel import MAX_MESSAGE_BYTES
 from asd.transport.files import UnusableFile
+from asd.transport.status import DETAILS_KEY, status_of
 from services.common import telemetry
-from services.common.addresses import is_loopback
-from services.common.status import DETAILS_KEY, public_message, status_of, to_rpc_status
+from services.common.status import public_message, to_rpc_status
 from services.common.tls import server_credentials
 from services.common.wire import NOT_A_MESSAGE, check_entries, find_invalid_text
 

@@ -24,9 +24,10 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from asd.transport.files import DamagedFile, read_content
 from asd.visible import one_line, visible
 from services.common.addresses import check_target
-from services.common.documents import MOST_YAML_BYTES, DamagedFile, parse_yaml, read_content
+from services.common.documents import MOST_YAML_BYTES, parse_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

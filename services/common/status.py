@@ -7,21 +7,8 @@ from google.rpc import error_details_pb2, status_pb2
 
 from asd.errors import AsdError
 from asd.transport import status
-from asd.transport.status import DETAILS_KEY, ERROR_DOMAIN, from_rpc_error, status_of
+from asd.transport.status import ERROR_DOMAIN, status_of
 from services.common.errors import Draining
-
-__all__ = [
-    "DETAILS_KEY",
-    "ERROR_DOMAIN",
-    "INTERNAL_TEXT",
-    "MAX_MESSAGE_CHARS",
-    "REASONS",
-    "STATUS_TABLE",
-    "from_rpc_error",
-    "public_message",
-    "status_of",
-    "to_rpc_status",
-]
 
 STATUS_TABLE = ((Draining, grpc.StatusCode.UNAVAILABLE), *status.STATUS_TABLE)
 REASONS = {**status.REASONS, Draining: status.DRAINING}

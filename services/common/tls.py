@@ -13,10 +13,8 @@ import grpc
 from pydantic import model_validator
 
 from asd.transport.files import WatchedFiles
-from asd.transport.tls import check_authority, check_pair, watched_channel_credentials
+from asd.transport.tls import check_authority, check_pair
 from services.common.settings import Section
-
-__all__ = ["ClientTls", "ServerTls", "server_credentials", "watched_channel_credentials"]
 
 
 class ServerTls(Section):

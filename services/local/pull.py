@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asd.errors import AsdError, InvalidRequest, NotFound, PreconditionFailed, ResourceExhausted, Unavailable
+from asd.transport.files import DamagedFile, read_content
 from services.common.disks import cannot_write, is_of_disk, replace_file, sync
-from services.common.documents import DamagedFile, parse_json, read_content
+from services.common.documents import parse_json
 from services.common.extras import explain_missing
 from services.common.privacy import report_nothing
 from services.common.terminal import visible

@@ -5,9 +5,9 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from asd.transport.status import status_of
 from asd.values import DecisionAction
 from services.common import telemetry
-from services.common.status import status_of
 from services.common.telemetry import OPERATION_CHAT, PROVIDER_NAME, Attributes, Metrics
 
 if TYPE_CHECKING:

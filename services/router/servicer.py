@@ -10,11 +10,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from asd.errors import AsdError, InvalidRequest, Overloaded, ResourceExhausted
+from asd.transport.status import status_of
 from asd.v1 import cascade_pb2, cascade_pb2_grpc
 from services.common import validation
 from services.common.errors import Draining
 from services.common.server import ServiceRegistration
-from services.common.status import public_message, status_of
+from services.common.status import public_message
 from services.common.telemetry import Spans, Traced, current_trace_id
 from services.common.validation import MAX_REQUEST_BYTES
 from services.common.wire import MAX_ENTRIES

@@ -6,10 +6,12 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from asd.errors import AsdError
+from asd.transport.addresses import host_of
+from asd.transport.channel import call_unary
+from asd.transport.tls import watched_channel_credentials
 from asd.v1 import stage_pb2, stage_pb2_grpc
-from services.common.addresses import host_of, resolve_addresses
-from services.common.channel import call_unary, open_channel
-from services.common.tls import watched_channel_credentials
+from services.common.addresses import resolve_addresses
+from services.common.channel import open_channel
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping

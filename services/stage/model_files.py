@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from asd.errors import PreconditionFailed
-from services.common.documents import open_file, parse_json, read_content
+from asd.transport.files import open_file, read_content
+from services.common.documents import parse_json
 
 if TYPE_CHECKING:
     from pathlib import Path

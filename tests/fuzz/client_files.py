@@ -12,11 +12,12 @@ from unittest import mock
 import huggingface_hub
 
 from asd.errors import InvalidRequest, NotFound, PreconditionFailed, ResourceExhausted, Unavailable
+from asd.transport.tls import watched_channel_credentials
 from asd.transport.token import bearer
-from services.cli.commands import read_answer
 from services.cli.connecting import Connection
+from services.cli.files import read_answer
 from services.common.settings import SettingsError
-from services.common.tls import ClientTls, ServerTls, server_credentials, watched_channel_credentials
+from services.common.tls import ClientTls, ServerTls, server_credentials
 from services.local.pull import Pulled, pull
 from services.stage.engines.onnx.partial_folders import MANIFEST, find_damage, finish, partial_folder
 from tests.fakes import tiny_llama

@@ -7,8 +7,8 @@ import logging
 from typing import TYPE_CHECKING, Protocol
 
 from asd.errors import AsdError, BudgetSpent
+from asd.transport.channel import call_unary
 from asd.v1 import manager_pb2, manager_pb2_grpc
-from services.common.channel import call_unary
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence

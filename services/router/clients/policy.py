@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from asd.convert import DECISION_ACTIONS, DECISION_REASONS, objective_to, set_input
 from asd.errors import AsdError, BudgetSpent, InvalidRequest, Unavailable
+from asd.transport.channel import call_unary
 from asd.v1 import policy_pb2, policy_pb2_grpc
 from asd.values import DecisionAction
-from services.common.channel import call_unary
 from services.router import convert
 from services.router.clients.call_limit import CallLimit
 from services.router.clients.stage import DESCRIBE_TIMEOUT_MS

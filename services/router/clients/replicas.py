@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from asd.errors import Away
+from asd.transport.addresses import host_of
 from asd.transport.files import UnusableFile
+from asd.transport.tls import watched_channel_credentials
 from asd.v1 import stage_pb2_grpc
-from services.common.addresses import host_of, resolve_addresses
+from services.common.addresses import resolve_addresses
 from services.common.channel import open_channel
-from services.common.tls import watched_channel_credentials
 from services.router.clients.affinity import choose_replica
 
 if TYPE_CHECKING:

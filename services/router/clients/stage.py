@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 from asd.convert import FINISH_REASONS, acceptance_to, sampling_to, set_input
 from asd.errors import AsdError, Away, BrokenOff, InvalidRequest, NotFound, PreconditionFailed, Unavailable
+from asd.transport.channel import call_exchange, call_stream, call_unary
 from asd.transport.patience import Patience
 from asd.v1 import cascade_pb2, stage_pb2
 from asd.values import FinishReason
-from services.common.channel import call_exchange, call_stream, call_unary
 from services.router import convert
 from services.router.clients.adapters import Adapters, tasks_of
 from services.router.domain import PeerLoad, RoutedRequest, ScoredTokens, Stage, StageResult

@@ -14,9 +14,10 @@ import grpc
 import pytest
 
 from asd.errors import AsdError, BrokenOff, BudgetSpent, InvalidRequest, ResourceExhausted, Unavailable
+from asd.transport.channel import call_exchange, call_stream, call_unary
 from asd.transport.patience import Patience
 from asd.v1 import common_pb2, stage_pb2, stage_pb2_grpc
-from services.common.channel import call_exchange, call_stream, call_unary, open_channel
+from services.common.channel import open_channel
 from services.common.errors import Draining
 from services.common.server import ServiceRegistration, start_server
 from tests.limits import CALL_S

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from asd.transport.channel import call_stream, call_unary
 from asd.v1 import cascade_pb2, cascade_pb2_grpc, stage_pb2, stage_pb2_grpc
-from services.common.channel import call_stream, call_unary, open_channel
+from services.common.channel import open_channel
 from services.common.server import ServerOptions, ServiceRegistration, start_server
 from services.router.__main__ import build
 from services.router.settings import RouterSettings

@@ -13,7 +13,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from asd.errors import AsdError
-from services.common.channel import call_unary, open_channel
+from asd.transport.channel import call_unary
+from services.common.channel import open_channel
 from services.common.server import start_server
 from tests.integration.common.conftest import CALL_S, PROCESS_S
 from tests.integration.common.test_otlp import receiver  # noqa: F401 - a fixture

@@ -15,9 +15,9 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from asd.errors import Away
+from asd.transport.status import from_rpc_error
 from asd.v1 import cascade_pb2, cascade_pb2_grpc, common_pb2, stage_pb2, stage_pb2_grpc
 from services.common.server import ServiceRegistration, start_server
-from services.common.status import from_rpc_error
 from tests.integration.common.conftest import CALL_S, PROCESS_S, Health, running
 from tests.integration.router.conftest import FakeStage
 

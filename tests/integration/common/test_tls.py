@@ -18,9 +18,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from pydantic import ValidationError
 
 from asd.errors import Unavailable
+from asd.transport.channel import call_stream, call_unary
 from asd.transport.files import UnusableFile
 from asd.v1 import cascade_pb2, cascade_pb2_grpc, stage_pb2, stage_pb2_grpc
-from services.common.channel import call_stream, call_unary, open_channel
+from services.common.channel import open_channel
 from services.common.server import (
     CannotListen,
     ServerOptions,

@@ -194,7 +194,7 @@ async def test_a_bad_new_version_leaves_the_last_good_one(store: PolicyStore, tm
 
 async def test_reports_of_a_version_that_nobody_knows_are_refused(store: PolicyStore, tmp_path: Path):
     from asd.errors import NotFound
-    from services.common.channel import call_unary
+    from asd.transport.channel import call_unary
 
     store.publish(make_artifact(tmp_path / "v2", "v2"))
     async with running(store, tmp_path / "r.jsonl") as service:

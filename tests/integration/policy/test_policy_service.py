@@ -14,11 +14,12 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from asd.errors import ResourceExhausted
+from asd.transport.channel import call_unary
 from asd.v1 import common_pb2, policy_pb2, policy_pb2_grpc
 from policy_service.artifact import load_artifact
 from policy_service.reports import ReportLog, read_reports
 from policy_service.servicer import PolicyServicer
-from services.common.channel import call_unary, open_channel
+from services.common.channel import open_channel
 from services.common.server import ServiceRegistration, start_server
 from suites import split
 from tests.limits import CALL_S, PROCESS_S

@@ -7,8 +7,8 @@ import grpc
 import pytest
 
 from asd.errors import InvalidRequest, QueueFull
+from asd.transport.status import from_rpc_error
 from asd.v1 import cascade_pb2, common_pb2
-from services.common.status import from_rpc_error
 from tests.limits import CALL_S
 
 NAN, INF = float("nan"), float("inf")

@@ -17,9 +17,9 @@ from asd.errors import (
     QueueFull,
     Unavailable,
 )
+from asd.transport.status import from_rpc_error
 from asd.v1 import cascade_pb2, common_pb2, policy_pb2
 from services.common.server import ServiceRegistration, start_server
-from services.common.status import from_rpc_error
 from tests.limits import CALL_S, HANGS_MS
 
 ASK = cascade_pb2.GenerateRequest(prompt="hi")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import grpc
 import pytest
 
+from asd.transport.status import from_rpc_error
 from asd.v1 import cascade_pb2, common_pb2
-from services.common.status import from_rpc_error
 from tests.limits import CALL_S
 
 MOST = 4 * 1024 * 1024

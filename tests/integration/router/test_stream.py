@@ -8,8 +8,8 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
+from asd.transport.status import DETAILS_KEY
 from asd.v1 import cascade_pb2, common_pb2
-from services.common.status import DETAILS_KEY
 from tests.limits import CALL_S
 
 

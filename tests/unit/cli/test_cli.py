@@ -38,8 +38,9 @@ from asd.values import (
     StageStarted,
     Tokens,
 )
-from services.cli import commands, console
-from services.cli.commands import app, stream_live, stream_plain
+from services.cli import console, files
+from services.cli.asking import stream_live, stream_plain
+from services.cli.commands import app
 from services.common.terminal import LiteralConsole
 from services.common.version import VERSION
 from services.local import running
@@ -540,7 +541,7 @@ def test_a_demo_refuses_a_file_that_cannot_be_written_before_it_asks(tmp_path, m
     def refuse(self, *_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(commands.Path, "open", refuse)
+    monkeypatch.setattr(files.Path, "open", refuse)
     result = _RUNNER.invoke(
         app, ["demo", "--json", str(tmp_path / "demo.json"), "--cascade", "/no/such.yaml"]
     )

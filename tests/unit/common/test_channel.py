@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from services.common.channel import result_of
+from asd.transport.channel import result_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator

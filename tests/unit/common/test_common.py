@@ -7,18 +7,11 @@ import pytest
 from google.rpc import error_details_pb2
 
 from asd import errors
+from asd.transport.status import DETAILS_KEY, from_rpc_error, status_of
 from services.common.cost import verify_cost
 from services.common.errors import Draining
 from services.common.settings import Section, ServiceSettings, SettingsError, service_config
-from services.common.status import (
-    DETAILS_KEY,
-    REASONS,
-    STATUS_TABLE,
-    from_rpc_error,
-    public_message,
-    status_of,
-    to_rpc_status,
-)
+from services.common.status import REASONS, STATUS_TABLE, public_message, to_rpc_status
 
 
 def test_every_error_has_a_row():

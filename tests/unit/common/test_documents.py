@@ -4,8 +4,9 @@ import os
 
 import pytest
 
+from asd.transport.files import DamagedFile, read_content
 from asd.visible import one_line
-from services.common.documents import DamagedFile, numbered_lines, parse_json, parse_yaml, read_content
+from services.common.documents import numbered_lines, parse_json, parse_yaml
 
 
 @pytest.mark.parametrize(

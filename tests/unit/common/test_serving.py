@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import pytest
 
+from asd.transport.addresses import host_of, is_loopback
 from policy_service.settings import PolicySettings
-from services.common.addresses import check_target, host_of, is_loopback
+from services.common.addresses import check_target
 from services.common.channel import open_channel
 from services.common.server import ServerOptions
 from services.common.settings import SettingsError

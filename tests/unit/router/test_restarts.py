@@ -11,9 +11,10 @@ import pytest
 
 from asd.errors import AsdError, Away, InvalidRequest, NotFound, QueueFull, Unavailable
 from asd.transport.patience import Patience
+from asd.transport.status import DETAILS_KEY, status_of
 from asd.v1 import stage_pb2
 from asd.values import FinishReason
-from services.common.status import DETAILS_KEY, status_of, to_rpc_status
+from services.common.status import to_rpc_status
 from services.router.cascade import Cascade
 from services.router.clients.stage import GrpcStage
 from services.router.domain import (

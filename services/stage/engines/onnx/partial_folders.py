@@ -23,9 +23,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from asd.transport.files import DamagedFile, open_file, read_content
 from asd.visible import one_line
 from services.common.disks import alone, sync
-from services.common.documents import DamagedFile, open_file, parse_json, quoted, read_content
+from services.common.documents import parse_json, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
