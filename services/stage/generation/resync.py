@@ -105,7 +105,9 @@ class Resynchroniser:
         """
         if self._misses >= self._rule.misses_to_end:
             return []
-        position = self._find(answer) if self._rule.seeks_ngrams else None
+        position = (
+            longest_run(self._draft, answer, self._start, self._aligned) if self._rule.seeks_ngrams else None
+        )
         if position is None:
             if self._misses >= self._rule.misses_to_doubt:
                 return []
@@ -125,19 +127,22 @@ class Resynchroniser:
             self._chunk = max(self._chunk // 2, self._rule.least_chunk)
         self._misses = 0 if accepted >= self._rule.least_hit else self._misses + 1
 
-    def _find(self, answer: Sequence[int]) -> int | None:
-        """Return the position after the longest, then nearest, run of the answer's last tokens, if any."""
-        draft = self._draft
-        for length in range(min(_MOST_GRAM, len(answer)), _LEAST_GRAM - 1, -1):
-            gram = list(answer[-length:])
-            positions = [
-                position
-                for position in range(self._start + length, len(draft))
-                if draft[position - 1] == gram[-1] and list(draft[position - length : position]) == gram
-            ]
-            if positions:
-                return min(positions, key=lambda position: abs(position - self._aligned))
-        return None
+
+def longest_run(draft: Sequence[int], answer: Sequence[int], start: int, near: int) -> int | None:
+    """Return the position in a draft after the longest run of an answer's last tokens, if there is one.
+
+    start: position from which on runs count. near: of runs of equal length, the one that ends nearest to it.
+    """
+    for length in range(min(_MOST_GRAM, len(answer)), _LEAST_GRAM - 1, -1):
+        gram = list(answer[-length:])
+        positions = [
+            position
+            for position in range(start + length, len(draft))
+            if draft[position - 1] == gram[-1] and list(draft[position - length : position]) == gram
+        ]
+        if positions:
+            return min(positions, key=lambda position: abs(position - near))
+    return None
 
 
 class ResyncPayoff:

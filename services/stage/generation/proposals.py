@@ -1,0 +1,222 @@
+"""How much of each draft an engine verifies in its next step, where it verifies while it decodes. Pure.
+
+Such an engine computes one token of each request in a step anyway. Every draft token beside it makes the
+step a little longer, and saves a step of its request if it is accepted. Two things are learned from what the
+engine writes: how likely a draft's next tokens are (`DraftFollower`), and what a step of so many tokens takes
+(`StepTimes`). `share_out` then proposes the tokens that raise the tokens per second of the whole batch.
+Nothing here decides what is accepted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from services.stage.generation.resync import longest_run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    import numpy.typing as npt
+
+# Probability that a draft which has lost the answer agrees with its next token all the same. Chosen.
+_CHANCE = 0.1
+# Probability per token that a draft loses the answer for good. Chosen: once in an answer of usual length.
+_LOSS = 1 / 160
+# A draft is never given up for good: where its text comes back, it is found again.
+_LEAST_BELIEF = 1e-3
+# What a found run of tokens says at least: it may be chance.
+_FOUND = 0.5
+# Tokens that the average draft counts for beside a draft's own. Chosen.
+_AVERAGE_TOKENS = 6.0
+# Weight of the newest draft in the average one, and bounds that leave room to learn. Chosen.
+_NEWEST_DRAFT = 0.1
+_LEAST_SHARE, _MOST_SHARE = 0.05, 0.995
+# Weight that what was observed before keeps at a new step. Chosen: the last 200 steps count.
+_KEPT = 0.995
+# What a further token of a step takes of a step's fixed time, until steps have shown it: a 34B on an H200.
+_PRIOR_SLOPE = 1 / 400
+# Steps of that worth, and how much longer than expected a step counts at most: others hold one up at times.
+_PRIOR_STEPS = 4.0
+_LONGEST = 3.0
+# Two or three suffice.
+_ROUNDS = 8
+
+
+@dataclass(slots=True)
+class AverageDraft:
+    """What drafts were like so far. follows: share that agreed at all. agrees: of those, the share of tokens.
+
+    It starts with trust: a draft is made because it is expected to be right.
+    """
+
+    follows: float = 0.9
+    agrees: float = 0.97
+
+    def learn(self, hits: float, misses: float) -> None:
+        """Learn from a draft that is done with: tokens that agreed, and that did not."""
+        seen = hits + misses
+        if not seen:
+            return
+        share = hits / seen
+        # Noise agrees by chance alone.
+        has_followed = share > 2 * _CHANCE
+        self.follows = _moved(self.follows, 1.0 if has_followed else 0.0)
+        if has_followed:
+            self.agrees = _moved(self.agrees, share)
+
+
+class DraftFollower:
+    """One draft beside the answer that a target writes: where the draft would go on, and how likely that is.
+
+    Two states: the draft follows the answer, where each token agrees with probability s, or it has lost it.
+    The belief in the first is updated by Bayes' rule with each token of the answer, proposed or not. s is the
+    mean of what this draft and the average one showed. A token that differs counts as a replacement of one
+    token by one; after two in a row the answer's last tokens are looked for in the rest of the draft.
+    """
+
+    def __init__(self, average: AverageDraft, ids: Iterable[int] = ()) -> None:
+        self.ids = list(ids)
+        # Length of the prefix that the answer begins with, and whether it has departed from the draft.
+        self.prefix = 0
+        self.has_departed = False
+        self._average = average
+        self._answer: list[int] = []
+        self._position = 0
+        self._belief = average.follows
+        self._hits = self._misses = 0.0
+        self._misses_in_row = 0
+
+    @property
+    def agreement(self) -> float:
+        """Probability that a token of the draft agrees while the draft follows the answer."""
+        seen = self._hits + self._misses
+        agrees = (_AVERAGE_TOKENS * self._average.agrees + self._hits) / (_AVERAGE_TOKENS + seen)
+        return agrees * (1.0 - _LOSS)
+
+    def took(self, tokens: Sequence[int]) -> None:
+        """Take what the engine wrote in a step."""
+        for token in tokens:
+            self._answer.append(token)
+            self._compare(token)
+        if self._misses_in_row >= 2:
+            self._find()
+
+    def rest(self, room: int) -> Sequence[int]:
+        """Return the tokens that would come next, up to room."""
+        return self.ids[self._position : self._position + room]
+
+    @property
+    def likely(self) -> float:
+        """Probability that the draft follows the answer."""
+        return self._belief
+
+    def close(self) -> None:
+        """The answer is written: let the average draft learn from this one."""
+        self._average.learn(self._hits, self._misses)
+
+    def _compare(self, token: int) -> None:
+        if self._position >= len(self.ids):
+            # What has not arrived says nothing.
+            self._position += self.has_departed
+            return
+        agrees, belief = self.agreement, self._belief
+        is_hit = self.ids[self._position] == token
+        if is_hit:
+            belief = belief * agrees / (belief * agrees + (1.0 - belief) * _CHANCE)
+            self._hits += 1
+            self._misses_in_row = 0
+            self.prefix += not self.has_departed
+        else:
+            missed = belief * (1.0 - agrees)
+            belief = missed / (missed + (1.0 - belief) * (1.0 - _CHANCE))
+            # Tokens of a draft that has lost the answer say nothing of those that follow it.
+            self._misses += belief if self._hits else 1.0
+            self._misses_in_row += 1
+            self.has_departed = True
+        self._belief = max(belief * (1.0 - _LOSS), _LEAST_BELIEF)
+        self._position += 1
+
+    def _find(self) -> None:
+        found = longest_run(self.ids, self._answer, self.prefix, self._position)
+        if found is not None:
+            self._position = found
+            self._belief = max(self._belief, _FOUND)
+
+
+class StepTimes:
+    """What a step takes, in seconds: a fixed part and a part for each token, by least squares.
+
+    Older steps count less. Before the first, the fixed part is not known and counts as 1.
+    """
+
+    def __init__(self) -> None:
+        self._weight = self._x = self._y = self._xx = self._xy = 0.0
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        """Learn from a step."""
+        if self._weight >= _PRIOR_STEPS:
+            seconds = min(seconds, _LONGEST * self.seconds(tokens))
+        x, y = float(tokens), seconds
+        self._weight = self._weight * _KEPT + 1.0
+        self._x = self._x * _KEPT + x
+        self._y = self._y * _KEPT + y
+        self._xx = self._xx * _KEPT + x * x
+        self._xy = self._xy * _KEPT + x * y
+
+    def seconds(self, tokens: int) -> float:
+        """Return what a step of so many tokens takes."""
+        fixed, slope = self.line
+        return fixed + slope * tokens
+
+    @property
+    def line(self) -> tuple[float, float]:
+        """The fixed part, and that of each token."""
+        if not self._weight:
+            return 1.0, _PRIOR_SLOPE
+        mean_x, mean_y = self._x / self._weight, self._y / self._weight
+        spread = max(self._xx - self._weight * mean_x**2, 0.0)
+        together = self._xy - self._weight * mean_x * mean_y
+        prior = _PRIOR_SLOPE * mean_y / (1.0 + _PRIOR_SLOPE * mean_x)
+        # As if some steps had shown the prior slope, a token apart from the mean each.
+        slope = (together + _PRIOR_STEPS * prior) / (spread + _PRIOR_STEPS)
+        slope = min(max(slope, 0.0), mean_y / max(mean_x, 1.0))
+        return mean_y - slope * mean_x, slope
+
+
+def share_out(
+    likely: npt.NDArray[np.float64],
+    agreement: npt.NDArray[np.float64],
+    most: npt.NDArray[np.int64],
+    running: int,
+    times: StepTimes,
+) -> npt.NDArray[np.int64]:
+    """Return how many tokens to propose of each draft, so that the batch writes most per second: int64 [n].
+
+    likely: [n], probability that a draft follows its answer; agreement: [n], that its next token then agrees,
+    below 1; so the i-th token is accepted with likely * agreement**i. most: [n], tokens that may be proposed.
+    running: requests of the step, with those that have no draft.
+    A token pays where its probability is above what its time is worth at the rate of the whole step. The rate
+    grows with each round until it no longer does: Dinkelbach 1967, for a ratio of two sums.
+    """
+    fixed, slope = times.line
+    rate = running / (fixed + slope * running)
+    log_agreement = np.log(agreement)
+    counts = np.zeros(len(likely), np.int64)
+    for _ in range(_ROUNDS):
+        with np.errstate(divide="ignore"):
+            enough = np.log(rate * slope / likely) / log_agreement
+        counts = np.clip(np.floor(np.minimum(enough, most)), 0, most).astype(np.int64)
+        accepted = likely * agreement * (1.0 - agreement**counts) / (1.0 - agreement)
+        better = (running + accepted.sum()) / (fixed + slope * (running + counts.sum()))
+        if better <= rate * (1.0 + 1e-6):
+            break
+        rate = better
+    return counts
+
+
+def _moved(mean: float, value: float) -> float:
+    moved = mean + _NEWEST_DRAFT * (value - mean)
+    return min(max(moved, _LEAST_SHARE), _MOST_SHARE)
