@@ -1,0 +1,225 @@
+"""What runs inside vLLM's workers, so that vLLM verifies drafts while it decodes.
+
+vLLM 0.25.1 asks a class of its user for the tokens to verify in the next step (`speculative_config`, method
+`custom_class`), and tells it no request ids. A worker extension therefore gives that class the model runner,
+which knows each row's request. A request brings its draft in `SamplingParams.extra_args`, under a key that the
+stage made for it alone; what is still being written follows by `asd_grow`. All of it goes with the request.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from services.stage.generation.proposals import AverageDraft, DraftFollower, StepTimes, share_out
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+# Where a request's draft is in its extra_args.
+KEY, IDS = "asd_draft_key", "asd_draft_ids"
+
+# What waits for its request, or to be asked for, of so many requests. Chosen: many more than run at a time; a
+# request that is never run leaves what waited for it.
+_MOST_KEPT = 1024
+
+# Rank (0: the likeliest) and log-probability of a draft token.
+Judged = tuple[int, float]
+
+
+@dataclass(slots=True)
+class _Tracked:
+    """A request with a draft. judged: what the last step showed of its tokens from judged_from on."""
+
+    key: str
+    follower: DraftFollower
+    judged: list[Judged] = field(default_factory=list)
+    judged_from: int = 0
+
+    def evidence(self) -> list[Judged]:
+        """Return what is judged from the first token on that the answer departed from."""
+        return self.judged[self.follower.prefix - self.judged_from :]
+
+
+class DraftProposer:
+    """Proposes what remains of each request's draft, as far as that pays. vLLM makes one in each worker.
+
+    vllm_config: vLLM's configuration.
+    """
+
+    def __init__(self, vllm_config: Any) -> None:
+        self._most = int(vllm_config.speculative_config.num_speculative_tokens)
+        self._runner: Any = None
+        # By vLLM's request id; None: the request has no draft.
+        self._tracked: dict[str, _Tracked | None] = {}
+        self._grown: OrderedDict[str, list[int]] = OrderedDict()
+        self._evidence: OrderedDict[str, list[Judged]] = OrderedDict()
+        self._average = AverageDraft()
+        self._times = StepTimes()
+        # When the last step ended, and its rows: how many tokens the next step has of each.
+        self._ended = 0.0
+        self._scheduled: dict[str, int] = {}
+
+    def load_model(self, *_: Any, **__: Any) -> None:
+        """Do nothing: vLLM calls it for proposers that are models."""
+
+    def attach(self, runner: Any) -> None:
+        """Take the model runner. Without it nothing is proposed."""
+        self._runner = runner
+        sampler = runner.rejection_sampler
+        sampler._get_logprobs_tensors = self._judging(sampler._get_logprobs_tensors)  # noqa: SLF001 - no hook
+
+    def grow(self, key: str, ids: Sequence[int]) -> None:
+        """More of a request's draft has been written."""
+        for tracked in self._tracked.values():
+            if tracked is not None and tracked.key == key:
+                tracked.follower.ids.extend(ids)
+                return
+        self._grown.setdefault(key, []).extend(ids)
+        _shorten(self._grown)
+
+    def take_evidence(self, key: str) -> list[Judged]:
+        """Return how the model judged the draft from the first token on that it departed from.
+
+        Empty where that token was not proposed.
+        """
+        for tracked in self._tracked.values():
+            if tracked is not None and tracked.key == key:
+                return tracked.evidence()
+        return self._evidence.pop(key, [])
+
+    def propose(
+        self,
+        sampled_token_ids: Sequence[Sequence[int]],
+        num_tokens_no_spec: Any,
+        token_ids_cpu: Any,
+        slot_mappings: Any = None,
+    ) -> list[list[int]]:
+        """Return the tokens to verify in the next step, by row.
+
+        sampled_token_ids: by row, what the last step wrote; empty while a prompt is not read.
+        """
+        if self._runner is None:
+            return [[] for _ in sampled_token_ids]
+        ids = list(self._runner.input_batch.req_ids[: len(sampled_token_ids)])
+        self._learn_time(ids, sampled_token_ids)
+        self._forget_gone()
+        rows: list[tuple[int, _Tracked]] = []
+        for row, (request, sampled) in enumerate(zip(ids, sampled_token_ids, strict=True)):
+            tracked = self._track(request)
+            if tracked is None:
+                continue
+            if sampled:
+                tracked.follower.took(sampled)
+                rows.append((row, tracked))
+        found: list[list[int]] = [[] for _ in sampled_token_ids]
+        if rows:
+            followers = [tracked.follower for _, tracked in rows]
+            counts = share_out(
+                np.array([each.likely for each in followers]),
+                np.array([each.agreement for each in followers]),
+                np.array([len(each.rest(self._most)) for each in followers]),
+                len(ids),
+                self._times,
+            )
+            for (row, tracked), count in zip(rows, counts, strict=True):
+                found[row] = list(tracked.follower.rest(int(count)))
+        self._scheduled = {request: 1 + len(each) for request, each in zip(ids, found, strict=True)}
+        self._ended = time.perf_counter()
+        return found
+
+    def _learn_time(self, ids: Sequence[str], sampled: Sequence[Sequence[int]]) -> None:
+        # A step that read a prompt says nothing of those that decode.
+        if all(sampled) and all(request in self._scheduled for request in ids):
+            tokens = sum(self._scheduled[request] for request in ids)
+            self._times.observe(tokens, time.perf_counter() - self._ended)
+
+    def _forget_gone(self) -> None:
+        for request in self._tracked.keys() - self._runner.requests.keys():
+            tracked = self._tracked.pop(request)
+            if tracked is not None:
+                tracked.follower.close()
+                if evidence := tracked.evidence():
+                    self._evidence[tracked.key] = evidence
+                    _shorten(self._evidence)
+
+    def _track(self, request: str) -> _Tracked | None:
+        if request not in self._tracked:
+            params = self._runner.requests[request].sampling_params
+            extra = (params.extra_args if params is not None else None) or {}
+            key = extra.get(KEY)
+            if key is None:
+                self._tracked[request] = None
+            else:
+                ids = [*extra[IDS], *self._grown.pop(key, [])]
+                self._tracked[request] = _Tracked(key, DraftFollower(self._average, ids))
+        return self._tracked[request]
+
+    def _judging(self, make: Callable[..., Any]) -> Callable[..., Any]:
+        """Return what makes log-probabilities in the rejection sampler, with an eye on the draft's tokens.
+
+        vLLM gives no log-probabilities of tokens that it rejects, nor of those after them.
+        """
+
+        def made(
+            most: int, metadata: Any, logits: Any, target_logits: Any, bonus_logits: Any, sampled: Any
+        ) -> Any:
+            tensors = make(most, metadata, logits, target_logits, bonus_logits, sampled)
+            self._judge(metadata, target_logits)
+            return tensors
+
+        return made
+
+    def _judge(self, metadata: Any, target_logits: Any) -> None:
+        """Keep ranks and log-probabilities of drafts that the answer has not departed from.
+
+        target_logits: float [draft tokens of all rows, vocabulary].
+        """
+        start, spans = 0, []
+        for request, count in zip(self._runner.input_batch.req_ids, metadata.num_draft_tokens, strict=False):
+            tracked = self._tracked.get(request)
+            if count and tracked is not None and not tracked.follower.has_departed:
+                spans.append((tracked, start, start + count))
+            start += count
+        if not spans:
+            return
+        wanted = [index for _, first, end in spans for index in range(first, end)]
+        rows = target_logits[wanted]
+        own = rows.gather(1, metadata.draft_token_ids[wanted].long().unsqueeze(1))
+        ranks = (rows > own).sum(1).tolist()
+        logprobs = (own.squeeze(1) - rows.logsumexp(1)).tolist()
+        judged = list(zip(ranks, logprobs, strict=True))
+        for tracked, first, end in spans:
+            tracked.judged, judged = judged[: end - first], judged[end - first :]
+            tracked.judged_from = tracked.follower.prefix
+
+
+class WorkerExtension:
+    """Methods that vLLM's workers get (`worker_extension_cls`); the stage calls them by `collective_rpc`."""
+
+    model_runner: Any
+
+    def asd_attach(self) -> None:
+        """Let the proposer see requests."""
+        self._proposer().attach(self.model_runner)
+
+    def asd_grow(self, key: str, ids: list[int]) -> None:
+        """More of a draft has been written."""
+        self._proposer().grow(key, ids)
+
+    def asd_evidence(self, key: str) -> list[Judged]:
+        """Return how a draft fared from the first correction on."""
+        return self._proposer().take_evidence(key)
+
+    def _proposer(self) -> DraftProposer:
+        proposer: DraftProposer = self.model_runner.drafter
+        return proposer
+
+
+def _shorten(kept: OrderedDict[str, Any]) -> None:
+    while len(kept) > _MOST_KEPT:
+        kept.popitem(last=False)
