@@ -16,14 +16,26 @@ class BackendDied(Exception):  # noqa: N818 - named by its cause, as in asd.erro
 
 
 @dataclass(frozen=True, slots=True)
+class OwnDraft:
+    """The draft of one request. key: made for it alone. ids: what there is of it when the request starts."""
+
+    key: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class TokenRequest:
-    """How to go on from a prompt. temperature 0: greedily. adapter: "" for the model itself."""
+    """How to go on from a prompt. temperature 0: greedily. adapter: "" for the model itself.
+
+    draft: to verify on the way, for a DraftingBackend.
+    """
 
     max_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
     adapter: str = ""
+    draft: OwnDraft | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +61,21 @@ class TokenScores:
     cached: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class DraftFate:
+    """How a draft fared that the answer departed from.
+
+    ranks, logprobs: of the draft's tokens from that one on, as far as the same pass judged them. steps: of
+    the request. passes: of those steps that scored a proposal, the positions in the answer of what they
+    wrote, and how many tokens were proposed.
+    """
+
+    ranks: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    steps: int
+    passes: tuple[tuple[range, int], ...]
+
+
 class Backend(Protocol):
     """One model in a GPU library.
 
@@ -70,3 +97,17 @@ class Backend(Protocol):
 
     async def score(self, ids: list[int], start: int, adapter: str) -> TokenScores:
         """Judge ids[start:] in one pass. start: 1 or more."""
+
+
+class DraftingBackend(Backend, Protocol):
+    """A library that verifies a draft while it writes, in one request."""
+
+    @property
+    def takes_drafts(self) -> bool:
+        """Whether it does so for the model that is loaded."""
+
+    async def grow(self, key: str, ids: Sequence[int]) -> None:
+        """Hand over more of a request's draft."""
+
+    async def fate(self, key: str) -> DraftFate:
+        """Return how a request's draft fared, once the answer has departed from it."""

@@ -26,12 +26,13 @@ import numpy as np
 from asd.errors import AsdError, PreconditionFailed, QueueFull, ResourceExhausted
 from asd.values import FinishReason, Message, Sampling
 from services.stage.domain import DraftPiece, DraftText, Event, PrefillResult, TokenChunk
+from services.stage.engines.arriving_draft import ArrivingDraft
 from services.stage.engines.backend import BackendDied, TokenRequest
+from services.stage.engines.drafting import verify_inside
 from services.stage.engines.engine import EngineStatus, ModelState
 from services.stage.engines.probe import ANSWER_TOKENS, probe, probe_prompts
-from services.stage.generation.draft import ReceivedDraft
 from services.stage.generation.inputs import RequestReader
-from services.stage.generation.logprobs import row_signals, verify_rows
+from services.stage.generation.logprobs import row_signals, take_rows, verify_rows
 from services.stage.generation.resync import PASS_PER_DRAFT, Resynchroniser, ResyncPayoff
 from services.stage.generation.tokenizer import ChatTokenizer
 
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from services.stage.engines.backend import Backend, TokenScores
+    from services.stage.engines.backend import Backend, DraftingBackend, TokenScores
     from services.stage.engines.checkpoint import Checkpoint
     from services.stage.generation.call import Call
     from services.stage.generation.logprobs import Row
@@ -67,43 +68,13 @@ class ScoringOptions:
     cache_bytes: int = 0
 
 
-class _ArrivingDraft(ReceivedDraft):
-    """A draft that may still be on its way."""
-
-    def __init__(self, most_tokens: int) -> None:
-        super().__init__(most_tokens)
-        self._changed = asyncio.Event()
-        self._error: AsdError | None = None
-
-    def notify(self, error: AsdError | None = None) -> None:
-        """Wake `wait`: ids have come, or an error ends the draft."""
-        self._error = self._error or error
-        self._changed.set()
-
-    @property
-    def is_due(self) -> bool:
-        """Whether enough has come for a pass."""
-        fresh = len(self.ids) - self.accepted
-        is_enough = fresh >= PASS_PER_DRAFT.least_proposal or (self.is_full and fresh > 0)
-        return self.is_complete or is_enough
-
-    async def wait(self, *, is_whole: bool = False) -> None:
-        """Wait until a pass is due, or the draft is complete. Raises the error of an unreadable draft."""
-        while True:
-            if self._error is not None:
-                raise self._error
-            if self.is_complete if is_whole else self.is_due:
-                return
-            self._changed.clear()
-            await self._changed.wait()
-
-
 class ScoringEngine:
     """Runs one model through a backend; see services.stage.engines.engine.Engine for the contract.
 
     queue_ms is the wait for a slot in the batch. What the library lets a request wait is part of prefill_ms,
     and so is the wait for the beginning of a draft: the stage is not busy with it.
     A draft that comes in pieces counts as one proposal in accept_lengths, however many passes score it.
+    drafting: the backend, where it can verify drafts while it writes.
     """
 
     def __init__(
@@ -114,11 +85,13 @@ class ScoringEngine:
         checkpoint: Checkpoint,
         backend: Backend,
         options: ScoringOptions,
+        drafting: DraftingBackend | None = None,
     ) -> None:
         self.kind = kind
         self._name = name
         self._checkpoint = checkpoint
         self._backend = backend
+        self._drafting = drafting
         self._options = options
         self._tokenizer = ChatTokenizer(directory)
         self._reader = RequestReader(
@@ -223,7 +196,7 @@ class ScoringEngine:
     ) -> AsyncGenerator[Event, None]:
         """Accept a prefix of a draft and go on from there."""
         call = await self._open(turns, sampling)
-        arrived = _ArrivingDraft(call.most_tokens)
+        arrived = ArrivingDraft(call.most_tokens)
         await self._reader.read_draft(draft, arrived)
         async with (
             self._under_way(call),
@@ -242,7 +215,7 @@ class ScoringEngine:
     ) -> AsyncGenerator[Event, None]:
         """Verify a draft while it is being written, a pass for every 16 tokens that came."""
         call = await self._open(turns, sampling)
-        draft = _ArrivingDraft(call.most_tokens)
+        draft = ArrivingDraft(call.most_tokens)
         reader = asyncio.create_task(self._reader.follow_draft(pieces, draft, draft.notify))
         try:
             async with (
@@ -357,7 +330,7 @@ class ScoringEngine:
             async for piece in pieces:
                 call.mark_prefilled(piece.cached)
                 call.passes += len(piece.rows)
-                yield _take(call, piece.rows, has_ended=piece.has_ended)
+                yield take_rows(call, piece.rows, has_ended=piece.has_ended)
                 # Only a stop sequence ends an answer before the library does. Leaving the loop cancels it.
                 if call.is_over() and not piece.is_last:
                     break
@@ -365,9 +338,16 @@ class ScoringEngine:
             raise RuntimeError(f"the library ended an answer after {len(call.ids)} tokens, without a reason")
 
     async def _judge(
-        self, call: Call[Row], draft: _ArrivingDraft, threshold: float | None, adapter: str
+        self, call: Call[Row], draft: ArrivingDraft, threshold: float | None, adapter: str
     ) -> AsyncGenerator[Event, None]:
         """Verify a draft and continue the answer to its end."""
+        drafting = self._drafting_for(call, threshold, adapter)
+        if drafting is not None:
+            await self._acquire(call)
+            async with aclosing(verify_inside(drafting, call, draft)) as events:
+                async for event in events:
+                    yield event
+            return
         judge = self._compare if call.is_sampled and threshold is None else self._verify
         async with aclosing(judge(call, draft, threshold, adapter)) as events:
             async for event in events:
@@ -380,8 +360,17 @@ class ScoringEngine:
             async for event in events:
                 yield event
 
+    def _drafting_for(self, call: Call[Row], threshold: float | None, adapter: str) -> DraftingBackend | None:
+        """Return the library where it can verify a call's draft while it writes; else None.
+
+        It accepts what the model would choose itself, and knows no other rule.
+        """
+        is_exact = threshold is None and not call.is_sampled
+        drafting = self._drafting if is_exact and not adapter else None
+        return drafting if drafting is not None and drafting.takes_drafts else None
+
     async def _verify(
-        self, call: Call[Row], draft: _ArrivingDraft, threshold: float | None, adapter: str
+        self, call: Call[Row], draft: ArrivingDraft, threshold: float | None, adapter: str
     ) -> AsyncGenerator[Event, None]:
         """Accept a prefix of the draft, and add the model's own token."""
         chunk = None
@@ -408,7 +397,7 @@ class ScoringEngine:
             is_over = accepted < len(proposal) or is_whole or len(proposal) == most
             if is_over and not call.is_sampled:
                 kept.append(scores.rows[accepted].own if accepted < len(proposal) else scores.following)
-            chunk = _take(call, kept)
+            chunk = take_rows(call, kept)
             if is_over:
                 break
             if chunk is not None:
@@ -423,7 +412,7 @@ class ScoringEngine:
             yield chunk
 
     async def _resync(
-        self, call: Call[Row], draft: _ArrivingDraft, adapter: str
+        self, call: Call[Row], draft: ArrivingDraft, adapter: str
     ) -> AsyncGenerator[Event, None]:
         """Propose the rest of the draft after a correction, as long as it pays."""
         resync = Resynchroniser(draft.ids, draft.accepted, PASS_PER_DRAFT)
@@ -443,12 +432,12 @@ class ScoringEngine:
             call.accepted += kept
             call.emitted.append(range(len(call.ids), len(call.ids) + kept + 1))
             own = scores.rows[kept].own if kept < len(proposal) else scores.following
-            chunk = _take(call, [*scores.rows[:kept], own])
+            chunk = take_rows(call, [*scores.rows[:kept], own])
             if chunk is not None:
                 yield chunk
 
     async def _compare(
-        self, call: Call[Row], draft: _ArrivingDraft, _threshold: float | None, adapter: str
+        self, call: Call[Row], draft: ArrivingDraft, _threshold: float | None, adapter: str
     ) -> AsyncGenerator[Event, None]:
         """Write the sampled answer; report the prefix that it shares with the draft once that is known."""
         await draft.wait(is_whole=True)
@@ -541,16 +530,3 @@ def _common(left: Sequence[int], right: Sequence[int]) -> int:
     """Return how many of the first ids are the same."""
     pairs = zip(left, right, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
-
-
-def _take(call: Call[Row], rows: Sequence[Row], *, has_ended: bool = False) -> TokenChunk | None:
-    """Add tokens up to the one that ends the answer; return the chunk that may go out now, or None.
-
-    has_ended: the library says that the model ended the answer after them.
-    """
-    for row in rows:
-        if call.add(row.token, row):
-            break
-    if has_ended:
-        call.finish = FinishReason.EOS
-    return call.flush()

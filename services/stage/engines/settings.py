@@ -31,7 +31,9 @@ class VllmSettings(Section):
     """Options of the `vllm` engine; docs/engines.md says what each does.
 
     max_model_len None: the model's own. kv_cache_gib None: what gpu_memory_utilization leaves.
-    cuda_graph_tokens None: vLLM's choice. lora: path of an adapter by the type of task that it is for.
+    cuda_graph_tokens None: vLLM's choice. verify_inside: whether vLLM verifies drafts while it decodes, up to
+    proposed_tokens in a step; else a request of its own scores them. lora: path of an adapter by the type of
+    task that it is for.
     sleep_level 0: unloading ends the engine's process; 1: it keeps the weights in main memory; 2: it drops
     them and reads them again.
     """
@@ -48,6 +50,8 @@ class VllmSettings(Section):
     cached_scoring: bool = True
     top_logprobs: Annotated[int, Field(ge=2)] = 20
     cuda_graph_tokens: Count | None = None
+    verify_inside: bool = False
+    proposed_tokens: Annotated[int, Field(ge=1, le=128)] = 64
     enforce_eager: bool = False
     sleep_level: Literal[0, 1, 2] = 0
     lora: dict[TaskName, Path] = Field(default_factory=dict)

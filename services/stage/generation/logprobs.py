@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from asd.values import FinishReason
 from services.stage.generation.verification import Verdict, accept_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import numpy.typing as npt
+
+    from services.stage.domain import TokenChunk
+    from services.stage.generation.call import Call
 
     Signals = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]
 
@@ -89,3 +93,16 @@ def _signals(row: Row) -> tuple[float, float, float]:
         entropy -= beyond * log(beyond)
     margin = probs[0] - (probs[1] if len(probs) > 1 else 1.0 - probs[0])
     return min(row.logprob, 0.0), max(entropy, 0.0), min(max(margin, 0.0), 1.0)
+
+
+def take_rows(call: Call[Row], rows: Sequence[Row], *, has_ended: bool = False) -> TokenChunk | None:
+    """Add tokens up to the one that ends the answer; return the chunk that may go out now, or None.
+
+    has_ended: the library says that the model ended the answer after them.
+    """
+    for row in rows:
+        if call.add(row.token, row):
+            break
+    if has_ended:
+        call.finish = FinishReason.EOS
+    return call.flush()

@@ -20,18 +20,19 @@ from typing import TYPE_CHECKING, Any
 
 from asd.errors import AsdError, ModelRefusal, PreconditionFailed
 from services.common.privacy import report_nothing
-from services.stage.engines.backend import BackendDied, Piece, TokenScores
+from services.stage.engines.backend import BackendDied, DraftFate, Piece, TokenScores
 from services.stage.engines.checkpoint import read_checkpoint
 from services.stage.engines.scoring import ScoringEngine, ScoringOptions
 from services.stage.engines.settings import VllmSettings
+from services.stage.engines.vllm import proposer
 from services.stage.generation.logprobs import Row, make_row
 from services.stage.model_files import read_json_file
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Mapping
+    from collections.abc import AsyncGenerator, Mapping, Sequence
     from pathlib import Path
 
-    from services.stage.engines.backend import TokenRequest
+    from services.stage.engines.backend import OwnDraft, TokenRequest
     from services.stage.engines.checkpoint import Checkpoint
 
 # Defaults of vLLM's environment variables. spawn: gRPC's threads do not survive a fork. The flashinfer
@@ -40,6 +41,10 @@ _ENVIRONMENT = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
+# vLLM's workers import it by name.
+_PROPOSER = "services.stage.engines.vllm.proposer"
+# A worker answers between two steps. Chosen: far longer than any step.
+_WORKERS_S = 60.0
 MISSING = (
     "vllm is not installed: use the image of target stage-vllm, or pip install '.[vllm]' in asd's directory, "
     "with Python 3.12 on Linux with an NVIDIA GPU"
@@ -62,12 +67,13 @@ def make_engine(name: str, directory: Path, options: VllmOptions) -> ScoringEngi
     if options.max_model_len is not None:
         # vLLM refuses a longer context than the model's.
         options = options.model_copy(update={"max_model_len": context})
+    backend = VllmBackend(name, directory, checkpoint, options)
     return ScoringEngine(
         "vllm",
         name,
         directory,
         checkpoint,
-        VllmBackend(name, directory, checkpoint, options),
+        backend,
         ScoringOptions(
             max_batch=options.max_batch,
             max_queue=options.max_queue,
@@ -77,6 +83,7 @@ def make_engine(name: str, directory: Path, options: VllmOptions) -> ScoringEngi
             kv_bytes=4 if options.dtype == "float32" else 2,
             cache_bytes=int((options.kv_cache_gib or 0) * 2**30),
         ),
+        backend,
     )
 
 
@@ -122,12 +129,19 @@ class VllmBackend:
         self._vllm: Any = None
         self._llm: Any = None
         self._adapters: dict[str, Any] = {}
+        self._takes_drafts = False
+
+    @property
+    def takes_drafts(self) -> bool:
+        """Whether vLLM verifies drafts while it decodes; see services.stage.engines.vllm.proposer."""
+        return self._takes_drafts
 
     async def start(self) -> None:
         """Load the model, or wake it."""
         if self._llm is None:
             # This takes minutes for a large model; the event loop serves other calls meanwhile.
             self._llm = await asyncio.to_thread(self._open)
+            await self._attach()
         elif self._options.sleep_level == 1:
             await self._llm.wake_up()
         else:
@@ -161,6 +175,7 @@ class VllmBackend:
             stop_token_ids=self._eos_ids,
             detokenize=False,
             output_kind=self._output_kind.DELTA,
+            **_extra_args(request.draft),
         )
         cached = 0
         async with aclosing(self._ask(ids, params, request.adapter)) as outputs:
@@ -190,6 +205,40 @@ class VllmBackend:
         if scores is None:
             raise RuntimeError(f"vLLM gave log-probabilities of a part of {len(ids)} prompt tokens alone")
         return scores
+
+    async def grow(self, key: str, ids: Sequence[int]) -> None:
+        """Hand over more of a request's draft."""
+        await self._call_workers("asd_grow", key, list(ids))
+
+    async def fate(self, key: str) -> DraftFate:
+        """Return how a request's draft fared, once the answer has departed from it."""
+        # Each worker knows; the last one is of the rank that samples.
+        *_, (judged, steps, passes) = await self._call_workers("asd_evidence", key)
+        return DraftFate(
+            ranks=tuple(rank for rank, _ in judged),
+            logprobs=tuple(logprob for _, logprob in judged),
+            steps=steps,
+            passes=tuple((range(start, start + written), proposed) for start, written, proposed in passes),
+        )
+
+    async def _attach(self) -> None:
+        """Let the proposer see requests, where drafts are verified inside."""
+        self._takes_drafts = False
+        if self._options.verify_inside:
+            await self._call_workers("asd_attach")
+            self._takes_drafts = True
+
+    async def _call_workers(self, method: str, *arguments: Any) -> Sequence[Any]:
+        """Return what a method of services.stage.engines.vllm.proposer.WorkerExtension gives, by worker."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        if self._llm is None:
+            raise BackendDied("vLLM's engine is not there")
+        try:
+            found: Sequence[Any] = await self._llm.collective_rpc(method, timeout=_WORKERS_S, args=arguments)
+        except EngineDeadError as error:
+            raise BackendDied(f"vLLM's engine died: {error}") from error
+        return found
 
     async def _score(
         self, ids: list[int], start: int, adapter: str, *, skips_cache: bool
@@ -313,6 +362,17 @@ class VllmBackend:
             arguments["max_cudagraph_capture_size"] = options.cuda_graph_tokens
         if options.quantization is not None:
             arguments["quantization"] = options.quantization
+        if options.verify_inside:
+            arguments |= {
+                "speculative_config": {
+                    "method": "custom_class",
+                    "model": f"{_PROPOSER}.DraftProposer",
+                    "num_speculative_tokens": options.proposed_tokens,
+                },
+                "worker_extension_cls": f"{_PROPOSER}.WorkerExtension",
+                # A proposer sees what was written only in steps that end one after the other.
+                "async_scheduling": False,
+            }
         if options.sleep_level:
             arguments["enable_sleep_mode"] = True
         if options.lora:
@@ -322,3 +382,8 @@ class VllmBackend:
                 "max_lora_rank": options.max_lora_rank,
             }
         return arguments
+
+
+def _extra_args(draft: OwnDraft | None) -> dict[str, Any]:
+    """Return what takes a request's draft to the workers."""
+    return {} if draft is None else {"extra_args": {proposer.KEY: draft.key, proposer.IDS: list(draft.ids)}}

@@ -2,8 +2,9 @@
 
 vLLM 0.25.1 asks a class of its user for the tokens to verify in the next step (`speculative_config`, method
 `custom_class`), and tells it no request ids. A worker extension therefore gives that class the model runner,
-which knows each row's request. A request brings its draft in `SamplingParams.extra_args`, under a key that the
-stage made for it alone; what is still being written follows by `asd_grow`. All of it goes with the request.
+which knows each row's request. A request brings its draft in `SamplingParams.extra_args`, under a key that
+the stage made for it alone; what is still being written follows by `asd_grow`. All of it goes with the
+request.
 """
 
 from __future__ import annotations
@@ -29,6 +30,12 @@ _MOST_KEPT = 1024
 
 # Rank (0: the likeliest) and log-probability of a draft token.
 Judged = tuple[int, float]
+# A step that had a proposal: the position of what it wrote in the answer, tokens written, tokens proposed.
+Pass = tuple[int, int, int]
+
+# Of a draft that the answer departed from: its tokens from that one on as the model judged them, where they
+# were proposed; the steps of the request; those with a proposal.
+Evidence = tuple[list[Judged], int, list[Pass]]
 
 
 @dataclass(slots=True)
@@ -37,12 +44,25 @@ class _Tracked:
 
     key: str
     follower: DraftFollower
+    written: int = 0
+    proposed: int = 0
+    steps: int = 0
+    passes: list[Pass] = field(default_factory=list)
     judged: list[Judged] = field(default_factory=list)
     judged_from: int = 0
 
-    def evidence(self) -> list[Judged]:
-        """Return what is judged from the first token on that the answer departed from."""
-        return self.judged[self.follower.prefix - self.judged_from :]
+    def took(self, tokens: Sequence[int]) -> None:
+        """Take what a step wrote."""
+        self.steps += 1
+        if self.proposed:
+            self.passes.append((self.written, len(tokens), self.proposed))
+        self.written += len(tokens)
+        self.follower.took(tokens)
+
+    def evidence(self) -> Evidence:
+        """Return how the draft fared so far."""
+        judged = self.judged[self.follower.prefix - self.judged_from :]
+        return judged, self.steps, list(self.passes)
 
 
 class DraftProposer:
@@ -57,7 +77,7 @@ class DraftProposer:
         # By vLLM's request id; None: the request has no draft.
         self._tracked: dict[str, _Tracked | None] = {}
         self._grown: OrderedDict[str, list[int]] = OrderedDict()
-        self._evidence: OrderedDict[str, list[Judged]] = OrderedDict()
+        self._evidence: OrderedDict[str, Evidence] = OrderedDict()
         self._average = AverageDraft()
         self._times = StepTimes()
         # When the last step ended, and its rows: how many tokens the next step has of each.
@@ -82,15 +102,13 @@ class DraftProposer:
         self._grown.setdefault(key, []).extend(ids)
         _shorten(self._grown)
 
-    def take_evidence(self, key: str) -> list[Judged]:
-        """Return how the model judged the draft from the first token on that it departed from.
-
-        Empty where that token was not proposed.
-        """
+    def evidence(self, key: str) -> Evidence:
+        """Return how a request's draft fared, once the answer has departed from it; it is kept for one call
+        after the request's end."""
         for tracked in self._tracked.values():
             if tracked is not None and tracked.key == key:
                 return tracked.evidence()
-        return self._evidence.pop(key, [])
+        return self._evidence.pop(key, ([], 0, []))
 
     def propose(
         self,
@@ -114,8 +132,9 @@ class DraftProposer:
             if tracked is None:
                 continue
             if sampled:
-                tracked.follower.took(sampled)
+                tracked.took(sampled)
                 rows.append((row, tracked))
+            tracked.proposed = 0
         found: list[list[int]] = [[] for _ in sampled_token_ids]
         if rows:
             followers = [tracked.follower for _, tracked in rows]
@@ -128,6 +147,7 @@ class DraftProposer:
             )
             for (row, tracked), count in zip(rows, counts, strict=True):
                 found[row] = list(tracked.follower.rest(int(count)))
+                tracked.proposed = len(found[row])
         self._scheduled = {request: 1 + len(each) for request, each in zip(ids, found, strict=True)}
         self._ended = time.perf_counter()
         return found
@@ -143,8 +163,8 @@ class DraftProposer:
             tracked = self._tracked.pop(request)
             if tracked is not None:
                 tracked.follower.close()
-                if evidence := tracked.evidence():
-                    self._evidence[tracked.key] = evidence
+                if tracked.follower.has_departed:
+                    self._evidence[tracked.key] = tracked.evidence()
                     _shorten(self._evidence)
 
     def _track(self, request: str) -> _Tracked | None:
@@ -211,9 +231,9 @@ class WorkerExtension:
         """More of a draft has been written."""
         self._proposer().grow(key, ids)
 
-    def asd_evidence(self, key: str) -> list[Judged]:
-        """Return how a draft fared from the first correction on."""
-        return self._proposer().take_evidence(key)
+    def asd_evidence(self, key: str) -> Evidence:
+        """Return how a draft fared."""
+        return self._proposer().evidence(key)
 
     def _proposer(self) -> DraftProposer:
         proposer: DraftProposer = self.model_runner.drafter
