@@ -74,6 +74,8 @@ class _Comparison:
     """A draft beside the tokens that the library wrote, the end-of-sequence token included."""
 
     def __init__(self, draft: ArrivingDraft) -> None:
+        # Whether a token differs from the draft's, and whether the draft's fate was told.
+        self.has_departed = False
         self.is_told = False
         self._draft = draft
         self._rows: list[Row] = []
@@ -82,17 +84,10 @@ class _Comparison:
     def add(self, rows: Sequence[Row]) -> None:
         """Take what was written."""
         self._rows += rows
-        if not self.has_departed:
-            alike = zip(self._draft.ids[self._alike :], self._rows[self._alike :], strict=False)
-            for token, row in alike:
-                if token != row.token:
-                    break
-                self._alike += 1
-
-    @property
-    def has_departed(self) -> bool:
-        """Whether a token differs from the draft's."""
-        return self._alike < min(len(self._rows), len(self._draft.ids))
+        draft, written = self._draft.ids, self._rows
+        while self._alike < min(len(written), len(draft)) and not self.has_departed:
+            self.has_departed = draft[self._alike] != written[self._alike].token
+            self._alike += not self.has_departed
 
     @property
     def is_decided(self) -> bool:

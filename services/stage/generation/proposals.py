@@ -27,6 +27,8 @@ _CHANCE = 0.1
 _LOSS = 1 / 160
 # A draft is never given up for good: where its text comes back, it is found again.
 _LEAST_BELIEF = 1e-3
+# Tokens that differ in a row after which the draft is searched. Chosen: one in a row is a replacement.
+_DOUBTS = 2
 # What a found run of tokens says at least: it may be chance.
 _FOUND = 0.5
 # Tokens that the average draft counts for beside a draft's own. Chosen.
@@ -84,7 +86,8 @@ class DraftFollower:
         self.has_departed = False
         self._average = average
         self._answer: list[int] = []
-        self._position = 0
+        # The next of the draft's tokens, and the answer's that it is to be compared with.
+        self._position = self._compared = 0
         self._belief = average.follows
         self._hits = self._misses = 0.0
         self._misses_in_row = 0
@@ -98,15 +101,17 @@ class DraftFollower:
 
     def took(self, tokens: Sequence[int]) -> None:
         """Take what the engine wrote in a step."""
-        for token in tokens:
-            self._answer.append(token)
-            self._compare(token)
-        if self._misses_in_row >= 2:
+        self._answer += tokens
+        # A draft that is still being written may be behind: what comes of it is compared with what there is.
+        while self._compared < len(self._answer) and self._position < len(self.ids):
+            self._compare(self._answer[self._compared])
+        if self._misses_in_row >= _DOUBTS:
             self._find()
 
     def rest(self, room: int) -> Sequence[int]:
         """Return the tokens that would come next, up to room."""
-        return self.ids[self._position : self._position + room]
+        start = self._position + len(self._answer) - self._compared
+        return self.ids[start : start + room]
 
     @property
     def likely(self) -> float:
@@ -118,10 +123,6 @@ class DraftFollower:
         self._average.learn(self._hits, self._misses)
 
     def _compare(self, token: int) -> None:
-        if self._position >= len(self.ids):
-            # What has not arrived says nothing.
-            self._position += self.has_departed
-            return
         agrees, belief = self.agreement, self._belief
         is_hit = self.ids[self._position] == token
         if is_hit:
@@ -138,11 +139,12 @@ class DraftFollower:
             self.has_departed = True
         self._belief = max(belief * (1.0 - _LOSS), _LEAST_BELIEF)
         self._position += 1
+        self._compared += 1
 
     def _find(self) -> None:
         found = longest_run(self.ids, self._answer, self.prefix, self._position)
         if found is not None:
-            self._position = found
+            self._position, self._compared = found, len(self._answer)
             self._belief = max(self._belief, _FOUND)
 
 
