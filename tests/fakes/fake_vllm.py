@@ -7,12 +7,13 @@ that lack what was cached, ranks, refusals, aborts, sleep levels.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import sys
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,6 +73,7 @@ class SamplingParams(_Fields):
         "detokenize": True,
         "output_kind": RequestOutputKind.CUMULATIVE,
         "skip_reading_prefix_cache": None,
+        "extra_args": None,
     }
 
     def __init__(self, **given: Any) -> None:
@@ -179,6 +181,7 @@ class AsyncLLM:
         self.is_dead = False
         self.loads = 1
         self.prompts: list[tuple[int, int]] = []
+        self.worker = _worker(args)
 
     @classmethod
     def from_engine_args(
@@ -211,11 +214,16 @@ class AsyncLLM:
         timeout: float | None = None,  # noqa: ASYNC109 - as it is there
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
-    ) -> None:
-        assert method == "reload_weights"
+    ) -> list[Any]:
+        if method != "reload_weights":
+            if self.is_dead:
+                raise EngineDeadError
+            await asyncio.sleep(0)
+            return [getattr(self.worker, method)(*args, **(kwargs or {}))]
         assert "weights" not in self.asleep, "memory of the weights is not mapped"
         self.has_weights = True
         self.loads += 1
+        return [None]
 
     async def generate(
         self,
@@ -272,21 +280,20 @@ class AsyncLLM:
         sequence = self.model.sequence(adapter)
         rows = sequence.append(ids)
         prompt_logprobs = self._prompt_logprobs(ids, rows, params, cached)
-        rng = np.random.default_rng(params.seed)
-        row, tokens, entries = rows[-1], [], []
+        tokens, entries = [], []
         since = 0
-        step = 0
-        while True:
-            step += 1
-            token = draw(row, params.temperature, params.top_p, rng)
-            tokens.append(token)
-            if params.logprobs is not None:
-                entries.append(likeliest(row, token, params.logprobs))
+        for step, written in enumerate(self._steps(ids, rows, sequence, params, request_id), start=1):
             finish = None
-            if not params.ignore_eos and token in (params.stop_token_ids or ()):
-                finish = "stop"
-            elif len(tokens) >= (params.max_tokens or 10**9) or len(ids) + len(tokens) >= self.context:
-                finish = "length"
+            for token, row in written:
+                tokens.append(token)
+                if params.logprobs is not None:
+                    entries.append(likeliest(row, token, params.logprobs))
+                if not params.ignore_eos and token in (params.stop_token_ids or ()):
+                    finish = "stop"
+                elif len(tokens) >= (params.max_tokens or 10**9) or len(ids) + len(tokens) >= self.context:
+                    finish = "length"
+                if finish:
+                    break
             if finish:
                 self._fill([*ids, *tokens[:-1]], adapter)
             # A reader that is slower than the engine gets several tokens at once.
@@ -312,7 +319,44 @@ class AsyncLLM:
                 since = len(tokens)
             if finish:
                 return
-            row = sequence.append([token])[0]
+
+    def _steps(
+        self, ids: list[int], rows: Any, sequence: Any, params: SamplingParams, request_id: str
+    ) -> Iterator[list[tuple[int, Any]]]:
+        """Yield what each step writes: tokens with the log-probabilities that they were chosen from."""
+        rng = np.random.default_rng(params.seed)
+        if self.worker is None:
+            row = rows[-1]
+            while True:
+                token = draw(row, params.temperature, params.top_p, rng)
+                yield [(token, row)]
+                row = sequence.append([token])[0]
+        runner = self.worker.model_runner
+        runner.requests[request_id] = SimpleNamespace(sampling_params=params)
+        tokens: list[int] = []
+        proposal: list[int] = []
+        try:
+            while True:
+                # The proposed tokens are computed, and those that are not accepted given up.
+                known = [*ids, *tokens, *proposal]
+                rows = self.model.sequence().append(known)[len(ids) + len(tokens) - 1 :]
+                own = [draw(row, params.temperature, params.top_p, rng) for row in rows]
+                accepted = next((i for i, token in enumerate(proposal) if token != own[i]), len(proposal))
+                runner.input_batch.req_ids = [request_id]
+                if proposal:
+                    metadata = SimpleNamespace(
+                        num_draft_tokens=[len(proposal)], draft_token_ids=Tensor(np.array(proposal))
+                    )
+                    runner.rejection_sampler._get_logprobs_tensors(  # noqa: SLF001 - vLLM calls it
+                        params.logprobs, metadata, None, Tensor(rows[:-1]), None, None
+                    )
+                written = own[: accepted + 1]
+                tokens += written
+                (proposal,) = runner.drafter.propose([written], None, None, slot_mappings=None)
+                assert len(proposal) <= self.args.speculative_config["num_speculative_tokens"]
+                yield list(zip(written, rows, strict=False))
+        finally:
+            del runner.requests[request_id]
 
     def _prompt_logprobs(self, ids: list[int], rows: Any, params: SamplingParams, cached: int) -> Any:
         """Rows of what was computed: the first runner has nonsense for the rest, the second nothing."""
@@ -340,6 +384,66 @@ class AsyncLLM:
     def _fill(self, ids: list[int], adapter: int) -> None:
         for end in range(BLOCK, len(ids) + 1, BLOCK):
             self.blocks.add((adapter, *ids[:end]))
+
+
+class Tensor:
+    """As much of torch.Tensor as a proposer needs."""
+
+    def __init__(self, values: Any) -> None:
+        self.values = np.asarray(values)
+
+    def __getitem__(self, wanted: list[int]) -> Tensor:
+        return Tensor(self.values[wanted])
+
+    def __gt__(self, other: Tensor) -> Tensor:
+        return Tensor(self.values > other.values)
+
+    def __sub__(self, other: Tensor) -> Tensor:
+        return Tensor(self.values - other.values)
+
+    def gather(self, dim: int, index: Tensor) -> Tensor:
+        return Tensor(np.take_along_axis(self.values, index.values, dim))
+
+    def long(self) -> Tensor:
+        return Tensor(self.values.astype(np.int64))
+
+    def unsqueeze(self, dim: int) -> Tensor:
+        return Tensor(np.expand_dims(self.values, dim))
+
+    def squeeze(self, dim: int) -> Tensor:
+        return Tensor(self.values.squeeze(dim))
+
+    def sum(self, dim: int) -> Tensor:
+        return Tensor(self.values.sum(dim))
+
+    def logsumexp(self, dim: int) -> Tensor:
+        return Tensor(np.log(np.exp(self.values).sum(dim)))
+
+    def tolist(self) -> list[Any]:
+        found: list[Any] = self.values.tolist()
+        return found
+
+
+def _worker(args: AsyncEngineArgs) -> Any:
+    """Return a worker with a proposer and the extension, as the arguments name them; None without."""
+    config = getattr(args, "speculative_config", None)
+    if config is None:
+        return None
+    assert config["method"] == "custom_class"
+    assert args.async_scheduling is False, "a custom class proposes between steps"
+    module, _, name = config["model"].rpartition(".")
+    proposer = getattr(importlib.import_module(module), name)
+    module, _, name = args.worker_extension_cls.rpartition(".")
+    extension = getattr(importlib.import_module(module), name)
+    worker = type("Worker", (extension,), {})()
+    limit = SimpleNamespace(num_speculative_tokens=config["num_speculative_tokens"])
+    worker.model_runner = SimpleNamespace(
+        drafter=proposer(SimpleNamespace(speculative_config=limit)),
+        requests={},
+        input_batch=SimpleNamespace(req_ids=[]),
+        rejection_sampler=SimpleNamespace(_get_logprobs_tensors=lambda *_: None),
+    )
+    return worker
 
 
 def _entries(rows: list[list[tuple[int, float, int]]], params: SamplingParams) -> Any:
