@@ -36,11 +36,10 @@ class Cascade:
     async def answer(
         self, request: RoutedRequest, deadline: float, view: Visibility, emit: Emit
     ) -> RoutedAnswer:
-        """Return the outcome of a request; emit what the view shows of it on the way. deadline: by the clock.
+        """Return the outcome of a request, and emit the events that the view shows. deadline: clock seconds.
 
-        Raises NotFound for an unknown fixed stage, BudgetSpent at the deadline, Overloaded where there is no
-        room for the request, what the policy refuses it with, and what the stages failed or refused it with
-        where none has answered.
+        Raises NotFound for an unknown fixed stage, BudgetSpent at the deadline and Overloaded if there is no
+        capacity. A refusal by the policy is raised as it is. So is the stages' error if none has answered.
         """
         state = RequestState(request, deadline, view, self._clock, emit)
         with self._planner.plan_for(state) as plan:
