@@ -182,8 +182,7 @@ class GrpcPolicy:
 
         The second call is made at once. If it fails too, the static plan is better than waiting. The breaker
         is asked again after the queue, so a request does not wait for every failing call before it.
-        message: makes the message once the wait in the queue is known, in milliseconds. wait_ms: of that wait,
-        the most.
+        message: makes the message, given the wait in the queue in milliseconds. wait_ms: longest such wait.
         """
         arrived = self._clock()
         if self._breaker.is_open and self._limit.is_full:
