@@ -1,4 +1,4 @@
-"""How services report asd's errors: the status of a failed call, with its details."""
+"""Reports errors to callers: the status of a failed call, with its details."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STATUS_TABLE = ((Draining, grpc.StatusCode.UNAVAILABLE), *status.STATUS_TABLE)
 REASONS = {**status.REASONS, Draining: status.DRAINING}
 
 INTERNAL_TEXT = "internal error; the service's log has the details"
-# gRPC refuses more than 8 KiB of trailing metadata by default, and the message travels twice in it.
+# gRPC refuses more than 8 KiB of trailing metadata by default, and the message is in it twice.
 MAX_MESSAGE_CHARS = 1000
 
 
@@ -27,8 +27,8 @@ def public_message(error: BaseException) -> str:
 def to_rpc_status(error: BaseException) -> status_pb2.Status:
     """Return the google.rpc.Status of an exception.
 
-    With a BadRequest detail where a field is at fault, an ErrorInfo where the code alone does not say what
-    happened, and a RetryInfo where it is known when the request may succeed.
+    It has a BadRequest if a field is at fault, an ErrorInfo if the code alone is ambiguous, and a RetryInfo
+    if it is known when the request may succeed.
     """
     message = public_message(error)
     status = status_pb2.Status(code=status_of(error).value[0], message=message)
