@@ -1,4 +1,4 @@
-"""Messages of the contract ↔ asd.values. Nothing here decides anything."""
+"""Converts between messages of the contract and asd.values."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from asd.values import (
 if TYPE_CHECKING:
     from google.protobuf.internal.enum_type_wrapper import _EnumTypeWrapper as EnumTypeWrapper
 
-# Of a request to the router. gRPC's default, which callers know. Messages between services may be twice as
+# Largest request to the router: gRPC's default, which callers know. Messages between services may be twice as
 # large.
 MAX_REQUEST_BYTES = 4 * 1024 * 1024
 
@@ -52,14 +52,14 @@ Member = TypeVar("Member", bound=StrEnum)
 Input = str | tuple[Message, ...]
 _CAPITAL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
-# Of the types that counts have.
+# Largest values of the types of counts.
 _LARGEST = {FieldDescriptor.TYPE_UINT32: 2**32 - 1, FieldDescriptor.TYPE_UINT64: 2**64 - 1}
 
 
 class Enumeration(Generic[Member]):
     """One enumeration in both forms: members of asd.values, and numbers of the contract.
 
-    members: by number; UNSPECIFIED is none. numbers: by member, or its value.
+    members: by number, without UNSPECIFIED. numbers: by member, or by its value.
     """
 
     def __init__(self, kind: type[Member], enum: EnumTypeWrapper[Any]) -> None:
@@ -77,7 +77,7 @@ class Enumeration(Generic[Member]):
     def read(self, number: int) -> Member | str:
         """Return the member with a number.
 
-        "unspecified" for 0; the number as text where only a newer server knows it.
+        "unspecified" for 0; the number as text if only a newer server knows it.
         """
         return self.members.get(number) or (str(number) if number else "unspecified")
 
@@ -122,7 +122,7 @@ def request_to(request: Request) -> cascade_pb2.GenerateRequest:
 
 
 def report_to(answer: Answer, *, correct: bool) -> policy_pb2.ReportRequest:
-    """Return the report of how an answer turned out.
+    """Return the report on whether an answer was correct.
 
     Raises InvalidRequest if the policy gave no probability for the answer.
     """
@@ -179,7 +179,7 @@ def sampling_to(sampling: Sampling) -> common_pb2.Sampling:
             stop=sampling.stop,
         )
     except ValueError:
-        # protobuf names no field: assign one by one.
+        # protobuf's error names no field, so assign them one by one.
         message = common_pb2.Sampling()
         for name in ("max_new_tokens", "seed"):
             value = getattr(sampling, name)

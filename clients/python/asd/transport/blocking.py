@@ -1,4 +1,4 @@
-"""Channels and calls with a deadline for programs of threads, as asd.transport.channel has for asyncio."""
+"""Blocking channels and calls with a deadline; asd.transport.channel has those for asyncio."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 Request = TypeVar("Request")
 Response = TypeVar("Response")
 
-# How gRPC (1.85) begins what it knows of a status that a server has sent.
+# How gRPC (1.85) begins the debug text of a status that a server has sent.
 _OF_PEER = "Error received from peer"
 
 
 class BlockingChannel:
     """A channel that threads may share. Certificates are read again once their files change.
 
-    A call that begins after that goes over a new connection; calls under way finish on the old one. Raises
-    UnusableFile for certificates that cannot be used.
+    New calls then use a new connection; calls in flight finish on the old one. Raises UnusableFile for
+    certificates that cannot be used.
     """
 
     def __init__(self, target: str, tls: TlsFiles | None) -> None:
@@ -40,15 +40,15 @@ class BlockingChannel:
         self._channel = self._connect()
 
     def current(self) -> grpc.Channel:
-        """Return the channel with the certificates of now."""
+        """Return the channel with the current certificates."""
         with self._lock:
             if self._watched is not None and self._watched.refresh():
-                # Not closed: that would end the calls under way, which hold on to it.
+                # The old channel is not closed: calls in flight still use it.
                 self._channel = self._connect()
             return self._channel
 
     def close(self) -> None:
-        """End it, and calls under way."""
+        """Close it; calls in flight end."""
         self._channel.close()
 
     def _connect(self) -> grpc.Channel:
@@ -112,18 +112,18 @@ def call_stream(
 def is_told(error: BaseException | None) -> bool:
     """Return whether a failed call ended with a status that its server sent.
 
-    The channel's state would tell, but gRPC (1.85) watches it in a thread that keeps a program from ending.
+    The channel's state would tell, but gRPC (1.85) watches it in a thread that keeps the program from ending.
     """
     if not isinstance(error, grpc.RpcError):
         return False
-    # CANCELLED is what a server that is stopped sends, and gRPC says no more of it.
+    # A stopped server sends CANCELLED, without further details.
     return error.code() is grpc.StatusCode.CANCELLED or _OF_PEER in str(error)
 
 
 def _wait_or_raise(
     error: grpc.RpcError, patience: Patience, until: float, timeout_ms: float, peer: str
 ) -> None:
-    """Wait where a call that was not answered is to be made again; raise what it ended with otherwise."""
+    """Wait if an unanswered call should be repeated; otherwise raise its error."""
     failure = _explained(error, timeout_ms, peer)
     patience.failed(failure)
     pause_s = patience.pause_s(until) if isinstance(failure, Away) else None
