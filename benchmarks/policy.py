@@ -30,8 +30,8 @@ from asd.values import Preference, Request
 from benchmarks.processes import ROOT
 from benchmarks.record import update_result, write_result
 from policy_service.artifact import load_artifact
+from policy_service.domain import PolicyObjective, Spent
 from policy_service.features import Draft, PromptText
-from policy_service.policy import PolicyObjective, Spent
 from policy_service.solver import solve_policy
 from policy_service.train.compare import compare_predictors
 from policy_service.train.costs import EMBEDDED, read_costs

@@ -23,6 +23,7 @@ from pydantic import ValidationError
 
 from asd.transport.files import DamagedFile, read_content
 from asd.values import FinishReason, Preference
+from policy_service.calibration import CalibratedView, Calibration
 from policy_service.document import (
     Lineage,
     PolicyDocument,
@@ -31,18 +32,9 @@ from policy_service.document import (
     first_problem,
     parse_document,
 )
+from policy_service.domain import AbandonThreshold, CurvePoint, PolicyObjective, Predictor, Spent, StageFacts
 from policy_service.features import Draft, DraftVerification, FeatureSpace, PromptText
-from policy_service.policy import (
-    AbandonThreshold,
-    CalibratedView,
-    Calibration,
-    CurvePoint,
-    Policy,
-    PolicyObjective,
-    Predictor,
-    Spent,
-    StageFacts,
-)
+from policy_service.policy import Policy
 from policy_service.predictor import OnnxPredictor
 from policy_service.predictor_model import MOST_MODEL_BYTES, UnfitModel, check_model
 from policy_service.solver import Move, View

@@ -1,16 +1,30 @@
-"""Plans and decisions: predict, calibrate, look the optimal action up. No gRPC, no protobuf."""
+"""Plans and decisions: predict, calibrate, look the optimal action up. Pure."""
 
 from __future__ import annotations
 
 import bisect
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Protocol
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from asd.values import DecisionReason, FinishReason, Preference
+from asd.values import DecisionReason, Preference
+from policy_service.domain import (
+    AbandonThreshold,
+    Condition,
+    CurvePoint,
+    Estimate,
+    Judgement,
+    Plan,
+    PolicyObjective,
+    Predictor,
+    Spent,
+    StageFacts,
+    State,
+    UnmeetableBudget,
+)
 from policy_service.solver import View, expect, paths_from, solve_policy, unfold
 from services.common.cost import is_above
 
@@ -19,10 +33,10 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from policy_service.calibration import CalibratedView, Point
     from policy_service.family import Family
     from policy_service.features import Draft, DraftVerification, FeatureSpace, PromptText
     from policy_service.solver import Expectation, Move, Path, Solution
-    from policy_service.state_cells import StateCells
 
 # Prompts whose features are kept from Plan to Decide, and the characters above which they are not.
 _PROMPTS = 512
@@ -45,162 +59,6 @@ _WAIT_BISECTIONS = 5
 
 # Steps of bisection for a value of quality: beyond, a hundredth of a per cent is left of the curve's spacing.
 _BISECTIONS = 20
-
-
-class UnmeetableBudget(Exception):  # noqa: N818 - an error is named by its cause
-    """No stage fits the budget; the message says what would."""
-
-
-@dataclass(frozen=True)
-class PolicyObjective:
-    """What to optimise. quality_value: the contract's `lambda`, cost units; None: the preference's.
-
-    min_quality: an answer is returned early only where answers that look like it are certified to be right
-    that often (View.certified). min_accuracy_share: waits count only as far as the expected accuracy stays at
-    or above this share of the largest stage's, or above what it is without waits where that is less; None:
-    they count in full; 1 or more: they do not count, but against max_latency_ms.
-    """
-
-    quality_value: float | None = None
-    max_cost: float = math.inf
-    max_latency_ms: float = math.inf
-    min_quality: float = 0.0
-    preference: Preference = Preference.BALANCED
-    min_accuracy_share: float | None = None
-
-
-@dataclass(frozen=True)
-class Condition:
-    """State of a stage at the time of the call."""
-
-    is_available: bool = True
-    expected_queue_ms: float = 0.0
-
-
-@dataclass(frozen=True)
-class Spent:
-    """Cost and time that a request has taken so far."""
-
-    cost: float = 0.0
-    latency_ms: float = 0.0
-
-
-@dataclass(frozen=True)
-class StageFacts:
-    """A stage as it was when the policy was made. cost: of a whole answer. latency_ms: mean of one.
-
-    finish_reasons: how the answers ended that the predictor was fitted to. It knows nothing of others.
-    """
-
-    name: str
-    cost: float
-    latency_ms: float
-    accuracy: float
-    calibration_error: float
-    finish_reasons: tuple[FinishReason, ...] = (FinishReason.EOS,)
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Platt scaling of one head: p_correct = sigmoid(slope * score + offset). Platt 1999.
-
-    edges: [bins - 1], upper edges of equally filled bins of p_correct. counts: [bins], calibration prompts.
-    """
-
-    slope: float
-    offset: float
-    edges: tuple[float, ...]
-    counts: tuple[int, ...]
-
-    def p_correct(self, score: float) -> float:
-        """Return the calibrated probability for a predictor's score."""
-        logit = self.log_odds(score)
-        if logit >= 0:
-            return 1.0 / (1.0 + math.exp(-logit))
-        odds = math.exp(max(logit, -700.0))
-        return odds / (1.0 + odds)
-
-    def log_odds(self, score: float) -> float:
-        """Return the logarithm of the odds that a predictor's score stands for."""
-        return self.slope * score + self.offset
-
-    def score_for(self, log_odds: float) -> float:
-        """Return the score that stands for these odds: the inverse of `log_odds`."""
-        return (log_odds - self.offset) / self.slope
-
-    def bin_of(self, p_correct: float) -> int:
-        """Return the bin that a probability lies in."""
-        return bisect.bisect_left(self.edges, p_correct)
-
-    def stderr(self, p_correct: float) -> float:
-        """Return the standard error of a probability: a binomial share's over the prompts of its bin."""
-        count = self.counts[self.bin_of(p_correct)]
-        # One success and one failure more: a bin with no failure is not certain (Agresti and Coull 1998).
-        share = (p_correct * count + 1) / (count + 2)
-        return math.sqrt(share * (1 - share) / (count + 2))
-
-
-@dataclass(frozen=True)
-class CalibratedView:
-    """A solver's view with what leads from a predictor's scores to its bins.
-
-    heads: by stage, the calibration of that stage's head in this view. The bins of the head of the stage that
-    answered, or of the first one in the prompt's view, are the view's, unless state_cells cuts it into cells.
-    """
-
-    view: View
-    heads: Mapping[int, Calibration]
-    state_cells: StateCells | None = None
-
-    def locate(self, scores: Sequence[float], p_correct: float) -> _Point:
-        """Return a state's position among the bins. scores: of the heads. p_correct: of the first head."""
-        if self.state_cells is not None:
-            cell = self.state_cells.cell_of(scores)
-            return _Point(cell, 0.0, cell)
-        return _locate(self.centres, p_correct, next(iter(self.heads.values())).bin_of(p_correct))
-
-    @cached_property
-    def centres(self) -> tuple[float, ...]:
-        """Mean p_correct of each bin."""
-        return tuple(self.view.p_correct.tolist())
-
-    @cached_property
-    def prompt_shares(self) -> npt.NDArray[np.float64]:
-        """Share of the calibration prompts in each bin of a prompt's view: the first stage's head cuts it."""
-        counts = np.array(self.state_cells.counts if self.state_cells else self.heads[0].counts, float)
-        shares: npt.NDArray[np.float64] = counts / counts.sum()
-        return shares
-
-    @cached_property
-    def certified(self) -> tuple[float, ...]:
-        """Least share of right answers of each bin."""
-        return tuple(self.view.certified.tolist())
-
-    @cached_property
-    def expected(self) -> dict[int, tuple[list[float], list[float]]]:
-        """Cost and latency of asking each later stage, per bin."""
-        return {move.stage: (move.cost.tolist(), move.latency_ms.tolist()) for move in self.view.moves}
-
-
-class Predictor(Protocol):
-    """Scores states: one score per head of a view, in the order of the stages, log-odds before calibration.
-
-    Both methods give the same scores, bit for bit.
-    """
-
-    def scores(self, view: int, features: npt.NDArray[np.float32]) -> Sequence[float]:
-        """Return the scores of one state. features: float32 [size]."""
-
-    def score_rows(self, view: int, features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Return the scores of several states of a view: float32 [n, heads]. features: float32 [n, size]."""
-
-
-@dataclass(frozen=True)
-class State:
-    """What the predictor is asked of a request. view: index of the view that scores it."""
-
-    view: int
-    features: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -237,74 +95,6 @@ class _Problem:
     available: frozenset[int]
     min_quality: float
     waiting_cost: tuple[tuple[int, float], ...]
-
-
-@dataclass(frozen=True)
-class CurvePoint:
-    """What the optimal policy for a value of quality does on average, by the views and without waits."""
-
-    quality_value: float
-    cost: float
-    latency_ms: float
-    accuracy: float
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What is predicted of asking a stage. cost, latency_ms: of asking it next; 0 for the judged stage.
-
-    p_correct, stderr: None for a prompt that is unlike all that the policy was fitted to.
-    """
-
-    stage: int
-    p_correct: float | None
-    stderr: float | None
-    cost: float
-    latency_ms: float
-
-
-@dataclass(frozen=True)
-class AbandonThreshold:
-    """A draft whose first tokens have a lower mean log-probability (nats) is almost never right."""
-
-    tokens: int
-    mean_logprob: float
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Where to start.
-
-    p_escalate: probability of asking a later stage as well. likely_next: that stage; None: no later one is
-    ever asked. abandon: when a draft of the first stage is hopeless, by ascending number of tokens.
-    abandon_to: the stage that is best asked then; None: even a hopeless answer is the better value.
-    is_unlike: the prompt is unlike all that the policy was fitted to.
-    """
-
-    first_stage: int
-    estimates: tuple[Estimate, ...]
-    p_escalate: float
-    likely_next: int | None
-    abandon: tuple[AbandonThreshold, ...]
-    abandon_to: int | None
-    is_unlike: bool = False
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What to do with an answer. next_stage: None to stop. Values are in cost units, waits counted.
-
-    escalate_value: of the best stage that the budgets leave; below stop_value where none is possible.
-    p_correct, stderr: None for a prompt that is unlike all that the policy was fitted to; values are 0 then.
-    """
-
-    next_stage: int | None
-    reason: DecisionReason
-    p_correct: float | None
-    stderr: float | None
-    stop_value: float
-    escalate_value: float
-    estimates: tuple[Estimate, ...]
 
 
 class Policy:
@@ -872,34 +662,8 @@ def _next_stages(first: Move, solution: Solution) -> dict[int, list[float]]:
     }
 
 
-@dataclass(frozen=True, slots=True)
-class _Point:
-    """A position between the centres of two bins: `share` of the way from `low` to `low + 1`; in `bin`."""
-
-    low: int
-    share: float
-    bin: int
-
-    def of(self, values: Sequence[float]) -> float:
-        """Return the value here of a quantity known at the centres, linearly."""
-        if self.share == 0.0:
-            return values[self.low]
-        return values[self.low] * (1.0 - self.share) + values[self.low + 1] * self.share
-
-
-def _locate(centres: Sequence[float], at: float, within: int) -> _Point:
-    """Return where a value lies between centres, which increase; beyond them, the nearest one."""
-    above = bisect.bisect_left(centres, at)
-    if above == 0:
-        return _Point(0, 0.0, within)
-    if above == len(centres):
-        return _Point(above - 1, 0.0, within)
-    low, high = centres[above - 1], centres[above]
-    return _Point(above - 1, (at - low) / (high - low), within)
-
-
 def _estimates(
-    view: CalibratedView, point: _Point, p_correct: Mapping[int, float], stderr: Mapping[int, float]
+    view: CalibratedView, point: Point, p_correct: Mapping[int, float], stderr: Mapping[int, float]
 ) -> tuple[Estimate, ...]:
     estimates = []
     for stage, p in p_correct.items():

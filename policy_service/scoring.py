@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from policy_service.policy import Policy, State
+    from policy_service.domain import State
+    from policy_service.policy import Policy
 
 
 @dataclass(frozen=True)

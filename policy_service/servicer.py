@@ -15,8 +15,8 @@ from asd.convert import DECISION_REASONS, FINISH_REASONS, PREFERENCES
 from asd.errors import InvalidRequest, NotFound, PreconditionFailed
 from asd.v1 import common_pb2, policy_pb2, policy_pb2_grpc
 from asd.values import Preference
+from policy_service.domain import Condition, PolicyObjective, Spent, UnmeetableBudget
 from policy_service.features import Draft, DraftVerification, PromptText
-from policy_service.policy import Condition, PolicyObjective, Spent, UnmeetableBudget
 from policy_service.reports import OutcomeReport
 from policy_service.scoring import Scoring
 from policy_service.shadow import ShadowJob
@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from policy_service.document import PolicyDocument
+    from policy_service.domain import Estimate, Judgement, Plan
     from policy_service.drift import DriftMonitor, StageCalibration
-    from policy_service.policy import Estimate, Judgement, Plan, Policy
+    from policy_service.policy import Policy
     from policy_service.reports import ReportLog
     from policy_service.shadow import Shadow
 

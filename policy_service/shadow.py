@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Protocol
 
 from asd.errors import AsdError
-from policy_service.policy import Judgement, Plan
+from policy_service.domain import Judgement, Plan
 from services.common.documents import parse_json
 from services.common.line_log import LineLog, parse_lines
 

@@ -177,7 +177,7 @@ def price(
     _check_extra()
     from asd.errors import InvalidRequest
     from policy_service.artifact import load_artifact
-    from policy_service.policy import UnmeetableBudget
+    from policy_service.domain import UnmeetableBudget
     from policy_service.store import artifact_in
 
     if [mean_cost, mean_latency_ms, min_accuracy].count(None) != 2:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from asd.values import Preference
-from policy_service.policy import PolicyObjective
+from policy_service.domain import PolicyObjective
 from policy_service.solver import solve_policy
 from policy_service.train.dataset import view_keys
 from policy_service.train.fit import expected_calibration_error

@@ -11,16 +11,10 @@ import pytest
 
 from asd.values import DecisionReason, FinishReason, Preference
 from policy_service.artifact import load_artifact, pack, read_artifact
+from policy_service.calibration import CalibratedView, Calibration
+from policy_service.domain import Judgement, PolicyObjective, Spent, StageFacts
 from policy_service.features import Draft, DraftVerification, FeatureSpace, PromptText
-from policy_service.policy import (
-    CalibratedView,
-    Calibration,
-    Judgement,
-    Policy,
-    PolicyObjective,
-    Spent,
-    StageFacts,
-)
+from policy_service.policy import Policy
 from policy_service.solver import Move, View
 from policy_service.state_cells import StateCells
 from suites import split

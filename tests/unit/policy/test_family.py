@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -15,15 +16,18 @@ from hypothesis import strategies as st
 from asd.values import DecisionReason, Preference
 from policy_service.artifact import Artifact, load_artifact, load_usable, read_artifact, read_document
 from policy_service.document import FamilyEntry, UnfitArtifact
+from policy_service.domain import Condition, PolicyObjective, Spent, UnmeetableBudget
 from policy_service.family import MOST_CHARACTERS, Family
 from policy_service.features import Draft, PromptText
-from policy_service.policy import Condition, Policy, PolicyObjective, Spent, UnmeetableBudget
 from policy_service.servicer import PolicyServicer
 from policy_service.store import write_artifact
 from policy_service.train.family import MARKED, fit_family, suite_prompts, with_family
 from services.cli.demo import EXAMPLE_PROMPTS
 from tests.fakes.renamed_tasks import renamed_prompts
 from tests.unit.policy.tiny_policy import change_document, make_artifact
+
+if TYPE_CHECKING:
+    from policy_service.policy import Policy
 
 ROOT = Path(__file__).parents[3]
 OFF_TOPIC = ROOT / "tests" / "data" / "off_topic.jsonl"

@@ -14,9 +14,9 @@ import pytest
 
 from policy_service.artifact import load_artifact, read_artifact, read_document
 from policy_service.document import UnfitArtifact
+from policy_service.domain import PolicyObjective, Spent
 from policy_service.family import Family
 from policy_service.features import Draft, DraftVerification, PromptText
-from policy_service.policy import Policy, PolicyObjective, Spent
 from policy_service.solver import solve_policy
 from policy_service.train.costs import StageCosts
 from policy_service.train.dataset import Dataset, read_dataset, view_keys
@@ -37,6 +37,8 @@ from tests.unit.policy.tiny_policy import change_document, change_file, files_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from policy_service.policy import Policy
 
 COSTS = (
     StageCosts(name="small", cost=1.0, prefill_ms=1.0, token_ms=0.1),

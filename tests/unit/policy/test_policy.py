@@ -15,20 +15,19 @@ from hypothesis import strategies as st
 
 from asd.values import DecisionReason, Preference
 from policy_service.artifact import load_artifact
-from policy_service.features import Draft, DraftVerification, FeatureSpace, PromptText
-from policy_service.policy import (
+from policy_service.calibration import CalibratedView, Calibration
+from policy_service.domain import (
     AbandonThreshold,
-    CalibratedView,
-    Calibration,
     Condition,
     CurvePoint,
     Judgement,
-    Policy,
     PolicyObjective,
     Spent,
     StageFacts,
     UnmeetableBudget,
 )
+from policy_service.features import Draft, DraftVerification, FeatureSpace, PromptText
+from policy_service.policy import Policy
 from policy_service.solver import Move, View, expect, solve_policy
 
 EMBEDDED = Path(__file__).parents[3] / "policy_service" / "policy.zip"

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from policy_service.artifact import load_usable, read_artifact, read_document
+from policy_service.domain import PolicyObjective, Spent
 from policy_service.features import Draft, DraftVerification, PromptText
-from policy_service.policy import PolicyObjective, Spent
 from policy_service.reports import OutcomeReport
 from policy_service.store import write_artifact
 from policy_service.train.refit import (
@@ -211,7 +211,7 @@ def test_a_worse_medium_is_asked_less(refitted: tuple[Path, Path]):
         ).escalate_value
 
     def _away() -> object:
-        from policy_service.policy import Condition
+        from policy_service.domain import Condition
 
         return Condition(is_available=False)
 

@@ -11,7 +11,7 @@ import pytest
 
 from asd.v1 import common_pb2, policy_pb2
 from policy_service.artifact import build_policy, load_artifact
-from policy_service.policy import State
+from policy_service.domain import State
 from policy_service.scoring import Scoring
 from policy_service.servicer import PolicyServicer
 from suites import split

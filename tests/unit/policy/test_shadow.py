@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from asd.values import DecisionReason
-from policy_service.policy import Estimate, Judgement, Plan, StageFacts
+from policy_service.domain import Estimate, Judgement, Plan, StageFacts
 from policy_service.shadow import Shadow, ShadowJob, compare, read_shadow
 from tests.limits import CALL_S
 

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from policy_service.artifact import build_policy, read_document
 from policy_service.document import CellsEntry
+from policy_service.domain import PolicyObjective, Spent
 from policy_service.features import Draft, PromptText
-from policy_service.policy import PolicyObjective, Spent
 from policy_service.solver import solve_policy
 from policy_service.state_cells import StateCells
 from policy_service.train.dataset import Dataset, view_keys

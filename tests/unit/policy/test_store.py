@@ -490,8 +490,8 @@ async def test_following_hands_over_between_sleeps(store: PolicyStore, tmp_path:
 
 def test_a_usable_policy_has_solved_what_its_first_requests_need(tmp_path: Path, monkeypatch):
     from policy_service import policy as module
+    from policy_service.domain import PolicyObjective
     from policy_service.features import PromptText
-    from policy_service.policy import PolicyObjective
 
     loaded = load_usable(make_artifact(tmp_path / "v1", "v1"))
 
