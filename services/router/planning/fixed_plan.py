@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class FixedPlan:
-    """Of one request that names its stages.
+    """The plan of one request that names its stages.
 
     skips: whether a target (the second stage) had better work without the draft of a drafter (the first).
     """

@@ -42,9 +42,10 @@ _TEMPLATE_TOKENS = 1024
 
 
 class Knowledge:
-    """Of the stages of a cascade. clock: monotonic seconds. activator: knows which stages have no replica.
+    """What the router knows of the stages of a cascade.
 
-    has_adaptive_drafts: whether drafts that save nothing are left out.
+    clock: monotonic seconds. activator: knows which stages have no replica. has_adaptive_drafts: whether
+    drafts that save nothing are left out.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class Knowledge:
         return self.load.expected_queue_ms(stage.index) + self.load.service_ms(stage.index)
 
     def usual_ms(self, stage: Stage) -> float:
-        """Return the same; 0 where none was answered, whatever the wait."""
+        """Return `expected_ms`; 0 while the stage has answered no request."""
         return self.expected_ms(stage) if self.load.service_ms(stage.index) else 0.0
 
     def timeout_ms(self, stage: Stage) -> float:

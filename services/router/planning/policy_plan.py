@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 class PolicyPlan:
-    """Of one request. What the policy raises is raised: Unavailable and BudgetSpent where it is away or
-    late."""
+    """The policy's plan for one request. Its methods raise Unavailable where the policy service is
+    unreachable, and BudgetSpent where it is late."""
 
     def __init__(
         self, policy: PolicyClient, state: RequestState, knowledge: Knowledge, admission: Admission
