@@ -104,7 +104,7 @@ class MoveEntry(Entry):
 
 
 class HeadEntry(Entry):
-    """A `policy.Calibration`: of `stage`'s head in its view."""
+    """A `calibration.Calibration`: of `stage`'s head in its view."""
 
     stage: str
     slope: Annotated[float, Field(gt=0, le=_MOST)]
@@ -139,7 +139,7 @@ class CellsEntry(Entry):
 
 
 class ViewEntry(Entry):
-    """A `policy.CalibratedView`. stage, origin: names, None as there. model: file; sha256: of its content.
+    """A `calibration.CalibratedView`. stage, origin: names, None as there. model: file; sha256: its digest.
 
     certified: as in `solver.View`. cells: None where the view is cut by its own score.
     """
@@ -156,14 +156,14 @@ class ViewEntry(Entry):
 
 
 class AbandonEntry(Entry):
-    """A `policy.AbandonRule`."""
+    """A `domain.AbandonThreshold`."""
 
     tokens: Annotated[int, Field(ge=1)]
     mean_logprob: Annotated[float, Field(le=0)]
 
 
 class StageEntry(Entry):
-    """A `policy.StageFacts`. abandon: when one of its drafts is hopeless, by ascending number of tokens.
+    """A `domain.StageFacts`. abandon: thresholds of hopeless drafts, by ascending number of tokens.
 
     finish_reasons: left out where the answers all ended by themselves, as in artifacts that know no others.
     """
@@ -194,7 +194,7 @@ class QualityValues(Entry):
 
 
 class CurveEntry(Entry):
-    """A `policy.CurvePoint`."""
+    """A `domain.CurvePoint`."""
 
     quality_value: Annotated[float, Field(gt=0, le=_MOST)]
     cost: Amount
