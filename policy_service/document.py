@@ -139,7 +139,7 @@ class CellsEntry(Entry):
 
 
 class ViewEntry(Entry):
-    """A `calibration.CalibratedView`. stage, origin: names, None as there. model: file; sha256: of it.
+    """A `calibration.CalibratedView`. stage, origin: names, None as there. model: file; sha256: its digest.
 
     certified: as in `solver.View`. cells: None where the view is cut by its own score.
     """
@@ -163,7 +163,7 @@ class AbandonEntry(Entry):
 
 
 class StageEntry(Entry):
-    """A `domain.StageFacts`. abandon: when one of its drafts is hopeless, by ascending number of tokens.
+    """A `domain.StageFacts`. abandon: thresholds of hopeless drafts, by ascending number of tokens.
 
     finish_reasons: left out where the answers all ended by themselves, as in artifacts that know no others.
     """
