@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 async def run(settings: PolicySettings, servicer: PolicyServicer, watch: PolicyWatch | None) -> None:
-    """Serve until SIGTERM or SIGINT. watch: follows the store of the policies, where there is one."""
+    """Serve until SIGTERM or SIGINT. watch: follows the store of policies; None: there is no store."""
     registration = ServiceRegistration(
         "asd.v1.PolicyService",
         lambda server: policy_pb2_grpc.add_PolicyServiceServicer_to_server(servicer, server),
@@ -53,7 +53,7 @@ async def run(settings: PolicySettings, servicer: PolicyServicer, watch: PolicyW
 
 
 def main() -> None:
-    """Serve until SIGTERM. Exit with a message where the artifact or the reports cannot be used."""
+    """Serve until SIGTERM. Exit with a message if the artifact or the reports cannot be used."""
     report_nothing()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     settings = PolicySettings.from_arguments()
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def _shadow(settings: PolicySettings, live: LoadedArtifact, instruments: PolicyInstruments) -> Shadow | None:
-    """Return the shadow of the settings; None, with an error in the log, where it cannot be had."""
+    """Return the shadow of the settings; None, with an error in the log, if it cannot be loaded."""
     if settings.shadow_artifact is None:
         return None
     try:
@@ -99,7 +99,7 @@ def _shadow(settings: PolicySettings, live: LoadedArtifact, instruments: PolicyI
         max_bytes = settings.shadow_max_mb * 2**20
         return Shadow(candidate.policy, settings.shadow_path, instruments, max_bytes=max_bytes)
     except (UnfitArtifact, DamagedFile, OSError) as error:
-        # What serves must not depend on what is only tried.
+        # The live policy must be served even if the candidate fails.
         logger.error("no shadow policy decides beside %s: %s", live.policy.version, error)
         return None
 

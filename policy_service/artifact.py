@@ -1,12 +1,12 @@
 """The artifact of a policy: one zip file of `policy.json` and one ONNX model per view.
 
 Why a zip: one rename replaces one file, the standard library reads it and checks every byte (CRC-32), and
-`unzip` shows what is in it. Nothing in it is compressed, so that it never holds more than its size. No entry
-has a time or an owner, so that a policy always makes the same bytes. `policy.json` names the models with
-their SHA-256.
+`unzip` lists its content. It is not compressed, so its content is never larger than the file. No entry has a
+time or an owner, so the same policy always makes the same bytes. `policy.json` names the models with their
+SHA-256.
 
-A directory stands for the `policy.zip` in it, as a volume of Kubernetes needs. Of a directory that has none,
-the form of 0.1 is read: `policy.json` with its models, and perhaps `lineage.json`, beside each other.
+A path to a directory means the `policy.zip` in it, as a Kubernetes volume needs. Without one, the directory
+is read in the form of 0.1: `policy.json`, its models, and perhaps `lineage.json`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from asd.transport.files import DamagedFile, read_content
 from asd.values import FinishReason, Preference
 from policy_service.calibration import CalibratedView, Calibration
 from policy_service.document import (
+    DOCUMENT,
     Lineage,
     PolicyDocument,
     UnfitArtifact,
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 ARTIFACT = "policy.zip"
-DOCUMENT = "policy.json"
 # Beside policy.json in an artifact of 0.1 that was refitted.
 _LINEAGE = "lineage.json"
 # Chosen: sixty and a hundred times the shipped one's.
@@ -54,25 +54,25 @@ _MOST_BYTES = 256 << 20
 _MOST_DOCUMENT_BYTES = 16 << 20
 # Chosen: a cascade of 44 stages has about that many views.
 _MOST_FILES = 1024
-# What begins each entry of a zip's directory.
+# The first bytes of each entry in a zip's directory.
 _ENTRY = b"PK\x01\x02"
-# The first day that a zip can name.
+# The earliest time that a zip can store.
 _NO_TIME = (1980, 1, 1, 0, 0, 0)
 _UNIX = 3
-# What zipfile raises for content that is no zip, or not one that it reads.
+# Errors that zipfile raises for content that is no zip, or not one that it can read.
 _NO_ZIP = (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError, struct.error)
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A policy as it is stored. models: ONNX, by their names in the document's views."""
+    """A stored policy. models: ONNX, by their names in the document's views."""
 
     document: PolicyDocument
     models: Mapping[str, bytes]
 
 
 class LoadedArtifact(NamedTuple):
-    """An artifact's policy, its document, and the predictor that the policy asks."""
+    """An artifact's policy, its document, and the policy's predictor."""
 
     policy: Policy
     document: PolicyDocument
@@ -88,10 +88,10 @@ class _Files(Protocol):
     """The files of an artifact."""
 
     def name(self, file: str) -> str:
-        """Return what messages call a file."""
+        """Return the name of a file for messages."""
 
     def read(self, file: str, most_bytes: int) -> bytes:
-        """Return what a file holds. Raises DamagedFile, OSError."""
+        """Return the content of a file. Raises DamagedFile, OSError."""
 
 
 class _ZipFiles:
@@ -99,7 +99,7 @@ class _ZipFiles:
 
     def __init__(self, content: bytes, where: str) -> None:
         self._where = where
-        # Before zipfile makes an object of each entry.
+        # Count the entries before zipfile makes an object of each.
         if content.count(_ENTRY) > _MOST_FILES:
             raise DamagedFile(f"{where} has more than {_MOST_FILES} files in it: copy it again")
         try:
@@ -113,7 +113,7 @@ class _ZipFiles:
         packed = [each for each in entries if each.compress_type or each.compress_size != each.file_size]
         if packed:
             raise DamagedFile(f"{where}: {quoted(packed[0].filename)} is compressed: pack it with `zip -0`")
-        # Entries may lie on top of each other.
+        # Overlapping entries would be read as many copies.
         if sum(entry.file_size for entry in entries) > len(content):
             raise DamagedFile(f"{where} says that it holds more than its size: copy it again")
 
@@ -144,7 +144,7 @@ class _DirectoryFiles:
         return read_content(self._directory / file, most_bytes)
 
     def lineage(self) -> Lineage | None:
-        """Return what `lineage.json` says; None without one. Raises UnfitArtifact, DamagedFile, OSError."""
+        """Return `lineage.json`; None if there is none. Raises UnfitArtifact, DamagedFile, OSError."""
         where = self.name(_LINEAGE)
         try:
             content = self.read(_LINEAGE, _MOST_DOCUMENT_BYTES)
@@ -157,24 +157,24 @@ class _DirectoryFiles:
 
 
 def artifact_file(path: Path) -> Path:
-    """Return the file of an artifact, or the directory of one of 0.1. path: as a user names either."""
+    """Return the file of an artifact, or the directory of one of 0.1. path: as the user gives it."""
     if not path.is_dir() or (not (path / ARTIFACT).exists() and (path / DOCUMENT).exists()):
         return path
     return path / ARTIFACT
 
 
 def read_document(path: Path) -> PolicyDocument:
-    """Return the document of an artifact, whatever its models are. Raises UnfitArtifact."""
+    """Return the document of an artifact, without reading its models. Raises UnfitArtifact."""
     return _document(_open(path))
 
 
 def read_artifact(path: Path) -> Artifact:
-    """Return what an artifact holds: models that belong to its document. Raises UnfitArtifact."""
+    """Return an artifact: its document, and the models that the document names. Raises UnfitArtifact."""
     return _artifact(_open(path))
 
 
 def unpack(content: bytes, where: str) -> Artifact:
-    """Return what an artifact's file holds, as read_artifact. where: its path, for messages."""
+    """Return the artifact in a file's content, like read_artifact. where: its path, for messages."""
     try:
         files = _ZipFiles(content, where)
     except DamagedFile as error:
@@ -183,7 +183,7 @@ def unpack(content: bytes, where: str) -> Artifact:
 
 
 def pack(artifact: Artifact) -> bytes:
-    """Return the file of an artifact: always the same bytes for the same policy."""
+    """Return the content of an artifact's file: always the same bytes for the same policy."""
     content = io.BytesIO()
     models = {view.model: artifact.models[view.model] for view in artifact.document.views}
     with zipfile.ZipFile(content, "w") as archive:
@@ -201,19 +201,19 @@ def load_artifact(path: Path) -> LoadedArtifact:
 
 
 def load_usable(path: Path) -> LoadedArtifact:
-    """Return the policy of an artifact after a trial, as `tried`. Raises UnfitArtifact."""
+    """Return the policy of an artifact after a trial, like `tried`. Raises UnfitArtifact."""
     return tried(read_artifact(path), str(path))
 
 
 def tried(artifact: Artifact, where: str) -> LoadedArtifact:
-    """Return a policy after it planned and decided once in every view. where: its path, for messages.
+    """Return a policy after it has planned and decided once in every view. where: its path, for messages.
 
-    Raises UnfitArtifact where it did not. Its solutions are kept, so that its first request does not wait.
+    Raises UnfitArtifact if that fails. The solutions are cached, so that the first request does not wait.
     """
     loaded = _load(artifact, where)
     policy = loaded.policy
     prompt = PromptText("?")
-    # The predictor is tried on it, whether or not it is a prompt that the policy would predict anything for.
+    # The trial's prompt may be unlike the fitted ones, so switch that check off: the predictor must run.
     family = policy.family
     policy.use_family(None)
     signals = np.zeros(1, np.float32)

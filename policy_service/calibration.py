@@ -1,4 +1,4 @@
-"""From a predictor's scores to calibrated probabilities, and to the bins of the solver's views."""
+"""Maps a predictor's scores to calibrated probabilities, and to the bins of the solver's views."""
 
 from __future__ import annotations
 
@@ -40,31 +40,32 @@ class Calibration:
         return odds / (1.0 + odds)
 
     def log_odds(self, score: float) -> float:
-        """Return the logarithm of the odds that a predictor's score stands for."""
+        """Return the log-odds for a predictor's score."""
         return self.slope * score + self.offset
 
     def score_for(self, log_odds: float) -> float:
-        """Return the score that stands for these odds: the inverse of `log_odds`."""
+        """Return the score for these log-odds: the inverse of `log_odds`."""
         return (log_odds - self.offset) / self.slope
 
     def bin_of(self, p_correct: float) -> int:
-        """Return the bin that a probability lies in."""
+        """Return the bin of a probability."""
         return bisect.bisect_left(self.edges, p_correct)
 
     def stderr(self, p_correct: float) -> float:
         """Return the standard error of a probability: a binomial share's over the prompts of its bin."""
         count = self.counts[self.bin_of(p_correct)]
-        # One success and one failure more: a bin with no failure is not certain (Agresti and Coull 1998).
+        # Add one success and one failure: a bin without a failure is not certain (Agresti and Coull 1998).
         share = (p_correct * count + 1) / (count + 2)
         return math.sqrt(share * (1 - share) / (count + 2))
 
 
 @dataclass(frozen=True)
 class CalibratedView:
-    """A solver's view with what leads from a predictor's scores to its bins.
+    """A solver's view with the mapping from a predictor's scores to its bins.
 
-    heads: by stage, the calibration of that stage's head in this view. The bins of the head of the stage that
-    answered, or of the first one in the prompt's view, are the view's, unless state_cells cuts it into cells.
+    heads: calibration of each stage's head in this view, by stage. The view's bins are those of the head of
+    the stage that answered, or of the first stage in the prompt's view, unless state_cells cuts it into
+    cells.
     """
 
     view: View
@@ -85,39 +86,39 @@ class CalibratedView:
 
     @cached_property
     def prompt_shares(self) -> npt.NDArray[np.float64]:
-        """Share of the calibration prompts in each bin of a prompt's view: the first stage's head cuts it."""
+        """Share of the calibration prompts in each bin of the prompt's view, which the first head cuts."""
         counts = np.array(self.state_cells.counts if self.state_cells else self.heads[0].counts, float)
         shares: npt.NDArray[np.float64] = counts / counts.sum()
         return shares
 
     @cached_property
     def certified(self) -> tuple[float, ...]:
-        """Least share of right answers of each bin."""
+        """Certified share of right answers of each bin."""
         return tuple(self.view.certified.tolist())
 
     @cached_property
     def expected(self) -> dict[int, tuple[list[float], list[float]]]:
-        """Cost and latency of asking each later stage, per bin."""
+        """Cost and latency of calling each later stage, per bin."""
         return {move.stage: (move.cost.tolist(), move.latency_ms.tolist()) for move in self.view.moves}
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A position between the centres of two bins: `share` of the way from `low` to `low + 1`; in `bin`."""
+    """A position between the centres of bins `low` and `low + 1`, at `share` of their distance; in `bin`."""
 
     low: int
     share: float
     bin: int
 
     def of(self, values: Sequence[float]) -> float:
-        """Return the value here of a quantity known at the centres, linearly."""
+        """Return a quantity's value here, interpolated linearly between the centres."""
         if self.share == 0.0:
             return values[self.low]
         return values[self.low] * (1.0 - self.share) + values[self.low + 1] * self.share
 
 
 def _locate(centres: Sequence[float], at: float, within: int) -> Point:
-    """Return where a value lies between centres, which increase; beyond them, the nearest one."""
+    """Return a value's position between ascending centres; beyond them, the nearest one."""
     above = bisect.bisect_left(centres, at)
     if above == 0:
         return Point(0, 0.0, within)

@@ -1,4 +1,4 @@
-"""What an artifact says of its policy: the content of `policy.json`."""
+"""The content of an artifact's `policy.json`."""
 
 from __future__ import annotations
 
@@ -36,29 +36,30 @@ if TYPE_CHECKING:
 DOCUMENT = "policy.json"
 MOST_NAME = 256
 _DIGEST = re.compile("[0-9a-f]{64}")
-# Bounds of what a file may make a service hold. Chosen: several times what `fit` writes.
+# Bounds on the memory that a file can take in a service. Chosen: several times what `fit` writes.
 _MOST_FAMILY_WORDS = 65_536
 _MOST_GRAM_CHARACTERS = 2**21
 _GRAM = np.dtype("<u4")
-# A row of probabilities is kept to six decimals and may miss 1 by their rounding.
+# Probabilities are stored with six decimals, so the sum of a row may differ from 1 by rounding.
 _ROW_TOLERANCE = 1e-3
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 # Chosen: beyond any real cost or latency, and low enough that products of a few stay finite.
 _MOST = 1e12
 Amount = Annotated[float, Field(ge=0, le=_MOST, allow_inf_nan=False)]
-# What every reader of JSON holds exactly.
+# Integers that every JSON reader represents exactly.
 Count = Annotated[int, Field(ge=0, le=2**53)]
 
 
 class UnfitArtifact(OneLineError):  # noqa: N818 - an error is named by its cause
-    """There is no policy that can be used; the message says why and what to do."""
+    """An artifact cannot be used; the message says why and what to do."""
 
 
 class Entry(BaseModel):
     """Part of a document that asd writes and reads.
 
-    Strict: true is not 1, nor is "1"; 1 is 1.0. Every text can be shown as it is, on one line.
+    Types are strict: neither true nor "1" is read as 1, but 1 is read as 1.0. Every text is printable and on
+    one line.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
@@ -80,7 +81,7 @@ def _check_name(name: str) -> str:
     return name
 
 
-# It is shown in logs and tables.
+# Names are shown in logs and tables.
 Name = Annotated[str, Field(min_length=1), AfterValidator(_check_name)]
 
 
@@ -103,7 +104,7 @@ class MoveEntry(Entry):
 
 
 class HeadEntry(Entry):
-    """A `policy.Calibration`: of `stage`'s head in its view."""
+    """A `calibration.Calibration`: of `stage`'s head in its view."""
 
     stage: str
     slope: Annotated[float, Field(gt=0, le=_MOST)]
@@ -131,14 +132,14 @@ class CellsEntry(Entry):
         if ends != list(range(len(self.counts))):
             raise ValueError("cells: needs every cell once, with its count")
         for node, (left, right) in enumerate(zip(self.left, self.right, strict=True)):
-            # Later nodes alone, so that every walk ends.
+            # Children are later nodes, so that every walk ends.
             if self.cells[node] < 0 and not node < min(left, right) <= max(left, right) < nodes:
                 raise ValueError(f"cells: node {node} must lead to later nodes")
         return self
 
 
 class ViewEntry(Entry):
-    """A `policy.CalibratedView`. stage, origin: names, None as there. model: file; sha256: of its content.
+    """A `calibration.CalibratedView`. stage, origin: names, None as there. model: file; sha256: its digest.
 
     certified: as in `solver.View`. cells: None where the view is cut by its own score.
     """
@@ -155,14 +156,14 @@ class ViewEntry(Entry):
 
 
 class AbandonEntry(Entry):
-    """A `policy.AbandonRule`."""
+    """A `domain.AbandonThreshold`."""
 
     tokens: Annotated[int, Field(ge=1)]
     mean_logprob: Annotated[float, Field(le=0)]
 
 
 class StageEntry(Entry):
-    """A `policy.StageFacts`. abandon: when one of its drafts is hopeless, by ascending number of tokens.
+    """A `domain.StageFacts`. abandon: thresholds of hopeless drafts, by ascending number of tokens.
 
     finish_reasons: left out where the answers all ended by themselves, as in artifacts that know no others.
     """
@@ -185,7 +186,7 @@ class StageEntry(Entry):
 
 
 class QualityValues(Entry):
-    """Value of a certainly right answer for each preference, in cost units."""
+    """Value of a right answer for each preference, in cost units."""
 
     fastest: Amount
     balanced: Amount
@@ -193,7 +194,7 @@ class QualityValues(Entry):
 
 
 class CurveEntry(Entry):
-    """A `policy.CurvePoint`."""
+    """A `domain.CurvePoint`."""
 
     quality_value: Annotated[float, Field(gt=0, le=_MOST)]
     cost: Amount
@@ -202,7 +203,7 @@ class CurveEntry(Entry):
 
 
 class Source(Entry):
-    """A file of outcomes that the policy was made from; `file` is for people."""
+    """A file of outcomes that the policy was made from. `file`: its name, for people."""
 
     file: Annotated[str, Field(min_length=1, max_length=MOST_NAME)]
     sha256: Digest
@@ -250,7 +251,7 @@ class FamilyEntry(Entry):
 
 
 class StageLineage(Entry):
-    """What refitting changed of one stage: p_correct' = sigmoid(slope * logit(p_correct) + offset)."""
+    """A stage's correction by a refit: p_correct' = sigmoid(slope * logit(p_correct) + offset)."""
 
     stage: Name
     reports: Count
@@ -268,11 +269,11 @@ class Lineage(Entry):
 class PolicyDocument(Entry):
     """Content of `policy.json`.
 
-    family: None in artifacts that do not know it; no prompt is then marked. lineage: None where the policy
-    was fitted to outcomes.
+    family: None in artifacts without one; no prompt is then marked as unlike. lineage: None if the policy was
+    fitted to outcomes.
     """
 
-    # Without defaults: a file that does not say what it is may be of any version.
+    # These have no defaults: a file without them could be of any version.
     schema_name: Literal["asd.policy"] = Field(alias="schema")
     schema_version: Literal[2]
     policy_version: Name
@@ -332,7 +333,7 @@ class PolicyDocument(Entry):
             target = indexes.get((move.to, view.stage))
             if target is None:
                 raise ValueError(f"{where}: no view of {move.to} verifying {view.stage}")
-            # Later views alone, so that every way ends.
+            # Moves lead to later views, so that every path ends.
             if target <= index:
                 raise ValueError(f"{where}: move to {move.to}: must lead to a later view")
             bins, onward = len(view.p_correct), len(self.views[target].p_correct)
@@ -344,7 +345,7 @@ class PolicyDocument(Entry):
 
 
 def _problem_of_bins(view: ViewEntry) -> str:
-    """Return what is wrong with a view's bins, or ""."""
+    """Return the fault of a view's bins, or ""."""
     if any(a >= b for a, b in itertools.pairwise(view.p_correct)):
         return "p_correct must increase"
     counts = view.cells.counts if view.cells else view.heads[0].counts
@@ -356,7 +357,7 @@ def _problem_of_bins(view: ViewEntry) -> str:
 
 
 def parse_document(content: bytes, where: str) -> PolicyDocument:
-    """Return what a `policy.json` says. where: what messages call it. Raises UnfitArtifact."""
+    """Return the document of a `policy.json`. where: its name for messages. Raises UnfitArtifact."""
     try:
         _check_schema_version(where, parse_json(content, where))
         document = PolicyDocument.model_validate_json(content)
@@ -376,12 +377,12 @@ def parse_document(content: bytes, where: str) -> PolicyDocument:
 
 
 def document_text(document: PolicyDocument) -> str:
-    """Return the `policy.json` that says this."""
+    """Return a document as `policy.json`."""
     return json.dumps(document.model_dump(mode="json", by_alias=True), separators=(",", ":")) + "\n"
 
 
 def first_problem(error: ValidationError) -> str:
-    """Return the first entry that a model refuses, and why."""
+    """Return the first wrong entry, and why it is wrong."""
     problem = error.errors(include_url=False)[0]
     entry = ".".join(str(part) for part in problem["loc"])
     said = problem["msg"].removeprefix("Value error, ")
@@ -389,9 +390,9 @@ def first_problem(error: ValidationError) -> str:
 
 
 def _check_schema_version(where: str, content: object) -> None:
-    """Raise UnfitArtifact for a document of another version or of none.
+    """Raise UnfitArtifact for a document of another version, or without one.
 
-    Content that is no object is left to the parser. A Literal of pydantic takes 2.0 for 2.
+    The parser refuses content that is not an object. pydantic's Literal alone would take 2.0 for 2.
     """
     if not isinstance(content, dict):
         return

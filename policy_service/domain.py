@@ -1,4 +1,4 @@
-"""What the policy is asked and what it answers, as values. No gRPC, no protobuf."""
+"""Questions to the policy and its answers, as values. No gRPC, no protobuf."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 class UnmeetableBudget(Exception):  # noqa: N818 - an error is named by its cause
-    """No stage fits the budget; the message says what would."""
+    """No stage fits the budget; the message says which budget would be enough."""
 
 
 @dataclass(frozen=True)
 class PolicyObjective:
     """What to optimise. quality_value: the contract's `lambda`, cost units; None: the preference's.
 
-    min_quality: an answer is returned early only where answers that look like it are certified to be right
-    that often (View.certified). min_accuracy_share: waits count only as far as the expected accuracy stays at
-    or above this share of the largest stage's, or above what it is without waits where that is less; None:
-    they count in full; 1 or more: they do not count, but against max_latency_ms.
+    min_quality: an answer is returned early only if answers like it are certified to be right that often
+    (View.certified). min_accuracy_share: limits how far waits count. The expected accuracy must stay at or
+    above this share of the largest stage's, or its accuracy without waits if that is lower. None: waits count
+    in full; 1 or more: they count only against max_latency_ms.
     """
 
     quality_value: float | None = None
@@ -55,9 +55,9 @@ class Spent:
 
 @dataclass(frozen=True)
 class StageFacts:
-    """A stage as it was when the policy was made. cost: of a whole answer. latency_ms: mean of one.
+    """A stage's figures when the policy was made. cost: of a whole answer. latency_ms: mean of an answer.
 
-    finish_reasons: how the answers ended that the predictor was fitted to. It knows nothing of others.
+    finish_reasons: those of the answers that the predictor was fitted to. It cannot predict for other ones.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Predictor(Protocol):
 
 @dataclass(frozen=True)
 class State:
-    """What the predictor is asked of a request. view: index of the view that scores it."""
+    """The predictor's input for a request. view: index of the view that scores it."""
 
     view: int
     features: npt.NDArray[np.float32]
@@ -91,7 +91,7 @@ class State:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """What the optimal policy for a value of quality does on average, by the views and without waits."""
+    """Mean results of the optimal policy for a value of quality, by the views and without waits."""
 
     quality_value: float
     cost: float
@@ -101,7 +101,7 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is predicted of asking a stage. cost, latency_ms: of asking it next; 0 for the judged stage.
+    """Predictions for a stage. cost, latency_ms: of calling it next; 0 for the judged stage.
 
     p_correct, stderr: None for a prompt that is unlike all that the policy was fitted to.
     """
@@ -125,10 +125,10 @@ class AbandonThreshold:
 class Plan:
     """Where to start.
 
-    p_escalate: probability of asking a later stage as well. likely_next: that stage; None: no later one is
-    ever asked. abandon: when a draft of the first stage is hopeless, by ascending number of tokens.
-    abandon_to: the stage that is best asked then; None: even a hopeless answer is the better value.
-    is_unlike: the prompt is unlike all that the policy was fitted to.
+    p_escalate: probability of an escalation. likely_next: its stage; None: there is never one. abandon:
+    thresholds of hopeless drafts of the first stage, by ascending number of tokens. abandon_to: the best
+    stage to call then; None: even a hopeless answer is worth more. is_unlike: whether the prompt is unlike
+    all that the policy was fitted to.
     """
 
     first_stage: int
@@ -142,9 +142,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What to do with an answer. next_stage: None to stop. Values are in cost units, waits counted.
+    """What to do with an answer. next_stage: None to stop. Values are in cost units, including waits.
 
-    escalate_value: of the best stage that the budgets leave; below stop_value where none is possible.
+    escalate_value: of the best stage within the budgets; below stop_value if there is none.
     p_correct, stderr: None for a prompt that is unlike all that the policy was fitted to; values are 0 then.
     """
 

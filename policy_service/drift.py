@@ -1,10 +1,11 @@
 """Running calibration of reported answers, and an alarm on its drift. No gRPC, no protobuf.
 
 The alarm bets against the policy. Each report pays bets on a few alternatives to the predicted probability:
-its odds shifted or stretched, or itself moved. Their likelihood ratio beside the nearest probability that is
-still tolerated is a fair bet or worse while the policy is calibrated within the tolerance. So wealth that
-starts anew whenever it is spent (CUSUM), averaged over the alternatives, reaches `run_length` after
-`run_length` reports or more on average, and within n reports with probability n / run_length at most.
+its odds shifted or stretched, or the probability itself moved. A bet pays the likelihood ratio of the
+alternative over the nearest tolerated probability. While the policy is calibrated within the tolerance, such
+bets are fair or worse. Wealth that falls below its start is reset to it (CUSUM); the mean is taken over the
+alternatives. It then reaches `run_length` after `run_length` reports or more on average, and within n reports
+with probability n / run_length at most.
 
 Source: Shin, Ramdas and Rinaldo 2024, "E-detectors: a nonparametric framework for sequential change
 detection", NEJSDS 2(2), the e-CUSUM of section 2 and its mixtures; Page 1954 for CUSUM. The bets and the
@@ -25,15 +26,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Slope and offset of the true log-odds over the predicted ones: all answers worse or better than predicted,
-# predictions too sure or not sure enough. Chosen.
+# Slope and offset of the true log-odds over the predicted ones: answers are worse or better than predicted,
+# or predictions are over- or underconfident. Chosen.
 _LOG_ODDS = ((1.0, -1.0), (1.0, 1.0), (1.0, -2.0), (1.0, 2.0), (0.5, 0.0), (1.5, 0.0))
-# Gaps between predicted and true probability, in tolerances: slight drifts, and those of predictions so sure
-# that their log-odds hide any. Chosen.
+# Gaps between predicted and true probability, in tolerances: slight drifts, and drifts of predictions so
+# confident that a change of log-odds hides them. Chosen.
 _GAPS = (-2.0, 2.0, -5.0, 5.0)
 # Bins of equal width of p_correct. Chosen.
 ECE_BINS = 10
-# Log-odds of a certain prediction. Chosen: beyond any that the predictor gives.
+# Smallest probability in log-odds. Chosen: beyond any prediction.
 _LEAST_P = 1e-6
 
 
@@ -41,8 +42,8 @@ _LEAST_P = 1e-6
 class DriftRule:
     """When a stage's calibration counts as drifted.
 
-    run_length: mean number of reports of a calibrated stage before a false alarm, at least. tolerance: gap
-    between p_correct and the share of right answers that is no drift; above 0.
+    run_length: lower bound on the mean number of reports before a false alarm. tolerance: gap between
+    p_correct and the share of right answers that does not count as drift; above 0.
     """
 
     run_length: float = 10_000.0
@@ -51,11 +52,11 @@ class DriftRule:
 
 @dataclass(frozen=True)
 class StageCalibration:
-    """How a stage's reported answers turned out.
+    """Calibration of a stage's reported answers.
 
     expected: mean p_correct. observed: share of right answers. reported_calibration_error: over bins of equal
-    width; StageFacts.calibration_error is of the calibration prompts. evidence: wealth of the bets, an alarm
-    from the rule's run_length on. alarm_at: number of the report that raised it; None: none did.
+    width; StageFacts.calibration_error is of the calibration prompts. evidence: wealth of the bets; the alarm
+    is raised at the rule's run_length. alarm_at: number of the report that raised it; None: no alarm.
     """
 
     stage: str
@@ -78,7 +79,7 @@ class DriftDetector:
     def add(self, p_correct: float, *, correct: bool) -> bool:
         """Add an outcome. Return whether the evidence suffices for an alarm."""
         tolerance = self._rule.tolerance
-        # Beyond 0 and 1 no alternative lies, so that neither is ever divided by.
+        # Alternatives stay within 0 and 1, so nothing is ever divided by 0.
         low, high = p_correct - tolerance, p_correct + tolerance
         log_odds = logit(p_correct)
         alternatives = [sigmoid(slope * log_odds + offset) for slope, offset in _LOG_ODDS]
@@ -118,12 +119,12 @@ class RunningCalibration:
 
     @property
     def expected(self) -> float:
-        """Mean p_correct; 0 where there are no answers."""
+        """Mean p_correct; 0 without answers."""
         return sum(self._expected) / max(self.count, 1)
 
     @property
     def observed(self) -> float:
-        """Share of right answers; 0 where there are no answers."""
+        """Share of right answers; 0 without answers."""
         return sum(self._right) / max(self.count, 1)
 
     @property
@@ -156,7 +157,7 @@ class _Stage:
 
 
 def log_alarm(version: str, calibration: StageCalibration) -> None:
-    """Say in the log that a stage's calibration has drifted."""
+    """Log that a stage's calibration has drifted."""
     logger.warning(
         "policy %s: the calibration of %s has drifted: %.1f%% of %d reported answers were right, %.1f%% were "
         "predicted to be. Look with `asd-policy drift`, correct with `asd-policy refit`",
@@ -200,7 +201,7 @@ class DriftMonitor:
 
 
 def logit(p: float) -> float:
-    """Return the log-odds of a probability, which is kept off 0 and 1."""
+    """Return the log-odds of a probability, which is first clipped away from 0 and 1."""
     inside = min(max(p, _LEAST_P), 1.0 - _LEAST_P)
     return math.log(inside / (1.0 - inside))
 

@@ -1,11 +1,10 @@
-"""Tells prompts that are unlike all that a policy was fitted to. No gRPC, no protobuf.
+"""Detects prompts that are unlike all that a policy was fitted to. No gRPC, no protobuf.
 
-A prompt is read as tokens in which what varies from prompt to prompt is abstracted: numbers, names, and words
-in places that many different words take. Each token is looked up together with the three before it, as far as
-fitted prompts have them in this order. Its novelty is the share of the runs of one to four tokens that end
-with it and are in no fitted prompt. The mean over the tokens is the prompt's novelty, 0 to 1: a back-off
-n-gram model (Katz 1987) in which only counts of zero count. A prompt is marked whose novelty is above a
-threshold that hardly any of the prompts exceeds that the policy was calibrated on (train/family.py).
+A prompt is split into tokens. Numbers, names, and words in positions that many different words take are
+abstracted. A token's novelty is the share of the n-grams of one to four tokens ending with it that no fitted
+prompt has. A prompt's novelty is the mean over its tokens, 0 to 1: a back-off n-gram model (Katz 1987) that
+only tells whether a count is zero. A prompt is marked if its novelty is above a threshold. Hardly any of the
+prompts that the policy was calibrated on exceed it (train/family.py).
 """
 
 from __future__ import annotations
@@ -20,34 +19,34 @@ if TYPE_CHECKING:
 
     from policy_service.features import PromptText
 
-# A longer question counts by its end, as for the features, and so does what came before it. Chosen: about
-# 1,000 words, which take a millisecond.
+# Of a longer question, only the end counts, as for the features; likewise of its history. Chosen: about 1,000
+# words, which take a millisecond.
 MOST_CHARACTERS = 4096
 MOST_MESSAGES = 16
-# Tokens of the longest run that is looked up. Chosen: fixed words of a pattern have one or two others in
-# between.
+# Tokens of the longest n-gram. Chosen: the fixed words of a pattern have one or two other words in between.
 ORDER = 4
 
-# What stands before the first message of a prompt, before a later one, and behind each.
+# Tokens before the first message of a prompt, before a later one, and after each.
 FIRST, LATER, END = "<first>", "<later>", "<end>"
-# What stands for a number, a name, and another word that varies or is not known.
+# Tokens for a number, a name, and any other word that varies or is unknown.
 NUMBER, NAME, WORD = "<number>", "<name>", "<word>"
 
-# Words in a row that one name may have in lower case, where nothing else tells its end. Chosen: a name and a
-# surname, as the suites have.
+# Most words of a name in lower case, whose end is not marked by capitals. Chosen: a first name and a surname,
+# as in the suites.
 _WORDS_OF_NAME = 2
 
-# Words of politeness behind a question, which the embedded models read over where they are sure. What stands
-# in front of it stays. Measured (benchmarks/family.py): with "Please answer: " before it, 65% of the middle
-# one's answers with a P(correct) above 0.9 were right (23 answers); with " Thanks!" behind it, 93% (30).
+# Polite words after a question, which do not disturb the embedded models' confident answers. Words before the
+# question do, and are kept. Measured (benchmarks/family.py) on the middle model's answers with a P(correct)
+# above 0.9: with "Please answer: " before the question, 65% were right (23 answers); with " Thanks!" after
+# it, 93% (30 answers).
 _CLOSING = re.compile(
     r"(?:(?:[\s,]\s*|(?<=[.?!]))(?:please|thanks|thank\s+you)(?:\s+(?:very\s+much|in\s+advance))?[.!]*)+\Z",
     re.IGNORECASE,
 )
-# Characters of it, at most. Chosen: the search looks at all that is white space again and again.
+# Most characters of such words. Chosen: the search scans white space repeatedly.
 _LONGEST_CLOSING = 64
-# A message before the question that has no other words, as systems' default ones, asks for nothing. Longer
-# than so many characters it does. Chosen.
+# A message before the question that has only these words, such as a default system message, asks for nothing,
+# unless it is longer than _LONGEST_OF_ASSISTANTS characters. Chosen.
 _OF_ASSISTANTS = frozenset(
     "you are re a an the and ai helpful useful friendly kind polite respectful honest harmless smart "
     "knowledgeable intelligent capable virtual digital chat large language model bot chatbot "
@@ -55,16 +54,16 @@ _OF_ASSISTANTS = frozenset(
 )
 _LONGEST_OF_ASSISTANTS = 200
 
-# A word may go on with digits and underscores, as names in programs do.
+# A word may contain digits and underscores after its first letter, as names in programs do.
 _TOKEN = re.compile(r"[^\W\d]\w*|\d+|\n|[^\w\s]")
 
 
 @dataclass(frozen=True)
 class Family:
-    """What the prompts look like that a policy was fitted to.
+    """The patterns of the prompts that a policy was fitted to.
 
-    words: lower-case, that stand for themselves. grams: hashes (`gram_hash`) of the runs of tokens that
-    fitted prompts have. threshold: novelty above which a prompt is marked.
+    words: fixed words, in lower case, which are not abstracted. grams: hashes (`gram_hash`) of the n-grams in
+    fitted prompts. threshold: novelty above which a prompt is marked.
     """
 
     words: frozenset[str]
@@ -76,17 +75,17 @@ class Family:
         return self.novelty(prompt) <= self.threshold
 
     def novelty(self, prompt: PromptText) -> float:
-        """Return how new a prompt is, 0 to 1: its question, or what came before where that is newer.
+        """Return a prompt's novelty, 0 to 1: the larger one of its question and its history.
 
-        A long history does not hide a new question, nor the reverse.
+        A long known history does not hide a new question, nor the reverse.
         """
         *history, question = (self._message(start, text) for start, text in messages(prompt))
         return max(_mean(question), _mean([each for message in history for each in message]))
 
     def _message(self, start: str, text: str) -> list[float]:
-        """Return the novelty of each token of a message and of its end, in lower case where it is less new.
+        """Return the novelty of each token of a message and of its end, in lower case if that is less new.
 
-        Case is a hint and no more: many write names without it.
+        Case is only a hint: many people write names in lower case.
         """
         written = self._novelties(start, text)
         if not any(written):
@@ -95,10 +94,10 @@ class Family:
         return min(written, lower, key=_mean)
 
     def _novelties(self, start: str, text: str, *, is_folded: bool = False) -> list[float]:
-        """Return the novelty of each token of a message and of its end. start: what stands before.
+        """Return the novelty of each token of a message and of its end. start: the token before it.
 
-        A fixed word may also be a name, or take a place that is open to any word, as "May" and variables do:
-        it counts as what is less new. is_folded: names have no capital letters, so that any word may be one.
+        A fixed word may also be a name, or fill a position that is open to any word, as "May" and variables
+        do. The least new reading counts. is_folded: names have no capitals, so any word may be one.
         """
         novelties = []
         words, grams = self.words, self.grams
@@ -115,7 +114,7 @@ class Family:
                 ):
                     in_name += 1
                     continue
-            # Of most tokens the longest run is known: nothing else is looked up.
+            # For most tokens, the longest n-gram is known, and nothing else is looked up.
             if gram_hash(" ".join((*before, chosen))) in grams:
                 novelties.append(0.0)
             else:
@@ -132,7 +131,7 @@ class Family:
         return novelties
 
     def _novelty(self, before: tuple[str, ...], token: str) -> float:
-        """Return the share of the runs that end with a token that are new. before: ORDER - 1 tokens."""
+        """Return the share of the n-grams ending with a token that are new. before: ORDER - 1 tokens."""
         for count, gram in enumerate(_longest_first(before, token)):
             if gram_hash(gram) in self.grams:
                 return count / ORDER
@@ -140,10 +139,10 @@ class Family:
 
 
 def messages(prompt: PromptText) -> Iterator[tuple[str, str]]:
-    """Yield what stands before each message of a prompt, and the message; the question last.
+    """Yield the start token and text of each message of a prompt; the question last.
 
-    Of the history, messages that say nothing are left out, such as systems' default ones. A long history is
-    cut to its latest characters and messages.
+    Messages of the history that ask for nothing, such as default system messages, are left out. A long
+    history is cut to its latest characters and messages.
     """
     left = MOST_CHARACTERS
     kept: list[tuple[str, str]] = []
@@ -159,9 +158,9 @@ def messages(prompt: PromptText) -> Iterator[tuple[str, str]]:
 
 
 def trimmed(text: str) -> str:
-    """Return a text's end with one kind of line break, without white space around and politeness behind it.
+    """Return a text's end with uniform line breaks, without outer white space and polite words after it.
 
-    What is nothing but politeness stays.
+    A text of polite words alone stays.
     """
     text = text.strip()[-MOST_CHARACTERS:].replace("\r\n", "\n").replace("\r", "\n")
     rest = text[:-_LONGEST_CLOSING] + _CLOSING.sub("", text[-_LONGEST_CLOSING:])
@@ -176,12 +175,12 @@ def says_nothing(text: str) -> bool:
 
 
 def split_tokens(text: str) -> list[str]:
-    """Return words, numbers, line breaks and other characters of a text, of a long one those at its end."""
+    """Return a text's words, numbers, line breaks and other characters; of a long text, those at its end."""
     return _TOKEN.findall(text[-MOST_CHARACTERS:])
 
 
 def abstract(token: str) -> str:
-    """Return what stands for a token that is no fixed word."""
+    """Return the abstract token for a token that is not a fixed word."""
     first = token[0]
     if first.isupper():
         return NAME
@@ -191,7 +190,7 @@ def abstract(token: str) -> str:
 
 
 def abstract_text(text: str, words: frozenset[str]) -> list[str]:
-    """Return a text's tokens, abstracted where they are no fixed words; adjacent names are one."""
+    """Return a text's tokens. All but fixed words are abstracted, and adjacent names become one."""
     result: list[str] = []
     for token in split_tokens(text):
         lower = token.lower()
@@ -202,7 +201,7 @@ def abstract_text(text: str, words: frozenset[str]) -> list[str]:
 
 
 def grams_of(start: str, tokens: Sequence[str]) -> Iterator[str]:
-    """Yield the runs of one to ORDER tokens that end with each token of a message, and with its end."""
+    """Yield the n-grams of one to ORDER tokens ending with each token of a message, and with its end."""
     before = (*_PADDING, start)
     for token in (*tokens, END):
         yield from _longest_first(before, token)
@@ -210,16 +209,16 @@ def grams_of(start: str, tokens: Sequence[str]) -> Iterator[str]:
 
 
 def gram_hash(gram: str) -> int:
-    """Return the hash of a run of tokens: 0 to 2**32 - 1."""
+    """Return the hash of an n-gram: 0 to 2**32 - 1."""
     return zlib.crc32(gram.encode("utf-8", "replace"))
 
 
-# Before the start of a message there is nothing, in every run alike.
+# Empty tokens before the start of a message.
 _PADDING = ("",) * (ORDER - 2)
 
 
 def _longest_first(before: tuple[str, ...], token: str) -> Iterator[str]:
-    """Yield the runs that end with a token, from ORDER tokens down to one. before: ORDER - 1 tokens."""
+    """Yield the n-grams ending with a token, from ORDER tokens down to one. before: ORDER - 1 tokens."""
     for start in range(ORDER):
         yield " ".join((*before[start:], token))
 

@@ -29,7 +29,7 @@ FEATURES_VERSION = 1
 # Buckets of the hashed words and word pairs of a prompt. Chosen.
 HASH_BUCKETS = 256
 
-# Text beyond this many characters changes only the features of length: the time of a decision stays bounded.
+# Text beyond this many characters changes only the length features, so that a decision's time is bounded.
 _MOST_CHARACTERS = 8192
 
 # Outcome files keep token signals to this many decimals; serving rounds likewise.
@@ -104,7 +104,7 @@ _VERIFICATION_NAMES = (
 _NEGATIONS = frozenset(
     ("not", "no", "never", "none", "without", "except", "neither", "nor", "false", "wrong")
 )
-# Log-probabilities below count as this.
+# Smaller log-probabilities are raised to this.
 _LEAST_LOGPROB = -20.0
 # Log-probabilities of tokens of probability 0.5, 0.9 and 0.99.
 _LOG_50, _LOG_90, _LOG_99 = math.log(0.5), math.log(0.9), math.log(0.99)
@@ -112,7 +112,7 @@ _LOG_50, _LOG_90, _LOG_99 = math.log(0.5), math.log(0.9), math.log(0.99)
 
 @dataclass(frozen=True)
 class PromptText:
-    """What was asked. `history`: the earlier messages, oldest first."""
+    """A prompt. `history`: the earlier messages, oldest first."""
 
     question: str
     history: tuple[str, ...] = ()
@@ -131,7 +131,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class DraftVerification:
-    """How an earlier stage's draft fared. ranks: int [proposed], 0 where the target agrees."""
+    """The verdict on an earlier stage's draft. ranks: int [proposed]; 0 means that the target agrees."""
 
     accepted: int
     ranks: npt.NDArray[np.int64]
@@ -141,8 +141,8 @@ class DraftVerification:
 class FeatureSpace:
     """Vectors for the states of a cascade with `stages` stages.
 
-    A state is: nothing answered yet, or an answer of stage i, written by itself or verified from a draft of
-    an earlier stage k.
+    In a state, either no stage has answered yet, or stage i has: it generated the answer, or verified a draft
+    of an earlier stage k.
     """
 
     stages: int
@@ -165,7 +165,7 @@ class FeatureSpace:
         return len(self.names)
 
     def prompt(self, prompt: PromptText) -> npt.NDArray[np.float32]:
-        """Return the vector of a prompt that nothing has answered: float32 [size]."""
+        """Return the vector of a prompt without an answer: float32 [size]."""
         vector = np.zeros(self.size, np.float32)
         start = 2 * self.stages - 1
         tokens = _tokens(prompt)
@@ -186,8 +186,8 @@ class FeatureSpace:
     ) -> npt.NDArray[np.float32]:
         """Return the vector of an answer: float32 [size].
 
-        prompt_vector: what `prompt` returned. origin: stage of the draft that was verified; None where the
-        stage wrote the answer by itself.
+        prompt_vector: the result of `prompt`. origin: stage of the draft that was verified; None if the stage
+        generated the answer.
         """
         vector = prompt_vector.copy()
         vector[stage] = 1.0
@@ -202,7 +202,7 @@ class FeatureSpace:
 
 def _tokens(prompt: PromptText) -> list[str]:
     text = "\n".join((*prompt.history, prompt.question)) if prompt.history else prompt.question
-    # The end: the question itself stands last.
+    # Keep the end: the question itself comes last.
     return _TOKEN.findall(text[-_MOST_CHARACTERS:].lower())
 
 
@@ -212,7 +212,7 @@ def _prompt_features(prompt: PromptText, tokens: Sequence[str]) -> list[float]:
     numbers = [token for token in tokens if token.isdigit()]
     words = [token for token in tokens if token.isalpha()]
     longest = max(map(len, numbers), default=0)
-    # The number of digits stands in for numbers that no float holds.
+    # The number of digits replaces numbers that are too large for a float.
     largest = max((float(number[:300]) for number in numbers), default=0.0)
     return [
         math.log1p(length),
@@ -236,7 +236,7 @@ def _prompt_features(prompt: PromptText, tokens: Sequence[str]) -> list[float]:
 
 
 def _hashed(tokens: Sequence[str]) -> list[int]:
-    """Return the buckets of words and pairs; numbers count by their length alone."""
+    """Return the buckets of words and pairs; only the length of a number counts."""
     plain = [f"#{len(token)}" if token.isdigit() else token for token in tokens]
     return [_bucket(gram) for gram in plain] + [
         _bucket(f"{first} {second}") for first, second in itertools.pairwise(plain)
@@ -249,7 +249,7 @@ def _bucket(gram: str) -> int:
 
 def _draft_features(draft: Draft, prompt: PromptText) -> list[float]:
     count = len(draft.logprobs)
-    # Plain lists: at some tens of tokens they cost less than a dozen array operations.
+    # Plain lists are faster than a dozen array operations at some tens of tokens.
     logprobs = [min(max(x, _LEAST_LOGPROB), 0.0) for x in round_signals(draft.logprobs)] or [_LEAST_LOGPROB]
     entropies = round_signals(draft.entropies) or [0.0]
     margins = round_signals(draft.top2_margins) or [0.0]
@@ -294,9 +294,9 @@ def _draft_features(draft: Draft, prompt: PromptText) -> list[float]:
 
 
 def round_signals(signals: npt.NDArray[np.float32]) -> list[float]:
-    """Return token signals as outcome files keep them and as features see them: [tokens].
+    """Return token signals rounded as in outcome files and features: [tokens].
 
-    In float32 arithmetic: in double precision one value in some thousands would round the other way.
+    It computes in float32: in double precision, one value in some thousands would round differently.
     """
     values: list[float] = np.round(signals, _DECIMALS).tolist()
     return values
@@ -328,7 +328,7 @@ def _repetition(text: str) -> float:
 
 
 def _overlap(of: Sequence[str], among: Sequence[str]) -> float:
-    """Return the share of distinct items that are among others; 1 where there are none."""
+    """Return the share of distinct items of `of` that are in `among`; 1 if `of` is empty."""
     items = set(of)
     return len(items & set(among)) / len(items) if items else 1.0
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class PolicyInstruments:
-    """Counts what the policy service does, through OpenTelemetry. Build it after set-up."""
+    """The policy service's OpenTelemetry instruments. Build it after telemetry is set up."""
 
     def __init__(self) -> None:
         self._meter = telemetry.meter()
@@ -29,7 +29,7 @@ class PolicyInstruments:
         )
 
     def watch_calibration(self, calibration: Callable[[], Iterable[StageCalibration]]) -> None:
-        """Show the calibration of the policy in force. calibration: is called at each export."""
+        """Export the calibration of the policy in force. calibration: is called at each export."""
 
         def gauge(name: str, unit: str, description: str, read: Read) -> None:
             def observe(_: CallbackOptions) -> Iterable[Observation]:
@@ -78,7 +78,7 @@ class PolicyInstruments:
         )
 
     def shadow_compared(self, step: str, stage: str, *, agrees: bool) -> None:
-        """The shadow policy was asked. stage: judged, or that the live policy starts with."""
+        """The shadow policy was compared. stage: the judged one; for a plan, the live policy's first one."""
         self._shadow.add(
             1,
             {
@@ -89,7 +89,7 @@ class PolicyInstruments:
         )
 
     def shadow_dropped(self) -> None:
-        """A decision was not put to the shadow policy: too many waited."""
+        """A decision was not passed to the shadow policy: its queue was full."""
         self._shadow.add(1, {Attributes.SHADOW_OUTCOME: "dropped"})
 
     def shadow_failed(self) -> None:

@@ -24,7 +24,7 @@ class OnnxPredictor:
 
     def __init__(self, models: Sequence[bytes]) -> None:
         options = ort.SessionOptions()
-        # One row at a time: more threads only cost their hand-over.
+        # A pass has one row, so further threads only add overhead.
         options.intra_op_num_threads = 1
         options.inter_op_num_threads = 1
         self._runs = [
@@ -33,7 +33,7 @@ class OnnxPredictor:
 
     def scores(self, view: int, features: npt.NDArray[np.float32]) -> list[float]:
         """Return the scores of a view's heads. features: float32 [size]."""
-        # The `scores` of one row, without the arrays between.
+        # The scores of the one row, without intermediate arrays.
         row: list[float] = self._runs[view](["scores"], {"features": features[None]})[0][0].tolist()
         return row
 

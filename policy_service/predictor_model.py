@@ -1,8 +1,8 @@
-"""Checks that an ONNX model is a predictor as `asd-policy fit` writes it, before onnxruntime sees it.
+"""Checks that an ONNX model is a predictor as `asd-policy fit` writes it, before onnxruntime loads it.
 
 ONNX is a programming language: models may loop, branch, call functions and read files. A predictor is one
-node, trees or a linear one, and nothing else is run. Trees must end: each node leads to later ones of its
-tree.
+node, either trees or linear, and nothing else is accepted. Trees must end: each node leads only to later
+nodes of its tree.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _TREE_ATTRIBUTES = frozenset(
 
 
 class UnfitModel(Exception):  # noqa: N818 - an error is named by its cause
-    """An ONNX model is no predictor; the message says why."""
+    """An ONNX model is not a predictor; the message says why."""
 
 
 def check_model(content: bytes, features: int, heads: int) -> None:
@@ -117,7 +117,7 @@ def _check_ends(
     trees, ids = nodes["treeids"], nodes["nodeids"]
     begins = np.flatnonzero(np.diff(trees, prepend=-1))
     sizes = np.diff(np.append(begins, len(trees)))
-    # Trees and their nodes are numbered from 0 on, in order.
+    # Trees and their nodes are numbered from 0, in order.
     is_in_order = np.array_equal(trees[begins], np.arange(len(begins))) and np.array_equal(
         ids, np.arange(len(ids)) - np.repeat(begins, sizes)
     )
@@ -160,7 +160,7 @@ def _check_linear(node: Any, graph: Any, features: int, heads: int) -> None:
 
 
 def _shape(info: Any) -> tuple[int, tuple[int | None, ...]]:
-    """Return an element type, and the sizes that are known."""
+    """Return an element type, and the sizes of the dimensions; None for an unknown size."""
     tensor = info.type.tensor_type
     return tensor.elem_type, tuple(
         each.dim_value if each.HasField("dim_value") else None for each in tensor.shape.dim
@@ -172,9 +172,9 @@ def _whole_numbers(values: Any) -> npt.NDArray[np.int64]:
 
 
 def _message_types() -> Any:
-    """Return onnx.ModelProto with the fields that are looked at, by their numbers in onnx.proto (IR 8 to 13).
+    """Return onnx.ModelProto with the checked fields, by their numbers in onnx.proto (IR 8 to 13).
 
-    The package onnx is for making models, and no part of what serves them.
+    The package onnx is needed to make models, and is not installed to serve them.
     """
     field = descriptor_pb2.FieldDescriptorProto
     kinds = {

@@ -1,4 +1,4 @@
-"""Keeps the outcomes that callers report, as JSON lines."""
+"""Stores the outcomes that callers report, as JSON lines."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Seconds since 1970: the year 9999, which dates end with.
+# Seconds since 1970: the end of the year 9999, the last year of datetime.
 _LATEST = 253_402_300_799.0
-# Latest requests of a policy that are known to have been reported; up to twice as many are. Chosen: 12 MB at
-# most. A request that is reported again after so many further ones counts as new.
+# How many of a policy's latest reported requests are remembered, at least; at most twice as many. Chosen: 12
+# MB at most. A request that was forgotten counts as new when it is reported again.
 KNOWN_REQUESTS = 100_000
 
 
 @dataclass(frozen=True)
 class OutcomeReport:
-    """How one answer turned out. p_correct: as predicted at the time. reported_at: seconds since 1970."""
+    """Whether one answer was correct. p_correct: as predicted then. reported_at: seconds since 1970."""
 
     request_id: str
     stage: str
@@ -41,16 +41,16 @@ class OutcomeReport:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What became of a report. reports: requests that were reported for its policy version, it included."""
+    """The result of a report. reports: requests reported for its policy version, including this one."""
 
     reports: int
     reported_before: bool
 
 
 class _Requests:
-    """Which requests were reported of a policy: all are counted, and the latest ones known again.
+    """The reported requests of a policy: all are counted, and the latest ones are remembered.
 
-    Held in memory: the hashes of 2 * KNOWN_REQUESTS ids at most, about 60 bytes each.
+    It keeps the hashes of at most 2 * KNOWN_REQUESTS ids in memory, about 60 bytes each.
     """
 
     def __init__(self, known: int) -> None:
@@ -60,7 +60,7 @@ class _Requests:
         self.count = 0
 
     def add(self, request_id: str) -> bool:
-        """Return whether a request is a new one, and count it then."""
+        """Return whether a request is new; count it if so."""
         key = hash(request_id)
         if key in self._newer or key in self._older:
             return False
@@ -74,9 +74,9 @@ class _Requests:
 class ReportLog:
     """Appends reports to a file.
 
-    Of a request that is reported again the file keeps both: drift takes the first, a refit the last.
-    observe: is told of the first report of each request, those of the file included. opened: as in LineLog.
-    known: latest requests of a policy that are known to have been reported, from one to two times so many.
+    If a request is reported again, the file keeps both reports: drift uses the first, a refit the last.
+    observe: is called with the first report of each request, including those in the file. opened: as in
+    LineLog. known: see KNOWN_REQUESTS.
     """
 
     def __init__(
@@ -91,14 +91,14 @@ class ReportLog:
         self._known = known
         self._lock = asyncio.Lock()
         self._requests: dict[str, _Requests] = {}
-        # Fail now rather than at the first report.
+        # Fail at start-up rather than at the first report.
         self._file = LineLog(path, opened=opened, log=logger)
         if path.exists():
             for report in read_reports(path):
                 self._note(report)
 
     async def add(self, report: OutcomeReport) -> Receipt:
-        """Keep a report. Raises ResourceExhausted on a full disk, PreconditionFailed where it fails."""
+        """Store a report. Raises ResourceExhausted on a full disk, PreconditionFailed on other failures."""
         line = json.dumps(asdict(report), separators=(",", ":"))
         async with self._lock:
             await asyncio.to_thread(self._file.append, line)
@@ -117,7 +117,7 @@ class ReportLog:
 def read_reports(path: Path) -> Iterator[OutcomeReport]:
     """Yield the reports of a file in order; damaged lines are skipped and counted in one warning.
 
-    Raises OSError, DamagedFile where the file cannot be read.
+    Raises OSError or DamagedFile if the file cannot be read.
     """
 
     def warn(count: int, first: int) -> None:
@@ -143,14 +143,14 @@ def last_reports(reports: Iterable[OutcomeReport]) -> list[OutcomeReport]:
 
 
 def parse_report(line: str) -> OutcomeReport:
-    """Return the report of a line. Raises DamagedFile, ValueError or TypeError where it is none."""
+    """Return the report of a line. Raises DamagedFile, ValueError or TypeError if it is not one."""
     report = OutcomeReport(**parse_json(line, "the line"))
     texts = (report.request_id, report.stage, report.policy_version)
     if not all(isinstance(text, str) for text in texts) or not isinstance(report.correct, bool):
         raise TypeError("a field has another type")
     if isinstance(report.p_correct, bool) or isinstance(report.reported_at, bool):
         raise TypeError("true is no number")
-    # A comparison with a text raises TypeError.
+    # A comparison with a string raises TypeError.
     if not (0.0 <= report.p_correct <= 1.0 and 0.0 <= report.reported_at <= _LATEST):
         raise ValueError("a number is out of range")
     return report

@@ -1,4 +1,4 @@
-"""Scores what several calls ask for at the same time as one batch per view. No gRPC, no protobuf."""
+"""Scores the states of concurrent calls as one batch per view. No gRPC, no protobuf."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a policy's predictor gave for a state. took_us: time of the pass, perhaps of several states."""
+    """A predictor's scores of a state. took_us: time of the pass, perhaps over several states."""
 
     values: Sequence[float]
     took_us: float
@@ -30,10 +30,10 @@ class _Waiting:
 
 
 class Scoring:
-    """Scores states; of those that come in one turn of the event loop, all but the first as one batch.
+    """Scores states. Of the states in one turn of the event loop, all but the first form a batch.
 
-    Nothing is waited for: the first one is scored at once, so that an idle service is as fast as without
-    batches, and the others as the turn ends. A pass over eight takes half the time of eight passes.
+    Nothing waits: the first state is scored at once, so an idle service is as fast as without batches. The
+    rest is scored when the turn ends. A pass over eight states takes half the time of eight passes.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Scoring:
         self._waiting: list[_Waiting] = []
 
     async def scores(self, policy: Policy, state: State) -> Scores:
-        """Return the scores of a state by a policy. Raises what the predictor does."""
+        """Return a policy's scores of a state. Raises the predictor's errors."""
         loop = asyncio.get_running_loop()
         if self._is_turn_taken:
             waiting = _Waiting(policy, state, loop.create_future())
@@ -60,7 +60,7 @@ class Scoring:
         batches: dict[tuple[int, int], list[_Waiting]] = {}
         for each in waiting:
             if not each.scores.done():
-                # Each state is scored by the policy that its call began with.
+                # A call keeps the policy that it began with.
                 batches.setdefault((id(each.policy), each.state.view), []).append(each)
         for batch in batches.values():
             started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""PolicyService: proto to domain types and back."""
+"""PolicyService over gRPC: converts between messages and values."""
 
 from __future__ import annotations
 
@@ -120,11 +120,11 @@ class _Live:
 class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
     """Serves one policy at a time.
 
-    reports: None where the service keeps none. monitor: what the reports are watched by; None: by nothing.
-    shadow: None where no candidate decides beside the policy. known_versions: policies of whose answers
-    reports are taken, besides those in force since the start; asked when another one is reported of, since a
-    router may have met a replica that follows the store sooner than this one. novelty_threshold: above which
-    a prompt counts as unlike all that a policy was fitted to; None: the policy's own.
+    reports: None if the service stores none. monitor: drift detector of the reports, or None. shadow:
+    candidate that decides beside the policy, or None. known_versions: returns the store's versions. It is
+    called for a report of a version that was not in force here: another replica may have loaded it sooner.
+    novelty_threshold: above which a prompt counts as unlike all that a policy was fitted to; None: the
+    policy's own.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         return _Live(policy, document)
 
     def calibration(self) -> tuple[StageCalibration, ...]:
-        """Return how reported answers of the policy in force turned out, in the order of the stages."""
+        """Return the calibration of reported answers of the policy in force, in the order of the stages."""
         live = self._live
         if self._monitor is None:
             return ()
@@ -254,7 +254,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         request: policy_pb2.ReportRequest,
         context: grpc.aio.ServicerContext[policy_pb2.ReportRequest, policy_pb2.ReportResponse],
     ) -> policy_pb2.ReportResponse:
-        """Keep how an answer turned out."""
+        """Store whether an answer was correct."""
         if self._reports is None:
             raise PreconditionFailed(
                 "this policy service keeps no reports: set reports_path (ASD_POLICY_REPORTS_PATH)"
@@ -298,7 +298,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
             policy_pb2.PolicyServiceDescribeRequest, policy_pb2.PolicyServiceDescribeResponse
         ],
     ) -> policy_pb2.PolicyServiceDescribeResponse:
-        """Say which policy is in force."""
+        """Describe the policy in force."""
         live = self._live
         values = live.policy.quality_values
         return policy_pb2.PolicyServiceDescribeResponse(

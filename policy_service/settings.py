@@ -16,11 +16,11 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class PolicySettings(ServerSettings):
     """Settings of the policy service.
 
-    artifact: an artifact, or a store of versions, which is looked at every artifact_poll_seconds. cascade:
-    names of the stages that its policies must have been made for; empty: any. drift_run_length,
-    drift_tolerance: of drift.DriftRule. novelty_threshold: of a prompt, above which it counts as unlike all
-    that a policy was fitted to; None: each policy's own, 1: none does. shadow_artifact: candidate that
-    decides beside the live policy.
+    artifact: an artifact, or a store of versions, which is polled every artifact_poll_seconds. cascade: names
+    of the stages that its policies must have been made for; empty: any. drift_run_length, drift_tolerance: of
+    drift.DriftRule. novelty_threshold: novelty above which a prompt counts as unlike all that a policy was
+    fitted to; None: each policy's own, 1: none counts. shadow_artifact: candidate that decides beside the
+    live policy.
     """
 
     model_config = service_config("ASD_POLICY_")

@@ -1,7 +1,7 @@
-"""Shadow mode: a candidate policy decides beside the live one, and is only recorded.
+"""Shadow mode: a candidate policy decides beside the live one, and its decisions are only recorded.
 
-The servicer hands over what the live policy was asked and answered, and answers. A thread of its own asks the
-candidate the same and writes down both. What goes wrong there is counted and goes no further.
+The servicer queues each question with the live policy's answer, and does not wait. A separate thread asks the
+candidate the same question and records both answers. Its failures are counted and have no other effect.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Answers that may wait for the candidate; further ones are dropped. Chosen: about a tenth of a second's work.
+# Size of the candidate's queue; further jobs are dropped. Chosen: about a tenth of a second's work.
 CAPACITY = 256
-# How long the thread may go on when the service ends, in seconds.
+# How long the thread may continue when the service ends, in seconds.
 CLOSING_S = 2.0
 STOP = "stop"
 
 
 @dataclass(frozen=True)
 class ShadowJob:
-    """What the live policy was asked and said.
+    """A question to the live policy and its answer.
 
-    ask: puts the same question to a policy. judged: index of the stage whose answer was judged; None for a
-    plan. at: seconds since 1970.
+    ask: asks a policy the same question. judged: index of the stage whose answer was judged; None for a plan.
+    at: seconds since 1970.
     """
 
     ask: Callable[[Policy], Plan | Judgement]
@@ -55,13 +55,13 @@ class ShadowJob:
 
 @dataclass(frozen=True)
 class ShadowRecord:
-    """One line of the file: what both policies would do.
+    """One line of the file: the actions of both policies.
 
-    step: "plan" or "decide". judged_stage: "" for a plan. Actions: the stage to ask, or "stop". p_correct: of
-    the judged answer; for a plan, of the stage that would start. Changes: of the candidate's action over the
-    live one's, in P(correct) of that stage's answer and in the cost of asking it, as predicted by the live
-    policy and by the candidate; what may follow is not counted. None where a policy predicts no P(correct),
-    as the prompt is unlike all that it was fitted to.
+    step: "plan" or "decide". judged_stage: "" for a plan. Actions: the stage to call, or "stop". p_correct:
+    of the judged answer; for a plan, of the first stage. Changes compare the candidate's action with the live
+    one: the difference in P(correct) of that stage's answer and in the cost of calling it, as predicted by
+    either policy, without the steps after it. They are None if a policy predicts no P(correct), because the
+    prompt is unlike all that it was fitted to.
     """
 
     at: float
@@ -82,13 +82,13 @@ class ShadowRecord:
 
     @property
     def agrees(self) -> bool:
-        """Whether both would do the same."""
+        """Whether both choose the same action."""
         return self.live_action == self.shadow_action
 
 
 @dataclass(frozen=True)
 class ShadowCounts:
-    """What became of the jobs since the start. decisions: the candidate's; agreements: of them."""
+    """Counts of jobs since the start. decisions: the candidate's; agreements: decisions like the live one."""
 
     version: str
     decisions: int = 0
@@ -98,10 +98,10 @@ class ShadowCounts:
 
 
 class ShadowObserver(Protocol):
-    """Observes the jobs."""
+    """Counts the outcomes of jobs."""
 
     def shadow_compared(self, step: str, stage: str, *, agrees: bool) -> None:
-        """Take a comparison. stage: the judged one; for a plan the one that the live policy starts with."""
+        """The policies were compared. stage: the judged one; for a plan, the live policy's first one."""
 
     def shadow_dropped(self) -> None:
         """A job was dropped: the queue was full."""
@@ -111,10 +111,10 @@ class ShadowObserver(Protocol):
 
 
 class Shadow:
-    """Asks a candidate what the live policy was asked, in a thread that runs while this is entered.
+    """Asks a candidate the live policy's questions, in a thread that runs while this is entered.
 
-    path: file of JSON lines; None: counted only. max_bytes: size from which on nothing more is written there.
-    closing_s: time that leaving waits for the jobs in the queue.
+    path: file of JSON lines; None: jobs are only counted. max_bytes: file size from which nothing more is
+    written. closing_s: how long leaving waits for the jobs in the queue.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Shadow:
         self._policy = policy
         self._names = [stage.name for stage in policy.stages]
         self._path = path
-        # Fail now rather than at the first record.
+        # Fail at start-up rather than at the first record.
         self._file = None if path is None else LineLog(path, log=logger)
         self._observer = observer
         self._max_bytes = max_bytes
@@ -138,7 +138,7 @@ class Shadow:
         self._is_full = self._file is not None and self._file.size >= max_bytes
         self._jobs: queue.Queue[ShadowJob | None] = queue.Queue(capacity)
         self._thread = threading.Thread(target=self._work, name="shadow", daemon=True)
-        # Each field has one writer: `dropped` the caller's thread, the others the shadow's own.
+        # Each field has one writer: the caller's thread for `dropped`, the shadow's thread for the rest.
         self._dropped = 0
         self._compared = ShadowCounts(policy.version)
 
@@ -149,7 +149,7 @@ class Shadow:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace_back: TracebackType | None
     ) -> None:
-        """Finish the waiting jobs, for a short time: a candidate that hangs must not hold up the service."""
+        """Finish the waiting jobs, for a short time: a candidate that hangs must not delay the shutdown."""
         try:
             self._jobs.put(None, timeout=self._closing_s)
         except queue.Full:
@@ -175,7 +175,7 @@ class Shadow:
             try:
                 self._take(job)
             except AsdError:
-                # It could not be written, and the log has said so.
+                # The record could not be written, which LineLog has logged.
                 self._fail()
             except Exception:
                 self._fail()
@@ -247,7 +247,7 @@ def read_shadow(path: Path) -> Iterator[ShadowRecord]:
 
 
 def parse_shadow(line: str) -> ShadowRecord:
-    """Return the record of a line. Raises DamagedFile, TypeError or ValueError where it is none."""
+    """Return the record of a line. Raises DamagedFile, TypeError or ValueError if it is not one."""
     record = ShadowRecord(**parse_json(line, "the line"))
     for field in fields(record):
         value = getattr(record, field.name)
@@ -271,7 +271,7 @@ def _change(of: float | None, to: float | None) -> float | None:
 
 
 def _expected(answer: Plan | Judgement, stage: int | None) -> tuple[float | None, float]:
-    """Return P(correct) and further cost of asking a stage, or of stopping at what was judged."""
+    """Return P(correct) and further cost of calling a stage, or of stopping at the judged answer."""
     if stage is None:
         return _p_correct(answer), 0.0
     (estimate,) = (each for each in answer.estimates if each.stage == stage)

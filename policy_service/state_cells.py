@@ -1,7 +1,7 @@
-"""Cells of a view: a small tree over the scores of all its heads tells states apart. No gRPC, no protobuf.
+"""Cells of a view: a small tree over the scores of all its heads groups states. No gRPC, no protobuf.
 
-The score of the stage that answered says whether to stop. Where to go instead depends also on what later
-stages are predicted to make of the prompt, which their heads say.
+The score of the stage that answered decides whether to stop. Which stage to call instead also depends on the
+predictions for later stages, which are the scores of their heads.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StateCells:
-    """A binary tree, node 0 first: a state goes left where the score of `heads` is at most `thresholds`.
+    """A binary tree, node 0 first: a state goes left if the score of `heads` is at most `thresholds`.
 
-    left, right: the next node. cells: of a node where the tree ends, the cell; -1 elsewhere. Cells are
-    numbered by ascending P(correct). counts: [cells], calibration prompts in each.
+    left, right: the next node. cells: the cell of a leaf; -1 for other nodes. Cells are numbered by ascending
+    P(correct). counts: [cells], calibration prompts in each.
     """
 
     heads: tuple[int, ...]

@@ -1,10 +1,10 @@
-"""Artifacts on disk: writing one, and a store of versions of which one is in force.
+"""Artifacts on disk: writing one, and a store of versions, one of which is in force.
 
-    STORE/policies/<version>.zip   an artifact, never changed once it is there unless it is damaged
+    STORE/policies/<version>.zip   an artifact, never changed afterwards unless it is damaged
     STORE/current.json             the version in force and those before it
 
-Each file comes into being by one rename, after its content is on the disk: a writer that is killed leaves
-what was in force. Until 0.3, versions that 0.1 has published are read as well: directories
+Each file is created by one rename, after its content is on the disk: if a writer is killed, the version in
+force stays. Until 0.3, versions that 0.1 has published are read as well: directories
 STORE/policies/<version>/.
 """
 
@@ -27,7 +27,6 @@ from pydantic import Field, ValidationError
 from asd.transport.files import DamagedFile, read_content
 from policy_service.artifact import (
     ARTIFACT,
-    DOCUMENT,
     Artifact,
     LoadedArtifact,
     load_usable,
@@ -37,7 +36,7 @@ from policy_service.artifact import (
     tried,
     unpack,
 )
-from policy_service.document import Entry, PolicyDocument, UnfitArtifact
+from policy_service.document import DOCUMENT, Entry, PolicyDocument, UnfitArtifact
 from services.common.disks import alone, replace_file, writing
 from services.common.documents import parse_json
 
@@ -53,27 +52,27 @@ POINTER = "current.json"
 POLICIES = "policies"
 _LOCK = ".lock"
 _SUFFIX = ".zip"
-# Of the pointer. Chosen: a store that changes each minute for a year names as much.
+# Largest pointer. Chosen: that of a store that changes every minute for a year.
 _MOST_BYTES = 64 << 20
-# Seconds since 1970: the year 9999, which dates end with.
+# Seconds since 1970: the end of the year 9999, the last year of datetime.
 _LATEST = 253_402_300_799.0
 # A version names a file.
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class UnfitStore(UnfitArtifact):
-    """The store cannot do what was asked; the message says why and what to do."""
+    """An operation on the store failed; the message says why and what to do."""
 
 
 class _InForce(Entry):
-    """since: seconds since 1970."""
+    """A version of the history. since: seconds since 1970."""
 
     version: Annotated[str, Field(pattern=f"^{_VERSION.pattern}$")]
     since: Annotated[float, Field(ge=0, le=_LATEST)]
 
 
 class _Pointer(Entry):
-    """Content of `current.json`. history: the last one is in force."""
+    """Content of `current.json`. history: the last version is in force."""
 
     schema_name: Literal["asd.policies"] = Field(alias="schema")
     history: Annotated[tuple[_InForce, ...], Field(min_length=1)]
@@ -83,8 +82,8 @@ class _Pointer(Entry):
 class StoredVersion:
     """One version of a store.
 
-    parent: what it was refitted from; "": nothing. prompts: that it was calibrated on. since: when it came
-    into force, seconds since 1970; None: not in the history. problem: why it cannot be read; "": it can.
+    parent: version that it was refitted from, or "". prompts: number of calibration prompts. since: when it
+    came into force, seconds since 1970; None: not in the history. problem: why it cannot be read, or "".
     """
 
     version: str
@@ -103,11 +102,11 @@ class PolicyStore:
         self._clock = clock
 
     def current(self) -> str:
-        """Return the version in force. Raises UnfitStore where there is none."""
+        """Return the version in force. Raises UnfitStore if there is none."""
         return self._read().history[-1].version
 
     def history(self) -> tuple[str, ...]:
-        """Return the versions in force so far, the present one last. Raises UnfitStore."""
+        """Return the versions in force so far, the current one last. Raises UnfitStore."""
         return tuple(each.version for each in self._read().history)
 
     def artifact(self, version: str) -> Path:
@@ -117,7 +116,7 @@ class PolicyStore:
         return of_0_1 if of_0_1.is_dir() and not file.exists() else file
 
     def names(self) -> tuple[str, ...]:
-        """Return every version that is kept, in the order of their names."""
+        """Return every stored version, sorted by name."""
         folder = self.directory / POLICIES
         if not folder.is_dir():
             return ()
@@ -126,13 +125,13 @@ class PolicyStore:
         return tuple(sorted(filter(_VERSION.fullmatch, files | of_0_1)))
 
     def versions(self) -> list[StoredVersion]:
-        """Return every version: those of the history by their age, then the others.
+        """Return every version: first those of the history by age, then the rest.
 
-        None is in force where the pointer is missing or damaged. Raises UnfitStore where nothing is kept.
+        If the pointer is missing or damaged, no version is in force. Raises UnfitStore if there is none.
         """
         history = self._history()
         if not history and not self.names():
-            # Says why.
+            # It raises an error that says why.
             self._read()
         since = {each.version: each.since for each in history}
         listed = []
@@ -161,9 +160,9 @@ class PolicyStore:
     def put_into_force(self, artifact: Artifact, where: str = "the new policy") -> None:
         """Keep a policy, and put it into force. where: its path, for messages.
 
-        A version that is there but cannot be served is replaced, and so is a damaged pointer. Raises
-        UnfitArtifact where the artifact cannot be served, or was made for other stages than the one in force,
-        ResourceExhausted on a full disk, PreconditionFailed where the store cannot be written to.
+        A stored version that cannot be served is replaced, and so is a damaged pointer. Raises UnfitArtifact
+        if the artifact cannot be served, or was made for other stages than the version in force,
+        ResourceExhausted on a full disk, PreconditionFailed if the store cannot be written to.
         """
         if any((self.directory / name).exists() for name in (ARTIFACT, DOCUMENT)):
             raise UnfitStore(f"{self.directory} is an artifact, not a store: name another directory")
@@ -183,7 +182,7 @@ class PolicyStore:
                 self._write((*history, _InForce(version=version, since=self._clock())))
 
     def _check_cascade(self, document: PolicyDocument, history: tuple[_InForce, ...]) -> None:
-        """Check a policy against the newest one that can be read; all of a store are of one cascade."""
+        """Check a policy's stages against the newest readable version: a store is for one cascade."""
         for version in (*(each.version for each in reversed(history)), *self.names()):
             try:
                 stages = [stage.name for stage in read_document(self.artifact(version)).stages]
@@ -194,15 +193,15 @@ class PolicyStore:
             return
 
     def rollback(self, to: str | None = None) -> str:
-        """Put the version before the present one, or a named one, back into force; return it.
+        """Put the version before the current one, or a named one, back into force; return it.
 
-        Raises UnfitStore where there is none, or where it cannot be served.
+        Raises UnfitStore if there is none, or it cannot be served.
         """
         if not self.names():
-            # Says why.
+            # It raises an error that says why.
             self._read()
         with self._locked():
-            # A named version needs no history, and so mends a damaged pointer.
+            # A named version needs no history, so this also repairs a damaged pointer.
             history = self._read().history if to is None else self._history()
             if to is None:
                 if len(history) < 2:
@@ -235,11 +234,11 @@ class PolicyStore:
         return (*history, _InForce(version=to, since=self._clock()))
 
     def _keep(self, artifact: Artifact) -> None:
-        """Write the file of a version, in place of one that cannot be served or is of 0.1."""
+        """Write the file of a version. It replaces one that cannot be served, or one of 0.1."""
         version = artifact.document.policy_version
         file = self._file(version)
         file.parent.mkdir(exist_ok=True)
-        # The lock is held, so that no writer is at work on what is here.
+        # The lock is held, so no writer is using the partial files here.
         for left_by_a_kill in file.parent.glob(f".*{_SUFFIX}.partial"):
             left_by_a_kill.unlink()
         try:
@@ -259,7 +258,7 @@ class PolicyStore:
         return self.directory / POLICIES / f"{version}{_SUFFIX}"
 
     def _read(self) -> _Pointer:
-        """Return what the pointer says. Raises UnfitStore, which says how to mend it."""
+        """Return the pointer. Raises UnfitStore, which says how to repair it."""
         path = self.directory / POINTER
         try:
             content = read_content(path, _MOST_BYTES)
@@ -286,7 +285,7 @@ class PolicyStore:
         ) from cause
 
     def _history(self) -> tuple[_InForce, ...]:
-        """Return the versions in force so far; none where the pointer is missing or damaged."""
+        """Return the versions in force so far; none if the pointer is missing or damaged."""
         try:
             return self._read().history
         except UnfitStore:
@@ -294,16 +293,16 @@ class PolicyStore:
 
     def _write(self, history: tuple[_InForce, ...]) -> None:
         if (self.directory / POINTER).exists() and not self._history():
-            # It may be of a later version of asd, which could still read it.
+            # Keep a copy: a later version of asd may have written it, and could still read it.
             shutil.copyfile(self.directory / POINTER, self.directory / f"{POINTER}.damaged")
         content = _Pointer(schema="asd.policies", history=history).model_dump(mode="json", by_alias=True)
         replace_file(self.directory / POINTER, json.dumps(content) + "\n", is_alone=True)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold the store for writing. The lock ends with the process, however that ends.
+        """Hold the store's lock for writing. The system releases it with the process.
 
-        An OSError of the block becomes what cannot_write returns: all that it reads has errors of its own.
+        An OSError of the block becomes the error of cannot_write: reads in it raise their own errors.
         """
         with writing(self.directory, "name another store"):
             descriptor = _open_lock(self.directory / _LOCK)
@@ -320,7 +319,7 @@ class PolicyStore:
 
 
 class PolicyWatch:
-    """Follows a store: returns each policy that newly comes into force there and can be served."""
+    """Follows a store: returns each new policy in force that can be served."""
 
     def __init__(self, store: PolicyStore, loaded: LoadedArtifact) -> None:
         self._store = store
@@ -329,9 +328,9 @@ class PolicyWatch:
         self._refused = ""
 
     def poll(self) -> LoadedArtifact | None:
-        """Return the policy in force in the store, if it is a new one and can be served; else None.
+        """Return the store's policy in force if it is new and can be served; else None.
 
-        One that cannot be served is logged once and tried again each time; the policy before it stays.
+        A policy that cannot be served is logged once and tried again at each poll; the earlier one stays.
         """
         try:
             version = self._store.current()
@@ -366,10 +365,10 @@ async def follow(
 
 
 def open_policy(path: Path, cascade: Sequence[str] = ()) -> tuple[LoadedArtifact, PolicyStore | None]:
-    """Return the policy to serve from an artifact or a store, and the store where it is one.
+    """Return the policy of an artifact or a store, and the store, if it is one.
 
-    A store whose version in force cannot be served gives the last one before it that can, with an error in
-    the log. cascade: stages that the policy must have been made for; empty: any. Raises UnfitArtifact.
+    If a store's version in force cannot be served, the last earlier one that can is returned, with an error
+    in the log. cascade: stages that the policy must have been made for; empty: any. Raises UnfitArtifact.
     """
     if not is_store(path):
         return _load_for(path, cascade), None
@@ -389,14 +388,14 @@ def open_policy(path: Path, cascade: Sequence[str] = ()) -> tuple[LoadedArtifact
 
 
 def is_store(path: Path) -> bool:
-    """Return whether a directory is a store, sound or damaged."""
+    """Return whether a directory is a store, even a damaged one."""
     return (path / POINTER).exists() or (path / POLICIES).is_dir()
 
 
 def artifact_in(path: Path) -> Path:
-    """Return a path to an artifact, or the directory of a store's version in force.
+    """Return a path to an artifact; for a store, to its version in force.
 
-    Raises UnfitStore where the store has none that can be read.
+    Raises UnfitStore if the store has none that can be read.
     """
     if not is_store(path):
         return path
@@ -413,7 +412,7 @@ def artifact_in(path: Path) -> Path:
 
 
 def load_version(store: PolicyStore, version: str, cascade: Sequence[str] = ()) -> LoadedArtifact:
-    """Return a version of a store. Raises UnfitArtifact where it cannot be served."""
+    """Return a version of a store. Raises UnfitArtifact if it cannot be served."""
     loaded = _load_for(store.artifact(version), cascade)
     if loaded.policy.version != version:
         raise UnfitStore(f"{store.artifact(version)} holds policy {loaded.policy.version}: publish it again")
@@ -421,7 +420,7 @@ def load_version(store: PolicyStore, version: str, cascade: Sequence[str] = ()) 
 
 
 def check_output(path: Path) -> None:
-    """Check that an artifact can be written to a path, before what takes long. Raises UnfitStore."""
+    """Check early that an artifact can be written to a path. Raises UnfitStore."""
     if is_store(path):
         raise UnfitStore(
             f"{path} is a store of versions: write to a file, and publish that with "
@@ -436,16 +435,16 @@ def check_output(path: Path) -> None:
 
 
 def write_artifact(artifact: Artifact, path: Path) -> None:
-    """Put a policy into a file, or into `policy.zip` of a directory that is there, after a trial.
+    """Write a policy to a file, or to `policy.zip` in an existing directory, after a trial.
 
-    What was there stays until all of the new one is on the disk, also where that fails. Directories above
-    are made. Raises UnfitArtifact; ResourceExhausted on a full disk, PreconditionFailed where it cannot be
+    An earlier policy stays until the new one is on the disk, even if that fails. Missing parent directories
+    are made. Raises UnfitArtifact; ResourceExhausted on a full disk, PreconditionFailed if it cannot be
     written.
     """
     check_output(path)
     file = _output_file(path)
     content = pack(artifact)
-    # What will be read, and not what it was made from.
+    # Try the bytes that will be read, and not the values that they were made from.
     tried(unpack(content, str(file)), str(file))
     with writing(path, "name another file"):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -454,13 +453,13 @@ def write_artifact(artifact: Artifact, path: Path) -> None:
 
 
 def _without_names(document: PolicyDocument) -> PolicyDocument:
-    """Return a document without the names of its models, which 0.1 has put digests into."""
+    """Return a document without the names of its models, in which 0.1 put digests."""
     views = tuple(view.model_copy(update={"model": ""}) for view in document.views)
     return document.model_copy(update={"views": views})
 
 
 def _output_file(path: Path) -> Path:
-    """Return the file to write. An artifact of 0.1 stays beside it, and is not looked at any more."""
+    """Return the file to write. An artifact of 0.1 stays beside it, and is no longer read."""
     return (path / ARTIFACT if path.is_dir() else path).resolve()
 
 
@@ -481,7 +480,7 @@ def _check_stages(document: PolicyDocument, stages: Sequence[str], whose: str) -
 
 
 def _open_lock(path: Path) -> int:
-    """Return the descriptor of a lock; of one that another user has made, for reading: that does."""
+    """Return the descriptor of a lock. Another user's lock is opened for reading, which is enough."""
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except PermissionError:

@@ -18,7 +18,7 @@ def compile_protos(root: Path = ROOT) -> None:
     """Write the stubs of protos/asd/v1/*.proto to asd/v1/. Raises RuntimeError if protoc refuses a file."""
     from grpc_tools import protoc
 
-    # A source distribution holds the contract itself; in a checkout it lies at the top.
+    # A source distribution includes the contract; in a checkout it is in the top folder.
     contract = next(each for each in (root / "protos", root.parents[1] / "protos") if each.is_dir())
     protos = [*sorted((contract / "asd" / "v1").glob("*.proto")), *sorted((root / "asd").rglob("*.proto"))]
     plugins = []

@@ -1,8 +1,8 @@
 """Collects outcomes from running stages: every stage's own answer to every prompt, graded, and every
 verification of an earlier stage's draft.
 
-A latency is that of a fresh prompt, or is left out: a stage with a prefix cache takes the prompt that it has
-just answered from there when it verifies a draft of it, and is too quick.
+Only latencies of fresh prompts are kept. A stage with a prefix cache that verifies a draft for a prompt it
+has just answered reuses that prompt, and is too quick.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ _Record = dict[str, Any]
 class CollectOptions:
     """What to collect. targets: host:port of every replica, by stage, in cascade order.
 
-    prompts: single questions. conversations: those whose question is a second turn, after the prompts.
-    concurrency: prompts under way at once; each keeps to one replica of every stage, by turns, so that up to
-    as many as there are replicas never wait. timeout_ms: of one stage call. tls: None for plain
+    prompts: number of single questions. conversations: number of questions that are a second turn; they
+    follow the prompts. concurrency: prompts in flight at once. Each uses one replica of every stage, in turn,
+    so none waits while there are as many replicas. timeout_ms: of one stage call. tls: None for plain
     connections.
     """
 
@@ -71,7 +71,7 @@ class CollectOptions:
 
 @dataclass(frozen=True)
 class _Written:
-    """A stage's answer, as a draft for later stages and as a record of the file."""
+    """A stage's answer: as a draft for later stages, and as a record for the file."""
 
     draft: common_pb2.Draft
     record: dict[str, object]
@@ -97,7 +97,7 @@ def parse_targets(stages: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 async def collect_outcomes(options: CollectOptions, console: Console) -> None:
-    """Write the outcomes to the output. Goes on from `<output>.partial` where an earlier run stopped."""
+    """Write the outcomes to the output. Resumes an interrupted run from `<output>.partial`."""
     if options.split not in get_args(Split):
         raise InvalidRequest(f"unknown split {options.split!r}: choose one of {', '.join(get_args(Split))}")
     cascade = list(options.targets)
@@ -199,7 +199,7 @@ class _StageCalls:
         return _Written(draft, record)
 
     async def verify(self, task: Task, draft: common_pb2.Draft) -> dict[str, object]:
-        """Return how a draft fares."""
+        """Return the verification of a draft, as a record for the file."""
         request = stage_pb2.VerifyRequest(conversation=_conversation(task), draft=draft)
         verification = result = None
         call = call_stream(self._stub.Verify, request, timeout_ms=self._timeout_ms, peer=f"stage {self.name}")
@@ -222,7 +222,7 @@ class _StageCalls:
 
 
 def _fresh_latency(result: stage_pb2.StageResult) -> float | None:
-    """Return a call's latency; None where prompt tokens came from the prefix cache."""
+    """Return a call's latency; None if prompt tokens came from the prefix cache."""
     return None if result.usage.cached_prompt_tokens else round(result.timing.total_ms, _DECIMALS)
 
 
@@ -237,7 +237,7 @@ async def _collect_one(stages: Sequence[_StageCalls], task: Task, split: str) ->
     names = [stage.name for stage in stages]
     verifications = {}
     for origin, target in pairs(names):
-        # An empty draft holds nothing to verify: the target would write anew.
+        # An empty draft has nothing to verify: the target would generate its own answer.
         draft = written[origin].draft
         if draft.text or draft.token_ids:
             check = await stages[target].verify(task, draft)
@@ -286,7 +286,7 @@ def _is_complete(output: Path, cascade: Sequence[str], tasks: Sequence[Task]) ->
 
 
 def _open_partial(partial: Path, cascade: Sequence[str], *, is_new: bool) -> LineLog:
-    """Return the file of what is collected, with its header. Raises the AsdError of cannot_write."""
+    """Return the file of the collected records, with its header. Raises the AsdError of cannot_write."""
     with writing(partial, "name another file"):
         if is_new:
             partial.unlink(missing_ok=True)
@@ -297,9 +297,9 @@ def _open_partial(partial: Path, cascade: Sequence[str], *, is_new: bool) -> Lin
 
 
 def _read_partial(partial: Path, cascade: Sequence[str]) -> set[tuple[tuple[str, ...], str]]:
-    """Return the prompts of an earlier run; those of damaged lines are not among them, and come once more.
+    """Return the prompts of an earlier run. Prompts of damaged lines are left out, and collected again.
 
-    Raises UnfitOutcomes where the file is another cascade's, or does not say whose.
+    Raises UnfitOutcomes if the file is another cascade's, or does not name its cascade.
     """
     if not partial.exists():
         return set()
@@ -310,13 +310,13 @@ def _read_partial(partial: Path, cascade: Sequence[str]) -> set[tuple[tuple[str,
         header = parse_json(first, str(partial))
     except DamagedFile as error:
         if not positions and not first.endswith(b"\n"):
-            # It was cut off as it was begun.
+            # The run was killed before the header was complete.
             return set()
         raise UnfitOutcomes(f"{partial} is damaged: delete it, and collect anew") from error
     if damaged:
         warn(f"{partial}: {damaged} damaged lines: their prompts are collected once more")
     if not positions:
-        # Nothing is lost with it, whichever cascade it was begun for.
+        # It has no records, so it does not matter which cascade it is for.
         return set()
     if header != {"schema": SCHEMA, "version": VERSION, "cascade": list(cascade)}:
         raise UnfitOutcomes(f"{partial} holds another cascade: choose another file, or delete it")
@@ -324,7 +324,7 @@ def _read_partial(partial: Path, cascade: Sequence[str]) -> set[tuple[tuple[str,
 
 
 def _positions(file: BinaryIO) -> tuple[dict[tuple[tuple[str, ...], str], int], int]:
-    """Return where the record of each prompt begins, from a file's position on, and the lines without one."""
+    """Return each prompt's record position, from the file's position on, and the number of bad lines."""
     positions: dict[tuple[tuple[str, ...], str], int] = {}
     damaged = 0
     while True:

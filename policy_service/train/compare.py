@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     Features = npt.NDArray[np.float32]
     Labels = npt.NDArray[np.bool_]
 
-# Words by which the research system that this project carries on told simple, medium and complex prompts
-# apart, as its kind of router commonly does: what asks for one fact, and what asks for several steps.
+# Keywords of a heuristic router, from the research system that this project continues. They tell prompts that
+# ask for one fact from prompts that ask for several steps.
 _SIMPLE = re.compile(r"\b(what is|who|when|where|define|name|true or false|capital)\b")
 _COMPLEX = re.compile(
     r"\b(explain|analy[sz]e|compare|prove|derive|implement|design|optimi[sz]e|then|twice|each|after|before|if|"
@@ -47,7 +47,7 @@ class _Model(Protocol):
 
 @dataclass(frozen=True)
 class Score:
-    """How one kind of predictor does in one view, on prompts that it was not fitted to."""
+    """Scores of one kind of predictor in one view, on prompts that it was not fitted to."""
 
     view: str
     kind: str
@@ -101,7 +101,7 @@ def compare_predictors(
 ) -> tuple[Score, ...]:
     """Return the scores of every kind in the views of the first stage's answer.
 
-    progress is told what is under way.
+    progress: is called with a line about the current step.
     """
     scores = []
     for name, key, stage in _views(train):
@@ -129,7 +129,7 @@ def _kinds(seed: int) -> dict[str, Callable[[Features, Sequence[str], Labels], _
             MLPClassifier(
                 (64, 32),
                 alpha=1e-3,
-                # A batch holds no more than there are, less those that stop it early.
+                # A batch cannot have more rows than the fit, which sets some aside for early stopping.
                 batch_size=min(512, max(len(features) // 2, 1)),
                 early_stopping=True,
                 max_iter=40,

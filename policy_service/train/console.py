@@ -1,4 +1,4 @@
-"""What the commands of `asd-policy` print with."""
+"""Output of the `asd-policy` commands."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-# Of files and pipes: no table is wider.
+# Width in files and pipes: no table is wider.
 _WIDE = 160
 
 
 def result_console() -> Console:
-    """Return the console for results, wide enough for every table where it is no terminal."""
+    """Return the console for results. In files and pipes, it is wide enough for every table."""
     console = LiteralConsole()
     return console if console.is_terminal else LiteralConsole(width=_WIDE)
 
 
 def warn(line: str) -> None:
-    """Say on standard error what the user should know beside a result."""
+    """Print a warning on standard error."""
     LiteralConsole(stderr=True).print(
         f"warning: {line}", style="yellow", markup=False, highlight=False, soft_wrap=True
     )
 
 
 def number_table(title: str, headings: Sequence[str], texts: int = 1) -> Table:
-    """Return a table whose first columns, so many of them, are texts; they give way, no number is cut."""
+    """Return a table of numbers. texts: its first columns are text, which is cut so that no number is."""
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for index, heading in enumerate(headings):
         is_text = index < texts or not heading
@@ -44,7 +44,7 @@ def number_table(title: str, headings: Sequence[str], texts: int = 1) -> Table:
 
 
 def finite(value: object) -> object:
-    """Return a value with null for what JSON has no number for."""
+    """Return a value with None in place of NaN and infinity, which JSON lacks."""
     if isinstance(value, dict):
         return {key: finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""What the stages of a cascade cost and how long they take: read from YAML for fitting and evaluation."""
+"""Costs and latencies of a cascade's stages, read from YAML for fitting and evaluation."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class UnfitCosts(OneLineError):  # noqa: N818 - an error is named by its cause
 
 
 class StageCosts(Section):
-    """One stage. cost: of a whole answer, cost units. Times stand in where outcomes hold no latency_ms.
+    """One stage. cost: of a whole answer, in cost units. Times are used if outcomes have no latency_ms.
 
-    prefill_ms: a prompt. score_token_ms: each further token of a draft in the same pass. token_ms: each token
-    written.
+    prefill_ms: of a prompt. score_token_ms: of each further token of a draft in the same pass. token_ms: of
+    each token written.
     """
 
     name: str
@@ -40,13 +40,13 @@ class StageCosts(Section):
     token_ms: Amount = 0.0
 
     def generate_ms(self, outcome: StageOutcome) -> float:
-        """Return the latency of writing an answer."""
+        """Return the latency of generating an answer."""
         if outcome.latency_ms is not None:
             return outcome.latency_ms
         return self.prefill_ms + self.token_ms * len(outcome.logprobs)
 
     def verify_ms(self, outcome: VerificationOutcome) -> float:
-        """Return the latency of verifying a draft and going on from it."""
+        """Return the latency of verifying a draft and continuing it."""
         if outcome.latency_ms is not None:
             return outcome.latency_ms
         further = max(outcome.forward_passes - 1, 0)

@@ -37,8 +37,8 @@ class Dataset:
 
     features: per view, float32 [n, size]. correct: bool [n, K]. costs, latencies_ms: per view but the first,
     [n], of the call that leads to it. prefixes: [n, K, PREFIXES], mean log-probability of the first tokens of
-    each stage's answer; NaN where it is not longer. prompts: the questions, without what came before.
-    histories: what came before each.
+    each stage's answer; NaN if the answer is not longer. prompts: the questions, without their history.
+    histories: the earlier messages of each.
     """
 
     cascade: tuple[str, ...]
@@ -56,13 +56,13 @@ class Dataset:
         return len(self.correct)
 
     def prompt_texts(self) -> list[PromptText]:
-        """Return the prompts with what came before."""
+        """Return the prompts with their history."""
         histories = self.histories or ((),) * len(self.prompts)
         return [PromptText(*each) for each in zip(self.prompts, histories, strict=True)]
 
 
 def view_keys(stages: int) -> list[ViewKey]:
-    """Return the views of a cascade, in the order of the solver: moves lead to later ones."""
+    """Return the views of a cascade, in the solver's order: moves lead to later views."""
     keys: list[ViewKey] = [(None, None)]
     for stage in range(stages):
         keys.append((stage, None))
@@ -71,9 +71,9 @@ def view_keys(stages: int) -> list[ViewKey]:
 
 
 def read_dataset(path: Path, costs: Sequence[StageCosts], *, with_history: bool = True) -> Dataset:
-    """Return a file's outcomes. Raises UnfitOutcomes, also where the costs are another cascade's.
+    """Return a file's outcomes. Raises UnfitOutcomes, also if the costs are another cascade's.
 
-    with_history: False leaves what came before the question out of the features, to measure what it is worth.
+    with_history: False leaves the history out of the features, to measure its worth.
     """
     cascade = read_cascade(path)
     if [stage.name for stage in costs] != list(cascade):

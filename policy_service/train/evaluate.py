@@ -1,4 +1,4 @@
-"""Measures a policy on outcomes that it was not made from, beside its bounds."""
+"""Measures a policy on held-out outcomes, and compares it with baselines and an oracle."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _THRESHOLDS = 1.0 - np.geomspace(1e-4, 1.0, 200)
 
 @dataclass(frozen=True)
 class Line:
-    """One way of answering n prompts; means. mix: share of answers by stage. ratio: to the last stage's."""
+    """Means of one strategy over n prompts. mix: share of answers by stage. ratio: to the last stage's."""
 
     name: str
     accuracy: float
@@ -45,7 +45,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Prediction:
-    """How well P(correct) of a stage's answer is predicted in a view."""
+    """Quality of the predictions of P(correct) for a stage's answer in a view."""
 
     view: str
     r2: float
@@ -67,10 +67,10 @@ class GroupCalibration:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A policy's value beside the best fixed threshold's, chosen with hindsight: cost units per prompt.
+    """A policy's value and that of the best fixed threshold in hindsight, in cost units per prompt.
 
-    value: quality_value * right - cost. difference: the policy's less the threshold's; low and high bound its
-    95% interval.
+    value: quality_value * right - cost. difference: policy minus threshold; low and high bound its 95%
+    interval.
     """
 
     name: str
@@ -84,12 +84,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a policy does on held-out outcomes.
+    """Results of a policy on held-out outcomes.
 
-    oracle_share: by line, the share of the oracle's saving of cost that is reached, where both are compared
-    with always asking the last stage. unlike_share: of the prompts, those that are unlike all that the policy
-    was fitted to; None: it does not know what they look like. The policy's lines have them go where they are
-    served, and predictions and groups leave them out, as nothing is predicted for them.
+    oracle_share: by line, the share of the oracle's cost saving that is reached; both savings are relative to
+    always calling the last stage. unlike_share: share of prompts unlike all that the policy was fitted to;
+    None if the policy has no family. The policy's lines send these prompts where serving would. Predictions
+    and groups leave them out, as nothing is predicted for them.
     """
 
     policy_version: str
@@ -106,7 +106,7 @@ class Evaluation:
 def evaluate_policy(
     policy: Policy, predictor: OnnxPredictor, data: Dataset, quality_values: Sequence[float]
 ) -> Evaluation:
-    """Return what a policy does: at each preference, at further values of quality, beside bounds."""
+    """Return a policy's results at each preference and at further values of quality, with its baselines."""
     p_correct, cells = served_states(policy, predictor, data)
     unlike = unlike_prompts(policy, data)
     views = tuple(each.view for each in policy.views)
@@ -149,11 +149,11 @@ def unlike_prompts(policy: Policy, data: Dataset) -> npt.NDArray[np.bool_]:
 
 
 def with_unlike(run: Run, policy: Policy, data: Dataset, unlike: npt.NDArray[np.bool_]) -> Run:
-    """Return a run in which prompts unlike all that the policy knows go where it sends them. unlike: [n]."""
+    """Return a run in which the policy's unlike prompts go where serving would send them. unlike: [n]."""
     rows = np.flatnonzero(unlike)
     if not len(rows):
         return run
-    # What is planned for one of them is planned for all.
+    # All of these prompts get the same plan.
     plan = policy.plan(data.prompt_texts()[rows[0]], PolicyObjective(), {})
     calls: list[ViewKey] = [(plan.first_stage, None)]
     if plan.likely_next is not None:
@@ -170,7 +170,7 @@ def with_unlike(run: Run, policy: Policy, data: Dataset, unlike: npt.NDArray[np.
 def served_states(
     policy: Policy, predictor: OnnxPredictor, data: Dataset
 ) -> tuple[dict[ViewKey, Floats], dict[ViewKey, npt.NDArray[np.int64]]]:
-    """Return P(correct) of every prompt in every view, and the cells of views that have them: [n] each."""
+    """Return P(correct) of every prompt in every view, and the cells of views that have cells: [n] each."""
     p_correct, cells = {}, {}
     for index, key in enumerate(view_keys(len(data.cascade))):
         view = policy.views[index]
@@ -183,7 +183,7 @@ def served_states(
 
 
 def _best_threshold(runs: Sequence[Run], accuracy: float) -> Run:
-    """Return the cheapest fixed threshold that is at least as accurate, chosen with hindsight."""
+    """Return the run of the cheapest fixed threshold, in hindsight, with at least this accuracy."""
     fitting = [run for run in runs if run.correct.mean() >= accuracy] or [runs[0]]
     return min(fitting, key=lambda run: float(run.cost.mean()))
 

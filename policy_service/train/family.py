@@ -1,4 +1,4 @@
-"""Learns what a policy's prompts look like (policy_service/family.py), from the prompts alone."""
+"""Learns the patterns of a policy's prompts (policy_service/family.py), from the prompts alone."""
 
 from __future__ import annotations
 
@@ -31,28 +31,28 @@ if TYPE_CHECKING:
     from policy_service.document import PolicyDocument
     from suites import Split
 
-# Share of prompts like the calibration prompts that may be marked, at most. Chosen.
+# Largest share of prompts like the calibration prompts that may be marked. Chosen.
 MARKED = 0.01
-# Novelty up to which no prompt is marked, whatever the calibration prompts show. Chosen: where they are all
-# made from a few patterns, none has anything new, and one new word would mark a prompt.
+# Smallest threshold. Chosen: if all calibration prompts are made from a few patterns, none of them has any
+# novelty, and a single new word would mark a prompt.
 LEAST_THRESHOLD = 0.05
-# Different words from which on a place between two tokens is taken as open to any word. Chosen: of the
-# suites' places, those of verbs have 7, those of things, countries and names 12 and more.
+# Number of different words from which a position between two tokens counts as open to any word. Chosen: in
+# the suites, positions of verbs have 7, those of things, countries and names 12 and more.
 _OPEN = 10
-# Share of a word's places that are open from which on it stands for no more than a word. Chosen.
+# Share of open positions among a word's positions from which it is not a fixed word. Chosen.
 _MOSTLY = 0.5
-# Prompts that a word or a run of tokens must be in: what is in one alone says nothing of others.
+# Fewest prompts with a word or an n-gram: one prompt alone says nothing about other prompts.
 _LEAST_PROMPTS = 2
-# Words and runs of tokens that are kept, the commonest, so that an artifact stays small. Chosen: runs take 4
-# bytes each, and the suites have some thousands.
+# Most words and n-grams in an artifact; the commonest are kept. Chosen: an n-gram takes 4 bytes, and the
+# suites have some thousands.
 _MOST_GRAMS = 65_536
 _MOST_WORDS = 8_192
-# What ends a sentence: a capital letter behind it makes no name.
+# Ends of sentences: a capital letter after one does not make a name.
 _ENDS = frozenset((*".?!:\n", FIRST, LATER))
 
 
 def fit_family(fitted: Sequence[PromptText], calibration: Sequence[PromptText]) -> FamilyEntry:
-    """Return what prompts look like. calibration: other prompts, to choose the threshold by.
+    """Return the family of prompts. calibration: other prompts, which set the threshold.
 
     The threshold is the ceil((1 - MARKED) (n + 1))-th lowest novelty of the n calibration prompts, so a
     prompt that is drawn like them is marked with probability MARKED at most. Source: split conformal
@@ -67,9 +67,9 @@ def fit_family(fitted: Sequence[PromptText], calibration: Sequence[PromptText]) 
     family = Family(words, frozenset(map(gram_hash, kept)), 1.0)
     novelties = sorted(map(family.novelty, calibration))
     rank = math.ceil((1.0 - MARKED) * (len(novelties) + 1))
-    # Too few prompts bound nothing: none is marked.
+    # With too few prompts there is no bound, and no prompt is marked.
     bound = novelties[rank - 1] if rank <= len(novelties) else 1.0
-    # Rounded up: what is stored still bounds.
+    # Rounding up keeps the bound.
     threshold = max(math.ceil(bound * 1e5) / 1e5, LEAST_THRESHOLD)
     return FamilyEntry.of(
         Family(words, family.grams, min(threshold, 1.0)), prompts=len(fitted), calibration=len(calibration)
@@ -79,7 +79,7 @@ def fit_family(fitted: Sequence[PromptText], calibration: Sequence[PromptText]) 
 def with_family(
     document: PolicyDocument, fitted: Sequence[PromptText], calibration: Sequence[PromptText]
 ) -> PolicyDocument:
-    """Return a policy that knows what its prompts look like, as another version."""
+    """Return the policy with the family of its prompts, as another version."""
     family = fit_family(fitted, calibration)
     # The version names the content: the same policy and the same prompts make the same version.
     content = f"{document.policy_version} {family.model_dump_json()}"
@@ -97,7 +97,7 @@ def suite_prompts(name: Split, count: int, seed: int) -> list[PromptText]:
 
 
 def fixed_words(prompts: Iterable[PromptText]) -> frozenset[str]:
-    """Return the words that make up patterns: not rare ones, nor those that mostly stand where many may."""
+    """Return the fixed words of patterns: neither rare ones, nor those mostly in open positions."""
     fillers: dict[tuple[str, str], set[str]] = defaultdict(set)
     places: dict[str, Counter[tuple[str, str]]] = defaultdict(Counter)
     prompt_counts: Counter[str] = Counter()
@@ -119,7 +119,7 @@ def fixed_words(prompts: Iterable[PromptText]) -> frozenset[str]:
 
 
 def _places(start: str, text: str) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Yield each word in lower case with what stands before and behind it, names and numbers abstracted."""
+    """Yield each word in lower case with the tokens before and after it, abstracted if names or numbers."""
     tokens = split_tokens(text)
     around = [start]
     for token in tokens:

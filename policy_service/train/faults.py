@@ -1,4 +1,4 @@
-"""What is wrong with a user's files, in words. Needs no library, so that every command can say it."""
+"""Errors of a user's files, in words. Needs no library, so every command can report them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from asd.visible import OneLineError
 
 
 class UnfitOutcomes(OneLineError):  # noqa: N818 - an error is named by its cause
-    """The file holds no usable outcomes; the message names the file and the row."""
+    """A file has no usable outcomes; the message names the file and the row."""
 
 
 def say_why(error: Exception) -> str:

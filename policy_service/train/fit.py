@@ -1,4 +1,4 @@
-"""Outcomes to an artifact: fit, calibrate, estimate the transitions, choose the preferences."""
+"""Makes an artifact from outcomes: fits, calibrates, estimates the transitions, chooses the preferences."""
 
 from __future__ import annotations
 
@@ -56,35 +56,35 @@ if TYPE_CHECKING:
 # Share of the largest stage's accuracy that each preference must keep on the calibration prompts, with 95%
 # confidence, at the lowest cost. Chosen.
 KEPT_ACCURACY = {"fastest": 0.93, "balanced": 0.99, "best": 0.998}
-# Below, a kind of prompts says too little of the accuracy that it keeps.
+# Fewest prompts of a kind: fewer say too little about their accuracy.
 _LEAST_PER_PART = 1000
-# One in so many calibration prompts cuts the cells.
+# One in this many calibration prompts is used to cut the cells.
 _CUTTING = 3
-# Prompts of a bin, at least: below, a bin's share of right answers says little.
+# Fewest prompts of a bin: with fewer, its share of right answers is uncertain.
 _LEAST_PER_BIN = 100
 _MOST_BINS = 32
 _ECE_BINS = 15
-# Share of right answers, at most, among drafts that are given up before their end. Chosen.
+# Largest share of right answers among abandoned drafts. Chosen.
 HOPELESS = 0.05
-# Chance that something is certified falsely, for each of: a value of min_quality, the abandon rules of a
-# stage, the accuracy that a preference keeps.
+# Probability of a false certificate, for each of: a value of min_quality, the abandon rules of a stage, the
+# accuracy of a preference.
 DOUBT = 0.05
-# Bins that are certified together, besides each by itself. Chosen: with 10,000 prompts, 4 bins of 312 certify
-# shares of 0.99, which 312 prompts cannot, and one bin tells sharply where a lower share ends.
+# Bins that are certified together, in addition to each alone. Chosen: with 10,000 prompts, 4 bins of 312
+# certify shares of 0.99, which 312 prompts cannot; single bins locate the end of a lower share exactly.
 _BINS_TOGETHER = 4
-# Thresholds that a rule is chosen from, and the shares of right drafts, of HOPELESS, that rules are proposed
-# with, from the strictest on. Chosen.
+# Number of thresholds that a rule is chosen from; and shares of right drafts, relative to HOPELESS, with
+# which rules are proposed, the strictest first. Chosen.
 _RULES_TRIED = 500
 _STRICTNESS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _QUALITY_VALUES = np.geomspace(0.5, 10_000.0, 120)
-# Share of a stage's training answers that must have ended in a way, for the trees to know such answers.
-# Chosen: of 20,000 prompts, 200.
+# Share of a stage's training answers with a finish reason that the trees need to learn it. Chosen: 200 of
+# 20,000 prompts.
 _LEAST_FINISH_SHARE = 0.01
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file of outcomes and what it holds."""
+    """A file of outcomes and its content."""
 
     path: Path
     data: Dataset
@@ -110,7 +110,7 @@ def fit_policy(
 ) -> PolicyDocument:
     """Write an artifact, as `store.write_artifact` does; return its document.
 
-    progress is told what is under way.
+    progress: is called with a line about the current step.
     """
     keys = view_keys(len(costs))
     names = [stage.name for stage in costs]
@@ -137,7 +137,7 @@ def fit_policy(
     p_correct = {key: own(key, heads) for key, heads in calibrated.items()}
     progress("solving")
     order = np.random.default_rng(seed).permutation(len(calibration.data))
-    # What is certified of cells must come of other prompts than those that they were cut by.
+    # Cells must be certified by other prompts than those that cut them.
     cutting, certifying = np.split(order, [len(order) // _CUTTING])
     state_cells = fit_state_cells(calibration.data, cutting, scores, p_correct, costs[-1].cost)
     cells = {key: each.cells_of(scores[key]) for key, each in state_cells.items() if each is not None}
@@ -214,7 +214,7 @@ def model_name(key: ViewKey) -> str:
 
 
 def own(key: ViewKey, heads: Mapping[int, CalibratedHead]) -> Floats:
-    """Return the score that cuts a view's bins: P(correct) of the stage judged, or of the first stage."""
+    """Return the score that cuts a view's bins: P(correct) of the judged stage, or of the first stage."""
     return heads[key[0] or 0].p_correct
 
 
@@ -224,16 +224,16 @@ def estimate_views(
     cells: Mapping[ViewKey, npt.NDArray[np.int64]] | None = None,
     certifying: npt.NDArray[np.int64] | None = None,
 ) -> tuple[View, ...]:
-    """Return the solver's views of outcomes: their bins, and how prompts move between them.
+    """Return the solver's views of outcomes: their bins, and the transitions between them.
 
-    p_correct: per view, [n]. cells: per view that has cells, [n]; others are cut by p_correct. certifying:
-    prompts that certify cells, those by which they were not cut.
+    p_correct: per view, [n]. cells: per view that has cells, [n]; other views are cut by p_correct.
+    certifying: rows of the prompts that certify cells; they did not cut them.
     """
     keys = view_keys(len(data.cascade))
     cells = cells or {}
     bins = {key: cells[key] if key in cells else _bins(p_correct[key]) for key in keys}
     counts = {key: int(bins[key].max()) + 1 for key in keys}
-    # The views of which an answer may be returned early share the doubt: together they are certified.
+    # The views that allow an early stop share the doubt, so that they are certified together.
     early = sum(stage is not None and stage < len(data.cascade) - 1 for stage, _ in keys)
     views = []
     for key in keys:
@@ -262,20 +262,20 @@ def estimate_views(
 def certify(
     bins: npt.NDArray[np.int64], correct: npt.NDArray[np.bool_], doubt: float, count: int = 0
 ) -> Floats:
-    """Return for each bin a share of right answers that min_quality may be compared with. [n] each.
+    """Return for each bin a share of right answers to compare min_quality with. [n] each.
 
-    count: of bins, also of those that none of these prompts is in.
+    count: number of bins, including bins without any of these prompts.
 
-    For any one value of min_quality it holds with probability 1 - doubt, over the prompts drawn to calibrate:
-    every bin whose share returned here is as high lies in a run of bins, alone or with its neighbours, in
-    which answers are right that often or more. So are the answers that are returned of such bins, in
-    whatever numbers they come from each, as far as those of a run are alike.
+    For any one value of min_quality, this holds with probability 1 - doubt over the drawn calibration
+    prompts: every bin whose certified share is at least that value lies in a run of bins (alone or with
+    neighbours) whose answers are right at least that often. It then also holds for the answers returned from
+    such bins, in any proportion, as far as the bins of a run are alike.
 
-    Each run has a one-sided bound of its share (Clopper and Pearson 1934). Runs are tested from the highest
-    scores downwards, and none counts below one that fails, which makes up for testing many of them: fixed
-    sequence testing, Angelopoulos et al. 2021, Learn then Test, section 3.2. Two such sequences, of single
-    bins and of _BINS_TOGETHER, share the doubt. Unlike there, a run is not the set of all higher scores:
-    easy prompts, which an earlier answer settles, would lend their share to the hard ones that are left.
+    Each run has a one-sided bound on its share (Clopper and Pearson 1934). Runs are tested from the highest
+    scores downwards, and none counts below one that fails. This corrects for the many tests: fixed sequence
+    testing, Angelopoulos et al. 2021, Learn then Test, section 3.2. Two such sequences, of single bins and of
+    _BINS_TOGETHER, share the doubt. Unlike there, a run is not the set of all higher scores: that would let
+    easy prompts, which already stop earlier, raise the share of the hard ones.
     """
     right, all_of_them = np.bincount(bins, correct, count), np.bincount(bins, minlength=count)
     from_the_top = len(right) - 1 - np.arange(len(right))
@@ -285,13 +285,13 @@ def certify(
         run_right, run_count = np.bincount(runs, weights=right), np.bincount(runs, weights=all_of_them)
         lower = _lower_bound(run_right, run_count, doubt / 2)
         bounds.append(np.minimum.accumulate(lower)[runs])
-    # Down: what is stored is kept.
+    # Rounding down keeps the certificate.
     certified: Floats = np.floor(np.maximum(*bounds) * 1e5) / 1e5
     return certified
 
 
 def tabulate(views: tuple[View, ...], prompt_shares: Floats) -> tuple[CurveEntry, ...]:
-    """Return what the optimal policy for each value of quality does on average, by the views.
+    """Return the mean results of the optimal policy for each value of quality, by the views.
 
     prompt_shares: [bins of views[0]], share of the prompts in each.
     """
@@ -303,7 +303,7 @@ def tabulate(views: tuple[View, ...], prompt_shares: Floats) -> tuple[CurveEntry
                 quality_value=value,
                 cost=round(mean.cost, 5),
                 latency_ms=round(mean.latency_ms, 3),
-                # Its bins' means may sum to a rounding above 1.
+                # The sum over bins may exceed 1 by rounding.
                 accuracy=min(round(mean.accuracy, 5), 1.0),
             )
         )
@@ -319,12 +319,12 @@ def choose_quality_values(
 ) -> dict[str, float]:
     """Return for each preference the value of quality that keeps its accuracy at the lowest mean cost.
 
-    Values are tested from the highest on, and the last one before the first that fails is taken: fixed
-    sequence testing makes up for testing many of them.
+    Values are tested from the highest down, and the last one before the first failure is taken: fixed
+    sequence testing corrects for the many tests.
 
-    parts: kinds of prompts, as their rows, each of which must keep it, so that none lends its accuracy to
-    another; parts of fewer than _LEAST_PER_PART prompts are not asked. None: all prompts together. The views
-    come of the same prompts, so the confidence is a little less than stated.
+    parts: rows of each kind of prompts. Every kind must keep the accuracy, so that none makes up for another.
+    Kinds of fewer than _LEAST_PER_PART prompts are not tested. Empty: all prompts together. The views are
+    estimated from the same prompts, so the confidence is a little less than stated.
     """
     largest = data.correct[:, -1].astype(float)
     asked = [rows for rows in parts if len(rows) >= _LEAST_PER_PART] or [np.arange(len(data))]
@@ -344,26 +344,26 @@ def choose_quality_values(
     chosen = {}
     for name, least in KEPT_ACCURACY.items():
         passing = next((index for index, share in enumerate(kept) if share < least), len(kept))
-        # Nothing keeps it: the highest value of quality comes closest.
+        # If no value keeps the accuracy, the highest one comes closest.
         chosen[name] = round(float(_QUALITY_VALUES[::-1][max(passing - 1, 0)]), 3)
     return chosen
 
 
 def abandon_rules(train: Dataset, calibration: Dataset, stage: int) -> tuple[AbandonEntry, ...]:
-    """Return when a stage's draft is hopeless, by its first tokens' mean log-probability; none for the last.
+    """Return the rules that abandon a stage's draft by the mean log-probability of its first tokens.
 
-    Of the drafts that the rules give up, HOPELESS are right at most, with 95% confidence. The training
-    prompts propose sets of rules, from the strictest to the laxest. The calibration prompts test them in this
-    order, and the last one before the first that fails is taken. So the bound holds although the rules were
-    chosen: split fixed sequence testing, Angelopoulos et al. 2021, Learn then Test, section 3.2, with the
-    bound of Clopper and Pearson 1934.
+    The last stage has none. At most a share HOPELESS of the abandoned drafts are right, with 95% confidence.
+    The training prompts propose sets of rules, from the strictest to the laxest. The calibration prompts test
+    them in this order, and the last one before the first failure is taken. The bound holds although the rules
+    were chosen: split fixed sequence testing, Angelopoulos et al. 2021, Learn then Test, section 3.2, with
+    the bound of Clopper and Pearson 1934.
     """
     taken: tuple[AbandonEntry, ...] = ()
     if stage == len(calibration.cascade) - 1:
         return taken
     sets = [_propose_rules(train, stage, strictness * HOPELESS) for strictness in _STRICTNESS]
-    # Stricter sets than the one that will pass the likeliest give up too few drafts to tell, and would only
-    # end the sequence.
+    # Start at the set that is most likely to pass. Stricter ones abandon too few drafts to pass a test, and
+    # would end the sequence.
     scale = len(calibration) / len(train)
     counts = scale * np.array([_count_given_up(train, stage, rules) for rules in sets])
     start = int(np.argmin(_upper_bound(counts[:, 1], counts[:, 0], DOUBT)))
@@ -376,7 +376,7 @@ def abandon_rules(train: Dataset, calibration: Dataset, stage: int) -> tuple[Aba
 
 
 def known_finish_reasons(data: Dataset, stage: int) -> tuple[FinishReason, ...]:
-    """Return how a stage's answers ended, as far as there are enough that ended so to learn from."""
+    """Return the finish reasons of a stage's answers that are common enough to learn from."""
     names = FeatureSpace(len(data.cascade)).names
     answers = data.features[stage, None]
     is_eos, is_length = (answers[:, names.index(f"draft_is_{reason}")] > 0 for reason in ("eos", "length"))
@@ -389,9 +389,9 @@ def known_finish_reasons(data: Dataset, stage: int) -> tuple[FinishReason, ...]:
 
 
 def _propose_rules(data: Dataset, stage: int, share: float) -> tuple[AbandonEntry, ...]:
-    """Return rules that each give up as many drafts as they can while `share` of them are right at most.
+    """Return rules that each abandon as many drafts as possible while at most `share` of them are right.
 
-    A rule sees the drafts that the rules for fewer tokens left.
+    A rule applies to the drafts that the rules for fewer tokens left.
     """
     prefixes, correct = data.prefixes[:, stage], data.correct[:, stage]
     rules: list[AbandonEntry] = []
@@ -410,13 +410,13 @@ def _propose_rules(data: Dataset, stage: int, share: float) -> tuple[AbandonEntr
 
 
 def _count_given_up(data: Dataset, stage: int, rules: Sequence[AbandonEntry]) -> tuple[int, int]:
-    """Return how many of a stage's drafts rules give up, and how many of these are right."""
+    """Return how many of a stage's drafts the rules abandon, and how many of these are right."""
     given_up = _given_up(data.prefixes[:, stage], rules)
     return int(given_up.sum()), int(data.correct[given_up, stage].sum())
 
 
 def _given_up(prefixes: Floats, rules: Sequence[AbandonEntry]) -> npt.NDArray[np.bool_]:
-    """Return which drafts some rule gives up: [n]. prefixes: [n, PREFIXES], NaN where one is not longer."""
+    """Return which drafts any rule abandons: [n]. prefixes: [n, PREFIXES], NaN if a draft is not longer."""
     given_up = np.zeros(len(prefixes), np.bool_)
     for rule in rules:
         given_up |= prefixes[:, PREFIXES.index(rule.tokens)] < rule.mean_logprob
@@ -424,14 +424,14 @@ def _given_up(prefixes: Floats, rules: Sequence[AbandonEntry]) -> npt.NDArray[np
 
 
 def _lower_bound(right: npt.ArrayLike, count: npt.ArrayLike, doubt: float) -> Floats:
-    """Return what a share is at least but for the doubt. Source: Clopper and Pearson 1934."""
+    """Return a share's one-sided lower bound with confidence 1 - doubt. Source: Clopper and Pearson 1934."""
     right, count = np.asarray(right, float), np.asarray(count, float)
     bound: Floats = np.where(right > 0, beta.ppf(doubt, np.maximum(right, 1e-9), count - right + 1), 0.0)
     return bound
 
 
 def _upper_bound(right: npt.ArrayLike, count: npt.ArrayLike, doubt: float) -> Floats:
-    """Return what a share is at most but for the doubt; 1 for a share of nothing."""
+    """Return a share's one-sided upper bound with confidence 1 - doubt; 1 without observations."""
     bound: Floats = 1.0 - _lower_bound(np.subtract(count, right), count, doubt)
     return bound
 
@@ -463,16 +463,16 @@ def _calibrate_head(scores: Floats, correct: npt.NDArray[np.bool_]) -> Calibrate
 def _platt(scores: Floats, correct: npt.NDArray[np.bool_]) -> tuple[float, float]:
     if correct.all() or not correct.any() or np.ptp(scores) == 0:
         return 1.0, 0.0
-    # C: weak, as two parameters need no holding back.
+    # A large C regularises weakly: two parameters need no more.
     fitted = LogisticRegression(C=1e3).fit(scores[:, None], correct)
-    # A score that points the wrong way carries nothing: the smallest slope keeps order and says so.
+    # A negative slope means that the score is useless; the smallest slope keeps the order of scores.
     return max(round(float(fitted.coef_[0, 0]), 6), 1e-6), round(float(fitted.intercept_[0]), 6)
 
 
 def _held_out_error(
     predictor: OnnxPredictor, keys: Sequence[ViewKey], stage: int, data: Dataset, seed: int
 ) -> float:
-    """Return the calibration error of a stage's own answers, each half calibrated on the other."""
+    """Return the calibration error of a stage's generated answers, each half calibrated on the other."""
     key: ViewKey = (stage, None)
     scores = predictor.score_rows(keys.index(key), data.features[key])[:, 0].astype(float)
     correct = data.correct[:, stage]
@@ -490,7 +490,7 @@ def _sigmoid(logits: Floats) -> Floats:
 
 
 def _bins(p_correct: Floats) -> npt.NDArray[np.int64]:
-    """Return the bin of each score: equally filled, fewer where scores are equal."""
+    """Return the bin of each score. Bins are equally filled; equal scores may leave fewer bins."""
     count = int(np.clip(len(p_correct) // _LEAST_PER_BIN, 1, _MOST_BINS))
     edges = np.unique(np.quantile(p_correct, np.arange(1, count) / count))
     bins = np.searchsorted(edges, p_correct, side="left")

@@ -147,7 +147,7 @@ def drift(
     from policy_service.drift import DriftMonitor, DriftRule
     from policy_service.reports import first_reports
 
-    # The table says it.
+    # The table shows alarms.
     monitor = DriftMonitor(DriftRule(run_length, tolerance), on_alarm=lambda *_: None)
     for report in first_reports(_read(reports)):
         monitor.add(report)
@@ -283,7 +283,7 @@ def _shadow_table(title: str, records: Sequence[ShadowRecord]) -> Table:
 
 
 def _mean_change(changes: Iterable[float | None]) -> str:
-    """Return a mean over the records of which a quality was predicted."""
+    """Return the mean over the records with a prediction."""
     known = [change for change in changes if change is not None]
     return f"{fmean(known):+.4f}" if known else "–"
 
@@ -296,9 +296,9 @@ def _read(files: Iterable[Path]) -> list[OutcomeReport]:
 
 
 def _read_lines(file: Path, parse: Callable[[str], T], what: str) -> list[T]:
-    """Return what stands in the lines of a file; those that parse does not take are counted in one warning.
+    """Return the parsed lines of a file; damaged lines are counted in one warning.
 
-    Raises UnfitOutcomes where there are lines but none that it takes, OSError.
+    Raises OSError, and UnfitOutcomes if all lines are damaged.
     """
     damage: list[tuple[int, int]] = []
     kept = list(parse_lines(file, parse, lambda *found: damage.append(found), is_pipe_fine=True))

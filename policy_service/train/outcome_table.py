@@ -1,6 +1,6 @@
-"""The Parquet form of outcomes: its schema, and a writer that leaves whole files only.
+"""The Parquet form of outcomes: its schema, and a writer that never leaves a partial file.
 
-Needs no library but pyarrow, so that outcomes can be written where models are trained.
+It needs only pyarrow, so that outcomes can be written where models are trained.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SCHEMA, VERSION = "asd.outcomes", 2
 HEADER_KEY = b"asd.outcomes"
 """Key of the file's metadata that holds the header, as JSON: schema, version and cascade."""
 
-# Prompts of a row group: what a reader holds in memory at a time.
+# Prompts of a row group, which a reader holds in memory.
 _GROUP = 2000
 
 _ANSWER = pa.struct(
@@ -50,7 +50,7 @@ _CHECK = pa.struct(
 
 
 def pairs(cascade: Sequence[str]) -> list[tuple[int, int]]:
-    """Return indexes (draft stage, target stage) of every pair of a cascade."""
+    """Return the indices (draft stage, target stage) of every pair of a cascade."""
     return [(draft, target) for target in range(len(cascade)) for draft in range(target)]
 
 
@@ -79,10 +79,10 @@ def table_schema(cascade: Sequence[str]) -> pa.Schema:
 
 
 def write_outcomes(path: Path, cascade: Sequence[str], rows: Iterable[Mapping[str, object]]) -> int:
-    """Write a file in one step and return its number of rows: a run that is cut off leaves none.
+    """Write a file atomically and return its number of rows: an interrupted run leaves no file.
 
     rows: as outcomes.OutcomeRow describes them; they raise no OSError. Raises ResourceExhausted on a full
-    disk, PreconditionFailed where the file cannot be written.
+    disk, PreconditionFailed if the file cannot be written.
     """
     partial = path.with_name(path.name + ".writing")
     try:
@@ -92,7 +92,7 @@ def write_outcomes(path: Path, cascade: Sequence[str], rows: Iterable[Mapping[st
             partial.replace(path)
             sync(path.absolute().parent)
     except BaseException:
-        # On a full disk, it is in the way of the next attempt.
+        # On a full disk, the partial file would take the space of the next attempt.
         with suppress(OSError):
             partial.unlink()
         raise

@@ -1,4 +1,4 @@
-"""Outcome files: what every stage answered to each prompt, whether it was right, and how drafts fared.
+"""Outcome files: every stage's answer to each prompt, its grade, and the verifications of drafts.
 
 A file is Parquet (see outcome_table), one row per prompt.
 """
@@ -54,7 +54,7 @@ class StageOutcome(_OutcomeModel):
 
 
 class VerificationOutcome(_OutcomeModel):
-    """How a stage's answer fared as a draft of a later one. ranks: one entry per proposed token.
+    """A later stage's verification of a stage's answer. ranks: one entry per proposed token.
 
     proposed_again: tokens that were proposed after the first correction.
     """
@@ -68,7 +68,7 @@ class VerificationOutcome(_OutcomeModel):
 
 
 class OutcomeRow(_OutcomeModel):
-    """What became of one prompt. verifications: by "draft stage>target stage", every pair of the cascade."""
+    """Outcomes of one prompt. verifications: by "draft stage>target stage", every pair of the cascade."""
 
     prompt: Annotated[str, Field(min_length=1)]
     history: tuple[str, ...] = ()
@@ -87,7 +87,7 @@ def read_cascade(path: Path) -> tuple[str, ...]:
 
 
 def read_rows(path: Path) -> Iterator[OutcomeRow]:
-    """Yield the rows of a file. Raises UnfitOutcomes, naming the row, where one is wrong."""
+    """Yield the rows of a file. Raises UnfitOutcomes, naming the row, if one is wrong."""
     with _opened(path) as file:
         _check_columns(path, file, _header(path, file).cascade)
         number = 0
@@ -142,7 +142,7 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
         file = pq.ParquetFile(path)
     except pa.ArrowInvalid as error:
         raise UnfitOutcomes(f"{path}: not a file of outcomes, or truncated") from error
-    # Names of columns that are no text raise a ValueError, here or later.
+    # Column names that are not UTF-8 raise a ValueError, here or later.
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UnfitOutcomes(f"{path}: {say_why(error)}") from error
     with file:
@@ -163,7 +163,7 @@ def _header(path: Path, file: pq.ParquetFile) -> _Header:
 
 
 def _check_columns(path: Path, file: pq.ParquetFile, cascade: Sequence[str]) -> None:
-    """Check the columns, whose names and types a reader would otherwise miss row by row."""
+    """Check the names and types of the columns once, instead of in every row."""
     expected = table_schema(cascade)
     for field in expected:
         index = file.schema_arrow.get_field_index(field.name)
@@ -177,7 +177,7 @@ def _check_columns(path: Path, file: pq.ParquetFile, cascade: Sequence[str]) -> 
 
 
 def _parse_row(where: str, record: Mapping[str, object]) -> OutcomeRow:
-    """Return a row. where: what a message says of its place. Raises UnfitOutcomes."""
+    """Return a row. where: its position, for messages. Raises UnfitOutcomes."""
     try:
         row = OutcomeRow.model_validate(record)
     except ValidationError as error:

@@ -19,7 +19,7 @@ from policy_service.train.threads import one_thread
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-# Chosen by log loss on the calibration prompts, of three settings.
+# Chosen among three settings by log loss on the calibration prompts.
 _TREES = {
     "max_iter": 200,
     "learning_rate": 0.08,
@@ -28,12 +28,12 @@ _TREES = {
     "l2_regularization": 5.0,
     "max_features": 0.3,
 }
-# Right or wrong answers below which a head is a constant: trees would learn single prompts by heart.
+# With fewer right or fewer wrong answers, a head is a constant: trees would memorise single prompts.
 _LEAST_EXAMPLES = 20
 
 
 class Head:
-    """P(correct) of one stage in one view, as log-odds. trees: None where too few answers differ."""
+    """P(correct) of one stage in one view, as log-odds. trees: None if too few answers differ."""
 
     def __init__(self, base: float, trees: HistGradientBoostingClassifier | None) -> None:
         self.base = base
@@ -62,7 +62,7 @@ def fit_head(features: npt.NDArray[np.float32], correct: npt.NDArray[np.bool_], 
 def export_heads(heads: list[Head], size: int) -> bytes:
     """Return an ONNX model of heads: `features` float32 [n, size] to `scores` float32 [n, heads].
 
-    All trees stand in one TreeEnsembleRegressor with a target per head, so that one pass answers.
+    All trees are in one TreeEnsembleRegressor with a target per head, so one pass computes all scores.
     """
     nodes: dict[str, list[int]] = {
         name: [] for name in ("treeids", "nodeids", "featureids", "truenodeids", "falsenodeids")
@@ -74,7 +74,7 @@ def export_heads(heads: list[Head], size: int) -> bytes:
     base = []
     tree_id = 0
     for index, head in enumerate(heads):
-        # scikit-learn has no public view of these trees; tests compare the export with the original.
+        # scikit-learn has no public access to these trees; tests compare the export with the original.
         trees: Any = head.trees
         base.append(head.base if trees is None else float(trees._baseline_prediction.ravel()[0]))  # noqa: SLF001
         ensembles = [] if trees is None else [each[0] for each in trees._predictors]  # noqa: SLF001
@@ -125,7 +125,7 @@ def export_heads(heads: list[Head], size: int) -> bytes:
         graph_nodes = [helper.make_node("Gemm", ["features", "zeros", "base"], ["scores"])]
     graph = helper.make_graph(graph_nodes, "predictor", [features], [scores], initializers)
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 3)]
-    # IR 8 is what opset 17 came with; onnx would write its newest, which older runtimes refuse.
+    # IR 8 belongs to opset 17; by default onnx writes its newest IR, which older runtimes refuse.
     model = helper.make_model(graph, opset_imports=opsets, ir_version=8, producer_name="asd-policy")
     onnx.checker.check_model(model)
     content: bytes = model.SerializeToString()
@@ -133,7 +133,7 @@ def export_heads(heads: list[Head], size: int) -> bytes:
 
 
 def _round_down(threshold: float) -> float:
-    """Return the largest float32 that is not above a threshold, so that every float32 is split alike."""
+    """Return the largest float32 that is not above a threshold: it splits float32 values the same way."""
     rounded = np.float32(threshold)
     if float(rounded) > threshold:
         rounded = np.nextafter(rounded, np.float32(-np.inf))

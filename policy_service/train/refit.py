@@ -1,12 +1,11 @@
-"""Refits a policy's calibration to how its answers turned out.
+"""Refits a policy's calibration to reported outcomes.
 
-A report names the stage that answered, not whether it wrote or verified its answer, so each stage has one
-correction, p_correct' = sigmoid(slope * logit(p_correct) + offset), for all views in which it is judged: for
-their heads, and for the bins that the solver knows them by. What earlier views expect of the stage stays,
-apart from what the solver makes of the corrected bins. Answers that were escalated are not reported: their
-scores, which are the low ones, follow the line through the reported ones. Shares that are certified for
-min_quality are lowered where the correction lowers them and never raised: reports certify nothing.
-Preferences keep their value of quality.
+A report names the stage that answered, but not whether it generated or verified the answer. Each stage
+therefore has one correction, p_correct' = sigmoid(slope * logit(p_correct) + offset), for all views in which
+it is judged: for their heads, and for their bins in the solver. The predictions of earlier views for the
+stage stay, apart from the effect of the corrected bins. Escalated answers are not reported. Their scores are
+the low ones, and the correction is extrapolated to them. Shares certified for min_quality are lowered if the
+correction lowers them, and never raised: reports certify nothing. Preferences keep their value of quality.
 """
 
 from __future__ import annotations
@@ -35,14 +34,14 @@ if TYPE_CHECKING:
     Floats = npt.NDArray[np.float64]
     Bools = npt.NDArray[np.bool_]
 
-# Reports of a stage that its correction needs, and right and wrong answers among them, so that each half has
-# some of both. Chosen.
+# Fewest reports of a stage for a correction, and fewest right and wrong answers among them, so that each half
+# has some of both. Chosen.
 LEAST_REPORTS = 200
 LEAST_OF_EACH = 10
-# One-sided 95%: a gain in log loss counts if it is larger than so many of its standard errors.
+# A gain in log loss counts if it is larger than this many of its standard errors: one-sided 95%.
 _CONFIDENCE = 1.645
-# Standard deviation of slope and offset around no correction, which holds them where reports say little.
-# Chosen: a correction by 1 changes the odds by a factor of e.
+# Standard deviation of the prior of slope and offset around no correction. It dominates if there are few
+# reports. Chosen: a correction by 1 changes the odds by a factor of e.
 _PRIOR_DEVIATION = 1.0
 _NEWTON_STEPS = 100
 _LEAST_SLOPE = 0.05
@@ -66,10 +65,10 @@ class Correction:
 
 @dataclass(frozen=True)
 class StageRefit:
-    """A stage's correction and what it does to reports that it was not fitted to.
+    """A stage's correction and its effect on reports that it was not fitted to.
 
     error, loss: expected calibration error and mean log loss (nats), before and after. reason: why there is
-    no correction; "" where there is one.
+    no correction, or "".
     """
 
     stage: str
@@ -83,10 +82,10 @@ class StageRefit:
 def fit_corrections(
     reports: Iterable[OutcomeReport], version: str, stages: Sequence[str], seed: int
 ) -> list[StageRefit]:
-    """Return a correction of each stage that its reports under a version speak for. Raises UnfitReports.
+    """Return the correction of each stage that its reports under a version support. Raises UnfitReports.
 
-    Each half of a stage's reports measures what is fitted to the other one; where that lowers the log loss
-    beyond doubt, the correction is fitted to both.
+    Each half of a stage's reports tests the correction fitted to the other half. If that lowers the log loss
+    significantly, the correction is fitted to both halves.
     """
     kept = last_reports(each for each in reports if each.policy_version == version)
     refits = []
@@ -163,13 +162,13 @@ def fit_correction(p_correct: Floats, correct: Bools) -> Correction:
         p = np.exp(-np.logaddexp(0.0, -rows @ at))
         gradient = rows.T @ (p - correct) + prior @ (at - centre)
         step = np.linalg.solve((rows * (p * (1.0 - p))[:, None]).T @ rows + prior, gradient)
-        # Far from the minimum a whole step may overshoot.
+        # Far from the minimum, a full step may overshoot.
         while penalised_loss(at - step) > penalised_loss(at) and np.abs(step).max() > 1e-9:
             step = step / 2
         at = at - step
         if np.abs(step).max() < 1e-9:
             break
-    # Predictions that point the wrong way carry nothing: a small slope keeps their order and says so.
+    # A negative slope means that the predictions are useless; a small slope keeps their order.
     return Correction(max(round(float(at[0]), 6), _LEAST_SLOPE), round(float(at[1]), 6))
 
 

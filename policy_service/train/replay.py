@@ -1,4 +1,4 @@
-"""Replays policies over outcomes: what they would have answered, spent and taken. Vectorised."""
+"""Replays policies over outcomes: their answers, costs and latencies. Vectorised."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     Cells = npt.NDArray[np.int64]
 
 
-# Above any cost of a way.
+# Larger than the cost of any path.
 _WRONG = 1e9
 
 
 @dataclass(frozen=True)
 class Run:
-    """What became of n prompts. stage: int [n], that answered. cost, latency_ms: [n], of all stages asked."""
+    """Results of n prompts. stage: int [n], that answered. cost, latency_ms: [n], of all stages called."""
 
     stage: npt.NDArray[np.int64]
     correct: npt.NDArray[np.bool_]
@@ -46,10 +46,10 @@ def replay(
     quality_value: float,
     cells: Mapping[ViewKey, Cells] | None = None,
 ) -> Run:
-    """Return what the policy of a solution does on every prompt, as policy.Policy decides without budgets.
+    """Return the run of a solution's policy on every prompt, as policy.Policy decides without budgets.
 
     p_correct: per view, [n], of the stage that answered. cells: per view that has cells, [n]; the bins of
-    others are cut by p_correct.
+    other views are cut by p_correct.
     """
     cells = cells or {}
     count = len(data)
@@ -85,7 +85,7 @@ def replay(
 
 
 def always(data: Dataset, stage: int) -> Run:
-    """Return what asking one stage alone does on every prompt."""
+    """Return the run that calls one stage alone on every prompt."""
     count = len(data)
     return Run(
         np.full(count, stage),
@@ -96,7 +96,7 @@ def always(data: Dataset, stage: int) -> Run:
 
 
 def threshold(data: Dataset, p_correct: Mapping[ViewKey, Floats], least: float) -> Run:
-    """Return what one fixed threshold does: start at the first stage, go to the next while below it."""
+    """Return the run of a fixed threshold: start at the first stage, and escalate while below it."""
     count, stages = data.correct.shape
     cost, latency_ms = np.zeros(count), np.zeros(count)
     answered = np.zeros(count, np.int64)
@@ -111,9 +111,10 @@ def threshold(data: Dataset, p_correct: Mapping[ViewKey, Floats], least: float) 
 
 
 def oracle(data: Dataset) -> Run:
-    """Return what a policy that knows the outcomes does: the cheapest way to a right answer.
+    """Return the run of a policy that knows the outcomes: the cheapest path to a right answer.
 
-    A way asks some stages in order, each verifying the one before. Where no stage is right, the cheapest.
+    A path calls some stages in order, each verifying the one before. If no stage is right, the cheapest path
+    is taken.
     """
     count, stages = data.correct.shape
     best = Run(np.zeros(count, np.int64), np.zeros(count, np.bool_), np.zeros(count), np.zeros(count))
@@ -121,7 +122,7 @@ def oracle(data: Dataset) -> Run:
     for last, keys in _ways(stages):
         cost = np.sum([data.costs[key] for key in keys], axis=0)
         latency_ms = np.sum([data.latencies_ms[key] for key in keys], axis=0)
-        # A wrong answer is worth nothing: any right one at any cost comes before it.
+        # A right answer at any cost is better than a wrong one.
         order = cost + np.where(data.correct[:, last], 0.0, _WRONG)
         better = order < least
         least[better] = order[better]
@@ -132,11 +133,11 @@ def oracle(data: Dataset) -> Run:
 
 
 def least_spent(correct: npt.NDArray[np.bool_], amounts: Mapping[ViewKey, Floats], right: int) -> float:
-    """Return the least mean amount at which `right` prompts of n are right, where the outcomes are known.
+    """Return the least mean amount at which `right` of n prompts are right, with known outcomes.
 
-    correct: [n, K]. amounts: costs or latencies as Dataset has them. Each prompt goes its cheapest way to any
-    answer, and those whose cheapest way to a right one costs least more go that one. Where fewer than `right`
-    can be right, the least at which as many are as can be.
+    correct: [n, K]. amounts: costs or latencies, as in Dataset. Each prompt takes its cheapest path to any
+    answer, except for the prompts with the smallest extra cost of a right one, which take that. If fewer than
+    `right` can be right, as many as possible are.
     """
     count, stages = correct.shape
     answered, answered_right = np.full(count, np.inf), np.full(count, np.inf)
@@ -149,7 +150,7 @@ def least_spent(correct: npt.NDArray[np.bool_], amounts: Mapping[ViewKey, Floats
 
 
 def _ways(stages: int) -> Iterator[tuple[int, list[ViewKey]]]:
-    """Yield the last stage and the calls of every way: stages in order, each verifying the one before."""
+    """Yield the last stage and the calls of every path: stages in order, each verifying the one before."""
     for size in range(1, stages + 1):
         for way in itertools.combinations(range(stages), size):
             yield way[-1], list(zip(way, (None, *way), strict=False))

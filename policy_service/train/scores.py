@@ -1,4 +1,4 @@
-"""How good scores and probabilities of right answers are, and the interval of a mean."""
+"""Measures of scores and probabilities of right answers, and the interval of a mean."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def r_squared(p_correct: Floats, correct: npt.NDArray[np.bool_]) -> float:
 
 
 def area_under_roc(p_correct: Floats, correct: npt.NDArray[np.bool_]) -> float:
-    """Return the probability that a right answer scores above a wrong one, ties half. [n] each."""
+    """Return the probability that a right answer scores above a wrong one; ties count half. [n] each."""
     right, wrong = np.sort(p_correct[correct]), p_correct[~correct]
     if not len(right) or not len(wrong):
         return float("nan")

@@ -1,4 +1,4 @@
-"""Fits the cells of each view, by what the moves from its states turned out to be worth."""
+"""Fits the cells of each view to the observed worth of the moves from its states."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ if TYPE_CHECKING:
     Rows = npt.NDArray[np.int64]
     Scores = Mapping[ViewKey, npt.NDArray[np.float32]]
 
-# Cells of a view, and prompts in each at least. Chosen on the calibration prompts.
+# Most cells of a view, and fewest prompts in each. Chosen on the calibration prompts.
 _MOST_CELLS = 32
 _LEAST_PER_CELL = 100
 # With fewer prompts, a view is cut by its own score alone.
 _LEAST_PROMPTS = 3000
-# Values of quality that the cells are to serve, in costs of the last stage. Chosen: about those of the
-# preferences; what is left of a larger or smaller one is the same cells.
+# Values of quality to fit the cells for, in costs of the last stage. Chosen: about those of the preferences;
+# larger or smaller values use the same cells.
 _QUALITY_VALUES = (0.6, 1.2, 3.0)
 
 
 def fit_state_cells(
     data: Dataset, rows: Rows, scores: Scores, p_correct: Mapping[ViewKey, Floats], largest_cost: float
 ) -> dict[ViewKey, StateCells | None]:
-    """Return the cells of each view, fitted to some of the prompts; None where its own score cuts it.
+    """Return the cells of each view, fitted to some of the prompts; None if its own score cuts it.
 
     rows: of those prompts. scores: per view, [n, heads], before calibration. p_correct: per view, [n], of the
     stage that answered.
 
-    From the last stage backwards, a tree tells states apart by what each move was worth there, compared with
-    stopping; what follows a move is what the best move by cells then gave, on the same prompts: least-squares
-    Monte Carlo (Longstaff and Schwartz 2001), with trees for the regression.
+    From the last stage backwards, a tree groups states by the worth of each move over stopping. After a move,
+    the best move by cells is taken, on the same prompts: least-squares Monte Carlo (Longstaff and Schwartz
+    2001), with trees for the regression.
     """
     keys = view_keys(len(data.cascade))
     fitted: dict[ViewKey, StateCells | None] = {}

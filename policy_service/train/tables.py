@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def lines_table(evaluation: Evaluation, cascade: Sequence[str]) -> Table:
-    """Return the policy beside fixed stages, thresholds and the oracle."""
+    """Return a table of the policy, fixed stages, thresholds and the oracle."""
     first = ("accuracy", "of the\nlast's", "cost", "of oracle's\nsaving")
     headings = (*first, "latency\nms", "early\nstops", *cascade)
     title = f"policy {evaluation.policy_version} on {evaluation.prompts} prompts"
@@ -39,7 +39,7 @@ def lines_table(evaluation: Evaluation, cascade: Sequence[str]) -> Table:
 
 
 def comparisons_table(comparisons: Sequence[Comparison]) -> Table:
-    """Return the policy beside the best threshold, by value of quality."""
+    """Return a table of the policy and the best threshold, by value of quality."""
     headings = ("lambda", "policy", "best\nthreshold", "difference", "95% interval")
     table = number_table(
         "Value per prompt, beside the best fixed threshold (chosen with hindsight)", ("", *headings)
@@ -52,7 +52,7 @@ def comparisons_table(comparisons: Sequence[Comparison]) -> Table:
 
 
 def predictions_table(predictions: Sequence[Prediction]) -> Table:
-    """Return how good the predictions of each view are."""
+    """Return a table of the quality of each view's predictions."""
     table = number_table("P(correct) of the judged answer", ("answer of", "R²", "AUROC", "ECE", "Brier"))
     for each in predictions:
         numbers = (each.r2, each.auroc, each.calibration_error, each.brier)

@@ -1,8 +1,8 @@
-"""Threads to fit with: side by side where the work splits, and none that wait for one another.
+"""Threads for fitting: independent jobs run in parallel, and the libraries' own pools are off.
 
-The thread pools of scikit-learn (OpenMP) and numpy (OpenBLAS) split every small step over all cores, and
-their threads spin until the last one is done. Where other programs have the cores, or a container may use
-fewer than the machine has, most of the processor time goes there.
+The thread pools of scikit-learn (OpenMP) and NumPy (OpenBLAS) split every small step over all cores, and
+their threads spin until the last one is done. If other programs use the cores, or a container may use fewer
+than the machine has, most of the processor time is spent spinning.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ Made = TypeVar("Made")
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Have the libraries' pools work in the calling thread alone.
+    """Limit the libraries' pools to the calling thread.
 
-    Libraries that are imported in the body are not bounded: import them before.
+    Libraries that are imported in the body are not limited: import them before.
     """
     with threadpool_limits(limits=1):
         yield
@@ -36,10 +36,10 @@ def one_thread() -> Iterator[None]:
 def run_side_by_side(
     jobs: Sequence[Callable[[], Made]], progress: Callable[[int], None], workers: int | None = None
 ) -> list[Made]:
-    """Return what jobs return, in their order. The first error ends it and is raised.
+    """Run jobs in threads and return their results, in order. Raises the first error at once.
 
-    progress is told how many are done. workers: threads, at most; by default, one per core that this process
-    may use. They are daemons: what is interrupted ends at once, not with the jobs under way.
+    progress: is called with the number of finished jobs. workers: most threads; by default, one per core that
+    this process may use. They are daemons, so an interrupted program ends at once.
     """
     waiting: SimpleQueue[tuple[int, Callable[[], Made]]] = SimpleQueue()
     ended: SimpleQueue[tuple[int, Made] | BaseException] = SimpleQueue()
@@ -48,7 +48,7 @@ def run_side_by_side(
     stopped = threading.Event()
 
     def work() -> None:
-        # OpenMP counts threads for each thread that asks, and OpenBLAS for the process.
+        # OpenMP's limit is per calling thread, OpenBLAS's per process.
         with threadpool_limits(limits=1, user_api="openmp"):
             while not stopped.is_set():
                 try:
@@ -78,17 +78,17 @@ def run_side_by_side(
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may use: those it may run on, or what its container may take."""
-    # Not on every system: macOS has none.
+    """Return how many cores this process may use, by its affinity and its container's quota."""
+    # macOS has no sched_getaffinity.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.ceil(min(cores, cpu_quota())))
 
 
 def cpu_quota(root: Path = Path("/")) -> float:
-    """Return how many cores' time the control groups of this process may take; infinite where none says.
+    """Return how many cores' time the control groups of this process allow; infinite without a quota.
 
-    A container has all cores of its machine, and the kernel stops it where it has used its share of them.
-    root: the file system's.
+    A container sees all cores of its machine, but the kernel stops it once it has used its quota. root: of
+    the file system.
     Source: the kernel's cgroup-v2.rst (cpu.max) and sched-bwc.rst (cpu.cfs_quota_us).
     """
     mounted = root / "sys" / "fs" / "cgroup"
@@ -98,7 +98,7 @@ def cpu_quota(root: Path = Path("/")) -> float:
         if controllers and "cpu" not in controllers.split(","):
             continue
         base = mounted / controllers if controllers else mounted
-        # The parents bound it, too. In a container, its own group may be what is mounted.
+        # Parent groups have limits too. In a container, its own group may be the mounted root.
         place = PurePosixPath(group.lstrip("/"))
         for each in (place, *place.parents):
             quota = min(quota, _quota_of(base / each))
@@ -110,7 +110,7 @@ def _quota_of(directory: Path) -> float:
     if not allowed:
         allowed, period = _read(directory / "cpu.cfs_quota_us"), _read(directory / "cpu.cfs_period_us")
     try:
-        # "max", or -1 of old, is no bound.
+        # "max", or -1 in cgroup v1, means no limit.
         return int(allowed) / int(period) if int(allowed) > 0 else math.inf
     except (ValueError, ZeroDivisionError):
         return math.inf

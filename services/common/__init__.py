@@ -1,1 +1,1 @@
-"""What every asd service shares: errors, servers, channels, settings, telemetry. No cascade logic."""
+"""Code that all asd services share: errors, servers, channels, settings, telemetry. No cascade logic."""

@@ -6,12 +6,12 @@ import asyncio
 import re
 import socket
 
-# A name or an address, that of IPv6 in brackets; or one to be asked of a name server ("dns://8.8.8.8/host:port").
+# "host:port" (an IPv6 address in brackets), or a name with its name server: "dns://8.8.8.8/host:port".
 _ADDRESS = re.compile(r"(dns://[^\s/]+/)?([^\s:/\[\]]+|\[[0-9a-fA-F:.%]+\]):[0-9]{1,5}")
 
 
 async def resolve_addresses(name: str) -> list[str]:
-    """Return the addresses of a "host:port" as "ip:port". Raises OSError where the name has none."""
+    """Return the addresses of a "host:port" as "ip:port". Raises OSError if the name has none."""
     host, _, port = name.rpartition(":")
     found = await asyncio.get_running_loop().getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
     ips = {str(address[0]) for *_, address in found}
@@ -19,7 +19,7 @@ async def resolve_addresses(name: str) -> list[str]:
 
 
 def check_target(target: str) -> str:
-    """Return a target as it is. Raises ValueError where an address of it has no port that there is."""
+    """Return a target unchanged. Raises ValueError if one of its addresses has no valid port."""
     scheme, _, rest = target.partition(":")
     if scheme in {"unix", "unix-abstract", "ipv4", "ipv6", "xds"} and rest:
         return target
@@ -30,7 +30,7 @@ def check_target(target: str) -> str:
 
 
 def neighbour(target: str) -> str:
-    """Return the address one port above a target's. Raises ValueError where it has no one port."""
+    """Return the address one port above a target's. Raises ValueError if it has no single port."""
     address, _, port = target.rpartition(":")
     if not _ADDRESS.fullmatch(target.removeprefix("dns:///")) or int(port) >= 65535:
         raise ValueError(f"nothing is one port above {target}")

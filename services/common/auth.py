@@ -1,4 +1,4 @@
-"""Tokens that callers of the router show: `authorization: Bearer TOKEN`."""
+"""Bearer tokens: callers of the router send `authorization: Bearer TOKEN`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _SETTING = "auth.tokens_file"
 _SCHEME = "bearer "
-# Probes and tools that ask which methods there are.
+# Methods that need no token: health probes and reflection.
 _OPEN = ("/grpc.health.", "/grpc.reflection.")
 
 MISSING = (
@@ -39,8 +39,8 @@ class AuthSettings(Section):
 class TokenInterceptor(grpc.aio.ServerInterceptor):
     """Refuses calls without a known token as Unauthenticated; health and reflection are open.
 
-    The file is read again when it changes. Put it innermost, inside what maps errors to status. Raises
-    UnusableFile where the file cannot be used at first.
+    The file is read again when it changes. Put it innermost, inside the interceptor that maps errors to
+    status. Raises UnusableFile if the file cannot be used at start-up.
     """
 
     def __init__(self, settings: AuthSettings) -> None:
@@ -50,7 +50,7 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         )
         if not self._tokens.value:
             raise UnusableFile(f"{_SETTING} {settings.tokens_file} holds no token: put one on a line")
-        # Made once each: handlers are told apart by identity.
+        # Each is made once: the outer interceptors cache handlers by identity.
         self._refusals = {message: _refusal(message) for message in (MISSING, WRONG, MALFORMED)}
 
     async def intercept_service(
@@ -73,13 +73,13 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
             return MALFORMED
         self._tokens.refresh()
         digest = _digest(value[len(_SCHEME) :].strip())
-        # Every token is compared, each in constant time: how long it takes tells nothing of them.
+        # Every token is compared in constant time, so that timing reveals none of them.
         known = [hmac.compare_digest(digest, each) for each in self._tokens.value]
         return "" if any(known) else WRONG
 
 
 def _digests(content: bytes, where: str) -> tuple[bytes, ...]:
-    """Return the digests of the tokens of a file. Raises UnusableFile for a line that holds none."""
+    """Return the digests of a file's tokens. Raises UnusableFile for a line without a token."""
     digests = []
     for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), 1):
         text = line.strip()
@@ -88,7 +88,7 @@ def _digests(content: bytes, where: str) -> tuple[bytes, ...]:
         name, colon, rest = text.partition(":")
         token = (rest if colon else name).strip()
         if not TOKEN.fullmatch(token):
-            # Never what the line holds.
+            # The message never quotes the line: it may hold a token.
             raise UnusableFile(
                 f"{where}: line {number} is no token: printable ASCII without spaces and colons, after name: "
                 "or alone"
@@ -105,5 +105,5 @@ def _refusal(message: str) -> Any:
     async def refuse(requests: Any, context: Any) -> None:
         raise Unauthenticated(message)
 
-    # Of this kind whatever the method is: it answers before a request has come.
+    # A stream handler refuses any kind of method: it answers before a request has come.
     return grpc.stream_stream_rpc_method_handler(refuse, None, None)

@@ -1,4 +1,4 @@
-"""Channels to other services, which trace their calls; the calls themselves are asd.transport's."""
+"""Channels to other services, with traced calls; asd.transport makes the calls themselves."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def open_channel(
     max_message_bytes: int = MAX_MESSAGE_BYTES,
     tls: TlsFiles | None = None,
 ) -> grpc.aio.Channel:
-    """Return a channel whose calls are traced where tracing is on; see asd.transport.channel."""
+    """Return a channel whose calls are traced if tracing is on; see asd.transport.channel."""
     return channel.open_channel(
         target,
         retry=retry,

@@ -1,4 +1,4 @@
-"""What a stage call costs, in cost units. Pure."""
+"""The cost of a stage call, in cost units. Pure."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ SCORED_TOKEN_PASSES = 0.022
 
 
 def generate_cost(cost: float) -> float:
-    """Return the cost of an answer that a stage wrote by itself: the stage's cost, whatever the length."""
+    """Return the cost of an answer that a stage generated: the stage's cost, whatever the length."""
     return cost
 
 
 def verify_cost(cost: float, proposed_tokens: int, forward_passes: int, answer_tokens: int) -> float:
-    """Return the cost of a verified answer: the share of a whole answer's forward passes that it took.
+    """Return the cost of a verified answer: its forward passes as a share of a generated answer's.
 
-    cost: cost of a whole answer written by the stage. forward_passes: all passes of the call, the scoring
-    pass over the draft included. answer_tokens: tokens of the answer, the end-of-sequence token not counted.
+    cost: of an answer that the stage generates. forward_passes: all passes of the call, including the
+    scoring pass over the draft. answer_tokens: tokens of the answer, without the end-of-sequence token.
     """
     further_passes = max(forward_passes - 1, 0)
     passes = 1 + SCORED_TOKEN_PASSES * proposed_tokens + further_passes
@@ -24,10 +24,10 @@ def verify_cost(cost: float, proposed_tokens: int, forward_passes: int, answer_t
 
 
 def prefill_cost(cost: float, answer_tokens: int) -> float:
-    """Return the cost of one pass over a prompt: its share of an answer of so many tokens."""
+    """Return the cost of one pass over a prompt: one pass of an answer of answer_tokens tokens."""
     return cost / (answer_tokens + 1)
 
 
 def is_above(cost: float, max_cost: float) -> bool:
-    """Return whether a sum of costs is above a budget by more than rounding: 1.6 + 4.2 is not above 5.8."""
+    """Return whether a sum of costs exceeds a budget by more than rounding: 1.6 + 4.2 is not above 5.8."""
     return cost > max_cost * (1.0 + 1e-9)

@@ -1,7 +1,7 @@
-"""What a disk does to those who write: why a write failed, in one sentence, and content that stays.
+"""Writes to disk: durable, atomic replacement of files, and failures explained in one sentence.
 
-Files and folders are made with the modes that the umask leaves, so that other users of a shared folder can
-read what one of them has made there.
+Files and folders are made with the modes that the umask leaves, so that all users of a shared folder can read
+them.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from asd.errors import AsdError, PreconditionFailed, ResourceExhausted
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# No space for what is written. The same write may succeed later, so that they are RESOURCE_EXHAUSTED, as
-# gRPC's list of status codes has it ("perhaps the entire file system is out of space").
+# Errors for lack of space. The same write may succeed later, so they are RESOURCE_EXHAUSTED, as in gRPC's
+# list of status codes ("perhaps the entire file system is out of space").
 _FULL = {
     errno.ENOSPC: ("the disk is full", "make room there"),
     errno.EDQUOT: ("this user's quota of disk space is used up", "make room, or have the quota raised"),
     errno.EFBIG: ("the file would be larger than files may be here", "move it away, or raise `ulimit -f`"),
 }
-# Nothing changes by trying again: FAILED_PRECONDITION.
+# Errors that a retry does not help: FAILED_PRECONDITION.
 _REFUSED = {
     errno.EACCES: ("no permission to write there", "grant it"),
     errno.EPERM: ("no permission to write there", "grant it"),
@@ -41,14 +41,14 @@ def is_full(error: OSError) -> bool:
 
 
 def is_of_disk(error: OSError) -> bool:
-    """Return whether an error is one that disks and their permissions make, and not one of the network."""
+    """Return whether an error comes from a disk or its permissions, and not from the network."""
     return error.errno in _FULL or error.errno in _REFUSED
 
 
 def cannot_write(path: Path, error: OSError, instead: str = "name another place") -> AsdError:
-    """Return what stands for a failed write: one sentence with the path, the cause and what to do.
+    """Return the AsdError of a failed write: one sentence with the path, the cause and what to do.
 
-    path: as the user knows it. instead: what else than mending the cause would help.
+    path: as the user knows it. instead: what helps other than removing the cause.
     """
     cause, remedy = _FULL.get(error.errno or 0) or _REFUSED.get(error.errno or 0) or ("", "")
     if not cause:
@@ -60,7 +60,7 @@ def cannot_write(path: Path, error: OSError, instead: str = "name another place"
 
 
 def explain(error: OSError) -> str:
-    """Return one sentence on an error that nobody else has explained, of a write or a read."""
+    """Return one sentence on an error of a read or a write that no caller has explained."""
     path = str(error.filename) if error.filename is not None else ""
     if is_full(error):
         return cannot_write(Path(path or "what was to be written"), error).message
@@ -70,7 +70,7 @@ def explain(error: OSError) -> str:
 
 @contextmanager
 def writing(path: Path, instead: str = "name another place") -> Iterator[None]:
-    """Turn an OSError of the block into what cannot_write returns."""
+    """Raise the error of cannot_write for an OSError of the block."""
     try:
         yield
     except OSError as error:
@@ -78,9 +78,9 @@ def writing(path: Path, instead: str = "name another place") -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Have a file's content, or a folder's names, written to the disk. Raises OSError.
+    """Flush a file's content, or a folder's names, to the disk. Raises OSError.
 
-    A file system that cannot sync folders keeps them by its own means.
+    Errors for a folder are ignored if its file system cannot sync folders.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -94,9 +94,9 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def alone(directory: Path) -> Iterator[None]:
-    """Wait until no other process works in a folder under this lock, which ends with its process.
+    """Hold a folder's lock for the block; wait for it if needed. The system releases it with the process.
 
-    Where the file system cannot lock a folder, as some of the network cannot, nobody waits.
+    If the file system cannot lock a folder, as some network file systems cannot, nobody waits.
     """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -108,17 +108,17 @@ def alone(directory: Path) -> Iterator[None]:
 
 
 def replace_file(path: Path, content: str | bytes, *, is_alone: bool = False) -> None:
-    """Write a file whole or not at all: what was there before stays until its successor is on the disk.
+    """Replace a file atomically: the old content stays until the new content is on the disk.
 
-    Text is written as UTF-8. What is no regular file, such as a pipe or a terminal, is written to as it is.
-    is_alone: nobody else writes it meanwhile, so that the next writer takes what a killed one left. Raises
-    OSError.
+    Text is written as UTF-8. A pipe, a terminal or the like is written to directly. is_alone: nobody else
+    writes the file meanwhile, so the temporary file has a fixed name, and the next writer replaces one that
+    a killed process left. Raises OSError.
     """
     data = content.encode() if isinstance(content, str) else content
     if path.exists() and not path.is_file():
         path.write_bytes(data)
         return
-    # Links stay links.
+    # A symbolic link stays a link: its target is replaced.
     target = path.resolve()
     own = "" if is_alone else f".{secrets.token_hex(4)}"
     partial = target.with_name(f".{target.name}{own}.partial")

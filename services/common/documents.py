@@ -1,8 +1,8 @@
-"""Reads JSON and YAML that others wrote, within bounds: of size, depth, numbers and aliases.
+"""Reads JSON and YAML from untrusted files, with bounds on size, depth, numbers and aliases.
 
-Whatever is in a file, its reader gets plain values (no half of a surrogate pair, no key twice, nothing nested
-deeper than MOST_LEVELS, in JSON no NaN and no infinity) or one DamagedFile: a sentence with the file and the
-place. Of YAML the settings' models refuse NaN, since they can name the entry.
+A reader gets either plain values or one DamagedFile, which names the file and the line. Plain values have no
+lone surrogates, no repeated keys, nothing nested deeper than MOST_LEVELS and, in JSON, no NaN or infinity. In
+YAML, the settings' models refuse NaN, since they can name the entry.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-# Objects and lists within each other. Chosen: far more than any real file has, far fewer than would exhaust
-# the stack of what reads the content, or prints it.
+# Nesting of objects and lists. Chosen: far more than any real file has, far less than would exhaust the stack
+# of code that reads or prints the content.
 MOST_LEVELS = 100
-# Of a file of settings. Chosen: a hundred times a real one's; PyYAML reads some 200 KB a second.
+# Size of a settings file. Chosen: a hundred times a real one's; PyYAML reads some 200 KB a second.
 MOST_YAML_BYTES = 256 << 10
-# Values of such a file, those that an alias repeats counted each time. Chosen.
+# Values in such a file; values that an alias repeats count each time. Chosen.
 MOST_YAML_VALUES = 20_000
-# Of a line of a table of records. Chosen: a thousand times a report's.
+# Size of a line in a file of records. Chosen: a thousand times a report's.
 MOST_LINE_BYTES = 1 << 20
 # Digits of a whole number: what a float can hold. Tokenizers' configurations write 10**30 for "no limit".
 _MOST_DIGITS = 300
@@ -41,10 +41,9 @@ _MAYBE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 def numbered_lines(
     path: Path, most_bytes: int = MOST_LINE_BYTES, *, is_pipe_fine: bool = False
 ) -> Iterator[tuple[int, str]]:
-    """Yield the lines of a file with their numbers, from 1; what is not UTF-8 is replaced in them.
+    """Yield the lines of a file with their numbers, from 1. Bytes that are not UTF-8 are replaced.
 
-    Of a line that is longer than it may be, only so much is yielded, and the rest is passed over. Raises
-    OSError, DamagedFile for what is no file.
+    A longer line is cut to most_bytes. Raises OSError, and DamagedFile if it is not a regular file.
     """
     with open_file(path, is_pipe_fine=is_pipe_fine) as file:
         number = 0
@@ -57,7 +56,7 @@ def numbered_lines(
 
 
 def parse_json(content: bytes | str, where: str) -> Any:
-    """Return what JSON in UTF-8 says. where: the file, for messages. Raises DamagedFile."""
+    """Return the value of JSON in UTF-8. where: the file, for messages. Raises DamagedFile."""
     try:
         text = content if isinstance(content, str) else content.decode("utf-8")
         text = text.removeprefix("\ufeff")
@@ -85,7 +84,7 @@ def parse_json(content: bytes | str, where: str) -> Any:
 
 
 def parse_yaml(content: bytes | str, where: str) -> Any:
-    """Return what YAML in UTF-8 says. where: the file, for messages. Raises DamagedFile."""
+    """Return the value of YAML in UTF-8. where: the file, for messages. Raises DamagedFile."""
     try:
         text = content if isinstance(content, str) else content.decode("utf-8")
         value = yaml.load(text, _Loader)  # noqa: S506 - it is a safe one
@@ -107,12 +106,12 @@ def parse_yaml(content: bytes | str, where: str) -> Any:
 
 
 def quoted(value: object, most: int = _MOST_NAME) -> str:
-    """Return a value of a file for a message: its repr on one line, cut where it is long."""
+    """Return a value of a file for a message: its repr on one line, cut if it is long."""
     return one_line(repr(value), most)
 
 
 class _RefusedError(Exception):
-    """What JSON allows and no reader here takes."""
+    """The file has something that JSON allows and these readers refuse."""
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -141,13 +140,13 @@ def _whole(text: str) -> int:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what SafeLoader takes and no settings need: see DamagedFile's causes in this module."""
+    """Refuses what SafeLoader allows and no settings need: see DamagedFile's causes in this module."""
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
         self._level = 0
         self._values = 0
-        # Values below each node, aliases expanded; None while it is read.
+        # Number of values below each node, with aliases expanded; None while the node is read.
         self._sizes: dict[int, int | None] = {}
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -185,7 +184,7 @@ class _Loader(yaml.SafeLoader):
         except (yaml.YAMLError, RecursionError, MemoryError):
             raise
         except Exception as error:
-            # What the library's constructors raise where a value does not fit its tag, as of 2001-99-99.
+            # The library's constructors raise these if a value does not fit its tag, such as 2001-99-99.
             kind = str(node.tag).rpartition(":")[2]
             raise _marked(f"not of type {one_line(kind, _MOST_NAME)}: {error}", node.start_mark) from error
         if isinstance(made, int) and len(str(node.value)) > _MOST_DIGITS:
@@ -226,7 +225,7 @@ def _parts(value: Any) -> Iterator[Any]:
 
 
 def _check_surrogates(value: Any, where: str) -> None:
-    """Half of a pair is no text: it cannot be encoded, printed or sent. value: of bounded depth."""
+    """Refuse lone surrogates, which cannot be encoded, printed or sent. value: of bounded depth."""
     waiting = [value]
     while waiting:
         each = waiting.pop()

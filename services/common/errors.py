@@ -1,4 +1,4 @@
-"""The error that a service alone raises; the rest are in asd.errors."""
+"""The error that only services raise; asd.errors has the rest."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from asd.errors import Unavailable
 
 
 class Draining(Unavailable):
-    """This service is about to end, and has not begun with the request. Callers see Away."""
+    """This service is shutting down and has not begun the request. Callers see Away."""

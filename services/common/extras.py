@@ -1,4 +1,4 @@
-"""What the base install leaves out, and which extra of pyproject.toml brings it."""
+"""Modules that the base install leaves out, and the extra of pyproject.toml that installs them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from asd.errors import PreconditionFailed
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-# Modules that what runs on an extra imports.
+# Modules of each extra.
 EXTRAS = {
     "stage": ("jinja2", "ml_dtypes", "numpy", "onnx", "onnxruntime", "onnxruntime_genai", "tokenizers"),
     "vllm": ("jinja2", "numpy", "tokenizers", "vllm"),
@@ -33,7 +33,7 @@ EXTRAS = {
 
 
 def check_extras(extras: Iterable[str]) -> None:
-    """Raise PreconditionFailed, with what to install, where a module of these extras is missing."""
+    """Raise PreconditionFailed, with what to install, if a module of these extras is missing."""
     lacking = {extra: missing for extra in sorted(set(extras)) if (missing := missing_of(extra))}
     if lacking:
         modules = list(dict.fromkeys(name for names in lacking.values() for name in names))
@@ -41,7 +41,7 @@ def check_extras(extras: Iterable[str]) -> None:
 
 
 def explain_missing(error: ModuleNotFoundError, extra: str) -> PreconditionFailed:
-    """Return what to install for a module that is missing. Raises the error for a module of no extra."""
+    """Return an error that says what to install. Raises the given error if the module is of no extra."""
     name = (error.name or "").partition(".")[0]
     if name not in EXTRAS[extra]:
         raise error
@@ -50,7 +50,7 @@ def explain_missing(error: ModuleNotFoundError, extra: str) -> PreconditionFaile
 
 @contextmanager
 def needs(extra: str, program: str) -> Iterator[None]:
-    """End a program with a sentence where what it imports in the body is missing."""
+    """End the program with one sentence if a module that the block imports is missing."""
     try:
         yield
     except ModuleNotFoundError as error:

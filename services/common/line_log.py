@@ -1,7 +1,7 @@
-"""A file of lines that grows at its end: each line is there whole or not at all, also on a full disk.
+"""An append-only file of lines: each line is complete or absent, even on a full disk.
 
-What a failed write leaves is cut off at once. What a killed process leaves is ended before the next line, so
-that no good line is glued to it. One process writes to a file.
+The remains of a failed write are cut off at once. If a killed process left half a line, it is ended before
+the next line is written, so that no good line is joined to it. Only one process may write to a file.
 """
 
 from __future__ import annotations
@@ -24,34 +24,33 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# How an object begins. Objects in one line are looked for at so many places at most: a line that was glued to
-# a cut one has two.
+# How an object begins, and at how many positions of a line an object is looked for. A line that was joined to
+# a cut one has two objects.
 _BEGIN = '{"'
 _MOST_BEGINNINGS = 8
 
 
 class Appendable(Protocol):
-    """A file that is written to at its end. Every method raises OSError."""
+    """A file to append to. Every method raises OSError."""
 
     def size(self) -> int:
-        """Return its bytes."""
+        """Return its size in bytes."""
 
     def ends_a_line(self) -> bool:
         """Return whether it is empty, or its last byte ends a line."""
 
     def write(self, data: bytes) -> int:
-        """Write some bytes at the end, or fewer; return how many."""
+        """Append bytes; return how many were written, which may be fewer."""
 
     def truncate(self, size: int) -> None:
-        """Cut it to so many bytes."""
+        """Cut it to a size in bytes."""
 
 
 class LineLog:
-    """Appends lines to a file, which is opened for each of them: it may be moved away meanwhile.
+    """Appends lines to a file. It opens the file for each line: the file may be moved away in between.
 
-    Raises OSError where the file can never be written to. A full disk is no such thing: lines are refused
-    until there is space. log: is told when writing begins to fail, and when it works again; nothing between.
-    None: nobody is told but the caller.
+    Raises OSError if the file can never be written to. On a full disk, lines are refused until there is
+    space. log: is told when writes begin to fail, and when they work again; None: only the caller is told.
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class LineLog:
         self._log = log
         self._problem = ""
         self._refused = 0
-        # Not known until a line was written.
+        # It stays 0 while the file cannot be opened.
         self._size = 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,11 +78,11 @@ class LineLog:
 
     @property
     def size(self) -> int:
-        """Bytes of the file after the last line, or as it was found."""
+        """Size of the file after the last line, or as found at first, in bytes."""
         return self._size
 
     def append(self, line: str) -> None:
-        """Write a line; its end is added. Raises the AsdError of cannot_write, and the line is not there."""
+        """Append a line and its line end. Raises the AsdError of cannot_write; the line is then absent."""
         try:
             with self._opened(self._path) as file:
                 self._size = _append(file, line.encode() + b"\n")
@@ -105,17 +104,17 @@ class LineLog:
 
 
 def _append(file: Appendable, data: bytes) -> int:
-    """Write a line and return the size of the file; on failure, leave the file as it was if it can be had."""
+    """Append a line and return the size of the file. On failure, restore the file if possible."""
     before = file.size()
     if not file.ends_a_line():
         data = b"\n" + data
     written = 0
     try:
-        # Near the end of the disk, fewer bytes than wanted are written, and only then nothing.
+        # On a nearly full disk, a write takes fewer bytes first, and fails only at the next one.
         while written < len(data):
             written += file.write(data[written:])
     except OSError:
-        # Cutting takes no space. Where it fails, the next line ends what is left.
+        # Truncating needs no space. If it fails, the next append ends the half line.
         if written and file.size() == before + written:
             file.truncate(before)
         raise
@@ -142,7 +141,7 @@ class _LineFile:
 
 @contextmanager
 def open_for_appending(path: Path) -> Iterator[Appendable]:
-    """Open a file for its end, made if missing. Network file systems tell of a full disk as it is closed."""
+    """Open a file to append to; create it if missing. Network file systems report a full disk at close."""
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         yield _LineFile(descriptor)
@@ -159,12 +158,11 @@ def parse_lines(
     *,
     is_pipe_fine: bool = False,
 ) -> Iterator[T]:
-    """Yield what stands in the lines of a file, in order.
+    """Yield the parsed lines of a file, in order.
 
-    parse: raises ValueError, TypeError or DamagedFile for what it does not take. A line that it does not take
-    is searched for an object behind a damaged one. damaged: is told at the end, where there are damaged
-    lines, of their number and which is the first, from 1 on. Raises OSError, DamagedFile where the file
-    cannot be read.
+    parse: raises ValueError, TypeError or DamagedFile for a damaged line, which is then searched for an
+    object behind the damage. damaged: is called at the end if lines were damaged, with their number and the
+    first one's line number (from 1). Raises OSError or DamagedFile if the file cannot be read.
     """
     count = first = 0
     for number, line in numbered_lines(path, is_pipe_fine=is_pipe_fine):
@@ -187,7 +185,7 @@ def parse_lines(
 
 
 def _beginnings(line: str) -> Iterator[int]:
-    """Yield where an object may begin behind the beginning of a line, the last places only."""
+    """Yield the positions inside a line where an object may begin, the last ones only."""
     places: list[int] = []
     place = line.rfind(_BEGIN)
     while place > 0 and len(places) < _MOST_BEGINNINGS:

@@ -1,8 +1,8 @@
-"""Serves /metrics on the addresses on which gRPC would listen.
+"""Serves /metrics on the same addresses as gRPC.
 
-prometheus_client's own server takes one family of addresses only, so that a pod with an IPv6 address served
-gRPC on 0.0.0.0:50050 and no metrics on 0.0.0.0:9464. It also looks its address up, which takes seconds where
-no name server answers.
+prometheus_client's own server listens on one address family only: a pod with an IPv6 address served gRPC on
+0.0.0.0:50050 and no metrics on 0.0.0.0:9464. It also resolves its own address, which takes seconds if no
+name server answers.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
 _ALL = {"", "0.0.0.0", "::"}  # noqa: S104
-# Where the system has no IPv6, or it is switched off.
+# Errors of a system without IPv6, or with IPv6 switched off.
 _NO_IPV6 = {errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL}
 
 
 def serve_registry(registry: CollectorRegistry, host: str, port: int) -> None:
     """Serve a registry's metrics in a thread of its own, for as long as the process lives.
 
-    host: "", "0.0.0.0" or "::" stands for every address, of IPv4 and IPv6. Raises OSError or OverflowError
-    where the address cannot be listened on.
+    host: "", "0.0.0.0" or "::" stands for every address of IPv4 and IPv6. Raises OSError or OverflowError if
+    it cannot listen on the address.
     """
     listening = _listen(host, port)
     server = ThreadingWSGIServer(("", 0), _Quiet, bind_and_activate=False)
@@ -53,7 +53,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 class _Quiet(WSGIRequestHandler):
-    """Does not log requests."""
+    """A request handler without a log."""
 
     def log_message(self, format: str, *arguments: object) -> None:  # noqa: A002 - the base's name
         """Do nothing."""

@@ -1,4 +1,4 @@
-"""The gRPC server that every asd service runs: limits, status mapping, health, reflection, drain."""
+"""The gRPC server of every asd service: limits, status mapping, health, reflection, drain."""
 
 from __future__ import annotations
 
@@ -38,37 +38,37 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Host and port; a host with colons stands in brackets. gRPC knows further forms, which are left to it.
+# "host:port"; an IPv6 host stands in brackets. Other forms of gRPC are passed on unchecked.
 _ADDRESS = re.compile(r"\[?(?P<host>[^\[\]/]*?)\]?:(?P<port>[^:/\]]*)")
 _HIGHEST_PORT = 65_535
 
-# For how long calls that come late are still taken, and answered by the handlers: most are refused, with a
-# status that every client retries. Once stopped, gRPC's server (1.85) cancels what it has not handed to a
-# handler: what waits to be taken, and what is sent until the client hears of the end. Chosen: less than a
-# client's retries take, since these may come over the same connection until then.
+# How long late calls still reach the handlers while draining. Most are refused, with a status that every
+# client retries. Once it is stopped, gRPC's server (1.85) cancels calls that no handler has, including those
+# sent before the client hears of the end. Chosen: shorter than a client's retries, which may use the same
+# connection until then.
 _LATE_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceRegistration:
-    """A gRPC service: its full name ("asd.v1.StageService") and what adds its servicer to a server."""
+    """A gRPC service: its full name ("asd.v1.StageService"), and a function that adds it to a server."""
 
     full_name: str
     add: Callable[[grpc.aio.Server], None]
 
 
 class CannotListen(Unavailable):
-    """The address to listen on cannot be had; the message says why and what to change."""
+    """The server cannot listen on its address; the message says why and what to change."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
-    """How a server meets its clients.
+    """A server's connection options.
 
-    tls: None for plain connections. health_listen: where health alone is served, plainly; "": nowhere.
-    max_connection_age_ms: after about that time a client is asked to connect anew, and looks its target up
-    again; 0: never. max_connection_age_grace_ms: for how long calls may then go on; 0: to their end. guard:
-    refuses calls, inside what maps errors to status.
+    tls: None for plain connections. health_listen: address that serves health alone, without TLS; "": none.
+    max_connection_age_ms: after about this time a client is asked to reconnect, and resolves its target
+    again; 0: never. max_connection_age_grace_ms: how long calls may then continue; 0: to their end. guard: an
+    interceptor that refuses calls, inside the one that maps errors to status.
     """
 
     tls: ServerTls | None = None
@@ -78,7 +78,7 @@ class ServerOptions:
     guard: grpc.aio.ServerInterceptor | None = None
 
     def channel_arguments(self) -> list[tuple[str, int]]:
-        """Return what gRPC is told."""
+        """Return gRPC's channel arguments for these options."""
         arguments = []
         if self.max_connection_age_ms:
             arguments.append(("grpc.max_connection_age_ms", self.max_connection_age_ms))
@@ -91,18 +91,17 @@ PLAIN = ServerOptions()
 
 
 class RunningServer(NamedTuple):
-    """A server that listens, and the port that it got."""
+    """A server that listens, and its port."""
 
     server: grpc.aio.Server
     port: int
 
 
 class StatusInterceptor(grpc.aio.ServerInterceptor):
-    """Decodes requests and maps exceptions to status, for unary and streaming requests and answers.
+    """Decodes requests and maps exceptions to status, for unary and streaming calls.
 
-    It decodes in place of gRPC, which reports bytes that are no message as INTERNAL. Cancellation and an
-    abort that is under way pass. Put it inside the tracing interceptor, so that the span carries the mapped
-    status.
+    It decodes instead of gRPC, which reports bytes that are not a message as INTERNAL. It lets cancellations
+    and aborts pass. Put it inside the tracing interceptor, so that the span carries the mapped status.
     """
 
     def __init__(self) -> None:
@@ -126,10 +125,10 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
 
 
 class ClosingInterceptor(grpc.aio.ServerInterceptor):
-    """Closes a streaming handler's generator in its own task when the call ends, whichever way.
+    """Closes a streaming handler's generator in its own task when the call ends, for whatever reason.
 
-    gRPC leaves a generator that the caller cancelled to the garbage collector, which closes it later and in
-    another task: downstream calls would linger and spans could not be detached. Put it outermost.
+    gRPC leaves the generator of a cancelled call to the garbage collector, which closes it later and in
+    another task. Downstream calls would then linger, and spans could not be detached. Put it outermost.
     """
 
     async def intercept_service(
@@ -159,8 +158,8 @@ class ClosingInterceptor(grpc.aio.ServerInterceptor):
 def run_service(service: Coroutine[Any, Any, T]) -> T:
     """Run a service to its end, on uvloop: a router passes 1.15 x the requests of asyncio's own loop.
 
-    (benchmarks.service throughput, both loops by turns.) Ends the process with one sentence where an address
-    cannot be listened on, or a certificate or a file of tokens cannot be used.
+    (benchmarks.service throughput, both loops by turns.) Ends the process with one sentence if it cannot
+    listen on an address, or cannot use a certificate or a file of tokens.
     """
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:
@@ -181,11 +180,11 @@ async def serve(
 ) -> None:
     """Serve until SIGTERM or SIGINT, then drain.
 
-    Prints `READY <name> <host>:<port>` on standard output once it serves; on_ready gets the port then.
-    Draining: health says NOT_SERVING, on_drain is awaited (refuse new work there, with Draining), late calls
-    are taken for a moment, then no new connection is, and calls under way have drain_seconds to finish. What
-    no handler has begun with by then is CANCELLED. Raises CannotListen if an address cannot be listened on,
-    UnusableFile if a certificate cannot be used.
+    Prints `READY <name> <host>:<port>` on standard output once it serves, and passes the port to on_ready.
+    To drain, it reports NOT_SERVING, awaits on_drain (which should refuse new work with Draining), and takes
+    late calls for a moment. Then it takes no new connections, and calls in flight have drain_seconds to end.
+    A call that no handler has begun by then ends as CANCELLED. Raises CannotListen if it cannot listen on an
+    address, UnusableFile if a certificate cannot be used.
     """
     health_servicer = health.aio.HealthServicer()
     stop = asyncio.Event()
@@ -219,10 +218,10 @@ async def serve(
 
 
 def _spare_the_collector() -> None:
-    """Take what start-up made out of garbage collection, and collect less often.
+    """Exempt the objects of start-up from garbage collection, and collect less often.
 
-    A call makes some hundred objects that references alone free, so that the default of a collection per 700
-    took a tenth of a request's processor time (benchmarks.service throughput).
+    A call makes some hundred objects, which reference counts alone free. The default of a collection per 700
+    objects took a tenth of a request's processor time (benchmarks.service throughput).
     """
     gc.collect()
     gc.freeze()
@@ -239,7 +238,7 @@ async def start_server(
 ) -> RunningServer:
     """Start a server with the services, health and reflection on an address such as "127.0.0.1:0".
 
-    Raises CannotListen if the address cannot be listened on, UnusableFile if a certificate cannot be used.
+    Raises CannotListen if it cannot listen on the address, UnusableFile if a certificate cannot be used.
     """
     credentials = server_credentials(options.tls) if options.tls else None
     guards = [options.guard] if options.guard else []
@@ -256,7 +255,7 @@ async def start_server(
             ("grpc.max_send_message_length", max_message_bytes),
             # A second process on the same port must fail, not take half of the calls.
             ("grpc.so_reuseport", 0),
-            # Clients ping every 30 s (services.common.channel); gRPC's default takes that for abuse.
+            # Clients ping every 30 s (asd.transport.channel), which gRPC's default treats as abuse.
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             ("grpc.keepalive_permit_without_calls", 1),
         ),
@@ -275,7 +274,7 @@ async def start_server(
 async def start_health_server(listen: str, health_servicer: health.aio.HealthServicer) -> RunningServer:
     """Start a plain server with grpc.health.v1 alone, for probes: the kubelet's cannot speak TLS.
 
-    Raises CannotListen if the address cannot be listened on.
+    Raises CannotListen if it cannot listen on the address.
     """
     server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
@@ -298,15 +297,15 @@ async def _start(
 
 
 def _check_address(listen: str, setting: str) -> None:
-    """Raise CannotListen for an address that gRPC would misread, or explain with no more than a failure."""
+    """Raise CannotListen for an address that gRPC would misread, or fail on without an explanation."""
     address = _ADDRESS.fullmatch(listen)
     if ":" not in listen:
-        # gRPC would take 443.
+        # gRPC would use port 443.
         raise CannotListen(f"cannot listen on {listen}: write HOST:PORT")
     if address is None:
         return
     host, port = address["host"], address["port"]
-    # gRPC takes port 99999 for 34463.
+    # gRPC reads port 99999 as 34463.
     if not port.isascii() or not port.isdigit() or int(port) > _HIGHEST_PORT:
         raise CannotListen(f"cannot listen on {listen}: a port is a number from 0 to {_HIGHEST_PORT}")
     if not int(port):
@@ -314,13 +313,13 @@ def _check_address(listen: str, setting: str) -> None:
     try:
         family, *_, found = socket.getaddrinfo(host or None, int(port), type=socket.SOCK_STREAM)[0]
         with socket.socket(family, socket.SOCK_STREAM) as probe:
-            # As gRPC does: connections that are closing do not hold the port.
+            # gRPC sets it too: connections that are closing do not hold the port.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(found)
     except socket.gaierror as error:
         raise CannotListen(f"cannot listen on {listen}: {host}: {error.strerror}") from error
     except OSError as error:
-        # Others are left to gRPC, which turns to IPv4 where there is no IPv6.
+        # Other errors are left to gRPC, which falls back to IPv4 if there is no IPv6.
         if error.errno == errno.EADDRINUSE:
             raise CannotListen(
                 f"cannot listen on {listen}: the port is taken: set `{setting}` to another one, or end what "
@@ -370,7 +369,7 @@ def _wrap(handler: Any) -> Any:
 
 
 def _method_handler(handler: Any) -> Any:
-    """Return what makes a handler like this one, which answers with a stream."""
+    """Return the function that makes handlers of this kind, answering with a stream."""
     if handler.request_streaming:
         return grpc.stream_stream_rpc_method_handler
     return grpc.unary_stream_rpc_method_handler
@@ -382,8 +381,8 @@ async def _decode_each(decode: Callable[[bytes], Any], raws: AsyncIterator[bytes
 
 
 def _decode(decode: Callable[[bytes], Any], raw: bytes) -> Any:
-    """Return the message. Nothing of one that holds too much is decoded: that alone would stop all calls."""
-    # Of generated code: the message type's FromString.
+    """Return the message. A message over the limits is not decoded at all: that would stall all calls."""
+    # Generated code passes the message type's FromString.
     descriptor = getattr(getattr(decode, "__self__", None), "DESCRIPTOR", None)
     if descriptor is not None:
         check_entries(raw, descriptor)
@@ -397,7 +396,7 @@ def _decode(decode: Callable[[bytes], Any], raw: bytes) -> Any:
 
 
 async def _abort(error: Exception, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-    """End the call with the error's status; an abort under way passes."""
+    """End the call with the error's status; an abort passes."""
     if isinstance(error, grpc.aio.AbortError):
         raise error
     if not isinstance(error, AsdError) or type(error) is AsdError:

@@ -1,4 +1,4 @@
-"""Settings that every service has."""
+"""Settings of every service."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from services.common.server import ServerOptions
 from services.common.settings import Section, ServiceSettings
 from services.common.tls import ServerTls
 
-# gRPC takes milliseconds as a 32-bit number: 24 days are the most.
+# gRPC holds milliseconds in a 32-bit number: at most 24 days.
 Milliseconds = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class GrpcSettings(Section):
-    """Of the server's connections, as in services.common.server.ServerOptions."""
+    """Options of the server's connections, as in services.common.server.ServerOptions."""
 
     max_connection_age_ms: Milliseconds = 0
     max_connection_age_grace_ms: Milliseconds = 0
@@ -24,8 +24,8 @@ class GrpcSettings(Section):
 class ServerSettings(ServiceSettings):
     """Base of the settings of a process that serves gRPC.
 
-    health_listen: where health alone is served without TLS, for probes. metrics_listen: where Prometheus
-    finds /metrics. Empty: nowhere.
+    health_listen: address that serves health alone, without TLS, for probes. metrics_listen: address of
+    Prometheus' /metrics. Empty: none.
     """
 
     tls: ServerTls | None = None
@@ -34,7 +34,7 @@ class ServerSettings(ServiceSettings):
     grpc: GrpcSettings = GrpcSettings()
 
     def server_options(self) -> ServerOptions:
-        """Return how the server meets its clients."""
+        """Return the server's connection options."""
         return ServerOptions(
             self.tls,
             self.health_listen,

@@ -1,4 +1,4 @@
-"""Settings of a service: a YAML file, and `ASD_*` variables that win over it."""
+"""Settings of a service: a YAML file, and `ASD_*` variables that override it."""
 
 from __future__ import annotations
 
@@ -32,26 +32,25 @@ from services.common.documents import MOST_YAML_BYTES, parse_yaml
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-# What a channel is opened to.
+# The address of another service.
 Target = Annotated[str, AfterValidator(check_target)]
 
-# Requests that a process holds at a time. Chosen: far more than one process answers within a deadline, and
-# few enough for its memory: each holds its prompt.
+# Most requests that a process holds at a time. Chosen: far more than one process answers within a deadline,
+# and few enough for its memory, as each holds its prompt.
 Requests = Annotated[int, Field(ge=1, le=65_536)]
 
-# Kubernetes adds such variables for every Service of a namespace, so a Service named asd-router yields
-# ASD_ROUTER_PORT and its like. They are not ours.
+# Kubernetes sets such variables for every Service of a namespace: a Service named asd-router yields
+# ASD_ROUTER_PORT and more. They are not settings.
 _SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT|PORT_\d+_(TCP|UDP|SCTP)(_.*)?)$")
 
-# Content of the file that a load is reading: pydantic builds its sources by class and takes no argument for
-# them.
+# Content of the file of the current load: pydantic makes its sources from the class, without arguments.
 _loaded_file: ContextVar[Mapping[str, Any]] = ContextVar("loaded_file", default=MappingProxyType({}))
 
 
 class SettingsError(Exception):
     """The configuration cannot be used; the message says which entry and why.
 
-    What a file or a variable holds is shown in it and never executed.
+    Text of files and variables is shown with its control characters escaped.
     """
 
     def __init__(self, message: str) -> None:
@@ -59,9 +58,9 @@ class SettingsError(Exception):
 
 
 class _Numbers(BaseModel):
-    """Takes no `true` or `yes` for a number, as Python and so pydantic do.
+    """Refuses `true` or `yes` as a number, which pydantic takes, as Python does.
 
-    pydantic's strict mode would refuse the texts of variables and the lists of YAML as well.
+    pydantic's strict mode would also refuse the strings of variables and the lists of YAML.
     """
 
     @field_validator("*", mode="before")
@@ -100,7 +99,7 @@ class ServiceSettings(_Numbers, BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Let variables win over the file."""
+        """Let variables override the file."""
         return (
             init_settings,
             env_settings,
@@ -121,7 +120,7 @@ class ServiceSettings(_Numbers, BaseSettings):
             where = cls._variables_at_fault(error) or (str(file) if file else "the environment")
             raise SettingsError(f"{where}: {explain(error)}") from error
         except Exception as error:
-            # pydantic-settings raises its own error where a variable's JSON does not parse.
+            # pydantic-settings raises its own error if a variable's JSON does not parse.
             if type(error).__name__ == "SettingsError":
                 raise SettingsError(cls._explain_variable(error)) from error
             raise
@@ -130,7 +129,7 @@ class ServiceSettings(_Numbers, BaseSettings):
 
     @classmethod
     def _variables_at_fault(cls, error: ValidationError) -> str:
-        """Return the variables that set what is wrong; "" where the file set some of it."""
+        """Return the variables that set the wrong entries; "" if the file set some of them."""
         prefix = str(cls.model_config.get("env_prefix") or "")
         given = {variable.upper(): variable for variable in cls.variables_in(os.environ)}
         found = []
@@ -151,8 +150,7 @@ class ServiceSettings(_Numbers, BaseSettings):
 
     @classmethod
     def from_arguments(cls, arguments: Sequence[str] | None = None) -> Self:
-        """Return the settings for a command line with `--config FILE`; exit with a message if they are
-        wrong."""
+        """Return the settings of a command line with `--config FILE`; exit with a message on an error."""
         parser = argparse.ArgumentParser(description=(cls.__doc__ or "").split("\n", maxsplit=1)[0])
         parser.add_argument("--config", type=Path, metavar="FILE", help="settings, as YAML")
         options = parser.parse_args(arguments)
@@ -163,7 +161,7 @@ class ServiceSettings(_Numbers, BaseSettings):
 
     @classmethod
     def variables_in(cls, environment: Iterable[str]) -> list[str]:
-        """Return the variables of an environment that are meant for these settings."""
+        """Return the environment's variables for these settings."""
         prefix = str(cls.model_config.get("env_prefix") or "")
         return [
             variable
@@ -196,7 +194,7 @@ def service_config(env_prefix: str) -> SettingsConfigDict:
 
 
 def _truths(value: object) -> Iterator[bool]:
-    """Yield a value that is true or false, or those in a list or a mapping."""
+    """Yield the booleans of a value: itself, or those in a list or mapping."""
     if isinstance(value, bool):
         yield value
     elif isinstance(value, list | tuple | Mapping):
@@ -206,7 +204,7 @@ def _truths(value: object) -> Iterator[bool]:
 
 @functools.cache
 def _is_number(model: type[BaseModel], name: str) -> bool:
-    """Return whether a field is for numbers, alone or in a list, and not for true and false as well."""
+    """Return whether a field takes numbers, alone or in a list, and no booleans."""
     kinds = set(_kinds(model.model_fields[name].annotation))
     return bool not in kinds and any(issubclass(kind, int | float) for kind in kinds)
 
@@ -237,7 +235,7 @@ def _read_yaml(file: Path | None) -> Mapping[str, Any]:
 
 
 def explain(error: ValidationError) -> str:
-    """Return what is wrong in one line, entry by entry."""
+    """Return the errors in one line, entry by entry."""
     return one_line(
         "; ".join(
             f"{'.'.join(str(part) for part in problem['loc']) or 'settings'}: "

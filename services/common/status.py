@@ -1,4 +1,4 @@
-"""How services report asd's errors: the status of a failed call, with its details."""
+"""Reports errors to callers: the status of a failed call, with its details."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STATUS_TABLE = ((Draining, grpc.StatusCode.UNAVAILABLE), *status.STATUS_TABLE)
 REASONS = {**status.REASONS, Draining: status.DRAINING}
 
 INTERNAL_TEXT = "internal error; the service's log has the details"
-# gRPC refuses more than 8 KiB of trailing metadata by default, and the message travels twice in it.
+# gRPC refuses more than 8 KiB of trailing metadata by default, and the message is in it twice.
 MAX_MESSAGE_CHARS = 1000
 
 
@@ -27,21 +27,21 @@ def public_message(error: BaseException) -> str:
 def to_rpc_status(error: BaseException) -> status_pb2.Status:
     """Return the google.rpc.Status of an exception.
 
-    With a BadRequest detail where a field is at fault, an ErrorInfo where the code alone does not say what
-    happened, and a RetryInfo where it is known when the request may succeed.
+    It has a BadRequest if a field is at fault, an ErrorInfo if the code alone is ambiguous, and a RetryInfo
+    if it is known when the request may succeed.
     """
     message = public_message(error)
-    status = status_pb2.Status(code=status_of(error).value[0], message=message)
+    answer = status_pb2.Status(code=status_of(error).value[0], message=message)
     field = error.field if isinstance(error, AsdError) else ""
     if field:
         violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=message)
-        status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+        answer.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
     reason = REASONS.get(type(error)) if isinstance(error, AsdError) else None
     if reason:
-        status.details.add().Pack(error_details_pb2.ErrorInfo(reason=reason, domain=ERROR_DOMAIN))
+        answer.details.add().Pack(error_details_pb2.ErrorInfo(reason=reason, domain=ERROR_DOMAIN))
     retry_after_s = error.retry_after_s if isinstance(error, AsdError) else None
     if retry_after_s is not None:
         retry = error_details_pb2.RetryInfo()
         retry.retry_delay.FromNanoseconds(round(retry_after_s * 1e9))
-        status.details.add().Pack(retry)
-    return status
+        answer.details.add().Pack(retry)
+    return answer

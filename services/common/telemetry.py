@@ -1,4 +1,4 @@
-"""Every span, attribute and metric name of asd, and the set-up of OpenTelemetry.
+"""All names of spans, attributes and metrics of asd, and the set-up of OpenTelemetry.
 
 Names follow OpenTelemetry's `gen_ai.*` and `rpc.*` conventions where one fits (semantic conventions 1.37,
 still in development), and `asd.*` only where none does. Prompts and answers never go onto a span. Standard
@@ -6,8 +6,8 @@ latency histograms are in seconds and our fields in milliseconds: the conversion
 else.
 
 Nothing is exported, and a span costs next to nothing, unless OTEL_EXPORTER_OTLP_ENDPOINT (or its traces and
-metrics variants), OTEL_TRACES_EXPORTER or OTEL_METRICS_EXPORTER is set. Metrics are served to Prometheus as
-well, or instead, where a service's settings say so.
+metrics variants), OTEL_TRACES_EXPORTER or OTEL_METRICS_EXPORTER is set. A service can also serve its metrics
+to Prometheus (`metrics_listen`).
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ _DURATION_BUCKETS_S = (
 
 @dataclass(slots=True)
 class _State:
-    """What this process exports; set once at start-up by setup_telemetry."""
+    """Exporters of this process; setup_telemetry sets them once at start-up."""
 
     provider: trace.TracerProvider | None = None
     tracer: trace.Tracer | None = None
@@ -180,7 +180,7 @@ _state = _State()
 
 
 class Traced:
-    """A span as a context manager; nothing at all where tracing is off.
+    """A span as a context manager; it does nothing if tracing is off.
 
     An exception marks the span as failed; cancellation does not.
     """
@@ -223,16 +223,11 @@ class Traced:
 
 
 def current_trace_id() -> str:
-    """Return the trace id of the current span as 32 lower-case hex digits; "" where tracing is off."""
+    """Return the trace id of the current span as 32 lower-case hex digits; "" if tracing is off."""
     if _state.tracer is None:
         return ""
     context = trace.get_current_span().get_span_context()
     return f"{context.trace_id:032x}" if context.is_valid else ""
-
-
-def tracing_enabled() -> bool:
-    """Return whether spans are recorded."""
-    return _state.tracer is not None
 
 
 def metrics_enabled() -> bool:
@@ -253,18 +248,18 @@ def use_meter_provider(provider: metrics.MeterProvider) -> None:
 
 
 def server_interceptors() -> list[Any]:
-    """Return the interceptors that trace a grpc.aio server: none where tracing is off."""
+    """Return the interceptors that trace a grpc.aio server; none if tracing is off."""
     if _state.provider is None:
         return []
     from opentelemetry.instrumentation.grpc import aio_server_interceptor, filters
 
-    # Probes would drown the requests.
+    # Health checks are left out: they would outnumber the requests.
     served = filters.negate(filters.health_check())
     return [aio_server_interceptor(tracer_provider=_state.provider, filter_=served)]  # type: ignore[no-untyped-call]
 
 
 def client_interceptors() -> list[Any] | None:
-    """Return the interceptors that trace a grpc.aio channel: None where tracing is off."""
+    """Return the interceptors that trace a grpc.aio channel; None if tracing is off."""
     if _state.provider is None:
         return None
     from opentelemetry.instrumentation.grpc import aio_client_interceptors
@@ -273,10 +268,10 @@ def client_interceptors() -> list[Any] | None:
 
 
 def setup_telemetry(service_name: str, metrics_listen: str = "") -> None:
-    """Set up traces and metrics as the standard OTEL_* variables say. Call once, first thing in a process.
+    """Set up traces and metrics by the standard OTEL_* variables. Call it once, first in a process.
 
-    metrics_listen: address at which Prometheus finds /metrics; "": nowhere. Raises SystemExit with a sentence
-    where that cannot be listened on.
+    metrics_listen: address of Prometheus' /metrics; "": none. Raises SystemExit with a sentence if it cannot
+    listen there.
     """
     setup_tracing(service_name)
     setup_metrics(service_name, metrics_listen)
@@ -285,7 +280,7 @@ def setup_telemetry(service_name: str, metrics_listen: str = "") -> None:
 def setup_tracing(service_name: str) -> bool:
     """Export spans if the environment asks for it, and return whether it does.
 
-    Raises ValueError where a variable asks for an exporter or protocol that asd does not have.
+    Raises ValueError if a variable asks for an exporter or protocol that asd does not have.
     """
     kind = _exporter("TRACES")
     if kind == "none":
@@ -311,11 +306,10 @@ def setup_tracing(service_name: str) -> bool:
 
 
 def setup_metrics(service_name: str, listen: str = "") -> bool:
-    """Export metrics if the environment asks for it, serve them where listen says, and return whether either
-    is so.
+    """Export metrics if the environment asks for it, and serve them at listen; return whether it does either.
 
-    Raises ValueError where a variable asks for an exporter or protocol that asd does not have, SystemExit
-    where the address cannot be listened on.
+    Raises ValueError if a variable asks for an exporter or protocol that asd does not have, SystemExit if it
+    cannot listen on the address.
     """
     kind = _exporter("METRICS")
     if kind == "none" and not listen:
@@ -332,7 +326,7 @@ def setup_metrics(service_name: str, listen: str = "") -> bool:
 
 
 def _periodic_reader(kind: str) -> MetricReader:
-    """Return what sends metrics by "otlp" or "console"."""
+    """Return a reader that exports metrics by "otlp" or "console"."""
     from opentelemetry.sdk.metrics.export import (
         ConsoleMetricExporter,
         MetricExporter,
@@ -352,8 +346,7 @@ def _periodic_reader(kind: str) -> MetricReader:
 
 
 def _serve_metrics(listen: str) -> MetricReader:
-    """Serve /metrics in a thread of its own, and return what it shows. Raises SystemExit where the address
-    cannot be listened on."""
+    """Serve /metrics in a thread of its own, and return its reader. Raises SystemExit if it cannot listen."""
     from opentelemetry.exporter.prometheus import PrometheusMetricReader
     from prometheus_client import CollectorRegistry, ProcessCollector
 
@@ -369,7 +362,8 @@ def _serve_metrics(listen: str) -> MetricReader:
     except (OSError, OverflowError, ValueError) as error:
         reason = "not host:port"
         if isinstance(error, OSError):
-            # The standard library adds the address. A host that is not known has a negative number.
+            # Errors of the system have a positive number, and the standard library adds the address to their
+            # text. An unknown host has a negative number.
             is_system = error.errno is not None and error.errno > 0
             reason = (os.strerror(error.errno or 0) if is_system else str(error.strerror)).lower()
         raise SystemExit(f"asd: metrics_listen: cannot listen on {listen}: {reason}") from error
@@ -385,15 +379,15 @@ def shutdown_telemetry() -> None:
 
 
 def meter() -> metrics.Meter:
-    """Return the meter that asd's instruments belong to; theirs cost nothing where metrics are off."""
+    """Return the meter of asd's instruments, which cost nothing if metrics are off."""
     return metrics.get_meter(INSTRUMENTATION, VERSION)
 
 
 def observation(value: float, attributes: Mapping[str, AttributeValue] | None = None) -> metrics.Observation:
-    """Return what a callback observed, as a plain number.
+    """Return a callback's observation as a plain number.
 
-    The exporters take `int` and `float` alone. protobuf 7 refuses a bool or a number of numpy's, and one of
-    them is enough for all metrics of the process to be lost.
+    The exporters take only `int` and `float`. protobuf 7 refuses a bool or a NumPy number, and a single one
+    loses all metrics of the process.
     """
     return metrics.Observation(int(value) if isinstance(value, SupportsIndex) else float(value), attributes)
 
@@ -441,7 +435,7 @@ def _resource(service_name: str) -> Resource:
     from opentelemetry.sdk.resources import Resource
 
     attributes = {"service.version": VERSION, "service.namespace": "asd"}
-    # Given attributes would win over the environment, against the convention.
+    # Attributes given here would override the environment, against the convention.
     if not os.environ.get("OTEL_SERVICE_NAME"):
         attributes["service.name"] = service_name
     return Resource.create(attributes)

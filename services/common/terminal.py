@@ -1,7 +1,7 @@
-"""What people read on a terminal: text of others is shown there and never executed, in any encoding.
+"""Output to a terminal: text from models and files is shown with its control characters escaped.
 
-A model may write escape sequences, and a name or a message may hold them. A terminal would carry them out:
-move the cursor, change the title, write to the clipboard.
+A model, a name or a message may contain escape sequences. A terminal would execute them: move the cursor,
+change the title, write to the clipboard.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ if TYPE_CHECKING:
 
 __all__ = ("LiteralConsole", "escape_unseen", "literal", "prepare_streams", "visible")
 
-# Of our own texts, where an encoding lacks the character.
+# Replacements in our own texts for characters that an encoding lacks.
 _PLAIN = {"·": "-", "–": "-", "→": "->", "…": "...", "×": "x", "²": "2", "≥": ">=", "≤": "<=", "λ": "lambda"}
 _SPINNER = range(0x2800, 0x2900)
 _ERRORS = "asd.visible"
 
 
 def escape_unseen(json_text: str) -> str:
-    """Return JSON with the characters escaped that `visible` shows, but for its own line breaks."""
+    """Return JSON with control characters escaped as in `visible`, except for its own line breaks."""
     return UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", json_text)
 
 
 def literal(text: str, style: str = "") -> Text:
-    """Return a text of others for a console: nothing in it is markup or a control character."""
+    """Return untrusted text for a console, without markup and control characters."""
     return Text(visible(text), style=style)
 
 
 class LiteralConsole(Console):
-    """A console on which a string is only ever itself: neither markup, nor emoji codes, nor controls.
+    """A console that prints strings as they are: without markup and emoji codes.
 
-    Put other texts into `literal`.
+    Pass untrusted text through `literal`.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(highlight=False, markup=False, emoji=False, **options)
 
     def status(self, status: RenderableType, **options: Any) -> Status:
-        """Return a line with a spinner, for the time that something takes."""
-        # A spinner takes a string for markup, whatever its console does.
+        """Return a line with a spinner that shows while something takes time."""
+        # A spinner reads a string as markup, whatever its console does.
         return super().status(literal(status) if isinstance(status, str) else status, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
@@ -60,15 +60,15 @@ class LiteralConsole(Console):
 
 
 def prepare_streams() -> None:
-    """Make the standard streams fit for any text, and for use where they are closed (`asd up >&-`).
+    """Make the standard streams usable for any text, and if they are closed (`asd up >&-`).
 
-    Characters that the encoding of an output lacks are shown instead of ending the program: arrows and dashes
-    by their likeness in ASCII, others as in Python's strings: `\\xe9`.
+    Characters that an output's encoding lacks do not end the program: arrows and dashes are replaced by
+    ASCII, other characters are shown as in Python's strings: `\\xe9`.
     """
     codecs.register_error(_ERRORS, _show_missing)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            # For as long as the program runs.
+            # It stays open as long as the program runs.
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

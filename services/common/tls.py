@@ -18,7 +18,7 @@ from services.common.settings import Section
 
 
 class ServerTls(Section):
-    """What a server shows. client_ca_file: clients must show a certificate that this authority signed."""
+    """TLS of a server. client_ca_file: clients must present a certificate that this authority signed."""
 
     cert_file: Path
     key_file: Path
@@ -32,10 +32,10 @@ class ServerTls(Section):
 
 
 class ClientTls(Section):
-    """How a client connects. ca_file: authorities that it trusts; none: the system's.
+    """TLS of a client. ca_file: authorities that it trusts; none: the system's.
 
-    cert_file, key_file: what it shows of itself, where the server asks. server_name: name that the server's
-    certificate must hold; empty: the host of the target.
+    cert_file, key_file: its own certificate, if the server asks for one. server_name: name that the server's
+    certificate must contain; empty: the host of the target.
     """
 
     ca_file: Path | None = None
@@ -51,8 +51,7 @@ class ClientTls(Section):
 
 
 def server_credentials(tls: ServerTls) -> grpc.ServerCredentials:
-    """Return a server's credentials. Raises UnusableFile, naming file and setting, for files that
-    cannot be used."""
+    """Return a server's credentials. Raises UnusableFile, naming file and setting, for an unusable file."""
     watched = WatchedFiles(tls.files, lambda contents: _server_configuration(tls, contents))
 
     def fetch() -> grpc.ServerCertificateConfiguration | None:

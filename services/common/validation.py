@@ -1,7 +1,7 @@
-"""Checks of request parts that the router and the stages share.
+"""Checks of request fields, for the router and the stages.
 
-Each takes a message as it came and raises InvalidRequest with the path of the field at fault. Numbers are
-refused where they are not finite, so no NaN gets past this module.
+Each takes a received message and raises InvalidRequest with the path of the field at fault. Numbers that are
+not finite are refused, so no NaN gets past this module.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class HasInput(Protocol):
 
 
 def check_input(message: HasInput, path: str = "") -> None:
-    """Check that a prompt or a conversation is there, with text in it and the user's message last."""
+    """Check that there is a prompt or a conversation, with text in it and the user's message last."""
     kind = message.WhichOneof("input")  # type: ignore[attr-defined]
     if kind is None:
         raise InvalidRequest("set prompt or conversation", field=f"{path}prompt")
@@ -74,7 +74,7 @@ def check_input(message: HasInput, path: str = "") -> None:
 
 
 def check_sampling(sampling: common_pb2.Sampling, path: str = "sampling") -> None:
-    """Check ranges of sampling. An empty message is right."""
+    """Check the ranges of sampling. An empty message is valid."""
     if sampling.HasField("max_new_tokens") and sampling.max_new_tokens < 1:
         raise InvalidRequest("max_new_tokens must be 1 or more", field=f"{path}.max_new_tokens")
     if not 0.0 <= sampling.temperature <= MAX_TEMPERATURE:
@@ -96,7 +96,7 @@ def check_sampling(sampling: common_pb2.Sampling, path: str = "sampling") -> Non
 
 
 def check_objective(objective: common_pb2.Objective, path: str = "objective") -> None:
-    """Check the ranges of an objective, and that lambda and preference do not both stand. Empty is right."""
+    """Check the ranges of an objective, and that lambda and preference are not both set. Empty is valid."""
     quality_value = getattr(objective, "lambda")
     if objective.HasField("lambda"):
         if not 0.0 <= quality_value <= MAX_COST_UNITS:
@@ -122,7 +122,7 @@ def check_objective(objective: common_pb2.Objective, path: str = "objective") ->
 
 
 def check_acceptance(acceptance: common_pb2.Acceptance, path: str = "acceptance") -> None:
-    """Check the rule of acceptance. Call it only where the message is set: absent means EXACT."""
+    """Check the rule of acceptance. Call it only if the message is set: absent means EXACT."""
     check_enum(common_pb2.AcceptanceMode, _ACCEPTANCE_MODES, acceptance.mode, f"{path}.mode")
     has_threshold = acceptance.HasField("threshold")
     if acceptance.mode == common_pb2.ACCEPTANCE_MODE_EXACT:
@@ -135,7 +135,7 @@ def check_acceptance(acceptance: common_pb2.Acceptance, path: str = "acceptance"
 
 
 def check_session_id(session_id: str, path: str = "session_id") -> None:
-    """Check the length of a session id. Empty is right."""
+    """Check the length of a session id. Empty is valid."""
     # A string of 64 characters or fewer cannot be longer than 256 bytes of UTF-8.
     if len(session_id) > MAX_SESSION_ID_BYTES // 4:
         size = len(session_id.encode())
@@ -144,7 +144,7 @@ def check_session_id(session_id: str, path: str = "session_id") -> None:
 
 
 def check_task(task: str, path: str = "task") -> None:
-    """Check the name of a type of task. Empty is right."""
+    """Check the name of a type of task. Empty is valid."""
     if task and not TASK.fullmatch(task):
         raise InvalidRequest(
             "task may have 64 characters of a-z, 0-9, '_', '.' and '-', and must begin with a letter or a "
@@ -154,7 +154,7 @@ def check_task(task: str, path: str = "task") -> None:
 
 
 def check_draft(draft: common_pb2.Draft, path: str = "draft") -> None:
-    """Check that a draft has text or ids, a fingerprint with its ids, and a finish reason."""
+    """Check that a draft has text or ids, a fingerprint if it has ids, and a finish reason."""
     check_finish_reason(draft.finish_reason, f"{path}.finish_reason")
     if draft.token_ids and not draft.tokenizer_fingerprint:
         raise InvalidRequest(
@@ -163,12 +163,12 @@ def check_draft(draft: common_pb2.Draft, path: str = "draft") -> None:
 
 
 def check_finish_reason(number: int, path: str) -> None:
-    """Check that a finish reason is one."""
+    """Check that a number is a known finish reason."""
     check_enum(common_pb2.FinishReason, _FINISH_REASONS, number, path)
 
 
 def check_enum(enum: EnumTypeWrapper[Any], known: frozenset[int], number: int, field: str) -> None:
-    """Check that an enum's number is one of this version's, and not the unspecified zero."""
+    """Check that an enum's number is known to this version, and not the unspecified zero."""
     if number == 0 or number not in known:
         allowed = ", ".join(name for name, value in enum.items() if value != 0)
         given = enum.Name(number) if number in known else str(number)

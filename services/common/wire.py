@@ -1,7 +1,7 @@
-"""Reads protobuf's wire format where the decoder does not do: it bounds nothing, and names no field at fault.
+"""Checks protobuf's wire format before decoding: the decoder bounds nothing, and names no field at fault.
 
-What a message holds is counted before it is decoded: an empty message in a list has two bytes on the wire,
-and a hundred in memory.
+Entries are counted before they are decoded: an empty message in a list has two bytes on the wire, and a
+hundred in memory.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     from google.protobuf.descriptor import Descriptor
 
-# The most entries of each list that a request may have, by the list's full name. A test fails for a list of
-# the contract's requests that is not here. Chosen: above any sensible use, and low enough that a message at
-# all bounds is soon decoded and checked. The contract states them.
+# Most entries of each list in a request, by the list's full name. A test fails if a list of the contract's
+# requests is missing here. Chosen: above any sensible use, and low enough that a message at all bounds is
+# quickly decoded and checked. The contract states them.
 MAX_ENTRIES: Mapping[str, int] = {
     "asd.v1.GenerateBatchRequest.requests": 1024,
     "asd.v1.GenerateRequest.chain": 1024,
@@ -40,13 +40,13 @@ MAX_ENTRIES: Mapping[str, int] = {
     "asd.v1.VerificationEvidence.ranks": 1 << 20,
 }
 _PACKAGE = "asd.v1"
-# Entries take two bytes at least, so that a message this small breaks no bound but that of `stop`, which is
-# checked after decoding as well (services.common.validation). Most requests are, and cost nothing here.
+# Size up to which messages are not counted. Entries take at least two bytes, so such a message can break only
+# the bound of `stop`, which services.common.validation checks after decoding. Most requests are this small.
 UNCOUNTED_BYTES = 2048
-# The most fields of a message, those inside of its lists included. Counting them takes 40 ms. A batch of 1024
+# Most fields of a message, including those inside its lists. Counting them takes 40 ms. A batch of 1024
 # conversations with 100 messages each has fewer.
 MAX_FIELDS = 1 << 17
-# What the search for a text that is not UTF-8 may look at: a millisecond's work.
+# Limits of the search for text that is not UTF-8. Chosen: a millisecond's work.
 _SEARCHED_FIELDS = 500
 _SEARCHED_BYTES = 1 << 20
 
@@ -62,16 +62,16 @@ _SIZES = {
     FieldDescriptor.TYPE_SFIXED64: 8,
 }
 _NOT_PACKED = {FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES, FieldDescriptor.TYPE_MESSAGE}
-# All bytes of a varint but its last one.
+# The bytes of a varint before its last one.
 _CONTINUED = bytes(range(0x80, 0x100))
 
 
 @dataclass(frozen=True, slots=True)
 class _Field:
-    """What of a field is counted.
+    """How a field is counted.
 
-    most: entries that it may have; 0: it is no list. inner: the fields of its messages, where lists are among
-    them. packed: bytes of one number where numbers stand together; 1: varints; 0: they do not.
+    most: entries that it may have; 0: it is not a list. inner: the fields of its messages, if there are lists
+    among them. packed: bytes of each number if they are packed; 1: varints; 0: not packed.
     """
 
     name: str
@@ -80,8 +80,8 @@ class _Field:
     packed: int
 
 
-# Counts by field number: of a list's entries, or what is inside of a message that stands alone. Such a one
-# may come in parts, which are merged.
+# Counts by field number: of a list's entries, or of the fields in a single message. A single message may come
+# in several parts, which are merged.
 _Counts = dict[int, Any]
 
 
@@ -95,10 +95,10 @@ class _TooManyEntriesError(Exception):
 
 
 def check_entries(raw: bytes, descriptor: Descriptor) -> None:
-    """Check that no list of a message that is not decoded yet has more entries than it may have.
+    """Check that no list of an encoded message has too many entries.
 
-    Raises InvalidRequest, which names the list, and where the message has too many fields or the bytes are
-    not in wire format. Takes 0.3 µs per field, and nothing for messages of UNCOUNTED_BYTES or fewer.
+    Raises InvalidRequest, naming the list. Also raises it if the message has too many fields, or the bytes
+    are not in wire format. Takes 0.3 µs per field; messages of up to UNCOUNTED_BYTES are not counted.
     """
     if len(raw) <= UNCOUNTED_BYTES:
         return
@@ -114,9 +114,9 @@ def check_entries(raw: bytes, descriptor: Descriptor) -> None:
 
 @cache
 def _counted_fields(descriptor: Descriptor) -> Mapping[int, _Field]:
-    """Return the fields of a type that are lists with a bound, or messages with such lists inside, by number.
+    """Return a type's fields that are bounded lists, or messages with such lists inside, by number.
 
-    Types of other packages have none. They may hold themselves, which no type of the contract does.
+    Types of other packages are left out: they may be recursive, which no type of the contract is.
     """
     counted: dict[int, _Field] = {}
     if descriptor.file.package != _PACKAGE:
@@ -136,8 +136,8 @@ def _count(
 ) -> int:
     """Count the entries of a message's lists, and return how many more fields there may be.
 
-    position, end: where the message lies. left: how many fields there may be. Raises _TooManyEntriesError,
-    InvalidRequest for too many fields, ValueError or IndexError for what is not in wire format.
+    position, end: bounds of the message. left: how many fields there may be. Raises _TooManyEntriesError,
+    InvalidRequest for too many fields, ValueError or IndexError for bytes that are not in wire format.
     """
     while position < end:
         left -= 1
@@ -172,7 +172,7 @@ def _count(
 
 
 def _payload(raw: bytes, position: int, kind: int) -> tuple[int, int]:
-    """Return where the payload of a field begins and ends whose tag ends at a position."""
+    """Return the begin and end of a field's payload. position: the end of its tag."""
     if kind == _LENGTH:
         size, start = raw[position], position + 1
         if size > 0x7F:
@@ -185,13 +185,13 @@ def _payload(raw: bytes, position: int, kind: int) -> tuple[int, int]:
     if kind == _FIXED32:
         return position, position + 4
     if kind in {_START_GROUP, _END_GROUP}:
-        # The contract has no groups. What stands inside of one is counted as if it were the message's.
+        # The contract has no groups. The fields inside a group are counted as the message's own.
         return position, position
     raise ValueError(f"wire type {kind}")
 
 
 def _numbers(packed: bytes, size: int) -> int:
-    """Return how many numbers stand together. size: bytes of each; 1: varints."""
+    """Return how many numbers are packed together. size: bytes of each; 1: varints."""
     return len(packed) // size if size > 1 else len(packed.translate(None, _CONTINUED))
 
 
@@ -199,8 +199,8 @@ def find_invalid_text(raw: bytes, descriptor: Descriptor) -> str:
     """Return the path of the first string field that is not UTF-8 ("conversation.messages[1].content"), or
     "".
 
-    Returns "" as well where the bytes are not in wire format at all, and where the search would take more
-    than a millisecond or so: it looks at the first fields, and at the first mebibyte of text.
+    Also returns "" if the bytes are not in wire format, and if the search would take more than about a
+    millisecond: it covers only the first fields, and the first mebibyte of text.
     """
     try:
         return _Search().find(raw, descriptor)
@@ -209,15 +209,15 @@ def find_invalid_text(raw: bytes, descriptor: Descriptor) -> str:
 
 
 class _Search:
-    """Looks for a text that is not UTF-8, in so many fields and bytes."""
+    """Searches a limited number of fields and bytes for text that is not UTF-8."""
 
     def __init__(self) -> None:
         self._fields = _SEARCHED_FIELDS
         self._bytes = _SEARCHED_BYTES
 
     def find(self, raw: bytes, descriptor: Descriptor) -> str:
-        """Return the path of the first such text, or "". Raises ValueError or IndexError where the bytes are
-        not in wire format, or there is too much to look at."""
+        """Return the path of the first such text, or "". Raises ValueError or IndexError if the bytes are not
+        in wire format, or the limits are reached."""
         seen: dict[str, int] = {}
         for number, payload in self._length_delimited(raw):
             field = descriptor.fields_by_number.get(number)
@@ -241,8 +241,8 @@ class _Search:
         return ""
 
     def _length_delimited(self, raw: bytes) -> Iterator[tuple[int, bytes]]:
-        """Yield number and payload of each length-delimited field. Raises ValueError or IndexError on other
-        bytes."""
+        """Yield number and payload of each length-delimited field. Raises ValueError or IndexError if the
+        bytes are not in wire format."""
         position = 0
         while position < len(raw):
             self._fields -= 1

@@ -1,1 +1,1 @@
-"""A cascade on one machine: its file, its processes and their supervisor, and the download of models."""
+"""A cascade on one machine: its file, the supervisor of its processes, and the download of models."""

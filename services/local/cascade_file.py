@@ -1,6 +1,6 @@
-"""The file that describes a cascade on one machine, and the configuration of each process that it leads to.
+"""The file that describes a cascade on one machine, and the settings of each of its processes.
 
-Pure but for reading the file: nothing is started here.
+It only reads the file, and starts nothing.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 EMBEDDED = Path(__file__).with_name("embedded.yaml")
 HOST = "127.0.0.1"
 ROUTER, POLICY = "router", "policy"
-# Of a message about a file: entries, and characters of each. Chosen: what a person reads.
+# Most entries in a message about a file, and characters of each. Chosen: what a person reads.
 _MOST_ENTRIES, _MOST_OF_ENTRY = 20, 300
 
 
 class PolicyEntry(Section):
-    """The policy service: its artifact, how long it is waited for, and where reports are kept."""
+    """The policy service: its artifact, the timeout of its calls, and the folder of its reports."""
 
     artifact: Path
     timeout_ms: Milliseconds = 100.0
@@ -50,7 +50,7 @@ class PolicyEntry(Section):
 
 
 class LocalStage(Section):
-    """One stage and its model. cost: cost units of a whole answer."""
+    """One stage and its model. cost: of a whole answer, in cost units."""
 
     name: Name
     path: Path
@@ -101,7 +101,7 @@ class Ports:
 
     @classmethod
     def from_base(cls, base: int, stages: int) -> Ports:
-        """Return the ports that follow from --port-base: base, base + 1, and base + 11 on for the stages."""
+        """Return the ports for --port-base: base, base + 1, and from base + 11 for the stages."""
         return cls(base, base + 1, tuple(base + 11 + index for index in range(stages)))
 
     @property
@@ -121,15 +121,15 @@ class Service:
 
     @property
     def address(self) -> str:
-        """What clients connect to."""
+        """The address for clients."""
         return f"{HOST}:{self.port}"
 
 
 def read_cascade(file: Path) -> CascadeFile:
-    """Return what a cascade file says, with absolute paths.
+    """Return the content of a cascade file, with absolute paths.
 
-    Raises SettingsError, naming file and entry, if an entry is missing, unknown or wrong, or a path is not
-    there.
+    Raises SettingsError, naming file and entry, if an entry is missing, unknown or wrong, or a path does not
+    exist.
     """
     try:
         cascade = CascadeFile.load(file)
@@ -138,7 +138,7 @@ def read_cascade(file: Path) -> CascadeFile:
             raise SettingsError(_explain(file, error.__cause__.errors(include_url=False))) from error
         raise
     try:
-        # The rules about names of stages are the router's.
+        # The router's settings check the names of stages.
         RouterSettings(**router_config(cascade, Ports.from_base(1, len(cascade.stages)), drain_seconds=0))
     except ValidationError as error:
         variables = RouterSettings.variables_in(os.environ)
@@ -178,7 +178,7 @@ def _resolved(path: Path, where: str) -> Path:
     """Return a path without links. Raises SettingsError for one that no file can have."""
     try:
         found = path.resolve()
-        # Says what `resolve` does not look at, such as a part that is too long.
+        # It raises for faults that `resolve` ignores, such as a part that is too long.
         (found / "config.json").is_file()
     except (OSError, ValueError, RuntimeError) as error:
         reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
@@ -191,7 +191,7 @@ def _relative(path: Path) -> str:
 
 
 def _explain(file: Path, problems: Sequence[ErrorDetails]) -> str:
-    """Return what is wrong with a file, one line per entry where several are."""
+    """Return the faults of a file, one line per entry if there are several."""
     places = [problem["loc"] for problem in problems]
     lines = [
         one_line(f"{'.'.join(map(str, problem['loc'])) or 'cascade'}: {_say(problem)}", _MOST_OF_ENTRY)
@@ -237,7 +237,7 @@ def services_of(
 ) -> tuple[Service, ...]:
     """Return every process of a cascade: the router, the policy service if there is one, and each stage.
 
-    directory: where reports are kept if the file does not say.
+    directory: folder for reports if the file names none.
     """
     services = [
         Service(

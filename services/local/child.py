@@ -1,8 +1,8 @@
 """Runs a service as a child: `python -m services.local.child MODULE ARGUMENTS...`.
 
-The parent holds the other end of standard input and never writes. Its end tells the child that the parent is
-gone, however it went, on every system; the child then drains as on SIGTERM. (Linux's PR_SET_PDEATHSIG fires
-when the thread that started the child ends, and macOS has nothing like it.)
+The parent holds the other end of standard input and never writes to it. End of file tells the child that the
+parent has ended, for whatever reason and on every system; the child then drains as on SIGTERM. (Linux's
+PR_SET_PDEATHSIG fires when the thread that started the child ends, and macOS has no such signal.)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _follow_parent() -> None:
 
 
 def main() -> None:
-    """Run the module that the first argument names, with the others."""
+    """Run the module that the first argument names, with the remaining arguments."""
     threading.Thread(target=_follow_parent, name="follow-parent", daemon=True).start()
     module = sys.argv.pop(1)
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -1,9 +1,9 @@
-"""`asd models pull`: a model of the Hugging Face hub, whole and checked, where a stage can serve it.
+"""`asd models pull`: downloads a model of the Hugging Face hub, checks it, and puts it in place for a stage.
 
-New files are loaded beside those that a stage may be serving. They take their places once all of them are
-there and checked against the hub's checksums; files that the revision lacks go then. What is half loaded
-stays and is gone on with. A record says which files are ours and what was checked, so that a second pull of
-the same revision reads nothing, and so that nothing that others put into the folder is lost.
+New files are downloaded beside those that a stage may be serving. They replace those once all of them match
+the hub's checksums; files that the revision lacks are then removed. An interrupted download is continued by
+the next pull. A record lists the files that this command made and their checks. So a second pull of the same
+revision reads nothing, and files that others put into the folder are kept.
 """
 
 from __future__ import annotations
@@ -31,33 +31,33 @@ from services.stage.engines.checkpoint import check_architecture, read_config
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-# What stages read, and what says under which terms. Files in folders are other forms of the same weights.
+# Files that stages read, and licences. Files in subfolders are other forms of the same weights.
 _WANTED = re.compile(
     r"(?!consolidated)[^/]*\.safetensors|[^/]*\.safetensors\.index\.json|config\.json|generation_config\.json"
     r"|tokenizer\.json|tokenizer\.model|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json"
     r"|vocab\.json|merges\.txt|chat_template\.(?:jinja|json)|(?:README|LICENSE|USE_POLICY|NOTICE)[^/]*"
 )
-# Weights: a stage reads all that there are.
+# Weights: a stage reads every such file.
 _WEIGHTS = re.compile(r"[^/]*\.safetensors(?:\.index\.json)?")
-# What a stage may read where it is there, and which changes what the stage answers.
+# Files that change a stage's answers if they exist.
 _SERVED = re.compile(rf"(?!README|LICENSE|USE_POLICY|NOTICE)(?:{_WANTED.pattern})|consolidated[^/]*")
-# A stage serves no folder without it.
+# Without this file, a stage does not serve the folder.
 _CONFIG = "config.json"
-# What a server needs beside the weights.
+# Disk space to leave free beside the files.
 _SPARE_BYTES = 64 << 20
 _RECORD = ".asd-pull.json"
 # Chosen: a thousand times a real one's.
 _MOST_RECORD_BYTES = 16 << 20
-# Where files wait until all are there. In the folder itself, which may be a disk of its own.
+# Subfolder for files until all are complete. It is in the target folder, which may be a disk of its own.
 _STAGING = ".asd-pull"
-# What a new file system holds by itself.
+# Entries of a new, empty file system.
 _NOTHING = {"lost+found"}
 _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """Outcome: where the model is, and which revision of it. loaded_bytes: that came over the network.
+    """Outcome of a pull. loaded_bytes: downloaded from the network.
 
     removed: files of an earlier revision that this one lacks.
     """
@@ -73,7 +73,7 @@ class Pulled:
 
 @dataclass(frozen=True, slots=True)
 class _HubFile:
-    """A file of the hub. digest: SHA-256 of large ones, git's SHA-1 of others."""
+    """A file of the hub. digest: SHA-256 of a large file, git's SHA-1 of a small one."""
 
     name: str
     size: int
@@ -82,20 +82,20 @@ class _HubFile:
 
     @property
     def checksum(self) -> list[Any]:
-        """What the record holds of a file that was checked, before the time of its last change."""
+        """The record's entry for a checked file, without the time of its last change."""
         return [self.size, self.digest]
 
     def checked_at(self, path: Path) -> list[Any]:
-        """What the record holds of a file that was checked where it lies."""
+        """The record's entry for a file that was checked at a path."""
         return [*self.checksum, path.stat().st_mtime_ns]
 
 
 @dataclass(slots=True)
 class _PullRecord:
-    """What this command did in a folder; revision "" while its files are those of several.
+    """What this command did in a folder. revision: "" while files of several revisions are mixed.
 
-    files: names that are ours, each with what was checked of it; None: not known. staged: the same of files
-    that wait for their place.
+    files: names of its files, each with its checks; None: not known. staged: the same for downloaded files
+    that are not in place yet.
     """
 
     model: str = ""
@@ -121,13 +121,13 @@ def pull(
     say: Callable[[str], None] = lambda _: None,
     shows_bars: bool = False,
 ) -> Pulled:
-    """Load a model of the hub into `folder`/NAME, NAME being what follows the slash.
+    """Download a model of the hub, OWNER/NAME, into `folder`/NAME.
 
-    token None: HF_TOKEN, or what `hf auth login` keeps. endpoint None: HF_ENDPOINT, or huggingface.co. say:
-    takes a line about each step. Raises InvalidRequest for a name that is none, NotFound for an unknown model
-    or revision, PreconditionFailed for a gated one, a wrong architecture, one without safetensors, a file
-    that does not match its checksum, or a folder that holds what is not ours, ResourceExhausted for a full
-    disk, Unavailable without the network.
+    token None: HF_TOKEN, or the one of `hf auth login`. endpoint None: HF_ENDPOINT, or huggingface.co. say:
+    takes a line about each step. Raises InvalidRequest for an invalid name, NotFound for an unknown model or
+    revision, ResourceExhausted for a full disk, Unavailable without a network. Raises PreconditionFailed for
+    a gated model, an unsupported architecture, a model without safetensors, a file that does not match its
+    checksum, and a folder with files of others.
     """
     if not _NAME.fullmatch(model):
         raise InvalidRequest(
@@ -141,14 +141,14 @@ def pull(
         files = _choose(model, info.siblings)
         target.mkdir(parents=True, exist_ok=True)
         with _locked(target):
-            # As the hub spells it, which takes other spellings and former names as well.
+            # info.id is the hub's spelling: the hub also takes other spellings and former names.
             record = _own(target, info.id or model, info.sha)
             for name in _strangers(target, record, files):
                 say(f"{target / name} is not of {model}: it stays, and a stage reads it")
             missing = _drop_what_is_there(target, record, files)
             if not shows_bars:
                 hub.utils.disable_progress_bars()
-            # The small ones first: a wrong architecture shows before anything large is loaded.
+            # config.json and small files come first, to find a wrong architecture before a large download.
             missing.sort(key=lambda file: (file.name != _CONFIG, file.size))
             _check_space(target, missing)
             loaded = 0
@@ -159,7 +159,7 @@ def pull(
                 if file.name == _CONFIG:
                     config = target / _STAGING / _CONFIG
                     check_architecture(read_config(config), config)
-                # Before the record says that it was checked.
+                # It must be on the disk before the record lists it as checked.
                 sync(target / _STAGING / file.name)
                 record.staged[file.name] = file.checked_at(target / _STAGING / file.name)
                 _write_record(target, record)
@@ -170,9 +170,9 @@ def pull(
 
 
 def _own(target: Path, model: str, commit: str) -> _PullRecord:
-    """Return what was done in a folder before, and write down whose it is from now on.
+    """Return a folder's record, or start one for this model.
 
-    Raises PreconditionFailed for a folder that holds another model, or that this command did not make.
+    Raises PreconditionFailed if the folder has another model, or files that this command did not make.
     """
     record = _read_record(target)
     if record is None:
@@ -182,7 +182,7 @@ def _own(target: Path, model: str, commit: str) -> _PullRecord:
                 "away, or name another place with --to"
             )
         record = _PullRecord()
-    # Records named no model once.
+    # Records of earlier versions do not name the model.
     elif record.model != model and (record.model or record.revision != commit):
         raise PreconditionFailed(
             f"{target} holds {record.model or 'another model, or another revision of it'}: remove it to have "
@@ -195,8 +195,8 @@ def _own(target: Path, model: str, commit: str) -> _PullRecord:
 
 @contextmanager
 def _locked(target: Path) -> Iterator[None]:
-    """Keep other pulls out of a folder. Raises PreconditionFailed while one is there."""
-    # The folder itself, since files in it are replaced.
+    """Keep other pulls out of a folder. Raises PreconditionFailed if one is running there."""
+    # Lock the folder itself, since files in it are replaced.
     descriptor = os.open(target, os.O_RDONLY)
     try:
         # Some file systems have no locks.
@@ -213,9 +213,9 @@ def _locked(target: Path) -> Iterator[None]:
 
 
 def _strangers(target: Path, record: _PullRecord, files: list[_HubFile]) -> list[str]:
-    """Return what others put there that a stage reads.
+    """Return files that this command did not make and that a stage reads.
 
-    Raises PreconditionFailed where that is weights, or a folder with the name of a file.
+    Raises PreconditionFailed if they are weights, or if a folder has the name of one of the model's files.
     """
     ours = {file.name for file in files} | record.files.keys()
     for name in sorted(ours):
@@ -234,7 +234,7 @@ def _strangers(target: Path, record: _PullRecord, files: list[_HubFile]) -> list
 
 
 def _drop_what_is_there(target: Path, record: _PullRecord, files: list[_HubFile]) -> list[_HubFile]:
-    """Return the files that have to be loaded; what waits of another revision goes."""
+    """Return the files to download, and remove downloaded ones of another revision."""
     staging = target / _STAGING
     staging.mkdir(exist_ok=True)
     wanted = {file.name: file for file in files}
@@ -250,10 +250,10 @@ def _drop_what_is_there(target: Path, record: _PullRecord, files: list[_HubFile]
 
 
 def _place(target: Path, record: _PullRecord, files: list[_HubFile], commit: str) -> list[str]:
-    """Put what waits into its place and remove what the revision lacks; return the names of the latter.
+    """Move downloaded files into place and remove files that the revision lacks; return the latter's names.
 
-    A stage that starts meanwhile finds no config.json, and so never a model that is half another. Wherever
-    this ends early, the next pull does the rest.
+    A stage that starts meanwhile finds no config.json, and therefore never a mix of two models. If this is
+    interrupted, the next pull does the rest.
     """
     staging = target / _STAGING
     wanted = {file.name for file in files}
@@ -267,7 +267,7 @@ def _place(target: Path, record: _PullRecord, files: list[_HubFile], commit: str
             (target / _CONFIG).unlink(missing_ok=True)
         else:
             (target / _CONFIG).replace(staging / _CONFIG)
-        # A disk may write renames in another order than they were made, but for what is synced between them.
+        # Without a sync in between, a disk may write renames in another order.
         sync(target)
         for name in stale:
             (target / name).unlink(missing_ok=True)
@@ -338,7 +338,7 @@ def _check_space(target: Path, missing: list[_HubFile]) -> None:
 def _load(
     hub: Any, model: str, commit: str, staging: Path, file: _HubFile, token: str | None, endpoint: str | None
 ) -> None:
-    """Load a file and check it, a second time if it is damaged."""
+    """Download a file and check it; a second time if it is damaged."""
     path = staging / file.name
     for is_again in (False, True):
         hub.hf_hub_download(
@@ -365,7 +365,7 @@ def _matches(path: Path, file: _HubFile) -> bool:
         return False
     digest = hashlib.sha256() if file.is_sha256 else hashlib.sha1(usedforsecurity=False)
     if not file.is_sha256:
-        # As git names a blob.
+        # git hashes a blob with this header.
         digest.update(f"blob {file.size}\0".encode())
     with path.open("rb") as content:
         while part := content.read(1 << 22):
@@ -374,7 +374,7 @@ def _matches(path: Path, file: _HubFile) -> bool:
 
 
 def _read_record(target: Path) -> _PullRecord | None:
-    """Return the record of a folder; None where there is none. Raises PreconditionFailed if it is damaged."""
+    """Return the record of a folder; None if there is none. Raises PreconditionFailed if it is damaged."""
     path = target / _RECORD
     try:
         record = parse_json(read_content(path, _MOST_RECORD_BYTES), str(path))
@@ -397,10 +397,10 @@ def _write_record(target: Path, record: _PullRecord) -> None:
 
 
 def _is_there(path: Path, checked: dict[str, list[Any] | None], file: _HubFile) -> bool:
-    """Return whether a file lies there whole; its content is read where it was not checked as it is now."""
+    """Return whether a file is complete. Its content is read if it has changed since its last check."""
     if not path.exists() or path.stat().st_size != file.size:
         return False
-    # Records had no times once.
+    # Records of earlier versions have no times.
     return checked.get(file.name) in (file.checked_at(path), file.checksum) or _matches(path, file)
 
 
@@ -436,14 +436,14 @@ def _explain(  # noqa: PLR0911 - a table, most specific first
     if isinstance(error, OSError) and is_of_disk(error):
         reason = cannot_write(target, error, "name another place with --to")
         return type(reason)(f"{reason.message}; what has come stays, and the next pull goes on")
-    # Of a file; those of the network name none.
+    # Errors of a file name it; those of the network name none.
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return PreconditionFailed(f"{error.filename}: {error.strerror.lower()}: name another place with --to")
     if isinstance(error, errors.OfflineModeIsEnabled):
         return Unavailable("HF_HUB_OFFLINE is set, so nothing is loaded: unset it to pull")
     if isinstance(error, errors.HfHubHTTPError):
         return Unavailable(f"the hub answered {status or 'with an error'} for {model}: try again later")
-    # The library's client has had several names.
+    # Versions of the library use different HTTP clients.
     if isinstance(error, OSError) or type(error).__module__.startswith(("httpx", "httpcore", "requests")):
         return Unavailable(
             f"the hub cannot be reached ({type(error).__name__}): check the network and HTTPS_PROXY"

@@ -1,4 +1,4 @@
-"""A cascade that a command runs: its processes, their logs, and what signals do to them."""
+"""Runs a cascade for a command: its processes, their logs, and the handling of signals."""
 
 from __future__ import annotations
 
@@ -22,17 +22,16 @@ if TYPE_CHECKING:
 
     from services.local.cascade_file import CascadeFile, Ports
 
-# Children get this long to drain, and a little more to end, before they are killed.
+# How long children may drain. They get a little more to end, before they are killed.
 _DRAIN_SECONDS = 10.0
 _GRACE_SECONDS = 12.0
 _EXTRA_OF_ENGINE = {"onnx": "stage", "vllm": "vllm", "tensorrt_llm": "tensorrt-llm"}
 
 
 class Signalled(Exception):  # noqa: N818 - not an error: somebody wants the command to end
-    """SIGINT, SIGTERM or SIGHUP ended the work, and the processes with it.
+    """SIGINT, SIGTERM or SIGHUP ended the command and its processes.
 
-    code: what a shell says of a process that the signal ended. has_served: whether all processes served by
-    then.
+    code: a shell's exit code for the signal. has_served: whether all processes had started to serve.
     """
 
     def __init__(self, number: int, *, has_served: bool) -> None:
@@ -49,21 +48,21 @@ async def running(
     """Run a cascade's processes, or only one of them, while the body runs.
 
     The first SIGINT, SIGTERM or SIGHUP (of a terminal that closes) cancels the body and drains the processes,
-    a second one kills them; Signalled is raised then. Logs lie in a temporary directory. It is kept where a
-    process ended by itself after the start, and goes otherwise: a failed start is told with the end of the
-    log. Raises SettingsError for an unknown `only`, PreconditionFailed where a process needs what
-    is not installed, and LaunchError if a process does not start.
+    a second one kills them; both raise Signalled. Logs are in a temporary directory, which is removed unless
+    a process crashed after the start: the error of a failed start quotes the end of its log. Raises
+    SettingsError for an unknown `only`, PreconditionFailed if a process needs a package that is not
+    installed, and LaunchError if a process does not start.
     """
     _check_installed(cascade, only)
 
     def say(line: str) -> None:
-        # A terminal that has closed must not keep the processes from being drained.
+        # A closed terminal must not prevent the draining of processes.
         with suppress(OSError):
             notes.print(line, markup=False, soft_wrap=True)
 
     supervisors: list[Supervisor] = []
     has_served = False
-    # Before there is anything to leave behind.
+    # Handle signals before there is anything to clean up.
     received = cancel_on_signals(supervisors, say)
     directory = Path(tempfile.mkdtemp(prefix="asd-"))
     try:
@@ -82,7 +81,7 @@ async def running(
         finally:
             await supervisor.__aexit__(None, None, None)
     except (asyncio.CancelledError, OSError):
-        # OSError: of a terminal that has closed.
+        # A closed terminal raises OSError.
         if received:
             raise Signalled(received[0], has_served=has_served) from None
         raise
@@ -94,7 +93,7 @@ async def running(
 
 
 def _check_installed(cascade: CascadeFile, only: str | None) -> None:
-    """Raise PreconditionFailed, with what to install, where a process could not import what it needs."""
+    """Raise PreconditionFailed, with what to install, if a process lacks a package."""
     extras = [_EXTRA_OF_ENGINE[stage.engine] for stage in cascade.stages if only in {None, stage.name}]
     if cascade.policy is not None and only in {None, POLICY}:
         extras.append("policy")
@@ -102,7 +101,7 @@ def _check_installed(cascade: CascadeFile, only: str | None) -> None:
 
 
 def cancel_on_signals(supervisors: Sequence[Supervisor], say: Callable[[str], None]) -> list[int]:
-    """Let signals cancel the task that runs now, then kill; return the list that they are put into."""
+    """Let the first signal cancel the current task and the second kill; return the list of signals."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     received: list[int] = []
 

@@ -25,23 +25,22 @@ if TYPE_CHECKING:
 
     from services.local.cascade_file import Service
 
-# A model that was never prepared is prepared now: seconds for the embedded family, minutes for a large one.
+# Timeout of a start. A new model is first prepared: seconds for the embedded family, minutes for a large one.
 _READY_SECONDS = 300.0
 _DELAYS_S = (0.25, 10.0)
-# A service that served for this long starts with the first delay again.
+# A service that served for this long restarts with the first delay again.
 _STABLE_S = 30.0
-# For how long the router is waited for to reach a service that is back, how long one question to it may take,
-# and the pause between two. Chosen: its channels try again every second at least.
+# How long to wait until the router reaches a restarted service; timeout of one Describe call, and the pause
+# between two. Chosen: the router's channels reconnect at least every second.
 _REACH_SECONDS = 10.0
 _DESCRIBE_SECONDS = 2.0
 _REACH_PAUSE_S = 0.05
-# Of a start that failed, whose log goes.
+# Lines of the log that the error of a failed start quotes: the log itself is removed.
 _LOG_LINES = 40
-# What else helps where the disk of logs and settings is full: they go to the directory of temporary files.
+# Advice for a full disk: logs and settings are in the directory of temporary files.
 _ELSEWHERE = "set TMPDIR to another folder"
 _LOSS = "go on without what it prints"
-# Below the range that systems take outgoing ports from, so that no connection of ours takes one that we
-# chose.
+# Below the range of outgoing ports, so that no connection of ours takes a port that we chose.
 _FREE_PORTS = range(20_000, 32_000)
 
 
@@ -52,13 +51,13 @@ class LaunchError(Exception):
 class Supervisor:
     """Services as child processes, from `async with` to its end.
 
-    Entering starts all at once and returns when each of them serves. A service that ends by itself is
-    started again, later each time that it failed; that it serves again is said once the router can reach it.
-    Leaving drains the router first, so that answers under way can finish,
-    then the others; what does not end within `grace_seconds` is killed. If this process is killed, the
-    children see it and drain by themselves.
+    Entering starts all of them at once and returns when each one serves. A service that crashes is restarted,
+    with a longer delay after each failure; its return is announced once the router can reach it. Leaving
+    drains the router first, so that requests in flight can finish, and then the other services. A process
+    that does not end within `grace_seconds` is killed. If this process is killed, its children notice and
+    drain.
 
-    directory: for logs and configuration. say: takes a line about what happened, for people.
+    directory: for logs and configuration. say: takes a line about an event, for people.
     Entering raises LaunchError if a port is taken or a service does not start; no child is left then.
     """
 
@@ -78,7 +77,7 @@ class Supervisor:
 
     @property
     def has_crashed(self) -> bool:
-        """Whether a child ever ended by itself."""
+        """Whether a child has ever crashed."""
         return any(child.crashes for child in self.children)
 
     async def __aenter__(self) -> Self:
@@ -122,8 +121,8 @@ class Supervisor:
 class Child:
     """One service's process, and the file that its output goes to.
 
-    reach: waits until callers can have what the service of a name does. delays_s: the first and the longest
-    time between the end of a process and the start of the next one.
+    reach: waits until the router can reach the service of a name. delays_s: the first and the longest delay
+    of a restart.
     """
 
     def __init__(
@@ -145,7 +144,7 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """Id of the process that runs now, or ran last; 0 before the first start."""
+        """Id of the current or last process; 0 before the first start."""
         return self._process.pid if self._process else 0
 
     async def start(self) -> None:
@@ -166,7 +165,7 @@ class Child:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
-                # Ctrl-C is for the parent alone, which drains the children in order.
+                # Only the parent gets Ctrl-C; it drains the children in order.
                 start_new_session=True,
             )
         try:
@@ -186,7 +185,7 @@ class Child:
             )
 
     async def keep(self) -> None:
-        """Start the process again whenever it ends, until cancelled."""
+        """Restart the process whenever it ends, until cancelled."""
         first_delay_s, longest_delay_s = self._delays_s
         delay_s = first_delay_s
         serves, is_return = True, False
@@ -202,7 +201,7 @@ class Child:
                     announcing.cancel()
                     await asyncio.gather(announcing, return_exceptions=True)
             self.crashes += 1
-            # A process that ends with 0 was asked to: it has drained, and nothing is wrong with it.
+            # A process that exits with 0 was asked to end and has drained: that is no crash.
             was_asked = serves and process.returncode == 0
             if was_asked or time.monotonic() - started > _STABLE_S:
                 delay_s = first_delay_s
@@ -213,13 +212,13 @@ class Child:
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, longest_delay_s)
             serves, is_return = False, True
-            # A failed start is an ended process, which the next turn reports.
+            # A failed start is a process that ended; the next turn reports it.
             with contextlib.suppress(LaunchError):
                 await self.start()
                 serves = True
 
     async def _announce(self, process: asyncio.subprocess.Process) -> None:
-        """Say that the service is back once callers have it."""
+        """Announce that the service is back once the router reaches it."""
         await self._reach(self.service.name)
         self._say(f"{self.service.name} (process {process.pid}) serves again at {self.service.address}")
 
@@ -268,7 +267,7 @@ class Child:
                 with self.log.open("ab") as log:
                     log.write(chunk)
             except OSError as error:
-                # Read on: the process would wait for its output to be taken.
+                # Continue to read: otherwise the process would block on its output.
                 if not is_lost:
                     self._say(f"{self.service.name}: {cannot_write(self.log, error, _LOSS).message}")
                 is_lost = True
@@ -277,10 +276,10 @@ class Child:
 
     @contextlib.contextmanager
     def _prepared(self) -> Iterator[IO[bytes]]:
-        """Write the service's settings where that has not been done, and open its log."""
+        """Write the service's settings if that has not been done, and open its log."""
         try:
             if not self._config.exists():
-                # Once: what it restarts with lies there, also when the disk is full.
+                # Written once, so that a restart does not need space on the disk.
                 replace_file(self._config, yaml.safe_dump(self.service.config, sort_keys=False))
             log = self.log.open("ab")
         except OSError as error:
@@ -295,9 +294,9 @@ class Child:
 
 
 class Reach:
-    """Waits until a router reaches a service again: its connections are tried anew with pauses.
+    """Waits until a router reaches a service again: the router reconnects with pauses.
 
-    Not for longer than _REACH_SECONDS: a router that is away, or wants a token, cannot be asked.
+    It gives up after _REACH_SECONDS: a router that is down, or requires a token, cannot be asked.
     """
 
     def __init__(self, router: str) -> None:
@@ -330,7 +329,7 @@ async def _reached(_: str) -> None:
 
 
 def free_ports(stages: int) -> Ports:
-    """Return ports that nobody listens on now, for a cascade with these many stages.
+    """Return ports that nobody listens on now. stages: of the cascade.
 
     Raises LaunchError if none are found.
     """

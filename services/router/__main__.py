@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Router:
-    """A router's parts: what serves it, and how busy it knows its stages to be."""
+    """A router: its servicer, and the load of its stages."""
 
     servicer: CascadeServicer
     load: Load
@@ -59,10 +59,10 @@ async def assemble(settings: RouterSettings, channels: AsyncExitStack) -> Router
     """Return the router that the settings describe; its channels close with the stack."""
     clock = time.monotonic
     names = [stage.name for stage in settings.stages]
-    # 0 would be nobody.
+    # 0 would mean that no caller is named.
     caller = secrets.randbits(63) + 1
     stages: list[GrpcStage] = []
-    sleeping: list[tuple[Stage, Replicated]] = []
+    replicated: list[tuple[Stage, Replicated]] = []
     for index, entry in enumerate(settings.stages):
         stage = Stage(entry.name, index, entry.cost, entry.timeout_ms, entry.target, entry.model)
         with _within(f"stages.{index}"):
@@ -72,11 +72,11 @@ async def assemble(settings: RouterSettings, channels: AsyncExitStack) -> Router
         client = GrpcStage(stage, replicas, clock, caller, entry.adapters, patience)
         channels.push_async_callback(client.close)
         stages.append(client)
-        sleeping.append((stage, replicas))
+        replicated.append((stage, replicas))
     policy = None
     if settings.policy is not None:
         target = settings.policy.target
-        # No retries with pauses: the static plan is the better answer to a policy that is away.
+        # No retries with pauses: if the policy is unavailable, the static plan answers sooner.
         with _within("policy"):
             channel = open_channel(target, retry=False, tls=settings.policy.tls)
         await channels.enter_async_context(channel)
@@ -86,7 +86,7 @@ async def assemble(settings: RouterSettings, channels: AsyncExitStack) -> Router
     static_plan = StaticPlan(tuple(names.index(name) for name in settings.static_plan), len(names))
     instruments = RouterInstruments()
     options = SpeculationOptions(**settings.speculation.model_dump())
-    activator = await _activator(settings, sleeping, channels)
+    activator = await _activator(settings, replicated, channels)
     if settings.manager is not None:
         instruments.watch_sleep([each.stage for each in stages], lambda: activator.scaled_to_zero)
     knowledge = Knowledge(
@@ -124,7 +124,7 @@ async def run(settings: RouterSettings) -> None:
 async def _activator(
     settings: RouterSettings, stages: Sequence[tuple[Stage, Replicated]], channels: AsyncExitStack
 ) -> Activator:
-    """Return what knows of stages that sleep; it asks the manager until the stack closes."""
+    """Return the activator of stages that are scaled to zero; it polls the manager until the stack closes."""
     if settings.manager is None:
         return AlwaysActive()
     target = settings.manager.target
@@ -132,8 +132,8 @@ async def _activator(
         channel = open_channel(target, tls=settings.manager.tls)
     await channels.enter_async_context(channel)
     manager = GrpcManager(target, channel, settings.manager.timeout_ms)
-    waking = Activation(stages, manager, time.monotonic, settings.manager.poll_ms)
-    following = asyncio.create_task(waking.follow())
+    activation = Activation(stages, manager, time.monotonic, settings.manager.poll_ms)
+    following = asyncio.create_task(activation.follow())
 
     async def stop() -> None:
         following.cancel()
@@ -141,12 +141,12 @@ async def _activator(
             await following
 
     channels.push_async_callback(stop)
-    return waking
+    return activation
 
 
 @contextmanager
 def _within(section: str) -> Iterator[None]:
-    """Name a section of the settings where a file of it cannot be used."""
+    """Name the section of the settings in errors about its files."""
     try:
         yield
     except UnusableFile as error:

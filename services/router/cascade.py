@@ -36,11 +36,10 @@ class Cascade:
     async def answer(
         self, request: RoutedRequest, deadline: float, view: Visibility, emit: Emit
     ) -> RoutedAnswer:
-        """Return the outcome of a request; emit what the view shows of it on the way. deadline: by the clock.
+        """Return the outcome of a request, and emit the events that the view shows. deadline: clock seconds.
 
-        Raises NotFound for an unknown fixed stage, BudgetSpent at the deadline, Overloaded where there is no
-        room for the request, what the policy refuses it with, and what the stages failed or refused it with
-        where none has answered.
+        Raises NotFound for an unknown fixed stage, BudgetSpent at the deadline and Overloaded if there is no
+        capacity. A refusal by the policy is raised as it is. So is the stages' error if none has answered.
         """
         state = RequestState(request, deadline, view, self._clock, emit)
         with self._planner.plan_for(state) as plan:
@@ -54,7 +53,7 @@ class Cascade:
                         report = await self._runner.run(step, state, prefill, plan.look)
                     except StageFailed as failed:
                         step = await plan.after_failure(failed)
-                        await state.revert()
+                        await state.revert_to_earlier_answer()
                     else:
                         step = await plan.after_answer(report)
                 state.prefilled(await prefill.close())

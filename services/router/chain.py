@@ -1,4 +1,4 @@
-"""The earlier stages of a chain, each at work on what the one before it has written so far."""
+"""The earlier stages of a chain. Each verifies what the stage before it has written so far."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Piece = ScoredTokens | FinishReason
 
 
 class Chain:
-    """The earlier stages of a chain, drafting for the last one. Close it when the last one has answered."""
+    """The earlier stages of a chain, which draft for the last one. Close it once the last has answered."""
 
     def __init__(
         self,
@@ -34,30 +34,31 @@ class Chain:
         clock: Callable[[], float],
     ) -> None:
         self._request = request
-        # Not as one that names its stages: the last one need not wait for a drafter that is away.
+        # Drafters get a request that names no stages: the last stage need not wait for a missing drafter.
         self._drafted = replace(request, stage="", chain=())
         self._timeout_ms = timeout_ms
         self._clock = clock
         self._calls: list[StageCall] = []
-        # What each of them writes.
+        # The stream of each drafter, in order.
         self._written: list[DraftStream] = []
         self._tasks: list[asyncio.Task[None]] = []
         for client in clients:
             self._start(client)
 
     async def verify(self, client: StageClient, emit: Take) -> StageResult:
-        """Have the last stage verify what the others write; return its result."""
+        """Have the last stage verify the drafts; return its result."""
         return await client.verify_stream(self._request, self._written[-1], self._timeout_ms, emit)
 
     async def close(self) -> tuple[list[StageAnswer], list[CallFailure], float]:
-        """Stop what is still being written; return the answers, whole or not, and the failures.
+        """Stop the drafters that are still writing.
 
-        And for how many milliseconds the last stage waited for a draft to begin.
+        Returns their answers, complete or not, their failures, and how long the last stage waited for its
+        draft to begin, in milliseconds.
         """
         for task in self._tasks:
             task.cancel()
         outcomes = await asyncio.gather(*self._tasks, return_exceptions=True)
-        # What is waited for comes from elsewhere: it says nothing of the stage.
+        # A stage's wait for its drafter does not count against the stage.
         *waited_ms, last_ms = 0.0, *(written.waited_ms() for written in self._written)
         failures = [
             CallFailure(call.stage, outcome, self._time_of(call.stage) - each_ms, call.has_heard)
@@ -67,11 +68,11 @@ class Chain:
         return [call.unfinished_answer() for call in self._calls], failures, last_ms
 
     def _time_of(self, stage: Stage) -> float:
-        """Return how long a drafter's call may take, in milliseconds."""
+        """Return the timeout of a drafter's call, in milliseconds."""
         return min(self._timeout_ms, stage.timeout_ms)
 
     def _start(self, client: StageClient) -> None:
-        """Have a stage work on the drafts of the one before it."""
+        """Start a drafter; all but the first verify the draft of the one before."""
         drafts = self._written[-1] if self._written else None
         action = StageAction.VERIFY if drafts else StageAction.GENERATE
         drafter = self._calls[-1].stage.name if drafts else ""
@@ -101,13 +102,13 @@ class Chain:
                 written.add(result.finish_reason)
             finally:
                 if not call.has_ended:
-                    # The next stage goes on alone from what has come.
+                    # The next stage continues alone after the tokens that it has.
                     written.add(FinishReason.LENGTH)
             spans.describe_answer(span, call.unfinished_answer())
 
 
 class DraftStream:
-    """What a stage has written and still writes. Each reader has it from its beginning, until it ends.
+    """A draft that may still grow. Every reader gets all of it, from the start to the end.
 
     clock: monotonic seconds.
     """
@@ -121,12 +122,12 @@ class DraftStream:
         self._grown = asyncio.Event()
 
     def add(self, piece: Piece) -> None:
-        """Go on with a piece; a FinishReason is the last one."""
+        """Append a piece. A FinishReason is the last one."""
         if self._begun is None:
             self._begun = self._clock()
         self._pieces.append(piece)
         self._grown.set()
-        # Who waits for more waits for the next one.
+        # Readers wait for the next piece on an event of its own.
         self._grown = asyncio.Event()
 
     def waited_ms(self) -> float:

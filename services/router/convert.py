@@ -1,7 +1,4 @@
-"""Messages of the contract ↔ values that the router alone knows; asd.convert has the rest.
-
-Nothing here decides anything.
-"""
+"""Converts between messages of the contract and the router's own values; asd.convert has the rest."""
 
 from __future__ import annotations
 
@@ -84,7 +81,7 @@ def draft_to(draft: StageResult) -> common_pb2.Draft:
 
 
 def evidence_to(answer: StageAnswer) -> policy_pb2.DraftEvidence:
-    """Return what an answer shows, for the policy."""
+    """Return the evidence of an answer, for the policy."""
     return policy_pb2.DraftEvidence(
         text=answer.result.text,
         logprobs=answer.tokens.logprobs,
@@ -95,7 +92,7 @@ def evidence_to(answer: StageAnswer) -> policy_pb2.DraftEvidence:
 
 
 def verification_to(answer: StageAnswer) -> policy_pb2.VerificationEvidence | None:
-    """Return what the verification behind an answer showed, for the policy."""
+    """Return the evidence of an answer's verification, for the policy; None if it verified no draft."""
     verification = answer.verification
     if verification is None:
         return None
@@ -124,7 +121,7 @@ def conditions_to(conditions: Sequence[StageKnowledge]) -> list[policy_pb2.Stage
 
 
 def tokens_from(message: common_pb2.TokenChunk, fingerprint: str = "") -> ScoredTokens:
-    """Return tokens as a domain value. fingerprint: of the tokenizer, where the message came with one."""
+    """Return tokens as a domain value. fingerprint: the tokenizer's, if the stage sent one."""
     return ScoredTokens(
         message.token_ids,
         message.text,
@@ -141,7 +138,7 @@ def verification_from(message: stage_pb2.Verification) -> Verification:
 
 
 def result_from(message: stage_pb2.StageResult, peer: str) -> StageResult:
-    """Return a stage's result as a domain value. Raises AsdError, naming the peer, where it is malformed."""
+    """Return a stage's result as a domain value. Raises AsdError, naming the peer, if it is malformed."""
     usage, timing = message.usage, message.timing
     return StageResult(
         text=message.text,
@@ -245,7 +242,7 @@ def record_to(record: Record) -> cascade_pb2.StageRecord:
 
 
 def prefilled_to(prefilled: Prefilled) -> cascade_pb2.StageRecord:
-    """Return the record of a stage that was warmed."""
+    """Return the record of a prefill ahead."""
     return cascade_pb2.StageRecord(
         stage=prefilled.stage.name,
         stage_index=prefilled.stage.index,

@@ -1,4 +1,4 @@
-"""Values that the router alone knows; asd.values has those of its callers. Pure."""
+"""The router's own values; asd.values has those that callers share. Pure."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ if TYPE_CHECKING:
 
 
 class Overload(Enum):
-    """What becomes of requests while more is asked than the stages compute."""
+    """What happens to requests while they arrive faster than the stages answer."""
 
-    QUEUE = "queue"  # They wait; one whose deadline the line leaves no time for is refused.
-    DEGRADE = "degrade"  # They wait, and a stage with a line is dearer: others may answer, less well.
-    SHED = "shed"  # They are refused where the line at the wanted stage is longer than an answer.
+    QUEUE = "queue"  # They wait. One that the queue leaves no time for before its deadline is refused.
+    DEGRADE = "degrade"  # They wait, and a queue adds to a stage's cost: lesser stages may answer.
+    SHED = "shed"  # They are refused if the queue at the wanted stage is longer than an answer.
 
 
 class Refusal(Enum):
-    """Why there was no room for a request."""
+    """Why a request was refused for lack of capacity."""
 
-    CONCURRENCY = "concurrency"  # The router has max_concurrent requests under way.
-    DEADLINE = "deadline"  # The line at the stage leaves no time for it.
-    LINE = "line"  # The stage has a line, and overload is SHED.
+    CONCURRENCY = "concurrency"  # The router has max_concurrent requests in flight.
+    DEADLINE = "deadline"  # The queue at the stage leaves no time for it.
+    LINE = "line"  # The stage has a queue, and overload is SHED.
     STAGE_FULL = "stage_full"  # The stage refused it.
 
 
 class Visibility(Enum):
-    """What a caller sees while an answer is made."""
+    """Which events a caller sees."""
 
     OUTCOME = "outcome"  # The outcome alone.
     COMMITTED = "committed"  # Final tokens.
@@ -42,17 +42,17 @@ class Visibility(Enum):
 
 @dataclass(frozen=True, slots=True)
 class RoutedRequest(Request):
-    """A caller's request, under the id that the router gave it."""
+    """A caller's request with the id that the router gave it."""
 
     id: str = field(kw_only=True)
 
     def __post_init__(self) -> None:
-        """Leave out what a Request checks: the message has checked the types."""
+        """Skip the checks of Request: protobuf has checked the types already."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One model of the cascade. cost: cost units of a whole answer. timeout_ms: budget of one call."""
+    """One model of the cascade. cost: of a whole answer, in cost units. timeout_ms: of one call."""
 
     name: str
     index: int
@@ -69,7 +69,7 @@ class Stage:
 class ScoredTokens:
     """Tokens in order. logprobs (nats), entropies (nats) and top2_margins have one entry per id.
 
-    fingerprint: of the tokenizer; "" where the stage did not say.
+    fingerprint: of the tokenizer; "" if the stage did not send one.
     """
 
     ids: Sequence[int]
@@ -82,7 +82,7 @@ class ScoredTokens:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """How a draft fared. proposed counts the end-of-sequence token where the draft ended with it."""
+    """What a stage made of a draft. proposed_tokens includes the draft's end-of-sequence token, if any."""
 
     proposed_tokens: int
     accepted_tokens: int
@@ -92,7 +92,7 @@ class Verification:
 
 @dataclass(frozen=True, slots=True)
 class TokenUsage:
-    """What a stage call consumed."""
+    """Tokens and forward passes of a stage call."""
 
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
@@ -114,9 +114,9 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class PeerLoad:
-    """Calls of others than this router under way at a replica, as an answer from there ended.
+    """Calls of other callers in flight at a replica when it ended an answer.
 
-    replica: its address. replicas: those of all that the stage has. when: by the router's clock, in seconds.
+    replica: its address. replicas: addresses of all replicas. when: by the router's clock, in seconds.
     """
 
     replica: str
@@ -127,11 +127,11 @@ class PeerLoad:
 
 @dataclass(frozen=True, slots=True)
 class StageResult:
-    """Outcome of a stage call. token_ids: without the end-of-sequence token.
+    """Result of a stage call. token_ids: without the end-of-sequence token.
 
-    accept_lengths: tokens emitted by each pass that scored a proposal. is_adapted: whether the stage was
-    asked for its adapter for the type of task; the model's name does not tell. context_length: of its model,
-    in tokens; 0: not known.
+    accept_lengths: tokens emitted by each pass that scored a proposal. is_adapted: whether the call named an
+    adapter; the model's name does not tell. others: calls of other callers. context_length: the model's, in
+    tokens; 0: unknown.
     """
 
     text: str
@@ -147,16 +147,13 @@ class StageResult:
     context_length: int = 0
 
 
-StageEvent = ScoredTokens | Verification | StageResult
-
-
 @dataclass(frozen=True, slots=True)
 class StageAnswer:
-    """A stage's whole answer with what it shows. latency_ms: from the call to the stage's last message.
+    """A stage's answer and its evidence. latency_ms: from the call to the stage's last message.
 
-    draft_stage: name of the stage whose draft it verified, or "". is_whole: False where the call was cut off,
-    and the stage's own times are not known. is_pipelined: whether the draft was being written meanwhile, and
-    the stage's times have its drafter's in them.
+    draft_stage: name of the stage whose draft it verified, or "". is_whole: False if the call was cut off;
+    the stage's own times are then unknown. is_pipelined: whether the draft was still being written; the
+    stage's times then include its drafter's.
     """
 
     stage: Stage
@@ -173,10 +170,7 @@ class StageAnswer:
 
 @dataclass(frozen=True, slots=True)
 class StageKnowledge:
-    """What the router knows of a stage.
-
-    queue_depth: calls under way. expected_queue_ms: wait to be expected.
-    """
+    """The router's view of a stage. queue_depth: calls in flight. expected_queue_ms: expected wait."""
 
     stage: str
     available: bool
@@ -196,8 +190,8 @@ class AbandonRule:
 class PolicyChoice:
     """The policy's choice of a first stage, by its index.
 
-    p_escalate: probability that a later stage will be asked. likely_next: that stage; None: there is none.
-    abandon: by ascending number of tokens. abandon_to: the stage that goes on with a draft that was given up.
+    p_escalate: probability that the request escalates. likely_next: to this stage; None: to none. abandon: by
+    ascending number of tokens. abandon_to: the stage that verifies an abandoned draft.
     """
 
     first_stage: int
@@ -210,7 +204,7 @@ class PolicyChoice:
 
 @dataclass(frozen=True, slots=True)
 class Prefilled:
-    """A prompt that was put into a stage's cache ahead of an escalation. prompt_tokens: of the prompt."""
+    """A prefill ahead of an escalation. prompt_tokens: length of the prompt."""
 
     stage: Stage
     prompt_tokens: int
@@ -222,10 +216,9 @@ class Prefilled:
 class Decision:
     """What to do with an answer.
 
-    next_stage: index of the stage to ask, for ESCALATE. p_correct: calibrated probability that the judged
-    answer is correct; None where the policy was not asked, or had nothing to predict, as the prompt is unlike
-    all that it was fitted to: is_out_of_family. expected_ms: latency to be expected of next_stage; None:
-    unknown.
+    next_stage: index of the stage to call, for ESCALATE. p_correct: calibrated probability that the answer
+    is correct. It is None if the policy was not called, or if the prompt is unlike all that the policy was
+    fitted to (is_out_of_family). expected_ms: expected latency of next_stage; None: unknown.
     """
 
     action: DecisionAction
@@ -239,28 +232,28 @@ class Decision:
     is_out_of_family: bool = False
 
     def stopped(self, reason: DecisionReason) -> Decision:
-        """Return the decision turned into a stop, for a reason of the router's."""
+        """Return the decision as a stop, with the router's own reason."""
         return replace(self, action=DecisionAction.STOP, reason=reason, next_stage=None, expected_ms=None)
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A stage's answer and what was decided on it."""
+    """A stage's answer and the decision on it."""
 
     answer: StageAnswer
     decision: Decision
 
     def stopped(self, reason: DecisionReason) -> Record:
-        """Return the record with the answer standing, for a reason of the router's."""
+        """Return the record with a stop as its decision, for the router's own reason."""
         return Record(self.answer, self.decision.stopped(reason))
 
 
 @dataclass(frozen=True, slots=True)
 class OpenCall:
-    """One of this router's calls under way at a stage.
+    """One of this router's calls in flight at a stage.
 
-    stage: its index. number: later calls have higher ones. depth: how many there were as it began, itself
-    included. began: by the clock, in seconds. expected_ms: the wait that was expected for it.
+    stage: its index. number: ascends in order of start. depth: calls in flight when it began, itself
+    included. began: clock seconds. expected_ms: the wait that was expected for it.
     """
 
     stage: int
@@ -272,7 +265,7 @@ class OpenCall:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Who planned a request, and for how many milliseconds the policy was asked."""
+    """Where a request's plan came from. policy_ms: time spent on calls to the policy."""
 
     source: PlanSource
     policy_version: str = ""
@@ -281,14 +274,13 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A stage's call, as it was planned.
+    """A planned call to a stage.
 
     decision: on the answer before it; None: there is none. draft: the answer that the stage verifies; None:
-    it writes by itself, or verifies what the drafters write meanwhile. skip_reason: why it works without a
-    draft that there is. timeout_ms: of the call. leave_after_ms: after so long the request goes on without
-    it, where it can. is_final: whether its answer will stand. abandon: when its draft is not worth finishing.
-    prefill: the stage that the request likely escalates to, whose prefix cache is filled meanwhile, for
-    prefill_ms at most.
+    it generates, or verifies drafts while the drafters write them. skip_reason: why an existing draft is not
+    used, or "". timeout_ms: of the call. leave_after_ms: time after which the request goes on without the
+    stage, if it can. is_final: whether its answer will stand. abandon: rules by which its draft is abandoned.
+    prefill: a later stage whose prefix cache is filled meanwhile. prefill_ms: timeout of that.
     """
 
     stage: Stage
@@ -312,7 +304,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """The end of a request: an answer stands. decision: on it."""
+    """The end of a request: the latest answer stands. decision: on that answer."""
 
     decision: Decision
     provenance: Provenance
@@ -322,7 +314,7 @@ class Stop:
 class CallFailure:
     """How a stage's call failed. call_ms: time that it had for its own work.
 
-    has_heard: whether anything came from it. call: None where none was made, and of drafters.
+    has_heard: whether it sent anything. call: None if no call was made, and for drafters.
     """
 
     stage: Stage
@@ -334,11 +326,11 @@ class CallFailure:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What the calls of a step came to.
+    """Results of a step's calls.
 
-    answers: each with the calls that were under way at its stage as it began, itself included; the step's own
-    is the last one. failures: of drafters. refusals: of a stage that refused the prompt as its prefix cache
-    was filled, by its index. is_abandoned: whether the answer is a draft that was not worth finishing.
+    answers: each with the number of calls in flight at its stage when it began, itself included; the step's
+    own answer is last. failures: of drafters. refusals: errors of stages that refused a prefill, by index.
+    is_abandoned: whether the answer is an abandoned draft.
     """
 
     answers: tuple[tuple[StageAnswer, int], ...] = ()
@@ -348,7 +340,7 @@ class Report:
 
 
 class StageFailed(Exception):  # noqa: N818 - an error is named by its cause
-    """The stage of a step has failed. drafters: those of its drafters that failed, too."""
+    """A step's stage has failed. drafters: failures of its drafters."""
 
     def __init__(self, failure: CallFailure, drafters: tuple[CallFailure, ...] = ()) -> None:
         super().__init__(failure.error.message)
@@ -358,7 +350,7 @@ class StageFailed(Exception):  # noqa: N818 - an error is named by its cause
 
 @dataclass(frozen=True, slots=True)
 class StageStart:
-    """A stage starts on the request."""
+    """A stage begins to work on the request."""
 
     stage: Stage
     action: StageAction
@@ -373,7 +365,7 @@ class DraftPart:
 
 @dataclass(frozen=True, slots=True)
 class FinalPart:
-    """Tokens that are final, counted from the answer's start. tokens: those not shown before, or None."""
+    """The answer's first count tokens are final. tokens: those not shown before, or None."""
 
     count: int
     tokens: ScoredTokens | None = None
@@ -381,7 +373,7 @@ class FinalPart:
 
 @dataclass(frozen=True, slots=True)
 class Revision:
-    """Everything after these many tokens, and bytes of UTF-8, is dropped."""
+    """Everything after this many tokens, and bytes of UTF-8, is dropped."""
 
     kept_tokens: int
     kept_bytes: int
@@ -389,7 +381,7 @@ class Revision:
 
 @dataclass(frozen=True, slots=True)
 class RoutedAnswer:
-    """The answer to a request: the last record's, with what led to it."""
+    """The answer to a request: the last record's, with the records that led to it."""
 
     request_id: str
     records: tuple[Record, ...]
@@ -420,4 +412,4 @@ Event = StageStart | DraftPart | FinalPart | Revision | RoutedAnswer
 
 
 async def show_nothing(event: Event) -> None:
-    """Take an event of an answer whose caller is shown the outcome alone."""
+    """Ignore an event: the caller sees the outcome alone."""

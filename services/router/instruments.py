@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from services.router.domain import Refusal, RoutedAnswer, Stage, StageAnswer
     from services.router.planning.draft_selection import SkipReason
 
-# From a small stage's verification to all stages after each other; costs are in the default units.
+# They range from a small stage's verification to all stages in turn, in the default cost units.
 _COST_BUCKETS = (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 15.0, 20.0, 50.0)
 
 
 class RouterInstruments:
-    """Counts what the router does, through OpenTelemetry. Build it after set-up."""
+    """The router's OpenTelemetry instruments. Build it after telemetry is set up."""
 
     def __init__(self) -> None:
         self._meter = meter = telemetry.meter()
@@ -114,12 +114,12 @@ class RouterInstruments:
         )
 
     def static_plan_used(self, step: str) -> None:
-        """The static plan stood in for the policy at a step, "plan" or "decide"."""
+        """The static plan replaced the policy at a step, "plan" or "decide"."""
         if self._enabled:
             self._static_plans.add(1, {Attributes.PLAN_STEP: step})
 
     def stage_answered(self, answer: StageAnswer, task: str, *, is_adapted: bool) -> None:
-        """A stage gave an answer to a request of a type of task, or of none (""), with its adapter or not."""
+        """A stage answered. task: the request's type of task, or "". is_adapted: if an adapter was used."""
         if not self._enabled:
             return
         attributes = {
@@ -128,7 +128,7 @@ class RouterInstruments:
         }
         self._stage_requests.add(1, attributes)
         if task and answer.is_whole:
-            # Not the task's name: callers write it, and could make any number of series.
+            # The task's name is left out: callers choose it, and could create any number of series.
             self._tasks.add(
                 1,
                 {
@@ -150,12 +150,12 @@ class RouterInstruments:
             self._accepted.add(answer.verification.accepted_tokens, stage)
 
     def draft_skipped(self, stage: Stage, reason: SkipReason) -> None:
-        """A stage works without a draft that it could have had."""
+        """A stage works without a draft although there is one."""
         if self._enabled:
             self._skips.add(1, {Attributes.STAGE_NAME: stage.name, Attributes.DRAFT_SKIPPED: reason.value})
 
     def request_refused(self, reason: Refusal) -> None:
-        """There was no room for a request."""
+        """A request was refused for lack of capacity."""
         if self._enabled:
             self._refusals.add(1, {Attributes.REFUSAL_REASON: reason.value})
 
@@ -168,7 +168,7 @@ class RouterInstruments:
 
     @contextmanager
     def request_under_way(self) -> Iterator[None]:
-        """Count the block as a request under way, and as a failed one where it ends with an error."""
+        """Count the block as a request in flight, and as a failed one if it ends with an error."""
         if not self._enabled:
             yield
             return
@@ -182,7 +182,7 @@ class RouterInstruments:
             self._active.add(-1)
 
     def watch_sleep(self, stages: Sequence[Stage], asleep: Callable[[], frozenset[int]]) -> None:
-        """Show which stages sleep. asleep: is called at each export."""
+        """Export which stages are scaled to zero. asleep: is called at each export."""
 
         def observe(_: CallbackOptions) -> Iterable[Observation]:
             inactive = asleep()
@@ -196,7 +196,7 @@ class RouterInstruments:
         )
 
     def request_answered(self, outcome: RoutedAnswer, stage_count: int) -> None:
-        """A request was answered, in a cascade of so many stages."""
+        """A request was answered. stage_count: stages of the cascade."""
         if not self._enabled:
             return
         stage = outcome.answer.stage

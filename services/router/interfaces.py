@@ -1,4 +1,4 @@
-"""What the cascade needs of the outside: protocols that clients.py meets with gRPC, and tests with fakes."""
+"""Protocols of what the cascade needs. `clients` implements them over gRPC, and tests with fakes."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     )
     from services.router.planning.draft_selection import SkipReason
 
-    # Takes what a stage sends while it works; the stage goes on once it has been taken.
+    # Takes an event of a stage. The stage continues once the event has been taken.
     Take = Callable[[ScoredTokens | Verification], Awaitable[None]]
 
 
 class StageClient(Protocol):
     """Calls one stage. Every call raises the AsdError that the stage's status stands for.
 
-    emit: is awaited with each message, in the order in which they come. What it raises ends the call.
+    emit: is awaited with each message, in order. An error that it raises ends the call.
     """
 
     @property
@@ -55,7 +55,7 @@ class StageClient(Protocol):
     ) -> StageResult:
         """Verify a draft that is still being written; a FinishReason ends it. Tokens may come first.
 
-        Each reader of the draft has it from its beginning: another call may need it, too.
+        The draft can be read several times, each time from its start: a retry reads it again.
         """
 
     async def prefill(self, request: RoutedRequest, timeout_ms: float) -> int:
@@ -63,7 +63,7 @@ class StageClient(Protocol):
 
 
 class PolicyClient(Protocol):
-    """Calls the policy service. Unavailable and BudgetSpent mean that it is away or late."""
+    """Calls the policy service. Raises Unavailable if it is unreachable, BudgetSpent if it is late."""
 
     async def plan(
         self,
@@ -73,7 +73,7 @@ class PolicyClient(Protocol):
         *,
         min_accuracy_share: float | None,
     ) -> PolicyChoice:
-        """Return the first stage. min_accuracy_share: how far waits may lower quality, as in the contract."""
+        """Return the first stage. min_accuracy_share: see the contract."""
 
     async def decide(
         self,
@@ -90,36 +90,36 @@ class PolicyClient(Protocol):
 
 
 class Activator(Protocol):
-    """Knows which stages are scaled to zero, by their indices, and activates them."""
+    """Knows which stages are scaled to zero, and activates them."""
 
     @property
     def scaled_to_zero(self) -> frozenset[int]:
         """Indices of the stages that have no replica."""
 
     def activate(self, stage: Stage) -> None:
-        """Have a stage get a replica, in the background."""
+        """Start a replica of a stage, in the background."""
 
     async def until_active(self, stage: Stage, timeout_ms: float) -> None:
-        """Activate a stage and wait for it. Raises BudgetSpent where it has no replica in time."""
+        """Activate a stage and wait for it. Raises BudgetSpent if it has no replica in time."""
 
 
 class Observer(Protocol):
-    """Counts what happens."""
+    """Records events as metrics."""
 
     def static_plan_used(self, step: str) -> None:
-        """The static plan stood in for the policy at a step, "plan" or "decide"."""
+        """The static plan replaced the policy at a step, "plan" or "decide"."""
 
     def stage_answered(self, answer: StageAnswer, task: str, *, is_adapted: bool) -> None:
-        """A stage gave an answer to a request of a type of task, or of none (""), with its adapter or not."""
+        """A stage answered. task: the request's type of task, or "". is_adapted: if an adapter was used."""
 
     def draft_skipped(self, stage: Stage, reason: SkipReason) -> None:
-        """A stage works without a draft that it could have had."""
+        """A stage works without a draft although there is one."""
 
     def request_refused(self, reason: Refusal) -> None:
-        """There was no room for a request."""
+        """A request was refused for lack of capacity."""
 
     def stage_failed(self, stage: Stage, error: AsdError) -> None:
         """A stage call failed."""
 
     def request_answered(self, outcome: RoutedAnswer, stage_count: int) -> None:
-        """A request was answered, in a cascade of so many stages."""
+        """A request was answered. stage_count: stages of the cascade."""

@@ -1,4 +1,4 @@
-"""Prefill-ahead: filling the prefix cache of the stage that a request will likely escalate to."""
+"""Prefill-ahead: fills the prefix cache of the stage that a request will likely escalate to."""
 
 from __future__ import annotations
 
@@ -18,10 +18,7 @@ if TYPE_CHECKING:
 
 
 class PrefillAhead:
-    """Fills the prefix cache of the stage that a request likely escalates to, while an earlier one drafts.
-
-    clock: monotonic seconds.
-    """
+    """Fills a later stage's prefix cache while an earlier stage drafts. clock: monotonic seconds."""
 
     def __init__(
         self, request: RoutedRequest, clients: Sequence[StageClient], load: Load, clock: Callable[[], float]
@@ -45,27 +42,27 @@ class PrefillAhead:
         if step.prefill is None:
             return
         self._stage = step.prefill.index
-        # Counted from now on, not from the task's first step: a request in between would fill it too.
+        # Count it now, not at the task's first step: another request in between would start a prefill too.
         counted = ExitStack()
         counted.enter_context(self._load.calling(self._stage))
         self._task = asyncio.create_task(self._fill(self._clients[self._stage], step.prefill_ms))
         self._task.add_done_callback(lambda _: counted.close())
 
     async def wait_for(self, stage: Stage) -> None:
-        """Wait until a stage has its prompt: a verification beside it would process the prompt twice."""
+        """Wait until a stage has processed the prompt: a concurrent verification would process it again."""
         if self._task is not None and self._stage == stage.index:
             await asyncio.wait([self._task])
 
     def refusals(self) -> dict[int, AsdError]:
-        """Return the stage, by index, that has said that it cannot take the request, and why."""
+        """Return the error of the stage that refused the request, by its index; empty if none did."""
         return {} if self._refusal is None else {self._stage: self._refusal}
 
     async def close(self) -> Prefilled | None:
-        """Stop what is under way; return what was prefilled, if anything."""
+        """Cancel a prefill that is in flight; return what was prefilled, if anything."""
         if self._task is None:
             return None
         self._task.cancel()
-        # Gathered, so that a cancellation of ours is told from the task's.
+        # gather tells our own cancellation from the task's.
         (outcome,) = await asyncio.gather(self._task, return_exceptions=True)
         return outcome if isinstance(outcome, Prefilled) else None
 
@@ -77,6 +74,6 @@ class PrefillAhead:
             self._refusal = refusal
             return None
         except AsdError:
-            # It was a favour; the verification will say what is wrong.
+            # A prefill is optional. The verification will report the error.
             return None
         return Prefilled(client.stage, tokens, (self._clock() - started) * 1000.0)

@@ -1,4 +1,4 @@
-"""Where one request stands: what was asked, answered, spent and shown. No gRPC, no protobuf."""
+"""State of one request: its answers, cost, time and what the caller was shown. No gRPC, no protobuf."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from services.router.stream import AnswerStream
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
 
-    # Shows the caller an event; the cascade goes on once it has been taken.
+    # Shows the caller an event. The cascade continues once the caller has taken it.
     Emit = Callable[[Event], Awaitable[None]]
 
 
@@ -41,7 +41,7 @@ class DraftAbandoned(Exception):  # noqa: N818 - it ends a call, and is no error
 class RequestState:
     """State of one request on its way through the cascade.
 
-    deadline: by the clock. view: what emit is told of. clock: monotonic seconds.
+    clock: monotonic seconds. deadline: in those. view: which events are emitted.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class RequestState:
         """Cost of the answers so far, in cost units."""
         return self._spent_cost
 
-    # What it has.
+    # Answers.
 
     @property
     def has_answer(self) -> bool:
@@ -102,7 +102,7 @@ class RequestState:
         return self._answer
 
     def draft(self) -> StageResult | None:
-        """Return the answer for the next stage to verify; None if there is nothing to verify.
+        """Return the answer that the next stage can verify; None if it has no text.
 
         Tokens without text, such as a space before the first word, mean nothing to another tokenizer.
         """
@@ -121,24 +121,24 @@ class RequestState:
         return self._call is not None and self._call.has_heard
 
     def has_earlier_answer(self) -> bool:
-        """Return whether an earlier answer can be given in the place of the running stage's."""
-        # Who names the stages wants the last one's answer.
+        """Return whether an earlier answer can be given instead of the running stage's."""
+        # A caller that names the stages wants the last one's answer.
         is_fixed = self._step is not None and self._step.provenance.source is PlanSource.FIXED
         # An abandoned draft is no answer.
         return self.has_answer and not is_fixed and not self._is_fragment and self._stream.can_revert()
 
     def can_leave(self) -> bool:
-        """Return whether the request can go on without what the running stage has yet to send.
+        """Return whether the request can go on without the rest of the running stage's answer.
 
-        Without an earlier answer it stays with a stage that is at work.
+        Without an earlier answer, it stays with a stage that has begun to answer.
         """
         is_fixed = self._step is not None and self._step.provenance.source is PlanSource.FIXED
         return not (is_fixed or self.has_heard) or self.has_earlier_answer()
 
-    # What happens to it.
+    # Events.
 
     async def begin(self, step: Step) -> None:
-        """A step begins: its stage works on the request."""
+        """Start a step: its stage works on the request."""
         self._judged(step.decision)
         if self._view is not Visibility.OUTCOME:
             await self._emit(StageStart(step.stage, step.action))
@@ -155,7 +155,7 @@ class RequestState:
         self._stream.start(is_final=step.is_final)
 
     async def take(self, event: ScoredTokens | Verification) -> None:
-        """Take what the running stage sends, and show what that changes for the caller.
+        """Take an event of the running stage, and show the caller what it changes.
 
         Raises DraftAbandoned once the stage's draft is not worth finishing.
         """
@@ -164,19 +164,19 @@ class RequestState:
         if isinstance(event, ScoredTokens):
             await self._show(self._stream.written(event))
         elif not step.drafters:
-            # Re-encoded tokens are not those that the caller was shown.
+            # If the stage encoded the draft anew, its tokens are not those that the caller was shown.
             await self._show(self._stream.verified(event.accepted_tokens if event.ids_used else 0))
         if call.is_hopeless():
             raise DraftAbandoned
 
     def finish(self, result: StageResult | None) -> StageAnswer:
-        """Take the running stage's result, and return its answer. None: its draft was abandoned."""
+        """Take the running stage's result, and return its answer. result: None if its draft was abandoned."""
         call, _ = self._running()
         if result is not None:
             call.finish(result)
         answer = call.unfinished_answer() if result is None else call.answer()
         if self._is_fragment:
-            # The policy knows what verifying a whole draft shows; this one was cut off.
+            # The policy was fitted to verifications of whole drafts; this draft was cut off.
             answer = replace(answer, verification=None, draft_stage="")
         self._is_fragment = result is None
         self._answer = answer
@@ -184,7 +184,7 @@ class RequestState:
         return answer
 
     def drafted(self, answers: Sequence[StageAnswer]) -> list[StageAnswer]:
-        """Record what the drafters of the running stage wrote; return the answers that hold something."""
+        """Record what the drafters of the running stage wrote; return the answers that are not empty."""
         written = [each for each in answers if each.tokens.ids or each.result.text]
         decision = Decision(DecisionAction.ESCALATE, DecisionReason.FIXED_STAGE)
         self._records.extend(Record(each, decision) for each in written)
@@ -192,18 +192,18 @@ class RequestState:
         return written
 
     def prefilled(self, prefilled: Prefilled | None) -> None:
-        """Record a prompt that was put into a later stage's cache."""
+        """Record that a later stage's prefix cache was filled with the prompt."""
         if prefilled is not None:
             tokens = self.answer.result.usage.completion_tokens
             self._prefilled = replace(prefilled, cost=prefill_cost(prefilled.stage.cost, tokens))
 
-    async def revert(self) -> None:
-        """Drop what is not of the earlier answer, where there is one: the running stage has failed."""
+    async def revert_to_earlier_answer(self) -> None:
+        """Go back to the earlier answer, if there is one, after the running stage has failed."""
         if self.has_earlier_answer():
             await self._show(self._stream.revert())
 
     async def commit(self, stop: Stop) -> RoutedAnswer:
-        """Let the answer stand: show all of it as final, and return the outcome."""
+        """Make the latest answer final: show all of it, and return the outcome."""
         self._judged(stop.decision)
         result, tokens = self.answer.result, self.answer.tokens
         whole = ScoredTokens(
@@ -221,7 +221,7 @@ class RequestState:
         )
 
     def _judged(self, decision: Decision | None) -> None:
-        """Record the decision on the latest answer, in the place of an earlier one on it."""
+        """Record the decision on the latest answer. It replaces an earlier decision on that answer."""
         if decision is None:
             return
         if self._records and self._records[-1].answer is self.answer:

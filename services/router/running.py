@@ -1,4 +1,4 @@
-"""Runs a planned step: calls its stage, and ends the call where the request had better go on without it."""
+"""Runs a planned step: calls its stage, and ends the call if the request does better without it."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from services.router.prefill import PrefillAhead
     from services.router.request import RequestState
 
-    # Says after how many milliseconds to look again at a call of a stage from which nothing has come. Raises
-    # the error that ends the call.
+    # Checks a call to a stage that has sent nothing yet. Returns the milliseconds until the next check, or
+    # raises the error that ends the call.
     Look = Callable[[Stage, OpenCall], float]
 
 
 class StageRunner:
-    """Calls stages. load: counts the calls under way. clock: monotonic seconds."""
+    """Calls stages. load: counts the calls in flight. clock: monotonic seconds."""
 
     def __init__(self, clients: Sequence[StageClient], load: Load, clock: Callable[[], float]) -> None:
         self._clients = tuple(clients)
@@ -44,7 +44,7 @@ class StageRunner:
         self._clock = clock
 
     async def run(self, step: Step, state: RequestState, prefill: PrefillAhead, look: Look) -> Report:
-        """Have a step's stage answer; return what came of it. Raises StageFailed."""
+        """Have a step's stage answer, and return the report. Raises StageFailed."""
         waiting = self._clock()
         await prefill.wait_for(step.stage)
         run = _Run(self._clients, self._load, self._clock, step, (self._clock() - waiting) * 1000.0)
@@ -53,7 +53,7 @@ class StageRunner:
 
 
 class _Run:
-    """One step's calls. waited_ms: of the step's time that has passed before them."""
+    """One step's calls. waited_ms: how much of the step's time passed before them."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class _Run:
         self._step = step
         self._timeout_ms = step.timeout_ms - waited_ms
         self._leave_after_ms = min(step.leave_after_ms - waited_ms, self._timeout_ms)
-        # What the stage waited for its drafters: that says nothing of the stage.
+        # Time that the stage waited for its drafters. It does not count against the stage.
         self._wait_ms = 0.0
         self._drafted: list[StageAnswer] = []
         self._failures: tuple[CallFailure, ...] = ()
@@ -97,7 +97,7 @@ class _Run:
             except AsdError as error:
                 call_ms = self._leave_after_ms - self._wait_ms
                 if limit.was_looked_at:
-                    # What the request still had says nothing of the stage.
+                    # The check ended the call early, so only the time that passed counts against the stage.
                     call_ms = min(call_ms, (self._clock() - call.began) * 1000.0)
                 failure = CallFailure(stage, error, call_ms, state.has_heard, call)
                 raise StageFailed(failure, self._failures) from error
@@ -105,7 +105,7 @@ class _Run:
         return Report(tuple(answers), self._failures, prefill.refusals(), is_abandoned=result is None)
 
     async def _call(self, state: RequestState, limit: _Limit) -> StageResult | None:
-        """Return the stage's result; None where its draft was not worth finishing."""
+        """Return the stage's result; None if its draft was not worth finishing."""
         request, draft = state.request, self._step.draft
         if draft is None:
             call = self._client.generate(request, self._timeout_ms, limit.take)
@@ -117,7 +117,7 @@ class _Run:
             return None
 
     async def _verify_drafters(self, state: RequestState) -> StageResult:
-        """Have the stage verify what its drafters write meanwhile; return its result."""
+        """Have the stage verify drafts while they are written; return its result."""
         chain = Chain(state.request, self._drafters, self._timeout_ms, self._clock)
         try:
             return await chain.verify(self._client, state.take)
@@ -130,12 +130,12 @@ class _Run:
 
 
 class _Limit:
-    """Ends a call that its request had better go on without.
+    """Ends a call if its request does better without it.
 
-    Where the request cannot go on without it, the call may take all the time that it has: once text is
-    committed that only this stage stands for, and where there is no other answer and the stage is at work.
-    leave_after_ms: as of Step. look: is called while nothing has come; it returns after how many milliseconds
-    to call it again, and raises the error that ends the call. heard: is called with each message.
+    Two calls keep all of their time: one whose stage has committed text of its own, and one that has begun
+    to answer while there is no earlier answer. leave_after_ms: as in Step. look: is called until the first
+    message; it returns the milliseconds until its next call, or raises the error that ends the call. heard:
+    is called with each message.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class _Limit:
         self.was_looked_at = False
 
     async def result_of(self, call: Awaitable[StageResult]) -> StageResult:
-        """Return what the call returns. Raises BudgetSpent where it takes too long, and what look raises."""
+        """Return the call's result. Raises BudgetSpent if it takes too long, and any error of look."""
         loop = asyncio.get_running_loop()
         leaving = loop.call_later(max(self._until - self._clock(), 0.0), self._leave)
         try:
@@ -177,7 +177,7 @@ class _Limit:
             self._stop_looking()
 
     async def take(self, event: ScoredTokens | Verification) -> None:
-        """Take what the stage sends. That the caller is slow to take it is no reason to leave meanwhile."""
+        """Take an event of the stage. The call is not ended while a slow caller takes it."""
         self._stop_looking()
         self._heard()
         self._is_taking = True

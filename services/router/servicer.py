@@ -1,4 +1,4 @@
-"""The cascade's public API over gRPC: checks what comes, converts, and answers."""
+"""The cascade's public API over gRPC: checks requests, converts them, and answers."""
 
 from __future__ import annotations
 
@@ -35,11 +35,10 @@ if TYPE_CHECKING:
 
     Context = grpc.aio.ServicerContext[object, object]
 
-# Least weight of the newest request in their mean duration. Chosen: some ten carry nine tenths of it.
+# Smallest weight of the newest request in the mean duration. Chosen: the last ten carry nine tenths of it.
 _NEWEST = 0.2
-# Kept of a batch's deadline for what became of its requests to reach the caller: a share, and seconds at
-# most.
-# Chosen: what the router keeps of a request's deadline beside others.
+# Time kept of a batch's deadline to send its responses: a share of the deadline, and at most this many
+# seconds. Chosen, as the router's margin for other requests.
 _BATCH_MARGIN_SHARE, _BATCH_MARGIN_S = 0.1, 0.25
 MAX_BATCH = MAX_ENTRIES["asd.v1.GenerateBatchRequest.requests"]
 
@@ -72,7 +71,7 @@ class CascadeServicer(cascade_pb2_grpc.CascadeServiceServicer):
         self._draining = False
 
     def registration(self) -> ServiceRegistration:
-        """Return what adds this servicer to a server."""
+        """Return the registration of this servicer."""
         return ServiceRegistration(
             "asd.v1.CascadeService",
             lambda server: cascade_pb2_grpc.add_CascadeServiceServicer_to_server(self, server),
@@ -91,7 +90,7 @@ class CascadeServicer(cascade_pb2_grpc.CascadeServiceServicer):
             outcome = await self._outcome(request, self._deadline(context))
             return convert.response_to(outcome, current_trace_id())
 
-    # A coroutine that writes, as grpc.aio has it besides generators; the stubs know generators alone.
+    # grpc.aio also takes a coroutine that writes; the stubs' types know generators alone.
     async def GenerateStream(  # type: ignore[override] # noqa: N802 - the proto's name
         self, request: cascade_pb2.GenerateStreamRequest, context: Context
     ) -> None:
@@ -116,7 +115,7 @@ class CascadeServicer(cascade_pb2_grpc.CascadeServiceServicer):
         count = len(request.requests)
         if not 1 <= count <= MAX_BATCH:
             raise InvalidRequest(f"send 1 to {MAX_BATCH} requests, not {count}", field="requests")
-        # What has no answer by then is said, request by request, before the call itself ends.
+        # Requests without an answer at this deadline get an error each before the call itself ends.
         left_s = self._deadline(context) - self._clock()
         deadline = self._clock() + left_s - min(left_s * _BATCH_MARGIN_SHARE, _BATCH_MARGIN_S)
         with self._admitted():
@@ -139,7 +138,7 @@ class CascadeServicer(cascade_pb2_grpc.CascadeServiceServicer):
     async def Describe(  # noqa: N802 - the proto's name
         self, request: cascade_pb2.DescribeRequest, context: Context
     ) -> cascade_pb2.DescribeResponse:
-        """Say which stages exist, what they cost and which policy is in force."""
+        """Describe the stages, their costs and the policy in force."""
         return await self._directory.describe()
 
     async def _answer(
@@ -177,7 +176,7 @@ class CascadeServicer(cascade_pb2_grpc.CascadeServiceServicer):
         return cascade_pb2.GenerateBatchResponse(index=index, response=response)
 
     def _not_begun(self) -> Overloaded:
-        """Return the refusal of a request that others of its batch left no time for."""
+        """Return the refusal of a request that its batch left no time for."""
         self._instruments.request_refused(Refusal.DEADLINE)
         after_s = min(max(self._request_s, LEAST_RETRY_S), MOST_RETRY_S)
         return Overloaded(
@@ -196,7 +195,7 @@ class CascadeServicer(cascade_pb2_grpc.CascadeServiceServicer):
             raise Draining("the router is shutting down: call another replica, or again")
         if self._active >= self._max_concurrent:
             self._instruments.request_refused(Refusal.CONCURRENCY)
-            # Once as long as a request takes has passed, most of those under way are others.
+            # After the mean duration of a request, most of the current requests have ended.
             after_s = min(max(self._request_s, LEAST_RETRY_S), MOST_RETRY_S)
             raise Overloaded(
                 f"the router runs {self._active} requests already (max_concurrent): call again in "
@@ -211,7 +210,7 @@ class CascadeServicer(cascade_pb2_grpc.CascadeServiceServicer):
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
-        """Learn from a block how long a request takes, where it is answered: failures may be quick."""
+        """Measure how long the block takes to answer a request. Failures are left out: they may be quick."""
         started = self._clock()
         yield
         self._answered += 1
@@ -220,7 +219,7 @@ class CascadeServicer(cascade_pb2_grpc.CascadeServiceServicer):
 
 
 def check_request(request: cascade_pb2.GenerateRequest, path: str = "") -> None:
-    """Check a request, whether its stage exists excepted.
+    """Check a request. Whether its stage exists is checked later.
 
     Raises InvalidRequest naming the field, ResourceExhausted for a request of more than 4 MiB.
     """
@@ -247,7 +246,7 @@ def check_request(request: cascade_pb2.GenerateRequest, path: str = "") -> None:
 
 @asynccontextmanager
 async def _fields_below(path: str) -> AsyncIterator[None]:
-    """Name fields as the caller wrote them, where the request is part of a larger message."""
+    """Prefix the fields in errors with a path, for a request inside a larger message."""
     try:
         yield
     except AsdError as error:
@@ -258,7 +257,7 @@ async def _fields_below(path: str) -> AsyncIterator[None]:
 
 
 def _domain_request(message: cascade_pb2.GenerateRequest) -> RoutedRequest:
-    """Return a request with an id, and with a seed where it draws: all its stages must draw alike."""
+    """Return a request with an id, and a seed if it samples: all of its stages must draw alike."""
     request = convert.request_from(message, uuid.uuid4().hex)
     sampling = request.sampling
     if sampling.temperature > 0 and sampling.seed is None:

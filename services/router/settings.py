@@ -41,7 +41,7 @@ Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class PolicyPeer(Section):
-    """Where the policy service is, and for how long one of its calls is waited for."""
+    """Address of the policy service, and the timeout of one call."""
 
     target: Target
     timeout_ms: Milliseconds = 100.0
@@ -49,8 +49,7 @@ class PolicyPeer(Section):
 
 
 class ManagerPeer(Section):
-    """Where the manager is that wakes stages, for how long one of its calls is waited for, and how often it
-    is asked which stages sleep."""
+    """Address of the manager, which activates stages. timeout_ms: of one call. poll_ms: between two polls."""
 
     target: Target
     timeout_ms: Milliseconds = 2_000.0
@@ -61,8 +60,8 @@ class ManagerPeer(Section):
 class StagePeer(Section):
     """One stage. cost: cost units of a whole answer. model: empty for the stage's default model.
 
-    adapters: types of task that the model has adapters for, which the stage serves as MODEL/TASK; absent: the
-    stage is asked.
+    adapters: types of task that the model has adapters for. The stage serves them as MODEL/TASK. Absent: the
+    router asks the stage.
     """
 
     name: Name
@@ -81,7 +80,7 @@ class StagePeer(Section):
 
 
 class SpeculationSettings(Section):
-    """Ways of working ahead, as in services.router.planning.draft_selection.SpeculationOptions."""
+    """Speculative work, as in services.router.planning.draft_selection.SpeculationOptions."""
 
     pipelined: bool = True
     prefill_ahead: bool = True
@@ -95,25 +94,24 @@ class RouterSettings(ServerSettings):
     model_config = service_config("ASD_ROUTER_")
 
     listen: str = "127.0.0.1:50050"
-    # Absent: whoever reaches the router may call it.
+    # Absent: calls need no token.
     auth: AuthSettings | None = None
-    # Absent: there is no policy service, and the static plan always holds.
+    # Absent: there is no policy service, and the static plan always applies.
     policy: PolicyPeer | None = None
     # Absent: stages are never scaled to zero.
     manager: ManagerPeer | None = None
     stages: tuple[StagePeer, ...] = Field(min_length=1)
-    # Stages asked in order while the policy service is away; the last one answers. With a policy service, for
-    # FASTEST alone: see services.router.planning.planner.
+    # Stages called in order while the policy service is unavailable; the last one answers. If a policy
+    # service is configured, only FASTEST follows it: see services.router.planning.planner.
     static_plan: tuple[str, ...] = Field(min_length=1)
     speculation: SpeculationSettings = SpeculationSettings()
-    # What becomes of requests while more is asked than the stages compute. queue: they wait, and waits lower
-    # no quality unasked; one whose deadline the line leaves no time for is refused. degrade: they wait, and a
-    # stage with a line is dearer to the policy. shed: as queue, and a request is refused where the stage that
-    # it would go to has a line of more than an answer.
+    # What happens to requests under overload. queue: they wait, and quality stays; a request is refused if
+    # the queue leaves no time before its deadline. degrade: they wait, and the policy counts a stage's queue
+    # as cost. shed: like queue, and a request is refused if its stage's queue is longer than one answer.
     overload: Overload = Overload.QUEUE
-    # Requests under way at once; a batch counts as one.
+    # Requests in flight at once; a batch counts as one.
     max_concurrent: Requests = 256
-    # Requests of one batch under way at once.
+    # Requests of one batch in flight at once.
     batch_concurrency: Requests = 16
     # For callers that set no deadline.
     default_deadline_ms: Milliseconds = 60_000.0

@@ -1,4 +1,4 @@
-"""What the router writes onto its spans. Prompts and answers stay off them."""
+"""Attributes that the router sets on its spans. Prompts and answers stay off them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def describe_plan(span: Traced, provenance: Provenance, first: Stage) -> None:
-    """Say where the plan came from and what it is."""
+    """Record the plan and its source."""
     if span.recording:
         span.set(Attributes.PLAN_SOURCE, provenance.source.value)
         span.set(Attributes.PLAN_FIRST_STAGE, first.name)
@@ -22,7 +22,7 @@ def describe_plan(span: Traced, provenance: Provenance, first: Stage) -> None:
 def describe_call(
     span: Traced, request: RoutedRequest, stage: Stage, action: StageAction, skip_reason: str = ""
 ) -> None:
-    """Say which stage is asked for what. skip_reason: why it works without a draft that there is."""
+    """Record which stage is called, and how. skip_reason: why an existing draft is not used, or ""."""
     if not span.recording:
         return
     span.set(Attributes.OPERATION, OPERATION_CHAT)
@@ -42,7 +42,7 @@ def describe_call(
 
 
 def describe_answer(span: Traced, answer: StageAnswer) -> None:
-    """Say what a stage call took."""
+    """Record a stage's usage, times and cost."""
     if not span.recording:
         return
     result = answer.result
@@ -64,7 +64,7 @@ def describe_answer(span: Traced, answer: StageAnswer) -> None:
 def describe_decision(
     span: Traced, decision: Decision, judged: Stage, provenance: Provenance, *, follows_policy: bool
 ) -> None:
-    """Say what was decided on a stage's answer, by whom and why."""
+    """Record the decision on a stage's answer, its source and its reason."""
     if not span.recording:
         return
     is_judged = decision.p_correct is not None or decision.is_out_of_family
@@ -85,7 +85,7 @@ def describe_decision(
 
 
 def describe_outcome(span: Traced, outcome: RoutedAnswer) -> None:
-    """Say how the request went."""
+    """Record the outcome of a request."""
     if not span.recording:
         return
     answer = outcome.answer

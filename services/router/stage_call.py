@@ -1,4 +1,4 @@
-"""One stage's work on one request, as its events come. Pure."""
+"""One call to a stage, and the events that it has sent so far. Pure."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class StageCall:
     """Collects what a stage sends.
 
-    draft_stage: whose draft it verifies, or "". is_pipelined: whether that is being written meanwhile.
-    abandon: when its draft is not worth finishing. clock: monotonic seconds.
+    draft_stage: the stage whose draft it verifies, or "". is_pipelined: whether that draft is still being
+    written. abandon: rules by which its own draft is abandoned. clock: monotonic seconds.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class StageCall:
         self._top2_margins: list[float] = []
 
     def take(self, event: ScoredTokens | Verification) -> None:
-        """Take what the stage sends while it works."""
+        """Take an event that the stage sends while it works."""
         self.has_heard = True
         if isinstance(event, ScoredTokens):
             self._fingerprint = self._fingerprint or event.fingerprint
@@ -82,9 +82,9 @@ class StageCall:
         return self._result is not None
 
     def is_hopeless(self) -> bool:
-        """Return whether the draft is not worth finishing. A rule is looked at once, when it can be told.
+        """Return whether the draft is not worth finishing. Each rule is applied once, at its token count.
 
-        As in fitting: a draft that ends within a rule's tokens is heard to its end.
+        A draft that ends within a rule's tokens is never abandoned, as in fitting.
         """
         while self._abandon and len(self._logprobs) > self._abandon[0].tokens:
             rule = self._abandon.pop(0)
@@ -99,9 +99,9 @@ class StageCall:
         return self._answer(self._result)
 
     def unfinished_answer(self) -> StageAnswer:
-        """Return what the stage has written, of a call that is not waited for any longer.
+        """Return what the stage has written so far, for a call that was cut off.
 
-        Its usage is what the messages showed; the passes of a verification are an estimate.
+        Its usage is counted from the messages; the passes of a verification are an estimate.
         """
         if self._result is not None:
             return self._answer(self._result)
@@ -123,24 +123,23 @@ class StageCall:
         )
 
     def _latency_ms(self) -> float:
-        """Return the time until the result came, or until now."""
+        """Return the time until the result came, or until now, in milliseconds."""
         return ((self._clock() if self._ended is None else self._ended) - self._started) * 1000.0
 
     def _passes_so_far(self) -> int:
-        """Return how many forward passes the messages show, of a call that has sent no result.
+        """Return an upper bound on the forward passes of a call that has sent no result.
 
-        Generation takes one for each token. Verification gives several tokens in a pass: as long as the stage
-        agrees with the draft, each pass is a message (none where a stop sequence may begin: its tokens come
-        with the next); the one that corrects the draft begins with the verification. What a pass gives after
-        that, where parts of the draft are proposed again, only a result would say: one token each is assumed,
-        which is the most passes that it can have taken.
+        Generation takes one pass per token. Verification emits several tokens per pass. While the stage
+        agrees with the draft, each pass is one message (or none if a stop sequence may begin: its tokens come
+        with the next message). The pass that corrects the draft starts with the verification. Later passes
+        may accept parts of the draft again, and only a result would tell how many; one token each is assumed.
         """
         count = len(self._ids)
         if self.action is StageAction.GENERATE:
             return count
         passes = self._unverified_messages
         if self._verification is not None:
-            # The correction may have gone out before the draft showed it to be one.
+            # The correction may have been sent before the draft arrived that it corrects.
             corrected = max(min(self._verification.accepted_tokens + 1, count), self._unverified_tokens)
             passes += (corrected > self._unverified_tokens) + count - corrected
         return passes

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class AnswerStream:
-    """Keeps what the caller holds, and says which events bring it to what stands.
+    """Tracks what the caller holds, and yields the events that bring it up to date.
 
-    The caller holds the first `n` tokens of an answer. Positions in bytes are known at chunk boundaries only
-    (a token may end inside a character), so revisions go back to such a boundary.
+    The caller holds the first `n` tokens of an answer. Byte positions are known at chunk boundaries only (a
+    token may end inside a character), so revisions go back to such a boundary.
     """
 
     def __init__(self, view: Visibility) -> None:
@@ -27,9 +27,9 @@ class AnswerStream:
         # Boundary (index into the two lists) up to which all is final.
         self._committed = 0
         self._is_final = False
-        # Whether the running stage has yet to say what of the earlier answer stands.
+        # Whether the running stage has yet to say which part of the earlier answer it accepts.
         self._is_undecided = False
-        # Leading tokens of the earlier answer that are the running stage's as well; None: all that is held.
+        # Leading tokens of the earlier answer that the running stage accepted; None: all that is held.
         self._stands: int | None = None
         # Tokens and bytes of the running stage's stream that the caller holds already.
         self._skip_tokens = 0
@@ -47,8 +47,7 @@ class AnswerStream:
         self._stands = None
 
     def verified(self, accepted_tokens: int) -> Iterator[Event]:
-        """The running stage accepted these many tokens of the earlier answer, counted as that answer has
-        them."""
+        """The running stage accepted this many of the earlier answer's tokens."""
         self._is_undecided = False
         self._stands = accepted_tokens
         kept = self._boundary(accepted_tokens)
@@ -63,7 +62,7 @@ class AnswerStream:
         if self._view is Visibility.OUTCOME or (self._view is Visibility.COMMITTED and not self._is_final):
             return
         if self._is_undecided:
-            # It writes an answer of its own: nothing stands.
+            # The stage writes an answer of its own, so nothing of the earlier one stands.
             yield from self.verified(0)
         unseen = self._unseen(tokens)
         if unseen is None:
@@ -75,16 +74,15 @@ class AnswerStream:
             yield DraftPart(unseen)
 
     def can_revert(self) -> bool:
-        """Return whether the answer before the running stage can still be given: nothing else was
-        committed."""
+        """Return whether the earlier answer can still be given: nothing beyond it was committed."""
         return self._committed <= self._agreed_with_earlier()
 
     def revert(self) -> Iterator[Event]:
-        """The running stage failed: drop what is not of the answer before it. Only where can_revert."""
+        """The running stage failed: go back to the answer before it. Call it only if can_revert."""
         yield from self._drop_after(self._agreed_with_earlier())
 
     def commit(self, tokens: ScoredTokens) -> Iterator[Event]:
-        """An answer stands: commit all of it. tokens: the whole answer."""
+        """Commit all of an answer. tokens: the whole answer."""
         if self._view is Visibility.OUTCOME:
             return
         self._skip_tokens, self._skip_bytes = self._token_bounds[-1], self._byte_bounds[-1]
@@ -104,8 +102,8 @@ class AnswerStream:
     def _boundary(self, tokens: int) -> int:
         """Return the last known boundary at or before a number of tokens.
 
-        Of several with as many tokens the first: what is flushed at an answer's end without a token of its
-        own need not stand when the answer goes on.
+        Of several boundaries at the same token it returns the first: text that was flushed at an answer's end
+        without a token of its own may not remain when the answer continues.
         """
         known = self._token_bounds[bisect_right(self._token_bounds, tokens) - 1]
         return bisect_left(self._token_bounds, known)

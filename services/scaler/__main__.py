@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 async def run(settings: ScalerSettings, cluster: Cluster) -> None:
-    """Keep the stages, and serve until SIGTERM or SIGINT."""
+    """Scale the stages, and serve until SIGTERM or SIGINT."""
     instruments = ScalerInstruments()
     usage = StageUsage({each.name: (each.target, each.tls) for each in settings.stages}, settings.timeout_ms)
     rules = [
@@ -65,7 +65,7 @@ async def _keep(scaler: IdleScaler, poll_seconds: float) -> None:
         try:
             await scaler.update()
         except Exception:
-            # A fault of one look must not be the last of them.
+            # One failed update must not end the updates.
             logger.exception("the stages could not be looked at")
         await asyncio.sleep(poll_seconds)
 

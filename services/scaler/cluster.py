@@ -1,4 +1,4 @@
-"""What the manager needs of Kubernetes: protocols that others meet, and tests with fakes."""
+"""Protocols of what the scaler needs of Kubernetes and of stages; tests implement them with fakes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Replicas of a deployment. autoscaler: name of what else sets their number, or ""."""
+    """Replicas of a deployment. autoscaler: name of the autoscaler that sets their number, or ""."""
 
     wanted: int
     ready: int
@@ -19,19 +19,21 @@ class Scale:
 
 
 class Cluster(Protocol):
-    """Reads and sets numbers of replicas. Raises AsdError: Unavailable where the API cannot be reached,
-    PreconditionFailed where it does not allow it."""
+    """Reads and sets numbers of replicas. Raises AsdError: Unavailable if the API cannot be reached,
+    PreconditionFailed if it does not allow the call."""
 
     async def read(self, deployments: Sequence[str]) -> Mapping[str, Scale]:
         """Return the replicas of deployments by name; one that does not exist is left out."""
 
     async def scale(self, deployment: str, replicas: int) -> None:
-        """Set the number of replicas that are wanted."""
+        """Set the number of wanted replicas."""
 
 
 class StageIdleness(Protocol):
     """Knows how long stages have been idle."""
 
     async def idle_ms(self, stage: str, replicas: int) -> float | None:
-        """Return the time since a stage was last used, in milliseconds; None where not all of so many
-        replicas say."""
+        """Return the time since a stage was last used, in milliseconds.
+
+        None if fewer than `replicas` replicas answer.
+        """

@@ -1,4 +1,4 @@
-"""Which stages sleep and which are awake: takes idle ones down, wakes those that are wanted. Pure."""
+"""Scales idle stages to zero, and activates wanted ones. No gRPC, no protobuf."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class SleepState(Enum):
-    """Whether a stage can be asked."""
+    """Whether a stage has replicas that answer."""
 
     UNKNOWN = "unknown"
     AWAKE = "awake"
@@ -29,10 +29,10 @@ class SleepState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """When a stage sleeps, and what it is woken to.
+    """When a stage is scaled down, and to how many replicas it is activated.
 
-    It is taken down to min_replicas after idle_seconds without use, but not before min_awake_seconds since it
-    was woken, or became ready; and after give_up_seconds in which replicas were wanted and none was ready.
+    It is scaled down to min_replicas after idle_seconds without use, but not within min_awake_seconds of its
+    activation or of becoming ready. It is also scaled down if no replica becomes ready in give_up_seconds.
     """
 
     stage: str
@@ -46,7 +46,7 @@ class Rule:
 
 @dataclass(slots=True)
 class StageView:
-    """A stage as it was seen last. idle_ms: None: unknown."""
+    """A stage's last known state. idle_ms: None: unknown."""
 
     stage: str
     wanted: int = 0
@@ -58,10 +58,10 @@ class StageView:
 
     @property
     def state(self) -> SleepState:
-        """Whether it can be asked."""
+        """Whether it has replicas that answer."""
         if not self.is_known:
             return SleepState.UNKNOWN
-        # Replicas that end still answer what they have, and nothing more.
+        # Replicas that are shutting down finish their calls, but take no new ones.
         if self.ready and self.wanted:
             return SleepState.AWAKE
         return SleepState.WAKING if self.wanted else SleepState.ASLEEP
@@ -72,15 +72,15 @@ class _Kept:
     rule: Rule
     view: StageView
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
-    # Since when it has been ready, and when it was last woken.
+    # Times at which it became ready and was last activated.
     ready_since: float | None = None
     woken: float | None = None
-    # Since when replicas have been wanted and none was ready; and what is said of a wait that was given up.
+    # Time since when replicas are wanted but none is ready; and the message of a wait that was given up.
     waiting_since: float | None = None
     given_up: str = ""
 
     def may_sleep(self, now: float) -> bool:
-        """Return whether it has been idle and awake for long enough."""
+        """Return whether it has been idle and ready for long enough."""
         rule, view = self.rule, self.view
         if view.idle_ms is None or view.idle_ms < rule.idle_seconds * 1000.0 or self.ready_since is None:
             return False
@@ -88,15 +88,14 @@ class _Kept:
         return now - since >= rule.min_awake_seconds
 
     def is_hopeless(self, now: float) -> bool:
-        """Return whether it has been waited for too long, and its replicas hold what others could use."""
+        """Return whether no replica became ready in time: they hold resources that others could use."""
         return self.waiting_since is not None and now - self.waiting_since >= self.rule.give_up_seconds
 
 
 class IdleScaler:
-    """Keeps stages by their rules. clock: monotonic seconds. on_scaled: gets a stage and "wake", "sleep" or
-    "give_up".
+    """Scales stages by their rules. A stage with an autoscaler of its own is left alone.
 
-    A stage whose replicas something else sets is left alone.
+    clock: monotonic seconds. on_scaled: is called with a stage and "wake", "sleep" or "give_up".
     """
 
     def __init__(
@@ -114,18 +113,18 @@ class IdleScaler:
         self._on_scaled = on_scaled
 
     def views(self) -> list[StageView]:
-        """Return the stages as they were seen last, in the order of the rules."""
+        """Return the last known state of each stage, in the order of the rules."""
         return [kept.view for kept in self._kept.values()]
 
     async def update(self) -> None:
-        """Look at every stage, and take down those that may sleep."""
+        """Read the state of every stage, and scale down those that may sleep."""
         await asyncio.gather(*(self._update(kept) for kept in self._kept.values()))
 
     async def wake(self, stage: str) -> StageView:
-        """Have a stage get its replicas, and stay awake for a while; return what is then known of it.
+        """Activate a stage, and keep it active for a while; return its state.
 
-        Raises NotFound for a stage that is not managed, PreconditionFailed for one whose replicas something
-        else sets, and what the cluster raises.
+        Raises NotFound for a stage that is not managed, PreconditionFailed for one that an autoscaler scales,
+        and the errors of the cluster.
         """
         kept = self._kept.get(stage)
         if kept is None:
@@ -167,7 +166,7 @@ class IdleScaler:
                 kept.view.error = kept.given_up
 
     async def _give_up(self, kept: _Kept) -> None:
-        """Take down replicas that do not become ready. Whoever needs the stage next has it woken again."""
+        """Scale down replicas that do not become ready. The next request for the stage activates it again."""
         rule = kept.rule
         await self._scale(kept, rule.min_replicas, "give_up")
         kept.given_up = (
@@ -177,7 +176,7 @@ class IdleScaler:
         logger.warning("stage %s: %s", rule.stage, kept.given_up)
 
     async def _look(self, kept: _Kept) -> None:
-        """Read a stage's replicas. Raises AsdError, and the state is unknown, where that fails."""
+        """Read a stage's replicas. If that fails, the state is unknown, and this raises AsdError."""
         view, rule = kept.view, kept.rule
         try:
             scale = (await self._cluster.read([rule.deployment])).get(rule.deployment)
@@ -212,6 +211,6 @@ class IdleScaler:
             "%s: stage %s from %d to %d replicas", direction, kept.view.stage, kept.view.wanted, replicas
         )
         kept.view.wanted = replicas
-        # A change of what is wanted is waited for anew.
+        # The wait for replicas starts anew.
         kept.waiting_since = None
         self._on_scaled(kept.view.stage, direction)

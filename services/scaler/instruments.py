@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class ScalerInstruments:
-    """Counts what the manager does, through OpenTelemetry. Build it after set-up."""
+    """The manager's OpenTelemetry instruments. Build it after telemetry is set up."""
 
     def __init__(self) -> None:
         self._meter = telemetry.meter()
@@ -31,7 +31,7 @@ class ScalerInstruments:
         self._scalings.add(1, {Attributes.STAGE_NAME: stage, Attributes.SCALING: direction})
 
     def watch(self, views: Callable[[], Iterable[StageView]]) -> None:
-        """Show stages' replicas. views: is called at each export."""
+        """Export the stages' replicas. views: is called at each export."""
 
         def gauge(name: str, description: str, read: Callable[[StageView], int]) -> None:
             def observe(_: CallbackOptions) -> Iterable[Observation]:

@@ -1,6 +1,6 @@
-"""The Kubernetes API behind the manager's protocol, by the official client. Needs the extra `kubernetes`.
+"""Implements the scaler's Cluster with the official Kubernetes client. Needs the extra `kubernetes`.
 
-It wants these rights in its namespace: get deployments, patch deployments/scale, list
+It needs these rights in its namespace: get deployments, patch deployments/scale, list
 horizontalpodautoscalers.
 """
 
@@ -30,7 +30,7 @@ class KubernetesCluster:
     """Deployments of one namespace. timeout_s: of each call of the API."""
 
     def __init__(self, configuration: client.Configuration, namespace: str, timeout_s: float) -> None:
-        # The client would call again by itself, beyond the timeout.
+        # The client would retry on its own, beyond the timeout.
         configuration.retries = False
         api = client.ApiClient(configuration)
         self._api = api
@@ -50,7 +50,7 @@ class KubernetesCluster:
         }
 
     async def scale(self, deployment: str, replicas: int) -> None:
-        """Set the number of replicas that are wanted."""
+        """Set the number of wanted replicas."""
         body = {"spec": {"replicas": replicas}}
         patch = self._apps.patch_namespaced_deployment_scale
         await self._call(patch, f"patch deployments/scale {deployment}", deployment, body=body)
@@ -67,7 +67,7 @@ class KubernetesCluster:
             return None
 
     async def _autoscalers(self) -> dict[str, str]:
-        """Return the autoscalers of the namespace, by the deployments that they scale."""
+        """Return the namespace's autoscalers, by the deployment that they scale."""
         found = await self._call(
             self._autoscaling.list_namespaced_horizontal_pod_autoscaler, "list horizontalpodautoscalers"
         )
@@ -78,7 +78,7 @@ class KubernetesCluster:
         }
 
     async def _call(self, method: Callable[..., T], what: str, *arguments: Any, **options: Any) -> T:
-        """Return what a call of the API returns. what: verb and resource, as a Role names them."""
+        """Return the result of an API call. what: verb and resource, as in a Role, for messages."""
         try:
             return await asyncio.to_thread(
                 method, *arguments, namespace=self._namespace, _request_timeout=self._timeout_s, **options
@@ -98,13 +98,13 @@ class KubernetesCluster:
 
 
 class _Absent(PreconditionFailed):
-    """What is asked for does not exist."""
+    """The resource does not exist."""
 
 
 def open_cluster(namespace: str, timeout_s: float) -> KubernetesCluster:
     """Return the cluster that this process runs in, or else the kubeconfig's. namespace: "": its own.
 
-    Raises PreconditionFailed where there is neither.
+    Raises PreconditionFailed if there is neither.
     """
     configuration = client.Configuration()
     own = ""
@@ -112,7 +112,7 @@ def open_cluster(namespace: str, timeout_s: float) -> KubernetesCluster:
         config.load_incluster_config(  # type: ignore[no-untyped-call]
             client_configuration=configuration
         )
-        # The cluster's own API is not asked through a proxy that is there for what leaves the cluster.
+        # The cluster's own API needs no proxy: proxies are for traffic that leaves the cluster.
         configuration.proxy = None
         own = namespace or _NAMESPACE_FILE.read_text(encoding="utf-8").strip()
     except (config.ConfigException, OSError):

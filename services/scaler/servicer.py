@@ -1,4 +1,4 @@
-"""ManagerService: proto to domain types and back."""
+"""ManagerService over gRPC: converts between messages and values."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ManagerServicer(manager_pb2_grpc.ManagerServiceServicer):
         self._scaler = scaler
 
     def registration(self) -> ServiceRegistration:
-        """Return what adds this servicer to a server."""
+        """Return the registration of this servicer."""
         return ServiceRegistration(
             "asd.v1.ManagerService",
             lambda server: manager_pb2_grpc.add_ManagerServiceServicer_to_server(self, server),
@@ -41,7 +41,7 @@ class ManagerServicer(manager_pb2_grpc.ManagerServiceServicer):
         request: manager_pb2.WakeRequest,
         context: grpc.aio.ServicerContext[manager_pb2.WakeRequest, manager_pb2.WakeResponse],
     ) -> manager_pb2.WakeResponse:
-        """Have a stage get replicas."""
+        """Activate a stage."""
         if not request.stage:
             raise InvalidRequest("stage is required", field="stage")
         return manager_pb2.WakeResponse(stage=_stage(await self._scaler.wake(request.stage)))
@@ -53,7 +53,7 @@ class ManagerServicer(manager_pb2_grpc.ManagerServiceServicer):
             manager_pb2.ManagerServiceStatusRequest, manager_pb2.ManagerServiceStatusResponse
         ],
     ) -> manager_pb2.ManagerServiceStatusResponse:
-        """Say which stages are managed and how each of them is."""
+        """Return the state of each managed stage."""
         return manager_pb2.ManagerServiceStatusResponse(
             stages=[_stage(view) for view in self._scaler.views()], version=VERSION
         )

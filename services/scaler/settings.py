@@ -15,9 +15,9 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class ManagedStageSettings(Section):
-    """A stage that may sleep, and when; as in services.scaler.idle_scaler.Rule.
+    """A stage that may be scaled to zero, and when; as in services.scaler.idle_scaler.Rule.
 
-    target: of all its replicas, as in the router's settings. deployment: what is scaled.
+    target: all of its replicas, as in the router's settings. deployment: the deployment to scale.
     """
 
     name: str = Field(min_length=1)
@@ -40,8 +40,8 @@ class ManagedStageSettings(Section):
 class ScalerSettings(ServerSettings):
     """Settings of the asd manager.
 
-    namespace: of the deployments; empty: the manager's own. poll_seconds: how often stages are looked at.
-    timeout_ms: of each call of a stage or of the Kubernetes API.
+    namespace: of the deployments; empty: the manager's own. poll_seconds: between two updates. timeout_ms: of
+    each call to a stage or to the Kubernetes API.
     """
 
     model_config = service_config("ASD_MANAGER_")

@@ -1,4 +1,4 @@
-"""How long stages have been idle, by their own word."""
+"""Asks stages how long they have been idle."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ _DNS = "dns:///"
 
 
 class StageUsage:
-    """Asks every replica of a stage. targets: by stage, with how to encrypt; as the router's. Close it when
-    done.
+    """Asks every replica of a stage. targets: address and TLS by stage, as the router's. Close it when done.
 
     timeout_ms: of each call. Raises UnusableFile for certificates that cannot be used.
     """
@@ -41,7 +40,7 @@ class StageUsage:
             named = tls
             if tls is not None:
                 watched_channel_credentials(tls)
-                # Replicas are called by their addresses, but show the stage's name.
+                # Replicas are called by address, but their certificates have the stage's name.
                 named = tls.model_copy(update={"server_name": tls.server_name or host_of(target)})
             self._targets[stage] = target, named
         self._timeout_ms = timeout_ms
@@ -49,8 +48,10 @@ class StageUsage:
         self._channels: dict[tuple[str, str], grpc.aio.Channel] = {}
 
     async def idle_ms(self, stage: str, replicas: int) -> float | None:
-        """Return the time since a stage was last used, in milliseconds; None where not all of so many
-        replicas say."""
+        """Return the time since a stage was last used, in milliseconds.
+
+        None if fewer than `replicas` replicas answer.
+        """
         target, tls = self._targets[stage]
         try:
             addresses = await self._addresses(target)

@@ -1,4 +1,4 @@
-"""What passes through a stage beside asd.values: drafts, and the events of an answer. Pure."""
+"""A stage's own values: drafts, and the events of an answer; asd.values has the rest. Pure."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class TokenChunk:
 
 @dataclass(frozen=True, slots=True)
 class VerificationResult:
-    """How a draft fared. ranks: int64 [proposed]; target_logprobs: float32 [proposed]."""
+    """What the target made of a draft. ranks: int64 [proposed]; target_logprobs: float32 [proposed]."""
 
     proposed: int
     accepted: int
@@ -83,7 +83,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class PrefillResult:
-    """Outcome of warming a prompt."""
+    """Outcome of a prefill."""
 
     prompt_tokens: int
     cached_prompt_tokens: int

@@ -1,4 +1,4 @@
-"""The models of a process: which are in memory, under one budget. The least recently used make room."""
+"""The models of a process under one memory budget. The least recently used model is unloaded first."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Outcome of a load. load_ms is 0 if the model was there already."""
+    """Outcome of a load. load_ms is 0 if the model was loaded already."""
 
     model: str
     memory_bytes: int
@@ -39,8 +39,8 @@ class _Entry:
 class ModelPool:
     """The models of one process, loaded on demand.
 
-    budget_bytes bounds the memory of loaded models; 0: no bound. A model with calls under way is never
-    unloaded. damaged: models that cannot be served, and why, by name.
+    budget_bytes bounds the memory of loaded models; 0: no bound. A model with calls in flight is never
+    unloaded. damaged: why a model cannot be served, by name.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class ModelPool:
     ) -> None:
         self._damaged = damaged
         self._entries = {name: _Entry(engine) for name, engine in engines.items()}
-        # Calls under way, by caller.
+        # Calls in flight, by caller.
         self._calls: Counter[int] = Counter()
         self._default = default
         self._budget = budget_bytes
@@ -67,14 +67,14 @@ class ModelPool:
         return self._budget
 
     def others_of(self, caller: int) -> int:
-        """Return how many calls of other callers are under way, on all models.
+        """Return how many calls of other callers are in flight, on all models.
 
-        caller: id of one with a call under way; 0: unknown. Two unknown callers count as different.
+        caller: id of a caller with a call in flight; 0: unknown. Two unknown callers count as different.
         """
         return self._calls.total() - (self._calls[caller] if caller else 1)
 
     def idle_ms(self) -> float:
-        """Return the time since the last call ended, or since start-up; 0 while calls are under way."""
+        """Return the time since the last call ended, or since start-up; 0 while calls are in flight."""
         entries = self._entries.values()
         if any(entry.users for entry in entries):
             return 0.0
@@ -96,7 +96,7 @@ class ModelPool:
 
     @asynccontextmanager
     async def use(self, name: str, caller: int = 0) -> AsyncIterator[tuple[str, Engine]]:
-        """Hold a model for one call of a caller, loading it first if need be. "" names the default model.
+        """Hold a model for one call of a caller, loading it first if needed. "" names the default model.
 
         Raises as `load` does.
         """
@@ -118,8 +118,8 @@ class ModelPool:
     async def load(self, name: str) -> Loaded:
         """Load a model, unloading others if the budget requires it.
 
-        Raises NotFound for an unknown name, PreconditionFailed for a damaged model, for one larger than the
-        budget and for one that cannot be loaded, QueueFull if the models in its way are all in use.
+        Raises NotFound for an unknown name, PreconditionFailed for a model that is damaged, larger than the
+        budget or fails to load, QueueFull if every model that could make room is in use.
         """
         name, entry = self._find(name)
         entry.users += 1
@@ -129,10 +129,10 @@ class ModelPool:
             entry.users -= 1
 
     async def unload(self, name: str) -> tuple[str, int]:
-        """Unload a model; return its name and the bytes that it gave back (0 if it was not loaded).
+        """Unload a model; return its name and the bytes that it freed (0 if it was not loaded).
 
         Raises NotFound for an unknown name, PreconditionFailed for a damaged model, ResourceExhausted while
-        calls are under way.
+        it has calls in flight.
         """
         name, entry = self._find(name)
         async with self._changing:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def resident_bytes() -> int:
-    """Return the resident memory of this process, in bytes; its peak where the system reports no more."""
+    """Return the resident memory of this process, in bytes; its peak if the system reports only that."""
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * resource.getpagesize()

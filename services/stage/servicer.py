@@ -1,4 +1,4 @@
-"""StageService: proto to domain types and back."""
+"""StageService over gRPC: converts between messages and values."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
         request: stage_pb2.VerifyRequest,
         context: grpc.aio.ServicerContext[stage_pb2.VerifyRequest, stage_pb2.VerifyResponse],
     ) -> AsyncIterator[stage_pb2.VerifyResponse]:
-        """Score a draft in one pass, accept a prefix of it, and go on from there."""
+        """Score a draft in one pass, accept a prefix of it, and continue the answer."""
         turns = self._admit(request)
         sampling = _sampling(request.sampling)
         check_draft(request.draft)
@@ -163,7 +163,7 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
         request: stage_pb2.StatusRequest,
         context: grpc.aio.ServicerContext[stage_pb2.StatusRequest, stage_pb2.StatusResponse],
     ) -> stage_pb2.StatusResponse:
-        """Say what is loaded, queued and running."""
+        """Report which models are loaded, and how many calls wait and run."""
         return stage_pb2.StatusResponse(
             models=[
                 _status(name, engine.kind, engine.status()) for name, engine in self._pool.engines.items()
@@ -184,7 +184,7 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
         return (Message(Role.USER, given),) if isinstance(given, str) else given
 
     def _fields(self, event: Event, model: str, status: EngineStatus, caller: int) -> dict[str, Any]:
-        """Return the field of a response that an event is sent in."""
+        """Return an event as the field of a response, by the field's name."""
         if isinstance(event, TokenChunk):
             return {"tokens": _chunk(event)}
         if isinstance(event, VerificationResult):

@@ -28,7 +28,7 @@ class ModelSettings(Section):
     name: Annotated[str, Field(min_length=1)]
     path: Path
     engine: EngineName = "onnx"
-    # Requests computed at a time. None: 8 for onnx, 64 for the others.
+    # Requests computed at a time. None: 8 for onnx, 64 for the GPU engines.
     max_batch: AtATime | None = None
     # Options of the onnx engine; each other engine has its own section.
     threads: Threads = 1
@@ -78,5 +78,5 @@ class StageSettings(ServerSettings):
 
     @property
     def default_name(self) -> str:
-        """Name of the model that answers where a request names none."""
+        """Name of the model that answers requests that name none."""
         return self.default_model or self.models[0].name

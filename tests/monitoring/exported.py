@@ -56,7 +56,7 @@ def _count() -> None:
 
 
 def _router() -> None:
-    router = services.router.instruments.Instruments()
+    router = services.router.instruments.RouterInstruments()
     small, large = Fields(name="small", index=0, model=""), Fields(name="large", index=1, model="")
     for source in (PlanSource.POLICY, PlanSource.STATIC, PlanSource.FIXED):
         first, last = _answer(small, StageAction.GENERATE), _answer(large, StageAction.VERIFY)
@@ -99,7 +99,7 @@ def _answer(stage: Fields, action: StageAction) -> Fields:
 
 
 def _policy() -> None:
-    policy = policy_service.instruments.Instruments()
+    policy = policy_service.instruments.PolicyInstruments()
     calibration = Fields(
         stage="small",
         reports=1,
@@ -116,7 +116,7 @@ def _policy() -> None:
 
 
 def _manager() -> None:
-    manager = services.scaler.instruments.Instruments()
+    manager = services.scaler.instruments.ScalerInstruments()
     manager.scaled("small", "wake")
     manager.watch(lambda: [Fields(stage="small", wanted=1, ready=1, is_known=True)])
 

@@ -85,7 +85,7 @@ __all__ = [
     "Unavailable",
 ]
 
-# Imported when first used: who takes values or stubs alone does not wait for gRPC.
+# Imported at first use: a program that needs only values or stubs does not wait for gRPC.
 _LATER = {"AsyncClient": "asd.client", "Client": "asd.client", "Tls": "asd.transport.tls"}
 
 

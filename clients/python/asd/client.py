@@ -1,4 +1,4 @@
-"""Clients of a cascade: one for programs of threads, one for asyncio, with the same methods.
+"""Clients of a cascade: a blocking one and one for asyncio, with the same methods.
 
 >>> Client("127.0.0.1:50050").ask("What is 12 plus 30?", min_quality=0.95).text  # doctest: +SKIP
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import re
 from contextlib import aclosing, closing
-from typing import TYPE_CHECKING, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Literal, Self, TypeVar, Unpack
 
 import grpc
 
@@ -32,20 +32,20 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_TARGET = "127.0.0.1:50050"
 DEFAULT_POLICY_TARGET = "127.0.0.1:50051"
-# As the router's own default for callers that set no deadline.
+# The router's own default for callers that set no deadline.
 DEFAULT_TIMEOUT_MS = 60_000.0
 _REPORT_TIMEOUT_MS = 5_000.0
 
-# How gRPC says that nothing answers at an address, after the name of what was called.
+# gRPC's message if nothing answers at an address, after the name of the peer.
 _UNANSWERED = re.compile(
     r": (?:connections to all backends failing|failed to connect to all addresses); last error: [A-Z_]+: "
     r"ipv[46]:\S+: (?:Failed to connect to remote host: )?([^:;]+)"
 )
 
-# What it says where a connection stands, and nothing comes over it.
+# gRPC's message if a connection opens but nothing arrives on it.
 _UNGREETED = "connection attempt timed out before receiving SETTINGS frame"
 
-# What gRPC says where a connection is refused for its encryption, and what to do.
+# gRPC's message if a connection is refused because of its encryption, and the advice for it.
 _UNENCRYPTED = (
     (
         "CERTIFICATE_VERIFY_FAILED",
@@ -63,11 +63,11 @@ Received = TypeVar("Received")
 
 
 class _Connection:
-    """What both clients know of the cascade: where it is, how to call it, and what its failures mean.
+    """What both clients share: the cascade's address, call options, and the explanation of failures.
 
     target: "host:port" or a gRPC name such as "dns:///asd-router:50050". timeout_ms: deadline of a call that
-    has none of its own. tls: None for a plain connection. token: shown with each call; "" for a cascade that
-    wants none. Raises ValueError for a token that cannot be one.
+    has none of its own. tls: None for a plain connection. token: sent with each call; "" for a cascade that
+    requires none. Raises ValueError for a malformed token.
     """
 
     def __init__(self, target: str, timeout_ms: float, tls: TlsFiles | None, token: str) -> None:
@@ -83,9 +83,12 @@ class _Connection:
                 target,
             )
 
+    def tls_for_reports(self, tls: TlsFiles | Literal["as router"] | None) -> TlsFiles | None:
+        """Return how the policy service is called."""
+        return self.tls if tls == "as router" else tls
+
     def explained(self, error: AsdError, *, is_connected: bool) -> AsdError:
-        """Return the error with what to do where no router answers, and without gRPC's words where a stage
-        does not."""
+        """Return the error in plain words, with advice if no router answers."""
         if _is_unknown_service(error):
             return PreconditionFailed(f"{self.target} is not a router: a router's default port is 50050")
         if not isinstance(error, Unavailable):
@@ -104,17 +107,16 @@ class _Connection:
 
 
 class Client:
-    """Asks a cascade's router. Threads may share one; close it, or use it in a `with` statement.
+    """Calls a cascade's router. Threads may share one; close it, or use it in a `with` statement.
 
-    target: "host:port" or a gRPC name such as "dns:///asd-router:50050". timeout_ms: deadline of each call,
-    which may have its own. tls: None for a plain connection. token: shown with each call; "" for a cascade
-    that wants none. Raises ValueError for a token that cannot be one, UnusableFile for certificates that
-    cannot be used.
-    A call that a router which ends has not begun to answer is made again within its deadline, at another
-    router or at the same one after its return.
-    Every method raises the AsdError that the router's status stands for (asd.errors): InvalidRequest and
-    NotFound for a request at fault, Unavailable where nothing answers, BudgetSpent after the deadline,
-    Overloaded where there is no room for the request: its retry_after_s says when to ask again.
+    target: "host:port" or a gRPC name such as "dns:///asd-router:50050". timeout_ms: default deadline of a
+    call. tls: None for a plain connection. token: sent with each call; "" for a cascade that requires none.
+    Raises ValueError for a malformed token, UnusableFile for certificates that cannot be used.
+    If a router shuts down before it has begun to answer, the call is repeated within its deadline, at another
+    router or at the same one after its restart.
+    Every method raises the AsdError of the router's status (asd.errors): InvalidRequest and NotFound for a
+    request at fault, Unavailable if nothing answers, BudgetSpent after the deadline, and Overloaded if there
+    is no capacity; its retry_after_s says when to try again.
     """
 
     def __init__(
@@ -135,7 +137,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the connection; calls under way end."""
+        """Close the connection; calls in flight end."""
         self._channel.close()
 
     def ask(
@@ -153,9 +155,9 @@ class Client:
         timeout_ms: float | None = None,
         **options: Unpack[Options],
     ) -> Generator[Event, None, None]:
-        """Yield what happens to a question; the Answer comes last. Closing the iterator ends the call.
+        """Yield the events of an answer; the Answer comes last. Closing the iterator ends the call.
 
-        drafts: yield tokens that a later stage may still revise as well (see values.StreamedText).
+        drafts: also yield tokens that a later stage may still revise (see values.StreamedText).
         """
         message = cascade_pb2.GenerateStreamRequest(
             request=convert.request_to(Request.of(question, **options)), include_drafts=drafts
@@ -167,16 +169,19 @@ class Client:
                     yield event
 
     def ask_batch(
-        self, requests: Sequence[Request], *, timeout_ms: float | None = None
+        self, requests: Sequence[Question], *, timeout_ms: float | None = None
     ) -> Generator[BatchItem, None, None]:
-        """Yield the outcome of each request as it is ready; one's failure leaves the others alone."""
-        message = cascade_pb2.GenerateBatchRequest(requests=[convert.request_to(each) for each in requests])
+        """Yield the outcome of each request when it is ready; a failure does not affect other requests.
+
+        requests: Requests, or questions without options.
+        """
+        message = _batch(requests)
         with closing(self._call_stream(self._stub().GenerateBatch, message, timeout_ms)) as responses:
             for response in responses:
                 yield convert.batch_item_from(response)
 
     def describe(self, *, timeout_ms: float | None = None) -> Description:
-        """Return which stages there are, what they cost and which policy is in force."""
+        """Return the stages, their costs and the policy in force."""
         message = cascade_pb2.DescribeRequest()
         return convert.description_from(self._call(self._stub().Describe, message, timeout_ms))
 
@@ -187,15 +192,19 @@ class Client:
         correct: bool,
         policy_target: str = DEFAULT_POLICY_TARGET,
         timeout_ms: float = _REPORT_TIMEOUT_MS,
+        tls: TlsFiles | Literal["as router"] | None = "as router",
     ) -> ReportReceipt:
-        """Tell the policy service how an answer turned out.
+        """Report to the policy service whether an answer was correct.
 
-        The cascade's router takes no reports, so this calls the policy service itself, without the token.
-        Raises InvalidRequest if the policy did not judge the answer.
+        The router takes no reports, so this calls the policy service directly, without the token. tls: of the
+        policy service; None for a plain connection. Raises InvalidRequest if the policy did not judge the
+        answer.
         """
         message = convert.report_to(answer, correct=correct)
-        with closing(blocking.BlockingChannel(policy_target, self._connection.tls)) as channel:
-            stub = policy_pb2_grpc.PolicyServiceStub(channel.current())
+        with closing(
+            blocking.BlockingChannel(policy_target, self._connection.tls_for_reports(tls))
+        ) as channel:
+            stub = channel.stub(policy_pb2_grpc.PolicyServiceStub)
             try:
                 response = blocking.call_unary(
                     stub.Report,
@@ -210,7 +219,7 @@ class Client:
         return convert.receipt_from(response)
 
     def _stub(self) -> cascade_pb2_grpc.CascadeServiceStub:
-        return cascade_pb2_grpc.CascadeServiceStub(self._channel.current())
+        return self._channel.stub(cascade_pb2_grpc.CascadeServiceStub)
 
     def _call(
         self,
@@ -254,10 +263,10 @@ class Client:
 
 
 class AsyncClient:
-    """Asks a cascade's router, for asyncio; one instance serves many concurrent calls of one event loop.
+    """Calls a cascade's router, for asyncio; one instance serves many concurrent calls of one event loop.
 
-    Arguments and errors: Client. It connects at its first call, or where an `async with` statement begins.
-    interceptors: gRPC's, for each call, such as those of OpenTelemetry.
+    Arguments and errors: see Client. It connects at its first call, or when an `async with` block begins.
+    interceptors: gRPC interceptors for each call, such as OpenTelemetry's.
     """
 
     def __init__(
@@ -272,6 +281,7 @@ class AsyncClient:
         self._connection = _Connection(target, timeout_ms, tls, token)
         self._interceptors = interceptors
         self._channel: grpc.aio.Channel | None = None
+        self._is_closed = False
 
     async def __aenter__(self) -> Self:
         self._open()
@@ -281,7 +291,8 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connection; calls under way end."""
+        """Close the connection; calls in flight end."""
+        self._is_closed = True
         if self._channel is not None:
             await self._channel.close()
 
@@ -300,9 +311,9 @@ class AsyncClient:
         timeout_ms: float | None = None,
         **options: Unpack[Options],
     ) -> AsyncGenerator[Event, None]:
-        """Yield what happens to a question; the Answer comes last. Closing the iterator ends the call.
+        """Yield the events of an answer; the Answer comes last. Closing the iterator ends the call.
 
-        drafts: yield tokens that a later stage may still revise as well (see values.StreamedText).
+        drafts: also yield tokens that a later stage may still revise (see values.StreamedText).
         """
         message = cascade_pb2.GenerateStreamRequest(
             request=convert.request_to(Request.of(question, **options)), include_drafts=drafts
@@ -315,17 +326,20 @@ class AsyncClient:
                     yield event
 
     async def ask_batch(
-        self, requests: Sequence[Request], *, timeout_ms: float | None = None
+        self, requests: Sequence[Question], *, timeout_ms: float | None = None
     ) -> AsyncGenerator[BatchItem, None]:
-        """Yield the outcome of each request as it is ready; one's failure leaves the others alone."""
-        message = cascade_pb2.GenerateBatchRequest(requests=[convert.request_to(each) for each in requests])
+        """Yield the outcome of each request when it is ready; a failure does not affect other requests.
+
+        requests: Requests, or questions without options.
+        """
+        message = _batch(requests)
         stream = self._call_stream(self._stub().GenerateBatch, message, timeout_ms)
         async with aclosing(stream) as responses:
             async for response in responses:
                 yield convert.batch_item_from(response)
 
     async def describe(self, *, timeout_ms: float | None = None) -> Description:
-        """Return which stages there are, what they cost and which policy is in force."""
+        """Return the stages, their costs and the policy in force."""
         message = cascade_pb2.DescribeRequest()
         return convert.description_from(await self._call(self._stub().Describe, message, timeout_ms))
 
@@ -336,11 +350,12 @@ class AsyncClient:
         correct: bool,
         policy_target: str = DEFAULT_POLICY_TARGET,
         timeout_ms: float = _REPORT_TIMEOUT_MS,
+        tls: TlsFiles | Literal["as router"] | None = "as router",
     ) -> ReportReceipt:
-        """Tell the policy service how an answer turned out; see Client.report."""
+        """Report to the policy service whether an answer was correct; see Client.report."""
         message = convert.report_to(answer, correct=correct)
-        opened = open_channel(policy_target, tls=self._connection.tls, interceptors=self._interceptors)
-        async with opened as channel:
+        used = self._connection.tls_for_reports(tls)
+        async with open_channel(policy_target, tls=used, interceptors=self._interceptors) as channel:
             stub = policy_pb2_grpc.PolicyServiceStub(channel)
             try:
                 response = await call_unary(
@@ -354,6 +369,8 @@ class AsyncClient:
         return convert.receipt_from(response)
 
     def _open(self) -> grpc.aio.Channel:
+        if self._is_closed:
+            raise PreconditionFailed(blocking.CLOSED)
         if self._channel is None:
             known = self._connection
             self._channel = open_channel(known.target, tls=known.tls, interceptors=self._interceptors)
@@ -404,13 +421,21 @@ class AsyncClient:
                 raise known.explained(error, is_connected=self._is_connected()) from error
 
     def _is_connected(self) -> bool:
-        return self._open().get_state() is grpc.ChannelConnectivity.READY
+        return self._channel is not None and self._channel.get_state() is grpc.ChannelConnectivity.READY
+
+
+def _batch(questions: Sequence[Question]) -> cascade_pb2.GenerateBatchRequest:
+    if isinstance(questions, str):
+        raise TypeError("requests is a list of questions, not one text")
+    return cascade_pb2.GenerateBatchRequest(
+        requests=[convert.request_to(Request.of(each)) for each in questions]
+    )
 
 
 def encryption_advice(message: str, *, is_encrypted: bool) -> str:
-    """Return what a refused connection says of its encryption, and what to do: "" where it says nothing.
+    """Return advice if an error message shows a mismatch of encryption; "" if it does not.
 
-    message: gRPC's. The words go on from the name of whom was called.
+    message: gRPC's. The advice continues a sentence that begins with the peer's name.
     """
     for sign, advice in _UNENCRYPTED:
         if sign in message:
@@ -422,13 +447,13 @@ def encryption_advice(message: str, *, is_encrypted: bool) -> str:
 
 
 def in_plain_words(message: str) -> str:
-    """Return what an error says without what gRPC adds for those who work on gRPC."""
+    """Return an error message without gRPC's internal details."""
     message = message.replace(_UNGREETED, "it takes the connection and is silent")
     return _UNANSWERED.sub(lambda found: f" does not answer ({found[1].lower()})", message)
 
 
 def _explained_report(error: AsdError, policy_target: str) -> AsdError:
-    """Return what a report's call ended with, in plain words."""
+    """Return the error of a report's call, in plain words."""
     if isinstance(error, Unavailable):
         return Unavailable(in_plain_words(error.message))
     if _is_unknown_service(error):

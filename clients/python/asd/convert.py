@@ -1,4 +1,4 @@
-"""Messages of the contract ↔ asd.values. Nothing here decides anything."""
+"""Converts between messages of the contract and asd.values."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from asd.values import (
 if TYPE_CHECKING:
     from google.protobuf.internal.enum_type_wrapper import _EnumTypeWrapper as EnumTypeWrapper
 
-# Of a request to the router. gRPC's default, which callers know. Messages between services may be twice as
+# Largest request to the router: gRPC's default, which callers know. Messages between services may be twice as
 # large.
 MAX_REQUEST_BYTES = 4 * 1024 * 1024
 
@@ -52,32 +52,37 @@ Member = TypeVar("Member", bound=StrEnum)
 Input = str | tuple[Message, ...]
 _CAPITAL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
-# Of the types that counts have.
+# Largest values of the types of counts.
 _LARGEST = {FieldDescriptor.TYPE_UINT32: 2**32 - 1, FieldDescriptor.TYPE_UINT64: 2**64 - 1}
 
 
 class Enumeration(Generic[Member]):
     """One enumeration in both forms: members of asd.values, and numbers of the contract.
 
-    members: by number; UNSPECIFIED is none. numbers: by member, or its value.
+    members: by number, without UNSPECIFIED. numbers: by member, or by its value.
     """
 
     def __init__(self, kind: type[Member], enum: EnumTypeWrapper[Any]) -> None:
         self.name = kind.__name__
         self._prefix = f"{_CAPITAL.sub('_', self.name).upper()}_"
-        self._enum = enum
         self.members: dict[int, Member] = {enum.Value(self._prefix + each.name): each for each in kind}
         self.numbers: dict[str, Any] = {member: number for number, member in self.members.items()}
 
-    def number_of(self, name: str) -> Any:
-        """Return the number of a member, or of its value. Raises ValueError for another name."""
-        number = self.numbers.get(name)
-        return self._enum.Value(self._prefix + name.upper()) if number is None else number
+    def number_of(self, name: str, field: str) -> Any:
+        """Return the number of a member, or of its value. Raises InvalidRequest for another name.
+
+        field: what the name was given for.
+        """
+        number = self.numbers.get(name) if isinstance(name, str) else None
+        if number is None:
+            known = ", ".join(f'"{each}"' for each in self.numbers)
+            raise InvalidRequest(f"{field} is one of {known}, not {name!r}", field=field)
+        return number
 
     def read(self, number: int) -> Member | str:
         """Return the member with a number.
 
-        "unspecified" for 0; the number as text where only a newer server knows it.
+        "unspecified" for 0; the number as text if only a newer server knows it.
         """
         return self.members.get(number) or (str(number) if number else "unspecified")
 
@@ -122,7 +127,7 @@ def request_to(request: Request) -> cascade_pb2.GenerateRequest:
 
 
 def report_to(answer: Answer, *, correct: bool) -> policy_pb2.ReportRequest:
-    """Return the report of how an answer turned out.
+    """Return the report on whether an answer was correct.
 
     Raises InvalidRequest if the policy gave no probability for the answer.
     """
@@ -156,7 +161,9 @@ def set_input(message: Any, value: Input) -> None:
     conversation.SetInParent()
     for index, turn in enumerate(value):
         try:
-            conversation.messages.add(role=ROLES.number_of(turn.role), content=turn.content)
+            conversation.messages.add(
+                role=ROLES.number_of(turn.role, f"conversation.messages[{index}].role"), content=turn.content
+            )
         except UnicodeEncodeError as error:
             raise _not_utf8(f"conversation.messages[{index}].content") from error
 
@@ -179,7 +186,7 @@ def sampling_to(sampling: Sampling) -> common_pb2.Sampling:
             stop=sampling.stop,
         )
     except ValueError:
-        # protobuf names no field: assign one by one.
+        # protobuf's error names no field, so assign them one by one.
         message = common_pb2.Sampling()
         for name in ("max_new_tokens", "seed"):
             value = getattr(sampling, name)
@@ -196,7 +203,7 @@ def objective_to(objective: Objective) -> common_pb2.Objective:
         max_cost=objective.max_cost,
         max_latency_ms=objective.max_latency_ms,
         min_quality=objective.min_quality,
-        preference=None if preference is None else PREFERENCES.number_of(preference),
+        preference=None if preference is None else PREFERENCES.number_of(preference, "objective.preference"),
     )
     if objective.quality_value is not None:
         # `lambda` is a keyword of Python.
@@ -207,7 +214,7 @@ def objective_to(objective: Objective) -> common_pb2.Objective:
 def acceptance_to(acceptance: Acceptance) -> common_pb2.Acceptance:
     """Return an acceptance as a message."""
     return common_pb2.Acceptance(
-        mode=ACCEPTANCE_MODES.number_of(acceptance.mode), threshold=acceptance.threshold
+        mode=ACCEPTANCE_MODES.number_of(acceptance.mode, "acceptance.mode"), threshold=acceptance.threshold
     )
 
 

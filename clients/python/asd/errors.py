@@ -1,4 +1,4 @@
-"""Errors that asd raises on purpose, with text that a caller may read.
+"""The errors of asd, with messages for the caller.
 
 AsdError                    anything else: INTERNAL
 ├── InvalidRequest          malformed request, unspecified enum; names the field
@@ -27,9 +27,9 @@ from asd.visible import OneLineError
 
 
 class AsdError(OneLineError):
-    """An error with a public message and, where one request field is at fault, its path.
+    """An error with a public message and, if one request field is at fault, its path.
 
-    retry_after_s: after how many seconds the same request may succeed; None: not known.
+    retry_after_s: seconds after which the same request may succeed; None: not known.
     """
 
     def __init__(self, message: str, *, field: str = "", retry_after_s: float | None = None) -> None:
@@ -39,7 +39,7 @@ class AsdError(OneLineError):
 
 
 class InvalidRequest(AsdError):
-    """The request breaks the contract; `field` names where, as in `sampling.temperature`."""
+    """The request breaks the contract; `field` names the field, such as `sampling.temperature`."""
 
 
 class ModelRefusal(InvalidRequest):
@@ -51,7 +51,7 @@ class PromptTooLong(ModelRefusal):
 
 
 class ConversationRefused(ModelRefusal):
-    """The model's chat template has no form for the conversation, such as one with a system message."""
+    """The model's chat template does not support the conversation, such as one with a system message."""
 
 
 class NotFound(AsdError):
@@ -67,19 +67,19 @@ class InputFailed(PreconditionFailed):
 
 
 class Unauthenticated(AsdError):
-    """The caller shows no token, or one that is not known."""
+    """The call has no token, or an unknown one."""
 
 
 class ResourceExhausted(AsdError):
-    """There is no room: on a disk, within the limit on messages, or for one more request."""
+    """A resource is exhausted: a disk, the limit on messages, or the capacity for requests."""
 
 
 class QueueFull(ResourceExhausted):
-    """An engine's queue or memory is full with other requests; the same one may succeed later."""
+    """An engine's queue or memory is full; the same request may succeed later."""
 
 
 class Overloaded(ResourceExhausted):
-    """More is asked than can be computed in time; the same request may succeed after retry_after_s."""
+    """There are more requests than can be answered in time; retry after retry_after_s."""
 
 
 class Unavailable(AsdError):
@@ -87,11 +87,11 @@ class Unavailable(AsdError):
 
 
 class Away(Unavailable):
-    """A service could not be reached, or is about to end and has sent nothing: it may be back soon."""
+    """A service is unreachable, or shuts down and has sent nothing: it may be back soon."""
 
 
 class BrokenOff(Unavailable):
-    """A service ended a call while it was still being sent; what it said of the reason is lost."""
+    """A service ended a call while the request was still being sent; its reason is lost."""
 
 
 class BudgetSpent(AsdError):

@@ -1,4 +1,4 @@
-"""What goes to a cascade and what comes back, as frozen values. Pure: no gRPC, no protobuf.
+"""Requests to a cascade and their answers, as frozen values. Pure: no gRPC, no protobuf.
 
 Fields, units and ranges are those of protos/asd/v1; costs are in cost units, times in milliseconds.
 """
@@ -20,7 +20,7 @@ class Role(StrEnum):
 
 
 class Preference(StrEnum):
-    """A wish for speed or for quality."""
+    """A preference for speed or quality."""
 
     FASTEST = "fastest"
     BALANCED = "balanced"
@@ -43,7 +43,7 @@ class FinishReason(StrEnum):
 
 
 class StageAction(StrEnum):
-    """What a stage did. PREFILL read the prompt ahead, and decides nothing."""
+    """What a stage did. PREFILL filled the prefix cache ahead of an escalation."""
 
     GENERATE = "generate"
     VERIFY = "verify"
@@ -58,7 +58,7 @@ class DecisionAction(StrEnum):
 
 
 class DecisionReason(StrEnum):
-    """What tipped a decision."""
+    """The reason for a decision."""
 
     VALUE = "value"
     LAST_STAGE = "last_stage"
@@ -88,7 +88,7 @@ AcceptanceModeName = AcceptanceMode | Literal["exact", "tolerant"]
 
 
 def _check_names(name: str, value: object) -> None:
-    """Refuse what is no sequence of strings, and a string, which is one by accident."""
+    """Raise TypeError unless a value is a tuple or list of strings. A string alone is refused too."""
     if not isinstance(value, tuple | list) or not all(isinstance(each, str) for each in value):
         raise TypeError(f"{name} is a tuple of strings, not {value!r}")
 
@@ -117,7 +117,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Objective:
-    """What to optimise. `quality_value` is the contract's `lambda`: what a certainly right answer is worth.
+    """What to optimise. `quality_value` is the contract's `lambda`: the worth of a certainly right answer.
 
     All fields None: the policy's BALANCED. `quality_value` and `preference` exclude each other.
     """
@@ -138,7 +138,7 @@ class Acceptance:
 
 
 class Options(TypedDict, total=False):
-    """What may be said of a question beside it: fields of Objective, Sampling and Request."""
+    """Options of a question: fields of Objective, Sampling and Request."""
 
     preference: PreferenceName | None
     quality_value: float | None
@@ -161,9 +161,9 @@ class Options(TypedDict, total=False):
 class Request:
     """One question to a cascade: a single user message, or a conversation that ends with one.
 
-    stage: the one stage that must answer. chain: stages that work on the answer whatever it shows, the first
-    drafting and each later one verifying. Without either the policy decides. task: type of task, such as
-    "math": stages with an adapter for it answer with the adapter.
+    stage: the one stage that must answer. chain: stages that all work on the answer; the first drafts, each
+    later one verifies. Without either, the policy decides. task: type of task, such as "math": stages with an
+    adapter for it answer with the adapter.
     """
 
     input: str | tuple[Message, ...]
@@ -176,7 +176,7 @@ class Request:
     task: str = ""
 
     def __post_init__(self) -> None:
-        # What protobuf says of a wrong type names no field.
+        # protobuf's error for a wrong type names no field.
         for name in ("stage", "task", "session_id"):
             value = getattr(self, name)
             if not isinstance(value, str):
@@ -187,7 +187,7 @@ class Request:
     def of(cls, question: Question, **options: Unpack[Options]) -> Request:
         """Return the request for a question with its options. A Request has them already.
 
-        Raises TypeError for an option that there is none of, or of another type.
+        Raises TypeError for an unknown option, or one of the wrong type.
         """
         if isinstance(question, Request):
             if options:
@@ -196,6 +196,10 @@ class Request:
         given: dict[str, Any] = dict(options)
         sampling = Sampling(**_take(given, Sampling))
         objective = Objective(**_take(given, Objective))
+        unknown = given.keys() - Options.__annotations__.keys()
+        if unknown:
+            known = ", ".join(sorted(Options.__annotations__))
+            raise TypeError(f"there is no option {min(unknown)}: the options are {known}")
         turns = question if isinstance(question, str) else tuple(question)
         return cls(turns, sampling, objective, **given)
 
@@ -204,7 +208,7 @@ Question = str | Sequence[Message] | Request
 
 
 def _take(given: dict[str, Any], kind: type[Sampling | Objective]) -> dict[str, Any]:
-    """Take the fields of a kind of value out of what was given."""
+    """Remove the fields of a kind of value from the given options, and return them."""
     return {each.name: given.pop(each.name) for each in fields(kind) if each.name in given}
 
 
@@ -212,12 +216,12 @@ def _take(given: dict[str, Any], kind: type[Sampling | Objective]) -> dict[str, 
 class StageRecord:
     """What one stage did for a request.
 
-    Counts and times of the stage are 0 where the stage failed. An enumeration's value that is not set is
-    "unspecified", and one that only a newer server knows is its number; so too in Answer. `p_correct` is None
-    where the policy was not asked or had nothing to predict.
+    Counts and times are 0 if the stage failed. An enumeration that is not set is "unspecified", and a value
+    that only a newer server knows is its number, here and in Answer. `p_correct` is None if the policy was
+    not called or made no prediction.
     accept_lengths: tokens emitted by each pass that scored a proposal. cached_prompt_tokens: of
-    prompt_tokens, from the prefix cache. model: as the stage calls it; "" where no result came. adapted:
-    whether its adapter for the type of task answered.
+    prompt_tokens, from the prefix cache. model: as the stage calls it; "" if no result came. adapted: whether
+    its adapter for the type of task answered.
     """
 
     stage: str
@@ -246,7 +250,7 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer to one request, with one record per stage that was asked, in order.
+    """The answer to one request, with one record per stage that was called, in order.
 
     `out_of_family`: the prompt is unlike all that the policy was fitted to, so `p_correct` is None.
     """
@@ -273,8 +277,8 @@ class Answer:
 class ReportReceipt:
     """What a policy service did with a report.
 
-    reports: requests that were reported for the answer's policy. reported_before: this one was; then the
-    first report counts in the calibration that is watched, and a refit takes the last.
+    reports: requests reported so far for the answer's policy. reported_before: whether this request was
+    reported before. If so, the drift detector counts the first report, and a refit uses the last.
     """
 
     reports: int
@@ -283,7 +287,7 @@ class ReportReceipt:
 
 @dataclass(frozen=True)
 class StageStarted:
-    """A stage starts on the request: it writes (GENERATE) or checks a draft and goes on (VERIFY)."""
+    """A stage begins to work: it generates an answer, or verifies a draft and continues it."""
 
     stage: str
     stage_index: int
@@ -329,7 +333,7 @@ Event = StageStarted | Drafted | Committed | Revised | Answer
 class Failure:
     """Why a request of a batch has no answer. code: a google.rpc.Code. field: the one at fault, or "".
 
-    retry_after_s: after how many seconds the same request may succeed; None: not known.
+    retry_after_s: seconds after which the same request may succeed; None: not known.
     """
 
     code: int
@@ -348,7 +352,7 @@ class BatchItem:
 
 @dataclass(frozen=True)
 class StageDescription:
-    """A stage of the cascade; what it says of its model is empty while it is away.
+    """A stage of the cascade. The fields of its model are empty while the stage is unavailable.
 
     adapters: types of task that its model has adapters for.
     """
@@ -368,7 +372,7 @@ class StageDescription:
 
 @dataclass(frozen=True)
 class PolicyStage:
-    """A stage as the policy knows it, from its calibration prompts."""
+    """The policy's figures for a stage, from its calibration prompts."""
 
     stage: str
     cost: float
@@ -392,7 +396,7 @@ class PolicyDescription:
 
 @dataclass(frozen=True)
 class Description:
-    """What a cascade is made of. `policy` is None while the policy service is away."""
+    """Description of a cascade. `policy` is None while the policy service is unavailable."""
 
     stages: tuple[StageDescription, ...]
     policy: PolicyDescription | None
@@ -402,10 +406,10 @@ class Description:
 
 @dataclass(frozen=True)
 class StreamedText:
-    """The text of a stream so far: what is final, and the draft after it.
+    """The text of a stream so far: the final part, and the draft after it.
 
-    `ends` holds the (tokens, bytes) counted from the answer's start at the end of each chunk. A commit is
-    counted in tokens while text comes in chunks, so it takes effect up to the last chunk that it covers.
+    `ends` holds (tokens, bytes) from the answer's start to the end of each chunk. Commits count tokens, but
+    text comes in chunks, so a commit takes effect up to the last chunk that it covers completely.
     """
 
     text: str = ""
@@ -423,7 +427,7 @@ class StreamedText:
         return self.text[len(self.final) :]
 
     def after(self, event: Event) -> StreamedText:
-        """Return the text once an event has happened."""
+        """Return the text after an event."""
         match event:
             case Drafted(tokens):
                 return self._add(tokens)

@@ -1,15 +1,15 @@
-"""Text of others in messages and logs: shown, never executed, on one line and of bounded length. Pure."""
+"""Untrusted text in messages and logs: control characters escaped, on one line, of bounded length. Pure."""
 
 from __future__ import annotations
 
 import re
 
-# Controls other than newline and tab, surrogates, and what turns the direction of text or breaks lines
-# unseen. A carriage return before a newline does nothing.
+# Control characters other than newline and tab, surrogates, and invisible characters that change the text's
+# direction or break lines. A carriage return before a newline does nothing.
 UNSEEN = re.compile(
     r"\r(?=\n)|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-# Characters of a sentence. Chosen: room for a path and a long reason, where a name may have megabytes.
+# Most characters of a message. Chosen: room for a path and a long reason; a name could have megabytes.
 MOST_CHARACTERS = 2000
 _LINES = {"\n": "\\n", "\t": "\\t"}
 
@@ -20,10 +20,10 @@ def visible(text: str) -> str:
 
 
 def one_line(text: str, most: int = MOST_CHARACTERS) -> str:
-    """Return a text as one line of at most `most` characters, control characters and line breaks shown."""
+    """Return a text as one line of at most `most` characters, with control characters and breaks escaped."""
     if text.isprintable() and len(text) <= most:
         return text
-    # Each character is shown by ten at most. What is cut off is not looked at: it may be megabytes.
+    # Cut first, since the rest may be megabytes. Escaping makes at most ten characters of one.
     cut = text[: most + 1]
     cut = visible(cut.replace("\r\n", "\n"))
     for character, shown in _LINES.items():
@@ -32,7 +32,7 @@ def one_line(text: str, most: int = MOST_CHARACTERS) -> str:
 
 
 class OneLineError(Exception):
-    """An error whose message is one line that a terminal and a log can show, whatever it quotes."""
+    """An error whose message is one line that is safe for a terminal and a log, whatever it quotes."""
 
     def __init__(self, message: str) -> None:
         self.message = one_line(message)
@@ -41,7 +41,7 @@ class OneLineError(Exception):
 
 def _show(found: re.Match[str]) -> str:
     character = found[0]
-    # What stands before a newline changes nothing.
+    # A carriage return before a newline changes nothing.
     if character == "\r" and found.string[found.end() : found.end() + 1] == "\n":
         return ""
     return character.encode("unicode_escape").decode()

@@ -1,4 +1,4 @@
-"""Stages that sleep: which ones do, having them woken, and waiting until they are awake."""
+"""Stages that are scaled to zero: which ones are, how they are activated, and the wait for a replica."""
 
 from __future__ import annotations
 
@@ -19,49 +19,49 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# A stage is asked to be woken no more often than this. Chosen: replicas take longer to come.
+# Least time between two requests to activate a stage. Chosen: replicas take longer to start.
 WAKE_SECONDS = 3.0
-# For how long what the manager said last is believed while it does not answer. Chosen.
+# How long the manager's last answer holds while it does not answer. Chosen.
 TRUSTED_SECONDS = 30.0
 
 
 class Replicated(Protocol):
-    """Where a stage's replicas are looked for."""
+    """Finds a stage's replicas."""
 
     async def find(self) -> bool:
         """Look for replicas now; return whether there is one."""
 
     def forget(self) -> None:
-        """Drop the replicas that are known."""
+        """Drop all known replicas."""
 
 
 class StageManager(Protocol):
-    """Calls the manager. Every call raises the AsdError that its status stands for."""
+    """Calls the manager. Every call raises the AsdError of its status."""
 
     async def awake(self) -> Mapping[str, bool]:
-        """Return the names of the managed stages, and whether a replica of each is ready."""
+        """Return whether a replica is ready, by the name of the managed stage."""
 
     async def wake(self, stage: str) -> None:
         """Have a stage get replicas."""
 
 
 class AlwaysActive:
-    """Of a cascade whose stages always have replicas."""
+    """The activator of a cascade whose stages always have replicas."""
 
     scaled_to_zero: frozenset[int] = frozenset()
 
     def activate(self, stage: Stage) -> None:
-        """Do nothing: the stage is awake."""
+        """Do nothing: the stage has a replica."""
 
     async def until_active(self, stage: Stage, timeout_ms: float) -> None:
         """Return at once."""
 
 
 class Activation:
-    """Follows which stages sleep. Run `follow` in a task.
+    """Follows which stages are scaled to zero. Run `follow` in a task.
 
-    stages: every stage with where its replicas are looked for. clock: monotonic seconds. poll_ms: how often
-    the manager is asked.
+    stages: every stage with the finder of its replicas. clock: monotonic seconds. poll_ms: between two polls
+    of the manager.
     """
 
     def __init__(
@@ -84,13 +84,13 @@ class Activation:
         self._changed = asyncio.Event()
 
     async def follow(self) -> None:
-        """Ask the manager again and again, until cancelled."""
+        """Poll the manager until cancelled."""
         try:
             while True:
                 try:
                     await self.update()
                 except Exception:
-                    # Whoever waits for a stage would wait for ever.
+                    # Polling must go on, or requests would wait for a stage for ever.
                     logger.exception("cannot tell which stages sleep")
                 await asyncio.sleep(self._poll_s)
         finally:
@@ -98,7 +98,7 @@ class Activation:
                 task.cancel()
 
     async def update(self) -> None:
-        """Ask the manager once which stages sleep."""
+        """Ask the manager once which stages are scaled to zero."""
         try:
             awake = await self._manager.awake()
         except AsdError as error:
@@ -119,12 +119,12 @@ class Activation:
                     replicas.forget()
                 asleep.append(stage.index)
             elif stage.index in self.scaled_to_zero and not await replicas.find():
-                # It is ready, but its name does not say so yet.
+                # A replica is ready, but the stage's name does not resolve to it yet.
                 asleep.append(stage.index)
         self._set(asleep)
 
     def activate(self, stage: Stage) -> None:
-        """Have a stage woken, in the background, unless that was asked a moment ago."""
+        """Have the manager activate a stage, in the background. At most once per WAKE_SECONDS."""
         now = self._clock()
         if now - self._woken.get(stage.index, -WAKE_SECONDS) < WAKE_SECONDS:
             return
@@ -134,7 +134,7 @@ class Activation:
         task.add_done_callback(self._waking.discard)
 
     async def until_active(self, stage: Stage, timeout_ms: float) -> None:
-        """Wake a stage and wait for it. Raises BudgetSpent where it is not awake in time."""
+        """Activate a stage and wait for it. Raises BudgetSpent if it has no replica in time."""
         try:
             async with asyncio.timeout(max(timeout_ms, 0.0) / 1000.0):
                 while stage.index in self.scaled_to_zero:
@@ -164,7 +164,7 @@ class Activation:
 
 
 class GrpcManager:
-    """Calls the manager of stages that sleep. timeout_ms: of each call."""
+    """Calls the manager. timeout_ms: of each call."""
 
     def __init__(self, target: str, channel: grpc.aio.Channel, timeout_ms: float) -> None:
         self._peer = f"the manager at {target}"
@@ -174,9 +174,9 @@ class GrpcManager:
         self._wake = stub.Wake
 
     async def awake(self) -> dict[str, bool]:
-        """Return the names of the managed stages, and whether a replica of each is ready.
+        """Return whether a replica is ready, by the name of the managed stage.
 
-        A stage whose state is not known is left out.
+        A stage whose state is unknown is left out.
         """
         status = await call_unary(
             self._status,

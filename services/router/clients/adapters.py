@@ -1,4 +1,4 @@
-"""Which model of a stage answers a type of task: the adapter for it, where there is one. Pure."""
+"""Chooses a stage's model for a type of task: its adapter, if there is one. No gRPC, no protobuf."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# For how long what a stage said of its models is taken as it is. Chosen: adapters come with a new pod.
+# How long a stage's list of models is kept. Chosen: adapters arrive with a new pod.
 FRESH_SECONDS = 60.0
-# For how long a stage that did not answer is not asked again. Chosen.
+# Pause before a stage that did not answer is asked again. Chosen.
 RETRY_SECONDS = 1.0
-# Share of a call's time that may pass until the stage says which adapters it has. Chosen: in the rest it can
-# answer without.
+# Share of a call's time that may pass until the stage has listed its adapters. Chosen: in the rest, its model
+# can answer without one.
 _SHARE_OF_TIME = 0.5
 
 
 class Adapters:
     """The adapters of one stage's model. Close it when done.
 
-    model: what the stage is asked for without a task; "": its default model. tasks: types of task that it has
-    adapters for; None: the stage is asked, when a task is first named. list_models: returns the names of the
-    stage's models, the default one first, adapters as MODEL/TASK; it raises AsdError. clock: monotonic
+    model: answers requests without a task; "": the stage's default model. tasks: types of task that it has
+    adapters for; None: the stage is asked when a request first names a task. list_models: returns the names
+    of the stage's models, the default one first, adapters as MODEL/TASK; it raises AsdError. clock: monotonic
     seconds.
     """
 
@@ -46,14 +46,14 @@ class Adapters:
         self._names = {task: f"{model}/{task}" for task in tasks or ()}
         self._next_time = clock()
         self._update: asyncio.Task[None] | None = None
-        # Until when the stage is taken to lack an adapter, by task.
+        # Time until which the stage is assumed to lack an adapter, by task.
         self._lacking: dict[str, float] = {}
 
     async def model_for(self, task: str, timeout_ms: float) -> str:
-        """Return the model to ask for a task; without an adapter for it, and for "", the one without.
+        """Return the adapter for a task; the plain model if there is none, and for "".
 
-        timeout_ms: the time that is left for this and the call. Where half of it does not do for the stage to
-        say what it has, it is asked for the model without.
+        timeout_ms: for this and the call. If the stage does not list its adapters in half of that, this
+        returns the plain model.
         """
         if not task:
             return self._model
@@ -61,22 +61,22 @@ class Adapters:
             if self._update is None or self._update.done():
                 self._update = asyncio.create_task(self._ask())
             if not self._names:
-                # It may well have the adapter. Where it has some, news can wait.
+                # No adapter is known yet, so wait. An update of a known list can wait.
                 await asyncio.wait([self._update], timeout=timeout_ms / 1000.0 * _SHARE_OF_TIME)
         if self._clock() < self._lacking.get(task, -math.inf):
             return self._model
         return self._names.get(task, self._model)
 
     def lacks(self, task: str, name: str) -> None:
-        """The stage says that it has no such adapter: for a while, ask its model without.
+        """The stage has no such adapter: use the plain model for a while.
 
-        name: what it was asked for. What it said of its models meanwhile may not have that any longer.
+        name: the adapter that was called. A newer list of models may no longer have it.
         """
         logger.warning("%s is not there: tasks of that type are answered without", name)
         self._lacking[task] = self._clock() + FRESH_SECONDS
 
     async def close(self) -> None:
-        """Stop asking."""
+        """Cancel an update that is in flight."""
         if self._update is not None:
             self._update.cancel()
             await asyncio.wait([self._update])
@@ -85,7 +85,7 @@ class Adapters:
         try:
             models = await self._list_models()
         except AsdError:
-            # The call that waits for this will say what is wrong.
+            # The call that waits for this will report the error.
             self._next_time = self._clock() + RETRY_SECONDS
             return
         self._next_time = self._clock() + FRESH_SECONDS
@@ -93,6 +93,6 @@ class Adapters:
 
 
 def tasks_of(model: str, models: Sequence[str]) -> dict[str, str]:
-    """Return names of adapters by task. model: whose; "": of the first. models: every name of a stage."""
+    """Return adapters by task. model: their model; "": the first. models: all models of a stage."""
     base = f"{model or next(iter(models), '')}/"
     return {name.removeprefix(base): name for name in models if name.startswith(base)}

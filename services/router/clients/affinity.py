@@ -1,4 +1,4 @@
-"""Which replica of a stage to call: the one that holds the conversation's prefix, unless it is busy. Pure."""
+"""Chooses a stage's replica: the one that holds the conversation's prefix, unless it is busy. Pure."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# Calls under way at a replica, beside the mean, above which a conversation goes elsewhere. Chosen, as in the
+# Load of a replica, relative to the mean, above which a conversation goes elsewhere. Chosen, as in the
 # paper's evaluation: more keeps prefixes longer, less keeps queues shorter.
 _LOAD_FACTOR = 1.25
 
 
 def choose_replica(key: str, loads: Mapping[str, int]) -> str:
-    """Return the address to call for a key. loads: calls under way by address, at least one address.
+    """Return the address to call for a key. loads: calls in flight by address, at least one address.
 
-    The same key prefers the same address, whichever others come and go; an address above its fair share of
-    the calls is passed over. Source: rendezvous hashing, Thaler and Ravishankar 1998; bounded loads,
-    Mirrokni, Thorup and Zadimoghaddam 2018.
+    A key prefers the same address while other addresses come and go. An address above its fair share of the
+    calls is passed over. Source: rendezvous hashing, Thaler and Ravishankar 1998; bounded loads, Mirrokni,
+    Thorup and Zadimoghaddam 2018.
     """
     most = math.ceil(_LOAD_FACTOR * (sum(loads.values()) + 1) / len(loads))
     preferred = sorted(loads, key=lambda address: _weight(key, address), reverse=True)

@@ -1,4 +1,4 @@
-"""A circuit breaker: after repeated failures, spare callers the wait for another. Pure."""
+"""A circuit breaker: after repeated failures, calls fail at once. Pure."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
 
 
 class Breaker:
-    """Opens after `failures` failures in a row; lets one call through every `interval_s` seconds until one
+    """Opens after `failures` failures in a row. Then one call per `interval_s` is let through until one
     succeeds.
 
-    Calls that are under way together and fail are one failure: a pause of the machine makes all of them late
-    and would open it by itself. clock: monotonic seconds.
+    Calls that overlap and fail count as one failure: otherwise a single pause of the machine, which makes all
+    of them late, would open the breaker. clock: monotonic seconds.
     """
 
     def __init__(self, clock: Callable[[], float], *, failures: int = 3, interval_s: float = 1.0) -> None:
@@ -27,11 +27,11 @@ class Breaker:
 
     @property
     def is_open(self) -> bool:
-        """Whether calls are refused, probes excepted."""
+        """Whether calls are refused, except for probes."""
         return self._failures >= self._limit
 
     def allows(self) -> bool:
-        """Return whether to make a call now. True while open makes the caller the probe."""
+        """Return whether to make a call now. If it is open, True makes this call the probe."""
         if not self.is_open:
             return True
         now = self._clock()
@@ -45,7 +45,7 @@ class Breaker:
         self._failures = 0
 
     def failed(self, began: float) -> None:
-        """Count a call's failure, unless it was under way when another one failed. began: by the clock."""
+        """Count a call's failure, unless it overlaps an earlier one. began: clock seconds at its start."""
         if began < self._failed_at:
             return
         self._failed_at = self._clock()

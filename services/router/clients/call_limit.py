@@ -1,4 +1,4 @@
-"""A bound on the calls under way to a service; further ones wait for a place. Pure."""
+"""A bound on the concurrent calls to a service; further calls wait. No gRPC, no protobuf."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ if TYPE_CHECKING:
 
 
 class CallLimit:
-    """Lets so many calls through at a time; the others wait in the order in which they came."""
+    """Lets `places` calls through at a time; further calls wait in order of arrival."""
 
     def __init__(self, places: int) -> None:
         self._places = asyncio.Semaphore(places)
 
     @property
     def is_full(self) -> bool:
-        """Whether a call that comes now would have to wait."""
+        """Whether a new call would have to wait."""
         return self._places.locked()
 
     @asynccontextmanager
     async def place(self, wait_ms: float, peer: str) -> AsyncIterator[None]:
-        """Hold a place for the block. Raises BudgetSpent, naming the peer, where none is free in time."""
+        """Hold a place for the block. Raises BudgetSpent, naming the peer, if none is free in time."""
         if self._places.locked():
             try:
                 async with asyncio.timeout(wait_ms / 1000.0):

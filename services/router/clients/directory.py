@@ -1,4 +1,4 @@
-"""What the services of a cascade say of themselves."""
+"""Describes the services of a cascade."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Directory:
-    """Describes the cascade by asking every service of it."""
+    """Describes the cascade by asking each of its services."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""gRPC behind the cascade's policy: its calls, their line, and a breaker."""
+"""Calls to the policy service over gRPC, with a queue of their own and a circuit breaker."""
 
 from __future__ import annotations
 
@@ -31,25 +31,26 @@ if TYPE_CHECKING:
 Sent = TypeVar("Sent")
 Received = TypeVar("Received")
 
-# Calls of this router to the policy service that are under way at once; further ones wait in its line, where
-# `timeout_ms` does not run yet. Four take some 4 ms of processor time there, and so end within the default
-# 100 ms where stages leave it a tenth of a processor. At 32 requests at a time beside others, 1 of 720 had
-# a late call with four, 5 with eight. At a millisecond each they are 4,000 a second, more than a router asks.
+# Concurrent calls of this router to the policy service. Further calls wait in a queue; `timeout_ms` starts
+# after it. Four calls take some 4 ms of processor time there. They end within the default 100 ms even if the
+# stages leave the service a tenth of a processor. Measured at 32 concurrent requests on a busy machine: 1 of
+# 720 had a late call with four, 5 with eight. At 1 ms each, four allow 4,000 calls a second, more than a
+# router makes.
 POLICY_CALLS = 4
-# Share of a call's time that it may spend in that line, and of what is left of the request's latency budget.
-# Chosen: a request of half a second, which then follows the static plan, still has most of it for its stages.
+# Share that the queue may take of a call's time, and of the rest of the request's latency budget. Chosen: a
+# request of half a second that then follows the static plan still has most of its time for the stages.
 _SHARE_IN_LINE = 0.25
-# Timeouts of a call that it may spend there. Chosen: bursts of some hundreds are planned within, on two busy
-# cores in 2 s or so. A policy service that is late with them is no longer waited for: see Breaker.
+# Longest wait in the queue, in timeouts of a call. Chosen: it covers a burst of some hundred requests, which
+# two busy cores plan in about 2 s. If the service is late throughout, the breaker ends the wait.
 _TIMEOUTS_IN_LINE = 50.0
 
 
 class GrpcPolicy:
-    """Calls the policy service. stages: names in order. timeout_ms: the most that one call may take, the wait
-    in this router's own line not counted. health: is told how calls end. clock: the breaker's.
+    """Calls the policy service. stages: names in order. timeout_ms: of one call, after its wait in this
+    router's queue. health: records how calls end. clock: the breaker's.
 
-    Raises Unavailable or BudgetSpent where the service is away or late; at once while the breaker is open.
-    Raises AsdError where its answer makes no sense.
+    Raises Unavailable if the service is unreachable, at once while the breaker is open; BudgetSpent if it is
+    late; AsdError if its answer is malformed.
     """
 
     def __init__(
@@ -94,7 +95,8 @@ class GrpcPolicy:
                 min_accuracy_share=min_accuracy_share,
             )
             if made.objective.HasField("max_latency_ms"):
-                # A plan is not told what was spent. Who has waited longer than that has left the line.
+                # PlanRequest has no field for time spent, so the wait comes off the budget. It cannot exceed
+                # the budget: the wait is bounded by a share of it.
                 made.objective.max_latency_ms -= min(waited_ms, made.objective.max_latency_ms)
             set_input(made, request.input)
             return made
@@ -106,7 +108,7 @@ class GrpcPolicy:
         return convert.plan_from(response, first, likely, self._later(first, response.abandon_stage))
 
     def _later(self, first: int, name: str) -> int | None:
-        """Return the index of a stage that may follow the first one; None for no name."""
+        """Return the index of a stage later than the first one; None for an empty name."""
         index = self._index(name) if name else None
         if index is not None and index <= first:
             raise AsdError(f"{self._peer} expects to escalate from {self._stages[first]} to an earlier stage")
@@ -123,7 +125,7 @@ class GrpcPolicy:
         *,
         min_accuracy_share: float | None,
     ) -> Decision:
-        """Return what to do with an answer. spent_ms: up to now; the wait in line is added."""
+        """Return what to do with an answer. spent_ms: up to now; the wait in the queue is added."""
 
         def message(waited_ms: float) -> policy_pb2.DecideRequest:
             made = policy_pb2.DecideRequest(
@@ -146,13 +148,13 @@ class GrpcPolicy:
             response = await self._ask(self._decide, message, timeout_ms, wait_ms)
         except InvalidRequest as error:
             if error.field.startswith(("draft", "verification")):
-                # The caller did not write that: the stage did.
+                # The stage wrote these fields, not the caller.
                 raise AsdError(f"{answer.stage} showed what no model should: {error.message}") from error
             raise
         return self._decision(response, answer.stage.index)
 
     async def describe(self) -> policy_pb2.PolicyServiceDescribeResponse | None:
-        """Return which policy is in force; None where the service does not answer."""
+        """Return which policy is in force; None if the service does not answer."""
         try:
             return await call_unary(
                 self._describe,
@@ -164,7 +166,7 @@ class GrpcPolicy:
             return None
 
     def _wait_ms(self, request: RoutedRequest, spent_ms: float, timeout_ms: float) -> float:
-        """Return how long a request may stand in line, by its deadline and by its latency budget."""
+        """Return how long a request may wait in the queue, by its deadline and its latency budget."""
         budget_ms = request.objective.max_latency_ms
         left_ms = timeout_ms if budget_ms is None else min(timeout_ms, max(budget_ms - spent_ms, 0.0))
         return min(left_ms * _SHARE_IN_LINE, self._timeout_ms * _TIMEOUTS_IN_LINE)
@@ -176,20 +178,20 @@ class GrpcPolicy:
         timeout_ms: float,
         wait_ms: float,
     ) -> Received:
-        """Return the answer of a call; of a second one where a replica is away: another may be there.
+        """Return the answer of a call. If a replica is unavailable, call once more: another may answer.
 
-        At once, and once: where none is, the static plan is the better answer. Who waits in line behind calls
-        that fail does not wait for each of them: the breaker is asked again when the turn comes. message: is
-        made then, and told the wait in line. wait_ms: of that, the most.
+        The second call is made at once. If it fails too, the static plan is better than waiting. The breaker
+        is asked again after the queue, so a request does not wait for every failing call before it.
+        message: makes the message, given the wait in the queue in milliseconds. wait_ms: longest such wait.
         """
         arrived = self._clock()
         if self._breaker.is_open and self._limit.is_full:
-            # What is under way are probes, or calls that are about to fail.
+            # The calls in flight are probes, or are about to fail.
             raise self._refusal()
         waits = self._limit.is_full
         async with self._limit.place(wait_ms, self._peer):
             began = self._clock()
-            # What the caller asked for is passed on as it is where nothing was waited for.
+            # Without a wait, the caller's latency budget is passed on unchanged.
             waited_ms = (began - arrived) * 1000.0 if waits else 0.0
             left_ms = timeout_ms - waited_ms
             first_ms = min(left_ms, self._timeout_ms)
@@ -213,13 +215,13 @@ class GrpcPolicy:
         try:
             yield
         except (BudgetSpent, Unavailable) as error:
-            # A caller in a hurry says nothing of the service.
+            # If the caller's own deadline was short, the service is not to blame.
             if isinstance(error, Unavailable) or timeout_ms >= self._timeout_ms:
                 self._breaker.failed(began)
                 self._health.failed(error, "and the static plan stands in for it")
             raise
         except AsdError:
-            # Whoever refuses a request is there.
+            # A refusal proves that the service is up.
             self._succeeded()
             raise
         self._succeeded()
@@ -254,7 +256,7 @@ class GrpcPolicy:
             response.policy_version,
             expected_ms,
             response.predict_us,
-            # A policy service of before did not send a 0, which no policy predicts.
+            # Before the field was optional, services left it out only for 0, which no policy predicts.
             is_out_of_family=not has_p_correct,
         )
 

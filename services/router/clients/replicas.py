@@ -1,4 +1,4 @@
-"""The replicas of a stage: a channel to each, following them as they come and go."""
+"""The replicas of a stage: a channel to each, kept up to date as replicas come and go."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _DNS = "dns:///"
-# For how long resolved addresses are taken as they are. Chosen: the life-time of a cluster's DNS records.
+# How long resolved addresses are kept. Chosen: the lifetime of a cluster's DNS records.
 _FRESH_SECONDS = 5.0
-# After calls failed at every address that is known, addresses are looked up again, no more often than this.
-# Chosen: as in services.common.channel.
+# Least time between two look-ups after calls to every known address have failed. Chosen: as in
+# services.common.channel.
 _LOOK_SECONDS = 1.0
-# For how long a call waits for the first addresses. Chosen.
+# How long a call waits for the first addresses. Chosen.
 _RESOLVE_SECONDS = 2.0
 
 
 @dataclass(eq=False, slots=True)
 class Replica:
-    """One replica. calls: under way."""
+    """One replica. calls: in flight."""
 
     address: str
     channel: grpc.aio.Channel
@@ -49,9 +49,9 @@ class Replica:
 class Replicas:
     """Channels to the replicas behind a target.
 
-    target: "dns:///host:port", every address of which is a replica; or "host:port", one or several of them
-    separated by commas. tls: its server_name, or else the target's host, is the name that every replica must
-    show, though it is called by its address. clock: monotonic seconds. Close it when done.
+    target: "dns:///host:port", where every address of the name is a replica; or one or several "host:port",
+    separated by commas. tls: replicas are called by address, but their certificates must show its
+    server_name, or else the target's host. clock: monotonic seconds. Close it when done.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Replicas:
         if tls is not None and not tls.server_name:
             tls = tls.model_copy(update={"server_name": host_of(target)})
         if tls is not None:
-            # Channels are opened once there are addresses: too late to say that a file is missing.
+            # Channels are opened later, once there are addresses. Report a missing file now.
             watched_channel_credentials(tls)
         self._tls = tls
         self._clock = clock
@@ -80,14 +80,11 @@ class Replicas:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """The addresses that are known."""
+        """The known addresses."""
         return tuple(self._replicas)
 
     async def choose(self, key: str, tried: Collection[str] = ()) -> Replica:
-        """Return the replica to call for a key, of those that were not tried.
-
-        Raises Away where there is none.
-        """
+        """Return the replica to call for a key, other than those tried. Raises Away if there is none."""
         if self._name and self._clock() - self._resolved >= _FRESH_SECONDS:
             if self._refresh is None or self._refresh.done():
                 self._refresh = asyncio.create_task(self._update())
@@ -103,9 +100,9 @@ class Replicas:
         return any(address not in tried for address in self._replicas)
 
     async def find_other(self, tried: Collection[str]) -> bool:
-        """Return whether there is a replica that was not tried, having looked for new ones.
+        """Return whether there is a replica that was not tried. If not, look up addresses first.
 
-        Where that is settled without looking, or looking was done a moment ago, this returns at once.
+        A look-up that was made a moment ago is not repeated.
         """
         if not self.has_other(tried) and self._clock() - self._resolved >= _LOOK_SECONDS:
             await self.find()
@@ -120,14 +117,14 @@ class Replicas:
         return bool(self._replicas)
 
     def forget(self) -> None:
-        """Drop the addresses of a name: none of them is there any longer."""
+        """Drop the resolved addresses: their replicas are gone."""
         if self._name:
             self._follow([])
             self._resolved = -_FRESH_SECONDS
 
     @contextmanager
     def calling(self, replica: Replica) -> Iterator[None]:
-        """Count the block as a call under way at a replica."""
+        """Count the block as a call in flight at a replica."""
         replica.calls += 1
         try:
             yield
@@ -146,7 +143,7 @@ class Replicas:
         try:
             addresses = await self._resolve(self._name)
         except (OSError, ValueError) as error:
-            # Those that are known may well be there still. ValueError: no port, or no name at all.
+            # Keep the known addresses: they may still be valid. ValueError: no port, or no valid name.
             logger.warning("%s cannot be resolved: %s", self._name, error)
             return
         try:
@@ -159,7 +156,7 @@ class Replicas:
     def _follow(self, addresses: Collection[str]) -> None:
         for address in addresses:
             if address not in self._replicas:
-                # No retries with pauses: another replica, or another stage, is asked at once.
+                # No retries with pauses: another replica, or another stage, is called at once.
                 channel = open_channel(address, retry=False, tls=self._tls)
                 self._replicas[address] = Replica(address, channel, stage_pb2_grpc.StageServiceStub(channel))
         for address in self._replicas.keys() - set(addresses):
@@ -168,7 +165,7 @@ class Replicas:
             self._close_if_idle(replica)
 
     def _close_if_idle(self, replica: Replica) -> None:
-        """Close the channel to a replica that is leaving once no call is under way there."""
+        """Close the channel to a removed replica once it has no call in flight."""
         if replica in self._leaving and not replica.calls:
             self._leaving.discard(replica)
             closing = asyncio.create_task(replica.channel.close())

@@ -1,4 +1,4 @@
-"""gRPC behind the cascade's stages. Every call's deadline is set here."""
+"""Calls to stages over gRPC. Every call's deadline is set here."""
 
 from __future__ import annotations
 
@@ -41,23 +41,24 @@ Response = TypeVar(
 )
 WithModel = stage_pb2.StageServiceGenerateRequest | stage_pb2.VerifyRequest | stage_pb2.VerifyStreamStart
 
-# For Describe, which asks every service whether it is there. Chosen.
+# Timeout of the calls behind Describe, which asks every service. Chosen.
 DESCRIBE_TIMEOUT_MS = 1000.0
 
-# For how long the draft is held of a verification that was broken off before. Chosen: refusals come within
-# milliseconds.
+# How long a retried verification holds its draft back. Chosen: refusals arrive within milliseconds.
 _HOLD_SECONDS = 0.05
 
-# Fields of a stage's request that the caller wrote. A stage that refuses another one refuses the router's
-# work.
+# Fields of a stage's request that the caller wrote. The router wrote all others, so a refusal of one of those
+# is the router's error.
 _CALLER_FIELDS = ("prompt", "conversation", "sampling", "acceptance", "session_id")
 
 
 class GrpcStage:
-    """Calls a stage service. Raises the AsdError that the stage's status stands for, naming stage and
-    target. caller: this router's random number. adapters: types of task that its model has adapters for;
-    None: the stage is asked. patience: how long requests wait that name this stage while it is away. Close it
-    when done."""
+    """Calls a stage service. Close it when done.
+
+    Raises the AsdError of the stage's status, naming stage and target. caller: this router's random number.
+    adapters: types of task that its model has adapters for; None: the stage is asked. patience: how long a
+    request that names this stage waits while it is unavailable.
+    """
 
     def __init__(
         self,
@@ -77,7 +78,7 @@ class GrpcStage:
         self._adapters = Adapters(stage.model, adapters, self._list_models, clock)
 
     async def close(self) -> None:
-        """End what is under way for itself."""
+        """Cancel its background work."""
         await self._adapters.close()
 
     @property
@@ -167,14 +168,14 @@ class GrpcStage:
         timeout_ms: float,
         emit: Take,
     ) -> StageResult:
-        """Call the request's replica and return its result; another replica where it is away.
+        """Call a replica and return its result.
 
-        Where all are away, a request that names its stages waits until one is back, within reason (Patience):
-        it has nowhere else to go. Others fail at once: the next stage can have them.
-        A call that the replica breaks off before it has sent anything is made once more, there and with the
-        draft held for a moment, since why it did so was lost. Where the stage lacks the adapter that it is
-        asked for, its model answers without. message: gets the model to ask for. call: sends the message to a
-        replica, with so many milliseconds left, and holds a draft for so many seconds.
+        If the replica is unavailable, another one is called. If all are, a request that names its stages
+        waits for one, as long as Patience allows; any other request fails at once and goes to the next stage.
+        If the replica breaks the call off before it has sent anything, its status was lost. The call is then
+        repeated once there, with the draft held back for a moment. If the stage lacks the adapter, the plain
+        model answers. message: receives the model's name. call: sends the message to a replica; it takes a
+        timeout in milliseconds and the seconds to hold the draft back.
         """
         until = self._clock() + timeout_ms / 1000.0
         message.model = await self._adapters.model_for(request.task, timeout_ms)
@@ -206,7 +207,7 @@ class GrpcStage:
                     raise
             except NotFound as error:
                 self._patience.failed(error)
-                # What the caller was sent would come once more.
+                # A repeated call would emit the same tokens again.
                 if heard.has_begun or message.model == self._stage.model:
                     raise self._blame(error) from error
                 self._adapters.lacks(request.task, message.model)
@@ -244,7 +245,7 @@ class GrpcStage:
         return await self._ask_any("", call)
 
     async def _ask_any(self, key: str, call: Callable[[Stub], Awaitable[Received]]) -> Received:
-        """Return the answer of the replica of a key, or of another one where it is away."""
+        """Return the answer of the key's replica, or of another one if that is unavailable."""
         tried: list[str] = []
         while True:
             replica = await self._replicas.choose(key, tried)
@@ -261,13 +262,13 @@ class GrpcStage:
                 return response
 
     def describe_away(self) -> cascade_pb2.StageDescription:
-        """Return what is configured of the stage."""
+        """Return the stage's description from the settings alone."""
         return cascade_pb2.StageDescription(
             stage=self._stage.name, stage_index=self._stage.index, cost=self._stage.cost
         )
 
     async def describe(self) -> cascade_pb2.StageDescription:
-        """Return what the stage says of itself; what is configured where it does not answer."""
+        """Return the stage's description; if it does not answer, from the settings alone."""
         description = self.describe_away()
         try:
             status = await self._status()
@@ -288,7 +289,7 @@ class GrpcStage:
         """Return the error as the router's caller should see it."""
         if isinstance(error, NotFound):
             return PreconditionFailed(error.message)
-        # A streamed verification names the caller's fields below its first message.
+        # In a streamed verification, the caller's fields are part of the first message.
         field = error.field.removeprefix("start.")
         if field and not field.startswith(_CALLER_FIELDS):
             return AsdError(f"{self._peer} refused {error.field}: {error.message}")
@@ -296,7 +297,7 @@ class GrpcStage:
 
 
 class _Heard:
-    """What one call of a stage sends. emit: is handed its tokens and verification."""
+    """Reads the messages of one call. emit: receives tokens and verification."""
 
     def __init__(self, emit: Take, patience: Patience) -> None:
         self._emit = emit
@@ -305,7 +306,7 @@ class _Heard:
         self.has_begun = False
 
     async def out(self, responses: AsyncGenerator[Response, None]) -> stage_pb2.StageResult | None:
-        """Emit what comes, to the end of the call; return its result; None where it sent none."""
+        """Emit tokens and verification to the end of the call; return its result, or None if it sent none."""
         result = None
         async with aclosing(responses):
             async for response in responses:
@@ -313,7 +314,7 @@ class _Heard:
                     self._patience.there()
                     self.has_begun = True
                 if not isinstance(response, stage_pb2.VerifyResponse):
-                    # It comes with the first message, whatever that is.
+                    # The fingerprint comes with the first message, of whatever kind.
                     self._fingerprint = self._fingerprint or response.tokenizer_fingerprint
                 kind = response.WhichOneof("event")
                 if kind == "tokens":
@@ -332,14 +333,14 @@ def _acceptance_of(request: RoutedRequest) -> common_pb2.Acceptance | None:
 
 
 def _key(request: RoutedRequest) -> str:
-    """Return what decides on a replica: a conversation's prefix, or this request's alone, is there."""
+    """Return the key that chooses the replica: the session's, or the request's own."""
     return request.session_id or request.id
 
 
 async def _steps(
     start: stage_pb2.VerifyStreamStart, drafts: AsyncIterable[ScoredTokens | FinishReason]
 ) -> AsyncIterator[stage_pb2.VerifyStreamRequest]:
-    """Yield a draft as the steps of a VerifyStream call."""
+    """Yield a draft as the messages of a VerifyStream call."""
     yield stage_pb2.VerifyStreamRequest(start=start)
     async for piece in drafts:
         if isinstance(piece, FinishReason):

@@ -1,1 +1,1 @@
-"""Which stage is asked next, and whether there is room for a request."""
+"""Planning: which stage is called next, and whether there is capacity for a request."""

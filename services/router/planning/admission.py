@@ -24,18 +24,18 @@ _SHORT_WAIT = 0.25
 # what BALANCED keeps without waits.
 LEAST_SHARE = 0.97
 # A waiting request is checked again after half of its spare time, within these bounds in milliseconds.
-# Chosen: its caller learns early that the line became slower, and a check costs little.
+# Chosen: its caller learns early that the queue became slower, and a check costs little.
 _SHORTEST_LOOK_MS, _LONGEST_LOOK_MS = 10.0, 250.0
 # Bounds of the delay that a refusal names, in seconds. Chosen: a caller that returns sooner meets the same
-# line, and no estimate reaches further.
+# queue, and no estimate reaches further.
 LEAST_RETRY_S, MOST_RETRY_S = 0.05, 60.0
 
 
 class Admission:
     """Says which requests the stages have room for.
 
-    Under QUEUE and SHED, a request is refused if the line at a stage leaves no time to answer it. A stage
-    admits every request in three cases: it has no line, this router has no call in flight there, or no call
+    Under QUEUE and SHED, a request is refused if the queue at a stage leaves no time to answer it. A stage
+    admits every request in three cases: it has no queue, this router has no call in flight there, or no call
     has waited there yet. Then it is idle, its measurements are old, or its capacity is a guess.
     """
 
@@ -56,7 +56,7 @@ class Admission:
 
         1: waits do not count. A caller who asks for the BEST, or sets a lambda, did not ask for speed.
         """
-        if self._overload is Overload.DEGRADE or objective.preference is Preference.FASTEST:
+        if self._overload is Overload.DEGRADE or objective.preference == Preference.FASTEST:
             return None
         is_bound = objective.quality_value is not None or objective.preference == Preference.BEST
         return 1.0 if is_bound else LEAST_SHARE
@@ -73,7 +73,7 @@ class Admission:
             raise self._late(stages[0], sum(map(self._wait_ms, stages)), left_ms, missing_ms)
 
     def shed(self, stage: Stage) -> None:
-        """Under SHED, raise Overloaded if the line at a stage is longer than one answer takes."""
+        """Under SHED, raise Overloaded if the queue at a stage is longer than one answer takes."""
         wait_ms, service_ms = self._wait_ms(stage), self._load.service_ms(stage.index)
         if self._overload is Overload.SHED and wait_ms > service_ms:
             after_s = self._appointment(stage, wait_ms - service_ms)
@@ -91,7 +91,7 @@ class Admission:
     def look(self, stage: Stage, call: OpenCall, left_ms: float) -> float:
         """Return after how many milliseconds to check a silent call again.
 
-        Raises Overloaded if the line leaves no time to answer it.
+        Raises Overloaded if the queue leaves no time to answer it.
         """
         wait_ms = self._load.left_to_wait_ms(call)
         if not self.refuses or self._is_short(stage, wait_ms) or call.depth == 1:
@@ -102,14 +102,14 @@ class Admission:
         return min(max(spare_ms / 2.0, _SHORTEST_LOOK_MS), _LONGEST_LOOK_MS)
 
     def retry_after_s(self, stage: Stage) -> float:
-        """Return after how many seconds a stage that refused a call will have served its line."""
+        """Return after how many seconds a stage that refused a call will have served its queue."""
         return self._appointment(stage, self._wait_ms(stage) + self._load.service_ms(stage.index))
 
     def _appointment(self, stage: Stage, after_ms: float) -> float:
         """Return after how many seconds a refused caller may return, not before after_ms.
 
         Refused callers get times one after the other, at the rate at which the stage finishes calls. With
-        equal delays they would return together and find the same line.
+        equal delays they would return together and find the same queue.
         """
         now, index = self._clock(), stage.index
         at = max(now + after_ms / 1000.0, self._appointments.get(index, 0.0))
@@ -135,7 +135,7 @@ class Admission:
     def _missing_ms(self, stages: Sequence[Stage], left_ms: float) -> float:
         """Return how much more time a request needs than it has; 0 or less: it may have enough.
 
-        Without a line it may have enough, since its answer may be shorter than most.
+        Without a queue it may have enough, since its answer may be shorter than most.
         """
         if all(self._is_short(stage, self._wait_ms(stage)) for stage in stages):
             return 0.0

@@ -1,8 +1,8 @@
 """Whether drafts are worth verifying, by the passes and the time that they save. Pure.
 
-There are two rules. By passes: if verifying takes about as many passes as writing anew, drafts save nothing
-at any load. By time: a bandit (see bandit.py) chooses between verifying drafts and writing anew. A verified
-draft also forecasts how long writing anew would take.
+There are two rules. By passes: if verifying takes about as many passes as generating, drafts save nothing
+at any load. By time: a bandit (see bandit.py) chooses between verifying drafts and generating. A verified
+draft also forecasts how long generating would take.
 
 The forecast. A step of a batching engine takes the time of reading the weights, one pass, and more for each
 token that it computes. This is the roofline (Williams, Waterman and Patterson 2009), as in the goodput that
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from services.router.domain import StageAnswer
 
-# Drafts are not verified if a verification takes at least this share of writing anew. Chosen: below 1, since
+# Drafts are not verified if a verification takes at least this share of generating. Chosen: below 1, since
 # drafting takes time too.
 WORTHLESS = 0.9
 # The newest verification's weight in the mean share, and the number of verifications before the mean counts.
@@ -50,9 +50,9 @@ _TOKEN = 0.0065
 class SkipReason(Enum):
     """Why a draft is left out."""
 
-    # Verifying it would take as many passes as writing anew.
+    # Verifying it would take as many passes as generating.
     WORTHLESS = "worthless"
-    # Verifying drafts takes longer than writing anew, under a load like the present one.
+    # Verifying drafts takes longer than generating, under a load like the present one.
     LOAD = "load"
     # To see how long writing takes under the present load.
     PROBE = "probe"
@@ -141,7 +141,7 @@ class DraftSelection:
             self._end(choice, Took(self._clock() - choice.start.started, 0))
 
     def _learn(self, drafter: str, target: str, share: float) -> None:
-        """Learn from a verification. share: its passes over those of writing anew."""
+        """Learn from a verification. share: its passes over those of generating."""
         pair = self._pairs.setdefault((drafter, target), _Pair())
         was_worthless = pair.is_worthless
         pair.learn(share)
@@ -176,7 +176,7 @@ class _Pair:
     """What the drafts of one stage are worth to another."""
 
     def __init__(self) -> None:
-        # Mean passes of a verification, as a share of writing anew.
+        # Mean passes of a verification, as a share of generating.
         self._share = 0.0
         self._verified = 0
         self.is_worthless = False

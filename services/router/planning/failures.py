@@ -1,4 +1,4 @@
-"""What is said of a request that no stage has answered. No gRPC, no protobuf."""
+"""The error of a request that no stage has answered. No gRPC, no protobuf."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def failure_of_all(stages: Sequence[Stage], failed: Mapping[int, AsdError]) -> AsdError:
     """Return the one error for a request that every stage has failed or refused.
 
-    The request is at fault only where every stage says so. failed: by index; at least one.
+    The request is at fault only if every stage says so. failed: by index; at least one.
     """
     errors = list(failed.values())
     if len(errors) == 1:
@@ -30,7 +30,7 @@ def failure_of_all(stages: Sequence[Stage], failed: Mapping[int, AsdError]) -> A
         kind = ModelRefusal
     elif any(isinstance(error, Unavailable | BudgetSpent | ResourceExhausted) for error in counted):
         kind = Unavailable
-    # Refusals do not name the stage: alone, they are about what the caller wrote.
+    # Refusals do not name the stage: a single one is about the caller's own input.
     texts = [
         f"stage {stages[index].name}: {error.message}" if error in refusals else error.message
         for index, error in failed.items()

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 class FixedPlan:
-    """Of one request that names its stages.
+    """The plan of one request that names its stages.
 
-    skips: whether a target (the second stage) had better work without the draft of a drafter (the first).
+    skips: whether a target (second argument) does better without the draft of a drafter (first argument).
     """
 
     def __init__(
@@ -33,9 +33,9 @@ class FixedPlan:
         self._knowledge = knowledge
         self._skips = skips
         self._is_pipelined = is_pipelined
-        # Stages of the chain that are still to work on the request, one after the other.
+        # Stages of the chain that have yet to work on the request, in order.
         self.following: tuple[Stage, ...] = ()
-        # Those that draft while the running stage verifies.
+        # Stages that draft while the running stage verifies.
         self.drafters: tuple[Stage, ...] = ()
 
     def first(self) -> Stage:
@@ -55,10 +55,10 @@ class FixedPlan:
         return Decision(DecisionAction.ESCALATE, DecisionReason.FIXED_STAGE, following.index)
 
     def instead(self, error: AsdError) -> Stage:
-        """Return the stage to ask after one has failed. Raises the error where only that one may answer."""
+        """Return the stage to call after one has failed. Raises the error if only that one may answer."""
         if not (self.following and isinstance(error, ModelRefusal)):
             raise error
-        # Its draft would have been a help; the last stage's answer is what was asked for.
+        # The failed drafter is not needed: the caller wants the last stage's answer.
         following, *rest = self.following
         self.following = tuple(rest)
         return following
@@ -74,7 +74,7 @@ class FixedPlan:
                 f"chain must name two or more stages in the order of the cascade ({known})", field="chain"
             )
         self._knowledge.activate(indices)
-        # Where drafts are not worth it, the last stage writes alone: an exact answer is the same.
+        # If drafts save nothing, the last stage generates alone: an exact answer is the same.
         kept = [chain.pop()]
         acceptance = self._request.acceptance
         is_exact = acceptance is None or acceptance.mode == AcceptanceMode.EXACT
@@ -82,7 +82,7 @@ class FixedPlan:
             kept.insert(0, chain.pop())
         while chain and not self._skips(chain[-1], kept[0]):
             kept.insert(0, chain.pop())
-        # Drafts that come piece by piece take a pass for each piece, and a wait for them holds a place.
+        # A draft in pieces takes a pass for each piece, and the wait for it holds a slot.
         is_free = not any(
             self._knowledge.is_busy(each) or self._knowledge.has_line(each) for each in kept[1:]
         )

@@ -45,10 +45,10 @@ class Question(StrEnum):
 class Load:
     """Calls in flight at each stage, and the expected wait there. clock: monotonic seconds.
 
-    The expected wait is the larger of two estimates. The line of this router's own calls is known at once:
+    The expected wait is the larger of two estimates. The queue of this router's own calls is known at once:
     calls beyond the stage's capacity wait, at the rate at which the stage finishes calls. Capacity and rate
     are learned. Waits of finished calls beyond that come from other routers. Their mean is late, and fades.
-    It leaves out waits in this router's own line, or a burst would count after it has passed.
+    It leaves out waits in this router's own queue, or a burst would count after it has passed.
     """
 
     def __init__(self, stage_count: int, clock: Callable[[], float]) -> None:
@@ -63,7 +63,7 @@ class Load:
         self._service_ms = [0.0] * stage_count
         self._deviation_ms = [0.0] * stage_count
         self._capacity = [FIRST_CAPACITY] * stage_count
-        # Whether a call has waited in this router's own line.
+        # Whether a call has waited in this router's own queue.
         self._has_shown = [False] * stage_count
         # By the replica's address.
         self._others: list[dict[str, PeerLoad]] = [{} for _ in range(stage_count)]
@@ -89,7 +89,7 @@ class Load:
         """Count the block as a request that will be a call once the policy has named a stage.
 
         Until then, the request counts at every stage by the stage's share of recent answers. Otherwise
-        simultaneous requests would all be planned for the same short line.
+        simultaneous requests would all be planned for the same short queue.
         """
         self._asking[question] += 1
         try:
@@ -129,7 +129,7 @@ class Load:
         elif has_waited or computed > capacity:
             # If the call was within the known capacity, other routers may have caused its wait.
             self._has_shown[stage] = self._has_shown[stage] or depth > capacity
-            # At least 1: other routers' calls are not in this router's line, and the mean fades.
+            # At least 1: other routers' calls are not in this router's queue, and the mean fades.
             self._capacity[stage] = max(capacity + NEWEST * (computed - capacity), 1.0)
 
     def ran_out(self, call: OpenCall) -> None:
@@ -213,7 +213,7 @@ class Load:
     def certain_queue_ms(self, stage: int) -> float:
         """Return how much of the expected wait was measured.
 
-        This router's line counts once a call has waited in it. Before, the capacity is a guess.
+        This router's queue counts once a call has waited in it. Before, the capacity is a guess.
         """
         return self.expected_queue_ms(stage) if self._has_shown[stage] else self._faded_ms(stage)
 
@@ -239,7 +239,7 @@ class Load:
         return self._behind_ms(stage, depth)
 
     def _behind_ms(self, stage: int, depth: float) -> float:
-        """Return how long a call waits in this router's line. depth: calls in flight, itself included."""
+        """Return how long a call waits in this router's queue. depth: calls in flight, itself included."""
         capacity = self._capacity[stage]
         return max(depth - capacity, 0.0) * self._service_ms[stage] / capacity
 

@@ -60,7 +60,7 @@ _LIKELY = 0.5
 class Planner:
     """Plans requests. The static plan replaces the policy service only while that is unavailable.
 
-    policy: None without a policy service. overload: how requests are treated when stages have lines.
+    policy: None without a policy service. overload: how requests are treated when stages have queues.
     patience: how long requests wait while no stage is reachable. If a plan names a stage without a replica,
     the stage is activated and the request is planned again without it. The request waits for the stage only
     if no other one can answer.
@@ -186,7 +186,7 @@ class RequestPlan:
     def look(self, stage: Stage, call: OpenCall) -> float:
         """Return after how many milliseconds to check a silent call again.
 
-        Raises Overloaded if the line at the stage leaves no time for an answer. Raises BudgetSpent if the
+        Raises Overloaded if the queue at the stage leaves no time for an answer. Raises BudgetSpent if the
         stage was found to hang and the request can go on without it. A stage that failed other requests
         without hanging may still answer this one.
         """
@@ -457,7 +457,7 @@ class RequestPlan:
             return Decision(DecisionAction.STOP, reason)
         decision = Decision(DecisionAction.ESCALATE, DecisionReason.STATIC_PLAN, following)
         stage = self._knowledge.stages[following]
-        # A verified answer costs no more than one written anew.
+        # A verified answer costs no more than a generated one.
         cost, max_cost = self._state.spent_cost + stage.cost, self._objective.max_cost
         if max_cost is not None and is_above(cost, max_cost):
             return decision.stopped(DecisionReason.MAX_COST)
@@ -505,12 +505,12 @@ class RequestPlan:
             return None
 
     def _without_policy(self) -> StaticPlan:
-        if self._policy is None:
-            # The operator configured this plan alone.
-            return self._static_plan
-        has_drafts = self._source is PlanSource.POLICY
         return plan_without_policy(
-            self._objective, self._static_plan, self._knowledge.stages, has_drafts=has_drafts
+            self._objective,
+            self._static_plan,
+            self._knowledge.stages,
+            is_whole=self._policy is None,
+            has_drafts=self._source is PlanSource.POLICY,
         )
 
     def _too_slow(self, excluded: Collection[int]) -> frozenset[int]:
@@ -564,7 +564,7 @@ class RequestPlan:
 
     @contextmanager
     def _refused_for(self, reason: Refusal) -> Iterator[None]:
-        """Note why a request was refused in the block, where it was."""
+        """Record the reason if the block refuses the request."""
         try:
             yield
         except Overloaded:
@@ -574,15 +574,15 @@ class RequestPlan:
     # Drafts, and learning.
 
     def _draft_for(self, stage: Stage) -> StageResult | None:
-        """Return the draft that a stage is to verify; None where it had better write anew."""
+        """Return the draft that a stage should verify; None if generating is better."""
         draft = self._state.draft()
         if draft is None or self._source is PlanSource.FIXED:
-            # Whether a chain's drafts are worth it was asked once, when it started.
+            # A chain's drafts were chosen once, when it started.
             return draft
         return None if self._skips(self._state.answer.stage, stage, has_draft=True) else draft
 
     def _skips(self, drafter: Stage, target: Stage, *, has_draft: bool = False) -> bool:
-        """Return whether a target works without a drafter's draft, having noted why."""
+        """Return whether a target works without a drafter's draft; record the reason."""
         load, drafts, index = self._knowledge.load, self._knowledge.drafts, target.index
         choice = drafts.choose(
             drafter.name, target.name, load.calls(index) + 1, load.replicas(index), has_draft=has_draft
@@ -595,7 +595,7 @@ class RequestPlan:
         return True
 
     def _release(self, index: int) -> None:
-        """Release what was chosen for a stage, without recording how long it took."""
+        """Release the draft choice of a stage, without recording how long it took."""
         choice = self._choices.pop(index, None)
         if choice is not None:
             self._knowledge.drafts.ended(replace(choice, counts=False))
@@ -610,7 +610,7 @@ class RequestPlan:
     def _learn_failures(self, failures: Sequence[CallFailure]) -> None:
         for failure in failures:
             if isinstance(failure.error, Overloaded):
-                # The request left its line: that says nothing of the stage.
+                # The request left its queue, which does not count against the stage.
                 self._release(failure.stage.index)
                 continue
             if not isinstance(failure.error, InvalidRequest):

@@ -1,4 +1,4 @@
-"""The policy's plan: what the policy service is asked, and what it is told of the stages."""
+"""The policy's plan: the calls to the policy service, and the conditions of the stages in them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 class PolicyPlan:
-    """Of one request. What the policy raises is raised: Unavailable and BudgetSpent where it is away or
-    late."""
+    """The policy's plan for one request. Its methods raise Unavailable where the policy service is
+    unreachable, and BudgetSpent where it is late."""
 
     def __init__(
         self, policy: PolicyClient, state: RequestState, knowledge: Knowledge, admission: Admission
@@ -29,13 +29,13 @@ class PolicyPlan:
         self._policy = policy
         self._state = state
         self._knowledge = knowledge
-        # Down to which share of the largest stage's accuracy waits may take the request.
+        # Least share of the largest stage's accuracy that waits must leave the request.
         self._share = admission.accuracy_share(state.request.objective)
-        # For how long the policy was asked, in milliseconds.
+        # Time of the calls to the policy, in milliseconds.
         self.asked_ms = 0.0
 
     async def plan(self, unavailable: Collection[int]) -> PolicyChoice:
-        """Return the policy's plan; without stages that have no replica, where it begins with one."""
+        """Return the policy's plan. If it begins with a stage without a replica, plan again without those."""
         avoided, may_repeat = unavailable, self._counts_waits()
         with self._timed():
             while True:
@@ -58,7 +58,7 @@ class PolicyPlan:
                     return plan
 
     async def decide(self, unavailable: Collection[int]) -> Decision:
-        """Return the decision on the latest answer; where it goes to a stage without a replica, the decision
+        """Return the decision on the latest answer. If it names a stage without a replica, decide again
         without those."""
         state, avoided, may_repeat = self._state, unavailable, self._counts_waits()
         spent_ms = state.spent_ms()
@@ -73,13 +73,13 @@ class PolicyPlan:
                         state.spent_cost,
                         spent_ms,
                         conditions,
-                        # There is an answer, which is not lost to a question about it.
+                        # Leave time to return the answer if the policy is slow.
                         state.left_ms(MARGIN_MS) * SHARE_OF_TIME,
                         min_accuracy_share=self._share,
                     )
                 inactive = self._knowledge.activate({decision.next_stage})
                 if inactive and avoided is not unavailable:
-                    # An answer that is there does not wait for a stage that is not.
+                    # An answer is not held back until a stage has a replica.
                     return decision.stopped(DecisionReason.STAGE_UNAVAILABLE)
                 if inactive:
                     avoided = inactive.union(unavailable)
@@ -90,7 +90,7 @@ class PolicyPlan:
                     return decision
 
     def _counts_waits(self) -> bool:
-        """Return whether waits may change what the policy answers."""
+        """Return whether waits may change the policy's answer."""
         has_budget = self._state.request.objective.max_latency_ms is not None
         return self._share is None or self._share < 1.0 or has_budget
 

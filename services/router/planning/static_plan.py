@@ -1,4 +1,4 @@
-"""The plan that stands in for the policy service while it is away. Pure."""
+"""The plan that replaces the policy service while it is unavailable. Pure."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class StaticPlan:
-    """Stages that are asked in order; each escalates to the next, and the last one answers.
+    """Stages that are called in order; each escalates to the next, and the last one answers.
 
     stages: indices in the cascade, ascending, at least one. stage_count: stages of the cascade. Raises
-    ValueError if they do not fit each other.
+    ValueError if they do not match.
     """
 
     stages: tuple[int, ...]
@@ -35,15 +35,14 @@ class StaticPlan:
             raise ValueError("the static plan names a stage that the cascade does not have")
 
     def ending_with_the_last(self) -> StaticPlan:
-        """Return the plan with the last stage of the cascade behind it, where it ends before."""
+        """Return the plan, extended by the last stage of the cascade if it ends earlier."""
         return StaticPlan(tuple(sorted({*self.stages, self.stage_count - 1})), self.stage_count)
 
     def first(self, avoid: Collection[int], excluded: Collection[int]) -> int | None:
-        """Return the stage to ask first; None if every stage is excluded.
+        """Return the first stage to call; None if every stage is excluded.
 
-        avoid: stages that were away a moment ago; taken only where nothing else is left. excluded: stages
-        that did not answer this request. A stage outside the plan is taken, the largest first, where the plan
-        has none left.
+        avoid: stages that were unavailable a moment ago; used only if no other is left. excluded: stages that
+        did not answer this request. If the plan has no stage left, the largest stage outside it is used.
         """
         others = (index for index in reversed(range(self.stage_count)) if index not in self.stages)
         candidates = [index for index in (*self.stages, *others) if index not in excluded]
@@ -57,21 +56,23 @@ class StaticPlan:
 
 
 def plan_without_policy(
-    objective: Objective, plan: StaticPlan, stages: Sequence[Stage], *, has_drafts: bool
+    objective: Objective, plan: StaticPlan, stages: Sequence[Stage], *, is_whole: bool, has_drafts: bool
 ) -> StaticPlan:
-    """Return what is asked while the policy service is unavailable. plan: the configured one.
+    """Return what is asked while the policy service is unavailable, or where there is none.
 
-    Where the caller wants quality certified or the BEST, the last stage alone: no other answer could stand.
-    FASTEST is the static plan, as it is written. What is between them must not lose quality because the
-    policy is late: the plan's stages draft, and the last stage of the cascade verifies. It verifies at once
-    what the policy had drafted and was too late to judge (has_drafts), and writes where max_cost does not
-    leave room for drafts.
+    plan: the configured one. is_whole: whether its operator wants no more than it, since there is no policy.
+
+    For min_quality and BEST, it is the last stage alone: no other answer could stand. For FASTEST, it is the
+    configured plan. All other requests must not lose quality because the policy is late: the plan's stages
+    draft, and the last stage of the cascade verifies. If there is a draft that the policy was too late to
+    judge (has_drafts), the last stage verifies it at once. If max_cost does not allow drafts, it generates.
     """
     last = len(stages) - 1
     alone = StaticPlan((last,), len(stages))
-    if objective.min_quality is not None or objective.preference is Preference.BEST:
+    if objective.min_quality is not None or objective.preference == Preference.BEST:
         return alone
-    if objective.preference == Preference.FASTEST and objective.quality_value is None:
+    is_fastest = objective.preference == Preference.FASTEST and objective.quality_value is None
+    if is_whole or is_fastest:
         return plan
     cost = sum(stages[index].cost for index in {*plan.stages, last})
     is_too_dear = objective.max_cost is not None and is_above(cost, objective.max_cost)

@@ -92,7 +92,7 @@ class TimeBudget:
     def _part_of(self, left_ms: float, stage: Stage) -> float:
         """Return how much of the time left a stage may take if another stage could still answer.
 
-        All of it if the request waits in the stage's line. Meanwhile the stage answers other requests, or is
+        All of it if the request waits in the stage's queue. Meanwhile the stage answers other requests, or is
         found to hang.
         """
         is_waited = self._admission.refuses and self._knowledge.has_line(stage)

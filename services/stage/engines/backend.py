@@ -1,4 +1,4 @@
-"""What a GPU library must do for services.stage.engines.scoring: tokens in, rows out. No text, no gRPC."""
+"""What services.stage.engines.scoring needs of a GPU library: tokens in, rows out. No text, no gRPC."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class OwnDraft:
 
 @dataclass(frozen=True, slots=True)
 class TokenRequest:
-    """How to go on from a prompt. temperature 0: greedily. adapter: "" for the model itself.
+    """How to continue a prompt. temperature: 0 decodes greedily. adapter: "" for the model itself.
 
-    draft: to verify on the way, for a DraftingBackend.
+    draft: to verify meanwhile, for a DraftingBackend.
     """
 
     max_tokens: int
@@ -79,8 +79,8 @@ class DraftFate:
 class Backend(Protocol):
     """One model in a GPU library.
 
-    Closing `generate` early, or cancelling `score`, ends the library's work on it. Raises BackendDied where
-    the library's engine is gone, ModelRefusal for what it refuses.
+    Closing `generate` early, or cancelling `score`, ends the library's work on it. Raises BackendDied if the
+    library's engine is gone, ModelRefusal if the library refuses the request.
     """
 
     async def start(self) -> None:
@@ -96,7 +96,7 @@ class Backend(Protocol):
         """Write tokens after a prompt."""
 
     async def score(self, ids: list[int], start: int, adapter: str) -> TokenScores:
-        """Judge ids[start:] in one pass. start: 1 or more."""
+        """Score ids[start:] in one pass. start: 1 or more."""
 
 
 class DraftingBackend(Backend, Protocol):

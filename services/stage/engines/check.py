@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 # Half a step of bfloat16 logits at 16 is 0.03, which moves a probability near one half by this much. Chosen.
 _TIE_MARGIN = {"onnx": 0.0, "vllm": 0.02, "tensorrt_llm": 0.02}
-# Not for adapters: they are part of their model's memory, and are loaded and unloaded with it.
+# Checks that adapters skip: they are part of their model's memory, and are loaded and unloaded with it.
 _OF_A_MODEL = (status_tells_what_is, a_model_can_be_unloaded_and_loaded_again)
 _SIGNAL_TOLERANCE = {"onnx": 2e-3, "vllm": 0.15, "tensorrt_llm": 0.15}
 

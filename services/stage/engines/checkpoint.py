@@ -1,4 +1,4 @@
-"""What a Hugging Face directory says about its model, for engines that read the weights themselves."""
+"""Reads the configuration of a Hugging Face directory, for engines that read the weights themselves."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ class Suite:
 async def collect(events: AsyncGenerator[Event, None], evidence: str = "") -> EngineAnswer:
     """Return what a call yields, after the checks that hold for every call.
 
-    evidence: "first" or "any" where a VerificationResult must come. Raises NotConforming.
+    evidence: "first" or "any" if a VerificationResult must come. Raises NotConforming.
     """
     seen: list[Event] = []
     async with asyncio.timeout(_LONGEST_S):
@@ -394,7 +394,7 @@ async def a_longer_conversation_changes_no_token(suite: Suite) -> None:
 
 
 async def prefill_changes_no_token(suite: Suite) -> None:
-    """A prompt that was warmed is answered as one that was not."""
+    """A prefill does not change the answer."""
     prompt = suite.prompts[4]
     warmed = await suite.engine.prefill((Message("user", prompt),))
     answer = await suite.ask(prompt)
@@ -516,7 +516,7 @@ async def _pieces(
 
 
 async def _never(suite: Suite, ids: Sequence[int]) -> AsyncIterator[DraftPiece | FinishReason]:
-    """Yield a draft whose end does not come."""
+    """Yield a draft that never ends."""
     yield DraftPiece(tuple(ids), "", suite.engine.status().fingerprint)
     await asyncio.Event().wait()
     yield FinishReason.EOS

@@ -1,4 +1,4 @@
-"""What an engine does, whatever runs the model. Pure."""
+"""The protocol of an engine, whatever library runs the model. Pure."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Engine(Protocol):
         """Load the model; a loaded one stays as it is."""
 
     async def unload(self) -> None:
-        """Free the model. The caller ensures that no call is under way."""
+        """Free the model. The caller ensures that no call is in flight."""
 
     def generate(self, turns: tuple[Message, ...], sampling: Sampling) -> AsyncGenerator[Event, None]:
         """Write an answer."""
@@ -65,7 +65,7 @@ class Engine(Protocol):
     def verify(
         self, turns: tuple[Message, ...], sampling: Sampling, draft: DraftText, threshold: float | None
     ) -> AsyncGenerator[Event, None]:
-        """Accept a prefix of a draft and go on from there: exactly, or with a threshold tolerantly.
+        """Accept a prefix of a draft and continue the answer. threshold: of TOLERANT; None: EXACT.
 
         Yields a VerificationResult first.
         """
@@ -87,4 +87,4 @@ class Engine(Protocol):
         """Put a prompt into the prefix cache."""
 
     def status(self) -> EngineStatus:
-        """Return what is loaded, queued and running."""
+        """Return whether the model is loaded, and how many calls wait and run."""

@@ -1,4 +1,4 @@
-"""From a model's settings to its engine. Each engine's module is imported only when it is used."""
+"""Makes engines from the settings of models. Each engine's module is imported only when it is used."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ logger = logging.getLogger(__name__)
 def make_all(
     models: Sequence[ModelSettings], default: str, max_queue: int
 ) -> tuple[dict[str, Engine], dict[str, str]]:
-    """Return the engines of a process by their names, and why other models have none.
+    """Return a process's engines by name, and why a model has none, by name.
 
-    A model that cannot be read is left out with an error in the log, and the others are served. Raises
-    PreconditionFailed where the default model cannot be read.
+    A model that cannot be read is left out with an error in the log. Raises PreconditionFailed if that is the
+    default model.
     """
     engines: dict[str, Engine] = {}
     damaged: dict[str, str] = {}
@@ -45,7 +45,7 @@ def make_all(
 def make_engines(model: ModelSettings, max_queue: int) -> dict[str, Engine]:
     """Return a model's engine by its name, and after it one for each of its adapters, as model/task.
 
-    Raises PreconditionFailed where the model cannot be read, or a package that its engine needs is missing.
+    Raises PreconditionFailed if the model cannot be read, or a package that its engine needs is missing.
     """
     try:
         if model.engine == "vllm":

@@ -29,10 +29,10 @@ async def probe(
     prompts: Sequence[list[int]],
     answer: Callable[[Sequence[list[int]]], Awaitable[npt.NDArray[np.floating]]],
 ) -> None:
-    """Have a model answer alone, then in a batch. It does not count as a request anywhere.
+    """Have a model answer alone, then in a batch. No metric counts these requests.
 
     answer: computes prompts together and returns logits or log-probabilities, of any shape. Raises
-    PreconditionFailed with the reason where it fails, takes minutes, or gives numbers that are not finite.
+    PreconditionFailed with the reason if it fails, takes minutes, or gives numbers that are not finite.
     """
     try:
         async with asyncio.timeout(_SECONDS):

@@ -56,7 +56,7 @@ class ScoringOptions:
 
     max_batch: requests in the library at a time; more wait here. max_queue: requests that may wait. context:
     tokens of prompt and answer at most. resync: whether the rest of a draft is proposed after a correction.
-    kv_bytes: bytes of one number in the KV cache. cache_bytes: set aside for it, where that is known.
+    kv_bytes: bytes of one number in the KV cache. cache_bytes: size of that cache, if it is known.
     """
 
     max_batch: int
@@ -71,8 +71,8 @@ class ScoringOptions:
 class ScoringEngine:
     """Runs one model through a backend; see services.stage.engines.engine.Engine for the contract.
 
-    queue_ms is the wait for a slot in the batch. What the library lets a request wait is part of prefill_ms,
-    and so is the wait for the beginning of a draft: the stage is not busy with it.
+    queue_ms is the wait for a slot in the batch. prefill_ms includes a wait inside the library, and the wait
+    for a draft to begin: the stage is not busy meanwhile.
     A draft that comes in pieces counts as one proposal in accept_lengths, however many passes score it.
     drafting: the backend, where it can verify drafts while it writes.
     """
@@ -160,7 +160,7 @@ class ScoringEngine:
         return np.array([*(value for each in written for value in each), *(row.logprob for row in rows)])
 
     async def unload(self) -> None:
-        """Free the model. Raises ResourceExhausted while calls are under way, those of its adapters too."""
+        """Free the model. Raises ResourceExhausted while it or its adapters have calls in flight."""
         async with self._loading:
             if self._state is not ModelState.READY:
                 return
@@ -194,7 +194,7 @@ class ScoringEngine:
         threshold: float | None,
         adapter: str = "",
     ) -> AsyncGenerator[Event, None]:
-        """Accept a prefix of a draft and go on from there."""
+        """Accept a prefix of a draft and continue the answer."""
         call = await self._open(turns, sampling)
         arrived = ArrivingDraft(call.most_tokens)
         await self._reader.read_draft(draft, arrived)
@@ -213,7 +213,7 @@ class ScoringEngine:
         threshold: float | None,
         adapter: str = "",
     ) -> AsyncGenerator[Event, None]:
-        """Verify a draft while it is being written, a pass for every 16 tokens that came."""
+        """Verify a draft while it is being written, with a pass for every 16 tokens that arrive."""
         call = await self._open(turns, sampling)
         draft = ArrivingDraft(call.most_tokens)
         reader = asyncio.create_task(self._reader.follow_draft(pieces, draft, draft.notify))
@@ -266,7 +266,7 @@ class ScoringEngine:
 
     @asynccontextmanager
     async def _under_way(self, call: Call[Row]) -> AsyncIterator[None]:
-        """Count a call, give its slot back, and turn what the library raises into our errors."""
+        """Count a call, release its slot, and turn the library's errors into ours."""
         if self._state is not ModelState.READY:
             raise PreconditionFailed(f"model {self._name} is not loaded")
         if self._slots.locked() and self._waiting >= self._options.max_queue:
@@ -301,7 +301,7 @@ class ScoringEngine:
             finally:
                 self._waiting -= 1
             self._running.add(call)
-            # Not what a verification waited for its draft: routers take this for how busy the stage is.
+            # A verification's wait for its draft is left out: routers read this as how busy the stage is.
             call.queued += time.monotonic() - asked
 
     def _release(self, call: Call[Row]) -> None:
@@ -319,7 +319,7 @@ class ScoringEngine:
             yield event
 
     async def _tokens(self, call: Call[Row], adapter: str) -> AsyncGenerator[TokenChunk | None, None]:
-        """Continue the answer; yield the chunk that may go out, if any, after each piece."""
+        """Continue the answer; after each piece, yield the chunk that may be sent, if any."""
         if call.is_over():
             return
         await self._acquire(call)
@@ -374,7 +374,7 @@ class ScoringEngine:
     ) -> AsyncGenerator[Event, None]:
         """Accept a prefix of the draft, and add the model's own token."""
         chunk = None
-        # What the last pass said of the next token: a pass whose prefix is cached would not say it again.
+        # The last pass's row for the next token: a pass whose prefix is cached would not give it again.
         following: Row | None = None
         while not call.is_over():
             if not draft.is_due:
@@ -414,7 +414,7 @@ class ScoringEngine:
     async def _resync(
         self, call: Call[Row], draft: ArrivingDraft, adapter: str
     ) -> AsyncGenerator[Event, None]:
-        """Propose the rest of the draft after a correction, as long as it pays."""
+        """Propose the rest of the draft after a correction, while the passes save time."""
         resync = Resynchroniser(draft.ids, draft.accepted, PASS_PER_DRAFT)
         is_first = True
         while not call.is_over():
@@ -444,7 +444,7 @@ class ScoringEngine:
         ids = draft.ids[: self._options.context - 1 - len(call.prompt)]
         if ids:
             rows = (await self._score(call, ids, adapter)).rows
-            # What is accepted shows only in the sampled answer.
+            # How much is accepted is known only from the sampled answer.
             draft.judge(replace(verify_rows(ids, rows), accepted=0))
         held: list[TokenChunk] = []
         agrees = True
@@ -469,7 +469,7 @@ class ScoringEngine:
     async def _score(
         self, call: Call[Row], proposal: list[int], adapter: str, following: Row | None = None
     ) -> TokenScores:
-        """Judge a proposal in one pass. following: of its first token, where that is known."""
+        """Score a proposal in one pass. following: row of its first token, if known."""
         await self._acquire(call)
         known = [*call.prompt, *call.ids]
         first = following.of(proposal[0]) if following else None
@@ -504,7 +504,7 @@ class AdapterEngine:
     def verify(
         self, turns: tuple[Message, ...], sampling: Sampling, draft: DraftText, threshold: float | None
     ) -> AsyncGenerator[Event, None]:
-        """Accept a prefix of a draft and go on from there."""
+        """Accept a prefix of a draft and continue the answer."""
         return self._base.verify(turns, sampling, draft, threshold, self._adapter)
 
     def verify_stream(

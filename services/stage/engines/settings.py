@@ -1,4 +1,4 @@
-"""Settings of the engines: a section for each, refused for any other engine."""
+"""Settings of the engines: each has a section, which any other engine refuses."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 Count = Annotated[int, Field(ge=1)]
 # Chosen: no machine has more cores, and each thread takes memory.
 Threads = Annotated[int, Field(ge=1, le=1024)]
-# Requests or batches that one model computes or keeps at a time. Chosen: several times the engines' own
-# defaults on the largest GPUs. Each takes memory, and a larger number would fail only under load.
+# Most requests or batches that one model computes or keeps at a time. Chosen: several times the engines'
+# defaults on the largest GPUs. Each takes memory, so a number that is too large would fail only under load.
 MOST_AT_A_TIME = 4096
 AtATime = Annotated[int, Field(ge=1, le=MOST_AT_A_TIME)]
-# Tokens of prompt and answer: at least one each.
+# Tokens of prompt and answer together: at least one of each.
 ContextLength = Annotated[int, Field(ge=2)]
 Share = Annotated[float, Field(gt=0, le=1)]
 EngineName = Literal["onnx", "vllm", "tensorrt_llm"]
@@ -28,7 +28,7 @@ TaskName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=64
 
 
 class VllmSettings(Section):
-    """Options of the `vllm` engine; docs/engines.md says what each does.
+    """Options of the `vllm` engine; docs/engines.md describes them.
 
     max_model_len None: the model's own. kv_cache_gib None: what gpu_memory_utilization leaves.
     cuda_graph_tokens None: vLLM's choice. verify_inside: whether vLLM verifies drafts while it decodes, up to
@@ -59,7 +59,7 @@ class VllmSettings(Section):
 
 
 class TensorrtLlmSettings(Section):
-    """Options of the `tensorrt_llm` engine; docs/engines.md says what each does.
+    """Options of the `tensorrt_llm` engine; docs/engines.md describes them.
 
     max_model_len None: the model's own, max_batched_tokens at most. prefix_caching: reuse of blocks between
     answers; a scoring pass never reuses any. top_logprobs: of each token.

@@ -1,1 +1,1 @@
-"""From a request to an answer, for all engines: prompts to ids, tokens to text, drafts to what is kept."""
+"""The engines' common parts: prompts to ids, tokens to text, and the verification of drafts."""

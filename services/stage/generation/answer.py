@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class GrowingText(Protocol):
-    """Text of tokens, as services.stage.generation.text_stream.TextStream makes it.
+    """Text that grows token by token, such as services.stage.generation.text_stream.TextStream.
 
     lag: characters of the last push's text that belong to earlier tokens.
     """
@@ -38,10 +38,10 @@ class GrowingText(Protocol):
 class AnswerBuilder:
     """Collects an answer's tokens and turns them into chunks.
 
-    Without stop sequences a chunk goes out as it comes. With them, the answer is cut before the first that
-    appears, and tokens are held back as long as they may be its beginning. A stop sequence may hold the text
-    of special tokens, which the answer's text leaves out. So each is searched for in two texts: in the
-    answer's, and in the one with the special tokens in it, called `whole` here.
+    Without stop sequences, a chunk is sent as it comes. With them, the answer is cut before the first one,
+    and tokens that may begin one are held back. A stop sequence may contain the text of special tokens, which
+    the answer's text leaves out. Each is therefore searched for in two texts: in the answer's, and in the one
+    that includes special tokens, called `whole` here.
     """
 
     def __init__(self, stream: GrowingText, stop: tuple[str, ...] = ()) -> None:
@@ -56,7 +56,7 @@ class AnswerBuilder:
         self._whole = 0
         self._ends: list[int] = []
         self._marks: list[tuple[int, int]] = []
-        # Marks of the last tokens, whose text is not known yet.
+        # Special tokens at the end whose surrounding text is not known yet.
         self._open: list[str] = []
         self._sent = 0
         self._sent_text = 0
@@ -77,7 +77,7 @@ class AnswerBuilder:
     def extend(self, ids: Sequence[int], signals: Signals) -> TokenChunk | None:
         """Add tokens with their log-probabilities, entropies and margins, float32 [tokens] each.
 
-        Returns the chunk that may go out now, or None. After a stop sequence further tokens are dropped.
+        Returns the chunk that may be sent now, or None. Tokens after a stop sequence are dropped.
         """
         if self.has_stopped:
             return None

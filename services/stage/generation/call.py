@@ -1,4 +1,4 @@
-"""One call under way, whatever engine computes it: its answer so far, and what that took. Pure."""
+"""One call of any engine: its answer so far, and its passes and times. Pure."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from services.stage.domain import Event, TokenChunk
     from services.stage.generation.answer import AnswerBuilder, Signals
 
-# What an engine shows of the distribution that a token was chosen from: logits, or the likeliest tokens.
+# An engine's evidence of the distribution that a token was chosen from: logits, or the likeliest tokens.
 Evidence = TypeVar("Evidence")
 
 
 @dataclass(slots=True, eq=False)
 class Call(Generic[Evidence]):
-    """One call: what it asks for, its answer so far, and what that took. Times in seconds.
+    """One call: its options, its answer so far, and its passes and times. Times in seconds.
 
-    ids: chosen so far, those that a stop sequence may yet cut off included. signals: makes those of tokens
-    from their ids and evidence. queued: time that it waited for a slot in the batch; queued_at_first: of
-    that, before its first pass. emitted: of each pass that scored a proposal, the positions in the answer of
-    what it emitted: what was accepted, and one token more. The answer may end among them.
+    ids: chosen so far, including those that a stop sequence may still cut off. signals: computes the signals
+    of tokens from their ids and evidence. queued: wait for a slot in the batch; queued_at_first: the part of
+    it before the first pass. emitted: for each pass that scored a proposal, the positions in the answer of
+    the tokens that it emitted: the accepted ones and one more. The answer may end among them.
     """
 
     prompt: list[int]
@@ -81,7 +81,7 @@ class Call(Generic[Evidence]):
         return self.finish is not None
 
     def flush(self) -> TokenChunk | None:
-        """Turn the tokens since the last time into text; return the chunk that may go out now, if any.
+        """Turn the tokens since the last flush into text; return the chunk that may be sent now, if any.
 
         A stop sequence in it ends the answer.
         """
@@ -95,7 +95,7 @@ class Call(Generic[Evidence]):
         return chunk
 
     def end(self) -> list[Event]:
-        """Return what is still to be sent of an answer that has ended: its last tokens, and the result."""
+        """Return the last events of an answer that has ended: its last tokens, and the result."""
         chunks = (self.flush(), self.answer.finish())
         if self.answer.has_stopped:
             self.finish = FinishReason.STOP
@@ -103,8 +103,8 @@ class Call(Generic[Evidence]):
 
     def _result(self) -> Result:
         assert self.finish is not None
-        # Tokens accepted after the final one are not returned, so do not count them. Whole passes may lie
-        # beyond it: the token that completes a stop sequence is seen late.
+        # Tokens accepted after the final one are not returned, so do not count them. Whole passes may follow
+        # it, because a stop sequence is recognised only after its last token.
         end = self.answer.taken + (self.finish is FinishReason.EOS)
         lengths = tuple(len(range(span.start, min(span.stop, end))) for span in self.emitted)
         unused = sum(

@@ -92,12 +92,12 @@ class ChatTemplate:
     def render(self, turns: Sequence[Message]) -> str:
         """Return a conversation's text, up to where the model's answer begins.
 
-        Raises ConversationRefused where the template refuses it, InputFailed where it fails.
+        Raises ConversationRefused if the template refuses it, InputFailed if the template fails.
         """
         return self._run(self._plain, turns, datetime.now())
 
     def check_reads_messages(self) -> None:
-        """Raise PreconditionFailed where a plain conversation's last message is not in its text."""
+        """Raise PreconditionFailed if a plain conversation's text lacks its last message."""
         now = datetime.now()
         for turns in self.plain:
             text = self._run(self._plain, turns, now)
@@ -150,7 +150,7 @@ class ChatTemplate:
         return text
 
 
-class _Refusal(TemplateError):  # noqa: N818 - it is the template's own word
+class _Refusal(TemplateError):  # noqa: N818 - the template refuses, it does not fail
     """A template refused a conversation."""
 
 
@@ -239,7 +239,7 @@ def _find_template(directory: Path, config: dict[str, object]) -> tuple[str, str
 
 
 def _default(template: object, file: Path) -> str | None:
-    """Return the template to use of one, or of several by name; None if there is none."""
+    """Return a configuration's template: the only one, or the default of several; None if there is none."""
     if template is None or isinstance(template, str):
         return template
     named: dict[object, object] = {}
@@ -276,7 +276,7 @@ def _special_tokens(directory: Path, config: dict[str, object]) -> dict[str, str
 
 
 def _content(token: object) -> str | None:
-    """Return a special token's text: configurations hold it plain or as {"content": ...}."""
+    """Return a special token's text: configurations hold a string or {"content": ...}."""
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else None
@@ -314,7 +314,7 @@ def _given(text: str) -> TracedText:
 
 
 def _text_of(value: object) -> str:
-    """Return a value as text. Other values than text come from the template: messages hold only text."""
+    """Return a value as text. Values that are no text come from the template: messages hold only text."""
     if isinstance(value, str):
         return value
     if value is None or isinstance(value, bool | int | float):

@@ -1,4 +1,4 @@
-"""A draft as a stage receives it, whole or piece by piece, and how it fares. Pure."""
+"""A draft as a stage receives it, whole or piece by piece, and its verdict so far. Pure."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 class ReceivedDraft:
-    """Ids of a draft in the target's vocabulary, which only grow until it is complete, and how they fare.
+    """A draft's ids in the target's vocabulary, and their verdict so far. Ids are only ever appended.
 
-    One thread adds ids while another one reads and judges them. most_tokens: ids beyond are dropped, as the
+    One thread appends ids while another reads and judges them. most_tokens: further ids are dropped, as the
     answer cannot hold them. ids_used: whether they came as ids, not as text that was encoded anew.
     accepted: how many of the first ids the target has accepted.
     """
@@ -37,7 +37,7 @@ class ReceivedDraft:
 
     @property
     def room(self) -> int:
-        """Ids that it still takes."""
+        """How many more ids it takes."""
         return self._most_tokens - len(self.ids)
 
     @property
@@ -46,7 +46,7 @@ class ReceivedDraft:
         return self.room <= 0
 
     def reach(self, ids: Sequence[int]) -> bool:
-        """Grow to the ids of a longer text, and return True; where they begin otherwise, stay, and False.
+        """Extend it to the ids of a longer text, and return True. If they begin differently, return False.
 
         Text that comes in pieces is encoded from its start each time, and the tokens at a seam can change.
         """
@@ -57,19 +57,19 @@ class ReceivedDraft:
         return begins_alike
 
     def finish(self, end_id: int | None) -> None:
-        """Nothing more will come. end_id: proposed last, where the draft ended by itself."""
+        """Mark the draft as complete. end_id: proposed last, if the drafter ended its answer; else None."""
         if end_id is not None and not self.is_full:
             self.ids.append(end_id)
         self.is_complete = True
 
     def judge(self, verdict: Verdict) -> None:
-        """Keep what a pass shows of the ids that were not judged yet."""
+        """Add a pass's verdict on the next ids."""
         self.accepted += verdict.accepted
         self._ranks.append(verdict.ranks)
         self._logprobs.append(verdict.logprobs)
 
     def evidence(self) -> VerificationResult:
-        """Return how the draft fared."""
+        """Return the verdict on the draft, as the contract reports it."""
         ranks = np.concatenate(self._ranks)
         return VerificationResult(
             len(ranks), self.accepted, ranks, np.concatenate(self._logprobs), self.ids_used

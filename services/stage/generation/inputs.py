@@ -1,4 +1,4 @@
-"""From requests to calls: prompts and drafts become ids of a model's vocabulary. Shared by all engines."""
+"""Turns requests into calls: prompts and drafts become ids of a model's vocabulary. For all engines."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Longer texts are encoded in a thread, so that other requests go on. Chosen: about 5 ms of work.
+# Characters above which a text is encoded in a thread, so that other requests continue. Chosen: about 5 ms
+# of work.
 _LONG_TEXT = 8_192
 # Long texts that are encoded at a time. Measured: each takes about 180 bytes of memory per character.
 _LONG_TEXTS = 2
@@ -55,7 +56,7 @@ class RequestReader:
         self._vocabulary = vocabulary
         self._eos_ids = tuple(eos_ids)
         self._default_max_new_tokens = default_max_new_tokens
-        # A cancelled request's thread works on; the next text starts only when that has ended.
+        # A cancelled request's thread runs to its end; only then does the next text start.
         self._long_texts = ThreadPoolExecutor(_LONG_TEXTS, thread_name_prefix="long-text")
 
     def check_shortest_prompt(self) -> None:
@@ -75,7 +76,7 @@ class RequestReader:
         sampling: Sampling,
         signals: Callable[[Sequence[int], Sequence[Evidence]], Signals],
     ) -> Call[Evidence]:
-        """Return the call of a request, with a seed where it samples. signals: see Call."""
+        """Return the call of a request, with a seed if it samples. signals: see Call."""
         prompt = await self.read_prompt(turns)
         if sampling.temperature > 0 and sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(63))
@@ -85,7 +86,7 @@ class RequestReader:
         return Call(prompt, most_tokens, sampling, answer, self._eos_ids, signals)
 
     async def read_prompt(self, turns: tuple[Message, ...]) -> list[int]:
-        """Return a prompt's ids: at most one fewer than the context, so that an answer has room."""
+        """Return a prompt's ids: fewer than the context, so that an answer has room."""
         size = sum(len(turn.content) for turn in turns)
         if size > _LONG_TEXT:
             loop = asyncio.get_running_loop()
@@ -93,9 +94,9 @@ class RequestReader:
         return self._encode_prompt(turns, size)
 
     async def read_draft(self, sent: DraftText, draft: ReceivedDraft) -> None:
-        """Read a whole draft: its ids where they are of this tokenizer, else its text.
+        """Read a complete draft: its ids if they are this tokenizer's, else its text.
 
-        It reads no more than the draft has room for.
+        It reads no more than `draft` has room for.
         """
         is_whole = True
         draft.ids_used = bool(sent.ids) and sent.fingerprint == self._tokenizer.fingerprint
@@ -128,7 +129,7 @@ class RequestReader:
                 if isinstance(piece, FinishReason):
                     is_whole = draft.ids_used or draft.reach(await self._encode_text(text or ""))
                     is_whole &= len(text or "") <= most
-                    # If the ids are of another text, the draft's end means nothing.
+                    # If the ids stand for another text, the draft's end means nothing.
                     draft.finish(self._end_id(piece) if is_whole else None)
                     break
                 own = piece.fingerprint == self._tokenizer.fingerprint
@@ -179,7 +180,7 @@ class RequestReader:
         return self._tokenizer.encode_text(text)
 
     def _add_ids(self, draft: ReceivedDraft, ids: Sequence[int], field: str) -> bool:
-        """Add ids to a draft; return whether it ends among them, at a token that ends this model's answers.
+        """Add ids up to a token that ends this model's answers; return whether there is one.
 
         A drafter with the same tokenizer may have other end tokens, and write past this model's. Whether the
         answer ends there is this model's choice, which the verification pass shows.

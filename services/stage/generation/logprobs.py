@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One position: a token, and the distribution at temperature 1 that it was chosen from or judged by.
+    """A token, and the distribution at temperature 1 that it was chosen from or scored by.
 
     rank: of the token, 0 for the likeliest. top_ids, top_logprobs: the likeliest tokens, likeliest first.
     """
@@ -41,7 +41,7 @@ class Row:
         return Row(self.top_ids[0], self.top_logprobs[0], 0, self.top_ids, self.top_logprobs)
 
     def of(self, token: int) -> Row | None:
-        """Return the same position with another token; None where it is not among the likeliest."""
+        """Return the same position with another token; None if it is not among the likeliest."""
         if token not in self.top_ids:
             return None
         rank = self.top_ids.index(token)

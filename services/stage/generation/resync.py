@@ -1,7 +1,7 @@
-"""Re-synchronisation: what of a draft may still follow, once the target has departed from it. Pure.
+"""Re-synchronisation: proposes parts of a draft again after the target has corrected it. Pure.
 
 A draft that goes wrong at one token is often right again soon after: a wrong digit leaves the words around it
-as they are. After a correction the target therefore has parts of the unused draft proposed to it, and keeps
+as they are. After a correction, parts of the unused draft are therefore proposed to the target, which keeps
 what it would have written anyway. Nothing here decides what is kept, so the answer stays exact.
 """
 
@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-# An n-gram of fewer tokens occurs by chance too often; longer ones than the most say no more. Chosen together
-# with PASS_PER_TOKEN.
+# Shorter n-grams occur by chance too often; longer ones add nothing. Chosen together with PASS_PER_TOKEN.
 _LEAST_GRAM = 2
 _MOST_GRAM = 4
 
 
 @dataclass(frozen=True, slots=True)
 class ResyncRule:
-    """How much is proposed, and how long, by what a pass costs.
+    """How much to propose, and when to stop, for a given cost of a pass.
 
-    first_chunk, least_chunk, most_chunk: tokens of a proposal: of the first one, after misses, after hits.
-    least_proposal: tokens that make a pass worth its price. least_hit: accepted tokens that do so afterwards.
-    misses_to_doubt: misses in a row after which only n-grams count. misses_to_end: after which nothing more
-    is proposed. seeks_ngrams: whether the answer's last tokens are looked for in the draft.
+    first_chunk, least_chunk, most_chunk: tokens of the first proposal, and bounds after misses and hits.
+    least_proposal: fewest tokens that make a pass worthwhile. least_hit: accepted tokens that make it a hit.
+    misses_to_doubt: misses in a row after which only n-grams count. misses_to_end: misses in a row after
+    which nothing more is proposed. seeks_ngrams: whether the answer's last tokens are looked for in the
+    draft.
     """
 
     first_chunk: int
@@ -68,15 +68,15 @@ PASS_PER_DRAFT = ResyncRule(
     seeks_ngrams=False,
 )
 
-# Tokens that first passes after a correction must keep in the mean to be made at all: what such a pass takes.
+# Tokens that a first pass after a correction must keep on average to be worth its time: that of 4 tokens.
 _LEAST_MEAN_KEPT = 4.0
-# Calls in the library from which on it is bound by its arithmetic, and the share of what is scored that must
-# be kept then. A scored token takes about a third of what a written one takes in a full batch: a 70B on an
-# H200 scores one in 0.22 ms and writes 64 in 40.
+# Calls in the library from which its arithmetic is the bottleneck, and the share of scored tokens that must
+# be kept then. In a full batch, scoring a token takes about a third of the time of writing one: a 70B on an
+# H200 scores one in 0.22 ms and writes 64 in 40 ms.
 _BUSY = 8
 _LEAST_MEAN_SHARE = 0.4
-# Weight of the newest pass in these means, and their number from which on they say something; while they say
-# no, one answer in so many tries all the same. Chosen.
+# Weight of the newest pass in these means; how many passes they need before they count; and one answer in how
+# many tries a pass although they advise against it. Chosen.
 _NEWEST = 0.1
 _LEAST_TRIED = 8
 _TRY_EVERY = 16
@@ -92,15 +92,15 @@ class Resynchroniser:
         self._draft = draft
         self._start = start
         self._rule = rule
-        # Where the draft would go on if the correction had replaced one token by one.
+        # Position at which the draft continues if the correction replaced one token by one.
         self._aligned = start + 1
         self._chunk = rule.first_chunk
         self._misses = 0
 
     def propose(self, answer: Sequence[int], room: int) -> list[int]:
-        """Return the draft tokens that may follow an answer, up to room: empty where none is likely to.
+        """Return the draft tokens that may follow an answer, up to room; empty if none is likely to.
 
-        answer: ids so far, the corrected token included. Looks for the answer's last tokens in the unused
+        answer: ids so far, including the corrected token. Looks for the answer's last tokens in the unused
         part of the draft, the longest run first and near the expected position; else takes that position.
         """
         if self._misses >= self._rule.misses_to_end:
@@ -117,7 +117,7 @@ class Resynchroniser:
         return proposal if len(proposal) >= self._rule.least_proposal else []
 
     def judged(self, proposed: int, accepted: int) -> None:
-        """Take how the last proposal fared; one more token follows what was accepted."""
+        """Take the verdict on the last proposal; one more token follows the accepted ones."""
         self._aligned += accepted + 1
         if not proposed:
             return
@@ -146,7 +146,7 @@ def longest_run(draft: Sequence[int], answer: Sequence[int], start: int, near: i
 
 
 class ResyncPayoff:
-    """Whether passes after a correction pay on a model: means over the latest first ones of an answer."""
+    """Whether passes after a correction save time on a model: means over each answer's first such pass."""
 
     def __init__(self) -> None:
         self._kept = self._share = 0.0

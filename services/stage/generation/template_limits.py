@@ -1,4 +1,4 @@
-"""Limits on what a chat template computes: it is a program in a model's folder, and may loop for ever.
+"""Limits on the work of a chat template: it is a program in a model's folder, and may loop for ever.
 
 Steps, text and processor time are counted while it runs, and before any single operation that could take
 long: `'a' * 10**9`, `'%999999999d'`, a list of lists of lists. No template that writes a conversation comes
@@ -61,7 +61,7 @@ _TOO_MUCH_TEXT = "it makes more text than any prompt has"
 _COUNTED, _MADE = "asd_counted", "asd_made"
 
 
-class TooMuchWork(Exception):  # noqa: N818 - it says what there is, and not that something failed
+class TooMuchWork(Exception):  # noqa: N818 - named by its cause
     """A template computes more than any prompt needs."""
 
 
@@ -154,7 +154,7 @@ _meter: ContextVar[Meter | None] = ContextVar("meter", default=None)
 
 @contextmanager
 def metered(meter: Meter) -> Iterator[None]:
-    """Count what templates compute in this block."""
+    """Count the work of templates in this block."""
     token = _meter.set(meter)
     try:
         yield
@@ -180,7 +180,7 @@ class MeteredGenerator(CodeGenerator):
 
 
 class MeteredEnvironment(ImmutableSandboxedEnvironment):
-    """An environment whose templates are counted."""
+    """An environment whose templates' work is counted."""
 
     code_generator_class: type[CodeGenerator] = MeteredGenerator
     intercepted_binops = frozenset({"+", "*", "**", "%"})
@@ -235,8 +235,8 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
         if isinstance(owner, str):
             _check_method(meter, owner, name, args, kwargs)
         elif not isinstance(owner, dict):
-            # A macro and a loop take what they are given as it is. A function may write it, and an object
-            # keep it.
+            # Macros and loops take arguments as they are. A function may turn them into text, and an object
+            # may keep them.
             is_taken = isinstance(__obj, Macro | LoopContext) or isinstance(owner, LoopContext)
             for each in () if is_taken else (*args, *kwargs.values()):
                 meter.make_value(each)

@@ -1,4 +1,4 @@
-"""Text that grows as tokens come."""
+"""Incremental detokenizing: text that grows token by token."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TextStream:
     def push(self, ids: Sequence[int]) -> str:
         """Add tokens; return the text that they add.
 
-        Of it, `lag` characters belong to tokens that were added before.
+        Its first `lag` characters belong to tokens that were added before.
         """
         self.lag = 0
         earlier = list(self._open)
@@ -87,7 +87,7 @@ class Decoding:
         vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
         self._bytes: set[int] = set()
         if "ByteFallback" in kinds:
-            # A run of these is one text, or that many replacement characters.
+            # A run of byte tokens becomes text if it is valid UTF-8, else one replacement character each.
             self._bytes = {token_id for token, token_id in vocabulary if _BYTE.fullmatch(token)}
         self.anchor: list[int] = []
         self._anchor_length = 0

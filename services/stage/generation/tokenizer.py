@@ -34,7 +34,7 @@ _PRIVATE, _PRIVATE_COUNT = 0xF0000, 0xFFFE
 _MOST_PAIRS = 1_000_000
 
 
-class TooManyTokens(Exception):  # noqa: N818 - it says what there is, and not that something failed
+class TooManyTokens(Exception):  # noqa: N818 - named by its cause
     """A text has more tokens than allowed. count: how many."""
 
     def __init__(self, count: int) -> None:
@@ -43,9 +43,9 @@ class TooManyTokens(Exception):  # noqa: N818 - it says what there is, and not t
 
 
 class ChatTokenizer:
-    """Turns conversations into ids and ids into text, as a Hugging Face directory says.
+    """Turns conversations into ids, and ids into text, by the files of a Hugging Face directory.
 
-    Raises PreconditionFailed where tokenizer.json or the chat template is missing or broken.
+    Raises PreconditionFailed if tokenizer.json or the chat template is missing or broken.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -68,7 +68,7 @@ class ChatTokenizer:
             token_id: token.content for token_id, token in added.items() if token.special and token.content
         }
         self._literal = _LiteralTokenizer(self._tokenizer, description, tuple(self.special.values()))
-        # In the library's order: the longest of those that begin at an index.
+        # The library prefers the longest token that begins at an index.
         longest_first = sorted(self.special.values(), key=len, reverse=True)
         self._marks = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         edges = "".join({edge for mark in longest_first for edge in (mark[0], mark[-1])})
@@ -81,7 +81,7 @@ class ChatTokenizer:
     def render(self, turns: Sequence[Message]) -> str:
         """Return a conversation's text as the chat template writes it.
 
-        Raises ConversationRefused where the template refuses it, InputFailed where it fails.
+        Raises ConversationRefused if the template refuses it, InputFailed if the template fails.
         """
         return self._template.render(turns)
 
@@ -92,12 +92,12 @@ class ChatTokenizer:
 
         A special token stands where the template itself writes one; in a message it is plain text.
         text: from `render`. most: largest number of ids.
-        Raises as `render` does, ConversationRefused where a message holds the text of a special token and the
-        template hides whether it stands in the prompt, TooManyTokens where there are more ids than `most`.
+        Raises as `render` does. Raises ConversationRefused if a message holds the text of a special token and
+        the template hides whether that is part of the prompt, TooManyTokens for more ids than `most`.
         """
         if text is None:
             text = self.render(turns)
-        # No other text can become part of a special token, whatever the template does to it.
+        # A message without such text cannot become part of a special token, whatever the template does.
         if any(self._edges.search(turn.content) for turn in turns):
             traced = self._template.trace(turns)
             own = written_by_template(traced, self._marks)
@@ -155,7 +155,7 @@ class _LiteralTokenizer:
         self._names = {mark: nonce + chr(_PRIVATE + index) for index, mark in enumerate(marks)}
         self._plain = tokenizer
         self._tokenizer = Tokenizer.from_str(json.dumps(renamed(description, self._names)))
-        # Names by id, without the token for unknown text, which also occurs where no name does.
+        # Names by id, except for the token for unknown text, which also stands for other text.
         self._special: dict[int, str] = {}
         unknown = _unknown(description["model"])
         self._plain_special: set[int] = set()
@@ -181,9 +181,9 @@ class _LiteralTokenizer:
     def encode_around(
         self, text: str, spans: Sequence[tuple[int, int]], most: int | None = None
     ) -> list[int]:
-        """Return the ids of a text that holds special tokens at some spans, begin and end, and nowhere else.
+        """Return the ids of a text whose special tokens stand at the given spans (begin, end) alone.
 
-        Raises PreconditionFailed where the tokenizer finds others, TooManyTokens where there are more than
+        Raises PreconditionFailed if the tokenizer finds other ones, TooManyTokens if there are more than
         `most` ids.
         """
         text = str.__str__(text)

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-# Decoders whose text of a token depends on no later token but as services.stage.generation.text_stream knows.
+# Decoders under which a token's text depends on later tokens only as
+# services.stage.generation.text_stream handles it.
 _DECODERS = frozenset({"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip"})
 # Normalizers that drop no text, and how many characters they join at most: composing Unicode joins a letter
 # with up to three marks.
@@ -19,7 +20,7 @@ _PRE_TOKENIZERS = frozenset({"ByteLevel", "Metaspace", "Digits", "Split", "Punct
 
 
 class TextLimit:
-    """How much text a token stands for at most.
+    """The most text that one token stands for.
 
     swallows_blanks: whether a special token includes the blanks beside it.
     """

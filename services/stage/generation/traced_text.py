@@ -1,4 +1,4 @@
-"""Text whose characters know where they come from: the template itself, or a message. Pure.
+"""Text that keeps the origin of each character: the template itself, or a message. Pure.
 
 A chat template works on strings as any program does: it trims, splits, joins and repeats them. TracedText is
 a string that does all of that, and keeps the origin of each character.
@@ -19,8 +19,8 @@ TEMPLATE, MESSAGE, UNKNOWN = "t", "m", "?"
 class TracedText(str):
     """A string with the origin of each of its characters.
 
-    origins: one of TEMPLATE, MESSAGE and UNKNOWN per character. Without it all are unknown, as are those of a
-    result of a method that is not defined here.
+    origins: one of TEMPLATE, MESSAGE and UNKNOWN per character; without it all are UNKNOWN. The result of a
+    method that is not defined here is of UNKNOWN origin too.
     """
 
     __slots__ = ("_origins",)
@@ -118,7 +118,7 @@ class TracedText(str):
         return self[: len(before)], self[len(before) : end], self[end:]
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1) -> TracedText:
-        """Return the text with another part in the place of each that is equal to `old`."""
+        """Return the text with each part equal to `old` replaced by `new`."""
         if not old:
             return TracedText(super().replace(old, new, count))
         return join_texts(new, self.split(old, count))
@@ -164,18 +164,18 @@ class TracedText(str):
         return self._padded(super().rjust(width, fillchar))
 
     def _traced_parts(self, parts: list[str], gap: int) -> list[str]:
-        """Return traced parts, which stand in this text one after the other; gap: length of a separator."""
+        """Return traced parts. They occur in this text in this order. gap: length of a separator."""
         traced: list[str] = []
         start = 0
         for part in parts:
-            # Between parts there is a separator, or blanks, in which a part cannot begin.
+            # Parts are separated by a separator or by blanks, and no part begins inside those.
             start = self.find(part, start)
             traced.append(self[start : start + len(part)])
             start += len(part) + gap
         return traced
 
     def _changed(self, text: str) -> TracedText:
-        """Trace a text whose characters replace this one's, each its own."""
+        """Trace a text whose characters correspond one to one to this text's."""
         if len(text) == len(self):
             return TracedText(text, self._origins)
         return TracedText(text, self._origins[:1] * len(text) if len(set(self._origins)) == 1 else None)
@@ -198,12 +198,12 @@ def join_texts(between: str, parts: Iterable[str]) -> TracedText:
 
 
 def written_by_template(text: TracedText, pattern: re.Pattern[str]) -> list[tuple[int, int]]:
-    """Return the spans of a pattern in unbroken text of the template."""
+    """Return a pattern's matches that the template alone wrote, as spans."""
     return _find(text, pattern, f"{TEMPLATE}+")
 
 
 def of_unknown_origin(text: TracedText, pattern: re.Pattern[str]) -> list[tuple[int, int]]:
-    """Return the spans of a pattern with no character of a message and some of unknown origin."""
+    """Return a pattern's matches that hold no character of a message and some of unknown origin, as spans."""
     origins = origins_of(text)
     found = _find(text, pattern, f"[{TEMPLATE}{UNKNOWN}]+")
     return [(start, end) for start, end in found if UNKNOWN in origins[start:end]]

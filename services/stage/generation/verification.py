@@ -2,9 +2,9 @@
 
 Three rules. EXACT keeps the tokens that the target would have chosen itself, greedily or by its own draw.
 TOLERANT keeps tokens that are likely enough. Speculative sampling (`sample_draft`) keeps the target's
-distribution where the draft's probabilities are known. Between services they are not: a vocabulary's worth of
-numbers per token does not travel. There the stages share their noise instead (`choose_token`): the draws of
-draft and target then mostly agree, EXACT keeps the agreed prefix, and the answer is the target's own draw.
+distribution, but needs the draft's probabilities. Services do not send them: that would be one number per
+vocabulary entry for each token. Instead the stages share their noise (`choose_token`). Draft and target then
+mostly draw the same tokens, EXACT keeps the agreed prefix, and the answer is the target's own draw.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-class ShapeMismatch(ValueError):  # noqa: N818 - named as in the house's style
+class ShapeMismatch(ValueError):  # noqa: N818 - named by its cause
     """Draft and target do not belong together: their shapes differ, or an id is not below V."""
 
 
@@ -54,8 +54,8 @@ def verify_draft(
 
     draft_ids: int64 [k]. target_logits: float32 [k, V]; row t conditions on draft_ids[:t]. choices:
     int64 [k], the token that the target chose at each position; None: its argmax (the first one, on a tie).
-    Without a threshold a token is accepted where it is the target's choice, so that the target's own output
-    is kept exactly; with one, where its probability is at least threshold times the largest.
+    Without a threshold, a token is accepted if it is the target's choice, so the target's own output is kept
+    exactly. With one, it is accepted if its probability is at least threshold times the largest.
     Raises ShapeMismatch if k disagrees or an id is not below V.
     Source: greedy acceptance of Leviathan et al. 2023, section 3; typical-acceptance-style threshold relative
     to the mode as in Stern et al. 2018, section 5.3 (there a distance), our parametrisation.
@@ -65,7 +65,7 @@ def verify_draft(
     likeliest = target_logits.argmax(axis=1)
     own = target_logits[rows, draft_ids]
     top = target_logits[rows, likeliest]
-    # A token of equal logit and lower id goes first, as argmax has it.
+    # Of tokens with equal logits, the lowest id ranks first, as in argmax.
     columns = np.arange(target_logits.shape[1])
     is_before = (target_logits > own[:, None]) | (
         (target_logits == own[:, None]) & (columns[None] < draft_ids[:, None])
@@ -113,7 +113,7 @@ def sample_draft(
     if target_probs.shape != (draft_ids.size + 1, draft_probs.shape[1]):
         raise ShapeMismatch(f"target_probs {target_probs.shape} against draft_probs {draft_probs.shape}")
     rows = np.arange(draft_ids.size)
-    # Compared as a product, which avoids division by a draft probability of 0.
+    # Comparing the product avoids a division by a draft probability of 0.
     is_refused = rng.random(draft_ids.size) * draft_probs[rows, draft_ids] >= target_probs[rows, draft_ids]
     misses = np.flatnonzero(is_refused)
     if not misses.size:
@@ -129,8 +129,8 @@ def choose_token(
 ) -> int:
     """Draw a token from logits (float32 [V]) at a temperature above 0, from the nucleus of mass top_p.
 
-    The noise depends on the seed and the position in the answer alone, so that two models draw the same token
-    where they agree, and one model the same answer however its passes are cut.
+    The noise depends on the seed and the position in the answer alone. Two models that agree therefore draw
+    the same token, and one model draws the same answer however its passes are split.
     Source: Gumbel-max draws with shared noise, Daliri et al. 2024, section 3; Holtzman et al. 2020 for the
     nucleus: the fewest likeliest tokens whose mass reaches top_p.
     """

@@ -1,1 +1,1 @@
-"""Channels, calls and certificates that the client shares with asd's own services; no part of its API."""
+"""Channels, calls and certificates that the client and asd's services share; not part of the client's API."""

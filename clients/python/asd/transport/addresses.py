@@ -9,8 +9,7 @@ if TYPE_CHECKING:
 
 
 def host_of(target: str) -> str:
-    """Return the host of a target such as "dns:///host:port" or "host:port"; "" where there is no one
-    host."""
+    """Return the host of a target such as "dns:///host:port" or "host:port"; "" if it has no single host."""
     address = target.removeprefix("dns:///")
     if "," in address or "://" in address or address.startswith(("unix:", "ipv4:", "ipv6:")):
         return ""

@@ -1,4 +1,4 @@
-"""Channels and calls with a deadline for programs of threads, as asd.transport.channel has for asyncio."""
+"""Blocking channels and calls with a deadline; asd.transport.channel has those for asyncio."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 
-from asd.errors import AsdError, Away, BudgetSpent
+from asd.errors import AsdError, Away, BudgetSpent, PreconditionFailed
 from asd.transport.channel import MAX_MESSAGE_BYTES, Metadata, channel_options, check_time
-from asd.transport.status import from_rpc_error
+from asd.transport.status import from_rpc_error, has_details
 from asd.transport.tls import TlsFiles, watched_channel_credentials
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
 
     from asd.transport.patience import Patience
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
+Stub = TypeVar("Stub")
 
-# How gRPC (1.85) begins what it knows of a status that a server has sent.
-_OF_PEER = "Error received from peer"
+CLOSED = "this client is closed: make another one"
 
 
 class BlockingChannel:
     """A channel that threads may share. Certificates are read again once their files change.
 
-    A call that begins after that goes over a new connection; calls under way finish on the old one. Raises
-    UnusableFile for certificates that cannot be used.
+    New calls then use a new connection; calls in flight finish on the old one. Raises UnusableFile for
+    certificates that cannot be used.
     """
 
     def __init__(self, target: str, tls: TlsFiles | None) -> None:
@@ -37,19 +37,28 @@ class BlockingChannel:
         self._options = channel_options(target, retry=True, max_message_bytes=MAX_MESSAGE_BYTES, tls=tls)
         self._watched = watched_channel_credentials(tls) if tls is not None else None
         self._lock = threading.Lock()
+        self._is_closed = False
         self._channel = self._connect()
 
-    def current(self) -> grpc.Channel:
-        """Return the channel with the certificates of now."""
+    def stub(self, kind: Callable[[grpc.Channel], Stub]) -> Stub:
+        """Return a stub over a connection with the current certificates.
+
+        Raises PreconditionFailed once the channel is closed: gRPC (1.85) crashes where a stub is made of a
+        closed channel.
+        """
         with self._lock:
+            if self._is_closed:
+                raise PreconditionFailed(CLOSED)
             if self._watched is not None and self._watched.refresh():
-                # Not closed: that would end the calls under way, which hold on to it.
+                # The old channel is not closed: calls in flight still use it.
                 self._channel = self._connect()
-            return self._channel
+            return kind(self._channel)
 
     def close(self) -> None:
-        """End it, and calls under way."""
-        self._channel.close()
+        """Close it; calls in flight end."""
+        with self._lock:
+            self._is_closed = True
+            self._channel.close()
 
     def _connect(self) -> grpc.Channel:
         if self._watched is None:
@@ -72,6 +81,8 @@ def call_unary(
     while True:
         try:
             response = method(request, timeout=until - patience.now(), metadata=metadata or None)
+        except ValueError as error:
+            raise _closed(error) from error
         except grpc.RpcError as error:
             _wait_or_raise(error, patience, until, timeout_ms, peer)
         else:
@@ -93,7 +104,10 @@ def call_stream(
     until = patience.now() + timeout_ms / 1000.0
     has_begun = False
     while True:
-        call = method(request, timeout=until - patience.now(), metadata=metadata or None)
+        try:
+            call = method(request, timeout=until - patience.now(), metadata=metadata or None)
+        except ValueError as error:
+            raise _closed(error) from error
         try:
             for response in call:
                 has_begun = True
@@ -112,24 +126,29 @@ def call_stream(
 def is_told(error: BaseException | None) -> bool:
     """Return whether a failed call ended with a status that its server sent.
 
-    The channel's state would tell, but gRPC (1.85) watches it in a thread that keeps a program from ending.
+    The channel's state would tell, but gRPC (1.85) watches it in a thread that keeps the program from ending.
     """
     if not isinstance(error, grpc.RpcError):
         return False
-    # CANCELLED is what a server that is stopped sends, and gRPC says no more of it.
-    return error.code() is grpc.StatusCode.CANCELLED or _OF_PEER in str(error)
+    # A stopped server sends CANCELLED, without further details.
+    return error.code() is grpc.StatusCode.CANCELLED or has_details(error)
 
 
 def _wait_or_raise(
     error: grpc.RpcError, patience: Patience, until: float, timeout_ms: float, peer: str
 ) -> None:
-    """Wait where a call that was not answered is to be made again; raise what it ended with otherwise."""
+    """Wait if an unanswered call should be repeated; otherwise raise its error."""
     failure = _explained(error, timeout_ms, peer)
     patience.failed(failure)
     pause_s = patience.pause_s(until) if isinstance(failure, Away) else None
     if pause_s is None:
         raise failure from error
     time.sleep(pause_s)
+
+
+def _closed(error: ValueError) -> Exception:
+    """Return what to raise if gRPC refuses to call: its only reason is a channel that a thread has closed."""
+    return PreconditionFailed(CLOSED) if "closed channel" in str(error) else error
 
 
 def _explained(error: grpc.RpcError, timeout_ms: float, peer: str) -> AsdError:

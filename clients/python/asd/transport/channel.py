@@ -1,4 +1,4 @@
-"""gRPC channels to other services, and calls on them that cannot be made without a deadline."""
+"""gRPC channels to other services, and calls that require a deadline."""
 
 from __future__ import annotations
 
@@ -26,23 +26,22 @@ Request = TypeVar("Request")
 Response = TypeVar("Response")
 Metadata = tuple[tuple[str, str], ...]
 
-# Twice what the router takes from a caller: what it sends on has a draft, and what that shows, beside the
-# caller's prompt.
+# Twice the router's limit for a caller's request: a stage's request also has a draft and its evidence.
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 
-# What grpc.aio (1.85) says where a message could not be handed to a call that was over.
+# grpc.aio's message (1.85) if a message could not be sent because the call had ended.
 _CORE_ERROR = "Internal error from Core"
 
-# What a call of grpc.aio (1.85) ends with: its status; or another kind, where its connection breaks at an
-# unhappy moment or its channel is closed.
+# Errors that end a call of grpc.aio (1.85): its status, or another kind if the connection breaks at an
+# unlucky moment or the channel is closed.
 _FAILURES = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError, asyncio.CancelledError)
 
-# For how long calls under way keep a connection that no new one takes. Chosen: longer than any deadline; that
-# is what ends them.
+# How long calls in flight keep a connection that new calls no longer use. Chosen: longer than any deadline,
+# which ends them.
 _LEAVING_SECONDS = 3_600.0
 
-# gRPC retries only what the server has not begun to answer, so nothing is ever computed into one answer
-# twice. CANCELLED: see asd.transport.status.
+# gRPC retries a call only if the server has not begun to answer, so no answer contains a part twice.
+# CANCELLED: see asd.transport.status.
 _RETRY = {
     "maxAttempts": 3,
     "initialBackoff": "0.05s",
@@ -50,8 +49,8 @@ _RETRY = {
     "backoffMultiplier": 2,
     "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
 }
-# A name whose only replica was just replaced is known by its old address for a second or two, until it is
-# looked up again. An address that does not answer is given up sooner: its caller may have others.
+# If a name's only replica was just replaced, the old address stays in use for a second or two, until the next
+# look-up. A fixed address that does not answer is given up sooner: its caller may have other ones.
 _RETRY_NAME = _RETRY | {
     "maxAttempts": 5,
     "initialBackoff": "0.1s",
@@ -61,10 +60,10 @@ _RETRY_NAME = _RETRY | {
 
 
 class _EndWithCaller(grpc.aio.UnaryUnaryClientInterceptor):
-    """Ends a unary call that nobody waits for any longer. Put it innermost.
+    """Ends a unary call whose caller was cancelled. Put it innermost.
 
-    OpenTelemetry's interceptor (0.66b2) forgets the call below it when its caller is cancelled, so that the
-    peer would work on until the deadline. Remove once it cancels that call.
+    OpenTelemetry's interceptor (0.66b2) drops the inner call when its caller is cancelled, so the peer would
+    continue until the deadline. Remove this once it cancels that call.
     """
 
     async def intercept_unary_unary(
@@ -83,7 +82,7 @@ class _EndWithCaller(grpc.aio.UnaryUnaryClientInterceptor):
 
 
 class _Latest:
-    """A method's multicallable on whichever channel is in force."""
+    """A method's multicallable on the current channel."""
 
     def __init__(self, channel: RotatingChannel, make: Callable[[grpc.aio.Channel], Any]) -> None:
         self._rotating = channel
@@ -100,8 +99,8 @@ class _Latest:
 class RotatingChannel(grpc.aio.Channel):
     """A TLS channel whose certificates are read again once their files change.
 
-    A call that begins after that goes over a new connection; calls under way finish on the old one. gRPC's
-    Python binding (1.85) has no credentials that do it; remove once it has.
+    New calls then use a new connection; calls in flight finish on the old one. gRPC's Python binding (1.85)
+    has no credentials that do this; remove it once it has.
     """
 
     def __init__(
@@ -115,7 +114,7 @@ class RotatingChannel(grpc.aio.Channel):
         self._leaving: set[asyncio.Task[None]] = set()
 
     def current(self) -> grpc.aio.Channel:
-        """Return the channel with the certificates of now."""
+        """Return the channel with the current certificates."""
         if self._watched.refresh():
             leaving = asyncio.create_task(self._channel.close(grace=_LEAVING_SECONDS))
             self._leaving.add(leaving)
@@ -130,21 +129,21 @@ class RotatingChannel(grpc.aio.Channel):
         await self.close()
 
     async def close(self, grace: float | None = None) -> None:
-        """Close it, and what is left of earlier ones."""
+        """Close it and the earlier channels that are still open."""
         for leaving in self._leaving:
             leaving.cancel()
         await asyncio.gather(self._channel.close(grace), *self._leaving, return_exceptions=True)
 
     def get_state(self, try_to_connect: bool = False) -> grpc.ChannelConnectivity:
-        """Return the state of the channel in force."""
+        """Return the state of the current channel."""
         return self._channel.get_state(try_to_connect)
 
     async def wait_for_state_change(self, last_observed_state: grpc.ChannelConnectivity) -> None:
-        """Wait until the channel in force has another state."""
+        """Wait until the current channel has another state."""
         await self._channel.wait_for_state_change(last_observed_state)
 
     async def channel_ready(self) -> None:
-        """Wait until the channel in force is connected."""
+        """Wait until the current channel is connected."""
         await self._channel.channel_ready()
 
     def unary_unary(self, method: str, *arguments: Any, **options: Any) -> Any:
@@ -175,13 +174,13 @@ def open_channel(
     """Return a channel to a target such as "127.0.0.1:50061" or "dns:///stage-small:50061". Connects when
     used.
 
-    retry: call again, twice at most, where the peer is UNAVAILABLE, or is stopped and has CANCELLED the call,
-    and has sent nothing. What a peer that closes its connection has not taken is called again anyway.
-    Replicas behind one name are called in turn. tls: None for a plain connection. A proxy is taken from
-    `grpc_proxy` alone (asd.transport.proxy). Close the channel when done. Raises UnusableFile for
+    retry: repeat a call, twice at most, if the peer is UNAVAILABLE, or was stopped and has CANCELLED the
+    call, and has sent nothing. Calls that a peer had not taken when it closed the connection are always
+    repeated. Replicas behind one name are called in turn. tls: None for a plain connection. A proxy is taken
+    from `grpc_proxy` alone (asd.transport.proxy). Close the channel when done. Raises UnusableFile for
     certificates that cannot be used.
     """
-    # One filter, however often it is added.
+    # Adding the same filter again has no effect.
     logging.getLogger("grpc._common").addFilter(_is_news)
     if interceptors:
         interceptors = [*interceptors, _EndWithCaller()]
@@ -206,22 +205,22 @@ def channel_options(
     options: list[tuple[str, Any]] = [
         *proxy_arguments(),
         ("grpc.service_config", json.dumps(service_config)),
-        # Even without a policy: with retries off, gRPC fails calls that meet the end of their connection (47
-        # of 13,000, measured where connections lived 5 ms; none otherwise).
+        # Set even without a retry policy: with retries off, gRPC fails calls whose connection just ended (47
+        # of 13,000, measured with connections of 5 ms; none otherwise).
         ("grpc.enable_retries", 1),
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
-        # gRPC's default lets a peer that was away for long stay unknown for two minutes after its return.
+        # With gRPC's default, a peer that was away for long is not reconnected to for up to two minutes.
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 1_000),
-        # Also how long an attempt to connect may take. Chosen: a peer that is busy for a moment still shakes
-        # hands, and one that is gone without a refusal does not hold callers up, who may have another.
+        # This is also the timeout of a connection attempt. Chosen: long enough for a peer that is briefly
+        # busy, and short enough that callers soon turn to another one if a peer is gone without a refusal.
         ("grpc.min_reconnect_backoff_ms", 1_000),
-        # gRPC's default finds pods that took over in a rollout after 30 s only: an outage, as measured.
+        # With gRPC's default, new pods of a rollout are found only after 30 s: an outage, as measured.
         ("grpc.dns_min_time_between_resolutions_ms", 1_000),
-        # Channels in one process would otherwise share a connection, and its backoff, with earlier ones.
+        # Otherwise a channel would share a connection, and its back-off, with earlier ones of the process.
         ("grpc.use_local_subchannel_pool", 1),
     ]
     if tls is not None and tls.server_name:
@@ -240,10 +239,9 @@ async def call_unary(
 ) -> Response:
     """Return the answer of a unary call.
 
-    timeout_ms: deadline of the call. peer: what is called, for messages ("stage small at 127.0.0.1:50061").
-    metadata: sent with it. patience: says whether a peer that is away is called again until then; None: it is
-    not.
-    Raises the AsdError that the peer's status stands for; BudgetSpent if timeout_ms is not above 0.
+    timeout_ms: of the call. peer: name for messages ("stage small at 127.0.0.1:50061"). metadata: sent with
+    it. patience: decides whether an unavailable peer is called again within the timeout; None: it is not.
+    Raises the AsdError of the peer's status; BudgetSpent if timeout_ms is not above 0.
     """
     check_time(timeout_ms, peer)
     until = patience.now() + timeout_ms / 1000.0 if patience else 0.0
@@ -264,17 +262,17 @@ async def call_unary(
 
 
 async def result_of(call: Awaitable[Response]) -> Response:
-    """Return the answer of a unary call of grpc.aio; where its caller is cancelled, end the call.
+    """Return the answer of a unary call of grpc.aio; if its caller is cancelled, end the call.
 
-    The call itself is waited for until it has ended. grpc.aio (1.85) never frees what it holds for operations
-    whose waiter was cancelled: 0.95 kB of each such call (measured). Await the call alone once it does.
+    A task waits for the call to its end, because grpc.aio (1.85) never frees the memory of an operation whose
+    waiter was cancelled: 0.95 kB per call (measured). Await the call directly once it does.
     """
     waiting = asyncio.ensure_future(_wait(call))
     try:
         return await asyncio.shield(waiting)
     except asyncio.CancelledError:
         if not waiting.done():
-            # gRPC holds on to the future that it waits for, and so to the task.
+            # gRPC keeps the future that it waits for, and therefore the task, alive.
             waiting.add_done_callback(_ignore)
             _end(call)
         raise
@@ -285,16 +283,16 @@ async def _wait(call: Awaitable[Response]) -> Response:
 
 
 def _ignore(ended: asyncio.Future[Any]) -> None:
-    """Take the end of a call that nobody waits for, or asyncio would log it."""
+    """Retrieve the error of a call that nobody waits for, or asyncio would log it."""
     if not ended.cancelled():
         ended.exception()
 
 
 def _end(call: Any) -> None:
-    """Cancel a call of grpc.aio, but not the task of its own that takes its end; see result_of."""
+    """Cancel a call of grpc.aio, but not the inner task that waits for its end; see result_of."""
     core = getattr(call, "_cython_call", None)
     if core is None:
-        # It is wrapped by interceptors, of which the innermost one does the same.
+        # Interceptors wrap the call; the innermost one does the same.
         call.cancel()
     elif not core.done():
         core.cancel("cancelled by its caller")
@@ -309,8 +307,10 @@ async def call_stream(
     metadata: Metadata = (),
     patience: Patience | None = None,
 ) -> AsyncGenerator[Response, None]:
-    """Yield the answers of a streaming call; cancel it when the caller stops. Arguments and errors:
-    call_unary; one that has begun to answer is not called again."""
+    """Yield the answers of a streaming call; cancel it when the caller stops.
+
+    Arguments and errors: see call_unary. A call that has begun to answer is not repeated.
+    """
     check_time(timeout_ms, peer)
     until = patience.now() + timeout_ms / 1000.0 if patience else 0.0
     left_ms = timeout_ms
@@ -345,10 +345,10 @@ async def call_exchange(
 ) -> AsyncGenerator[Response, None]:
     """Yield the answers of a call that streams both ways; cancel it when the caller stops.
 
-    is_last: whether an answer completes the call, which the peer may do before it has read every request.
-    hold_s: for how long at most what follows the first request is held until the peer answers. Other
-    arguments and errors: call_unary; and BrokenOff where the peer ended the call in the midst of sending.
-    What it refuses is told if it refuses it while all is held.
+    is_last: whether an answer completes the call. The peer may send it before it has read every request.
+    hold_s: how long requests after the first are held back until the peer answers; a refusal in that time
+    keeps its reason. Other arguments and errors: see call_unary. Also raises BrokenOff if the peer ended the
+    call while requests were being sent.
     """
     check_time(timeout_ms, peer)
     has_answered = asyncio.Event()
@@ -362,7 +362,7 @@ async def call_exchange(
             yield response
     except _FAILURES as error:
         if isinstance(error, grpc.aio.AioRpcError) and _could_not_send(error):
-            # The peer had ended the call, and how is lost: grpc.aio puts this in the place of its status.
+            # The peer had ended the call. Its status is lost: grpc.aio raises this instead.
             if is_complete:
                 return
             raise BrokenOff(f"{peer or 'the service'} broke the call off") from error
@@ -374,7 +374,7 @@ async def call_exchange(
 async def _held(
     requests: AsyncIterator[Request], until: asyncio.Event, hold_s: float
 ) -> AsyncIterator[Request]:
-    """Yield a request; the others once something has happened, or after a while."""
+    """Yield the first request at once, and the rest after an event or hold_s seconds."""
     is_first = True
     async for request in requests:
         yield request
@@ -385,7 +385,7 @@ async def _held(
 
 
 async def _may_repeat(failure: AsdError, patience: Patience, until: float) -> bool:
-    """Return whether a call that failed before it was answered is made again, having waited for its time."""
+    """Return whether to repeat an unanswered call, after the pause before it."""
     patience.failed(failure)
     return isinstance(failure, Away) and await patience.wait(until)
 
@@ -395,24 +395,24 @@ def _could_not_send(error: grpc.aio.AioRpcError) -> bool:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Return whether a line of gRPC's log says what no error does: bytes that are no message become one."""
+    """Return whether to log a line of gRPC's: not if an error reports the same, as for undecodable bytes."""
     return "deserializing message" not in record.getMessage()
 
 
 def _read(response: Response, peer: str) -> Response:
-    """Return a response. Raises Unavailable for None, which grpc.aio has for bytes that are no message."""
+    """Return a response. Raises Unavailable for None, which grpc.aio returns for undecodable bytes."""
     if response is None:
         raise Unavailable(f"{peer or 'the service'} sent an answer that cannot be read")
     return response
 
 
 def _explained(error: BaseException, timeout_ms: float, peer: str) -> AsdError:
-    """Return what a call ended with, as an AsdError. Raises the cancellation of its caller."""
+    """Return a call's error as an AsdError. Raises it if it is the cancellation of the caller."""
     if not isinstance(error, grpc.RpcError):
         task = asyncio.current_task()
         if isinstance(error, asyncio.CancelledError) and (task is None or task.cancelling()):
             raise error
-        # Where it is cancelled, it is not by its caller: something could not be sent, or its channel closed.
+        # This cancellation is not the caller's: a message could not be sent, or the channel was closed.
         return Unavailable(f"{peer or 'the service'}: the call broke off ({str(error) or 'cancelled'})")
     failure = from_rpc_error(error, peer=peer)
     if isinstance(failure, BudgetSpent):
@@ -421,6 +421,6 @@ def _explained(error: BaseException, timeout_ms: float, peer: str) -> AsdError:
 
 
 def check_time(timeout_ms: float, peer: str) -> None:
-    """Raise BudgetSpent where no time is left for a call."""
+    """Raise BudgetSpent if no time is left for a call."""
     if not timeout_ms > 0:
         raise BudgetSpent(f"no time left to call {peer or 'the service'}")

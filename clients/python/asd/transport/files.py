@@ -1,4 +1,4 @@
-"""Files read within bounds, and files that are read again once they change, as mounted Secrets do."""
+"""Reads files within bounds, and reads them again when they change, as mounted Secrets do."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Stamp = tuple[tuple[int, int, int], ...]
 
-# Of a token file, a certificate or a key. Chosen: thousands of either.
+# Largest token file, certificate or key. Chosen: room for thousands of them.
 MOST_BYTES = 1 << 20
-# Attempts to read files that are being replaced meanwhile. Chosen: Kubernetes replaces them by one rename.
+# Attempts to read files while they are being replaced. Chosen: Kubernetes replaces them by one rename.
 _ATTEMPTS = 3
 
 
 class DamagedFile(PreconditionFailed):
-    """A file cannot be used as it is; the message names it, and says where and why."""
+    """A file is damaged; the message names it, the position and the reason."""
 
 
 class UnusableFile(PreconditionFailed):
-    """A file that a setting names cannot be used; the message names both and says why."""
+    """A file that a setting names cannot be used; the message names both and the reason."""
 
 
 class WatchedFiles(Generic[T]):
-    """What files say, read again once they change. build: makes the value from their contents.
+    """A value built from files, which are read again when they change. build: makes it from their contents.
 
-    Raises UnusableFile, naming file and setting, where they cannot be used at first; later on the last
-    value stays, and the log says why.
+    Raises UnusableFile, naming file and setting, if they cannot be used at first. Later the last value stays,
+    and the reason is logged.
     """
 
     def __init__(self, files: Mapping[str, Path], build: Callable[[dict[str, bytes]], T]) -> None:
         self._files = files
         self._build = build
         self._stamp, self.value = self._read()
-        # Of files that could not be used, so that they are read once and not for every call.
+        # Stamp of files that could not be used, so that they are not read again for every call.
         self._refused: Stamp | None = None
 
     def refresh(self) -> bool:
-        """Read again what has changed; return whether there is a new value."""
+        """Read the files again if they have changed; return whether there is a new value."""
         try:
             stamp = self._stamps()
         except OSError:
@@ -117,7 +117,7 @@ def _stamp(file: Path) -> tuple[int, int, int]:
 
 
 def read_content(path: Path, most_bytes: int, *, is_pipe_fine: bool = False) -> bytes:
-    """Return what a file holds. Raises OSError, DamagedFile where it is larger than it may be, or no file.
+    """Return a file's content. Raises OSError, DamagedFile if it is too large or not a regular file.
 
     A pipe or a device may never end, or block for ever: is_pipe_fine is for paths that a person has typed.
     """
@@ -129,7 +129,7 @@ def read_content(path: Path, most_bytes: int, *, is_pipe_fine: bool = False) -> 
 
 
 def open_file(path: Path, *, is_pipe_fine: bool = False) -> BufferedReader:
-    """Return a file, open for reading. Raises OSError, DamagedFile for what is no file; as read_content."""
+    """Return a file, open for reading. Raises OSError, DamagedFile if it is not regular; see read_content."""
     # Without O_NONBLOCK, opening a pipe would wait for its writer.
     flags = os.O_RDONLY | os.O_CLOEXEC | (0 if is_pipe_fine else os.O_NONBLOCK)
     descriptor = os.open(path, flags)

@@ -1,4 +1,4 @@
-"""How long a service is waited for that was there and is away: it may be starting again. Pure."""
+"""How long calls wait for a service that is unavailable: it may be restarting. No gRPC, no protobuf."""
 
 from __future__ import annotations
 
@@ -13,32 +13,31 @@ if TYPE_CHECKING:
 
     from asd.errors import AsdError
 
-# For how long a service that was there may stay away until calls stop waiting for it. Chosen: one that loads
-# its model from a local disk is back in less.
+# How long calls wait for a service that has answered before. Chosen: a service that loads its model from a
+# local disk restarts in less.
 RESTART_SECONDS = 30.0
-# A router that has just started waits so long for stages that it does not know yet: they may be starting as
-# well. Chosen: what the start of a small one takes.
+# How long a router that has just started waits for stages that have not answered yet: they may be starting
+# too. Chosen: the start of a small stage takes this long.
 NEW_SECONDS = 3.0
-# Between two calls: at first, and at most. Chosen: none of a restart's seconds is lost, and a service that
-# comes back to many waiting calls is not met by all of their attempts at once.
+# First and longest pause between two attempts. Chosen: short, so that a restart is noticed at once, and
+# growing, so that the waiting calls do not all meet a restarted service at the same moment.
 _SHORTEST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 0.5
-# Part of the time that the service has been away already. Chosen.
+# Length of a pause, as a share of the absence so far. Chosen.
 _SHARE_OF_ABSENCE = 0.25
-# An absence is over once no call has met it for so long: the service may have been back meanwhile. Chosen:
-# longer than a call that waits takes to try again, its connection attempt included.
+# An absence counts as over after this time without a failed call: the service may have been back meanwhile.
+# Chosen: longer than a waiting call takes for its next attempt, including the connection.
 _SAME_ABSENCE_SECONDS = 10.0
-# A call needs more time than this to be worth another attempt; its caller hears the reason instead. Chosen.
+# With less time left than this, a call is not repeated: its caller gets the reason instead. Chosen.
 _CALL_SECONDS = 0.05
 
 
 class Patience:
-    """What one caller knows of a service's absence, and whether a call waits for its return.
+    """Decides whether a call waits for an unavailable service, by what one caller knows of it.
 
-    A service that has answered before is waited for until it has been away for RESTART_SECONDS. One that has
-    not is waited for until this object is `new_seconds` old: both may have started together. Any other call
-    fails at once.
-    clock: monotonic seconds. sleep: waits for so many seconds.
+    If the service has answered before, calls wait until it has been away for RESTART_SECONDS. If it has not,
+    they wait until this object is `new_seconds` old: both may have started together. Otherwise calls fail at
+    once. clock: monotonic seconds. sleep: waits for a number of seconds.
     """
 
     def __init__(
@@ -53,7 +52,7 @@ class Patience:
         self._known_by = clock() + new_seconds
         self._was_there = False
         self._away_since: float | None = None
-        # When a call met it away last.
+        # Time of the last call that found it unavailable.
         self._met_away = 0.0
 
     def now(self) -> float:
@@ -61,19 +60,19 @@ class Patience:
         return self._clock()
 
     def there(self) -> None:
-        """The service has answered, whatever it said."""
+        """The service has answered, if only with an error."""
         self._was_there = True
         self._away_since = None
 
     def failed(self, error: AsdError) -> None:
-        """A call has failed; where the service said so itself, it is there."""
+        """A call has failed. If the service itself sent the error, it is up."""
         if not isinstance(error, Away | BudgetSpent):
             self.there()
 
     async def wait(self, until: float) -> bool:
-        """Wait before a service that is away is called again; return False, at once, if it should not be.
+        """Wait before the next attempt; return False at once if there should be none.
 
-        until: the call's deadline by the clock.
+        until: the call's deadline, in clock seconds.
         """
         pause_s = self.pause_s(until)
         if pause_s is None:
@@ -82,7 +81,7 @@ class Patience:
         return True
 
     def pause_s(self, until: float) -> float | None:
-        """Return for how long to wait before a service that is away is called again; None: do not call."""
+        """Return the pause before the next attempt, in seconds; None: make no attempt."""
         now = self._clock()
         if self._away_since is None or now - self._met_away > _SAME_ABSENCE_SECONDS:
             self._away_since = now

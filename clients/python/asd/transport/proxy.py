@@ -6,10 +6,10 @@ import os
 
 
 def proxy_arguments() -> tuple[tuple[str, int], ...]:
-    """Return the arguments of a channel by which it takes a proxy only where `grpc_proxy` names one.
+    """Return channel arguments that allow a proxy only if `grpc_proxy` names one.
 
-    gRPC by itself takes `https_proxy` and `http_proxy` too, which are there for what leaves the network:
-    services of one cluster, or of one machine, would call each other through it, or not at all.
+    By default, gRPC also reads `https_proxy` and `http_proxy`. Those are for traffic that leaves the network:
+    services of one cluster or machine would call each other through the proxy, or fail to.
     """
     is_asked = bool(os.environ.get("grpc_proxy"))  # noqa: SIM112 - gRPC's own name
     return (("grpc.enable_http_proxy", int(is_asked)),)

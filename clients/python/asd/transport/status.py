@@ -1,4 +1,4 @@
-"""The one table from asd's errors to gRPC status codes, and the way back from a failed call."""
+"""The one table from asd's errors to gRPC status codes, and back from a failed call to an error."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from asd.transport import google_rpc_pb2
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-# Most specific first. A test fails when an AsdError has no row of its own.
+# The most specific class comes first. A test fails if an AsdError has no row of its own.
 STATUS_TABLE: tuple[tuple[type[AsdError], grpc.StatusCode], ...] = (
     (PromptTooLong, grpc.StatusCode.INVALID_ARGUMENT),
     (ConversationRefused, grpc.StatusCode.INVALID_ARGUMENT),
@@ -60,19 +60,19 @@ REASONS: dict[type[AsdError], str] = {
     QueueFull: "QUEUE_FULL",
     Overloaded: "OVERLOADED",
 }
-# A service that is about to end says so. To its caller it is away.
+# Reason of a service that is shutting down. Its caller sees Away.
 DRAINING = "DRAINING"
 _ERROR_OF_REASON = {reason: error for error, reason in REASONS.items()} | {DRAINING: Away}
-# Whose reasons they are: the domain of the ErrorInfo.
+# Domain of the ErrorInfo.
 ERROR_DOMAIN = "asd.v1"
 
 DETAILS_KEY = "grpc-status-details-bin"
 
-# What gRPC core (1.85) says of a request over the size limit, whichever side refuses it.
+# gRPC core's message (1.85) for a request over the size limit, from either side.
 _TOO_LARGE = re.compile(r"(?:CLIENT: Sent|SERVER: Received) message larger than max \((\d+) vs\. (\d+)\)")
 
-# What gRPC core (1.85) says of a stream that its peer did not end with a status: cut, reset, or no HTTP/2.
-# The whole text, since a message that a service wrote may quote any part of it.
+# gRPC core's messages (1.85) for a stream without a final status: cut, reset, or no HTTP/2. They must match
+# the whole text, since a service's own message may quote any part of it.
 _BROKEN = re.compile(
     r"Stream removed \(.*\)"
     r"|RST_STREAM \(.*\)|Received RST_STREAM with error code \d+"
@@ -82,17 +82,17 @@ _BROKEN = re.compile(
 
 _ERROR_OF_CODE: dict[grpc.StatusCode, type[AsdError]] = {
     **{code: error for error, code in STATUS_TABLE},
-    # A server that is stopped (gRPC 1.85) cancels calls that it has not yet handed to a handler, and those
-    # that come until the client hears of it. Our own cancellation never arrives as an RpcError.
+    # A stopped server (gRPC 1.85) cancels calls that no handler has yet, and those that arrive until the
+    # client hears of the stop. Our own cancellation never arrives as an RpcError.
     grpc.StatusCode.CANCELLED: Away,
 }
 
-# In the place of what gRPC says where nobody else says anything.
+# Replacements for gRPC's own text.
 _WORDS = {"CANCELLED": "it is shutting down"}
 
 
 def status_of(error: BaseException) -> grpc.StatusCode:
-    """Return the status code that an exception is reported with."""
+    """Return the status code of an exception."""
     for kind, code in STATUS_TABLE:
         if isinstance(error, kind):
             return code
@@ -100,23 +100,24 @@ def status_of(error: BaseException) -> grpc.StatusCode:
 
 
 def from_rpc_error(error: grpc.RpcError, *, peer: str = "") -> AsdError:
-    """Return the AsdError that a failed call stands for.
+    """Return the AsdError of a failed call.
 
-    peer: what was called ("stage small at 127.0.0.1:50061"), put before the message unless that is about the
-    caller's own input.
+    peer: name of the service ("stage small at 127.0.0.1:50061"). It precedes the message, unless the message
+    is about the caller's own input.
     """
     details = _details_of(error)
     kind = _ERROR_OF_CODE.get(error.code(), AsdError)
     told = _ERROR_OF_REASON.get(_reason_of(details), kind)
     if kind is Unavailable and details is None:
-        # Without details, gRPC says it and not the service: it was not reached, or its connection ended.
+        # Without details, the status is gRPC's and not the service's: it was unreachable, or the connection
+        # ended.
         kind = Away
     elif issubclass(told, kind):
-        # A reason says more of a code, never another one.
+        # A reason refines a code and never changes it.
         kind = told
     message = error.details() or error.code().name
     if details is None and kind is not BudgetSpent and _BROKEN.fullmatch(message):
-        # The transport has made the code up: INTERNAL and UNKNOWN among others. A service sends details.
+        # The transport made this code up (INTERNAL, UNKNOWN and others): a service would send details.
         kind = Away
     message = _WORDS.get(message, message)
     if too_large := _TOO_LARGE.fullmatch(message):
@@ -130,8 +131,13 @@ def from_rpc_error(error: grpc.RpcError, *, peer: str = "") -> AsdError:
     return kind(message, field=_field_of(details), retry_after_s=_delay_of(details))
 
 
+def has_details(error: grpc.RpcError) -> bool:
+    """Return whether a failed call ended with a status that a service sent, rather than the transport."""
+    return _details_of(error) is not None
+
+
 def _details_of(error: grpc.RpcError) -> google_rpc_pb2.Status | None:
-    """Return what a service says beside code and message in a failed call's trailing metadata."""
+    """Return the google.rpc.Status in a failed call's trailing metadata; None if there is none."""
     for key, value in cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ()):
         if key == DETAILS_KEY and isinstance(value, bytes):
             try:
@@ -142,13 +148,13 @@ def _details_of(error: grpc.RpcError) -> google_rpc_pb2.Status | None:
 
 
 def _reason_of(status: google_rpc_pb2.Status | None) -> str:
-    """Return the reason that a failed call's details name, or ""."""
+    """Return the reason in a status, or ""."""
     info = _find(status, google_rpc_pb2.ErrorInfo())
     return str(info.reason) if info is not None and info.domain == ERROR_DOMAIN else ""
 
 
 def _field_of(status: google_rpc_pb2.Status | None) -> str:
-    """Return the field that a failed call's details name, or ""."""
+    """Return the field in a status, or ""."""
     bad_request = _find(status, google_rpc_pb2.BadRequest())
     if bad_request is None or not bad_request.field_violations:
         return ""
@@ -156,14 +162,14 @@ def _field_of(status: google_rpc_pb2.Status | None) -> str:
 
 
 def _delay_of(status: google_rpc_pb2.Status | None) -> float | None:
-    """Return after how many seconds a failed call's details say to call again; None: they do not say."""
+    """Return the retry delay in a status, in seconds; None if there is none."""
     retry = _find(status, google_rpc_pb2.RetryInfo())
-    # A message of another service may hold anything.
+    # Another service's message may have any value.
     return max(float(retry.retry_delay.ToNanoseconds()) / 1e9, 0.0) if retry is not None else None
 
 
 def _find(status: google_rpc_pb2.Status | None, detail: Any) -> Any:
-    """Return a detail of a status, read into the message that is given; None where there is none."""
+    """Return a detail of a status, read into the given message; None if there is none."""
     wanted = f"/google.rpc.{detail.DESCRIPTOR.name}"
     for each in status.details if status else ():
         if each.type_url.endswith(wanted):

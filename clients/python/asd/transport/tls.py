@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class TlsFiles(Protocol):
-    """What a client needs to know; Tls has the meaning of each."""
+    """The TLS settings of a client; see Tls."""
 
     @property
     def ca_file(self) -> Path | None:
@@ -23,7 +23,7 @@ class TlsFiles(Protocol):
 
     @property
     def cert_file(self) -> Path | None:
-        """What it shows of itself."""
+        """The client's own certificate."""
 
     @property
     def key_file(self) -> Path | None:
@@ -36,10 +36,10 @@ class TlsFiles(Protocol):
 
 @dataclass(frozen=True)
 class Tls:
-    """How a client connects. ca_file: authorities that it trusts; None: the system's.
+    """TLS of a client. ca_file: authorities that it trusts; None: the system's.
 
-    cert_file, key_file: what it shows of itself, where the server asks. server_name: name that the server's
-    certificate must hold; "": the host of the target. Files are in PEM, and read again when they change.
+    cert_file, key_file: its own certificate, if the server asks for one. server_name: name that the server's
+    certificate must contain; "": the host of the target. Files are in PEM, and read again when they change.
     """
 
     ca_file: Path | None = None
@@ -53,8 +53,7 @@ class Tls:
 
 
 def watched_channel_credentials(tls: TlsFiles) -> WatchedFiles[grpc.ChannelCredentials]:
-    """Return a client's credentials. Raises UnusableFile, naming file and setting, for files that
-    cannot be used."""
+    """Return a client's credentials. Raises UnusableFile, naming file and setting, for an unusable file."""
 
     files = {"tls.ca_file": tls.ca_file, "tls.cert_file": tls.cert_file, "tls.key_file": tls.key_file}
     named = {name: file for name, file in files.items() if file is not None}
@@ -73,15 +72,15 @@ def watched_channel_credentials(tls: TlsFiles) -> WatchedFiles[grpc.ChannelCrede
 def check_pair(cert_file: Path, key_file: Path) -> None:
     """Raise UnusableFile for a certificate and key that cannot be used together.
 
-    gRPC says nothing of files that it cannot use but on the first connection, in the log.
+    gRPC reports unusable files only at the first connection, in its log.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        # Without a password it would ask the terminal for one.
+        # Without a password, it would ask for one on the terminal.
         context.load_cert_chain(cert_file, key_file, password=lambda: "")
     except OSError as error:
         if not isinstance(error, ssl.SSLError):
-            # Replaced meanwhile.
+            # A file was replaced meanwhile.
             raise UnusableFile(f"{cert_file}, {key_file}: {error.strerror or error}") from error
         reason = (
             "the key is not the certificate's"
@@ -92,7 +91,7 @@ def check_pair(cert_file: Path, key_file: Path) -> None:
 
 
 def check_authority(setting: str, file: Path | None, contents: dict[str, bytes]) -> None:
-    """Raise UnusableFile where a file of authorities holds no certificate."""
+    """Raise UnusableFile if a file of authorities has no certificate."""
     if file is None:
         return
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

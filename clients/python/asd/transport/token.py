@@ -1,16 +1,16 @@
-"""Tokens that callers of the router show: `authorization: Bearer TOKEN`."""
+"""Bearer tokens: callers of the router send `authorization: Bearer TOKEN`."""
 
 from __future__ import annotations
 
 import re
 
 METADATA_KEY = "authorization"
-# What gRPC carries as metadata, without the space that would end a token and the colon that ends a name.
+# Characters that gRPC metadata can carry, without the space (it ends a token) and the colon (it ends a name).
 TOKEN = re.compile(r"[\x21-\x39\x3b-\x7e]+")
 
 
 def bearer(token: str) -> tuple[tuple[str, str], ...]:
-    """Return the metadata that shows a token; none for "". Raises ValueError for what cannot be one."""
+    """Return the metadata with a token; empty for "". Raises ValueError for a malformed token."""
     if not token:
         return ()
     if not TOKEN.fullmatch(token):

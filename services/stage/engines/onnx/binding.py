@@ -12,7 +12,7 @@ from services.common.privacy import report_nothing
 
 
 def load_binding() -> Any:
-    """Return the module `onnxruntime_genai`, which takes a while at first."""
+    """Return the module `onnxruntime_genai`; its first import is slow."""
     report_nothing()
     import onnxruntime_genai
 
@@ -22,10 +22,10 @@ def load_binding() -> Any:
 def remember_array_formats() -> None:
     """Have the binding parse the format of the arrays that it returns only once, not for every array.
 
-    pybind11, of which the binding is made, has NumPy's Python code parse the format of every array, which
-    costs a tenth of a small model's decode step. It looks the parser up once in a process, at its first
-    array: what it finds in this call remembers what it parsed. Where NumPy has moved the parser, nothing
-    changes. Remove once the binding is made with nanobind, or pybind11 knows plain formats itself.
+    The binding uses pybind11, which has NumPy's Python code parse the format of every array. That costs a
+    tenth of a small model's decode step. pybind11 looks the parser up once per process, at its first array,
+    and this call makes it find one with a cache. If NumPy has moved the parser, nothing changes. Remove this
+    once the binding uses nanobind, or pybind11 knows plain formats itself.
     """
     og = load_binding()
     try:

@@ -1,4 +1,4 @@
-"""From a Hugging Face directory (a Llama or a related model) to onnxruntime-genai's ONNX form, without torch.
+"""Exports a Hugging Face directory (Llama or related) to onnxruntime-genai's ONNX form, without torch.
 
 The graph follows onnxruntime-genai's own model builder (GroupQueryAttention with rotary embedding inside,
 skip layer norms), with query, key and value in one product and gate and up in another.
@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 # What a user can do about an unusable cache.
 _ELSEWHERE = "set ASD_CACHE_DIR to a folder of your own"
 
-# Part of the cache key: raise it when the form derived from a model changes, or stages would go on with the
-# form that an earlier version derived. tests/unit/stage/engines/onnx/test_export.py notices.
+# Part of the cache key. Raise it when the derived form changes, or stages would continue to use the form of
+# an earlier version. tests/unit/stage/engines/onnx/test_export.py fails if that is forgotten.
 FORMAT = 2
 _DTYPES: dict[str, np.dtype[np.generic]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -64,20 +64,20 @@ def prepare(
     *,
     reads_all: bool = False,
 ) -> Path:
-    """Return the directory of a model's ONNX form, deriving it first where it is not there yet.
+    """Return the directory of a model's ONNX form. Derive it first if there is none.
 
     It is kept under `cache` (default_cache() if None), by a hash of its sources. Two processes may prepare
     the same model at once, and users may share a cache. A damaged form is derived again, and the remains of
     interrupted derivations are removed.
-    most_tokens: of prompt and answer that it must take, as in served_shape. reads_all: whether damage is also
-    looked for in files beyond 64 MiB, which takes a second per gigabyte or two.
+    most_tokens: of prompt and answer that it must take, as in served_shape. reads_all: whether files larger
+    than 64 MiB are checked for damage too, which takes a second per gigabyte or two.
     Raises PreconditionFailed if the model is missing, damaged or unsupported, or if the cache cannot be read
     or written to, ResourceExhausted if its disk is full.
     """
     directory = directory.resolve()
     shape = served_shape(directory, most_tokens)
     files = _weight_files(directory)
-    # The shape holds all that is taken from config.json and generation_config.json.
+    # The shape has everything that is read from config.json and generation_config.json.
     digest = hashlib.sha256(f"{FORMAT} {shape}".encode())
     for path in files:
         with path.open("rb") as file:
@@ -101,7 +101,7 @@ def prepare(
 def _is_whole(form: Path, *, reads_all: bool) -> bool:
     """Return whether an undamaged prepared model exists; log the damage if there is any.
 
-    Raises PreconditionFailed where this user may not read it.
+    Raises PreconditionFailed if this user may not read it.
     """
     if not os.path.lexists(form):
         return False
@@ -120,9 +120,9 @@ def _is_whole(form: Path, *, reads_all: bool) -> bool:
 def served_shape(directory: Path, most_tokens: int | None) -> LlamaShape:
     """Return a model's shape with the context that is served, which sizes its tables of positions.
 
-    most_tokens: of prompt and answer at most; None: the model's own. It is rounded up to a power of two, so
-    that few forms of a model exist. Raises PreconditionFailed as read_shape does, and where the tables would
-    be huge.
+    most_tokens: of prompt and answer; None: the model's own limit. It is rounded up to a power of two, so
+    that few forms of a model exist. Raises PreconditionFailed as read_shape does, and if the tables would be
+    huge.
     """
     shape = read_shape(directory)
     if most_tokens is not None:
@@ -214,7 +214,7 @@ class _GraphBuilder:
             )
 
     def _sequence_lengths(self) -> None:
-        """Derive what GroupQueryAttention wants: each row's last position, and the longest row's length."""
+        """Add the inputs of GroupQueryAttention: each row's last position, and the longest row's length."""
         types = self._onnx.TensorProto
         self._constant("axis", np.array([1], np.int64))
         self._constant("one", np.array(1, np.int64))
@@ -295,7 +295,7 @@ class _GraphBuilder:
         if n == 0:
             sizes = [s.heads * s.head_dim, s.kv_heads * s.head_dim, s.kv_heads * s.head_dim]
             self._constant("qkv_sizes", np.array(sizes, np.int64))
-            # 0: as it was. One row for each head, and one for all of them again.
+            # A 0 keeps the dimension. Reshape to one row per head, and later back to one row.
             self._constant("by_head", np.array([0, 0, -1, s.head_dim], np.int64))
             self._constant("together", np.array([0, 0, -1], np.int64))
         self._node("Split", [f"qkv{n}", "qkv_sizes"], [f"q{n}", f"k{n}", f"v{n}"], axis=-1)
@@ -361,8 +361,8 @@ class _GraphBuilder:
 def _save(model: onnx.ModelProto, directory: Path) -> None:
     import onnx
 
-    # Weights in a file beside the graph, which the library maps: inside the graph, whose limit is 2 GiB, it
-    # reads them into memory that stays taken after it has made its own form of them.
+    # The weights are in a file beside the graph, which the library maps into memory. Inside the graph, whose
+    # limit is 2 GiB, it would read them into memory and keep that beside its own form of them.
     onnx.save_model(
         model, str(directory / "model.onnx"), save_as_external_data=True, location="model.onnx.data"
     )
@@ -411,9 +411,9 @@ def _read_weights(files: list[Path]) -> Weights:
 
 
 def _read_header(raw: mmap.mmap, path: Path) -> tuple[dict[str, Any], int]:
-    """Return what a safetensors file says of its tensors, and where their values begin."""
+    """Return the header of a safetensors file, and the offset of the first tensor's values."""
     length = struct.unpack("<Q", raw[:8])[0] if len(raw) >= 8 else 0
-    # A larger number is no length, but the first bytes of another format.
+    # A larger number is not a length but the first bytes of another format.
     if length > _MOST_HEADER_BYTES:
         raise PreconditionFailed(f"{path} is no safetensors file: copy it again")
     if not length or len(raw) < 8 + length:
@@ -432,7 +432,7 @@ def _read_header(raw: mmap.mmap, path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _offsets(entry: Any) -> tuple[int, int]:
-    """Return where a tensor's values lie. Raises ValueError, TypeError, KeyError."""
+    """Return the start and end of a tensor's values. Raises ValueError, TypeError, KeyError."""
     start, end = entry["data_offsets"]
     if type(start) is not int or type(end) is not int or not 0 <= start <= end:
         raise ValueError(f"data_offsets are {quoted([start, end])}")

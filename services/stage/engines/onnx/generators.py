@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class CachedSequence:
     """A generator of one row and the tokens that its KV cache holds.
 
-    capacity: tokens that the cache has room for. pass_tokens: tokens of one pass at most; None: any number.
+    capacity: of the cache, in tokens. pass_tokens: most tokens of one pass; None: any number.
     """
 
     def __init__(self, generator: Any, capacity: int = 0, pass_tokens: int | None = None) -> None:
@@ -35,7 +35,7 @@ class CachedSequence:
             del self.tokens[length:]
 
     def run(self, tokens: Sequence[int]) -> None:
-        """Append tokens, in as few passes as may be."""
+        """Append tokens in as few passes as possible."""
         for piece in self._pieces(tokens):
             self._run(piece)
 
@@ -63,7 +63,7 @@ class CachedSequence:
 
 
 class Generators:
-    """Makes the generators of a loaded model. pad_id: pads prompts. pass_tokens: of one pass at most."""
+    """Makes the generators of a loaded model. pad_id: pads prompts. pass_tokens: most tokens of one pass."""
 
     def __init__(self, model: Any, pad_id: int, pass_tokens: int) -> None:
         self._model = model
@@ -71,11 +71,11 @@ class Generators:
         self._pass_tokens = pass_tokens
 
     def sequence(self, capacity: int) -> CachedSequence:
-        """Return an empty sequence, with room for so many tokens."""
+        """Return an empty sequence. capacity: of its cache, in tokens."""
         return CachedSequence(self._make(max_length=capacity), capacity, self._pass_tokens)
 
     def batch(self, prompts: Sequence[list[int]], most_tokens: int) -> Any:
-        """Return a generator that has read prompts side by side, with room for answers of most_tokens."""
+        """Return a generator that has read a batch of prompts. most_tokens: of each answer."""
         longest = max(map(len, prompts))
         generator = self._make(max_length=longest + most_tokens, batch_size=len(prompts))
         padded = np.full((len(prompts), longest), self._pad_id, np.int32)

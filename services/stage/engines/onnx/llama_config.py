@@ -141,9 +141,9 @@ _HEAD_MULTIPLE = 16
 class LlamaShape:
     """The shape of a model, from its config.json.
 
-    context: tokens of prompt and answer together. window: how many tokens each one sees, itself included;
-    None: all before it. has_qkv_bias: whether there are biases of query, key and value. has_qk_norm: whether
-    query and key are normed within each head.
+    context: tokens of prompt and answer together. window: how many tokens each token attends to, itself
+    included; None: all before it. has_qkv_bias: whether there are biases of query, key and value.
+    has_qk_norm: whether query and key are normed within each head.
     """
 
     hidden: int
@@ -240,7 +240,7 @@ def read_shape(directory: Path) -> LlamaShape:
 
 
 def _window(config: dict[str, Any], path: Path, family: object) -> int | None:
-    """Return the sliding window that every layer has. Raises PreconditionFailed where only some have one."""
+    """Return the sliding window of every layer. Raises PreconditionFailed if only some layers have one."""
     layers = config.get("layer_types")
     kinds = layers if isinstance(layers, list) else [layers]
     if any(kind not in (None, "full_attention") for kind in kinds):

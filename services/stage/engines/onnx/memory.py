@@ -1,4 +1,4 @@
-"""How much main memory a model takes in the `onnx` engine: weights, KV caches, a pass. Pure."""
+"""Main memory of a model in the `onnx` engine: weights, KV caches, a pass. Pure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from services.stage.engines.onnx.llama_config import LlamaShape
 
-# Tokens that a KV cache has room for at least. Chosen: a short conversation's, so that its turns share one.
+# Smallest capacity of a KV cache, in tokens. Chosen: it holds a short conversation, whose turns share one.
 LEAST_CAPACITY = 512
 # Memory for the intermediate results of one pass: the larger of this and a share of the weights.
 _PASS_BYTES = 64 << 20
@@ -15,9 +15,9 @@ _PASS_SHARE = 1 / 32
 
 
 def capacity_for(tokens: int, context: int) -> int:
-    """Return the capacity of a KV cache that holds so many tokens: the next power of two.
+    """Return the capacity of a KV cache for a number of tokens: the next power of two.
 
-    So a conversation that grows moves to a larger cache, and is computed again, only when it has doubled.
+    A growing conversation thus moves to a larger cache, and is computed again, only when it has doubled.
     context: the most that the model serves.
     """
     return min(max(LEAST_CAPACITY, 1 << (tokens - 1).bit_length()), context)

@@ -91,10 +91,10 @@ def finish(partial: Path, target: Path, *, reads_all: bool = False) -> None:
 
 
 def find_damage(folder: Path, *, reads_all: bool = False) -> str | None:
-    """Return what is wrong with a finished folder; None: nothing.
+    """Return what is damaged in a finished folder; None if nothing is.
 
-    Sizes are compared of all files, and the content of those up to 64 MiB. reads_all: of larger ones, too.
-    Raises PermissionError where this user may not read it.
+    The size of every file is checked, and the content of files up to 64 MiB. reads_all: of larger ones, too.
+    Raises PermissionError if this user may not read it.
     """
     try:
         for name, size, digest in _listed(folder):
@@ -115,15 +115,15 @@ def find_damage(folder: Path, *, reads_all: bool = False) -> str | None:
 
 
 def remove_own() -> None:
-    """Remove the folders that this process is filling: for a process that is about to end on a signal."""
+    """Remove the folders that this process is filling. For a process that is about to end on a signal."""
     for folder in tuple(_own):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_left(parent: Path) -> None:
-    """Remove the folders whose filler is gone; those being filled now, by any process, stay."""
+    """Remove abandoned folders; those that any process is filling now stay."""
     folders: list[Path] = []
-    # Absent or unreadable: then nothing in it is ours either.
+    # If the parent is absent or unreadable, nothing in it is ours.
     with contextlib.suppress(OSError):
         folders.extend(parent.iterdir())
     for folder in folders:
@@ -140,7 +140,7 @@ def _make(target: Path) -> tuple[Path, int]:
         try:
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:
-            # Another process took it for abandoned before it was locked.
+            # Another process removed it as abandoned before it was locked.
             continue
         if _lock(lock) is not False and folder.exists():
             return folder, lock

@@ -1,4 +1,4 @@
-"""Rotary position embedding: its keys in a config.json, and the tables of cosines and sines.
+"""Rotary position embedding: reads its keys from config.json, and computes its cosine and sine tables.
 
 Sources: Su et al. 2021, RoFormer; Chen et al. 2023, Position Interpolation (`linear`); Peng et al. 2023, YaRN
 (`yarn`); Llama 3.1's reference code (`llama3`). Names and defaults of the keys are transformers 5's.
@@ -51,7 +51,7 @@ _OF_EVERY_KIND = (*_KIND_KEYS, "rope_theta", "partial_rotary_factor")
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """How positions turn queries and keys.
+    """The rotation of queries and keys by position.
 
     kind: "default", "linear", "llama3" or "yarn". original_context: tokens that the unscaled model was
     trained with. low_turns, high_turns: turns within these that bound the interpolated dimensions (llama3:
@@ -70,7 +70,7 @@ class Rope:
 
 
 def read_rope(config: Mapping[str, Any], path: Path) -> Rope:
-    """Return what a config.json says, in transformers 4's spelling or in 5's.
+    """Return the embedding that a config.json describes, in transformers 4's spelling or in 5's.
 
     config: its content. path: for messages. Raises PreconditionFailed, naming the key, for a kind or a key
     that rope_tables does not implement, a value of the wrong type, and two dictionaries that differ.

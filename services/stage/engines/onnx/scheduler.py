@@ -3,9 +3,9 @@
 Batching. A slot is one library generator of one or more requests; the thread steps its slots in turn.
 Requests that wait together form a slot together, so a request never waits for a batch to fill, and newcomers
 start beside what runs. Prompts of a slot are padded on the right, which GroupQueryAttention masks exactly.
-What it gains depends on the model (benchmarks.service batching): on two cores, 64 requests at once were 1.1,
-0.7 and 1.75 times as fast in slots of eight as one by one for the small, medium and large model. The
-library's Engine gives tokens without log-probabilities, in static batches of four.
+The gain depends on the model (benchmarks.service batching): on two cores, 64 requests at once were 1.1, 0.7
+and 1.75 times as fast in slots of eight as one by one, for the small, medium and large model. The library's
+own Engine is not used: it gives tokens without log-probabilities, in static batches of four.
 
 Prefix reuse. A request alone in its slot takes a sequence from a small pool, rolled back to the longest
 prefix that it shares with what the sequence holds; its tokens are therefore computed once per conversation,
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Slots at most, ready or waiting for a draft, per slot that may compute. Chosen: a cache each.
+# Most slots, ready or waiting for a draft, per slot that may compute. Chosen: each has a cache of its own.
 _WAITING_SLOTS = 8
-# A prefix of fewer shared tokens is not worth keeping a sequence for: a chat template's own marks.
+# Fewest shared tokens that make a prefix worth keeping: a chat template's own marks are shared by all.
 _LEAST_SHARED = 8
 
 
@@ -49,7 +49,7 @@ class SchedulerUsage(NamedTuple):
 
 
 class Scheduler:
-    """Computes a model's requests. context: tokens of prompt and answer at most; pass_tokens: of one pass.
+    """Computes a model's requests. context: most tokens of prompt and answer. pass_tokens: most of one pass.
 
     completed, cancelled: requests so far.
     """
@@ -77,7 +77,7 @@ class Scheduler:
         self._thread.start()
 
     async def stop(self) -> None:
-        """End the thread and free its caches; requests under way end with PreconditionFailed."""
+        """End the thread and free its caches; requests in flight end with PreconditionFailed."""
         if self._thread is None:
             return
         with self._wake:
@@ -98,12 +98,12 @@ class Scheduler:
             self._wake.notify()
 
     def wake(self) -> None:
-        """Have the thread look at its requests: one was cancelled, taken, or has more of its draft."""
+        """Wake the thread: a request was cancelled or taken, or has more of its draft."""
         with self._wake:
             self._wake.notify()
 
     def usage(self) -> SchedulerUsage:
-        """Return what it holds now."""
+        """Return its requests and caches at this moment."""
         with self._wake:
             return SchedulerUsage(
                 queued=len(self._waiting),
@@ -113,7 +113,7 @@ class Scheduler:
                 kept_sequences=len(self._pool),
             )
 
-    # What follows runs on the model's thread.
+    # The methods below run on the model's thread.
 
     def _run(self, generators: Generators) -> None:
         while self._wait():
@@ -126,16 +126,16 @@ class Scheduler:
             request.send(PreconditionFailed(f"model {self._name} was unloaded"))
 
     def _wait(self) -> bool:
-        """Wait for something to compute; return False once the model is to stop."""
+        """Wait for something to compute; return False once the model shall stop."""
         with self._wake:
             while not (self._stopping or self._has_work()):
                 self._wake.wait()
             return not self._stopping
 
     def _take_turn(self, generators: Generators) -> None:
-        """Let newcomers in and advance each slot once.
+        """Admit waiting requests and advance each slot once.
 
-        Apart from the waiting, whose variables would keep the last slot, and its KV cache, from being freed.
+        It is apart from the waiting loop, whose variables would keep the last slot's KV cache alive.
         """
         with self._wake:
             admitted = self._admit()
@@ -163,20 +163,20 @@ class Scheduler:
         return any(slot.is_ready or any(r.is_cancelled for r in slot.requests) for slot in self._slots)
 
     def _admit(self) -> list[SlotRequest]:
-        """Take the requests that wait, as far as they fit one slot; called with the lock held."""
+        """Take the waiting requests that fit into one slot; called with the lock held."""
         if not self._waiting or not self._has_room:
             return []
         admitted: list[SlotRequest] = []
         kept: deque[SlotRequest] = deque()
         longest = most = 0
-        # Rows of a slot have the capacity of the longest of them: none may take far more than it needs.
+        # All rows of a slot get the capacity of the longest one, so their lengths must be similar.
         least = self._context
         while self._waiting and len(admitted) < self._options.max_batch:
             request = self._waiting.popleft()
             if request.is_cancelled:
                 self.cancelled += 1
                 continue
-            # Rows of a slot are decoded greedily side by side; what needs a cache of its own goes alone.
+            # Only greedy generations share a slot; a request that needs a cache of its own gets its own slot.
             call = request.call
             now_longest, now_most = max(longest, len(call.prompt)), max(most, call.most_tokens)
             together = now_longest + now_most
@@ -218,7 +218,7 @@ class Scheduler:
             self._slots.append(slot)
 
     def _advance(self, slot: SoloSlot | BatchSlot) -> bool:
-        """Advance a slot that is ready; return whether it goes on."""
+        """Advance a slot that is ready; return whether it has work left."""
         for request in [r for r in slot.requests if r.is_cancelled]:
             slot.requests.remove(request)
             self.cancelled += 1
@@ -248,7 +248,7 @@ class Scheduler:
             request.send(AsdError(f"model {self._name} failed on this request"))
 
     def _take_sequence(self, request: SlotRequest, generators: Generators) -> CachedSequence:
-        """Return a sequence rolled back to what it shares with the prompt; a new one if there is none."""
+        """Return a kept sequence, rolled back to the prefix that it shares with the prompt, or a new one."""
         prompt = request.call.prompt
         best, shared = None, 0
         for sequence in self._pool:
@@ -263,7 +263,7 @@ class Scheduler:
         if best is not None:
             with self._wake:
                 self._pool.remove(best)
-            # Of another size, it makes room for one that fits; a prefix is worth more than a size.
+            # A sequence of another size is dropped, unless it shares a prefix and is large enough.
             if best.capacity >= capacity if shared else best.capacity == capacity:
                 best.roll_back(shared)
                 return best
@@ -273,7 +273,7 @@ class Scheduler:
 
     def _keep_sequence(self, sequence: CachedSequence) -> None:
         sequence.used = time.monotonic()
-        # The last token was chosen but never run: only what stands before it is in the cache.
+        # The last token was chosen but never run: the cache holds the tokens before it.
         sequence.roll_back(len(sequence.tokens) - 1)
         with self._wake:
             self._pool.append(sequence)
@@ -281,7 +281,7 @@ class Scheduler:
                 self._pool.remove(min(self._pool, key=lambda s: s.used))
 
     def _capacity(self, request: SlotRequest) -> int:
-        """Return that of a cache for a request alone; one more than it fills, where there is one."""
+        """Return the capacity of a cache for one request: a token more than it fills, up to the context."""
         return capacity_for(len(request.call.prompt) + request.call.most_tokens + 1, self._context)
 
 

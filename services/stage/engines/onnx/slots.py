@@ -23,24 +23,24 @@ if TYPE_CHECKING:
 
     Logits = npt.NDArray[np.float32]
 
-# The first chunk goes out once this much time has passed since the model started, later ones after this much
-# more: a small model's whole answer is one chunk. Every hand-over to the event loop's thread stalls the
-# model's, which waits for the interpreter meanwhile, for about half a millisecond; a chunk every 5 ms cost
-# the large model 10% of its speed. Chosen.
+# The first chunk is sent this long after the model started, and each later one this much later: a small
+# model's whole answer is one chunk. Every hand-over to the event loop's thread makes the model's thread wait
+# for the interpreter for about half a millisecond. A chunk every 5 ms cost the large model 10% of its speed.
+# Chosen.
 _FIRST_CHUNK_SECONDS = 0.005
 _CHUNK_SECONDS = 0.02
-# A request alone in its slot is decoded for this long before other slots have their turn. Chosen: many tokens
-# of a small model, one of a large one.
+# How long a request alone in its slot is decoded before other slots have their turn. Chosen: many tokens of a
+# small model, one of a large one.
 _SLICE_SECONDS = 0.001
 
 
 @dataclass(slots=True, eq=False)
 class SlotRequest:
-    """A call on its way through the model's thread, and what waits to be delivered to its caller.
+    """A call on the model's thread, and the events that wait for delivery to its caller.
 
     deliver: hands events over; None ends the call. threshold: of a tolerant verification. resync: whether
-    parts of the draft are proposed again after a correction. only_prefill: the prompt is put into the cache,
-    and no more. is_taken: False while something was delivered that must be taken before the next pass.
+    parts of the draft are proposed again after a correction. only_prefill: whether to fill the cache with the
+    prompt and stop. is_taken: False while the caller must take a delivery before the next pass.
     """
 
     call: Call[Logits]
@@ -60,13 +60,13 @@ class SlotRequest:
         return self.draft is None and not self.call.is_sampled and not self.only_prefill
 
     def start(self, now: float) -> None:
-        """The model starts on it."""
+        """Mark the start of its computation."""
         self.call.queued, self.chunk_due = now - self.call.arrived, now + _FIRST_CHUNK_SECONDS
 
     def add(self, token: int, logits: Logits) -> bool:
         """Add a token to the answer; return whether the answer has ended.
 
-        What is due at the end is left to be delivered with the end itself.
+        The last events are delivered together with the end.
         """
         return self.call.add(token, logits) and self._end()
 
@@ -87,7 +87,7 @@ class SlotRequest:
         return False
 
     def send(self, *events: Event | AsdError | None) -> None:
-        """Deliver what is due, with these events last; None ends the call."""
+        """Deliver the waiting events and then these; None ends the call."""
         outbox, self.outbox = [*self.outbox, *events], []
         self.deliver(outbox)
 
@@ -97,7 +97,7 @@ class SlotRequest:
 
 
 class SoloSlot:
-    """One request with a cache of its own. A subclass says how it is decoded."""
+    """One request with a cache of its own. Subclasses implement its decoding."""
 
     def __init__(self, request: SlotRequest, sequence: CachedSequence) -> None:
         self.requests = [request]
@@ -127,16 +127,16 @@ class SoloSlot:
         return [self._request] if has_ended else []
 
     def _begin(self, prompt: list[int], cached: int) -> bool:
-        """Process what is not cached of the prompt; return whether the request is finished."""
+        """Process the part of the prompt that is not cached; return whether the request is finished."""
         raise NotImplementedError
 
     def _go_on(self) -> bool:
-        """Decode on; return whether the request is finished."""
+        """Continue to decode; return whether the request is finished."""
         raise NotImplementedError
 
 
 class GenerateSlot(SoloSlot):
-    """Greedy generation, or a prompt that is only put into the cache."""
+    """Greedy generation, or a prefill alone."""
 
     def _begin(self, prompt: list[int], cached: int) -> bool:
         # The logits are not needed here: the library picks the first token from them.
@@ -165,31 +165,31 @@ class GenerateSlot(SoloSlot):
 
 
 class VerifySlot(SoloSlot):
-    """Verification of a draft; also sampled generation, which is verification of nothing.
+    """Verification of a draft. Sampled generation is the verification of an empty draft.
 
-    After every pass the target's own choice of the next token goes out at once, and is pending: the next pass
-    runs it together with a proposal, and keeps what the target agrees with. As long as it agrees with the
-    draft (`_agrees`), the proposal is what has come of the draft; after its first correction, what the
-    Resynchroniser finds. A proposal of nothing is plain decoding.
+    After every pass, the target's own next token is sent at once. It is then pending: the next pass runs it
+    together with a proposal, and keeps what the target agrees with. While the target agrees with the draft
+    (`_agrees`), the proposal is the part of the draft that has arrived. After the first correction, the
+    Resynchroniser makes the proposals. An empty proposal is plain decoding.
     """
 
     def __init__(self, request: SlotRequest, sequence: CachedSequence) -> None:
         super().__init__(request, sequence)
         self._agrees = request.draft is not None
-        # What the last id was chosen from.
+        # Logits that the last id was chosen from.
         self._row: Logits = np.zeros(0, np.float32)
         self._resync: Resynchroniser | None = None
 
     @property
     def is_ready(self) -> bool:
-        """Not while all that has come of the draft is judged and more is to come, or tokens wait to go."""
+        """Whether to run a pass now: not while the draft's next part or the caller's taking is awaited."""
         draft = self._request.draft
         if not self._request.is_taken:
             return False
         if not self._agrees or draft is None or draft.is_complete:
             return True
         if not self._has_begun:
-            # A tolerant target's own choice is final only once the draft is known there.
+            # Under TOLERANT, the target's own choice is final only once the draft's token there is known.
             return self._request.threshold is None
         return len(draft.ids) > draft.accepted
 
@@ -197,7 +197,7 @@ class VerifySlot(SoloSlot):
         """Advance by a pass; return the request if it finished."""
         finished = super().step()
         if finished and self._agrees:
-            # The answer ended before the draft did: what is known of it precedes the result.
+            # The answer ended before the draft did. The verdict so far is sent before the result.
             self._request.outbox.insert(-1, self._draft.evidence())
         return finished
 
@@ -222,7 +222,7 @@ class VerifySlot(SoloSlot):
         return self._request.draft
 
     def _next_in_draft(self) -> list[int] | None:
-        """Return what has come of the draft after the pending token; None: nothing, or it departs there."""
+        """Return the draft's tokens after the pending one; None if none came, or that one differs."""
         draft = self._draft
         is_complete, arrived = draft.is_complete, draft.ids[draft.accepted :]
         if arrived and self._score(arrived[:1], self._row[None], len(self._call.ids) - 1):
@@ -249,13 +249,13 @@ class VerifySlot(SoloSlot):
                 self.sequence.roll_back(len(call.prompt) + position + index)
                 return True
         self._row = rows[accepted]
-        # The last token was chosen and not run.
+        # The last token was chosen but not run.
         self.sequence.roll_back(len(call.prompt) + len(call.ids) - 1)
         if self._agrees:
             if request.flush():
                 return True
-            # What is certain goes out while the draft is still being written, and before the next pass: that
-            # would hold the interpreter's lock, and with it what is to be sent.
+            # Certain tokens are sent while the draft is still being written, before the next pass: a pass
+            # holds the interpreter's lock and would delay them.
             request.is_taken = False
             request.send()
             return False
@@ -277,12 +277,12 @@ class VerifySlot(SoloSlot):
         return accepted
 
     def _score(self, proposal: list[int], rows: Logits, position: int) -> int:
-        """Return how many proposed tokens are accepted from a position of the answer on; keep what shows."""
+        """Return how many proposed tokens are accepted from a position of the answer on; keep the verdict."""
         call = self._call
         choices = None
         if call.is_sampled:
             choices = np.array([_choose(call, row, position + i) for i, row in enumerate(rows)], np.int64)
-        # What is proposed after a correction is a guess: tolerance is for the draft where it stands.
+        # Proposals after a correction are guesses. Tolerance applies only to the draft at its own position.
         threshold = self._request.threshold if self._agrees else None
         verdict = verify_draft(np.array(proposal, np.int64), rows, threshold, choices)
         call.proposed += len(proposal)
@@ -300,7 +300,7 @@ class VerifySlot(SoloSlot):
 
 
 class BatchSlot:
-    """Several greedy generations in one generator; a row that ends is passed over until all have ended."""
+    """Several greedy generations in one generator; a row that has ended is skipped until all have ended."""
 
     def __init__(self, requests: list[SlotRequest], generator: Any, capacity: int = 0) -> None:
         self.requests = list(requests)
@@ -308,7 +308,7 @@ class BatchSlot:
         self._rows = list(requests)
         self._generator = generator
         self._steps = 0
-        # Requests that went wrong in the last step, and how: those beside them go on.
+        # Requests that failed in the last step, and their errors; the rest of the batch continues.
         self.failed: list[tuple[SlotRequest, Exception]] = []
 
     @property

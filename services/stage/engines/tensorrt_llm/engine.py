@@ -3,9 +3,9 @@
 It has not been run on hardware: it follows the API's sources and documentation, and is tested against its
 signatures and a stand-in that behaves as they say. `asd-engine check` tests a real installation.
 
-Traps that this code avoids: entry i of prompt_logprobs scores prompt token i + 1; block reuse
-shortens that list silently and pairs it from the start; the order of generate_async's arguments differs
-between the lines; SamplingParams is written to by the call that takes it; max_tokens 0 is refused.
+Traps that this code avoids: Entry i of prompt_logprobs scores prompt token i + 1. Block reuse silently
+shortens that list, and pairs it with tokens from the start. The order of generate_async's arguments differs
+between the two lines. The call writes to the SamplingParams that it takes. It refuses max_tokens 0.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MISSING = (
 
 
 class TensorrtLlmOptions(TensorrtLlmSettings):
-    """How a model is run: the section of its settings, and what all engines have."""
+    """How a model is run: the section of its settings, and the options of every engine."""
 
     max_batch: int = 64
     max_queue: int = 256
@@ -96,7 +96,7 @@ class TensorrtLlmBackend:
             self._llm = await asyncio.to_thread(self._open)
 
     async def stop(self) -> None:
-        """End the model: the two lines share no way to let it sleep."""
+        """End the model: the two release lines share no call that makes it sleep."""
         await self.close()
 
     async def close(self) -> None:
@@ -139,8 +139,8 @@ class TensorrtLlmBackend:
                 self._abort(output)
 
     async def score(self, ids: list[int], start: int, adapter: str) -> TokenScores:
-        """Judge ids[start:] in one pass."""
-        # Reused blocks have no rows, so a scored prompt gets a salt of its own and finds none.
+        """Score ids[start:] in one pass."""
+        # Reused blocks have no rows, so a scored prompt gets a salt of its own, which prevents reuse.
         salt = {"cache_salt": secrets.token_hex(8)} if self._options.prefix_caching else {}
         output = self._submit(
             ids,
@@ -178,7 +178,7 @@ class TensorrtLlmBackend:
         """Submit a request; return its output, which can be awaited or iterated."""
         if self._llm is None:
             raise BackendDied("TensorRT-LLM's executor is not there")
-        # A new one for each request: the call writes to it.
+        # Each request needs its own: the call writes to it.
         params = self._library.SamplingParams(end_id=self._eos_ids[0], detokenize=False, **sampling)
         try:
             return self._llm.generate_async(

@@ -52,7 +52,7 @@ MISSING = (
 
 
 class VllmOptions(VllmSettings):
-    """How a model is run: the section of its settings, and what all engines have."""
+    """How a model is run: the section of its settings, and the options of every engine."""
 
     max_batch: int = 64
     max_queue: int = 256
@@ -96,7 +96,7 @@ def check_adapter(task: str, directory: Path, max_rank: int) -> None:
     try:
         config = read_json_file(directory / "adapter_config.json", "name a folder of PEFT's")
         rank, modules = int(config["r"]), config["target_modules"]
-        # It is a pattern, or a list of names.
+        # A string is a pattern, a list has names.
         changes = [
             *([modules] if isinstance(modules, str) else modules),
             *(config.get("modules_to_save") or ()),
@@ -151,7 +151,7 @@ class VllmBackend:
             await self._llm.wake_up(tags=["kv_cache"])
 
     async def stop(self) -> None:
-        """Let the model sleep, or end it."""
+        """Put the model to sleep, or end it."""
         if self._llm is not None and self._options.sleep_level:
             await self._llm.sleep(level=self._options.sleep_level)
         else:
@@ -196,7 +196,7 @@ class VllmBackend:
                 )
 
     async def score(self, ids: list[int], start: int, adapter: str) -> TokenScores:
-        """Judge ids[start:] in one pass."""
+        """Score ids[start:] in one pass."""
         if self._options.cached_scoring and self._options.prefix_caching:
             scores = await self._score(ids, start, adapter, skips_cache=False)
             if scores is not None:
@@ -243,7 +243,7 @@ class VllmBackend:
     async def _score(
         self, ids: list[int], start: int, adapter: str, *, skips_cache: bool
     ) -> TokenScores | None:
-        """Judge ids[start:] in one pass; None if the prefix cache reached into them."""
+        """Score ids[start:] in one pass; None if the prefix cache reached into them."""
         params = self._vllm.SamplingParams(
             # vLLM refuses None and 0, so every pass writes a token.
             max_tokens=1,
