@@ -282,7 +282,7 @@ class AsyncLLM:
         prompt_logprobs = self._prompt_logprobs(ids, rows, params, cached)
         tokens, entries = [], []
         since = 0
-        for step, written in enumerate(self._steps(ids, rows, sequence, params, request_id), start=1):
+        for step, written in enumerate(self._steps(ids, rows, sequence, params, request_id, adapter), start=1):
             finish = None
             for token, row in written:
                 tokens.append(token)
@@ -321,7 +321,13 @@ class AsyncLLM:
                 return
 
     def _steps(
-        self, ids: list[int], rows: Any, sequence: Any, params: SamplingParams, request_id: str
+        self,
+        ids: list[int],
+        rows: Any,
+        sequence: Any,
+        params: SamplingParams,
+        request_id: str,
+        adapter: int,
     ) -> Iterator[list[tuple[int, Any]]]:
         """Yield what each step writes: tokens with the log-probabilities that they were chosen from."""
         rng = np.random.default_rng(params.seed)
@@ -339,7 +345,7 @@ class AsyncLLM:
             while True:
                 # The proposed tokens are computed, and those that are not accepted given up.
                 known = [*ids, *tokens, *proposal]
-                rows = self.model.sequence().append(known)[len(ids) + len(tokens) - 1 :]
+                rows = self.model.sequence(adapter).append(known)[len(ids) + len(tokens) - 1 :]
                 own = [draw(row, params.temperature, params.top_p, rng) for row in rows]
                 accepted = next((i for i, token in enumerate(proposal) if token != own[i]), len(proposal))
                 runner.input_batch.req_ids = [request_id]

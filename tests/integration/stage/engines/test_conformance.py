@@ -29,7 +29,7 @@ SMALL = Path(__file__).parents[4] / "models" / "small"
 
 def _vllm(monkeypatch: pytest.MonkeyPatch, runner: int, **options: Any) -> Any:
     fake_vllm.install(monkeypatch, runner)
-    return vllm_engine.make_engine("small", SMALL, VllmOptions(**options))
+    return vllm_engine.make_engine("small", SMALL, VllmOptions(**{"verify_inside": False, **options}))
 
 
 def _tensorrt_llm(monkeypatch: pytest.MonkeyPatch, line: str, **options: Any) -> Any:
@@ -47,6 +47,9 @@ ENGINES: dict[str, Callable[[pytest.MonkeyPatch], Any]] = {
     "vllm-fresh-scoring-runner-2": lambda m: _vllm(m, 2, cached_scoring=False),
     "vllm-sleep-1": lambda m: _vllm(m, 1, sleep_level=1, max_batch=2),
     "vllm-sleep-2": lambda m: _vllm(m, 1, sleep_level=2, max_batch=1),
+    "vllm-inside": lambda m: _vllm(m, 1, verify_inside=True),
+    "vllm-inside-two-tokens": lambda m: _vllm(m, 1, verify_inside=True, proposed_tokens=2, top_logprobs=2),
+    "vllm-inside-sleep-1": lambda m: _vllm(m, 1, verify_inside=True, sleep_level=1, max_batch=2),
     "tensorrt_llm-1.2": lambda m: _tensorrt_llm(m, "1.2"),
     "tensorrt_llm-1.3": lambda m: _tensorrt_llm(m, "1.3", max_batch=2),
     "tensorrt_llm-reuse": lambda m: _tensorrt_llm(m, "1.3", prefix_caching=True),
