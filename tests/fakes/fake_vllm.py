@@ -282,7 +282,9 @@ class AsyncLLM:
         prompt_logprobs = self._prompt_logprobs(ids, rows, params, cached)
         tokens, entries = [], []
         since = 0
-        for step, written in enumerate(self._steps(ids, rows, sequence, params, request_id, adapter), start=1):
+        for step, written in enumerate(
+            self._steps(ids, rows, sequence, params, request_id, adapter), start=1
+        ):
             finish = None
             for token, row in written:
                 tokens.append(token)
@@ -350,12 +352,12 @@ class AsyncLLM:
                 accepted = next((i for i, token in enumerate(proposal) if token != own[i]), len(proposal))
                 runner.input_batch.req_ids = [request_id]
                 if proposal:
-                    metadata = SimpleNamespace(
-                        num_draft_tokens=[len(proposal)], draft_token_ids=Tensor(np.array(proposal))
-                    )
+                    metadata = SimpleNamespace(num_draft_tokens=[len(proposal)])
                     runner.rejection_sampler._get_logprobs_tensors(  # noqa: SLF001 - vLLM calls it
-                        params.logprobs, metadata, None, Tensor(rows[:-1]), None, None
+                        params.logprobs, metadata, None, Tensor(rows[:-1]), Tensor(rows[-1:]), None
                     )
+                else:
+                    runner.sampler.forward(Tensor(rows), None)
                 written = own[: accepted + 1]
                 tokens += written
                 (proposal,) = runner.drafter.propose([written], None, None, slot_mappings=None)
@@ -398,7 +400,10 @@ class Tensor:
     def __init__(self, values: Any) -> None:
         self.values = np.asarray(values)
 
-    def __getitem__(self, wanted: list[int]) -> Tensor:
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, wanted: Any) -> Tensor:
         return Tensor(self.values[wanted])
 
     def __gt__(self, other: Tensor) -> Tensor:
@@ -407,17 +412,8 @@ class Tensor:
     def __sub__(self, other: Tensor) -> Tensor:
         return Tensor(self.values - other.values)
 
-    def gather(self, dim: int, index: Tensor) -> Tensor:
-        return Tensor(np.take_along_axis(self.values, index.values, dim))
-
-    def long(self) -> Tensor:
-        return Tensor(self.values.astype(np.int64))
-
     def unsqueeze(self, dim: int) -> Tensor:
         return Tensor(np.expand_dims(self.values, dim))
-
-    def squeeze(self, dim: int) -> Tensor:
-        return Tensor(self.values.squeeze(dim))
 
     def sum(self, dim: int) -> Tensor:
         return Tensor(self.values.sum(dim))
@@ -448,6 +444,7 @@ def _worker(args: AsyncEngineArgs) -> Any:
         requests={},
         input_batch=SimpleNamespace(req_ids=[]),
         rejection_sampler=SimpleNamespace(_get_logprobs_tensors=lambda *_: None),
+        sampler=SimpleNamespace(forward=lambda *_, **__: None),
     )
     return worker
 
@@ -475,6 +472,8 @@ def modules() -> dict[str, ModuleType]:
         "vllm.lora": {},
         "vllm.lora.request": {"LoRARequest": LoRARequest},
         "vllm.v1": {},
+        "vllm.v1.spec_decode": {},
+        "vllm.v1.spec_decode.custom_class_proposer": {},
         "vllm.v1.engine": {},
         "vllm.v1.engine.async_llm": {"AsyncLLM": AsyncLLM},
         "vllm.v1.engine.exceptions": {"EngineDeadError": EngineDeadError},

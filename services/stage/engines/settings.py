@@ -50,7 +50,7 @@ class VllmSettings(Section):
     cached_scoring: bool = True
     top_logprobs: Annotated[int, Field(ge=2)] = 20
     cuda_graph_tokens: Count | None = None
-    verify_inside: bool = True
+    verify_inside: bool = False
     proposed_tokens: Annotated[int, Field(ge=1, le=128)] = 64
     enforce_eager: bool = False
     sleep_level: Literal[0, 1, 2] = 0

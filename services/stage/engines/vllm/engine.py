@@ -13,6 +13,8 @@ computed keys differ by rounding, so a near tie may fall the other way.
 from __future__ import annotations
 
 import asyncio
+import importlib
+import logging
 import os
 import secrets
 from contextlib import aclosing
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from services.stage.engines.backend import OwnDraft, TokenRequest
     from services.stage.engines.checkpoint import Checkpoint
 
+logger = logging.getLogger(__name__)
+
 # Defaults of vLLM's environment variables. spawn: gRPC's threads do not survive a fork. The flashinfer
 # sampler has no seed per request, and needs a package that the image does not have.
 _ENVIRONMENT = {
@@ -45,6 +49,8 @@ _ENVIRONMENT = {
 _PROPOSER = "services.stage.engines.vllm.proposer"
 # A worker answers between two steps. Chosen: far longer than any step.
 _WORKERS_S = 60.0
+# The newer model runner takes no custom proposer.
+_INSIDE_ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 MISSING = (
     "vllm is not installed: use the image of target stage-vllm, or pip install '.[vllm]' in asd's directory, "
     "with Python 3.12 on Linux with an NVIDIA GPU"
@@ -129,12 +135,12 @@ class VllmBackend:
         self._vllm: Any = None
         self._llm: Any = None
         self._adapters: dict[str, Any] = {}
-        self._takes_drafts = False
+        self._can_draft = options.verify_inside
 
     @property
     def takes_drafts(self) -> bool:
         """Whether vLLM verifies drafts while it decodes; see services.stage.engines.vllm.proposer."""
-        return self._takes_drafts
+        return self._can_draft
 
     async def start(self) -> None:
         """Load the model, or wake it."""
@@ -223,10 +229,9 @@ class VllmBackend:
 
     async def _attach(self) -> None:
         """Let the proposer see requests, where drafts are verified inside."""
-        self._takes_drafts = False
-        if self._options.verify_inside:
+        if self._can_draft:
             await self._call_workers("asd_attach")
-            self._takes_drafts = True
+            logger.info("model %s: vLLM verifies drafts while it decodes", self._name)
 
     async def _call_workers(self, method: str, *arguments: Any) -> Sequence[Any]:
         """Return what a method of services.stage.engines.vllm.proposer.WorkerExtension gives, by worker."""
@@ -309,7 +314,8 @@ class VllmBackend:
         return RequestOutputKind
 
     def _open(self) -> Any:
-        for variable, value in _ENVIRONMENT.items():
+        environment = _ENVIRONMENT | (_INSIDE_ENVIRONMENT if self._options.verify_inside else {})
+        for variable, value in environment.items():
             os.environ.setdefault(variable, value)
         report_nothing()
         try:
@@ -320,6 +326,13 @@ class VllmBackend:
             missing = "" if error.name == "vllm" else f" ({error.name} is missing)"
             raise PreconditionFailed(f"{MISSING}{missing}") from error
         self._vllm = vllm
+        self._can_draft = self._options.verify_inside and _takes_proposers()
+        if self._options.verify_inside and not self._can_draft:
+            logger.warning(
+                "vLLM %s takes no proposer of its user's: model %s verifies drafts by requests of their own",
+                vllm.__version__,
+                self._name,
+            )
         for task, path in self._options.lora.items():
             check_adapter(task, path, self._options.max_lora_rank)
         self._adapters = {
@@ -362,7 +375,7 @@ class VllmBackend:
             arguments["max_cudagraph_capture_size"] = options.cuda_graph_tokens
         if options.quantization is not None:
             arguments["quantization"] = options.quantization
-        if options.verify_inside:
+        if self._can_draft:
             arguments |= {
                 "speculative_config": {
                     "method": "custom_class",
@@ -382,6 +395,15 @@ class VllmBackend:
                 "max_lora_rank": options.max_lora_rank,
             }
         return arguments
+
+
+def _takes_proposers() -> bool:
+    """Return whether this vLLM takes a proposer class of its user's. Its interface may change, says vLLM."""
+    try:
+        importlib.import_module("vllm.v1.spec_decode.custom_class_proposer")
+    except ImportError:
+        return False
+    return True
 
 
 def _extra_args(draft: OwnDraft | None) -> dict[str, Any]:

@@ -90,8 +90,14 @@ class DraftProposer:
     def attach(self, runner: Any) -> None:
         """Take the model runner. Without it nothing is proposed."""
         self._runner = runner
-        sampler = runner.rejection_sampler
-        sampler._get_logprobs_tensors = self._judging(sampler._get_logprobs_tensors)  # noqa: SLF001 - no hook
+        # vLLM has no hook, and gives no log-probabilities of tokens that it rejects, nor of those after them.
+        # Where these methods are gone, ranks of rejected tokens are bounds.
+        for owner, method, watched in (
+            (runner.rejection_sampler, "_get_logprobs_tensors", self._watching_proposals),
+            (runner.sampler, "forward", self._watching_steps),
+        ):
+            if hasattr(owner, method):
+                setattr(owner, method, watched(getattr(owner, method)))
 
     def grow(self, key: str, ids: Sequence[int]) -> None:
         """More of a request's draft has been written."""
@@ -179,43 +185,58 @@ class DraftProposer:
                 self._tracked[request] = _Tracked(key, DraftFollower(self._average, ids))
         return self._tracked[request]
 
-    def _judging(self, make: Callable[..., Any]) -> Callable[..., Any]:
-        """Return what makes log-probabilities in the rejection sampler, with an eye on the draft's tokens.
-
-        vLLM gives no log-probabilities of tokens that it rejects, nor of those after them.
-        """
+    def _watching_proposals(self, make: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the rejection sampler's method, watched: a step in which some requests have a proposal."""
 
         def made(
             most: int, metadata: Any, logits: Any, target_logits: Any, bonus_logits: Any, sampled: Any
         ) -> Any:
-            tensors = make(most, metadata, logits, target_logits, bonus_logits, sampled)
-            self._judge(metadata, target_logits)
-            return tensors
+            self._judge(metadata.num_draft_tokens, target_logits, bonus_logits)
+            return make(most, metadata, logits, target_logits, bonus_logits, sampled)
 
         return made
 
-    def _judge(self, metadata: Any, target_logits: Any) -> None:
+    def _watching_steps(self, sample: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the sampler's method, watched: a step in which no request has a proposal."""
+
+        def sampled(
+            logits: Any, sampling_metadata: Any, predict_bonus_token: bool = False, **named: Any
+        ) -> Any:
+            # The rejection sampler has it sample the token after each proposal.
+            if not predict_bonus_token:
+                # Before it changes them.
+                self._judge([0] * len(logits), None, logits)
+            return sample(logits, sampling_metadata, predict_bonus_token=predict_bonus_token, **named)
+
+        return sampled
+
+    def _judge(self, counts: Sequence[int], proposed: Any, following: Any) -> None:
         """Keep ranks and log-probabilities of drafts that the answer has not departed from.
 
-        target_logits: float [draft tokens of all rows, vocabulary].
+        counts: of proposed tokens, by row. proposed: logits or log-probabilities, float [sum of counts,
+        vocabulary], at the proposed tokens. following: the same at the token after them, [rows, vocabulary].
         """
-        start, spans = 0, []
-        for request, count in zip(self._runner.input_batch.req_ids, metadata.num_draft_tokens, strict=False):
-            tracked = self._tracked.get(request)
-            if count and tracked is not None and not tracked.follower.has_departed:
-                spans.append((tracked, start, start + count))
+        start = 0
+        places: list[int] = []
+        tokens: list[int] = []
+        rows: list[int] = []
+        after: list[int] = []
+        found: list[tuple[_Tracked, int, bool]] = []
+        for row, (request, count) in enumerate(zip(self._runner.input_batch.req_ids, counts, strict=False)):
+            tracked = self._track(request)
+            if tracked is not None and not tracked.follower.has_departed:
+                rest = tracked.follower.rest(count + 1)
+                places += range(start, start + count)
+                tokens += rest[:count]
+                rows += [row] * (len(rest) > count)
+                after += rest[count:]
+                found.append((tracked, count, len(rest) > count))
             start += count
-        if not spans:
-            return
-        wanted = [index for _, first, end in spans for index in range(first, end)]
-        rows = target_logits[wanted]
-        own = rows.gather(1, metadata.draft_token_ids[wanted].long().unsqueeze(1))
-        ranks = (rows > own).sum(1).tolist()
-        logprobs = (own.squeeze(1) - rows.logsumexp(1)).tolist()
-        judged = list(zip(ranks, logprobs, strict=True))
-        for tracked, first, end in spans:
-            tracked.judged, judged = judged[: end - first], judged[end - first :]
+        judged, last = _ranked(proposed, places, tokens), _ranked(following, rows, after)
+        for tracked, count, has_next in found:
+            tracked.judged = [*judged[:count], *last[:has_next]]
             tracked.judged_from = tracked.follower.prefix
+            judged, last = judged[count:], last[has_next:]
 
 
 class WorkerExtension:
@@ -238,6 +259,16 @@ class WorkerExtension:
     def _proposer(self) -> DraftProposer:
         proposer: DraftProposer = self.model_runner.drafter
         return proposer
+
+
+def _ranked(logits: Any, rows: list[int], tokens: list[int]) -> list[Judged]:
+    """Return rank and log-probability of a token in each of some rows."""
+    if not rows:
+        return []
+    wanted = logits[rows]
+    own = wanted[list(range(len(rows))), tokens]
+    ranks = (wanted > own.unsqueeze(1)).sum(1).tolist()
+    return list(zip(ranks, (own - wanted.logsumexp(1)).tolist(), strict=True))
 
 
 def _shorten(kept: OrderedDict[str, Any]) -> None:

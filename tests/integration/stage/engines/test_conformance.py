@@ -29,7 +29,7 @@ SMALL = Path(__file__).parents[4] / "models" / "small"
 
 def _vllm(monkeypatch: pytest.MonkeyPatch, runner: int, **options: Any) -> Any:
     fake_vllm.install(monkeypatch, runner)
-    return vllm_engine.make_engine("small", SMALL, VllmOptions(**{"verify_inside": False, **options}))
+    return vllm_engine.make_engine("small", SMALL, VllmOptions(**options))
 
 
 def _tensorrt_llm(monkeypatch: pytest.MonkeyPatch, line: str, **options: Any) -> Any:

@@ -42,7 +42,7 @@ LONG = Message("user", "Tell me of " + "Ardia and of Statnor and " * 12)
 
 
 async def _vllm(**options: Any) -> Any:
-    engine = vllm_engine.make_engine("small", SMALL, VllmOptions(**{"verify_inside": False, **options}))
+    engine = vllm_engine.make_engine("small", SMALL, VllmOptions(**options))
     await engine.load()
     fake_vllm.forget_probe()
     return engine

@@ -1,0 +1,198 @@
+"""Drafts that vLLM verifies while it decodes: each request's own, gone with it; on the stand-in."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from asd.errors import AsdError, InvalidRequest
+from asd.values import FinishReason, Message, Sampling
+from services.stage.domain import DraftPiece, TokenChunk, VerificationResult
+from services.stage.engines.conformance import PROMPTS, EngineAnswer, Suite, collect
+from services.stage.engines.engine import ModelState
+from services.stage.engines.vllm import engine as vllm_engine
+from services.stage.engines.vllm.engine import VllmOptions
+from tests.fakes import fake_vllm
+from tests.limits import CALL_S
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+SMALL = Path(__file__).parents[4] / "models" / "small"
+LONG = Message("user", "Tell me of " + "Ardia and of Statnor and " * 12)
+MOST = Sampling(max_new_tokens=60)
+
+
+async def load(**options: Any) -> Any:
+    engine = vllm_engine.make_engine("small", SMALL, VllmOptions(**{"verify_inside": True, **options}))
+    await engine.load()
+    fake_vllm.forget_probe()
+    return engine
+
+
+async def ask(engine: Any, prompt: Message = LONG) -> EngineAnswer:
+    return await collect(engine.generate((prompt,), MOST))
+
+
+async def verify(
+    engine: Any, ids: tuple[int, ...], finish: FinishReason, prompt: Message = LONG
+) -> EngineAnswer:
+    draft = Suite(engine).draft(ids, finish)
+    return await collect(engine.verify((prompt,), MOST, draft, None), "first")
+
+
+def altered(ids: tuple[int, ...], *positions: int) -> tuple[int, ...]:
+    return tuple(each % 200 + 10 if index in positions else each for index, each in enumerate(ids))
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> fake_vllm.FakeVllm:
+    return fake_vllm.install(monkeypatch)
+
+
+@pytest.mark.usefixtures("library")
+async def test_a_right_draft_takes_two_steps_and_a_wrong_token_one_more() -> None:
+    engine = await load()
+    plain = await ask(engine)
+    # Two drafts that were right, so that the average one is trusted to the end.
+    for _ in range(2):
+        right = await verify(engine, plain.result.ids, plain.result.finish)
+    wrong = await verify(engine, altered(plain.result.ids, 20), plain.result.finish)
+    assert right.result.ids == wrong.result.ids == plain.result.ids
+    assert (plain.result.forward_passes, right.result.forward_passes) == (60, 2)
+    assert wrong.result.forward_passes == 3
+    assert right.verification is not None
+    assert right.verification.accepted == 60
+    assert right.result.accepted_tokens == 60
+
+
+@pytest.mark.usefixtures("library")
+async def test_the_evidence_is_that_of_a_scoring_pass() -> None:
+    inside, outside = await load(), await load(verify_inside=False)
+    plain = await ask(outside)
+    for positions in ((), (0,), (7,), (7, 9), (59,)):
+        ids = altered(plain.result.ids, *positions)
+        found, wanted = [await verify(each, ids, plain.result.finish) for each in (inside, outside)]
+        assert found.verification is not None
+        assert wanted.verification is not None
+        assert found.verification.accepted == wanted.verification.accepted == min(positions, default=60)
+        judged = found.verification.proposed
+        # Of what follows the first correction, a step judges what it was handed.
+        assert judged >= min(found.verification.accepted + 1, 60)
+        assert found.verification.ranks.tolist() == wanted.verification.ranks[:judged].tolist()
+        np.testing.assert_allclose(
+            found.verification.target_logprobs, wanted.verification.target_logprobs[:judged], atol=1e-3
+        )
+
+
+@pytest.mark.usefixtures("library")
+async def test_requests_with_the_same_prompt_have_drafts_of_their_own() -> None:
+    engine = await load()
+    plain = await ask(engine)
+    places = (3, 11, 25, 40)
+    found = await asyncio.gather(
+        *(verify(engine, altered(plain.result.ids, place), plain.result.finish) for place in places),
+        *(ask(engine) for _ in places),
+    )
+    assert {each.result.ids for each in found} == {plain.result.ids}
+    kept = [each.verification.accepted for each in found if each.verification is not None]
+    assert kept == list(places)
+
+
+@pytest.mark.usefixtures("library")
+async def test_a_draft_that_is_still_written_is_verified_as_it_comes() -> None:
+    engine = await load()
+    plain = await ask(engine)
+    more = asyncio.Event()
+
+    async def pieces() -> AsyncIterator[DraftPiece | FinishReason]:
+        yield DraftPiece(plain.result.ids[:16], "", engine.status().fingerprint)
+        await more.wait()
+        yield DraftPiece(plain.result.ids[16:], "", engine.status().fingerprint)
+        yield plain.result.finish
+
+    events = engine.verify_stream((LONG,), MOST, pieces(), None)
+    async with asyncio.timeout(CALL_S):
+        seen = [await anext(events)]
+        more.set()
+        seen += [event async for event in events]
+    assert isinstance(seen[0], TokenChunk)
+    assert seen[-1].ids == plain.result.ids
+    (evidence,) = [each for each in seen if isinstance(each, VerificationResult)]
+    assert evidence.accepted == evidence.proposed
+
+
+@pytest.mark.usefixtures("library")
+async def test_a_draft_that_cannot_be_read_fails_its_request() -> None:
+    engine = await load()
+
+    async def pieces() -> AsyncIterator[DraftPiece | FinishReason]:
+        yield DraftPiece((1_000_000,), "", engine.status().fingerprint)
+        yield FinishReason.EOS
+
+    with pytest.raises(InvalidRequest):
+        await collect(engine.verify_stream((LONG,), MOST, pieces(), None), "any")
+    assert engine.status().running == 0
+
+
+async def test_a_call_that_is_left_leaves_nothing(library: fake_vllm.FakeVllm) -> None:
+    engine = await load()
+    plain = await ask(engine)
+    draft = Suite(engine).draft(altered(plain.result.ids, 3), plain.result.finish)
+    events = engine.verify((LONG,), MOST, draft, None)
+    await anext(events)
+    await events.aclose()
+    (llm,) = library.engines
+    assert not llm.running
+    assert not llm.worker.model_runner.requests
+    assert (await ask(engine)).result.ids == plain.result.ids
+
+
+@pytest.mark.parametrize("sampling", [Sampling(max_new_tokens=9, temperature=0.8, seed=5)])
+@pytest.mark.usefixtures("library")
+async def test_a_draw_with_its_seed_is_the_same_with_and_without_a_draft(sampling: Sampling) -> None:
+    engine = await load()
+    plain = await collect(engine.generate((LONG,), sampling))
+    draft = Suite(engine).own_draft(plain)
+    found = await collect(engine.verify((LONG,), sampling, draft, None), "first")
+    assert found.result.ids == plain.result.ids
+
+
+async def test_tolerance_and_adapters_take_requests_of_their_own(library: fake_vllm.FakeVllm) -> None:
+    engine = await load()
+    plain = await ask(engine)
+    scored = len(library.engines[0].prompts)
+    draft = Suite(engine).draft(altered(plain.result.ids, 5), plain.result.finish)
+    await collect(engine.verify((LONG,), MOST, draft, 0.3), "first")
+    # A request that scores the draft, and one that goes on.
+    assert len(library.engines[0].prompts) >= scored + 2
+
+
+async def test_where_vllm_takes_no_proposer_drafts_are_scored_by_requests(
+    monkeypatch: pytest.MonkeyPatch, library: fake_vllm.FakeVllm, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delitem(sys.modules, "vllm.v1.spec_decode.custom_class_proposer")
+    with caplog.at_level(logging.WARNING):
+        engine = await load()
+    assert "takes no proposer" in caplog.text
+    plain = await ask(engine)
+    found = await verify(engine, plain.result.ids, plain.result.finish)
+    assert found.result.ids == plain.result.ids
+    assert library.engines[0].worker is None
+
+
+async def test_a_dead_engine_ends_a_verification_as_any_call(library: fake_vllm.FakeVllm) -> None:
+    engine = await load()
+    plain = await ask(engine)
+    draft = Suite(engine).draft(altered(plain.result.ids, 30), plain.result.finish)
+    events = engine.verify((Message("user", PROMPTS[0]),), MOST, draft, None)
+    library.engines[0].is_dead = True
+    with pytest.raises(AsdError):
+        await anext(events)
+    assert engine.status().state is ModelState.FAILED
