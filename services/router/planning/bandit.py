@@ -78,7 +78,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Took:
-    """What a request took. tokens: 0 without an answer. otherwise_s: forecast for the other arm, or 0."""
+    """Time and tokens of a request. tokens: 0 without an answer. otherwise_s: the other arm's forecast, or 0."""
 
     seconds: float
     tokens: int
