@@ -104,7 +104,7 @@ $(BIN)/python:
 	  { rm -rf $(VENV); echo "Python cannot make environments: install python3-venv" >&2; exit 1; }
 
 # Until 0.1.0 stubs were compiled into asd/ at the top, which would hide the client, and the project's name was asd.
-PIP_INSTALL = rm -rf asd && $(BIN)/python -m pip --quiet --disable-pip-version-check uninstall --yes asd 2>/dev/null && \
+PIP_INSTALL = rm -rf asd/v1 && { [ ! -d asd ] || rmdir asd 2>/dev/null || true; } && $(BIN)/python -m pip --quiet --disable-pip-version-check uninstall --yes asd 2>/dev/null && \
   $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable clients/python --editable
 
 $(VENV)/.run: $(BIN)/python $(INSTALLED_BY)

@@ -25,6 +25,7 @@ from asd.transport.files import DamagedFile, read_content
 from asd.values import FinishReason, Preference
 from policy_service.calibration import CalibratedView, Calibration
 from policy_service.document import (
+    DOCUMENT,
     Lineage,
     PolicyDocument,
     UnfitArtifact,
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 ARTIFACT = "policy.zip"
-DOCUMENT = "policy.json"
 # Beside policy.json in an artifact of 0.1 that was refitted.
 _LINEAGE = "lineage.json"
 # Chosen: sixty and a hundred times the shipped one's.

@@ -27,7 +27,6 @@ from pydantic import Field, ValidationError
 from asd.transport.files import DamagedFile, read_content
 from policy_service.artifact import (
     ARTIFACT,
-    DOCUMENT,
     Artifact,
     LoadedArtifact,
     load_usable,
@@ -37,7 +36,7 @@ from policy_service.artifact import (
     tried,
     unpack,
 )
-from policy_service.document import Entry, PolicyDocument, UnfitArtifact
+from policy_service.document import DOCUMENT, Entry, PolicyDocument, UnfitArtifact
 from services.common.disks import alone, replace_file, writing
 from services.common.documents import parse_json
 

@@ -50,7 +50,7 @@ _RELIABILITY_BINS = 15
 
 
 @dataclass(frozen=True)
-class Point:
+class CurveMark:
     """What one way of answering gives over all prompts; means."""
 
     name: str
@@ -106,12 +106,12 @@ class Measured:
     by_group: dict[str, dict[str, ExperimentResult]]
     response: Response
     response_by_level: dict[int, Response]
-    curve: tuple[Point, ...]
-    raw: tuple[Point, ...]
-    preferences: tuple[Point, ...]
-    fixed: tuple[Point, ...]
-    thresholds: tuple[Point, ...]
-    oracle: Point
+    curve: tuple[CurveMark, ...]
+    raw: tuple[CurveMark, ...]
+    preferences: tuple[CurveMark, ...]
+    fixed: tuple[CurveMark, ...]
+    thresholds: tuple[CurveMark, ...]
+    oracle: CurveMark
     reliability: tuple[Reliability, ...]
 
     def at(self, multiple: float) -> ExperimentResult:
@@ -133,7 +133,7 @@ def measure(
         solution = solve_policy(views, quality_value)
         return replay(data, views, p_correct, solution, quality_value, cells)
 
-    def point_at(name: str, quality_value: float) -> Point:
+    def point_at(name: str, quality_value: float) -> CurveMark:
         return _point(name, run_at(quality_value), stages, quality_value)
 
     progress("replaying the grid")
@@ -176,8 +176,8 @@ def measure(
     )
 
 
-def _point(name: str, run: Run, stages: int, quality_value: float | None = None) -> Point:
-    return Point(
+def _point(name: str, run: Run, stages: int, quality_value: float | None = None) -> CurveMark:
+    return CurveMark(
         name,
         quality_value,
         float(run.correct.mean()),
@@ -188,9 +188,9 @@ def _point(name: str, run: Run, stages: int, quality_value: float | None = None)
     )
 
 
-def _front(points: Sequence[Point]) -> tuple[Point, ...]:
+def _front(points: Sequence[CurveMark]) -> tuple[CurveMark, ...]:
     """Return the points that no other one beats in accuracy at their cost or less, by ascending cost."""
-    front: list[Point] = []
+    front: list[CurveMark] = []
     for point in sorted(points, key=lambda each: (each.cost, -each.accuracy)):
         if not front or point.accuracy > front[-1].accuracy:
             front.append(point)

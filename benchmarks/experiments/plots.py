@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from benchmarks.experiments.grid import ExperimentSummary
-    from benchmarks.experiments.measure import Measured, Point, Reliability
+    from benchmarks.experiments.measure import CurveMark, Measured, Reliability
     from benchmarks.stats import Interval
 
 mpl.use("Agg")
@@ -65,7 +65,7 @@ def _draw_pareto(measured: Measured) -> Any:
         (axes[1], "latency_ms", "mean latency per prompt, ms (log)"),
     ):
 
-        def x(points: Sequence[Point], metric: str = metric) -> list[float]:
+        def x(points: Sequence[CurveMark], metric: str = metric) -> list[float]:
             return [getattr(point, metric) for point in points]
 
         axis.plot(
@@ -146,7 +146,7 @@ def _draw_pareto(measured: Measured) -> Any:
     return figure
 
 
-def _errors(points: Sequence[Point]) -> list[float]:
+def _errors(points: Sequence[CurveMark]) -> list[float]:
     """Return shares of wrong answers, which a log axis spreads where right ones crowd below 1."""
     return [1 - point.accuracy for point in points]
 
@@ -325,7 +325,7 @@ def _draw_reliability(measured: Measured) -> Any:
         0.05,
         0.95,
         "Axes are log-odds, so that\n1% and 99% get as much room.\n\n"
-        "Point: a bin of equally many\nprompts. Bar: 95% interval of\nits right answers (Clopper and\n"
+        "CurveMark: a bin of equally many\nprompts. Bar: 95% interval of\nits right answers (Clopper and\n"
         "Pearson). Line: as predicted.\n\nECE: calibration error.\nR²: variance explained.",
         transform=axes.flat[len(measured.reliability)].transAxes,
         va="top",

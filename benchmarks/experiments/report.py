@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from benchmarks.experiments.grid import ExperimentResult
-    from benchmarks.experiments.measure import Measured, Point
+    from benchmarks.experiments.measure import CurveMark, Measured
     from benchmarks.stats import Interval
 
 # What the research system reported of itself: the largest model for every prompt, whatever the value.
@@ -311,12 +311,12 @@ def _tables(measured: Measured) -> list[str]:
     ]
 
 
-def _point_name(point: Point) -> str:
+def _point_name(point: CurveMark) -> str:
     value = "" if point.quality_value is None else f" <small>(λ {point.quality_value:g})</small>"
     return escape(point.name) + value
 
 
-def _point_cells(point: Point) -> list[str]:
+def _point_cells(point: CurveMark) -> list[str]:
     return [
         f"{point.accuracy:.2%}",
         f"{point.cost:.3f}",

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from benchmarks.experiments.grid import ExperimentResult
-    from benchmarks.experiments.measure import Measured, Point
+    from benchmarks.experiments.measure import CurveMark, Measured
     from benchmarks.stats import Interval
 
 Row = dict[str, object]
@@ -76,7 +76,7 @@ def run_rows(results: Sequence[ExperimentResult], cascade: Sequence[str]) -> lis
     ]
 
 
-def point_rows(points: Sequence[Point], cascade: Sequence[str]) -> list[Row]:
+def point_rows(points: Sequence[CurveMark], cascade: Sequence[str]) -> list[Row]:
     """Return ways of answering all prompts."""
     return [
         {

@@ -32,7 +32,7 @@ _BATCH = {"cuda": 4096, "cpu": 256}
 
 
 @dataclass(frozen=True)
-class Answer:
+class GradedAnswer:
     """One model's greedy answer to one task. signals: float32 [tokens, 3], as of llama.token_signals."""
 
     ids: tuple[int, ...]
@@ -50,13 +50,15 @@ class Check:
     ranks: npt.NDArray[np.int64]
 
 
-def answer_tasks(model: Llama, tokenizer: Tokenizer, tasks: Sequence[Task], device: str) -> list[Answer]:
+def answer_tasks(
+    model: Llama, tokenizer: Tokenizer, tasks: Sequence[Task], device: str
+) -> list[GradedAnswer]:
     """Return the model's greedy answers in float32, in the order of the tasks."""
     torch.set_float32_matmul_precision("highest")
     end_id = tokenizer.token_to_id(END)
     prompts = _encode_prompts(model, tokenizer, tasks)
     order = sorted(range(len(tasks)), key=lambda index: len(prompts[index]))
-    answers: dict[int, Answer] = {}
+    answers: dict[int, GradedAnswer] = {}
     for batch in _batched(order, _BATCH[device]):
         ids, lengths = _pad([prompts[index] for index in batch], device)
         new_tokens = min(MAX_NEW_TOKENS, CONTEXT - ids.shape[1])
@@ -65,7 +67,7 @@ def answer_tasks(model: Llama, tokenizer: Tokenizer, tasks: Sequence[Task], devi
             ends = np.flatnonzero(chosen[row] == end_id)
             count = int(ends[0]) if len(ends) else new_tokens
             text = tokenizer.decode(chosen[row, :count].tolist())
-            answers[index] = Answer(
+            answers[index] = GradedAnswer(
                 ids=tuple(chosen[row, :count].tolist()),
                 text=text,
                 has_ended=len(ends) > 0,
@@ -77,7 +79,7 @@ def answer_tasks(model: Llama, tokenizer: Tokenizer, tasks: Sequence[Task], devi
 
 @torch.no_grad()
 def check_drafts(
-    model: Llama, tokenizer: Tokenizer, tasks: Sequence[Task], drafts: Sequence[Answer], device: str
+    model: Llama, tokenizer: Tokenizer, tasks: Sequence[Task], drafts: Sequence[GradedAnswer], device: str
 ) -> list[Check]:
     """Score drafts by teacher forcing in float32; the end mark is proposed where the draft ended with it.
 
@@ -104,7 +106,7 @@ def check_drafts(
 def outcome_rows(
     tasks: Sequence[Task],
     split: str,
-    answers: dict[str, list[Answer]],
+    answers: dict[str, list[GradedAnswer]],
     checks: dict[tuple[str, str], list[Check]],
     end_id: int,
 ) -> Iterator[dict[str, object]]:
@@ -130,7 +132,7 @@ def outcome_rows(
         }
 
 
-def _stage_record(answer: Answer) -> dict[str, object]:
+def _stage_record(answer: GradedAnswer) -> dict[str, object]:
     logprobs, entropies, margins = answer.signals.round(3).T.tolist()
     return {
         "text": answer.text,
@@ -142,7 +144,7 @@ def _stage_record(answer: Answer) -> dict[str, object]:
     }
 
 
-def _check_record(check: Check, draft: Answer, own: Answer, end_id: int) -> dict[str, object]:
+def _check_record(check: Check, draft: GradedAnswer, own: GradedAnswer, end_id: int) -> dict[str, object]:
     proposed = [*draft.ids, end_id] if draft.has_ended else list(draft.ids)
     answer = [*own.ids, end_id] if own.has_ended else list(own.ids)
     passes, proposed_again = count_passes(proposed, answer, check.accepted, MAX_NEW_TOKENS)

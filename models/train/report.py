@@ -13,11 +13,11 @@ from suites import LEVELS, SUITES
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from models.train.outcomes import Answer
+    from models.train.outcomes import GradedAnswer
     from suites import Task
 
 
-def summarise(tasks: Sequence[Task], answers: Sequence[Answer]) -> dict[str, object]:
+def summarise(tasks: Sequence[Task], answers: Sequence[GradedAnswer]) -> dict[str, object]:
     """Return accuracies (shares of right answers) and the AUROC of single draft features of one model."""
     right = np.array([answer.is_correct for answer in answers])
     suites = np.array([task.suite for task in tasks])
@@ -44,7 +44,7 @@ def summarise(tasks: Sequence[Task], answers: Sequence[Answer]) -> dict[str, obj
     }
 
 
-def draft_features(answers: Sequence[Answer]) -> dict[str, npt.NDArray[np.float64]]:
+def draft_features(answers: Sequence[GradedAnswer]) -> dict[str, npt.NDArray[np.float64]]:
     """Return single features of drafts, each signed so that higher should mean right; float64 [answers]."""
 
     def column(place: int, reduce: str) -> npt.NDArray[np.float64]:

@@ -31,17 +31,17 @@ def to_rpc_status(error: BaseException) -> status_pb2.Status:
     if it is known when the request may succeed.
     """
     message = public_message(error)
-    status = status_pb2.Status(code=status_of(error).value[0], message=message)
+    answer = status_pb2.Status(code=status_of(error).value[0], message=message)
     field = error.field if isinstance(error, AsdError) else ""
     if field:
         violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=message)
-        status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+        answer.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
     reason = REASONS.get(type(error)) if isinstance(error, AsdError) else None
     if reason:
-        status.details.add().Pack(error_details_pb2.ErrorInfo(reason=reason, domain=ERROR_DOMAIN))
+        answer.details.add().Pack(error_details_pb2.ErrorInfo(reason=reason, domain=ERROR_DOMAIN))
     retry_after_s = error.retry_after_s if isinstance(error, AsdError) else None
     if retry_after_s is not None:
         retry = error_details_pb2.RetryInfo()
         retry.retry_delay.FromNanoseconds(round(retry_after_s * 1e9))
-        status.details.add().Pack(retry)
-    return status
+        answer.details.add().Pack(retry)
+    return answer

@@ -230,11 +230,6 @@ def current_trace_id() -> str:
     return f"{context.trace_id:032x}" if context.is_valid else ""
 
 
-def tracing_enabled() -> bool:
-    """Return whether spans are recorded."""
-    return _state.tracer is not None
-
-
 def metrics_enabled() -> bool:
     """Return whether metrics are recorded."""
     return _state.metered

@@ -1,1 +1,1 @@
-"""The old name of services.scaler, until 0.2: `python -m services.manager` still starts it."""
+"""The old name of services.scaler: `python -m services.manager` still starts it in 0.2."""

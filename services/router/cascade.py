@@ -53,7 +53,7 @@ class Cascade:
                         report = await self._runner.run(step, state, prefill, plan.look)
                     except StageFailed as failed:
                         step = await plan.after_failure(failed)
-                        await state.revert()
+                        await state.revert_to_earlier_answer()
                     else:
                         step = await plan.after_answer(report)
                 state.prefilled(await prefill.close())

@@ -147,9 +147,6 @@ class StageResult:
     context_length: int = 0
 
 
-StageEvent = ScoredTokens | Verification | StageResult
-
-
 @dataclass(frozen=True, slots=True)
 class StageAnswer:
     """A stage's answer and its evidence. latency_ms: from the call to the stage's last message.

@@ -197,7 +197,7 @@ class RequestState:
             tokens = self.answer.result.usage.completion_tokens
             self._prefilled = replace(prefilled, cost=prefill_cost(prefilled.stage.cost, tokens))
 
-    async def revert(self) -> None:
+    async def revert_to_earlier_answer(self) -> None:
         """Go back to the earlier answer, if there is one, after the running stage has failed."""
         if self.has_earlier_answer():
             await self._show(self._stream.revert())

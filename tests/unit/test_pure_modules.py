@@ -14,7 +14,7 @@ def _names():
     for package in ("clients/python/asd", "services", "policy_service", "suites"):
         for path in sorted((ROOT / package).rglob("*.py")):
             text = ast.get_docstring(ast.parse(path.read_text())) or ""
-            if text.partition("\n\n")[0].rstrip().endswith("Pure."):
+            if text.partition("\n\n")[0].rstrip().endswith("Pure.") or "No gRPC, no protobuf." in text:
                 yield ".".join(path.relative_to(ROOT).with_suffix("").parts).removeprefix("clients.python.")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import re
 from contextlib import aclosing, closing
-from typing import TYPE_CHECKING, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Literal, Self, TypeVar, Unpack
 
 import grpc
 
@@ -82,6 +82,10 @@ class _Connection:
                 "the token goes to %s in the clear: use TLS, or a tunnel that ends here",
                 target,
             )
+
+    def tls_for_reports(self, tls: TlsFiles | Literal["as router"] | None) -> TlsFiles | None:
+        """Return how the policy service is called."""
+        return self.tls if tls == "as router" else tls
 
     def explained(self, error: AsdError, *, is_connected: bool) -> AsdError:
         """Return the error in plain words, with advice if no router answers."""
@@ -165,10 +169,13 @@ class Client:
                     yield event
 
     def ask_batch(
-        self, requests: Sequence[Request], *, timeout_ms: float | None = None
+        self, requests: Sequence[Question], *, timeout_ms: float | None = None
     ) -> Generator[BatchItem, None, None]:
-        """Yield the outcome of each request when it is ready; a failure does not affect other requests."""
-        message = cascade_pb2.GenerateBatchRequest(requests=[convert.request_to(each) for each in requests])
+        """Yield the outcome of each request when it is ready; a failure does not affect other requests.
+
+        requests: Requests, or questions without options.
+        """
+        message = _batch(requests)
         with closing(self._call_stream(self._stub().GenerateBatch, message, timeout_ms)) as responses:
             for response in responses:
                 yield convert.batch_item_from(response)
@@ -185,15 +192,19 @@ class Client:
         correct: bool,
         policy_target: str = DEFAULT_POLICY_TARGET,
         timeout_ms: float = _REPORT_TIMEOUT_MS,
+        tls: TlsFiles | Literal["as router"] | None = "as router",
     ) -> ReportReceipt:
         """Report to the policy service whether an answer was correct.
 
-        The router takes no reports, so this calls the policy service directly, without the token. Raises
-        InvalidRequest if the policy did not judge the answer.
+        The router takes no reports, so this calls the policy service directly, without the token. tls: of the
+        policy service; None for a plain connection. Raises InvalidRequest if the policy did not judge the
+        answer.
         """
         message = convert.report_to(answer, correct=correct)
-        with closing(blocking.BlockingChannel(policy_target, self._connection.tls)) as channel:
-            stub = policy_pb2_grpc.PolicyServiceStub(channel.current())
+        with closing(
+            blocking.BlockingChannel(policy_target, self._connection.tls_for_reports(tls))
+        ) as channel:
+            stub = channel.stub(policy_pb2_grpc.PolicyServiceStub)
             try:
                 response = blocking.call_unary(
                     stub.Report,
@@ -208,7 +219,7 @@ class Client:
         return convert.receipt_from(response)
 
     def _stub(self) -> cascade_pb2_grpc.CascadeServiceStub:
-        return cascade_pb2_grpc.CascadeServiceStub(self._channel.current())
+        return self._channel.stub(cascade_pb2_grpc.CascadeServiceStub)
 
     def _call(
         self,
@@ -270,6 +281,7 @@ class AsyncClient:
         self._connection = _Connection(target, timeout_ms, tls, token)
         self._interceptors = interceptors
         self._channel: grpc.aio.Channel | None = None
+        self._is_closed = False
 
     async def __aenter__(self) -> Self:
         self._open()
@@ -280,6 +292,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close the connection; calls in flight end."""
+        self._is_closed = True
         if self._channel is not None:
             await self._channel.close()
 
@@ -313,10 +326,13 @@ class AsyncClient:
                     yield event
 
     async def ask_batch(
-        self, requests: Sequence[Request], *, timeout_ms: float | None = None
+        self, requests: Sequence[Question], *, timeout_ms: float | None = None
     ) -> AsyncGenerator[BatchItem, None]:
-        """Yield the outcome of each request when it is ready; a failure does not affect other requests."""
-        message = cascade_pb2.GenerateBatchRequest(requests=[convert.request_to(each) for each in requests])
+        """Yield the outcome of each request when it is ready; a failure does not affect other requests.
+
+        requests: Requests, or questions without options.
+        """
+        message = _batch(requests)
         stream = self._call_stream(self._stub().GenerateBatch, message, timeout_ms)
         async with aclosing(stream) as responses:
             async for response in responses:
@@ -334,11 +350,12 @@ class AsyncClient:
         correct: bool,
         policy_target: str = DEFAULT_POLICY_TARGET,
         timeout_ms: float = _REPORT_TIMEOUT_MS,
+        tls: TlsFiles | Literal["as router"] | None = "as router",
     ) -> ReportReceipt:
         """Report to the policy service whether an answer was correct; see Client.report."""
         message = convert.report_to(answer, correct=correct)
-        opened = open_channel(policy_target, tls=self._connection.tls, interceptors=self._interceptors)
-        async with opened as channel:
+        used = self._connection.tls_for_reports(tls)
+        async with open_channel(policy_target, tls=used, interceptors=self._interceptors) as channel:
             stub = policy_pb2_grpc.PolicyServiceStub(channel)
             try:
                 response = await call_unary(
@@ -352,6 +369,8 @@ class AsyncClient:
         return convert.receipt_from(response)
 
     def _open(self) -> grpc.aio.Channel:
+        if self._is_closed:
+            raise PreconditionFailed(blocking.CLOSED)
         if self._channel is None:
             known = self._connection
             self._channel = open_channel(known.target, tls=known.tls, interceptors=self._interceptors)
@@ -402,7 +421,15 @@ class AsyncClient:
                 raise known.explained(error, is_connected=self._is_connected()) from error
 
     def _is_connected(self) -> bool:
-        return self._open().get_state() is grpc.ChannelConnectivity.READY
+        return self._channel is not None and self._channel.get_state() is grpc.ChannelConnectivity.READY
+
+
+def _batch(questions: Sequence[Question]) -> cascade_pb2.GenerateBatchRequest:
+    if isinstance(questions, str):
+        raise TypeError("requests is a list of questions, not one text")
+    return cascade_pb2.GenerateBatchRequest(
+        requests=[convert.request_to(Request.of(each)) for each in questions]
+    )
 
 
 def encryption_advice(message: str, *, is_encrypted: bool) -> str:

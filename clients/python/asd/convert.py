@@ -65,14 +65,19 @@ class Enumeration(Generic[Member]):
     def __init__(self, kind: type[Member], enum: EnumTypeWrapper[Any]) -> None:
         self.name = kind.__name__
         self._prefix = f"{_CAPITAL.sub('_', self.name).upper()}_"
-        self._enum = enum
         self.members: dict[int, Member] = {enum.Value(self._prefix + each.name): each for each in kind}
         self.numbers: dict[str, Any] = {member: number for number, member in self.members.items()}
 
-    def number_of(self, name: str) -> Any:
-        """Return the number of a member, or of its value. Raises ValueError for another name."""
-        number = self.numbers.get(name)
-        return self._enum.Value(self._prefix + name.upper()) if number is None else number
+    def number_of(self, name: str, field: str) -> Any:
+        """Return the number of a member, or of its value. Raises InvalidRequest for another name.
+
+        field: what the name was given for.
+        """
+        number = self.numbers.get(name) if isinstance(name, str) else None
+        if number is None:
+            known = ", ".join(f'"{each}"' for each in self.numbers)
+            raise InvalidRequest(f"{field} is one of {known}, not {name!r}", field=field)
+        return number
 
     def read(self, number: int) -> Member | str:
         """Return the member with a number.
@@ -156,7 +161,9 @@ def set_input(message: Any, value: Input) -> None:
     conversation.SetInParent()
     for index, turn in enumerate(value):
         try:
-            conversation.messages.add(role=ROLES.number_of(turn.role), content=turn.content)
+            conversation.messages.add(
+                role=ROLES.number_of(turn.role, f"conversation.messages[{index}].role"), content=turn.content
+            )
         except UnicodeEncodeError as error:
             raise _not_utf8(f"conversation.messages[{index}].content") from error
 
@@ -196,7 +203,7 @@ def objective_to(objective: Objective) -> common_pb2.Objective:
         max_cost=objective.max_cost,
         max_latency_ms=objective.max_latency_ms,
         min_quality=objective.min_quality,
-        preference=None if preference is None else PREFERENCES.number_of(preference),
+        preference=None if preference is None else PREFERENCES.number_of(preference, "objective.preference"),
     )
     if objective.quality_value is not None:
         # `lambda` is a keyword of Python.
@@ -207,7 +214,7 @@ def objective_to(objective: Objective) -> common_pb2.Objective:
 def acceptance_to(acceptance: Acceptance) -> common_pb2.Acceptance:
     """Return an acceptance as a message."""
     return common_pb2.Acceptance(
-        mode=ACCEPTANCE_MODES.number_of(acceptance.mode), threshold=acceptance.threshold
+        mode=ACCEPTANCE_MODES.number_of(acceptance.mode, "acceptance.mode"), threshold=acceptance.threshold
     )
 
 

@@ -196,6 +196,10 @@ class Request:
         given: dict[str, Any] = dict(options)
         sampling = Sampling(**_take(given, Sampling))
         objective = Objective(**_take(given, Objective))
+        unknown = given.keys() - Options.__annotations__.keys()
+        if unknown:
+            known = ", ".join(sorted(Options.__annotations__))
+            raise TypeError(f"there is no option {min(unknown)}: the options are {known}")
         turns = question if isinstance(question, str) else tuple(question)
         return cls(turns, sampling, objective, **given)
 

@@ -56,7 +56,7 @@ class Admission:
 
         1: waits do not count. A caller who asks for the BEST, or sets a lambda, did not ask for speed.
         """
-        if self._overload is Overload.DEGRADE or objective.preference is Preference.FASTEST:
+        if self._overload is Overload.DEGRADE or objective.preference == Preference.FASTEST:
             return None
         is_bound = objective.quality_value is not None or objective.preference == Preference.BEST
         return 1.0 if is_bound else LEAST_SHARE

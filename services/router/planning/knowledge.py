@@ -42,9 +42,10 @@ _TEMPLATE_TOKENS = 1024
 
 
 class Knowledge:
-    """What is known of a cascade's stages. clock: monotonic seconds. activator: of stages without replicas.
+    """What the router knows of the stages of a cascade.
 
-    has_adaptive_drafts: whether drafts that save nothing are left out.
+    clock: monotonic seconds. activator: knows which stages have no replica. has_adaptive_drafts: whether
+    drafts that save nothing are left out.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class Knowledge:
         return self.load.expected_queue_ms(stage.index) + self.load.service_ms(stage.index)
 
     def usual_ms(self, stage: Stage) -> float:
-        """Return the same, but always 0 before any call was answered, whatever the wait."""
+        """Return `expected_ms`; 0 while the stage has answered no request."""
         return self.expected_ms(stage) if self.load.service_ms(stage.index) else 0.0
 
     def timeout_ms(self, stage: Stage) -> float:

@@ -505,12 +505,12 @@ class RequestPlan:
             return None
 
     def _without_policy(self) -> StaticPlan:
-        if self._policy is None:
-            # The operator configured this plan alone.
-            return self._static_plan
-        has_drafts = self._source is PlanSource.POLICY
         return plan_without_policy(
-            self._objective, self._static_plan, self._knowledge.stages, has_drafts=has_drafts
+            self._objective,
+            self._static_plan,
+            self._knowledge.stages,
+            is_whole=self._policy is None,
+            has_drafts=self._source is PlanSource.POLICY,
         )
 
     def _too_slow(self, excluded: Collection[int]) -> frozenset[int]:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 
 class PolicyPlan:
-    """The policy's plan of one request. Raises Unavailable or BudgetSpent if the policy is away or late."""
+    """The policy's plan for one request. Its methods raise Unavailable where the policy service is
+    unreachable, and BudgetSpent where it is late."""
 
     def __init__(
         self, policy: PolicyClient, state: RequestState, knowledge: Knowledge, admission: Admission

@@ -56,9 +56,11 @@ class StaticPlan:
 
 
 def plan_without_policy(
-    objective: Objective, plan: StaticPlan, stages: Sequence[Stage], *, has_drafts: bool
+    objective: Objective, plan: StaticPlan, stages: Sequence[Stage], *, is_whole: bool, has_drafts: bool
 ) -> StaticPlan:
-    """Return the stages to call while the policy service is unavailable. plan: the configured plan.
+    """Return what is asked while the policy service is unavailable, or where there is none.
+
+    plan: the configured one. is_whole: whether its operator wants no more than it, since there is no policy.
 
     For min_quality and BEST, it is the last stage alone: no other answer could stand. For FASTEST, it is the
     configured plan. All other requests must not lose quality because the policy is late: the plan's stages
@@ -67,9 +69,10 @@ def plan_without_policy(
     """
     last = len(stages) - 1
     alone = StaticPlan((last,), len(stages))
-    if objective.min_quality is not None or objective.preference is Preference.BEST:
+    if objective.min_quality is not None or objective.preference == Preference.BEST:
         return alone
-    if objective.preference == Preference.FASTEST and objective.quality_value is None:
+    is_fastest = objective.preference == Preference.FASTEST and objective.quality_value is None
+    if is_whole or is_fastest:
         return plan
     cost = sum(stages[index].cost for index in {*plan.stages, last})
     is_too_dear = objective.max_cost is not None and is_above(cost, objective.max_cost)

@@ -174,6 +174,33 @@ async def test_a_stream_that_is_left_ends_the_call():
     await server.stop(0)
 
 
+@pytest.mark.parametrize("kind", ["unary", "stream"])
+async def test_a_closed_client_says_so(kind):
+    client = Client("127.0.0.1:1")
+    client.close()
+    with pytest.raises(PreconditionFailed, match="closed"):
+        await in_thread(lambda: client.describe() if kind == "unary" else [*client.stream("hi")])
+
+
+async def test_a_closed_client_for_asyncio_says_so():
+    async with AsyncClient("127.0.0.1:1") as client:
+        pass
+    with pytest.raises(PreconditionFailed, match="closed"):
+        await client.describe()
+
+
+async def test_a_router_that_is_unavailable_keeps_its_own_words():
+    class Unable(Leaving):
+        async def Describe(self, request, context):  # noqa: N802 - the proto's name
+            raise Unavailable("stage large is away")
+
+    server, port = await Unable().start()
+    client = Client(f"127.0.0.1:{port}", timeout_ms=CALL_S * 1e3)
+    with client, pytest.raises(Unavailable, match="stage large is away"):
+        await in_thread(client.describe)
+    await server.stop(0)
+
+
 async def test_what_is_no_router_is_told():
     server, port = await start_server("127.0.0.1:0", [])
     with Client(f"127.0.0.1:{port}") as client:

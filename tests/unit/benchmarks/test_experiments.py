@@ -22,7 +22,7 @@ from benchmarks.experiments.grid import (
     sample_runs,
     summarise,
 )
-from benchmarks.experiments.measure import Bin, Measured, Point, Reliability
+from benchmarks.experiments.measure import Bin, CurveMark, Measured, Reliability
 from benchmarks.experiments.plots import draw_plots
 from benchmarks.experiments.report import render_report, verdicts
 from benchmarks.experiments.response import check_response
@@ -186,7 +186,7 @@ def measured_of(rows=RISING):
 
     def points(*names):
         return tuple(
-            Point(name, 2.0 ** (place + 1), 0.9 + place / 100, 2.0 + place, 9.0, 0.8, (0.5, 0.3, 0.2))
+            CurveMark(name, 2.0 ** (place + 1), 0.9 + place / 100, 2.0 + place, 9.0, 0.8, (0.5, 0.3, 0.2))
             for place, name in enumerate(names)
         )
 

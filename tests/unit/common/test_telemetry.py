@@ -91,7 +91,6 @@ def test_without_a_provider_nothing_is_recorded(exporter: InMemorySpanExporter) 
         span.set("b", 2)
         assert not span.recording
         assert telemetry.current_trace_id() == ""
-    assert not telemetry.tracing_enabled()
     assert telemetry.server_interceptors() == []
     assert telemetry.client_interceptors() is None
     assert exporter.get_finished_spans() == ()
@@ -141,7 +140,7 @@ def test_nothing_is_set_up_unasked(environment: pytest.MonkeyPatch, variables: d
         environment.setenv(name, value)
     assert not telemetry.setup_tracing("asd-test")
     assert not telemetry.setup_metrics("asd-test")
-    assert not telemetry.tracing_enabled()
+    assert telemetry.client_interceptors() is None
     assert not telemetry.metrics_enabled()
 
 
@@ -160,7 +159,7 @@ def test_an_exporter_that_asd_lacks_is_refused(
     with pytest.raises(ValueError, match=asks_for) as caught:
         telemetry.setup_tracing("asd-test")
     assert f"{variable}={value}" in str(caught.value)
-    assert not telemetry.tracing_enabled()
+    assert telemetry.client_interceptors() is None
 
 
 @pytest.mark.parametrize(

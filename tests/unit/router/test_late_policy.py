@@ -112,3 +112,17 @@ async def test_where_the_last_stage_is_away_its_draft_stands():
 async def test_without_a_policy_service_the_static_plan_is_followed_as_it_is_written(objective):
     outcome = await SmallCascade(None, static_plan=(0, 1)).ask(objective=objective)
     assert answered(outcome) == ["small", "medium"]
+
+
+@pytest.mark.parametrize("objective", BEST.values(), ids=BEST)
+async def test_without_a_policy_service_who_wants_the_best_is_answered_by_the_last_stage(objective):
+    assert answered(await SmallCascade(None, static_plan=(0, 1)).ask(objective=objective)) == ["large"]
+
+
+@pytest.mark.parametrize("preference", ["fastest", "best"])
+async def test_a_preference_is_the_same_as_its_value(preference):
+    plans = [
+        answered(await SmallCascade(late("plan"), static_plan=(1,)).ask(objective=Objective(preference=each)))
+        for each in (preference, Preference(preference))
+    ]
+    assert plans[0] == plans[1] == (["medium"] if preference == "fastest" else ["large"])

@@ -54,3 +54,15 @@ def test_every_page_is_in_the_navigation_once() -> None:
 
 def test_the_readme_takes_ten_minutes() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 900
+
+
+def test_every_path_that_the_documentation_names_is_there() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    missing = [
+        (page.name, path)
+        for page in pages
+        for path in re.findall(r"`([\w./-]+/[\w./-]*)`", page.read_text(encoding="utf-8"))
+        if path.partition("/")[0] in folders - {"build", "dist"} and not (ROOT / path).exists()
+    ]
+    assert not missing

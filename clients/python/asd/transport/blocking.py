@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 
-from asd.errors import AsdError, Away, BudgetSpent
+from asd.errors import AsdError, Away, BudgetSpent, PreconditionFailed
 from asd.transport.channel import MAX_MESSAGE_BYTES, Metadata, channel_options, check_time
-from asd.transport.status import from_rpc_error
+from asd.transport.status import from_rpc_error, has_details
 from asd.transport.tls import TlsFiles, watched_channel_credentials
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
 
     from asd.transport.patience import Patience
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
+Stub = TypeVar("Stub")
 
-# How gRPC (1.85) begins the debug text of a status that a server has sent.
-_OF_PEER = "Error received from peer"
+CLOSED = "this client is closed: make another one"
 
 
 class BlockingChannel:
@@ -37,19 +37,28 @@ class BlockingChannel:
         self._options = channel_options(target, retry=True, max_message_bytes=MAX_MESSAGE_BYTES, tls=tls)
         self._watched = watched_channel_credentials(tls) if tls is not None else None
         self._lock = threading.Lock()
+        self._is_closed = False
         self._channel = self._connect()
 
-    def current(self) -> grpc.Channel:
-        """Return the channel with the current certificates."""
+    def stub(self, kind: Callable[[grpc.Channel], Stub]) -> Stub:
+        """Return a stub over a connection with the current certificates.
+
+        Raises PreconditionFailed once the channel is closed: gRPC (1.85) crashes where a stub is made of a
+        closed channel.
+        """
         with self._lock:
+            if self._is_closed:
+                raise PreconditionFailed(CLOSED)
             if self._watched is not None and self._watched.refresh():
                 # The old channel is not closed: calls in flight still use it.
                 self._channel = self._connect()
-            return self._channel
+            return kind(self._channel)
 
     def close(self) -> None:
         """Close it; calls in flight end."""
-        self._channel.close()
+        with self._lock:
+            self._is_closed = True
+            self._channel.close()
 
     def _connect(self) -> grpc.Channel:
         if self._watched is None:
@@ -72,6 +81,8 @@ def call_unary(
     while True:
         try:
             response = method(request, timeout=until - patience.now(), metadata=metadata or None)
+        except ValueError as error:
+            raise _closed(error) from error
         except grpc.RpcError as error:
             _wait_or_raise(error, patience, until, timeout_ms, peer)
         else:
@@ -93,7 +104,10 @@ def call_stream(
     until = patience.now() + timeout_ms / 1000.0
     has_begun = False
     while True:
-        call = method(request, timeout=until - patience.now(), metadata=metadata or None)
+        try:
+            call = method(request, timeout=until - patience.now(), metadata=metadata or None)
+        except ValueError as error:
+            raise _closed(error) from error
         try:
             for response in call:
                 has_begun = True
@@ -117,7 +131,7 @@ def is_told(error: BaseException | None) -> bool:
     if not isinstance(error, grpc.RpcError):
         return False
     # A stopped server sends CANCELLED, without further details.
-    return error.code() is grpc.StatusCode.CANCELLED or _OF_PEER in str(error)
+    return error.code() is grpc.StatusCode.CANCELLED or has_details(error)
 
 
 def _wait_or_raise(
@@ -130,6 +144,11 @@ def _wait_or_raise(
     if pause_s is None:
         raise failure from error
     time.sleep(pause_s)
+
+
+def _closed(error: ValueError) -> Exception:
+    """Return what to raise if gRPC refuses to call: its only reason is a channel that a thread has closed."""
+    return PreconditionFailed(CLOSED) if "closed channel" in str(error) else error
 
 
 def _explained(error: grpc.RpcError, timeout_ms: float, peer: str) -> AsdError:

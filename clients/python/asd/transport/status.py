@@ -131,6 +131,11 @@ def from_rpc_error(error: grpc.RpcError, *, peer: str = "") -> AsdError:
     return kind(message, field=_field_of(details), retry_after_s=_delay_of(details))
 
 
+def has_details(error: grpc.RpcError) -> bool:
+    """Return whether a failed call ended with a status that a service sent, rather than the transport."""
+    return _details_of(error) is not None
+
+
 def _details_of(error: grpc.RpcError) -> google_rpc_pb2.Status | None:
     """Return the google.rpc.Status in a failed call's trailing metadata; None if there is none."""
     for key, value in cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ()):
