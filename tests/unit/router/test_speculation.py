@@ -23,6 +23,9 @@ TOKENS = 64
 # Of a verification that keeps so little of a draft that by the passes alone either way may be the faster one.
 PASSES = round(0.95 * WORTHLESS * TOKENS)
 ACCEPTED = (0.0, 0.25, 0.5, 0.75, 1.0)
+# Share of the better way's rate that is left while it is being found. The other way has 0.25 to 0.78 of it,
+# at one acceptance at least for each drafter and load.
+NEAR = 0.8
 AT_A_TIME = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -325,8 +328,7 @@ def better(workload: Workload, at_a_time: int) -> float:
 def test_the_better_way_is_soon_found(drafter: str, at_a_time: int, has_draft: bool) -> None:
     for accepted in ACCEPTED:
         workload = Workload(drafter, (accepted,), has_draft=has_draft)
-        # Chosen: what finding it may cost.
-        least = 0.85 * better(workload, at_a_time)
+        least = NEAR * better(workload, at_a_time)
         assert rate(workload, at_a_time) > least, accepted
         for seed in range(2):
             assert rate(workload, at_a_time, routers=4, seed=seed) > least, accepted
@@ -342,7 +344,7 @@ def test_a_load_that_falls_is_not_judged_by_what_the_higher_one_took(accepted: f
         found.append(loop.answers(at_a_time, max(4 * at_a_time, 10)))
         loop.drain()
     for at_a_time, each in zip((64, 8, 1), found, strict=True):
-        assert each > 0.9 * better(workload, at_a_time)
+        assert each > NEAR * better(workload, at_a_time)
 
 
 @pytest.mark.parametrize("at_a_time", [8, 16, 64])
