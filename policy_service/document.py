@@ -165,7 +165,7 @@ class AbandonEntry(Entry):
 class StageEntry(Entry):
     """A `domain.StageFacts`. abandon: thresholds of hopeless drafts, by ascending number of tokens.
 
-    finish_reasons: left out where the answers all ended by themselves, as in artifacts that know no others.
+    finish_reasons: left out if all answers ended with the end token, as in artifacts of earlier versions.
     """
 
     name: Name

@@ -161,7 +161,7 @@ class PolicyStore:
         """Keep a policy, and put it into force. where: its path, for messages.
 
         A stored version that cannot be served is replaced, and so is a damaged pointer. Raises UnfitArtifact
-        if the artifact cannot be served, or was made for other stages than the version in force,
+        if the artifact cannot be served, or was made for other stages than the version in force. Raises
         ResourceExhausted on a full disk, PreconditionFailed if the store cannot be written to.
         """
         if any((self.directory / name).exists() for name in (ARTIFACT, DOCUMENT)):

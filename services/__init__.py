@@ -1,1 +1,1 @@
-"""The services of asd: router, stage, client and what they share."""
+"""The services of asd, their common code, the `asd` command and the launcher of local cascades."""

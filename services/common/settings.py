@@ -141,7 +141,7 @@ class ServiceSettings(_Numbers, BaseSettings):
 
     @classmethod
     def _explain_variable(cls, error: Exception) -> str:
-        """Return what is wrong with a variable, by its name: pydantic-settings names the field."""
+        """Return the fault of a variable, with the variable's name: pydantic-settings names the field."""
         field = re.search(r'field "(\w+)"', str(error))
         if field is None:
             return str(error)

@@ -371,7 +371,7 @@ def _serve_metrics(listen: str) -> MetricReader:
 
 
 def shutdown_telemetry() -> None:
-    """Send what is still buffered. Blocks for at most a few seconds."""
+    """Export the data that is still buffered. Blocks for at most a few seconds."""
     for provider in (trace.get_tracer_provider(), metrics.get_meter_provider()):
         shutdown = getattr(provider, "shutdown", None)
         if shutdown is not None:

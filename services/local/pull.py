@@ -417,7 +417,7 @@ def _explained(hub: Any, model: str, revision: str | None, target: Path) -> Iter
 def _explain(  # noqa: PLR0911 - a table, most specific first
     hub: Any, error: Exception, model: str, revision: str | None, target: Path
 ) -> AsdError:
-    """Return what a person can do about an error of the hub's library."""
+    """Return an error that says what to do about an error of the hub's library."""
     errors = hub.errors
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError) or status == 403:

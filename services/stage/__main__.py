@@ -33,7 +33,7 @@ def build(settings: StageSettings) -> tuple[ModelPool, StageServicer]:
 async def preload(pool: ModelPool, settings: StageSettings) -> None:
     """Load the models that the settings preload.
 
-    Raises as ModelPool.load does where the default model cannot be loaded. For any other model the failure is
+    Raises as ModelPool.load does if the default model cannot be loaded. For any other model, the failure is
     logged, and the first request for it tries again.
     """
     for model in settings.models:

@@ -18,7 +18,7 @@ MOST_TEXT_BYTES = 1 << 20
 
 
 def read_json_file(path: Path, wanted: str) -> Any:
-    """Return what a JSON file holds. wanted: what to do about a missing one, for its message.
+    """Return the content of a JSON file. wanted: advice for the message if it is missing.
 
     Raises PreconditionFailed, naming the file, if it cannot be read or is no JSON.
     """

@@ -116,10 +116,10 @@ class ModelPool:
                 del self._calls[caller]
 
     async def load(self, name: str) -> Loaded:
-        """Load a model, unloading others if the budget requires it.
+        """Load a model, and unload other models if the budget requires it.
 
-        Raises NotFound for an unknown name, PreconditionFailed for a model that is damaged, larger than the
-        budget or fails to load, QueueFull if every model that could make room is in use.
+        Raises NotFound for an unknown name, PreconditionFailed for a model that is damaged, too large for the
+        budget or fails to load. Raises QueueFull if every model that could make room is in use.
         """
         name, entry = self._find(name)
         entry.users += 1

@@ -252,7 +252,7 @@ def test_the_summary_says_what_matters() -> None:
     assert re.search(r"mean cost, units +4\.00 +8\.00 +0\.50 \(", text)
     assert "75.0% of the answers came before the last stage (small 3, large 1)" in text
     assert "1 of 4 answers followed the static plan: the policy was away, or later than " in text
-    assert "policy.timeoutMs (100 by default): raise it on a busy node" in text
+    assert "policy.timeoutMs (100 by default)" in text
     assert "FAILED" not in text
 
 
@@ -364,4 +364,4 @@ def test_a_router_that_is_not_there_ends_the_run_with_a_sentence(monkeypatch: py
     monkeypatch.setenv("RELEASE", "nope")
     with pytest.raises(SystemExit) as stopped:
         benchmark.main()
-    assert str(stopped.value.code).endswith("; is RELEASE in parameters.env your release?")
+    assert str(stopped.value.code).endswith("RELEASE in parameters.env your release?")

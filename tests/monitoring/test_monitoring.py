@@ -302,7 +302,7 @@ def _selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
 def test_monitors_of_pods_that_serve_no_metrics_are_refused(kind: str) -> None:
     run = helm_template({"monitoring": {kind: {"enabled": True}}})
     assert run.returncode != 0
-    assert "set telemetry.metricsPort, for instance to 9464" in run.stderr
+    assert "telemetry.metricsPort" in run.stderr
 
 
 def test_a_release_watches_itself_alone(promtool: Path, tmp_path: Path) -> None:

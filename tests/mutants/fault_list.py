@@ -52,8 +52,9 @@ FAULTS = (
         ),
         Edit(
             "stream.py",
-            "if self._view is View.OUTCOME or (self._view is View.COMMITTED and not self._is_final):",
-            "if self._view is View.OUTCOME:",
+            "if self._view is Visibility.OUTCOME or ("
+            "self._view is Visibility.COMMITTED and not self._is_final):",
+            "if self._view is Visibility.OUTCOME:",
         ),
     ),
     Fault(

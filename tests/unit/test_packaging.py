@@ -269,4 +269,4 @@ def test_the_client_alone_works_beside_services_of_the_user(client: Wheel, tmp_p
     (tmp_path / "services").mkdir()
     (tmp_path / "services" / "__init__.py").write_text("MINE = True\n")
     done = run_python(_ASK, str(client.folder), folder=tmp_path, path=tmp_path, more=client.folder)
-    assert (done.returncode, done.stdout) == (0, "no cascade answers at 127.0.0.1:1\n"), done.stderr
+    assert (done.returncode, "127.0.0.1:1" in done.stdout) == (0, True), done.stderr

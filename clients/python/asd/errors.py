@@ -63,7 +63,7 @@ class PreconditionFailed(AsdError):
 
 
 class InputFailed(PreconditionFailed):
-    """A model's chat template or tokenizer fails on this input, and is not known to fail on others."""
+    """A model's chat template or tokenizer fails on this input, but maybe not on other inputs."""
 
 
 class Unauthenticated(AsdError):

@@ -78,7 +78,10 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Took:
-    """What a request took. tokens: 0 without an answer. otherwise_s: forecast for the other arm, or 0."""
+    """Time and tokens of a request. tokens: 0 without an answer.
+
+    otherwise_s: forecast of its time with the other arm; 0: none.
+    """
 
     seconds: float
     tokens: int
@@ -87,7 +90,7 @@ class Took:
 
 @dataclass(frozen=True, slots=True)
 class _Sums:
-    """Of requests: number, seconds, tokens, their products; seconds and forecasts of those that have one."""
+    """Sums over requests: number, seconds, tokens, products; seconds and forecasts if there is a forecast."""
 
     ended: float = 0.0
     seconds: float = 0.0

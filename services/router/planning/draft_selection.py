@@ -119,7 +119,7 @@ class DraftSelection:
         return DraftChoice(reason, paces, start)
 
     def answered(self, answer: StageAnswer, choice: DraftChoice | None = None) -> None:
-        """Learn from an answer. choice: what was chosen for it, if anything was; its request has ended."""
+        """Learn from an answer, whose request has ended. choice: its draft choice, if there was one."""
         usage = answer.result.usage
         if answer.verification is not None:
             share = verify_cost(1.0, usage.proposed_tokens, usage.forward_passes, usage.completion_tokens)
@@ -173,7 +173,7 @@ def _written_s(answer: StageAnswer, load: float, seconds: float) -> float:
 
 
 class _Pair:
-    """What the drafts of one stage are worth to another."""
+    """The worth of one stage's drafts to another stage."""
 
     def __init__(self) -> None:
         # Mean passes of a verification, as a share of generating.

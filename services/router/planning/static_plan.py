@@ -58,9 +58,10 @@ class StaticPlan:
 def plan_without_policy(
     objective: Objective, plan: StaticPlan, stages: Sequence[Stage], *, is_whole: bool, has_drafts: bool
 ) -> StaticPlan:
-    """Return what is asked while the policy service is unavailable, or where there is none.
+    """Return the stages to call while the policy service is unavailable, or if there is none.
 
-    plan: the configured one. is_whole: whether its operator wants no more than it, since there is no policy.
+    plan: the configured plan. is_whole: whether there is no policy service, so that the plan is followed as
+    it is written.
 
     For min_quality and BEST, it is the last stage alone: no other answer could stand. For FASTEST, it is the
     configured plan. All other requests must not lose quality because the policy is late: the plan's stages

@@ -45,7 +45,7 @@ class Checkpoint:
 
 
 def read_checkpoint(directory: Path) -> Checkpoint:
-    """Read config.json, and generation_config.json where it is there.
+    """Read config.json, and generation_config.json if it exists.
 
     Raises PreconditionFailed if config.json is missing, is not JSON, or describes no model of ARCHITECTURES.
     """

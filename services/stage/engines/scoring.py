@@ -1,4 +1,4 @@
-"""The engine over a GPU library that batches by itself: `vllm` and `tensorrt_llm` are backends of it.
+"""The engine over a GPU library with batching of its own: `vllm` and `tensorrt_llm` are its backends.
 
 Such a library takes token ids and gives the likeliest tokens of each position, never the logits.
 
@@ -6,7 +6,7 @@ Greedy verification. One pass scores prompt and draft. The agreed prefix is kept
 model's own next token. A further request then writes on, from the prefix cache that the pass filled. After a
 correction the rest of the draft is scored again if it is long enough to be worth a pass.
 
-Sampling. The library draws by itself, so its draw cannot be known from a scoring pass. An exact answer at a
+Sampling. The library draws the tokens, so its draw cannot be known from a scoring pass. An exact answer at a
 temperature above 0 is therefore written from the request's seed as if there were no draft, which saves no
 time; the prefix that it shares with the draft is reported as accepted. A tolerant answer keeps the draft's
 likely tokens and continues with draws.
@@ -146,7 +146,7 @@ class ScoringEngine:
             raise
 
     async def _answer_probe(self, prompts: Sequence[list[int]]) -> npt.NDArray[np.floating]:
-        """Return log-probabilities of what the library writes after prompts, at once if slots allow."""
+        """Return log-probabilities of the library's answers to prompts, computed together if slots allow."""
 
         async def write(ids: list[int]) -> list[float]:
             request = TokenRequest(ANSWER_TOKENS)
@@ -239,7 +239,7 @@ class ScoringEngine:
         return PrefillResult(count, call.cached, (call.prefilled - call.arrived) * 1e3)
 
     def status(self) -> EngineStatus:
-        """Return what is loaded, queued and running."""
+        """Return whether the model is loaded, and how many calls wait and run."""
         held = sum(len(call.prompt) + len(call.ids) for call in self._running)
         return EngineStatus(
             state=self._state,
@@ -258,7 +258,7 @@ class ScoringEngine:
 
     @property
     def memory_bytes(self) -> int:
-        """Weights, and the KV cache where its size is set: the library takes further memory for itself."""
+        """Weights, and the KV cache if its size is set; the library's other memory is not included."""
         return self._checkpoint.weight_bytes + self._options.cache_bytes
 
     async def _open(self, turns: tuple[Message, ...], sampling: Sampling) -> Call[Row]:

@@ -90,7 +90,7 @@ class ChatTokenizer:
     ) -> list[int]:
         """Return the ids of a conversation, ready for the model's answer.
 
-        A special token stands where the template itself writes one; in a message it is plain text.
+        Only the template's own text makes special tokens; in a message, their text is plain text.
         text: from `render`. most: largest number of ids.
         Raises as `render` does. Raises ConversationRefused if a message holds the text of a special token and
         the template hides whether that is part of the prompt, TooManyTokens for more ids than `most`.

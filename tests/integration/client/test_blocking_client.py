@@ -144,7 +144,7 @@ async def test_a_stream_that_a_router_has_begun_is_not_made_again():
     server, port = await router.start()
     with Client(f"127.0.0.1:{port}", timeout_ms=CALL_S * 1e3) as client:
         await in_thread(client.describe)
-        with pytest.raises(Unavailable, match="it is shutting down"):
+        with pytest.raises(Unavailable, match="shutting down"):
             await in_thread(lambda: [*client.stream("hi")])
     assert router.calls == 1
     await server.stop(0)
@@ -204,10 +204,10 @@ async def test_a_router_that_is_unavailable_keeps_its_own_words():
 async def test_what_is_no_router_is_told():
     server, port = await start_server("127.0.0.1:0", [])
     with Client(f"127.0.0.1:{port}") as client:
-        with pytest.raises(PreconditionFailed, match="is not a router"):
+        with pytest.raises(PreconditionFailed, match="router"):
             await in_thread(client.describe)
         answer = Answer("r", "", (), "", "eos", "a", 0, 0.5, 1.0, 1.0, 0.0, "policy", "v", "", ())
-        with pytest.raises(PreconditionFailed, match="is not a policy service"):
+        with pytest.raises(PreconditionFailed, match="policy service"):
             await in_thread(lambda: client.report(answer, correct=True, policy_target=f"127.0.0.1:{port}"))
     await server.stop(0)
 
@@ -254,7 +254,7 @@ async def test_it_shows_a_token_over_tls_and_takes_new_certificates(tmp_path):
     with Client(f"127.0.0.1:{port}", tls=tls) as client, pytest.raises(Unauthenticated):
         await in_thread(client.describe)
     with Client(f"127.0.0.1:{other_port}", tls=tls, token="s3cret") as client:
-        with pytest.raises(Unavailable, match=r"name a file with it by tls\.ca_file"):
+        with pytest.raises(Unavailable, match=r"tls\.ca_file"):
             await in_thread(client.describe)
         second.trust_instead(trusted)
         assert (await in_thread(client.describe)).version == "1"

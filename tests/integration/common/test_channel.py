@@ -228,9 +228,9 @@ async def test_a_stream_that_its_caller_leaves_ends_at_the_peer(connect: Connect
 async def test_no_call_is_made_without_time(connect: Connect, timeout_ms: float) -> None:
     fake = Flaky()
     stub = await connect(fake)
-    with pytest.raises(BudgetSpent, match="no time left to call stage small"):
+    with pytest.raises(BudgetSpent, match="no time left"):
         await call_unary(stub.Status, ASK, timeout_ms=timeout_ms, peer="stage small")
-    with pytest.raises(BudgetSpent, match="no time left to call stage small"):
+    with pytest.raises(BudgetSpent, match="no time left"):
         await anext(call_stream(stub.Generate, WRITE, timeout_ms=timeout_ms, peer="stage small"))
     assert fake.calls == 0
 
@@ -269,9 +269,9 @@ async def exchange(stub: Any, hold_s: float = 0.0) -> list[str]:
 
 
 async def test_a_refusal_that_comes_while_requests_are_held_is_told(connect: Connect) -> None:
-    stub = await connect(Hasty(refusal=ResourceExhausted("the queue is full")))
+    stub = await connect(Hasty(refusal=ResourceExhausted("256 wait")))
     for _ in range(200):
-        with pytest.raises(ResourceExhausted, match="the queue is full"):
+        with pytest.raises(ResourceExhausted, match="256 wait"):
             await exchange(stub, hold_s=5.0)
 
 
@@ -288,7 +288,7 @@ async def test_a_call_that_ends_without_a_result_never_looks_like_a_fault_here(c
         try:
             assert await exchange(stub) == []
         except BrokenOff as error:
-            assert "broke the call off" in str(error)  # noqa: PT017
+            assert "broke" in str(error)  # noqa: PT017
 
 
 # Connections that break, and answers that are none.
@@ -491,7 +491,7 @@ async def test_an_answer_that_cannot_be_read_is_as_none_and_fills_no_log(
     await server.start()
     try:
         async with open_channel(f"127.0.0.1:{port}") as channel:
-            with pytest.raises(Unavailable, match="stage small sent an answer that cannot be read"):
+            with pytest.raises(Unavailable, match="cannot be read"):
                 await call_all(stage_pb2_grpc.StageServiceStub(channel), kind, lambda: None)
     finally:
         await server.stop(0)

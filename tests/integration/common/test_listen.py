@@ -67,7 +67,7 @@ async def test_addresses_that_cannot_be_are_refused(listen, message):
 
 async def test_a_port_is_free_again_at_once():
     server, port = await start_server("127.0.0.1:0", [])
-    with pytest.raises(CannotListen, match="the port is taken"):
+    with pytest.raises(CannotListen, match=f":{port}"):
         await start_server(f"127.0.0.1:{port}", [])
     await server.stop(0)
     again, same = await start_server(f"127.0.0.1:{port}", [])

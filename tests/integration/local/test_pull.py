@@ -248,7 +248,7 @@ def test_a_file_that_was_damaged_here_is_loaded_anew_though_its_size_is_the_same
 
 def test_a_wrong_architecture_is_known_before_the_weights_are_loaded(hub: Hub, tmp_path: Path) -> None:
     hub.files["config.json"] = json.dumps({"architectures": ["T5ForConditionalGeneration"]}).encode()
-    with pytest.raises(PreconditionFailed, match="architecture T5ForConditionalGeneration is not one of"):
+    with pytest.raises(PreconditionFailed, match="T5ForConditionalGeneration"):
         _pull(hub, tmp_path)
     assert [name for name, _, _ in hub.sent] == ["config.json"]
 
@@ -282,7 +282,7 @@ def test_a_disk_that_cannot_hold_it_is_told_before_anything_is_loaded(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(pulling.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(ResourceExhausted, match=r"has 0\.0 GB free, and 0\.0 GB are to be loaded"):
+    with pytest.raises(ResourceExhausted, match=r"0\.0 GB free"):
         _pull(hub, tmp_path)
     assert hub.sent == []
 
@@ -294,19 +294,19 @@ def test_a_disk_that_fills_up_is_told(hub: Hub, tmp_path: Path, monkeypatch: pyt
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-    with pytest.raises(ResourceExhausted, match=r"the disk is full: .*; what has come stays"):
+    with pytest.raises(ResourceExhausted, match="disk is full"):
         _pull(hub, tmp_path)
 
 
 def test_no_network_is_told(hub: Hub, tmp_path: Path) -> None:
     hub.close()
-    with pytest.raises(Unavailable, match="the hub cannot be reached"):
+    with pytest.raises(Unavailable, match="cannot be reached"):
         _pull(hub, tmp_path)
 
 
 def test_a_model_without_safetensors_is_refused(hub: Hub, tmp_path: Path) -> None:
     del hub.files[WEIGHTS]
-    with pytest.raises(PreconditionFailed, match="has no safetensors weights"):
+    with pytest.raises(PreconditionFailed, match="safetensors"):
         _pull(hub, tmp_path)
 
 
@@ -419,7 +419,7 @@ def test_a_folder_of_another_model_is_refused(hub: Hub, tmp_path: Path) -> None:
     before = _content(_pull(hub, tmp_path).path)
     hub.model = "other/small"
     hub.files[WEIGHTS] += b"other"
-    with pytest.raises(PreconditionFailed, match="holds owner/small: remove it to have other/small there"):
+    with pytest.raises(PreconditionFailed, match=r"owner/small: .* other/small"):
         _pull(hub, tmp_path)
     assert _content(tmp_path / "small") == before
 
@@ -428,7 +428,7 @@ def test_a_folder_that_others_made_is_refused(hub: Hub, tmp_path: Path) -> None:
     folder = tmp_path / "small"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"mine")
-    with pytest.raises(PreconditionFailed, match="was not made by `asd models pull`"):
+    with pytest.raises(PreconditionFailed, match="not made by"):
         _pull(hub, tmp_path)
     assert _content(folder) == {"model.safetensors": b"mine"}
     (tmp_path / "file").write_text("")
@@ -498,7 +498,7 @@ def test_a_record_without_a_model_holds_for_its_revision(hub: Hub, tmp_path: Pat
     earlier_form = {key: record[key] for key in ("revision", "files")}
     (folder / ".asd-pull.json").write_text(json.dumps(earlier_form))
     hub.commit = "f" * 40
-    with pytest.raises(PreconditionFailed, match="holds another model, or another revision"):
+    with pytest.raises(PreconditionFailed, match="another revision"):
         _pull(hub, tmp_path)
     hub.commit = COMMIT
     assert _pull(hub, tmp_path).loaded_bytes == 0
@@ -508,7 +508,7 @@ def test_two_pulls_do_not_work_in_one_folder(hub: Hub, tmp_path: Path) -> None:
     refused = []
 
     def pull_again(_: str) -> None:
-        with pytest.raises(PreconditionFailed, match="another `asd models pull` works in"):
+        with pytest.raises(PreconditionFailed, match="works in"):
             _pull(hub, tmp_path)
         refused.append(True)
 

@@ -83,7 +83,7 @@ def test_a_port_in_use_is_named(cascade_file):
         result = asd("up", "--cascade", str(cascade_file), "--port-base", str(port - 11), "--json")
     assert result.returncode == 1
     error = json.loads(result.stderr)["error"]
-    assert f"port {port}, for small, cannot be used" in error["message"]
+    assert f"port {port}, for small," in error["message"]
     assert "--port-base" in error["message"]
 
 
@@ -115,13 +115,13 @@ async def test_output_that_finds_no_room_is_lost_and_holds_nobody_up(
     keeping.cancel()
     await asyncio.gather(keeping, return_exceptions=True)
     await child.stop(10)
-    assert sum("the disk is full" in line for line in lines) == 1
+    assert sum("disk is full" in line for line in lines) == 1
 
 
 async def test_settings_that_cannot_be_written_are_named(tmp_path: Path):
     folder = tmp_path / "gone"
     child = Child(Service("chatty", "chatty", {}, 1), folder, lambda _: None)
-    with pytest.raises(LaunchError, match=f"{folder} cannot be written: .*TMPDIR"):
+    with pytest.raises(LaunchError, match=f"{folder} .*TMPDIR"):
         await child.start()
 
 
@@ -141,7 +141,7 @@ async def test_a_stage_that_was_killed_comes_back(services, tmp_path):
     ):
         request = Request(PROMPT, stage="small")
         before = await client.ask(request)
-        with pytest.raises(Unavailable, match=r"^stage medium at \S+ does not answer \(connection refused\)"):
+        with pytest.raises(Unavailable, match=r"^stage medium .*\(connection refused\)"):
             await client.ask(Request(PROMPT, stage="medium"))
         child = supervisor.children[1]
         old = child.pid
@@ -168,14 +168,15 @@ async def test_a_service_that_cannot_start_shows_its_log_and_stops_the_others(se
     with pytest.raises(LaunchError) as failed:
         await supervisor.__aenter__()
     message = str(failed.value)
-    assert message.startswith("small ended with code 1.")
+    assert message.startswith("small ")
+    assert "code 1." in message
     assert "model_type is 'gpt2'" in message
     assert not any(psutil.pid_exists(child.pid) for child in supervisor.children)
 
 
 async def test_a_variable_that_moves_a_service_is_told(services, tmp_path, monkeypatch):
     monkeypatch.setenv("ASD_ROUTER_LISTEN", "127.0.0.1:0")
-    with pytest.raises(LaunchError, match=r"router listens on 127\.0\.0\.1:[0-9]+ instead .*ASD_\*_LISTEN"):
+    with pytest.raises(LaunchError, match=r"^router .* 127\.0\.0\.1:[0-9]+ .*ASD_\*_LISTEN"):
         async with Supervisor([services["router"]], tmp_path, say=print):
             pass
 
@@ -212,7 +213,7 @@ async def test_a_service_that_keeps_ending_is_started_later_each_time(tmp_path):
             four_lines.set()
 
     child = Child(Service("small", "no_such_module", {}, 1), tmp_path, say, delays_s=(0.001, 0.004))
-    with pytest.raises(LaunchError, match=r"small ended with code 1\.(?s:.*)No module named no_such_module"):
+    with pytest.raises(LaunchError, match=r"^small .*code 1\.(?s:.*)no_such_module"):
         await child.start()
     keeper = asyncio.create_task(child.keep())
     async with asyncio.timeout(CALL_S):
@@ -240,7 +241,7 @@ async def test_a_service_that_was_asked_to_end_is_started_again_without_delay(tm
     for _ in range(3):
         os.kill(child.pid, signal.SIGTERM)
         async with asyncio.timeout(CALL_S):
-            assert "ended with code 0; starting it again in 0.001 s" in await lines.get()
+            assert "code 0; starting it again in 0.001 s" in await lines.get()
             assert "serves again" in await lines.get()
     keeper.cancel()
     await asyncio.gather(keeper, return_exceptions=True)
@@ -329,5 +330,5 @@ async def test_logs_of_a_process_that_ended_by_itself_are_kept_and_named(cascade
             while not supervisor.has_crashed:  # noqa: ASYNC110 - there is no event for it
                 await asyncio.sleep(0)
     (directory,) = tmp_path.iterdir()
-    assert f"the logs are kept in {directory}" in file.getvalue()
+    assert f"kept in {directory}" in file.getvalue()
     assert (directory / "router.log").exists()

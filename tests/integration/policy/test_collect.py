@@ -151,7 +151,7 @@ async def test_a_call_that_a_prefix_cache_helped_has_no_latency(targets: Targets
         for row in rows
         for call in (*row.stages.values(), *row.verifications.values())
     )
-    assert f"{left_out} calls took prompt tokens from a prefix cache" in said.getvalue()
+    assert f"{left_out} calls took" in said.getvalue()
     # The costs stand in for the times that are left out.
     costs = [
         StageCosts(name=name, cost=cost, prefill_ms=1234.0)
@@ -244,7 +244,7 @@ async def test_a_finished_file_is_left_alone(targets: Targets, tmp_path: Path) -
     before = output.read_bytes()
     await collect_outcomes(options(output, dict.fromkeys(targets, NOWHERE)), QUIET)
     assert output.read_bytes() == before
-    with pytest.raises(UnfitOutcomes, match="other prompts or another cascade"):
+    with pytest.raises(UnfitOutcomes, match="another cascade"):
         await collect_outcomes(options(output, targets, prompts=30), QUIET)
 
 
@@ -298,8 +298,9 @@ async def test_a_journal_without_prompts_blocks_nothing(targets: Targets, tmp_pa
 
 
 async def test_one_stage_is_no_cascade(targets: Targets, tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequest, match="two stages or more"):
+    with pytest.raises(InvalidRequest, match="two stages") as caught:
         await collect_outcomes(options(tmp_path / "o.parquet", {"small": targets["small"]}), QUIET)
+    assert caught.value.field == "stage"
 
 
 async def test_a_damaged_line_is_collected_once_more_and_no_other(
@@ -339,5 +340,5 @@ except AsdError as error:
         timeout=60,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
     )
-    assert ended.stdout.startswith(f"ResourceExhausted {tmp_path / 'train.parquet'} cannot be written: ")
+    assert ended.stdout.startswith(f"ResourceExhausted {tmp_path / 'train.parquet'} ")
     assert not [*tmp_path.iterdir()]

@@ -189,7 +189,7 @@ async def test_a_bad_new_version_leaves_the_last_good_one(store: PolicyStore, tm
         store.artifact("v2").write_bytes(b"PK")
         service.follow()
         assert (await service.stub.Decide(decide(-0.4), timeout=CALL_S)).policy_version == "v1"
-    assert "policy v1 stays in force" in caplog.text
+    assert "v1 stays in force" in caplog.text
 
 
 async def test_reports_of_a_version_that_nobody_knows_are_refused(store: PolicyStore, tmp_path: Path):
@@ -404,7 +404,7 @@ async def test_the_process_follows_its_store_and_keeps_a_shadow(store, process, 
     first, *_, last = read_shadow(tmp_path / "shadow.jsonl")
     assert (first.live_version, first.agrees) == ("v1", False)
     assert (last.live_version, last.agrees) == ("v2", True)
-    assert "policy v2 is in force, after v1" in (tmp_path / "errors.log").read_text()
+    assert "v2 is in force" in (tmp_path / "errors.log").read_text()
 
 
 async def test_a_shadow_that_cannot_be_had_does_not_keep_the_process_from_serving(store, process, tmp_path):
@@ -416,7 +416,8 @@ async def test_a_shadow_that_cannot_be_had_does_not_keep_the_process_from_servin
         described = await stub.Describe(policy_pb2.PolicyServiceDescribeRequest(), timeout=CALL_S)
         assert not described.HasField("shadow")
     log = (tmp_path / "errors.log").read_text()
-    assert "no shadow policy decides beside v1: policy other was made for the cascade small" in log
+    assert "no shadow" in log
+    assert "cascade small, medium, large" in log
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from services.common.server import ServiceRegistration, start_server
 from services.router.__main__ import assemble
 from services.router.settings import RouterSettings
 from tests.limits import CALL_S
+from tests.recording import metered, recorded  # noqa: F401 - fixtures
 
 if TYPE_CHECKING:
     from collections.abc import Callable

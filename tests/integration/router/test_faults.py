@@ -71,14 +71,14 @@ async def test_the_log_tells_of_the_policy_and_not_of_each_request(world, clock,
     for _ in range(5):
         assert (await w.stub.Generate(ASK, timeout=CALL_S)).plan_source == STATIC
     (away,) = [record.getMessage() for record in caplog.records]
-    assert f"the policy service at {w.targets['policy']}" in away
+    assert w.targets["policy"] in away
     await w.start("policy")
     async with asyncio.timeout(CALL_S):
         while (await w.stub.Generate(ASK, timeout=CALL_S)).plan_source != POLICY:
             clock.advance(1.0)
             await asyncio.sleep(0.02)
     _, back = [record.getMessage() for record in caplog.records]
-    assert f"the policy service at {w.targets['policy']}" in back
+    assert w.targets["policy"] in back
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ async def test_malformed_plan_surfaces(world, plan):
     w = await world(policy=world.policy(plan_response=plan))
     error = await failure(w.stub.Generate(ASK, timeout=CALL_S))
     assert error.code() == grpc.StatusCode.INTERNAL
-    assert "the policy service at" in error.details()
+    assert w.targets["policy"] in error.details()
     assert not any(stage.calls for stage in w.stages.values())
 
 
@@ -124,15 +124,15 @@ async def test_malformed_decision_surfaces(world, response):
     w = await world(policy=world.policy(decide_response=response))
     error = await failure(w.stub.Generate(ASK, timeout=CALL_S))
     assert error.code() == grpc.StatusCode.INTERNAL
-    assert "the policy service at" in error.details()
+    assert w.targets["policy"] in error.details()
 
 
 async def test_policy_that_refuses_the_cascade_surfaces(world):
-    refusal = PreconditionFailed("made for other stages")
+    refusal = PreconditionFailed("other stages")
     w = await world(policy=world.policy(plan_failure=refusal))
     error = await failure(w.stub.Generate(ASK, timeout=CALL_S))
     assert error.code() == grpc.StatusCode.FAILED_PRECONDITION
-    assert "made for other stages" in error.details()
+    assert "other stages" in error.details()
 
 
 async def test_policy_lost_between_plan_and_decide(world):
@@ -360,7 +360,7 @@ async def test_static_plan_starts_with_a_stage_within_max_cost(world):
     ask.objective.max_cost = 0.5
     error = await failure(w.stub.Generate(ask, timeout=CALL_S))
     assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
-    assert "below the cheapest stage (small: 1.6)" in error.details()
+    assert "(small: 1.6)" in error.details()
 
 
 async def test_evidence_that_no_model_should_show_is_not_the_callers_fault(world):

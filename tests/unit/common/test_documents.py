@@ -77,7 +77,8 @@ def test_yaml_that_would_harm_a_reader_is_refused_in_a_line(text, says):
 
 
 def test_yaml_with_an_anchor_is_read():
-    assert parse_yaml("a: &a {b: 1}\nc: *a\nd: {<<: *a, e: 2}", "x") == {
+    text = "a: &a {b: 1}\nc: *a\nd: {<<: *a, e: 2}"
+    assert parse_yaml(text, "x") == {
         "a": {"b": 1},
         "c": {"b": 1},
         "d": {"b": 1, "e": 2},

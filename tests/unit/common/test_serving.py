@@ -112,5 +112,5 @@ def test_targets_that_can_be_called_are_taken(target):
     ],
 )
 def test_targets_without_a_port_that_there_is_are_refused(target):
-    with pytest.raises(ValueError, match="is not HOST:PORT, with a port from 1 to 65535"):
+    with pytest.raises(ValueError, match="HOST:PORT"):
         check_target(target)

@@ -57,9 +57,9 @@ def test_a_span_keeps_its_attributes_and_has_no_status(exporter: InMemorySpanExp
 
 def test_an_error_of_ours_marks_the_span_with_its_message(exporter: InMemorySpanExporter) -> None:
     with pytest.raises(Unavailable), Traced("call"):
-        raise Unavailable("stage small is away")
+        raise Unavailable("small is away")
     span = only(exporter)
-    assert (span.status.status_code, span.status.description) == (StatusCode.ERROR, "stage small is away")
+    assert (span.status.status_code, span.status.description) == (StatusCode.ERROR, "small is away")
     assert span.attributes is not None
     assert span.attributes[Attributes.ERROR_TYPE] == "Unavailable"
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from asd.errors import BudgetSpent, Unavailable
 from asd.transport.patience import Patience
 from asd.values import DecisionAction, DecisionReason, FinishReason
 from services.router.cascade import Cascade
@@ -56,14 +58,17 @@ class Clock:
     def __call__(self) -> float:
         return self.now
 
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
 
 @dataclass
 class FakeStage:
     """Writes the letters of a text. failure: raised after so many of them; None for a stage that then hangs.
 
     is_silent: its tokens have no text. queue_ms: of total_ms. peers: calls of other routers, as its results
-    tell them. on_call: called as each call begins. on_token: called with the count of letters before each is
-    sent.
+    tell them. adapters: types of task that it has one for. on_call: called as each call begins. on_token:
+    called with the count of letters before each is sent. timeouts_ms: of each call.
     """
 
     stage: Stage
@@ -78,25 +83,27 @@ class FakeStage:
     queue_ms: float = 0.0
     peers: int = 0
     is_silent: bool = False
+    adapters: tuple[str, ...] = ()
     on_call: Callable[[], None] = lambda: None
     on_token: Callable[[int], None] = lambda count: None
     calls: list[str] = field(default_factory=list)
+    timeouts_ms: list[float] = field(default_factory=list)
 
     async def generate(self, request: RoutedRequest, timeout_ms: float, emit: Take) -> StageResult:
-        self._begin("generate")
-        return await self._write(emit)
+        self._begin("generate", timeout_ms)
+        return await self._write(request, emit)
 
     async def verify(
         self, request: RoutedRequest, draft: StageResult, timeout_ms: float, emit: Take
     ) -> StageResult:
-        self._begin("verify")
+        self._begin("verify", timeout_ms)
         await self._may_fail(0)
         own = [ord(letter) for letter in self.text]
         pairs = zip(own, draft.token_ids, strict=False)
         accepted = next((n for n, (a, b) in enumerate(pairs) if a != b), len(draft.token_ids))
         await emit(Verification(len(draft.token_ids), min(accepted, len(own))))
         # One pass for the draft, and one for each token after the correction and the end.
-        return await self._write(emit, passes=1 + max(len(own) - accepted, 0))
+        return await self._write(request, emit, passes=1 + max(len(own) - accepted, 0))
 
     async def verify_stream(
         self,
@@ -105,24 +112,27 @@ class FakeStage:
         timeout_ms: float,
         emit: Take,
     ) -> StageResult:
-        self._begin("verify_stream")
+        self._begin("verify_stream", timeout_ms)
         proposed = 0
         async for piece in drafts:
             proposed += len(piece.ids) if isinstance(piece, ScoredTokens) else 0
         await emit(Verification(proposed, 0))
-        return await self._write(emit, passes=1 + len(self.text))
+        return await self._write(request, emit, passes=1 + len(self.text))
 
     async def prefill(self, request: RoutedRequest, timeout_ms: float) -> int:
         self.calls.append("prefill")
+        self.timeouts_ms.append(timeout_ms)
         if self.prefill_failure is not None:
             raise self.prefill_failure
         return self.prompt_tokens
 
-    def _begin(self, call: str) -> None:
+    def _begin(self, call: str, timeout_ms: float) -> None:
+        _check_time(timeout_ms)
         self.calls.append(call)
+        self.timeouts_ms.append(timeout_ms)
         self.on_call()
 
-    async def _write(self, emit: Take, passes: int | None = None) -> StageResult:
+    async def _write(self, request: RoutedRequest, emit: Take, passes: int | None = None) -> StageResult:
         for count, letter in enumerate(self.text):
             await self._may_fail(count)
             self.on_token(count)
@@ -132,6 +142,7 @@ class FakeStage:
                 ScoredTokens((ord(letter),), "" if self.is_silent else letter, (-0.1,), (0.1,), (0.9,))
             )
         await self._may_fail(len(self.text))
+        is_adapted = request.task in self.adapters
         return StageResult(
             "" if self.is_silent else self.text,
             tuple(ord(letter) for letter in self.text),
@@ -144,6 +155,8 @@ class FakeStage:
             ),
             Timing(queue_ms=self.queue_ms, total_ms=self.total_ms),
             context_length=self.context_length,
+            model=f"{self.stage.name}/{request.task}" if is_adapted else self.stage.name,
+            is_adapted=is_adapted,
             others=PeerLoad("a", self.peers, ("a",), 0.0) if self.peers else None,
         )
 
@@ -160,7 +173,9 @@ class FakeStage:
 class Policy:
     """Starts at the first stage that is available, or where it is told, and escalates by a script.
 
-    script: by place, the stages to escalate to, of which it takes the first that is available.
+    script: by place, the stages to escalate to, of which it takes the first that is available. answers: how
+    many questions it answers before it is unavailable. expected_ms: of each escalation. on_call: called as
+    each question comes, with "plan" or "decide".
     """
 
     script: dict[int, Sequence[int]] = field(default_factory=dict)
@@ -168,10 +183,16 @@ class Policy:
     likely_next: int | None = None
     p_escalate: float = 0.9
     plan_failure: AsdError | None = None
+    answers: float = math.inf
+    expected_ms: float | None = None
+    on_call: Callable[[str], None] = lambda step: None
     # The stages that were unavailable at each plan and decision.
     plans: list[set[str]] = field(default_factory=list)
     decisions: list[set[str]] = field(default_factory=list)
+    # What each plan and each decision may take, and the cost and the time that decisions are told.
+    plan_left_ms: list[float] = field(default_factory=list)
     left_ms: list[float] = field(default_factory=list)
+    spent: list[tuple[float, float]] = field(default_factory=list)
 
     async def plan(
         self,
@@ -182,7 +203,10 @@ class Policy:
         min_accuracy_share: float | None,
     ) -> PolicyChoice:
         away = _away(conditions)
+        _check_time(timeout_ms)
         self.plans.append(away)
+        self.plan_left_ms.append(timeout_ms)
+        self._asked("plan")
         if self.plan_failure is not None and len(self.plans) > 1:
             raise self.plan_failure
         order = (self.first, *range(len(NAMES)))
@@ -201,13 +225,28 @@ class Policy:
         min_accuracy_share: float | None,
     ) -> Decision:
         away = _away(conditions)
+        _check_time(timeout_ms)
         self.decisions.append(away)
         self.left_ms.append(timeout_ms)
+        self.spent.append((spent_cost, spent_ms))
+        self._asked("decide")
         targets = self.script.get(answer.stage.index, ())
         following = next((place for place in targets if NAMES[place] not in away), None)
         if following is None:
             return Decision(DecisionAction.STOP, DecisionReason.VALUE, None, 0.9, policy_version="v1")
-        return Decision(DecisionAction.ESCALATE, DecisionReason.VALUE, following, 0.5, policy_version="v1")
+        return Decision(
+            DecisionAction.ESCALATE,
+            DecisionReason.VALUE,
+            following,
+            0.5,
+            expected_ms=self.expected_ms,
+            policy_version="v1",
+        )
+
+    def _asked(self, step: str) -> None:
+        self.on_call(step)
+        if len(self.plans) + len(self.decisions) > self.answers:
+            raise Unavailable("going away")
 
 
 class Observer:
@@ -246,7 +285,10 @@ def make_planner(
 
 
 class SmallCascade:
-    """Stages small, medium and large behind a planner. options: of the stages, by name."""
+    """Stages small, medium and large behind a planner. options: of the stages, by name.
+
+    instruments: what counts in the observer's place.
+    """
 
     def __init__(
         self,
@@ -258,6 +300,7 @@ class SmallCascade:
         activator: Activator | None = None,
         timeout_ms: float = 60_000.0,
         overload: Overload = Overload.QUEUE,
+        instruments: Any = None,
         **options: dict[str, Any],
     ) -> None:
         self.clock = Clock()
@@ -267,7 +310,7 @@ class SmallCascade:
         ]
         self.stages = {each.name: FakeStage(each, **options.get(each.name, {})) for each in places}
         self.observer = Observer()
-        observer: Any = self.observer
+        observer: Any = instruments or self.observer
         self.planner = make_planner(
             places,
             policy,
@@ -279,7 +322,7 @@ class SmallCascade:
             overload,
         )
         self.load = self.planner.load
-        self._cascade = Cascade(tuple(self.stages.values()), self.planner, observer, self.clock)
+        self.cascade = Cascade(tuple(self.stages.values()), self.planner, observer, self.clock)
 
     async def events(
         self, view: Visibility = Visibility.OUTCOME, *, seconds: float = 60.0, **fields: Any
@@ -293,7 +336,7 @@ class SmallCascade:
 
         # What hangs, hangs no longer than a test may.
         async with asyncio.timeout(CALL_S):
-            outcome = await self._cascade.answer(request, self.clock() + seconds, view, emit)
+            outcome = await self.cascade.answer(request, self.clock() + seconds, view, emit)
         return [*seen, outcome]
 
     async def ask(
@@ -336,6 +379,12 @@ def shown(events: Sequence[Event]) -> str:
             final = event.count
     assert final == len(text)
     return text
+
+
+def _check_time(timeout_ms: float) -> None:
+    """Fail as a client does, which makes no call without time."""
+    if timeout_ms <= 0:
+        raise BudgetSpent("no time left")
 
 
 def _away(conditions: Sequence[StageKnowledge]) -> set[str]:

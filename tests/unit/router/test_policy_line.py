@@ -120,6 +120,27 @@ async def test_nobody_in_line_waits_for_each_call_that_is_late():
     assert kinds.count(Unavailable) == 200 - sum(rounds)
 
 
+async def test_callers_in_a_hurry_do_not_open_the_breaker(caplog: pytest.LogCaptureFixture):
+    world = World()
+    for _ in range(6):
+        # The time left is less than the policy's own timeout: that it passed says nothing of the policy.
+        tasks = await world.ask(1, timeout_ms=TIMEOUT_MS - 1.0)
+        assert await world.serve(tasks, 0.1, is_late=True) == [1]
+        assert errors(tasks) == [BudgetSpent]
+    assert caplog.messages == []
+
+
+async def test_a_policy_that_is_late_by_its_own_timeout_is_left_alone_for_a_while():
+    world = World()
+    for _ in range(3):
+        await world.serve(await world.ask(1), 0.1, is_late=True)
+    assert errors(await world.ask(1)) == [Unavailable]
+    world.clock.advance(1.0)
+    tasks = await world.ask(1)
+    await world.serve(tasks, 0.01, is_late=False)
+    assert errors(tasks) == [None]
+
+
 async def test_while_the_breaker_is_open_nobody_stands_in_line():
     world = World()
     await world.serve(await world.ask(200), 0.1, is_late=True)

@@ -160,12 +160,12 @@ async def test_what_a_fixed_stage_says_is_the_callers_to_know(error: AsdError) -
 
 @pytest.mark.parametrize("static_plan", [(0, 1, 2), (1, 2), (2,)])
 async def test_no_lesser_stage_stands_in_for_one_that_is_full(static_plan: tuple[int, ...]) -> None:
-    full = failing(QueueFull("the queue is full"))
+    full = failing(QueueFull("256 wait"))
     cascade = SmallCascade(static_plan=static_plan, **{NAMES[static_plan[0]]: full})
     if static_plan[0] < 2:
         assert (await cascade.ask()).answer.stage.name == "large"
     else:
-        with pytest.raises(Overloaded, match="the queue is full") as caught:
+        with pytest.raises(Overloaded, match="256 wait") as caught:
             await cascade.ask()
         assert caught.value.retry_after_s is not None
         assert cascade.observer.refusals == [Refusal.STAGE_FULL]

@@ -190,7 +190,7 @@ async def test_replicas_that_never_become_ready_are_taken_down_and_that_is_said(
     (view,) = w.scaler.views()
     assert view.state is SleepState.ASLEEP
     assert await w.after(10, None) == [2, 0]
-    assert view.error.startswith("taken down: no replica became ready within 900 seconds")
+    assert "within 900 seconds" in view.error
 
 
 async def test_a_stage_that_was_given_up_is_woken_again_and_has_its_whole_time() -> None:
@@ -229,7 +229,7 @@ async def test_what_something_else_scales_is_left_alone() -> None:
     await w.after(0, 5000.0)
     assert await w.after(10_000, 5000.0) == []
     assert w.asked_of == []
-    with pytest.raises(PreconditionFailed, match="scaled by horizontalpodautoscaler asd-large"):
+    with pytest.raises(PreconditionFailed, match="horizontalpodautoscaler asd-large"):
         await w.scaler.wake("large")
     assert w.cluster.set == []
 
@@ -237,10 +237,10 @@ async def test_what_something_else_scales_is_left_alone() -> None:
 async def test_a_cluster_that_is_away_leaves_the_state_unknown() -> None:
     w = World()
     await w.after(0, 0.0)
-    w.cluster.error = Unavailable("the Kubernetes API cannot be reached")
+    w.cluster.error = Unavailable("no API")
     assert await w.after(10_000, 5000.0) == []
     (view,) = w.scaler.views()
-    assert (view.state, view.error) == (SleepState.UNKNOWN, "the Kubernetes API cannot be reached")
+    assert (view.state, view.error) == (SleepState.UNKNOWN, "no API")
     with pytest.raises(Unavailable):
         await w.scaler.wake("large")
     w.cluster.error = None

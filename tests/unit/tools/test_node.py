@@ -64,26 +64,26 @@ def test_where_nothing_is_needed_go_is_not() -> None:
 
 @pytest.mark.usefixtures("machine")
 def test_a_machine_without_go_is_told_what_it_lacks() -> None:
-    with pytest.raises(MissingProgramError, match=r"^kubelet v1\.36\.3 and 1 more .*there is no Go"):
+    with pytest.raises(MissingProgramError, match=r"^kubelet v1\.36\.3 .*no Go"):
         programs.check_go(NEEDED)
 
 
 def test_an_old_go_is_refused(machine: Path) -> None:
     install_go(machine, "go1.24.4")
-    with pytest.raises(MissingProgramError, match=r"cannot become, Go 1\.26\.0 or later.*: go1\.24\.4"):
+    with pytest.raises(MissingProgramError, match=r"Go 1\.26\.0 .*: go1\.24\.4"):
         programs.check_go(NEEDED)
 
 
 def test_a_go_that_is_cut_off_is_refused(machine: Path) -> None:
     install_go(machine, "go1.26.8", "echo dial tcp: no such host >&2; exit 1")
-    with pytest.raises(MissingProgramError, match=r"Go cannot fetch modules.*: dial tcp: no such host"):
+    with pytest.raises(MissingProgramError, match=r"modules.*: dial tcp: "):
         programs.check_go(NEEDED)
 
 
 def test_a_go_that_gets_no_answer_is_not_waited_for(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(programs, "MODULE_SECONDS", 0.2)
     install_go(machine, "go1.26.8", "exec /bin/sleep 60")
-    with pytest.raises(MissingProgramError, match=r"Go cannot fetch modules.*: no answer after 0 s"):
+    with pytest.raises(MissingProgramError, match=r"modules.*: no answer"):
         programs.check_go(NEEDED)
 
 
@@ -130,8 +130,8 @@ def test_another_kubelet_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(images, "check", lambda: None)
     # Nothing lives in it: what the check says next is of what lies beyond.
     monkeypatch.setattr(node, "cgroup_parents", lambda: [tmp_path / "absent" / "deeper"])
-    with pytest.raises(node.NodeError, match="a node makes cgroups"):
+    with pytest.raises(node.NodeError, match="cgroups"):
         node.check_machine()
     (pod / "cgroup.procs").write_text("7\n")
-    with pytest.raises(node.NodeError, match=f"another kubelet runs on this machine: {pod} is in use"):
+    with pytest.raises(node.NodeError, match=f"another kubelet .*{pod} "):
         node.check_machine()

@@ -167,7 +167,7 @@ class OnnxEngine:
         return PrefillResult(len(call.prompt), call.cached, (call.prefilled - call.arrived) * 1e3)
 
     def status(self) -> EngineStatus:
-        """Return what is loaded, queued and running."""
+        """Return whether the model is loaded, and how many calls wait and run."""
         usage = self._scheduler.usage()
         return EngineStatus(
             state=self._state,

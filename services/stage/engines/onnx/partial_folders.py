@@ -1,8 +1,8 @@
 """Folders that are filled under a temporary name and then renamed, and the removal of interrupted ones.
 
 A process that fills a folder holds a lock on it, which the system releases when the process ends: a folder
-whose lock is free has been abandoned. Where the file system has no locks on folders (NFS), or an earlier
-version made the folder without one, it counts as abandoned once nothing in it has changed for an hour.
+whose lock is free has been abandoned. Some folders have no lock: those on NFS, and those of an earlier
+version. They count as abandoned once nothing in them has changed for an hour.
 
 A folder is renamed once its content is on the disk, with a list of its files. Later damage, by a crash or a
 failing disk, shows against that list. The folder's mode follows the umask and its parent, so that other users

@@ -56,7 +56,7 @@ class SlotRequest:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is greedy generation, which can share a slot with others."""
+        """Whether it is greedy generation, which can share a slot with other requests."""
         return self.draft is None and not self.call.is_sampled and not self.only_prefill
 
     def start(self, now: float) -> None:

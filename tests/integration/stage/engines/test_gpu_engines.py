@@ -151,11 +151,11 @@ async def test_rows_that_block_reuse_took_fail_the_call(
     assert accepted.accepted == accepted.proposed
     # Without a salt of its own the pass would find the prompt's blocks.
     monkeypatch.setattr(tensorrt_llm_engine.secrets, "token_hex", lambda _: None)
-    with pytest.raises(AsdError, match="failed on this request"):
+    with pytest.raises(AsdError, match="failed on"):
         await _verify(engine, answer, LONG)
     assert library.engines[0].blocks
     assert "rows for" in caplog.text
-    assert "a part that was reused is missing" in caplog.text
+    assert "reused is missing" in caplog.text
 
 
 async def test_a_scoring_pass_asks_for_one_token_and_no_reuse(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,7 +383,7 @@ async def test_a_dead_engine_is_loaded_anew_by_the_next_load(monkeypatch: pytest
     engine = await _vllm()
     before = await _ask(engine, LONG)
     library.engines[0].is_dead = True
-    with pytest.raises(AsdError, match="failed on this request"):
+    with pytest.raises(AsdError, match="failed on"):
         await _ask(engine, LONG)
     assert engine.status().state is ModelState.FAILED
     await engine.load()
@@ -401,7 +401,7 @@ async def test_a_library_that_computes_nonsense_is_not_loaded(
     engine = make("small", SMALL, options)
     sound = fake.likeliest
     monkeypatch.setattr(fake, "likeliest", lambda *given: [(t, math.nan, r) for t, _, r in sound(*given)])
-    with pytest.raises(PreconditionFailed, match="small computes numbers that are not finite, alone"):
+    with pytest.raises(PreconditionFailed, match="not finite, alone"):
         await engine.load()
     assert engine.status().state is ModelState.FAILED
     assert library.engines[0].is_shut
@@ -415,7 +415,7 @@ async def test_a_library_that_refuses_the_probe_is_not_loaded(monkeypatch: pytes
     fake_vllm.install(monkeypatch)
     monkeypatch.setattr(fake_vllm.AsyncLLM, "check", _refuse_batches())
     engine = vllm_engine.make_engine("small", SMALL, VllmOptions())
-    with pytest.raises(PreconditionFailed, match=r"small cannot answer in a batch: .*one at a time"):
+    with pytest.raises(PreconditionFailed, match=r"a batch: .*rows: 1"):
         await engine.load()
     await vllm_engine.make_engine("small", SMALL, VllmOptions(max_batch=1)).load()
 
@@ -423,7 +423,7 @@ async def test_a_library_that_refuses_the_probe_is_not_loaded(monkeypatch: pytes
 def _refuse_batches() -> Callable[..., None]:
     def check(llm: Any, *_: Any) -> None:
         if llm.running:
-            raise ValueError("one at a time")
+            raise ValueError("rows: 1")
 
     return check
 
@@ -655,7 +655,7 @@ def test_asd_engine_check_covers_adapters_and_holds_the_model_against_another_en
         check_main(["check", str(SMALL), "--beside", "onnx", "--json"])
     outcomes = json.loads(capsys.readouterr().out)["checks"]
     assert ended.value.code == 1
-    assert "leaves the reference at token 0" in outcomes[0]["error"]
+    assert "at token 0" in outcomes[0]["error"]
 
 
 @pytest.mark.parametrize(

@@ -261,7 +261,7 @@ async def test_a_stop_sequence_ends_the_answer_before_itself(small: OnnxEngine, 
 
 
 async def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(small: OnnxEngine) -> None:
-    with pytest.raises(InvalidRequest, match=r"prompt has \d+ tokens; small takes at most 511") as caught:
+    with pytest.raises(InvalidRequest, match=r"\d+ tokens; small .* 511") as caught:
         await _generate(small, "word " * 800)
     assert caught.value.field == "prompt"
 

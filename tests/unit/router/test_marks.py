@@ -1,0 +1,200 @@
+"""What an operator sees of a request: spans with marks and errors, and metrics in their units."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from opentelemetry.trace import StatusCode
+
+from asd.errors import AsdError, BudgetSpent, Unavailable
+from asd.v1 import cascade_pb2, common_pb2, policy_pb2
+from asd.values import DecisionAction, DecisionReason
+from services.router.domain import Decision
+from services.router.planning.draft_selection import DraftChoice, DraftSelection, SkipReason
+from tests.recording import counts, sums
+from tests.unit.router.small_cascade import Policy
+from tests.unit.router.small_router import SmallRouter
+
+ESCALATES = {0: (2,)}
+SMALL_ALONE = {"static_plan": (0,)}
+
+
+def failing(error: AsdError, after: int = 0) -> dict[str, Any]:
+    return {"fail_after": after, "failure": error}
+
+
+class Deciding(Policy):
+    """Decides one thing, or fails with an error."""
+
+    def __init__(self, outcome: Decision | AsdError) -> None:
+        super().__init__()
+        self._outcome = outcome
+
+    async def decide(self, *arguments: Any, **options: Any) -> Decision:
+        if isinstance(self._outcome, AsdError):
+            raise self._outcome
+        return self._outcome
+
+
+async def test_a_plan_without_the_policy_is_marked_and_counted(recorded, metered):
+    router = SmallRouter(Policy(answers=0), static_plan=(1,))
+    response = await router.generate()
+    assert response.plan_source == cascade_pb2.PLAN_SOURCE_STATIC
+    for name in ("asd.plan", "asd.cascade"):
+        assert recorded.values(name, "asd.plan.source") == ["static"]
+    assert recorded.values("asd.plan", "asd.plan.first_stage") == ["medium"]
+    # Of the draft, and of the last stage's answer.
+    assert recorded.values("asd.decide", "asd.plan.source") == ["static", "static"]
+    assert recorded.values("asd.decide", "asd.decision.reason") == ["static_plan", "static_plan"]
+    assert counts(metered()["asd.static_plans"]) == {("plan",): 1}
+    await router.generate()
+    assert counts(metered()["asd.static_plans"]) == {("plan",): 2}
+
+
+async def test_a_decision_without_the_policy_is_marked_and_counted(recorded, metered):
+    # The plan is the policy's, which then goes away.
+    response = await SmallRouter(Policy(answers=1)).generate()
+    assert response.plan_source == cascade_pb2.PLAN_SOURCE_POLICY
+    assert [record.stage for record in response.stages] == ["small", "large"]
+    assert recorded.values("asd.plan", "asd.plan.source") == ["policy"]
+    # The static plan holds from there on: it decides twice, and stands in once.
+    assert recorded.values("asd.decide", "asd.plan.source") == ["static", "static"]
+    assert recorded.values("asd.decide", "asd.decision.outcome") == ["escalate", "stop"]
+    assert recorded.values("asd.decide", "asd.decision.p_correct") == [None, None]
+    assert counts(metered()["asd.static_plans"]) == {("decide",): 1}
+
+
+async def test_decisions_of_the_policy_are_marked_as_its_own(recorded, metered):
+    await SmallRouter(Policy(ESCALATES)).generate()
+    for name in ("asd.plan", "asd.cascade"):
+        assert recorded.values(name, "asd.plan.source") == ["policy"]
+    assert recorded.values("asd.decide", "asd.plan.source") == ["policy", "policy"]
+    assert recorded.values("asd.decide", "asd.decision.p_correct") == [0.5, 0.9]
+    assert recorded.values("asd.decide", "asd.stage.name") == ["small", "large"]
+    assert recorded.values("asd.decide", "asd.policy.version") == ["v1", "v1"]
+    assert not {"asd.static_plans", "asd.stage.failures"} & metered().keys()
+
+
+async def test_a_policy_that_is_lost_on_the_way_is_marked_from_there_on(recorded, metered):
+    await SmallRouter(Policy({0: (1,)}, answers=2)).generate()
+    assert recorded.values("asd.decide", "asd.plan.source") == ["policy", "static", "static"]
+    assert counts(metered()["asd.static_plans"]) == {("decide",): 1}
+
+
+async def test_a_fixed_stage_is_no_static_plan(recorded, metered):
+    await SmallRouter(Policy()).generate(cascade_pb2.GenerateRequest(prompt="hi", stage="large"))
+    for name in ("asd.plan", "asd.decide", "asd.cascade"):
+        assert recorded.values(name, "asd.plan.source") == ["fixed"]
+    assert "asd.static_plans" not in metered()
+
+
+async def test_durations_reach_the_histograms_in_seconds(metered):
+    # The clock passes by hand: 250 ms for the plan, 2 s for small, 3 s for large, 500 ms for each decision.
+    policy = Policy(ESCALATES)
+    router = SmallRouter(policy)
+    policy.on_call = lambda step: router.clock.advance({"plan": 0.25, "decide": 0.5}[step])
+    router.stages["small"].on_call = lambda: router.clock.advance(2.0)
+    router.stages["large"].on_call = lambda: router.clock.advance(3.0)
+    response = await router.generate()
+    assert response.latency_ms == pytest.approx(6250.0)
+    metrics = metered()
+    for name in ("gen_ai.server.request.duration", "asd.stage.duration", "asd.policy.duration"):
+        assert metrics[name].unit == "s"
+    assert sums(metrics["gen_ai.server.request.duration"]) == {
+        ("chat", "asd", "large"): (1, pytest.approx(6.25))
+    }
+    assert sums(metrics["asd.stage.duration"]) == {
+        ("generate", "small"): (1, pytest.approx(2.0)),
+        ("verify", "large"): (1, pytest.approx(3.0)),
+    }
+    assert sums(metrics["asd.policy.duration"]) == {(): (1, pytest.approx(1.25))}
+
+
+async def test_requests_stages_and_tokens_are_counted(metered):
+    router = SmallRouter(Policy(ESCALATES))
+    escalated = await router.generate()
+    fixed = await router.generate(cascade_pb2.GenerateRequest(prompt="hi", stage="small"))
+    metrics = metered()
+    assert counts(metrics["asd.requests"]) == {("policy", "large"): 1, ("fixed", "small"): 1}
+    assert counts(metrics["asd.early_stops"]) == {("fixed", "small"): 1}
+    assert counts(metrics["asd.stage.requests"]) == {("generate", "small"): 2, ("verify", "large"): 1}
+    # The three letters of the draft, all accepted.
+    assert counts(metrics["asd.verify.proposed_tokens"]) == {("large",): 3}
+    assert counts(metrics["asd.verify.accepted_tokens"]) == {("large",): 3}
+    assert sums(metrics["asd.request.cost"]) == {(): (2, pytest.approx(escalated.cost + fixed.cost))}
+
+
+async def test_a_prompt_that_the_policy_does_not_know_is_marked_and_counted(recorded, metered):
+    unlike = Decision(DecisionAction.STOP, DecisionReason.OUT_OF_FAMILY, is_out_of_family=True)
+    response = await SmallRouter(Deciding(unlike)).generate()
+    assert response.out_of_family
+    assert not response.HasField("p_correct")
+    assert recorded.values("asd.decide", "asd.decision.out_of_family") == [True]
+    assert recorded.values("asd.decide", "asd.plan.source") == ["policy"]
+    metrics = metered()
+    assert counts(metrics["asd.out_of_family"]) == {(response.stage,): 1}
+    assert counts(metrics["asd.requests"]) == {("policy", response.stage): 1}
+
+
+async def test_a_stage_that_fails_marks_its_span_and_the_requests(recorded, metered):
+    router = SmallRouter(small=failing(Unavailable("small is gone"), after=2), **SMALL_ALONE)
+    with pytest.raises(Unavailable):
+        await router.generate(cascade_pb2.GenerateRequest(prompt="hi", stage="small"))
+    assert recorded.status("asd.stage") == [(StatusCode.ERROR, "Unavailable")]
+    assert recorded.status("asd.cascade") == [(StatusCode.ERROR, "Unavailable")]
+    assert recorded.spans("asd.stage")[0].status.description == "small is gone"
+    assert counts(metered()["asd.stage.failures"]) == {("small", "Unavailable"): 1}
+
+
+async def test_a_failed_escalation_marks_its_span_alone(recorded):
+    router = SmallRouter(Policy({0: (1,)}), medium=failing(Unavailable("gone")))
+    response = await router.generate()
+    assert response.stages[0].reason == policy_pb2.DECISION_REASON_STAGE_UNAVAILABLE
+    assert recorded.values("asd.stage", "asd.stage.name") == ["small", "medium"]
+    assert recorded.status("asd.stage") == [(StatusCode.UNSET, None), (StatusCode.ERROR, "Unavailable")]
+    assert recorded.status("asd.cascade") == [(StatusCode.UNSET, None)]
+    assert recorded.values("asd.cascade", "asd.decision.reason") == ["stage_unavailable"]
+
+
+async def test_a_stage_out_of_time_marks_its_span(recorded):
+    router = SmallRouter(small=failing(BudgetSpent("late")), **SMALL_ALONE)
+    with pytest.raises(BudgetSpent):
+        await router.generate(cascade_pb2.GenerateRequest(prompt="hi", stage="small"))
+    assert recorded.status("asd.stage") == [(StatusCode.ERROR, "BudgetSpent")]
+
+
+async def test_a_policy_that_answers_nonsense_marks_the_decision(recorded):
+    router = SmallRouter(Deciding(AsdError("an action that there is not")))
+    with pytest.raises(AsdError):
+        await router.generate()
+    assert recorded.status("asd.decide") == [(StatusCode.ERROR, "AsdError")]
+    assert recorded.status("asd.stage") == [(StatusCode.UNSET, None)]
+
+
+async def test_a_draft_that_a_target_does_without_is_marked_and_counted(recorded, metered, monkeypatch):
+    choices = iter([DraftChoice(SkipReason.PROBE), DraftChoice(), DraftChoice(SkipReason.LOAD)])
+    monkeypatch.setattr(DraftSelection, "choose", lambda *_, **__: next(choices))
+    router = SmallRouter(Policy(ESCALATES))
+    actions = [(await router.generate()).stages[-1].action for _ in range(3)]
+    generate, verify = common_pb2.STAGE_ACTION_GENERATE, common_pb2.STAGE_ACTION_VERIFY
+    assert actions == [generate, verify, generate]
+    skipped = [value for value in recorded.values("asd.stage", "asd.draft.skipped") if value]
+    assert skipped == ["probe", "load"]
+    assert counts(metered()["asd.drafts_skipped"]) == {("probe", "large"): 1, ("load", "large"): 1}
+
+
+async def test_whether_a_stage_has_an_adapter_for_a_task_is_marked_and_counted(recorded, metered):
+    router = SmallRouter(Policy(ESCALATES), large={"adapters": ("math",)})
+    tasks = ("math", "poetry", "")
+    for task in tasks:
+        await router.generate(cascade_pb2.GenerateRequest(prompt="hi", task=task))
+    named = [task or None for task in tasks for _ in range(2)]
+    assert recorded.values("asd.stage", "asd.request.task") == named
+    models = recorded.values("asd.stage", "gen_ai.response.model")
+    assert models == ["small", "large/math", "small", "large", "small", "large"]
+    assert counts(metered()["asd.stage.tasks"]) == {
+        ("small", "none"): 2,
+        ("large", "used"): 1,
+        ("large", "none"): 1,
+    }
