@@ -297,4 +297,5 @@ def _status(name: str, kind: str, status: EngineStatus) -> stage_pb2.ModelStatus
         completed_requests=status.completed,
         cancelled_requests=status.cancelled,
         error=status.error,
+        verifies_inside=status.verifies_inside,
     )

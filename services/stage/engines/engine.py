@@ -24,7 +24,10 @@ class ModelState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
-    """State of a model at one moment; sizes in bytes."""
+    """State of a model at one moment; sizes in bytes.
+
+    verifies_inside: whether a draft is verified while the answer is written, in one request.
+    """
 
     state: ModelState
     parameters: int
@@ -38,6 +41,7 @@ class EngineStatus:
     completed: int
     cancelled: int
     error: str
+    verifies_inside: bool = False
 
 
 class Engine(Protocol):

@@ -254,6 +254,7 @@ class ScoringEngine:
             completed=self._completed,
             cancelled=self._cancelled,
             error=self._error,
+            verifies_inside=self._drafting is not None and self._drafting.takes_drafts,
         )
 
     @property
