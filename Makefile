@@ -108,9 +108,11 @@ PIP_INSTALL = rm -rf asd/v1 && { [ ! -d asd ] || rmdir asd 2>/dev/null || true; 
   $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable clients/python --editable
 
 $(VENV)/.run: $(BIN)/python $(INSTALLED_BY)
-	$(PIP_INSTALL) ".[$(RUN_EXTRAS)]"
+	@echo "installing into $(VENV)"
+	@$(PIP_INSTALL) ".[$(RUN_EXTRAS)]"
 	@touch $@
 
 $(VENV)/.dev: $(BIN)/python $(INSTALLED_BY)
-	$(PIP_INSTALL) ".[$(DEV_EXTRAS)]"
+	@echo "installing into $(VENV)"
+	@$(PIP_INSTALL) ".[$(DEV_EXTRAS)]"
 	@touch $@ $(VENV)/.run

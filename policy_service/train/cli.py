@@ -18,7 +18,7 @@ from policy_service.train.costs import EMBEDDED, UnfitCosts
 from policy_service.train.faults import UnfitOutcomes, say_why
 from services.cli.arguments import CheckedCommand
 from services.cli.connecting import Connection, encrypted, in_tls_options
-from services.common.extras import missing_of
+from services.common.extras import explain_lacking, missing_of
 from services.common.privacy import report_nothing
 from services.common.terminal import LiteralConsole, prepare_streams
 
@@ -295,11 +295,7 @@ def collect(
 def _check_extra() -> None:
     missing = missing_of("policy-train")
     if missing:
-        _say(
-            f"asd-policy: {', '.join(missing)} not installed: run "
-            '.venv/bin/python -m pip install --editable ".[policy-train]"',
-            "red",
-        )
+        _say(f"asd-policy: {explain_lacking(missing, ['policy-train'])}", "red")
         raise typer.Exit(FAILED)
 
 

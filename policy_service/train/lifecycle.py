@@ -14,7 +14,7 @@ from asd.errors import InvalidRequest, NotFound, PreconditionFailed
 from policy_service.train.console import number_table, result_console, warn
 from policy_service.train.faults import UnfitOutcomes
 from services.cli.arguments import CheckedCommand
-from services.common.extras import missing_of
+from services.common.extras import explain_lacking, missing_of
 from services.common.line_log import parse_lines
 
 if TYPE_CHECKING:
@@ -70,9 +70,13 @@ def publish(
 ) -> None:
     """Copy a policy into a store and put it into force. Services that read the store follow by themselves."""
     _check_extra("policy")
+    from policy_service.artifact import artifact_file
     from policy_service.store import PolicyStore, artifact_in
 
-    document = PolicyStore(store).publish(artifact_in(artifact))
+    source = artifact_in(artifact)
+    document = PolicyStore(store).publish(source)
+    if artifact_file(source).is_dir():
+        _print(f"{source} has the form of 0.1, which is read until 0.3: the store holds it as one file")
     _print(f"policy {document.policy_version} is in force in {store}")
 
 
@@ -316,6 +320,4 @@ def _print(line: str) -> None:
 def _check_extra(extra: str) -> None:
     missing = missing_of(extra)
     if missing:
-        raise PreconditionFailed(
-            f'{", ".join(missing)} not installed: run .venv/bin/python -m pip install --editable ".[{extra}]"'
-        )
+        raise PreconditionFailed(explain_lacking(missing, [extra]))

@@ -37,7 +37,7 @@ def check_extras(extras: Iterable[str]) -> None:
     lacking = {extra: missing for extra in sorted(set(extras)) if (missing := missing_of(extra))}
     if lacking:
         modules = list(dict.fromkeys(name for names in lacking.values() for name in names))
-        raise PreconditionFailed(_sentence(modules, lacking))
+        raise PreconditionFailed(explain_lacking(modules, lacking))
 
 
 def explain_missing(error: ModuleNotFoundError, extra: str) -> PreconditionFailed:
@@ -45,7 +45,7 @@ def explain_missing(error: ModuleNotFoundError, extra: str) -> PreconditionFaile
     name = (error.name or "").partition(".")[0]
     if name not in EXTRAS[extra]:
         raise error
-    return PreconditionFailed(_sentence(missing_of(extra) or [name], [extra]))
+    return PreconditionFailed(explain_lacking(missing_of(extra) or [name], [extra]))
 
 
 @contextmanager
@@ -62,7 +62,8 @@ def missing_of(extra: str) -> list[str]:
     return [name for name in EXTRAS[extra] if importlib.util.find_spec(name) is None]
 
 
-def _sentence(modules: list[str], extras: Iterable[str]) -> str:
+def explain_lacking(modules: list[str], extras: Iterable[str]) -> str:
+    """Return a sentence that says how to install extras. modules: those of them that are missing."""
     are = "is" if len(modules) == 1 else "are"
     names = f"[{','.join(extras)}]"
     return (

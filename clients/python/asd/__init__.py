@@ -12,10 +12,13 @@ from asd.errors import (
     AsdError,
     Away,
     BudgetSpent,
+    ConversationRefused,
     InvalidRequest,
+    ModelRefusal,
     NotFound,
     Overloaded,
     PreconditionFailed,
+    PromptTooLong,
     ResourceExhausted,
     Unauthenticated,
     Unavailable,
@@ -58,6 +61,7 @@ __all__ = [
     "BudgetSpent",
     "Client",
     "Committed",
+    "ConversationRefused",
     "Description",
     "Drafted",
     "Event",
@@ -65,12 +69,14 @@ __all__ = [
     "FinishReason",
     "InvalidRequest",
     "Message",
+    "ModelRefusal",
     "NotFound",
     "Objective",
     "Overloaded",
     "PlanSource",
     "PreconditionFailed",
     "Preference",
+    "PromptTooLong",
     "Request",
     "ResourceExhausted",
     "Revised",
@@ -95,3 +101,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(_LATER[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

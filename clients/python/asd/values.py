@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from numbers import Integral, Real
 from typing import Any, Literal, TypedDict, Unpack
 
 
@@ -87,6 +88,13 @@ PreferenceName = Preference | Literal["fastest", "balanced", "best"]
 AcceptanceModeName = AcceptanceMode | Literal["exact", "tolerant"]
 
 
+def _check_number(name: str, value: object, *, whole: bool = False) -> None:
+    """Raise TypeError unless a value is None or a number. bool counts as none."""
+    kind = Integral if whole else Real
+    if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+        raise TypeError(f"{name} is a {'whole ' if whole else ''}number, not {value!r}")
+
+
 def _check_names(name: str, value: object) -> None:
     """Raise TypeError unless a value is a tuple or list of strings. A string alone is refused too."""
     if not isinstance(value, tuple | list) or not all(isinstance(each, str) for each in value):
@@ -112,6 +120,11 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        # What protobuf says of a wrong type names no field.
+        for name in ("temperature", "top_p"):
+            _check_number(name, getattr(self, name))
+        for name in ("max_new_tokens", "seed"):
+            _check_number(name, getattr(self, name), whole=True)
         _check_names("stop", self.stop)
 
 
@@ -127,6 +140,10 @@ class Objective:
     max_latency_ms: float | None = None
     min_quality: float | None = None
     preference: PreferenceName | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("quality_value", "max_cost", "max_latency_ms", "min_quality"):
+            _check_number(name, getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -198,13 +215,21 @@ class Request:
         objective = Objective(**_take(given, Objective))
         unknown = given.keys() - Options.__annotations__.keys()
         if unknown:
-            known = ", ".join(sorted(Options.__annotations__))
+            known = ", ".join(sorted({*Options.__annotations__, "timeout_ms"}))
             raise TypeError(f"there is no option {min(unknown)}: the options are {known}")
-        turns = question if isinstance(question, str) else tuple(question)
+        turns = question if isinstance(question, str) else _turns(question)
         return cls(turns, sampling, objective, **given)
 
 
 Question = str | Sequence[Message] | Request
+
+
+def _turns(question: object) -> tuple[Message, ...]:
+    """Return a conversation's messages. Raises TypeError for anything else."""
+    turns = tuple(question) if isinstance(question, list | tuple) else None
+    if turns is None or not all(isinstance(each, Message) for each in turns):
+        raise TypeError(f"a question is a text, a list of Message or a Request, not {question!r}")
+    return turns
 
 
 def _take(given: dict[str, Any], kind: type[Sampling | Objective]) -> dict[str, Any]:

@@ -324,3 +324,23 @@ def test_a_word_that_the_contract_does_not_have_is_refused_with_those_it_has(req
     with pytest.raises(InvalidRequest, match="is one of") as refused:
         convert.request_to(request_)
     assert refused.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"max_cost": "3"}, "max_cost"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens"),
+        ({"seed": True}, "seed"),
+        ({"temperature": "hot"}, "temperature"),
+    ],
+)
+def test_a_value_of_another_type_is_named(options, name):
+    with pytest.raises(TypeError, match=f"^{name} is a "):
+        Request.of("x", **options)
+
+
+@pytest.mark.parametrize("question", [None, 3, [{"role": "user", "content": "x"}]])
+def test_what_is_no_question_is_refused_before_a_call(question):
+    with pytest.raises(TypeError, match="a question is"):
+        Request.of(question)

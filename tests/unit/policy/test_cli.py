@@ -46,8 +46,8 @@ def test_without_its_extra_a_command_says_at_once_what_installs_it(arguments, mi
     result = _RUNNER.invoke(app, arguments)
     assert result.exit_code == 1
     assert result.stderr == (
-        f"asd-policy: {missing} not installed: run "
-        '.venv/bin/python -m pip install --editable ".[policy-train]"\n'
+        f"asd-policy: {missing} is not installed: install 'asd-cascade[policy-train]', in a checkout "
+        "./clients/python '.[policy-train]'\n"
     )
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import ssl
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from pathlib import Path
+from typing import Protocol
 
 import grpc
 
 from asd.transport.files import UnusableFile, WatchedFiles
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 class TlsFiles(Protocol):
@@ -39,7 +37,8 @@ class Tls:
     """TLS of a client. ca_file: authorities that it trusts; None: the system's.
 
     cert_file, key_file: its own certificate, if the server asks for one. server_name: name that the server's
-    certificate must contain; "": the host of the target. Files are in PEM, and read again when they change.
+    certificate must contain; "": the host of the target. Files are in PEM, and read again when they change; a
+    path may be a string.
     """
 
     ca_file: Path | None = None
@@ -48,6 +47,9 @@ class Tls:
     server_name: str = ""
 
     def __post_init__(self) -> None:
+        for name in ("ca_file", "cert_file", "key_file"):
+            path = getattr(self, name)
+            object.__setattr__(self, name, None if path is None else Path(path))
         if (self.cert_file is None) != (self.key_file is None):
             raise ValueError("cert_file and key_file belong together: set both or neither")
 
