@@ -42,9 +42,13 @@ class Visibility(Enum):
 
 @dataclass(frozen=True, slots=True)
 class RoutedRequest(Request):
-    """A caller's request with the id that the router gave it."""
+    """A caller's request with the id that the router gave it.
+
+    seed_is_free: whether the router drew the seed, since the caller gave none.
+    """
 
     id: str = field(kw_only=True)
+    seed_is_free: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         """Skip the checks of Request: protobuf has checked the types already."""

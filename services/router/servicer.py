@@ -261,5 +261,6 @@ def _domain_request(message: cascade_pb2.GenerateRequest) -> RoutedRequest:
     request = convert.request_from(message, uuid.uuid4().hex)
     sampling = request.sampling
     if sampling.temperature > 0 and sampling.seed is None:
-        return replace(request, sampling=replace(sampling, seed=secrets.randbits(64)))
+        drawn = replace(sampling, seed=secrets.randbits(64))
+        return replace(request, sampling=drawn, seed_is_free=True)
     return request

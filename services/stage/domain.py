@@ -47,13 +47,17 @@ class TokenChunk:
 
 @dataclass(frozen=True, slots=True)
 class VerificationResult:
-    """What the target made of a draft. ranks: int64 [proposed]; target_logprobs: float32 [proposed]."""
+    """What the target made of a draft. ranks: int64 [proposed]; target_logprobs: float32 [proposed].
+
+    resampled: whether tokens were accepted by rejection sampling, and not by the seed's draws.
+    """
 
     proposed: int
     accepted: int
     ranks: npt.NDArray[np.int64]
     target_logprobs: npt.NDArray[np.float32]
     ids_used: bool
+    resampled: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import itertools
 import json
 import sys
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from services.stage.engines.vllm import proposer
 from tests.fakes.reference_model import ReferenceModel, draw, likeliest
 
 if TYPE_CHECKING:
@@ -434,13 +436,13 @@ def _worker(args: AsyncEngineArgs) -> Any:
     assert config["method"] == "custom_class"
     assert args.async_scheduling is False, "a custom class proposes between steps"
     module, _, name = config["model"].rpartition(".")
-    proposer = getattr(importlib.import_module(module), name)
+    made = getattr(importlib.import_module(module), name)
     module, _, name = args.worker_extension_cls.rpartition(".")
     extension = getattr(importlib.import_module(module), name)
     worker = type("Worker", (extension,), {})()
     limit = SimpleNamespace(num_speculative_tokens=config["num_speculative_tokens"])
     worker.model_runner = SimpleNamespace(
-        drafter=proposer(SimpleNamespace(speculative_config=limit)),
+        drafter=made(SimpleNamespace(speculative_config=limit)),
         requests={},
         input_batch=SimpleNamespace(req_ids=[]),
         rejection_sampler=SimpleNamespace(_get_logprobs_tensors=lambda *_: None),
@@ -489,6 +491,8 @@ def install(monkeypatch: pytest.MonkeyPatch, runner: int = 1) -> FakeVllm:
     """Put the stand-in in the library's place; return what a test can look at."""
     global _library  # noqa: PLW0603
     _library = FakeVllm(runner)
+    # Every step takes as long as another one, however many tokens it has.
+    monkeypatch.setattr(proposer, "clock", itertools.count().__next__)
     for name, module in modules().items():
         monkeypatch.setitem(sys.modules, name, module)
     return _library

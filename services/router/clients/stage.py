@@ -110,6 +110,7 @@ class GrpcStage:
             sampling=sampling_to(request.sampling),
             acceptance=_acceptance_of(request),
             session_id=request.session_id,
+            seed_is_free=request.seed_is_free,
         )
         set_input(message, request.input)
 
@@ -130,6 +131,7 @@ class GrpcStage:
             sampling=sampling_to(request.sampling),
             acceptance=_acceptance_of(request),
             session_id=request.session_id,
+            seed_is_free=request.seed_is_free,
         )
         set_input(start, request.input)
 

@@ -37,7 +37,7 @@ async def verify_inside(
     held: list[TokenChunk] = []
     feeding = asyncio.create_task(_feed(backend, own.key, draft, len(own.ids)))
     try:
-        async with aclosing(backend.generate(call.prompt, TokenRequest(call.room, draft=own))) as pieces:
+        async with aclosing(backend.generate(call.prompt, _request(call, own))) as pieces:
             async for piece in pieces:
                 if feeding.done():
                     # Raises what makes the draft unreadable.
@@ -51,7 +51,8 @@ async def verify_inside(
                 if chunk is not None:
                     held.append(chunk)
                 if not comparison.is_told and (comparison.is_decided or call.is_over()):
-                    yield await comparison.tell(backend, own.key)
+                    evidence = await comparison.tell(backend, own.key)
+                    yield replace(evidence, resampled=call.is_sampled)
                 if comparison.is_told or not holds:
                     for each in held:
                         yield each
@@ -97,7 +98,8 @@ class _Comparison:
 
     async def tell(self, backend: DraftingBackend, key: str) -> VerificationResult:
         """Judge the draft, and return how it fared."""
-        ranks, logprobs = [0] * self._alike, [row.logprob for row in self._rows[: self._alike]]
+        kept = self._rows[: self._alike]
+        ranks, logprobs = [row.rank for row in kept], [row.logprob for row in kept]
         if self.has_departed:
             fate = await backend.fate(key)
             if not fate.ranks:
@@ -116,6 +118,12 @@ class _Comparison:
         if known is not None:
             return {"ranks": (known.rank,), "logprobs": (known.logprob,)}
         return {"ranks": (len(row.top_ids),), "logprobs": (row.top_logprobs[-1],)}
+
+
+def _request(call: Call[Row], draft: OwnDraft) -> TokenRequest:
+    """Return the request of a call, without a seed: rejection sampling would draw otherwise anyway."""
+    top_p = 1.0 if call.sampling.top_p is None else call.sampling.top_p
+    return TokenRequest(call.room, call.sampling.temperature, top_p, draft=draft)
 
 
 async def _feed(backend: DraftingBackend, key: str, draft: ArrivingDraft, known: int) -> None:

@@ -364,9 +364,10 @@ class ScoringEngine:
     def _drafting_for(self, call: Call[Row], threshold: float | None, adapter: str) -> DraftingBackend | None:
         """Return the library where it can verify a call's draft while it writes; else None.
 
-        It accepts what the model would choose itself, and knows no other rule.
+        It accepts what the model would choose itself, or by rejection sampling, which draws otherwise than a
+        seed would; it knows no other rule.
         """
-        is_exact = threshold is None and not call.is_sampled
+        is_exact = threshold is None and (not call.is_sampled or call.seed_is_free)
         drafting = self._drafting if is_exact and not adapter else None
         return drafting if drafting is not None and drafting.takes_drafts else None
 

@@ -24,6 +24,7 @@ Evidence = TypeVar("Evidence")
 class Call(Generic[Evidence]):
     """One call: its options, its answer so far, and its passes and times. Times in seconds.
 
+    seed_is_free: whether it draws and nobody gave a seed, so that another one would do.
     ids: chosen so far, including those that a stop sequence may still cut off. signals: computes the signals
     of tokens from their ids and evidence. queued: wait for a slot in the batch; queued_at_first: the part of
     it before the first pass. emitted: for each pass that scored a proposal, the positions in the answer of
@@ -37,6 +38,7 @@ class Call(Generic[Evidence]):
     eos_ids: tuple[int, ...]
     signals: Callable[[Sequence[int], Sequence[Evidence]], Signals]
     arrived: float = field(default_factory=time.monotonic)
+    seed_is_free: bool = False
     ids: list[int] = field(default_factory=list)
     finish: FinishReason | None = None
     queued: float = 0.0

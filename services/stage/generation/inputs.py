@@ -78,12 +78,13 @@ class RequestReader:
     ) -> Call[Evidence]:
         """Return the call of a request, with a seed if it samples. signals: see Call."""
         prompt = await self.read_prompt(turns)
-        if sampling.temperature > 0 and sampling.seed is None:
+        seed_is_free = sampling.temperature > 0 and sampling.seed is None
+        if seed_is_free:
             sampling = replace(sampling, seed=secrets.randbits(63))
         wanted = sampling.max_new_tokens or self._default_max_new_tokens
         most_tokens = min(wanted, self._context - len(prompt))
         answer = AnswerBuilder(self._tokenizer.stream(), sampling.stop)
-        return Call(prompt, most_tokens, sampling, answer, self._eos_ids, signals)
+        return Call(prompt, most_tokens, sampling, answer, self._eos_ids, signals, seed_is_free=seed_is_free)
 
     async def read_prompt(self, turns: tuple[Message, ...]) -> list[int]:
         """Return a prompt's ids: fewer than the context, so that an answer has room."""

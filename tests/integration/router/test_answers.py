@@ -80,6 +80,8 @@ async def test_sampled_answers_are_verified_under_one_seed(world):
         seeds = {w.stages[name].requests[-1].sampling.seed for name in ("small", "medium")}
         assert len(seeds) == 1
         assert w.stages["small"].requests[-1].sampling.HasField("seed")
+        # A seed that the router drew may be replaced by a stage.
+        assert w.stages["medium"].requests[-1].seed_is_free is not sampling.HasField("seed")
 
 
 async def test_fixed_stage_is_asked_without_the_policy(world):

@@ -21,6 +21,9 @@ from services.stage.generation.proposals import AverageDraft, DraftFollower, Ste
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+# Seconds, from any moment.
+clock = time.perf_counter
+
 # Where a request's draft is in its extra_args.
 KEY, IDS = "asd_draft_key", "asd_draft_ids"
 
@@ -155,14 +158,14 @@ class DraftProposer:
                 found[row] = list(tracked.follower.rest(int(count)))
                 tracked.proposed = len(found[row])
         self._scheduled = {request: 1 + len(each) for request, each in zip(ids, found, strict=True)}
-        self._ended = time.perf_counter()
+        self._ended = clock()
         return found
 
     def _learn_time(self, ids: Sequence[str], sampled: Sequence[Sequence[int]]) -> None:
         # A step that read a prompt says nothing of those that decode.
         if all(sampled) and all(request in self._scheduled for request in ids):
             tokens = sum(self._scheduled[request] for request in ids)
-            self._times.observe(tokens, time.perf_counter() - self._ended)
+            self._times.observe(tokens, clock() - self._ended)
 
     def _forget_gone(self) -> None:
         for request in self._tracked.keys() - self._runner.requests.keys():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,6 +163,24 @@ async def test_a_draw_with_its_seed_is_the_same_with_and_without_a_draft(samplin
     draft = Suite(engine).own_draft(plain)
     found = await collect(engine.verify((LONG,), sampling, draft, None), "first")
     assert found.result.ids == plain.result.ids
+
+
+@pytest.mark.usefixtures("library")
+async def test_a_draw_without_a_seed_is_verified_inside_and_says_so() -> None:
+    engine = await load()
+    sampling = Sampling(max_new_tokens=20, temperature=0.8)
+    plain = await collect(engine.generate((LONG,), sampling))
+    draft = Suite(engine).own_draft(plain)
+    for each, is_resampled in ((sampling, True), (replace(sampling, seed=5), False)):
+        found = await collect(engine.verify((LONG,), each, draft, None), "first")
+        assert found.verification is not None
+        assert found.verification.resampled is is_resampled
+        kept = found.verification.accepted
+        assert found.result.ids[:kept] == plain.result.ids[:kept]
+        assert (
+            found.result.ids[kept : kept + 1] != plain.result.ids[kept : kept + 1]
+            or not plain.result.ids[kept:]
+        )
 
 
 async def test_tolerance_and_adapters_take_requests_of_their_own(library: fake_vllm.FakeVllm) -> None:
