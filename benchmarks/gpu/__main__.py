@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = " ".join(["python -m benchmarks.gpu", *(sys.argv[1:] if arguments is None else arguments)])
     with tempfile.TemporaryDirectory() as folder:
         if options.tiny:
-            _use_stand_in()
+            use_stand_in()
         model = options.model or (
             SMALL if options.tiny else make_model(options.shape, Path(folder) / "model")
         )
@@ -211,7 +211,8 @@ def merge(file: Path, row: dict[str, Any]) -> None:
     file.write_text(json.dumps({"rows": list(rows.values())}, indent=2) + "\n", encoding="utf-8")
 
 
-def _use_stand_in() -> None:
+def use_stand_in() -> None:
+    """Put the stand-in for vLLM into the library's place."""
     from tests.fakes import fake_vllm
 
     sys.modules.update(fake_vllm.modules())

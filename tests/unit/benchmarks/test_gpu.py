@@ -11,7 +11,7 @@ import pytest
 
 from asd.values import Message
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import projection
+from benchmarks.gpu import in_engine, projection
 from benchmarks.gpu.measure import TINY, Prompts, speculation
 from benchmarks.gpu.shapes import SHAPES, make_model
 from services.stage.engines.checkpoint import read_checkpoint
@@ -153,3 +153,17 @@ def test_wrong_arguments_are_refused_before_anything_is_measured(capsys, argumen
     with pytest.raises(SystemExit, match="2"):
         gpu.main(["--tiny", *arguments])
     assert words in capsys.readouterr().err
+
+
+def test_a_tiny_run_of_verification_inside_has_a_row_for_each_draft_and_batch(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake_vllm.install(monkeypatch)
+    for variable, value in gpu.ENVIRONMENT.items():
+        monkeypatch.setenv(variable, value)
+    file = tmp_path / "rows.json"
+    for _ in range(2):
+        in_engine.main(["--tiny", "--batches", "2", "--out", str(file)])
+    content = json.loads(file.read_text())
+    assert [row["draft"] for row in content["rows"]] == [in_engine.PLAIN, *in_engine.DRAFTS]
+    assert all(row["same"] == row["batch"] == 2 for row in content["rows"])
