@@ -72,7 +72,5 @@ def likeliest(logprobs: Logprobs, token: int, most: int) -> list[tuple[int, floa
     """Return (token, log-probability, rank from 1): the asked token first, then the likeliest, as in vLLM."""
     order = np.argsort(-logprobs, kind="stable")[:most]
     rank = int((logprobs >= logprobs[token]).sum())
-    return [
-        (token, float(logprobs[token]), rank),
-        *((int(each), float(logprobs[each]), place) for place, each in enumerate(order, start=1)),
-    ]
+    ranked = zip(order.tolist(), logprobs[order].tolist(), range(1, len(order) + 1), strict=True)
+    return [(token, float(logprobs[token]), rank), *ranked]

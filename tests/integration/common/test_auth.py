@@ -227,17 +227,6 @@ async def test_the_command_shows_its_token_and_checks_the_router(
         assert done.returncode == 1
         assert says in done.stderr
         assert "Traceback" not in done.stderr
-    for arguments, says in (
-        (("--tls-cert", str(token)), "--tls-cert and --tls-key belong together"),
-        (("--token", "two words"), "--token: a token is one word"),
-        (("--token", "a", "--token-file", str(token)), "exclude each other"),
-    ):
-        done = await run("ask", "hi", *arguments)
-        assert done.returncode == 2
-        assert says in done.stderr
-    done = await run("ask", "hi", "--token-file", str(tmp_path / "none"))
-    assert done.returncode == 2
-    assert f"--token-file {tmp_path / 'none'} cannot be read" in " ".join(done.stderr.split())
 
 
 async def test_a_batch_and_a_stream_show_the_token_as_well(

@@ -23,9 +23,6 @@ TOKENS = 64
 # Of a verification that keeps so little of a draft that by the passes alone either way may be the faster one.
 PASSES = round(0.95 * WORTHLESS * TOKENS)
 ACCEPTED = (0.0, 0.25, 0.5, 0.75, 1.0)
-# Share of the better way's rate that is left while it is being found. The other way has 0.25 to 0.78 of it,
-# at one acceptance at least for each drafter and load.
-NEAR = 0.8
 AT_A_TIME = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -64,11 +61,6 @@ def ask(
     return reasons
 
 
-def share(reason: SkipReason | None, reasons: list[SkipReason | None]) -> float:
-    """Return the share of requests for which that was chosen."""
-    return reasons.count(reason) / len(reasons)
-
-
 def runs(reasons: list[SkipReason | None]) -> list[tuple[SkipReason | None, int]]:
     return [(reason, len(list(group))) for reason, group in itertools.groupby(reasons)]
 
@@ -97,7 +89,7 @@ def test_a_wrong_forecast_is_corrected_by_a_trial() -> None:
     clock = Seconds()
     # A stage whose passes take as long as they compute tokens: writing is faster than one pass over a draft.
     found = ask(DraftSelection(clock), clock, written_s=0.9, verified_s=1.0, depth=1, passes=16, times=3000)
-    assert share(SkipReason.LOAD, found[-200:]) > 0.9
+    assert set(found[-50:]) == {SkipReason.LOAD}
 
 
 @pytest.mark.parametrize("slower", [1.1, 1.5, 3.0])
@@ -133,8 +125,7 @@ def test_what_has_become_faster_is_found() -> None:
     clock = Seconds()
     speculation = DraftSelection(clock)
     ask(speculation, clock, written_s=1.0, verified_s=1.2, depth=16, times=200)
-    found = ask(speculation, clock, written_s=1.0, verified_s=0.5, depth=16, times=2500)
-    assert share(None, found[-200:]) > 0.9
+    assert set(ask(speculation, clock, written_s=1.0, verified_s=0.5, depth=16, times=2500)[-50:]) == {None}
 
 
 def test_what_has_become_slower_than_the_other_way_does_not_hold() -> None:
@@ -142,7 +133,7 @@ def test_what_has_become_slower_than_the_other_way_does_not_hold() -> None:
     speculation = DraftSelection(clock)
     ask(speculation, clock, written_s=1.0, verified_s=0.85, depth=16, times=200)
     found = ask(speculation, clock, written_s=1.0, verified_s=1.4, depth=16, times=200)
-    assert share(SkipReason.LOAD, found[-150:]) > 0.9
+    assert set(found[-150:]) == {SkipReason.LOAD}
 
 
 def test_windows_of_equal_ways_do_not_turn_about() -> None:
@@ -150,8 +141,7 @@ def test_windows_of_equal_ways_do_not_turn_about() -> None:
     speculation = DraftSelection(clock)
     ask(speculation, clock, written_s=1.0, verified_s=1.0, depth=16, times=1000)
     found = runs(ask(speculation, clock, written_s=1.0, verified_s=1.0, depth=16, times=4000))
-    # No arm holds for fewer requests than are in flight.
-    assert all(count >= 16 for reason, count in found[1:-1] if reason is not SkipReason.PROBE)
+    assert all(count >= 40 for reason, count in found[1:-1] if reason is not SkipReason.PROBE)
 
 
 def test_each_load_has_a_verdict_of_its_own_that_is_remembered() -> None:
@@ -168,17 +158,11 @@ def test_each_load_has_a_verdict_of_its_own_that_is_remembered() -> None:
 
 
 def test_the_load_is_that_of_a_replica() -> None:
-    found = []
-    for replicas in (1, 4):
-        clock = Seconds()
-        speculation = DraftSelection(clock)
-        ask(speculation, clock, written_s=4.0, verified_s=5.0, depth=64, times=300)
-        depth = 64 * replicas
-        found.append(
-            ask(speculation, clock, written_s=4.0, verified_s=5.0, depth=depth, replicas=replicas, times=20)
-        )
-    assert found[0] == found[1]
-    assert SkipReason.LOAD in found[0]
+    clock = Seconds()
+    speculation = DraftSelection(clock)
+    ask(speculation, clock, written_s=4.0, verified_s=5.0, depth=64, times=300)
+    found = ask(speculation, clock, written_s=4.0, verified_s=5.0, depth=256, replicas=4, times=20)
+    assert set(found) == {SkipReason.LOAD}
 
 
 def test_chains_and_escalations_have_verdicts_of_their_own() -> None:
@@ -328,7 +312,7 @@ def better(workload: Workload, at_a_time: int) -> float:
 def test_the_better_way_is_soon_found(drafter: str, at_a_time: int, has_draft: bool) -> None:
     for accepted in ACCEPTED:
         workload = Workload(drafter, (accepted,), has_draft=has_draft)
-        least = NEAR * better(workload, at_a_time)
+        least = 0.9 * better(workload, at_a_time)
         assert rate(workload, at_a_time) > least, accepted
         for seed in range(2):
             assert rate(workload, at_a_time, routers=4, seed=seed) > least, accepted
@@ -344,7 +328,7 @@ def test_a_load_that_falls_is_not_judged_by_what_the_higher_one_took(accepted: f
         found.append(loop.answers(at_a_time, max(4 * at_a_time, 10)))
         loop.drain()
     for at_a_time, each in zip((64, 8, 1), found, strict=True):
-        assert each > NEAR * better(workload, at_a_time)
+        assert each > 0.9 * better(workload, at_a_time)
 
 
 @pytest.mark.parametrize("at_a_time", [8, 16, 64])
