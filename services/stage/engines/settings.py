@@ -49,7 +49,7 @@ class VllmSettings(Section):
     prefix_caching: bool = True
     cached_scoring: bool = True
     top_logprobs: Annotated[int, Field(ge=2)] = 20
-    cuda_graph_tokens: Count | None = None
+    cuda_graph_tokens: Count | None = 512
     verify_inside: bool = False
     proposed_tokens: Annotated[int, Field(ge=1, le=128)] = 64
     enforce_eager: bool = False
