@@ -21,6 +21,7 @@ REPORTING = {"onnxruntime", "onnxruntime_genai", "vllm", "tensorrt_llm", "huggin
 # Once vLLM's engine runs, and so once vLLM was imported.
 LATER = {
     ("services/stage/engines/vllm/engine.py", "_ask"),
+    ("services/stage/engines/vllm/engine.py", "_call_workers"),
     ("services/stage/engines/vllm/engine.py", "_output_kind"),
 }
 SOURCES = [
