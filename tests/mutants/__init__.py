@@ -5,10 +5,10 @@
     .venv/bin/python -m tests.mutants.faults              # thirty faults; --commit as above
 
 Each runs in a temporary clone of the revision, with that revision's tests and this environment: the checkout
-is never changed. The unit room of the router runs first, quick files before slow ones, then the integration
-room. The first test that fails ends a run; so does a time of several times what the unchanged code takes.
-Verdicts are kept under build/mutants as they come, and the next run goes on from there. Figures of runs with
-both rooms are written to benchmarks/results: mutants.json and faults.json, by revision.
+is never changed. The files of the router's unit and integration rooms run, the quickest first. The first test
+that fails ends a run; so does a time of several times what the unchanged code takes. Verdicts are kept under
+build/mutants as they come, and the next run goes on from there. Figures are written to benchmarks/results:
+mutants.json and faults.json, by revision.
 
 cosmic-ray lists the mutations, of which a sample is drawn by seed: a place first, then one of its mutations.
 mutmut was looked at: since version 3 it changes nothing outside functions, and it forks a process that has
