@@ -340,3 +340,14 @@ async def test_a_request_asks_a_policy_once_that_is_away() -> None:
     outcome = await cascade.ask(objective=Objective(preference=Preference.FASTEST))
     assert answered(outcome) == ["small", "medium", "large"]
     assert len(policy.decisions) == 1
+
+
+@pytest.mark.parametrize(("decided", "named"), [("v2", "v2"), ("", "v1")])
+async def test_the_policys_version_is_that_of_the_last_decision_which_has_one(
+    decided: str, named: str
+) -> None:
+    class Replaced(Policy):
+        async def decide(self, *arguments: Any, **options: Any) -> Decision:
+            return replace(await super().decide(*arguments, **options), policy_version=decided)
+
+    assert (await SmallCascade(Replaced()).ask()).policy_version == named
