@@ -36,6 +36,8 @@ async def verify_inside(
     comparison = _Comparison(draft)
     held: list[TokenChunk] = []
     feeding = asyncio.create_task(_feed(backend, own.key, draft, len(own.ids)))
+    # An error that comes once the answer is written concerns nobody.
+    feeding.add_done_callback(lambda task: task.cancelled() or task.exception())
     try:
         async with aclosing(backend.generate(call.prompt, _request(call, own))) as pieces:
             async for piece in pieces:

@@ -105,7 +105,8 @@ class DraftFollower:
         # A draft that is still being written may be behind: what comes of it is compared with what there is.
         while self._compared < len(self._answer) and self._position < len(self.ids):
             self._compare(self._answer[self._compared])
-        if self._misses_in_row >= _DOUBTS:
+        # Most tokens of noise are not in the draft at all: a search for each would slow every step.
+        if self._misses_in_row >= _DOUBTS and self._answer[-1] in self.ids:
             self._find()
 
     def rest(self, room: int) -> Sequence[int]:

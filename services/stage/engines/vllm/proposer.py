@@ -64,7 +64,9 @@ class _Tracked:
 
     def evidence(self) -> Evidence:
         """Return how the draft fared so far."""
-        judged = self.judged[self.follower.prefix - self.judged_from :]
+        first = self.follower.prefix - self.judged_from
+        # A draft that was behind its answer departs at a token of an earlier step, which was not kept.
+        judged = self.judged[first:] if self.follower.has_departed and first >= 0 else []
         return judged, self.steps, list(self.passes)
 
 
@@ -238,7 +240,7 @@ class DraftProposer:
         judged, last = _ranked(proposed, places, tokens), _ranked(following, rows, after)
         for tracked, count, has_next in found:
             tracked.judged = [*judged[:count], *last[:has_next]]
-            tracked.judged_from = tracked.follower.prefix
+            tracked.judged_from = tracked.written
             judged, last = judged[count:], last[has_next:]
 
 

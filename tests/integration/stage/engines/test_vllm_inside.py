@@ -215,3 +215,34 @@ async def test_a_dead_engine_ends_a_verification_as_any_call(library: fake_vllm.
     with pytest.raises(AsdError):
         await anext(events)
     assert engine.status().state is ModelState.FAILED
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("wrong", [2, 30])
+async def test_a_draft_that_comes_late_is_judged_at_its_own_tokens(wrong: int) -> None:
+    inside, outside = await load(), await load(verify_inside=False)
+    plain = await ask(outside)
+    ids = altered(plain.result.ids, wrong)
+    wanted = await verify(outside, ids, plain.result.finish)
+    is_written = asyncio.Event()
+
+    async def pieces() -> AsyncIterator[DraftPiece | FinishReason]:
+        # The answer is ahead: nothing of the draft is there before some of it is written.
+        await is_written.wait()
+        yield DraftPiece(ids, "", inside.status().fingerprint)
+        yield plain.result.finish
+
+    events = inside.verify_stream((LONG,), MOST, pieces(), None)
+    seen = []
+    async with asyncio.timeout(CALL_S):
+        async for event in events:
+            seen.append(event)
+            if sum(len(each.ids) for each in seen if isinstance(each, TokenChunk)) >= 8:
+                is_written.set()
+    assert seen[-1].ids == plain.result.ids
+    (evidence,) = [each for each in seen if isinstance(each, VerificationResult)]
+    assert wanted.verification is not None
+    assert evidence.accepted == wanted.verification.accepted == wrong
+    exact, found = wanted.verification.ranks[wrong], evidence.ranks[wrong]
+    # Of a token that no step kept, a bound.
+    assert found == exact or (wrong < 8 and found <= exact)
