@@ -132,6 +132,7 @@ class TestEngines:
         assert (given.dtype, given.quantization, given.kv_cache_gib) == ("float16", "fp8", 2.5)
         assert (given.max_model_len, given.max_batched_tokens) == (1_000_000, 4096)
         assert (given.prefix_caching, given.enforce_eager, given.sleep_level) == (False, True, 1)
+        assert (given.verify_inside, given.proposed_tokens, given.cuda_graph_tokens) == (True, 16, 256)
         assert given.lora == {"law": Path("/models/law")}
         draft, target = read(RouterSettings, "vLLM", "demo-router", tmp_path).stages
         assert (draft.adapters, draft.model) == (("law",), model.name)

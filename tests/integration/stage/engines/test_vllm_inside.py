@@ -218,7 +218,8 @@ async def test_a_dead_engine_ends_a_verification_as_any_call(library: fake_vllm.
 
 
 @pytest.mark.usefixtures("library")
-@pytest.mark.parametrize("wrong", [2, 30])
+# Before the draft has come, in the step that first has it, and later.
+@pytest.mark.parametrize("wrong", [2, 11, 30])
 async def test_a_draft_that_comes_late_is_judged_at_its_own_tokens(wrong: int) -> None:
     inside, outside = await load(), await load(verify_inside=False)
     plain = await ask(outside)
