@@ -26,8 +26,7 @@ from benchmarks.gpu.measure import TINY, MeasurePlan, passes, prefilled, residen
 from benchmarks.gpu.shapes import RESEARCH_MS, SHAPES, make_model
 from benchmarks.record import RESULTS, record
 from services.stage.engines.checkpoint import read_checkpoint
-from services.stage.engines.vllm import engine as vllm_engine
-from services.stage.engines.vllm.engine import VllmBackend, VllmOptions
+from services.stage.engines.vllm.engine import VllmOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -137,9 +136,9 @@ async def _measure(
         settings["max_model_len"] = min(options.max_model_len, checkpoint.context)
     largest = max(plan.batches)
 
-    def make(level: int = 0) -> VllmBackend:
+    def make(level: int = 0) -> service.BareBackend:
         chosen = VllmOptions(max_batch=largest, sleep_level=level, **settings)
-        return vllm_engine.VllmBackend("m", model, checkpoint, chosen)
+        return service.BareBackend("m", model, checkpoint, chosen)
 
     where = device.describe_processor() if options.tiny else device.describe()
     rate = float(str(where["copy_bytes_per_s"])) * options.tensor_parallel
@@ -177,8 +176,11 @@ async def _measure(
             await backend.close()
         if bare:
             served = await service.served(model, settings, largest, plan)
-            row["service_ms"] = {str(batch): [bare[batch], served[batch]] for batch in bare}
-            row |= {f"service_overhead_b{batch}": served[batch] / bare[batch] - 1 for batch in bare}
+            row["service_ms"] = {str(batch): [bare[batch][1], served[batch]] for batch in bare}
+            row["bare_ms"] = {str(batch): bare[batch][0] for batch in bare}
+            for batch, (without_logprobs, with_them) in bare.items():
+                row[f"service_overhead_b{batch}"] = served[batch] / with_them - 1
+                row[f"stage_beside_bare_b{batch}"] = served[batch] / without_logprobs
             keep("service", row)
     if "residency" in parts:
         row["residency"] = await residency(make, options.sleep_levels, plan)

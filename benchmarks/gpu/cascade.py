@@ -3,12 +3,14 @@
     python -m benchmarks.gpu.cascade 13b@0 34b@0 70b@1      13B and 34B on the first GPU, 70B on the second
     python -m benchmarks.gpu.cascade 13b@0 34b@1 70b@2+3    70B on two, with tensor parallelism
     python -m benchmarks.gpu.cascade 13b@0 70b@1 --parts throughput --asked all-accepted --concurrencies 64,8
+    python -m benchmarks.gpu.cascade 13b@0 70b@1 --inside   drafts are verified inside vLLM
     python -m benchmarks.gpu.cascade tiny tiny tiny         anywhere that vLLM runs; its figures mean nothing
 
 Stage processes, a policy service and routers of this project; dummy weights whose next token is known
 (benchmarks/gpu/predictable.py), so that how much of a draft is accepted is set by the prompt. Measures the
 loading of all stages at once, latencies of every chain at set acceptance, throughput at 1 to 64 requests at
-a time against always asking the largest, and keeps the spans of one request of every chain. Writes a row of
+a time against always asking the largest, and keeps the spans of one request of every chain. With --inside
+the largest is measured without the proposer, before the others. Writes a row of
 benchmarks/results/gpu_cascade.json.
 """
 
@@ -37,7 +39,7 @@ from asd.values import Objective, Request, Sampling
 from benchmarks import arguments as kinds
 from benchmarks.gpu import device
 from benchmarks.gpu.measure import TINY, MeasurePlan, Prompts
-from benchmarks.gpu.predictable import last_token
+from benchmarks.gpu.predictable import REPLACED_EVERY, block_pairs, last_token, last_token_of_replaced
 from benchmarks.gpu.service import load_model
 from benchmarks.gpu.shapes import SHAPES, make_model
 from benchmarks.processes import ROOT, service
@@ -62,6 +64,8 @@ CACHE_GIB = {"13b": 18.0, "34b": 6.0, "70b": 4.5, "tiny": 0.5}
 # Requests at a time; the largest is also every engine's batch.
 CONCURRENCIES = (1, 8, 16, 32, 64)
 ACCEPTANCES = (1.0, 0.5, 0.0)
+# All of the draft but single tokens.
+REPLACED = 1 - 1 / REPLACED_EVERY
 # Of every throughput, where fewer requests come at a time; and before it, for the router to learn from.
 LEAST_ANSWERS = 10
 LEAST_TO_LEARN = 40
@@ -69,6 +73,7 @@ PARTS = ("latencies", "throughput")
 # What can be asked, by the name on the command line, beside always the largest.
 ASKED = {
     "all-accepted": "escalated, all accepted",
+    "one-in-8-wrong": "escalated, one in 8 wrong",
     "half-accepted": "escalated, half accepted",
     "nothing-accepted": "escalated, nothing accepted",
     "early-stops": "four of five stop early",
@@ -139,15 +144,20 @@ class SpanStore(collector_grpc.TraceServiceServicer):
 class Questions:
     """Prompts of which a set part of a 64-token draft is accepted, no two with a common beginning."""
 
-    def __init__(self, plan: MeasurePlan, blocks: int) -> None:
+    def __init__(self, plan: MeasurePlan, pairs: int) -> None:
         self._prompts = Prompts(plan)
         self._rng = random.Random(29)
-        self._blocks = blocks
+        self._pairs = pairs
 
     def __call__(self, acceptance: float) -> str:
-        """Return the text of one."""
-        accepted = None if acceptance >= 1 else round(acceptance * ANSWER)
-        ids = [*self._prompts(PROMPT - 1), last_token(accepted, self._rng.randrange(self._blocks))]
+        """Return the text of one. acceptance: the share of the draft that is accepted, its beginning, or
+        REPLACED."""
+        pair = self._rng.randrange(self._pairs)
+        if acceptance == REPLACED:
+            last = last_token_of_replaced(pair)
+        else:
+            last = last_token(None if acceptance >= 1 else round(acceptance * ANSWER), pair)
+        ids = [*self._prompts(PROMPT - 1), last]
         return " ".join(f"w{token}" for token in ids)
 
 
@@ -185,6 +195,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         type=kinds.count,
         default=4,
         help=f"before them, {LEAST_TO_LEARN} requests at least, for the router to learn from",
+    )
+    parser.add_argument(
+        "--inside", action="store_true", help="stages after the first verify drafts inside vLLM"
     )
     parser.add_argument("--parts", type=_names(PARTS), default=PARTS, help=f"of {','.join(PARTS)}")
     parser.add_argument(
@@ -229,8 +242,11 @@ def _names(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
 
 def _merge(file: Path, row: dict[str, Any]) -> None:
     content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"rows": []}
-    own = (row["stages"], row["device"])
-    rows = [each for each in content["rows"] if (each["stages"], each["device"]) != own]
+
+    def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["stages"], row["device"], row.get("inside", False)
+
+    rows = [each for each in content["rows"] if key_of(each) != key_of(row)]
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"rows": [*rows, row]}, indent=2) + "\n", encoding="utf-8")
 
@@ -245,16 +261,35 @@ async def _measure(
         "stages": [
             f"{stage.shape}@{'+'.join(stage.gpus)}" if stage.gpus else stage.shape for stage in stages
         ],
+        "inside": options.inside,
         **device.describe(),
         "answer_tokens": ANSWER,
         "prompt_tokens": PROMPT,
     }
     vocabulary = min(SHAPES[stage.shape].vocabulary for stage in stages)
     plan = MeasurePlan() if vocabulary > TINY.highest_id * 40 else TINY
+    questions, batch = Questions(plan, block_pairs(vocabulary)), max(concurrencies)
+    asked = mixes([stage.name for stage in stages], options.asked)
+    baseline: dict[int, dict[str, Any]] = {}
+    if options.inside and "throughput" in options.parts:
+        # What others are measured against has no proposer.
+        async with AsyncExitStack() as stack:
+            ways: dict[str, dict[str, Any]] = {"pipelined": {}, "sequential": {}, ALWAYS: {}}
+            running, _ = await _start(stack, stages[-1:], batch, questions, ways, inside=False)
+            await _warm(running, stages[-1:])
+            for concurrency in concurrencies:
+                (baseline[concurrency],) = await _throughput(
+                    running, {ALWAYS: asked[ALWAYS]}, concurrency, options
+                )
     async with AsyncExitStack() as stack:
-        running = await _start(
-            stack, stages, max(concurrencies), Questions(plan, vocabulary // 1024 - 4), row, options.asked
-        )
+        ways = {
+            **{name: {} for name in asked},
+            # Acceptance is set: drafts of which nothing is accepted must not stop the others' verification.
+            "pipelined": {"adaptive": False},
+            "sequential": {"adaptive": False, "pipelined": False},
+        }
+        running, row["load_s"] = await _start(stack, stages, batch, questions, ways, inside=options.inside)
+        _say("load_s", row["load_s"])
         await _warm(running, stages)
         if "latencies" in options.parts:
             row |= await _latencies(running, [stage.name for stage in stages], options.repeats)
@@ -265,11 +300,7 @@ async def _measure(
         row["throughput"] = []
         for concurrency in concurrencies:
             row["throughput"] += await _throughput(
-                running,
-                mixes([stage.name for stage in stages], options.asked),
-                concurrency,
-                options.rounds,
-                options.rounds_to_learn,
+                running, asked, concurrency, options, baseline.get(concurrency)
             )
             keep(row)
 
@@ -279,9 +310,14 @@ async def _start(
     stages: list[GpuStage],
     batch: int,
     questions: Questions,
-    row: dict[str, Any],
-    asked: Collection[str],
-) -> Running:
+    ways: dict[str, dict[str, Any]],
+    *,
+    inside: bool,
+) -> tuple[Running, dict[str, float]]:
+    """Start stages, a policy for three of them, and a router for each way; return the seconds of loading.
+
+    ways: speculation settings by name. inside: stages after the first verify drafts inside vLLM.
+    """
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     spans = SpanStore()
     receiver, port = await start_server(
@@ -314,6 +350,7 @@ async def _start(
             "gpu_memory_utilization": SHARES[stage.shape],
             "kv_cache_gib": CACHE_GIB[stage.shape],
             "tensor_parallel": max(len(stage.gpus), 1),
+            "verify_inside": inside and stage.name != NAMES[0],
         }
         entry = {
             "name": stage.name,
@@ -323,13 +360,12 @@ async def _start(
             "vllm": section,
         }
         # Loaded by a call: a large model takes longer than a process may take to start.
-        environment = {"PREDICTABLE_JUMPS": str(int(stage is not stages[0]))}
+        environment = {"PREDICTABLE_JUMPS": str(int(stage.name != NAMES[0]))}
         if stage.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(stage.gpus)
         settings = {"models": [entry | {"max_batch": batch, "preload": False}]}
         targets[stage.name] = await start("benchmarks.gpu.predictable", settings, environment)
-    row["load_s"] = await _load(stages, targets)
-    _say("load_s", row["load_s"])
+    loading = await _load(stages, targets)
     policy = ""
     if len(stages) == len(NAMES):
         artifact = str(ROOT / "policy_service" / "policy.zip")
@@ -338,12 +374,6 @@ async def _start(
         {"name": name, "target": target, "cost": COSTS[name], "timeout_ms": CALL_MS}
         for name, target in targets.items()
     ]
-    ways: dict[str, dict[str, Any]] = {
-        **{name: {} for name in mixes([stage.name for stage in stages], asked)},
-        # Acceptance is set: drafts of which nothing is accepted must not stop the others' verification.
-        "pipelined": {"adaptive": False},
-        "sequential": {"adaptive": False, "pipelined": False},
-    }
     clients = {}
     for way, speculation in ways.items():
         settings = {
@@ -355,7 +385,7 @@ async def _start(
         }
         address = await start("services.router", settings, {})
         clients[way] = await stack.enter_async_context(AsyncClient(address, timeout_ms=CALL_MS))
-    return Running(clients, questions, spans)
+    return Running(clients, questions, spans), loading
 
 
 async def _load(stages: list[GpuStage], targets: dict[str, str]) -> dict[str, float]:
@@ -444,6 +474,7 @@ def mixes(
     mixes: dict[str, list[tuple[dict[str, Any], float]]] = {
         ALWAYS: [({"stage": large}, 1.0)],
         "escalated, all accepted": [(escalated, 1.0)],
+        "escalated, one in 8 wrong": [(escalated, REPLACED)],
         "escalated, half accepted": [(escalated, 0.5)],
         "escalated, nothing accepted": [(escalated, 0.0)],
         "four of five stop early": [({"stage": small}, 1.0)] * 8 + [(escalated, 1.0), (escalated, 0.5)],
@@ -458,20 +489,23 @@ async def _throughput(
     running: Running,
     mixes: dict[str, list[tuple[dict[str, Any], float]]],
     concurrency: int,
-    rounds: int,
-    rounds_to_learn: int,
+    options: argparse.Namespace,
+    baseline: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Answers per second by what is asked, with so many requests at a time.
 
     Every way has a router of its own, as shipped: what one learns of its drafts is not another's. Requests
     come without a pause, each when an earlier one is answered, and what is timed lies between two answers:
-    neither what the router has yet to learn nor an empty stage at the beginning is in it.
+    neither what the router has yet to learn nor an empty stage at the beginning is in it. baseline: the row
+    of always asking the largest, if it is measured.
     """
-    rows: list[dict[str, Any]] = []
+    rows = [baseline] if baseline else []
     for name, mix in mixes.items():
-        least = max(concurrency * rounds, LEAST_ANSWERS)
+        if baseline and name == ALWAYS:
+            continue
+        least = max(concurrency * options.rounds, LEAST_ANSWERS)
         count = -(-least // len(mix)) * len(mix)
-        learning = max(LEAST_TO_LEARN, concurrency * rounds_to_learn) if rows else concurrency
+        learning = max(LEAST_TO_LEARN, concurrency * options.rounds_to_learn) if rows else concurrency
         jobs = itertools.cycle(mix)
         ended: list[tuple[float, float, str, bool]] = []
 

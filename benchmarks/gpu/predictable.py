@@ -1,9 +1,11 @@
 """A stage whose model's next token is known, over weights that are otherwise dummies: for cascades of shapes.
 
 Two models of random weights never agree, so that no draft would be accepted. Here the embedding and the head
-are such that token t is followed by t + 1, and with PREDICTABLE_JUMPS=1 by another one after every token in
-1,024. A prompt's last token so decides how much of a draft a jumping model accepts. All other weights stay
-the library's dummies, and all of them are read and multiplied.
+are such that token t is followed by t + 1. With PREDICTABLE_JUMPS=1 there are exceptions, so that a prompt's
+last token decides how much of another model's draft is accepted. The lower half of the vocabulary is in
+blocks of 1,024 tokens. In every second one the model jumps away after one token, for good. In the others it
+writes every eighth token as another one, from the upper half, and goes on as the draft does. All other
+weights stay the library's dummies, and all of them are read and multiplied.
 
 `PREDICTABLE_JUMPS=1 python -m benchmarks.gpu.predictable --config FILE`, as `python -m services.stage`.
 """
@@ -16,30 +18,57 @@ from typing import Any
 from benchmarks.gpu.shapes import FIRST_WORD
 from services.stage import __main__ as stage
 from services.stage.engines.vllm import engine as vllm_engine
+from services.stage.engines.vllm.proposer import WorkerExtension
 
-JUMP_EVERY = 1024
+JUMP_EVERY = 2048
 JUMP_AFTER = 512
 # Beyond any draft, so that after a jump nothing of it fits, even moved along.
 _JUMP = 311
+_BLOCK = 1024
+# One token in so many is another one, in the blocks without a jump.
+REPLACED_EVERY = 8
+_REPLACED_AFTER = 4
 # Logit of the next token beside others around 0: likely, and no log-probability near the lowest number.
 _LOGIT = 20.0
 
 
 def successor(token: int, vocabulary: int, *, jumps: bool) -> int:
     """Return the token that follows one; never the last of the vocabulary, which ends answers."""
-    step = _JUMP if jumps and token % JUMP_EVERY == JUMP_AFTER else 1
+    half = vocabulary // 2
+    if jumps:
+        if _is_replaced(token, half):
+            return half + token + 1
+        if token >= half and _is_replaced(token - half - 1, half):
+            return token - half + 1
+    step = _JUMP if jumps and token < half and token % JUMP_EVERY == JUMP_AFTER else 1
     words = vocabulary - 1 - FIRST_WORD
     return FIRST_WORD + (max(token, FIRST_WORD) - FIRST_WORD + step) % words
 
 
-def last_token(accepted: int | None, block: int) -> int:
+def _is_replaced(token: int, half: int) -> bool:
+    """Return whether the token after one is another one than the draft's."""
+    in_block = token // _BLOCK % 2 == 1 and (token + 1) // _BLOCK % 2 == 1
+    return 0 <= token < half - _BLOCK and in_block and token % REPLACED_EVERY == _REPLACED_AFTER
+
+
+def block_pairs(vocabulary: int) -> int:
+    """Return how many blocks of each kind there are to choose a prompt's last token of."""
+    return vocabulary // 2 // JUMP_EVERY - 1
+
+
+def last_token(accepted: int | None, pair: int) -> int:
     """Return the prompt's last token for which that much of a draft is accepted; None: all, up to 400."""
-    start = JUMP_EVERY * (1 + block)
+    start = JUMP_EVERY * (1 + pair)
     return start + JUMP_AFTER + 1 if accepted is None else start + JUMP_AFTER - accepted
 
 
-class Weights:
-    """Becomes part of vLLM's workers."""
+def last_token_of_replaced(pair: int) -> int:
+    """Return the prompt's last token for which one token in eight of a draft is another one, up to 1,000."""
+    return JUMP_EVERY * (1 + pair) + _BLOCK
+
+
+class Weights(WorkerExtension):
+    """Becomes part of vLLM's workers, with what verifies drafts inside."""
 
     def write_successors(self, jumps: bool) -> None:
         """Write embedding, last norm and head, each worker its part."""

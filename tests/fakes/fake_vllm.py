@@ -462,6 +462,13 @@ def _entries(rows: list[list[tuple[int, float, int]]], params: SamplingParams) -
     return flat
 
 
+class _Gpu:
+    """The platform that the stand-in says it runs on."""
+
+    def is_cpu(self) -> bool:
+        return False
+
+
 def modules() -> dict[str, ModuleType]:
     """Return the modules of the library, by name."""
     contents: dict[str, dict[str, Any]] = {
@@ -473,6 +480,7 @@ def modules() -> dict[str, ModuleType]:
         "vllm.sampling_params": {"RequestOutputKind": RequestOutputKind, "SamplingParams": SamplingParams},
         "vllm.lora": {},
         "vllm.lora.request": {"LoRARequest": LoRARequest},
+        "vllm.platforms": {"current_platform": _Gpu()},
         "vllm.v1": {},
         "vllm.v1.spec_decode": {},
         "vllm.v1.spec_decode.custom_class_proposer": {},

@@ -106,6 +106,10 @@ class DraftingBackend(Backend, Protocol):
     def takes_drafts(self) -> bool:
         """Whether it does so for the model that is loaded."""
 
+    @property
+    def draws_with_drafts(self) -> bool:
+        """Whether it does so above temperature 0 too, by rejection sampling without a seed."""
+
     async def grow(self, key: str, ids: Sequence[int]) -> None:
         """Hand over more of a request's draft."""
 

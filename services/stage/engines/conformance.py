@@ -39,6 +39,11 @@ PROMPTS = (
     "Why is the sky blue?",
 )
 _LONGEST_S = 300.0
+# Of the chi-square test, and the least expected of a token that is not counted with the others.
+_DRAWS, _DRAWS_AT_A_TIME = 240, 8
+_LEAST_EXPECTED = 5.0
+# Of the normal distribution: one test in 100,000 fails by chance.
+_QUANTILE = 4.265
 
 
 class NotConforming(Exception):  # noqa: N818 - named by its cause
@@ -382,6 +387,56 @@ async def sampling_repeats_with_its_seed(suite: Suite) -> None:
             expect(evidence.accepted == evidence.proposed, "its own draw is not accepted")
 
 
+async def draws_with_a_draft_follow_the_model(suite: Suite) -> None:
+    """A draft does not change how likely each token is: by a chi-square test of the first two."""
+    answers = [await suite.plain(prompt) for prompt in suite.prompts]
+    doubtful = max(range(len(answers)), key=lambda index: float(answers[index].entropies[:1].sum()))
+    prompt = suite.prompts[doubtful]
+    inside = suite.engine.status().verifies_inside
+
+    async def draw(draft: DraftText | None, seed: int) -> EngineAnswer:
+        # With a seed, a draft changes no draw at all.
+        sampling = Sampling(
+            max_new_tokens=2, temperature=1.0, seed=None if inside and draft is not None else seed
+        )
+        return await (suite.verify(prompt, draft, sampling) if draft else suite.ask(prompt, sampling))
+
+    async def draw_all(draft: DraftText | None, count: int) -> list[EngineAnswer]:
+        return [
+            answer
+            for start in range(0, count, _DRAWS_AT_A_TIME)
+            for answer in await asyncio.gather(
+                *(draw(draft, seed) for seed in range(start, start + _DRAWS_AT_A_TIME))
+            )
+        ]
+
+    free = await draw_all(None, _DRAWS // 4)
+    whole = [answer for answer in free if len(answer.result.ids) == 2]
+    expect(bool(whole), "no drawn answer has two tokens")
+    example = max(whole, key=lambda answer: _both_ways(np.exp(answer.logprobs)))
+    draft = suite.draft(example.result.ids, FinishReason.LENGTH)
+    drawn = await draw_all(draft, _DRAWS)
+    for answer in drawn:
+        evidence = answer.verification
+        expect(evidence is not None and evidence.resampled <= inside, "draws with a seed were resampled")
+    likely: dict[tuple[int, ...], float] = {}
+    for answer in [*free, *drawn]:
+        likely |= {answer.result.ids[: end + 1]: float(p) for end, p in enumerate(np.exp(answer.logprobs))}
+    for position, prefix in enumerate(((), draft.ids[:1])):
+        following = [
+            answer.result.ids[: position + 1]
+            for answer in drawn
+            if len(answer.result.ids) > position and answer.result.ids[:position] == prefix
+        ]
+        known = {ids: p for ids, p in likely.items() if len(ids) == position + 1 and ids[:-1] == prefix}
+        # An answer that ended before it counts, as none of these.
+        total = sum(answer.result.ids[:position] == prefix for answer in drawn)
+        found, most = _chi_square(following, known, total)
+        expect(
+            found <= most, f"token {position}: chi-square {found:.1f}, {most:.1f} at most, of {total} draws"
+        )
+
+
 async def a_longer_conversation_changes_no_token(suite: Suite) -> None:
     """A cached beginning of a conversation does not change its next answer."""
     for prompt, following in zip(suite.prompts[:3], suite.prompts[1:], strict=False):
@@ -481,6 +536,7 @@ CHECKS: tuple[Check, ...] = (
     prompts_beyond_the_context_are_refused,
     stop_sequences_end_before_themselves,
     sampling_repeats_with_its_seed,
+    draws_with_a_draft_follow_the_model,
     a_longer_conversation_changes_no_token,
     prefill_changes_no_token,
     cancelled_calls_stop,
@@ -520,6 +576,35 @@ async def _never(suite: Suite, ids: Sequence[int]) -> AsyncIterator[DraftPiece |
     yield DraftPiece(tuple(ids), "", suite.engine.status().fingerprint)
     await asyncio.Event().wait()
     yield FinishReason.EOS
+
+
+def _both_ways(likely: npt.NDArray[np.float32]) -> float:
+    """Return how likely a draw begins with the first of two tokens, and may have another second one."""
+    return float(likely[0] * min(likely[1], 1.0 - likely[1]))
+
+
+def _chi_square(
+    drawn: Sequence[tuple[int, ...]], likely: dict[tuple[int, ...], float], total: int
+) -> tuple[float, float]:
+    """Return the statistic of draws beside the probabilities of what may be drawn, and its bound.
+
+    total: draws, with those that are none of `likely`; they count as one outcome, with rare ones.
+    The bound is Wilson's and Hilferty's (1931).
+    """
+    common = {ids: p for ids, p in likely.items() if p * total >= _LEAST_EXPECTED}
+    counts = [drawn.count(ids) for ids in common]
+    expected = [p * total for p in common.values()]
+    counts.append(total - sum(counts))
+    expected.append(max(total - sum(expected), 0.0))
+    if expected[-1] < _LEAST_EXPECTED and len(expected) > 1:
+        counts[-2:] = [sum(counts[-2:])]
+        expected[-2:] = [sum(expected[-2:])]
+    freedom = len(counts) - 1
+    if not freedom:
+        return 0.0, 0.0
+    statistic = sum((count - each) ** 2 / each for count, each in zip(counts, expected, strict=True))
+    part = 2 / (9 * freedom)
+    return statistic, freedom * (1 - part + _QUANTILE * part**0.5) ** 3
 
 
 def _first_difference(left: Sequence[int], right: Sequence[int]) -> int:

@@ -367,9 +367,11 @@ class ScoringEngine:
         It accepts what the model would choose itself, or by rejection sampling, which draws otherwise than a
         seed would; it knows no other rule.
         """
-        is_exact = threshold is None and (not call.is_sampled or call.seed_is_free)
-        drafting = self._drafting if is_exact and not adapter else None
-        return drafting if drafting is not None and drafting.takes_drafts else None
+        drafting = self._drafting
+        if drafting is None or not drafting.takes_drafts or threshold is not None or adapter:
+            return None
+        can_draw = call.seed_is_free and drafting.draws_with_drafts
+        return drafting if can_draw or not call.is_sampled else None
 
     async def _verify(
         self, call: Call[Row], draft: ArrivingDraft, threshold: float | None, adapter: str

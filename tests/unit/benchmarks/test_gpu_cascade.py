@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.gpu.cascade import ALWAYS, ANSWER, LEAST_ANSWERS, GpuStage, chains, main, mixes
-from benchmarks.gpu.predictable import last_token, successor
+from benchmarks.gpu.predictable import block_pairs, last_token, last_token_of_replaced, successor
 
 VOCABULARY = 32_000
 
@@ -18,16 +18,25 @@ def _writes(token: int, count: int, *, jumps: bool) -> list[int]:
     return ids
 
 
-@pytest.mark.parametrize("block", [0, 13, 26])
+@pytest.mark.parametrize("pair", [0, 3, block_pairs(VOCABULARY) - 1])
 @pytest.mark.parametrize("accepted", [0, 1, 32, ANSWER - 1, None])
-def test_a_prompts_last_token_sets_how_much_of_a_draft_is_accepted(accepted: int | None, block: int) -> None:
-    start = last_token(accepted, block)
+def test_a_prompts_last_token_sets_how_much_of_a_draft_is_accepted(accepted: int | None, pair: int) -> None:
+    start = last_token(accepted, pair)
     assert start < VOCABULARY - 1
     draft = _writes(start, ANSWER, jumps=False)
     # What a target says after each prefix of the draft.
     own = [successor(token, VOCABULARY, jumps=True) for token in [start, *draft]]
     agreed = [ours == theirs for ours, theirs in zip(own, draft, strict=False)]
     assert (agreed.index(False) if False in agreed else ANSWER) == (ANSWER if accepted is None else accepted)
+
+
+@pytest.mark.parametrize("pair", [0, block_pairs(VOCABULARY) - 1])
+def test_one_token_in_eight_is_another_one_and_the_rest_fits_again(pair: int) -> None:
+    start = last_token_of_replaced(pair)
+    target, draft = _writes(start, ANSWER, jumps=True), _writes(start, ANSWER, jumps=False)
+    differing = [index for index in range(ANSWER) if target[index] != draft[index]]
+    assert differing == list(range(4, ANSWER, 8))
+    assert not {target[index] for index in differing} & set(draft)
 
 
 def test_after_a_correction_nothing_of_the_draft_fits_even_moved_along() -> None:

@@ -136,11 +136,21 @@ class VllmBackend:
         self._llm: Any = None
         self._adapters: dict[str, Any] = {}
         self._can_draft = options.verify_inside
+        self._is_on_cpu = False
 
     @property
     def takes_drafts(self) -> bool:
         """Whether vLLM verifies drafts while it decodes; see services.stage.engines.vllm.proposer."""
         return self._can_draft
+
+    @property
+    def draws_with_drafts(self) -> bool:
+        """Whether it does so above temperature 0, too.
+
+        Not in vLLM's build for CPUs: there its rejection sampler divides by a temperature that it never set
+        (`_expand_kernel_impl` of 0.25.1 fills a copy), so that draws are not the model's.
+        """
+        return self._can_draft and not self._is_on_cpu
 
     async def start(self) -> None:
         """Load the model, or wake it."""
@@ -218,8 +228,8 @@ class VllmBackend:
 
     async def fate(self, key: str) -> DraftFate:
         """Return how a request's draft fared, once the answer has departed from it."""
-        # Each worker knows; the last one is of the rank that samples.
-        *_, (judged, steps, passes) = await self._call_workers("asd_evidence", key)
+        # Each worker knows. vLLM proposes what its first one says.
+        (judged, steps, passes), *_ = await self._call_workers("asd_evidence", key)
         return DraftFate(
             ranks=tuple(rank for rank, _ in judged),
             logprobs=tuple(logprob for _, logprob in judged),
@@ -321,11 +331,13 @@ class VllmBackend:
         try:
             import vllm
             from vllm.lora.request import LoRARequest
+            from vllm.platforms import current_platform
             from vllm.v1.engine.async_llm import AsyncLLM
         except ModuleNotFoundError as error:
             missing = "" if error.name == "vllm" else f" ({error.name} is missing)"
             raise PreconditionFailed(f"{MISSING}{missing}") from error
         self._vllm = vllm
+        self._is_on_cpu = bool(current_platform.is_cpu())
         self._can_draft = self._options.verify_inside and _takes_proposers()
         if self._options.verify_inside and not self._can_draft:
             logger.warning(
@@ -385,6 +397,8 @@ class VllmBackend:
                 "worker_extension_cls": f"{_PROPOSER}.WorkerExtension",
                 # A proposer sees what was written only in steps that end one after the other.
                 "async_scheduling": False,
+                # With graphs of whole steps, vLLM pads every step to a multiple of the longest proposal.
+                "compilation_config": {"cudagraph_mode": "PIECEWISE"},
             }
         if options.sleep_level:
             arguments["enable_sleep_mode"] = True

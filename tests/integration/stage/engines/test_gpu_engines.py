@@ -21,7 +21,7 @@ from services.stage.engines import check
 from services.stage.engines import scoring as scoring_engine
 from services.stage.engines.check import main as check_main
 from services.stage.engines.checkpoint import read_checkpoint
-from services.stage.engines.conformance import PROMPTS, EngineAnswer, Suite, collect
+from services.stage.engines.conformance import CHECKS, PROMPTS, EngineAnswer, Suite, collect
 from services.stage.engines.engine import ModelState
 from services.stage.engines.factory import make_engines
 from services.stage.engines.tensorrt_llm import engine as tensorrt_llm_engine
@@ -633,7 +633,7 @@ def test_asd_engine_check_runs_the_suite(
         check_main(["check", str(SMALL), "--options", "{prefix_caching: false}", "--json"])
     outcomes = json.loads(capsys.readouterr().out)["checks"]
     assert ended.value.code == 0
-    assert len(outcomes) == 18
+    assert len(outcomes) == len(CHECKS)
     assert not [each for each in outcomes if each["error"]]
 
 
@@ -646,9 +646,13 @@ def test_asd_engine_check_covers_adapters_and_holds_the_model_against_another_en
         check_main(["check", str(SMALL), "--options", options, "--beside", "onnx", "--json"])
     outcomes = json.loads(capsys.readouterr().out)["checks"]
     assert [each["check"] for each in outcomes if each["check"].startswith("math: ")] == [
-        f"math: {each['check']}" for each in outcomes[16:-2]
+        f"math: {each['check']}" for each in outcomes[len(CHECKS) - 2 : -2]
     ]
-    assert (ended.value.code, len(outcomes), [each for each in outcomes if each["error"]]) == (0, 34, [])
+    assert (ended.value.code, len(outcomes), [each for each in outcomes if each["error"]]) == (
+        0,
+        2 * len(CHECKS) - 2,
+        [],
+    )
     # What it is held against matters: another model's answers are not its.
     monkeypatch.setattr(check, "greedy_answers", lambda *_: _wrong_answers())
     with pytest.raises(SystemExit) as ended:
