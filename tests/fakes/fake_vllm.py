@@ -441,8 +441,10 @@ def _worker(args: AsyncEngineArgs) -> Any:
     extension = getattr(importlib.import_module(module), name)
     worker = type("Worker", (extension,), {})()
     limit = SimpleNamespace(num_speculative_tokens=config["num_speculative_tokens"])
+    largest = getattr(args, "max_cudagraph_capture_size", None)
+    graphs = SimpleNamespace(max_cudagraph_capture_size=largest)
     worker.model_runner = SimpleNamespace(
-        drafter=made(SimpleNamespace(speculative_config=limit)),
+        drafter=made(SimpleNamespace(speculative_config=limit, compilation_config=graphs)),
         requests={},
         input_batch=SimpleNamespace(req_ids=[]),
         rejection_sampler=SimpleNamespace(_get_logprobs_tensors=lambda *_: None),

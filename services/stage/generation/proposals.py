@@ -9,6 +9,7 @@ Nothing here decides what is accepted.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,11 +41,17 @@ _LEAST_SHARE, _MOST_SHARE = 0.05, 0.995
 _KEPT = 0.995
 # What a further token of a step takes of a step's fixed time, until steps have shown it: a 34B on an H200.
 _PRIOR_SLOPE = 1 / 400
-# Steps of that worth, and how much longer than expected a step counts at most: others hold one up at times.
+# Steps of that worth. How much longer than expected a step counts at most: others hold one up at times, and
+# after one that counted in full, few tokens would be proposed for long.
 _PRIOR_STEPS = 4.0
-_LONGEST = 3.0
-# Two or three suffice.
+_LONGEST = 1.5
+# Weight of a step that took longer than another of its size, and most that a size counts for. Chosen: steps
+# of one size, which most are, must not outweigh what the others show.
+_NEWEST_STEP = 0.05
+_MOST_WEIGHT = 20.0
+# Two or three suffice; and bisections of the price that keeps a step within its most tokens.
 _ROUNDS = 8
+_BISECTIONS = 16
 
 
 @dataclass(slots=True)
@@ -150,43 +157,75 @@ class DraftFollower:
 
 
 class StepTimes:
-    """What a step takes, in seconds: a fixed part and a part for each token, by least squares.
+    """What a step takes, in seconds: a fixed part and a part for each token.
 
-    Older steps count less. Before the first, the fixed part is not known and counts as 1.
+    Steps of about as many tokens count together, by the least time that one took lately: whatever else
+    happens in a step only adds, such as a kernel that is compiled on its first use. A line is fitted to these
+    by least squares. Before the first step, the fixed part is not known and counts as 1.
     """
 
     def __init__(self) -> None:
-        self._weight = self._x = self._y = self._xx = self._xy = 0.0
+        self._sizes: dict[int, _Size] = {}
+        self._steps = 0
+        self._line = (1.0, _PRIOR_SLOPE)
 
     def observe(self, tokens: int, seconds: float) -> None:
         """Learn from a step."""
-        if self._weight >= _PRIOR_STEPS:
+        self._steps += 1
+        if self._steps > _PRIOR_STEPS:
             seconds = min(seconds, _LONGEST * self.seconds(tokens))
-        x, y = float(tokens), seconds
-        self._weight = self._weight * _KEPT + 1.0
-        self._x = self._x * _KEPT + x
-        self._y = self._y * _KEPT + y
-        self._xx = self._xx * _KEPT + x * x
-        self._xy = self._xy * _KEPT + x * y
+        # Two groups for each doubling.
+        group = int(2 * math.log2(max(tokens, 1)))
+        size = self._sizes.get(group)
+        if size is None:
+            self._sizes[group] = _Size(float(tokens), seconds, 1.0, self._steps)
+        else:
+            size.weight = min(size.weight * _KEPT ** (self._steps - size.seen) + 1.0, _MOST_WEIGHT)
+            size.seen = self._steps
+            # As if both were of the same number of tokens.
+            moved = _NEWEST_STEP * (tokens - size.tokens)
+            size.seconds += self._line[1] * moved
+            size.tokens += moved
+            seconds -= self._line[1] * (tokens - size.tokens)
+            size.seconds = min(seconds, size.seconds + _NEWEST_STEP * (seconds - size.seconds))
+        self._line = self._fitted()
 
     def seconds(self, tokens: int) -> float:
         """Return what a step of so many tokens takes."""
-        fixed, slope = self.line
+        fixed, slope = self._line
         return fixed + slope * tokens
 
     @property
     def line(self) -> tuple[float, float]:
         """The fixed part, and that of each token."""
-        if not self._weight:
-            return 1.0, _PRIOR_SLOPE
-        mean_x, mean_y = self._x / self._weight, self._y / self._weight
-        spread = max(self._xx - self._weight * mean_x**2, 0.0)
-        together = self._xy - self._weight * mean_x * mean_y
+        return self._line
+
+    def _fitted(self) -> tuple[float, float]:
+        weight = x = y = xx = xy = 0.0
+        for size in self._sizes.values():
+            w = size.weight * _KEPT ** (self._steps - size.seen)
+            weight += w
+            x += w * size.tokens
+            y += w * size.seconds
+            xx += w * size.tokens**2
+            xy += w * size.tokens * size.seconds
+        mean_x, mean_y = x / weight, y / weight
+        spread, together = max(xx - weight * mean_x**2, 0.0), xy - weight * mean_x * mean_y
         prior = _PRIOR_SLOPE * mean_y / (1.0 + _PRIOR_SLOPE * mean_x)
         # As if some steps had shown the prior slope, a token apart from the mean each.
         slope = (together + _PRIOR_STEPS * prior) / (spread + _PRIOR_STEPS)
         slope = min(max(slope, 0.0), mean_y / max(mean_x, 1.0))
         return mean_y - slope * mean_x, slope
+
+
+@dataclass(slots=True)
+class _Size:
+    """Steps of about so many tokens: the least time lately, and how much they count. seen: the last one."""
+
+    tokens: float
+    seconds: float
+    weight: float
+    seen: int
 
 
 def share_out(
@@ -195,29 +234,46 @@ def share_out(
     most: npt.NDArray[np.int64],
     running: int,
     times: StepTimes,
+    most_tokens: int | None = None,
 ) -> npt.NDArray[np.int64]:
     """Return how many tokens to propose of each draft, so that the batch writes most per second: int64 [n].
 
     likely: [n], probability that a draft follows its answer; agreement: [n], that its next token then agrees,
     below 1; so the i-th token is accepted with likely * agreement**i. most: [n], tokens that may be proposed.
-    running: requests of the step, with those that have no draft.
+    running: requests of the step, with those that have no draft. most_tokens: of the step, if more would
+    take far longer than the line says.
     A token pays where its probability is above what its time is worth at the rate of the whole step. The rate
     grows with each round until it no longer does: Dinkelbach 1967, for a ratio of two sums.
     """
     fixed, slope = times.line
     rate = running / (fixed + slope * running)
     log_agreement = np.log(agreement)
+
+    def counts_at(price: float) -> npt.NDArray[np.int64]:
+        with np.errstate(divide="ignore"):
+            enough = np.log(price / likely) / log_agreement
+        counts: npt.NDArray[np.int64] = np.clip(np.floor(np.minimum(enough, most)), 0, most).astype(np.int64)
+        return counts
+
     counts = np.zeros(len(likely), np.int64)
     for _ in range(_ROUNDS):
-        with np.errstate(divide="ignore"):
-            enough = np.log(rate * slope / likely) / log_agreement
-        counts = np.clip(np.floor(np.minimum(enough, most)), 0, most).astype(np.int64)
+        counts = counts_at(rate * slope)
         accepted = likely * agreement * (1.0 - agreement**counts) / (1.0 - agreement)
         better = (running + accepted.sum()) / (fixed + slope * (running + counts.sum()))
         if better <= rate * (1.0 + 1e-6):
             break
         rate = better
-    return counts
+    if most_tokens is None or running + counts.sum() <= most_tokens:
+        return counts
+    # At the price of 1 nothing is proposed.
+    low, high = rate * slope, 1.0
+    for _ in range(_BISECTIONS):
+        price = (low + high) / 2
+        if running + counts_at(price).sum() <= most_tokens:
+            high = price
+        else:
+            low = price
+    return counts_at(high)
 
 
 def _moved(mean: float, value: float) -> float:

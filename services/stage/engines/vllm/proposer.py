@@ -78,6 +78,8 @@ class DraftProposer:
 
     def __init__(self, vllm_config: Any) -> None:
         self._most = int(vllm_config.speculative_config.num_speculative_tokens)
+        # A step of more tokens is no CUDA graph.
+        self._most_tokens = vllm_config.compilation_config.max_cudagraph_capture_size or None
         self._runner: Any = None
         # By vLLM's request id; None: the request has no draft.
         self._tracked: dict[str, _Tracked | None] = {}
@@ -155,6 +157,7 @@ class DraftProposer:
                 np.array([len(each.rest(self._most)) for each in followers]),
                 len(ids),
                 self._times,
+                self._most_tokens,
             )
             for (row, tracked), count in zip(rows, counts, strict=True):
                 found[row] = list(tracked.follower.rest(int(count)))

@@ -70,6 +70,25 @@ def test_one_long_step_moves_little() -> None:
     assert times.seconds(10) == pytest.approx(0.021, rel=0.1)
 
 
+def test_a_first_step_that_is_held_up_is_forgotten_at_once() -> None:
+    # As where a library compiles a kernel when it verifies a draft first.
+    chance, average, times = random.Random(1), AverageDraft(), StepTimes()
+    for _ in range(64 * 5):
+        times.observe(1, step_s(1))
+    held_up = [3.0, 3.0]
+    assert [simulated(1, "right", average, times, chance, held_up) for _ in range(4)][-1] >= 26
+
+
+def test_a_step_has_no_more_tokens_than_it_may() -> None:
+    times, likely, agreement = taught(1.0, 0.0001), np.array([0.9, 0.5]), np.array([0.99, 0.9])
+    for most_tokens in (3, 10, 50, 100):
+        got = share_out(likely, agreement, np.array([64, 64]), 2, times, most_tokens)
+        assert most_tokens - 2 <= 2 + sum(got) <= most_tokens
+    # What is likelier goes first.
+    first, second = share_out(likely, agreement, np.array([64, 64]), 2, times, 20)
+    assert first > 2 * second
+
+
 def test_a_draft_goes_on_after_a_replaced_token() -> None:
     follower = DraftFollower(AverageDraft(), wrong(ANSWER, 8))
     follower.took(ANSWER[:10])
@@ -138,15 +157,26 @@ def drafted(kind: str, chance: random.Random) -> list[int]:
     )
 
 
-def simulated(batch: int, kind: str, average: AverageDraft, times: StepTimes, chance: random.Random) -> float:
-    """Return how many times as fast a batch is written with drafts as without."""
+def simulated(
+    batch: int,
+    kind: str,
+    average: AverageDraft,
+    times: StepTimes,
+    chance: random.Random,
+    held_up: list[float] | None = None,
+) -> float:
+    """Return how many times as fast a batch is written with drafts as without.
+
+    held_up: seconds that the next steps with a proposal take; they are taken out of it.
+    """
     followers = [DraftFollower(average, drafted(kind, chance)) for _ in range(batch)]
     written, proposed = [0] * batch, [[] for _ in range(batch)]
     seconds = 0.0
     while live := [index for index in range(batch) if written[index] < len(ANSWER)]:
         tokens = sum(1 + len(proposed[index]) for index in live)
         seconds += step_s(tokens)
-        times.observe(tokens, step_s(tokens))
+        is_held_up = held_up and tokens > len(live)
+        times.observe(tokens, held_up.pop() if held_up and is_held_up else step_s(tokens))
         for index in live:
             left = ANSWER[written[index] :]
             accepted = next(
