@@ -393,11 +393,15 @@ class VllmBackend:
                     "method": "custom_class",
                     "model": f"{_PROPOSER}.DraftProposer",
                     "num_speculative_tokens": options.proposed_tokens,
+                    # Says that the number varies. Else vLLM fills the first step of a request up to it.
+                    "num_speculative_tokens_per_batch_size": [
+                        (1, options.max_batch, options.proposed_tokens)
+                    ],
                 },
                 "worker_extension_cls": f"{_PROPOSER}.WorkerExtension",
                 # A proposer sees what was written only in steps that end one after the other.
                 "async_scheduling": False,
-                # With graphs of whole steps, vLLM pads every step to a multiple of the longest proposal.
+                # Else vLLM rounds the tokens of every step up to a multiple of the longest proposal.
                 "compilation_config": {"cudagraph_mode": "PIECEWISE"},
             }
         if options.sleep_level:

@@ -142,12 +142,13 @@ class DraftProposer:
         rows: list[tuple[int, _Tracked]] = []
         for row, (request, sampled) in enumerate(zip(ids, sampled_token_ids, strict=True)):
             tracked = self._track(request)
-            if tracked is None:
-                continue
-            if sampled:
+            if tracked is not None and sampled:
                 tracked.took(sampled)
                 rows.append((row, tracked))
-            tracked.proposed = 0
+        for tracked in self._tracked.values():
+            # vLLM drops what was proposed for a request that a step leaves out.
+            if tracked is not None:
+                tracked.proposed = 0
         found: list[list[int]] = [[] for _ in sampled_token_ids]
         if rows:
             followers = [tracked.follower for _, tracked in rows]
@@ -233,18 +234,21 @@ class DraftProposer:
         for row, (request, count) in enumerate(zip(self._runner.input_batch.req_ids, counts, strict=False)):
             tracked = self._track(request)
             if tracked is not None and not tracked.follower.has_departed:
-                rest = tracked.follower.rest(count + 1)
-                places += range(start, start + count)
-                tokens += rest[:count]
-                rows += [row] * (len(rest) > count)
-                after += rest[count:]
-                found.append((tracked, count, len(rest) > count))
+                # vLLM may put placeholders where nothing was proposed, to fill a step up.
+                is_own = count <= tracked.proposed
+                rest = tracked.follower.rest(count + 1 if is_own else 1)
+                scored = rest[:count]
+                places += range(start, start + len(scored))
+                tokens += scored
+                rows += [row] * (len(rest) - len(scored))
+                after += rest[len(scored) :]
+                found.append((tracked, len(scored), len(rest) - len(scored)))
             start += count
         judged, last = _ranked(proposed, places, tokens), _ranked(following, rows, after)
-        for tracked, count, has_next in found:
-            tracked.judged = [*judged[:count], *last[:has_next]]
+        for tracked, scored_count, next_count in found:
+            tracked.judged = [*judged[:scored_count], *last[:next_count]]
             tracked.judged_from = tracked.written
-            judged, last = judged[count:], last[has_next:]
+            judged, last = judged[scored_count:], last[next_count:]
 
 
 class WorkerExtension:
