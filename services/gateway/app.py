@@ -18,7 +18,14 @@ from asd.transport.status import status_of
 from asd.values import Answer
 from services.common.errors import Draining
 from services.common.status import public_message
-from services.common.telemetry import OPERATION_CHAT, PROVIDER_NAME, Attributes, Traced, current_trace_id
+from services.common.telemetry import (
+    OPERATION_CHAT,
+    PROVIDER_NAME,
+    Attributes,
+    Traced,
+    client_interceptors,
+    current_trace_id,
+)
 from services.gateway import answers as told
 from services.gateway.anthropic_messages import AnthropicMessages
 from services.gateway.errors import Problem, openai_body, retry_headers
@@ -113,6 +120,7 @@ class Gateway:
         self._document = encode(document(APIS))
         self._active = 0
         self._draining = False
+        self._is_traced = client_interceptors() is not None
         routes = [
             Route(path, _Endpoint(self, path, "POST", self._complete, api)) for path, api in APIS.items()
         ]
@@ -145,7 +153,8 @@ class Gateway:
         started = self._clock()
         self._instruments.began()
         traced = Traced(f"{exchange.method} {exchange.route}" if exchange.route else "HTTP")
-        parent = context.attach(propagate.extract(exchange.headers.carrier()))
+        carrier = exchange.headers.carrier() if self._is_traced else {}
+        parent = context.attach(propagate.extract(carrier)) if carrier else None
         try:
             with traced as span:
                 try:
@@ -159,7 +168,8 @@ class Gateway:
                 _describe(span, exchange)
                 trace_id = current_trace_id()
         finally:
-            context.detach(parent)
+            if parent is not None:
+                context.detach(parent)
             duration_ms = (self._clock() - started) * 1000.0
             self._instruments.ended(exchange.method, exchange.route, exchange.status, duration_ms)
         if self._access_log.is_on:

@@ -54,7 +54,8 @@ class Cascade:
     async def models(self, token: str, model: object) -> Models:
         """Return the models; they are read again if they are old, or lack a model."""
         known = self._models
-        if known is None or model not in known or self._clock() - self._read_at > _FRESH_S:
+        is_missing = known is None or (isinstance(model, str) and model not in known)
+        if is_missing or self._clock() - self._read_at > _FRESH_S:
             await self.describe(token)
         if self._models is None:
             raise NotFound("the cascade has no stages")

@@ -57,7 +57,7 @@ def _read_turn(value: object, where: str, roles: Mapping[str, Role], inert: Coll
     found = roles.get(role) if isinstance(role, str) else None
     if found is None:
         wanted = f"must be one of {', '.join(roles)}"
-        is_tool = role in {"tool", "function"}
+        is_tool = role in ("tool", "function")
         raise invalid(f"{where}.role", f"{wanted}{': tools are not supported yet' if is_tool else ''}")
     for name, each in value.items():
         if name in {"role", "content"} or name in inert:

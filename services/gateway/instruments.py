@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry import metrics
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.resources import Resource
 from opentelemetry.semconv.attributes.http_attributes import (
     HTTP_REQUEST_METHOD,
     HTTP_RESPONSE_STATUS_CODE,
@@ -63,7 +65,8 @@ def setup_prometheus() -> Callable[[], bytes]:
     if isinstance(provider, MeterProvider):
         provider.add_metric_reader(reader)
     else:
-        telemetry.use_meter_provider(MeterProvider(metric_readers=[reader]))
+        named = {} if os.environ.get("OTEL_SERVICE_NAME") else {"service.name": "asd-gateway"}
+        telemetry.use_meter_provider(MeterProvider(metric_readers=[reader], resource=Resource.create(named)))
     return lambda: generate_latest(registry)
 
 

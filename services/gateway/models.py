@@ -67,7 +67,7 @@ class Models:
             )
 
     def __contains__(self, model: object) -> bool:
-        return model in VIRTUAL or model in self.stages
+        return isinstance(model, str) and (model in VIRTUAL or model in self.stages)
 
     def route(self, model: str) -> Route:
         """Return the stages of a model. Raises NotFound if there is no such model."""

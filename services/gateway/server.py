@@ -58,10 +58,11 @@ def protocol(settings: GatewaySettings) -> type[HttpToolsProtocol]:
 
         def data_received(self, data: bytes) -> None:
             if self._in_head:
-                self._head_bytes += len(data)
-                if self._head_bytes > MOST_HEAD_BYTES + len(data):
+                if self._head_bytes > MOST_HEAD_BYTES:
                     self.send_400_response("The request's head is too large.")
                     return
+                # The last part may have a body behind the head.
+                self._head_bytes += len(data)
             super().data_received(data)
 
         def on_message_begin(self) -> None:

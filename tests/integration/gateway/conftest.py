@@ -19,6 +19,9 @@ from services.gateway.settings import GatewaySettings
 from tests.fakes.fake_router import FakeRouter
 from tests.limits import CALL_S
 
+# Fixtures.
+from tests.recording import metered, recorded  # noqa: F401
+
 
 class Running:
     """A gateway that serves, and its router."""
