@@ -224,6 +224,7 @@ class Gateway:
         options = exchange.headers.beginning_with(HEADER_PREFIX)
         models = await self._cascade.models(token, body.get("model"))
         call = api.parse(body, options, models)
+        models.check_length(call)
         exchange.model, exchange.is_stream = call.model, call.is_stream
         return call, token
 

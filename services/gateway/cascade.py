@@ -49,7 +49,8 @@ class Cascade:
         """Return the cascade's description. Raises PreconditionFailed if a stage has a taken name."""
         with self._unnamed():
             described = await self._client_of(token).describe(timeout_ms=min(self._timeout_ms, _DESCRIBE_MS))
-        self._models = Models([each.stage for each in described.stages])
+        stages = described.stages
+        self._models = Models([each.stage for each in stages], [each.context_length for each in stages])
         self._read_at = self._clock()
         return described
 

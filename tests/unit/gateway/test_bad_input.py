@@ -145,6 +145,17 @@ def test_an_unknown_model_is_not_found(api):
     assert refused.value.field == "model"
 
 
+@pytest.mark.parametrize(("model", "most"), [("asd", 900), ("asd-exact", 500), ("small", 100)])
+def test_more_tokens_than_the_context_are_refused(model, most):
+    models = Models(["small", "medium", "large"], [100, 900, 500])
+    models.check_length(parse(CHAT, {"model": model, "max_tokens": most}))
+    with pytest.raises(InvalidRequest) as refused:
+        models.check_length(parse(CHAT, {"model": model, "max_completion_tokens": most + 1}))
+    assert refused.value.field == "max_completion_tokens"
+    # What a stage that does not answer now has room for is not known.
+    Models(["small", "medium"], [100, 0]).check_length(parse(CHAT, {"max_tokens": 901}))
+
+
 def test_a_stage_named_like_a_virtual_model_is_refused():
     with pytest.raises(PreconditionFailed, match="asd-best"):
         Models(["small", "asd-best"])
