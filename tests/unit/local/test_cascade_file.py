@@ -187,6 +187,17 @@ def test_every_process_loads_its_configuration(directory):
     assert loaded.reports_path == Path("/run/asd/reports.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("section", "inside"),
+    [("", True), (", vllm: {dtype: float16}", True), (", vllm: {verify_inside: false}", False)],
+)
+def test_stages_that_get_drafts_verify_them_inside_vllm(directory, section, inside):
+    content = _GOOD.replace("threads: 2", f"engine: vllm{section}").replace(", max_model_len: 64", "")
+    router, small, large = services_of(_read(directory, content), Ports.from_base(7000, 2), Path("/run/asd"))
+    models = [_load(StageSettings, each.config, directory).models[0] for each in (small, large)]
+    assert [model.vllm.verify_inside for model in models] == [False, inside]
+
+
 def test_without_a_policy_there_is_no_policy_process(directory):
     services = services_of(_read(directory, _GOOD), Ports.from_base(7000, 2), Path("/run/asd"))
     assert [each.name for each in services] == ["router", "small", "large"]
