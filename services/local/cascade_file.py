@@ -304,7 +304,7 @@ def stage_config(
 ) -> dict[str, Any]:
     """Return the settings of a stage process (services.stage.settings).
 
-    gets_drafts: whether others come before it, whose drafts vLLM then verifies inside unless it is told not to.
+    gets_drafts: from earlier stages. vLLM then verifies them inside, unless the file says otherwise.
     """
     model: dict[str, Any] = {
         "name": stage.name,
