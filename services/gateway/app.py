@@ -28,7 +28,7 @@ from services.common.telemetry import (
 )
 from services.gateway import answers as told
 from services.gateway.anthropic_messages import AnthropicMessages
-from services.gateway.errors import Problem, openai_body, retry_headers
+from services.gateway.errors import Problem, anthropic_body, openai_body, retry_headers
 from services.gateway.http import JSON, CallerGone, Headers, HttpError, read_json, respond, token_of
 from services.gateway.models import listed, page
 from services.gateway.objective import HEADER_PREFIX
@@ -187,7 +187,7 @@ class Gateway:
             headers.append((b"allow", error.allow.encode()))
         if problem.row.http == 401:
             headers.append((b"www-authenticate", b"Bearer"))
-        body = exchange.api.error(problem) if exchange.api else openai_body(problem)
+        body = exchange.api.error(problem) if exchange.api else _plain_error(exchange, problem)
         await respond(exchange.send, problem.row.http, body, headers, closes=closes)
 
     async def _complete(self, exchange: Exchange) -> None:
@@ -239,7 +239,7 @@ class Gateway:
         writer = exchange.api.writer(call, uuid.uuid4().hex, int(time.time()))
         # HTTP/1.0 has no chunks: its callers get the whole stream at its end.
         is_held = exchange.scope.get("http_version") == "1.0"
-        out = _StreamOut(exchange, writer, is_held=is_held)
+        out = _StreamOut(exchange, writer, told.early_headers(call.requests), is_held=is_held)
         ended: dict[int, Answer] = {}
         async with self._cascade.stream(token, call.requests) as queue:
             while len(ended) < len(call.requests):
@@ -321,12 +321,15 @@ class _Endpoint:
 class _StreamOut:
     """Sends a stream. Nothing is sent before the first text: until then, an error has a status of its own.
 
-    is_held: whether all is sent at the end.
+    headers: what is known of the answer already. is_held: whether all is sent at the end.
     """
 
-    def __init__(self, exchange: Exchange, writer: StreamWriter, *, is_held: bool) -> None:
+    def __init__(
+        self, exchange: Exchange, writer: StreamWriter, headers: list[tuple[bytes, bytes]], *, is_held: bool
+    ) -> None:
         self._exchange = exchange
         self._writer = writer
+        self._headers = [*_STREAM_HEADERS, *headers]
         self._held: list[bytes] | None = [] if is_held else None
         self.has_begun = False
 
@@ -358,8 +361,14 @@ class _StreamOut:
 
     async def _start(self, headers: list[tuple[bytes, bytes]]) -> None:
         await self._exchange.send(
-            {"type": "http.response.start", "status": 200, "headers": [*_STREAM_HEADERS, *headers]}
+            {"type": "http.response.start", "status": 200, "headers": [*self._headers, *headers]}
         )
+
+
+def _plain_error(exchange: Exchange, problem: Problem) -> dict[str, Any]:
+    """Return the error of a path that both APIs have, in the form of the one that asks."""
+    is_anthropics = bool(exchange.headers.get("anthropic-version"))
+    return anthropic_body(problem) if is_anthropics else openai_body(problem)
 
 
 class _NamedError(Exception):
