@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,9 @@ APIS: dict[str, Api] = {
     "/v1/messages": AnthropicMessages(),
 }
 MODELS, MODEL = "/v1/models", "/v1/models/{model:path}"
+HEALTH, METRICS = "/healthz", "/metrics"
+# Left out of traces: they would outnumber the requests.
+_PROBES = (HEALTH, METRICS)
 
 
 @dataclass(slots=True)
@@ -130,8 +134,8 @@ class Gateway:
             for path, handle in (
                 (MODELS, self._list_models),
                 (MODEL, self._show_model),
-                ("/healthz", self._health),
-                ("/metrics", self._show_metrics),
+                (HEALTH, self._health),
+                (METRICS, self._show_metrics),
                 ("/openapi.json", self._show_document),
             )
         ]
@@ -152,11 +156,12 @@ class Gateway:
     ) -> None:
         """Answer a request by a handler, or with its error; measure and log it."""
         started = self._clock()
+        is_traced = self._is_traced and exchange.route not in _PROBES
         traced = Traced(f"{exchange.method} {exchange.route}" if exchange.route else "HTTP")
-        carrier = exchange.headers.carrier() if self._is_traced else {}
+        carrier = exchange.headers.carrier() if is_traced else {}
         parent = context.attach(propagate.extract(carrier)) if carrier else None
         try:
-            with traced as span:
+            with traced if is_traced else nullcontext(traced) as span:
                 try:
                     if method and exchange.method not in {method, "HEAD" if method == "GET" else method}:
                         raise HttpError("METHOD_NOT_ALLOWED", f"use {method}", allow=method)
@@ -308,7 +313,8 @@ class _Endpoint:
         self, gateway: Gateway, route: str, method: str, handler: Any, api: Api | None = None
     ) -> None:
         self._gateway = gateway
-        self._route = route
+        # As OpenAPI and the conventions for traces write it.
+        self._route = route.replace(":path", "")
         self._method = method
         self._handler = handler
         self._api = api

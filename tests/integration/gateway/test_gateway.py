@@ -391,6 +391,8 @@ async def test_a_trace_goes_from_the_caller_to_the_router(recorded):
             sent = gateway.router.metadata[-1]["traceparent"]
             assert sent.split("-")[1] == trace
             assert sent.split("-")[2] != parent
+        await gateway.get("/healthz")
+    assert recorded.spans("GET /healthz") == []
 
 
 async def test_metrics_name_paths_and_statuses(metered):
