@@ -50,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="on the stand-in for vLLM")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--prompts", type=kinds.count, default=500)
+    parser.add_argument(
+        "--options", type=json.loads, default={}, help="further options of the engine, as JSON"
+    )
     parser.add_argument("--at-a-time", type=kinds.count, default=8)
     parser.add_argument("--out", type=kinds.output, default=RESULTS / "gpu_exactness.json")
     options = parser.parse_args(arguments)
@@ -91,6 +94,7 @@ async def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             kv_cache_gib=0.5,
             verify_inside=inside,
             max_batch=options.at_a_time,
+            **options.options,
         )
         engine = make_engine(name, ROOT / "models" / name, section)
         await engine.load()

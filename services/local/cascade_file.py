@@ -250,8 +250,8 @@ def services_of(
     if cascade.policy is not None:
         config = policy_config(cascade, ports.policy, directory, drain_seconds=drain_seconds)
         services.append(Service(POLICY, "policy_service", config, ports.policy))
-    for stage, port in zip(cascade.stages, ports.stages, strict=True):
-        config = stage_config(stage, port, drain_seconds=drain_seconds)
+    for index, (stage, port) in enumerate(zip(cascade.stages, ports.stages, strict=True)):
+        config = stage_config(stage, port, gets_drafts=index > 0, drain_seconds=drain_seconds)
         services.append(Service(stage.name, "services.stage", config, port))
     return tuple(services)
 
@@ -299,8 +299,13 @@ def policy_config(
     }
 
 
-def stage_config(stage: LocalStage, port: int, *, drain_seconds: float) -> dict[str, Any]:
-    """Return the settings of a stage process (services.stage.settings)."""
+def stage_config(
+    stage: LocalStage, port: int, *, gets_drafts: bool = False, drain_seconds: float
+) -> dict[str, Any]:
+    """Return the settings of a stage process (services.stage.settings).
+
+    gets_drafts: from earlier stages. vLLM then verifies them inside, unless the file says otherwise.
+    """
     model: dict[str, Any] = {
         "name": stage.name,
         "path": str(stage.path),
@@ -315,6 +320,8 @@ def stage_config(stage: LocalStage, port: int, *, drain_seconds: float) -> dict[
             model["max_model_len"] = stage.max_model_len
     elif section is not None:
         model[stage.engine] = section.model_dump(mode="json", exclude_unset=True)
+    if stage.engine == "vllm" and gets_drafts:
+        model["vllm"] = {"verify_inside": True} | model.get("vllm", {})
     return {
         "listen": f"{HOST}:{port}",
         "default_model": stage.name,

@@ -134,7 +134,13 @@ def tokens_from(message: common_pb2.TokenChunk, fingerprint: str = "") -> Scored
 
 def verification_from(message: stage_pb2.Verification) -> Verification:
     """Return a verification as a domain value."""
-    return Verification(message.proposed_tokens, message.accepted_tokens, message.ranks, message.ids_used)
+    return Verification(
+        message.proposed_tokens,
+        message.accepted_tokens,
+        message.ranks,
+        message.ids_used,
+        message.while_writing,
+    )
 
 
 def result_from(message: stage_pb2.StageResult, peer: str) -> StageResult:

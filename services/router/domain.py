@@ -86,12 +86,16 @@ class ScoredTokens:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What a stage made of a draft. proposed_tokens includes the draft's end-of-sequence token, if any."""
+    """What a stage made of a draft. proposed_tokens includes the draft's end-of-sequence token, if any.
+
+    while_writing: the draft took no pass of its own.
+    """
 
     proposed_tokens: int
     accepted_tokens: int
     ranks: Sequence[int] = ()
     ids_used: bool = True
+    while_writing: bool = False
 
 
 @dataclass(frozen=True, slots=True)

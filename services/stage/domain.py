@@ -50,6 +50,7 @@ class VerificationResult:
     """What the target made of a draft. ranks: int64 [proposed]; target_logprobs: float32 [proposed].
 
     resampled: whether tokens were accepted by rejection sampling, and not by the seed's draws.
+    while_writing: whether the request that wrote the answer verified the draft as it went.
     """
 
     proposed: int
@@ -58,6 +59,7 @@ class VerificationResult:
     target_logprobs: npt.NDArray[np.float32]
     ids_used: bool
     resampled: bool = False
+    while_writing: bool = False
 
 
 @dataclass(frozen=True, slots=True)

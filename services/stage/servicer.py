@@ -265,6 +265,7 @@ def _verification(result: VerificationResult) -> stage_pb2.Verification:
         target_logprobs=result.target_logprobs.tolist(),
         ids_used=result.ids_used,
         resampled=result.resampled,
+        while_writing=result.while_writing,
     )
 
 

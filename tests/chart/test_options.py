@@ -134,6 +134,9 @@ class TestEngines:
         assert (given.prefix_caching, given.enforce_eager, given.sleep_level) == (False, True, 1)
         assert (given.verify_inside, given.proposed_tokens, given.cuda_graph_tokens) == (True, 16, 256)
         assert given.lora == {"law": Path("/models/law")}
+        # Of stages that say nothing, those that get drafts verify them inside.
+        (follower,) = read(StageSettings, "vLLM", "demo-stage-target", tmp_path).models
+        assert follower.vllm.verify_inside
         draft, target = read(RouterSettings, "vLLM", "demo-router", tmp_path).stages
         assert (draft.adapters, draft.model) == (("law",), model.name)
         # Without an entry, the router asks the stage.

@@ -113,20 +113,25 @@ class Logprob:
 
 
 class FlatLogprobs:
-    """A list of dicts that is not made of dicts."""
+    """Lists of all positions' entries, and where each position's begin and end."""
 
     def __init__(self) -> None:
-        self._rows: list[list[tuple[int, float, int]]] = []
+        self.start_indices: list[int] = []
+        self.end_indices: list[int] = []
+        self.token_ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.ranks: list[int] = []
 
     def append(self, row: list[tuple[int, float, int]]) -> None:
-        self._rows.append(row)
+        self.start_indices.append(len(self.token_ids))
+        for token, logprob, rank in row:
+            self.token_ids.append(token)
+            self.logprobs.append(logprob)
+            self.ranks.append(rank)
+        self.end_indices.append(len(self.token_ids))
 
     def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> dict[int, Logprob]:
-        # A real one raises for a negative index beyond its start, and takes none that is no int.
-        return {token: Logprob(logprob, rank) for token, logprob, rank in self._rows[index]}
+        return len(self.start_indices)
 
 
 @dataclass

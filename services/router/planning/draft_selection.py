@@ -91,7 +91,8 @@ class DraftSelection:
     """Chooses which drafts are verified. enabled: if False, every draft is. clock: monotonic seconds.
 
     Each pair of drafter and target has a bandit for chains, which include the drafting, and one for
-    escalations, which begin with a finished draft.
+    escalations, which begin with a finished draft. A target that verifies while it writes, and proposes no
+    more than pays, is given every finished draft: there the choice is only whether one is made.
     """
 
     def __init__(self, clock: Callable[[], float], *, enabled: bool = True) -> None:
@@ -99,6 +100,8 @@ class DraftSelection:
         self._enabled = enabled
         self._pairs: dict[tuple[str, str], _Pair] = {}
         self._paces: dict[tuple[str, str, bool], Paces] = {}
+        # Targets whose last verification took no pass of its own.
+        self._while_writing: set[str] = set()
 
     def choose(
         self, drafter: str, target: str, calls: int, replicas: int = 1, *, has_draft: bool = False
@@ -108,7 +111,7 @@ class DraftSelection:
         calls: in flight at the target over its replicas, including the next one and other routers' calls.
         replicas: how many it has. has_draft: whether the draft is written already.
         """
-        if not self._enabled:
+        if not self._enabled or (has_draft and target in self._while_writing):
             return DraftChoice()
         pair = self._pairs.get((drafter, target))
         if pair is not None and pair.is_worthless:
@@ -122,6 +125,10 @@ class DraftSelection:
         """Learn from an answer, whose request has ended. choice: its draft choice, if there was one."""
         usage = answer.result.usage
         if answer.verification is not None:
+            if answer.verification.while_writing:
+                self._while_writing.add(answer.stage.name)
+            else:
+                self._while_writing.discard(answer.stage.name)
             share = verify_cost(1.0, usage.proposed_tokens, usage.forward_passes, usage.completion_tokens)
             self._learn(answer.draft_stage, answer.stage.name, share)
         if choice is None or choice.start is None:

@@ -35,11 +35,62 @@ async def verify_inside(
     holds = draft.is_complete
     comparison = _Comparison(draft)
     held: list[TokenChunk] = []
-    feeding = asyncio.create_task(_feed(backend, own.key, draft, len(own.ids)))
+    async with aclosing(_write(backend, call, draft, own, len(own.ids))) as written:
+        async for rows, chunk in written:
+            comparison.add(rows)
+            if chunk is not None:
+                held.append(chunk)
+            if not comparison.is_told and (comparison.is_decided or call.is_over()):
+                evidence = await comparison.tell(backend, own.key)
+                yield replace(evidence, resampled=call.is_sampled, while_writing=True)
+            if comparison.is_told or not holds:
+                for each in held:
+                    yield each
+                held.clear()
+    call.proposed = call.accepted = draft.accepted
+    if comparison.has_departed:
+        _count(call, await backend.fate(own.key))
+    for event in call.end():
+        yield event
+
+
+async def continue_inside(
+    backend: DraftingBackend, call: Call[Row], draft: ArrivingDraft
+) -> AsyncGenerator[Event, None]:
+    """Write the rest of an answer that has departed from its draft, with the rest of the draft beside it."""
+    known = len(draft.ids)
+    own = OwnDraft(secrets.token_hex(8), tuple(draft.ids[draft.accepted + 1 :]))
+    first, passes, emitted = len(call.ids), call.passes, list(call.emitted)
+    async with aclosing(_write(backend, call, draft, own, known)) as written:
+        async for _, chunk in written:
+            if chunk is not None:
+                yield chunk
+    fate = await backend.fate(own.key)
+    if fate.steps:
+        proposed, accepted = call.proposed, call.accepted
+        _count(call, fate)
+        call.passes += passes
+        call.emitted = emitted + [range(span.start + first, span.stop + first) for span in call.emitted]
+        call.proposed += proposed
+        call.accepted += accepted
+    else:
+        # The rest agrees as far as it goes.
+        agreed = sum(len(span) - 1 for span in call.emitted[len(emitted) :])
+        call.proposed += agreed
+        call.accepted += agreed
+    for event in call.end():
+        yield event
+
+
+async def _write(
+    backend: DraftingBackend, call: Call[Row], draft: ArrivingDraft, own: OwnDraft, known: int
+) -> AsyncGenerator[tuple[Sequence[Row], TokenChunk | None], None]:
+    """Write an answer to its end, and hand over what comes of its draft. known: ids that the library has."""
+    feeding = asyncio.create_task(_feed(backend, own.key, draft, known))
     # An error that comes once the answer is written concerns nobody.
     feeding.add_done_callback(lambda task: task.cancelled() or task.exception())
     try:
-        async with aclosing(backend.generate(call.prompt, _request(call, own))) as pieces:
+        async with aclosing(backend.generate([*call.prompt, *call.ids], _request(call, own))) as pieces:
             async for piece in pieces:
                 if feeding.done():
                     # Raises what makes the draft unreadable.
@@ -48,17 +99,7 @@ async def verify_inside(
                 call.passes += 1
                 if len(piece.rows) > 1:
                     call.emitted.append(range(len(call.ids), len(call.ids) + len(piece.rows)))
-                chunk = take_rows(call, piece.rows, has_ended=piece.has_ended)
-                comparison.add(piece.rows)
-                if chunk is not None:
-                    held.append(chunk)
-                if not comparison.is_told and (comparison.is_decided or call.is_over()):
-                    evidence = await comparison.tell(backend, own.key)
-                    yield replace(evidence, resampled=call.is_sampled)
-                if comparison.is_told or not holds:
-                    for each in held:
-                        yield each
-                    held.clear()
+                yield piece.rows, take_rows(call, piece.rows, has_ended=piece.has_ended)
                 # Only a stop sequence ends an answer before the library does. Leaving the loop cancels it.
                 if call.is_over() and not piece.is_last:
                     break
@@ -66,11 +107,6 @@ async def verify_inside(
         feeding.cancel()
     if not call.is_over():
         raise RuntimeError(f"the library ended an answer after {len(call.ids)} tokens, without a reason")
-    call.proposed = call.accepted = draft.accepted
-    if comparison.has_departed:
-        _count(call, await backend.fate(own.key))
-    for event in call.end():
-        yield event
 
 
 class _Comparison:

@@ -28,7 +28,7 @@ from asd.values import FinishReason, Message, Sampling
 from services.stage.domain import DraftPiece, DraftText, Event, PrefillResult, TokenChunk
 from services.stage.engines.arriving_draft import ArrivingDraft
 from services.stage.engines.backend import BackendDied, TokenRequest
-from services.stage.engines.drafting import verify_inside
+from services.stage.engines.drafting import continue_inside, verify_inside
 from services.stage.engines.engine import EngineStatus, ModelState
 from services.stage.engines.probe import ANSWER_TOKENS, probe, probe_prompts
 from services.stage.generation.inputs import RequestReader
@@ -343,7 +343,11 @@ class ScoringEngine:
     ) -> AsyncGenerator[Event, None]:
         """Verify a draft and continue the answer to its end."""
         drafting = self._drafting_for(call, threshold, adapter)
-        if drafting is not None:
+        if drafting is not None and not call.is_sampled:
+            # A request with a draft writes on without what has not come of it. So what comes slowly is scored
+            # as it comes, and only an answer that has departed from it is written with the rest beside it.
+            await draft.wait()
+        if drafting is not None and (call.is_sampled or draft.is_complete):
             await self._acquire(call)
             async with aclosing(verify_inside(drafting, call, draft)) as events:
                 async for event in events:
@@ -353,6 +357,12 @@ class ScoringEngine:
         async with aclosing(judge(call, draft, threshold, adapter)) as events:
             async for event in events:
                 yield event
+        if drafting is not None and draft.accepted < len(draft.ids) and not call.is_over():
+            await self._acquire(call)
+            async with aclosing(continue_inside(drafting, call, draft)) as events:
+                async for event in events:
+                    yield event
+            return
         if self._options.resync and not call.is_sampled:
             async with aclosing(self._resync(call, draft, adapter)) as events:
                 async for event in events:

@@ -187,6 +187,20 @@ def test_every_process_loads_its_configuration(directory):
     assert loaded.reports_path == Path("/run/asd/reports.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("section", "inside"),
+    [("", True), (", vllm: {dtype: float16}", True), (", vllm: {verify_inside: false}", False)],
+)
+def test_stages_that_get_drafts_verify_them_inside_vllm(directory, section, inside):
+    engine = f"engine: vllm{section}"
+    content = _GOOD.replace("name: small", f"name: small, {engine}").replace("threads: 2", engine)
+    content = content.replace(" max_model_len: 64,", "")
+    _, small, large = services_of(_read(directory, content), Ports.from_base(7000, 2), Path("/run/asd"))
+    loaded = _load(StageSettings, large.config, directory).models[0]
+    assert loaded.vllm.verify_inside is inside
+    assert not small.config["models"][0].get("vllm", {}).get("verify_inside")
+
+
 def test_without_a_policy_there_is_no_policy_process(directory):
     services = services_of(_read(directory, _GOOD), Ports.from_base(7000, 2), Path("/run/asd"))
     assert [each.name for each in services] == ["router", "small", "large"]

@@ -175,6 +175,29 @@ def test_chains_and_escalations_have_verdicts_of_their_own() -> None:
     assert ask(speculation, clock, written_s=1.0, verified_s=0.7, has_draft=True) == [None]
 
 
+def test_a_target_that_verifies_while_it_writes_gets_every_draft_that_is_there() -> None:
+    clock = Seconds()
+    speculation = DraftSelection(clock)
+    # Drafts that save nothing.
+    ask(speculation, clock, written_s=1.0, verified_s=1.4, passes=TOKENS, times=300)
+    ask(speculation, clock, written_s=1.0, verified_s=1.4, passes=TOKENS, times=300, has_draft=True)
+    assert speculation.choose("small", "large", 8, has_draft=True).reason is not None
+
+    def verified(*, while_writing: bool) -> None:
+        found = answer(TOKENS, TOKENS, 1.0, is_verified=True)
+        assert found.verification is not None
+        speculation.answered(
+            replace(found, verification=replace(found.verification, while_writing=while_writing))
+        )
+
+    verified(while_writing=True)
+    assert speculation.choose("small", "large", 8, has_draft=True).reason is None
+    # None is made for it.
+    assert speculation.choose("small", "large", 8).reason is not None
+    verified(while_writing=False)
+    assert speculation.choose("small", "large", 8, has_draft=True).reason is not None
+
+
 def test_what_is_chosen_while_the_other_way_is_under_way_does_not_count() -> None:
     clock = Seconds()
     speculation = DraftSelection(clock)

@@ -27,11 +27,11 @@ from services.stage.engines.checkpoint import read_checkpoint
 from services.stage.engines.scoring import ScoringEngine, ScoringOptions
 from services.stage.engines.settings import VllmSettings
 from services.stage.engines.vllm import proposer
-from services.stage.generation.logprobs import Row, make_row
+from services.stage.generation.logprobs import Row
 from services.stage.model_files import read_json_file
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Sequence
     from pathlib import Path
 
     from services.stage.engines.backend import OwnDraft, TokenRequest
@@ -187,6 +187,8 @@ class VllmBackend:
             top_p=request.top_p,
             seed=request.seed,
             logprobs=self._top,
+            # Flat lists: an object for each candidate of each token takes up to a hundred times as long.
+            flat_logprobs=True,
             # vLLM has no tokenizer here, so the end tokens are given explicitly.
             stop_token_ids=self._eos_ids,
             detokenize=False,
@@ -198,10 +200,7 @@ class VllmBackend:
             async for output in outputs:
                 (completion,) = output.outputs
                 cached = output.num_cached_tokens or cached
-                rows = [
-                    self._row(token, entries)
-                    for token, entries in zip(completion.token_ids, completion.logprobs or (), strict=True)
-                ]
+                rows = [_row(completion.logprobs, place) for place in range(len(completion.token_ids))]
                 if completion.finish_reason not in {None, "stop", "length"}:
                     raise RuntimeError(f"vLLM ended an answer with {completion.finish_reason!r}")
                 yield Piece(
@@ -265,7 +264,6 @@ class VllmBackend:
             temperature=0.0,
             prompt_logprobs=self._top,
             logprobs=self._top,
-            # Flat lists instead of thousands of objects, most of which would never be read.
             flat_logprobs=True,
             ignore_eos=True,
             detokenize=False,
@@ -288,8 +286,8 @@ class VllmBackend:
         # entry is for the last token.
         if len(known) < wanted + 1 or (not cached and len(known) != len(ids)):
             return None
-        rows = [self._row(ids[start + i], known[len(known) - wanted + i]) for i in range(wanted)]
-        return TokenScores(rows, self._row(completion.token_ids[0], completion.logprobs[0]), cached)
+        rows = [_row(known, len(known) - wanted + i) for i in range(wanted)]
+        return TokenScores(rows, _row(completion.logprobs, 0), cached)
 
     async def _ask(self, ids: list[int], params: Any, adapter: str) -> AsyncGenerator[Any, None]:
         """Yield vLLM's outputs. Closing this aborts the request."""
@@ -313,9 +311,6 @@ class VllmBackend:
         except ValueError as error:
             # vLLM refuses the request, for example a prompt that no cache can hold.
             raise ModelRefusal(f"{self._name} cannot take this request: {error}") from error
-
-    def _row(self, token: int, entries: Mapping[int, Any]) -> Row:
-        return make_row(token, {each: (e.logprob, e.rank) for each, e in entries.items()}, self._top)
 
     @property
     def _output_kind(self) -> Any:
@@ -422,6 +417,20 @@ def _takes_proposers() -> bool:
     except ImportError:
         return False
     return True
+
+
+def _row(known: Any, place: int) -> Row:
+    """Return a row of vLLM's FlatLogprobs: the token itself, then the likeliest ones, likeliest first."""
+    first, end = known.start_indices[place], known.end_indices[place]
+    token, top_ids = known.token_ids[first], tuple(known.token_ids[first + 1 : end])
+    return Row(
+        token=token,
+        logprob=known.logprobs[first],
+        # Of tokens that are as likely, vLLM counts all.
+        rank=top_ids.index(token) if token in top_ids else known.ranks[first] - 1,
+        top_ids=top_ids,
+        top_logprobs=tuple(known.logprobs[first + 1 : end]),
+    )
 
 
 def _extra_args(draft: OwnDraft | None) -> dict[str, Any]:

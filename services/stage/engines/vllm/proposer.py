@@ -230,7 +230,7 @@ class DraftProposer:
         tokens: list[int] = []
         rows: list[int] = []
         after: list[int] = []
-        found: list[tuple[_Tracked, int, bool]] = []
+        found: list[tuple[_Tracked, int, int]] = []
         for row, (request, count) in enumerate(zip(self._runner.input_batch.req_ids, counts, strict=False)):
             tracked = self._track(request)
             if tracked is not None and not tracked.follower.has_departed:

@@ -233,7 +233,8 @@ async def test_a_draft_that_comes_late_is_judged_at_its_own_tokens(wrong: int) -
         yield DraftPiece(ids, "", inside.status().fingerprint)
         yield plain.result.finish
 
-    events = inside.verify_stream((LONG,), MOST, pieces(), None)
+    # So cold that the likeliest token is drawn. A draw goes on without what has not come of its draft.
+    events = inside.verify_stream((LONG,), replace(MOST, temperature=1e-4), pieces(), None)
     seen = []
     async with asyncio.timeout(CALL_S):
         async for event in events:
@@ -247,3 +248,34 @@ async def test_a_draft_that_comes_late_is_judged_at_its_own_tokens(wrong: int) -
     exact, found = wanted.verification.ranks[wrong], evidence.ranks[wrong]
     # Of a token that no step kept, a bound.
     assert found == exact or (wrong < 8 and found <= exact)
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("wrong", [(), (2,), (20,), (20, 30), (3, 40)])
+async def test_after_a_correction_the_rest_of_a_draft_is_verified_inside_as_it_comes(
+    wrong: tuple[int, ...],
+) -> None:
+    inside, outside = await load(), await load(verify_inside=False)
+    plain = await ask(outside)
+    ids = plain.result.ids
+    for each in wrong:
+        ids = altered(ids, each)
+
+    async def pieces() -> AsyncIterator[DraftPiece | FinishReason]:
+        for start in range(0, len(ids), 7):
+            yield DraftPiece(tuple(ids[start : start + 7]), "", inside.status().fingerprint)
+            await asyncio.sleep(0)
+        yield plain.result.finish
+
+    found = await collect(inside.verify_stream((LONG,), MOST, pieces(), None), "any")
+    whole = await verify(outside, ids, plain.result.finish)
+    assert found.result.ids == plain.result.ids
+    assert found.verification is not None
+    assert whole.verification is not None
+    accepted = found.verification.accepted
+    assert accepted == whole.verification.accepted
+    assert list(found.verification.ranks[: accepted + 1]) == list(whole.verification.ranks[: accepted + 1])
+    # A pass for every token that differs, and for every 16 that come.
+    assert found.result.forward_passes <= len(ids) // 16 + 3 * len(wrong) + 3
+    assert found.result.accepted_tokens <= found.result.proposed_tokens
+    assert sum(found.result.accept_lengths) <= len(ids) + 1
