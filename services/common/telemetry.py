@@ -1,9 +1,10 @@
 """All names of spans, attributes and metrics of asd, and the set-up of OpenTelemetry.
 
-Names follow OpenTelemetry's `gen_ai.*` and `rpc.*` conventions where one fits (semantic conventions 1.37,
-still in development), and `asd.*` only where none does. Prompts and answers never go onto a span. Standard
-latency histograms are in seconds and our fields in milliseconds: the conversion happens here and nowhere
-else.
+Names follow OpenTelemetry's `gen_ai.*` and `rpc.*` conventions where one fits (GenAI conventions 0.1.0, still
+in development), and `asd.*` only where none does. Some `asd.*` names are older than their convention: they
+stay, and the convention's name is exported beside them (`GenAi` is the table). Prompts and answers never go
+onto a span. Standard latency histograms are in seconds and our fields in milliseconds: the conversion happens
+here and nowhere else.
 
 Nothing is exported, and a span costs next to nothing, unless OTEL_EXPORTER_OTLP_ENDPOINT (or its traces and
 metrics variants), OTEL_TRACES_EXPORTER or OTEL_METRICS_EXPORTER is set. A service can also serve its metrics
@@ -51,11 +52,16 @@ class Attributes:
     REQUEST_MODEL: Final = "gen_ai.request.model"
     REQUEST_MAX_TOKENS: Final = "gen_ai.request.max_tokens"
     REQUEST_TEMPERATURE: Final = "gen_ai.request.temperature"
+    REQUEST_TOP_P: Final = "gen_ai.request.top_p"
+    REQUEST_SEED: Final = "gen_ai.request.seed"
+    CONVERSATION_ID: Final = "gen_ai.conversation.id"
     RESPONSE_MODEL: Final = "gen_ai.response.model"
     RESPONSE_ID: Final = "gen_ai.response.id"
     FINISH_REASONS: Final = "gen_ai.response.finish_reasons"
+    TIME_TO_FIRST_CHUNK: Final = "gen_ai.response.time_to_first_chunk"
     INPUT_TOKENS: Final = "gen_ai.usage.input_tokens"
     OUTPUT_TOKENS: Final = "gen_ai.usage.output_tokens"
+    CACHE_READ_TOKENS: Final = "gen_ai.usage.cache_read.input_tokens"
     ERROR_TYPE: Final = "error.type"
     SERVER_ADDRESS: Final = "server.address"
 
@@ -147,6 +153,16 @@ class Metrics:
 PROVIDER_NAME: Final = "asd"
 OPERATION_CHAT: Final = "chat"
 
+
+class GenAi:
+    """Names of the GenAI conventions 0.1.0, by asd's own names for the same values. Both are exported."""
+
+    ATTRIBUTES: Final[Mapping[str, str]] = {
+        Attributes.REQUEST_ID: Attributes.RESPONSE_ID,
+        Attributes.CACHED_TOKENS: Attributes.CACHE_READ_TOKENS,
+    }
+
+
 # OTel's advice for gen_ai.server.request.duration, extended downwards for the embedded family.
 _DURATION_BUCKETS_S = (
     0.001,
@@ -218,8 +234,11 @@ class Traced:
         return self.span is not trace.INVALID_SPAN
 
     def set(self, name: str, value: AttributeValue) -> None:
-        """Set an attribute."""
+        """Set an attribute, and the one that the GenAI conventions have for it."""
         self.span.set_attribute(name, value)
+        convention = GenAi.ATTRIBUTES.get(name)
+        if convention is not None:
+            self.span.set_attribute(convention, value)
 
 
 def current_trace_id() -> str:

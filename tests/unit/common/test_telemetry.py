@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,12 +19,15 @@ from opentelemetry.trace import StatusCode
 
 from asd.errors import Unavailable
 from services.common import telemetry
-from services.common.telemetry import Attributes, Traced, duration_histogram, observation
+from services.common.telemetry import Attributes, GenAi, Traced, duration_histogram, observation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from opentelemetry.sdk.trace import ReadableSpan
+
+
+DOCS = Path(__file__).parents[3] / "docs" / "telemetry.md"
 
 
 @pytest.fixture
@@ -53,6 +58,23 @@ def test_a_span_keeps_its_attributes_and_has_no_status(exporter: InMemorySpanExp
     assert inner.parent is not None
     assert inner.parent.span_id == span.context.span_id
     assert trace_id == f"{span.context.trace_id:032x}"
+
+
+def test_an_attribute_comes_under_asds_name_and_the_conventions(exporter: InMemorySpanExporter) -> None:
+    with Traced("call") as span:
+        span.set("asd.request.id", "r1")
+        span.set("asd.cost", 1.5)
+    assert dict(only(exporter).attributes or {}) == {
+        "asd.request.id": "r1",
+        "gen_ai.response.id": "r1",
+        "asd.cost": 1.5,
+    }
+
+
+def test_the_table_of_conventions_is_documented() -> None:
+    rows = re.findall(r"^\| `(asd\.\S+)` \| `(gen_ai\.\S+)` \| (\w+) \|$", DOCS.read_text(), re.MULTILINE)
+    documented = {name: convention for name, convention, kind in rows if kind == "attribute"}
+    assert documented == GenAi.ATTRIBUTES
 
 
 def test_an_error_of_ours_marks_the_span_with_its_message(exporter: InMemorySpanExporter) -> None:

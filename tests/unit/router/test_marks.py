@@ -24,6 +24,12 @@ def failing(error: AsdError, after: int = 0) -> dict[str, Any]:
     return {"fail_after": after, "failure": error}
 
 
+def gen_ai(span: Any) -> dict[str, Any]:
+    """Return the attributes of a span that the GenAI conventions name, without their prefix."""
+    found = span.attributes.items()
+    return {name.removeprefix("gen_ai."): value for name, value in found if name.startswith("gen_ai.")}
+
+
 class Deciding(Policy):
     """Decides one thing, or fails with an error."""
 
@@ -35,6 +41,59 @@ class Deciding(Policy):
         if isinstance(self._outcome, AsdError):
             raise self._outcome
         return self._outcome
+
+
+async def test_a_request_is_described_as_the_conventions_say(recorded):
+    sampling = common_pb2.Sampling(temperature=0.5, top_p=0.75, max_new_tokens=9, seed=11, stop=["a secret"])
+    router = SmallRouter(Policy(ESCALATES), large={"adapters": ("math",)})
+    router.stages["small"].on_token = lambda _: router.clock.advance(0.25)
+    request = cascade_pb2.GenerateRequest(prompt="a secret", sampling=sampling, session_id="s-1", task="math")
+    response = await router.generate(request)
+    described = {
+        "operation.name": "chat",
+        "provider.name": "asd",
+        "conversation.id": "s-1",
+        "request.temperature": 0.5,
+        "request.top_p": 0.75,
+        "request.max_tokens": 9,
+        "request.seed": 11,
+        "response.finish_reasons": ("eos",),
+        "usage.input_tokens": 4,
+        "usage.output_tokens": 3,
+        "usage.cache_read.input_tokens": 0,
+    }
+    small = {"request.model": "small", "response.model": "small", "response.time_to_first_chunk": 0.25}
+    large = {"request.model": "large", "response.model": "large/math", "response.time_to_first_chunk": 0.0}
+    assert [gen_ai(span) for span in recorded.spans("asd.stage")] == [
+        {**described, **small},
+        {**described, **large},
+    ]
+    assert [gen_ai(span) for span in recorded.spans("asd.cascade")] == [
+        {
+            "conversation.id": "s-1",
+            "response.id": response.request_id,
+            "response.model": "large/math",
+            "response.finish_reasons": ("eos",),
+        }
+    ]
+    names = ("asd.cascade", "asd.plan", "asd.stage", "asd.decide")
+    assert "secret" not in "".join(span.to_json() for name in names for span in recorded.spans(name))
+
+
+@pytest.mark.parametrize("seed", [None, 2**63], ids=["drawn by the router", "more than a span can hold"])
+async def test_a_seed_that_is_not_the_callers_or_not_exportable_is_left_out(recorded, seed):
+    sampling = common_pb2.Sampling(temperature=1.0, seed=seed)
+    await SmallRouter(**SMALL_ALONE).generate(cascade_pb2.GenerateRequest(prompt="hi", sampling=sampling))
+    assert recorded.values("asd.stage", "gen_ai.request.temperature") == [1.0]
+    assert recorded.values("asd.stage", "gen_ai.request.seed") == [None]
+
+
+async def test_what_has_a_name_of_asds_keeps_it_beside_the_conventions(recorded):
+    response = await SmallRouter(**SMALL_ALONE).generate()
+    for name in ("asd.request.id", "gen_ai.response.id"):
+        assert recorded.values("asd.cascade", name) == [response.request_id]
+    for name in ("asd.stage.cached_prompt_tokens", "gen_ai.usage.cache_read.input_tokens"):
+        assert recorded.values("asd.stage", name) == [0]
 
 
 async def test_a_plan_without_the_policy_is_marked_and_counted(recorded, metered):
