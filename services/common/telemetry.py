@@ -44,6 +44,12 @@ class Spans:
     DECIDE: Final = "asd.decide"
 
 
+class Events:
+    """Names of events on spans."""
+
+    EVALUATION: Final = "gen_ai.evaluation.result"
+
+
 class Attributes:
     """Attribute names."""
 
@@ -62,6 +68,9 @@ class Attributes:
     INPUT_TOKENS: Final = "gen_ai.usage.input_tokens"
     OUTPUT_TOKENS: Final = "gen_ai.usage.output_tokens"
     CACHE_READ_TOKENS: Final = "gen_ai.usage.cache_read.input_tokens"
+    EVALUATION_NAME: Final = "gen_ai.evaluation.name"
+    EVALUATION_SCORE: Final = "gen_ai.evaluation.score.value"
+    EVALUATION_LABEL: Final = "gen_ai.evaluation.score.label"
     ERROR_TYPE: Final = "error.type"
     SERVER_ADDRESS: Final = "server.address"
 
@@ -152,6 +161,8 @@ class Metrics:
 
 PROVIDER_NAME: Final = "asd"
 OPERATION_CHAT: Final = "chat"
+# Name of the policy's evaluation of an answer: the calibrated probability that it is correct.
+EVALUATION_P_CORRECT: Final = "p_correct"
 
 
 class GenAi:
@@ -239,6 +250,10 @@ class Traced:
         convention = GenAi.ATTRIBUTES.get(name)
         if convention is not None:
             self.span.set_attribute(convention, value)
+
+    def add_event(self, name: str, attributes: Mapping[str, AttributeValue]) -> None:
+        """Add an event with the current time."""
+        self.span.add_event(name, attributes)
 
 
 def current_trace_id() -> str:

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from services.common.telemetry import OPERATION_CHAT, PROVIDER_NAME, Attributes, Traced
+from asd.values import DecisionAction
+from services.common.telemetry import (
+    EVALUATION_P_CORRECT,
+    OPERATION_CHAT,
+    PROVIDER_NAME,
+    Attributes,
+    Events,
+    Traced,
+)
 
 if TYPE_CHECKING:
+    from opentelemetry.util.types import AttributeValue
+
     from asd.values import StageAction
     from services.router.domain import Decision, Provenance, RoutedAnswer, RoutedRequest, Stage, StageAnswer
 
@@ -82,9 +92,15 @@ def describe_answer(span: Traced, answer: StageAnswer) -> None:
 
 
 def describe_decision(
-    span: Traced, decision: Decision, judged: Stage, provenance: Provenance, *, follows_policy: bool
+    span: Traced,
+    decision: Decision,
+    judged: Stage,
+    provenance: Provenance,
+    request_id: str,
+    *,
+    follows_policy: bool,
 ) -> None:
-    """Record the decision on a stage's answer, its source and its reason."""
+    """Record the decision on a stage's answer, its source and its reason; the policy's as an evaluation."""
     if not span.recording:
         return
     is_judged = decision.p_correct is not None or decision.is_out_of_family
@@ -98,6 +114,15 @@ def describe_decision(
     span.set(Attributes.POLICY_VERSION, provenance.policy_version)
     if decision.p_correct is not None:
         span.set(Attributes.P_CORRECT, decision.p_correct)
+        evaluation: dict[str, AttributeValue] = {
+            Attributes.EVALUATION_NAME: EVALUATION_P_CORRECT,
+            Attributes.EVALUATION_SCORE: decision.p_correct,
+            Attributes.EVALUATION_LABEL: decision.action.value,
+        }
+        if decision.action is DecisionAction.STOP:
+            # An answer that escalates is not the response.
+            evaluation[Attributes.RESPONSE_ID] = request_id
+        span.add_event(Events.EVALUATION, evaluation)
     if decision.is_out_of_family:
         span.set(Attributes.OUT_OF_FAMILY, True)
     if decision.predict_us is not None:

@@ -427,6 +427,7 @@ class RequestPlan:
                 decision,
                 self._state.answer.stage,
                 self._provenance(),
+                self._state.request.id,
                 follows_policy=self._follows_policy,
             )
             return decision

@@ -135,6 +135,35 @@ async def test_decisions_of_the_policy_are_marked_as_its_own(recorded, metered):
     assert not {"asd.static_plans", "asd.stage.failures"} & metered().keys()
 
 
+async def test_what_the_policy_makes_of_an_answer_is_an_evaluation(recorded):
+    response = await SmallRouter(Policy(ESCALATES)).generate()
+    events = [event for span in recorded.spans("asd.decide") for event in span.events]
+    assert [event.name for event in events] == ["gen_ai.evaluation.result"] * 2
+    escalated, stopped = (
+        {name.removeprefix("gen_ai."): value for name, value in event.attributes.items()} for event in events
+    )
+    assert escalated == {
+        "evaluation.name": "p_correct",
+        "evaluation.score.value": 0.5,
+        "evaluation.score.label": "escalate",
+    }
+    assert stopped == {
+        "evaluation.name": "p_correct",
+        "evaluation.score.value": 0.9,
+        "evaluation.score.label": "stop",
+        "response.id": response.request_id,
+    }
+
+
+async def test_an_answer_that_the_policy_has_not_judged_has_no_evaluation(recorded):
+    unlike = Decision(DecisionAction.STOP, DecisionReason.OUT_OF_FAMILY, is_out_of_family=True)
+    for policy in (Deciding(unlike), Policy(answers=1), Policy(answers=0)):
+        await SmallRouter(policy).generate()
+    decided = recorded.spans("asd.decide")
+    assert decided
+    assert not [event for span in decided for event in span.events]
+
+
 async def test_a_policy_that_is_lost_on_the_way_is_marked_from_there_on(recorded, metered):
     await SmallRouter(Policy({0: (1,)}, answers=2)).generate()
     assert recorded.values("asd.decide", "asd.plan.source") == ["policy", "static", "static"]
