@@ -68,6 +68,7 @@ class Attributes:
     INPUT_TOKENS: Final = "gen_ai.usage.input_tokens"
     OUTPUT_TOKENS: Final = "gen_ai.usage.output_tokens"
     CACHE_READ_TOKENS: Final = "gen_ai.usage.cache_read.input_tokens"
+    MODALITY: Final = "gen_ai.token.modality"
     EVALUATION_NAME: Final = "gen_ai.evaluation.name"
     EVALUATION_SCORE: Final = "gen_ai.evaluation.score.value"
     EVALUATION_LABEL: Final = "gen_ai.evaluation.score.label"
@@ -111,6 +112,11 @@ class Metrics:
     """Metric names."""
 
     REQUEST_DURATION: Final = "gen_ai.server.request.duration"
+    INFERENCE_DURATION: Final = "gen_ai.client.inference.duration"
+    TIME_TO_FIRST_CHUNK: Final = "gen_ai.client.inference.time_to_first_chunk"
+    INFERENCE_INPUT_TOKENS: Final = "gen_ai.client.inference.usage.input_tokens"
+    INFERENCE_OUTPUT_TOKENS: Final = "gen_ai.client.inference.usage.output_tokens"
+    INFERENCE_CACHE_READ_TOKENS: Final = "gen_ai.client.inference.usage.cache_read.input_tokens"
     REQUESTS: Final = "asd.requests"
     STAGE_REQUESTS: Final = "asd.stage.requests"
     STAGE_DURATION: Final = "asd.stage.duration"
@@ -161,6 +167,7 @@ class Metrics:
 
 PROVIDER_NAME: Final = "asd"
 OPERATION_CHAT: Final = "chat"
+MODALITY_TEXT: Final = "text"
 # Name of the policy's evaluation of an answer: the calibrated probability that it is correct.
 EVALUATION_P_CORRECT: Final = "p_correct"
 
@@ -171,6 +178,12 @@ class GenAi:
     ATTRIBUTES: Final[Mapping[str, str]] = {
         Attributes.REQUEST_ID: Attributes.RESPONSE_ID,
         Attributes.CACHED_TOKENS: Attributes.CACHE_READ_TOKENS,
+    }
+    METRICS: Final[Mapping[str, str]] = {
+        Metrics.STAGE_DURATION: Metrics.INFERENCE_DURATION,
+        Metrics.PROMPT_TOKENS: Metrics.INFERENCE_INPUT_TOKENS,
+        Metrics.CACHED_PROMPT_TOKENS: Metrics.INFERENCE_CACHE_READ_TOKENS,
+        Metrics.COMPLETION_TOKENS: Metrics.INFERENCE_OUTPUT_TOKENS,
     }
 
 
@@ -192,6 +205,12 @@ _DURATION_BUCKETS_S = (
     30.0,
     60.0,
 )
+# OTel's advice for each of these.
+_DOUBLING_BUCKETS_S = tuple(0.01 * 2**power for power in range(14))
+_ADVISED_BUCKETS_S = {
+    Metrics.INFERENCE_DURATION: _DOUBLING_BUCKETS_S,
+    Metrics.TIME_TO_FIRST_CHUNK: _DOUBLING_BUCKETS_S,
+}
 
 
 @dataclass(slots=True)
@@ -262,6 +281,18 @@ def current_trace_id() -> str:
         return ""
     context = trace.get_current_span().get_span_context()
     return f"{context.trace_id:032x}" if context.is_valid else ""
+
+
+def inference_attributes(requested: str, answered: str = "") -> dict[str, AttributeValue]:
+    """Return the attributes of an inference's metrics. requested, answered: its models; "": it failed."""
+    attributes: dict[str, AttributeValue] = {
+        Attributes.OPERATION: OPERATION_CHAT,
+        Attributes.PROVIDER: PROVIDER_NAME,
+        Attributes.REQUEST_MODEL: requested,
+    }
+    if answered:
+        attributes[Attributes.RESPONSE_MODEL] = answered
+    return attributes
 
 
 def metrics_enabled() -> bool:
@@ -430,7 +461,10 @@ def duration_histogram(name: str, description: str) -> DurationHistogram:
     """Return a histogram of durations that takes milliseconds."""
     return DurationHistogram(
         meter().create_histogram(
-            name, unit="s", description=description, explicit_bucket_boundaries_advisory=_DURATION_BUCKETS_S
+            name,
+            unit="s",
+            description=description,
+            explicit_bucket_boundaries_advisory=_ADVISED_BUCKETS_S.get(name, _DURATION_BUCKETS_S),
         )
     )
 

@@ -79,7 +79,7 @@ def _router() -> None:
     router.draft_skipped(large, SkipReason.LOAD)
     for refusal in Refusal:
         router.request_refused(refusal)
-    router.stage_failed(small, Unavailable("away"))
+    router.stage_failed(small, Unavailable("away"), 1.0)
     with suppress(Unavailable), router.request_under_way():
         raise Unavailable("away")
     router.watch_sleep([small, large], lambda: frozenset({1}))
@@ -92,7 +92,9 @@ def _answer(stage: Fields, action: StageAction) -> Fields:
         stage=stage,
         action=action,
         latency_ms=1.0,
-        result=Fields(usage=usage, timing=timing, model="small/math"),
+        first_message_ms=1.0,
+        model="small/math",
+        result=Fields(usage=usage, timing=timing),
         is_whole=True,
         verification=Fields(proposed_tokens=1, accepted_tokens=1),
     )

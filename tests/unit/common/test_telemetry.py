@@ -6,7 +6,7 @@ import asyncio
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -19,7 +19,8 @@ from opentelemetry.trace import StatusCode
 
 from asd.errors import Unavailable
 from services.common import telemetry
-from services.common.telemetry import Attributes, GenAi, Traced, duration_histogram, observation
+from services.common.telemetry import Attributes, GenAi, Metrics, Traced, duration_histogram, observation
+from tests.recording import metered  # noqa: F401 - a fixture
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -73,8 +74,11 @@ def test_an_attribute_comes_under_asds_name_and_the_conventions(exporter: InMemo
 
 def test_the_table_of_conventions_is_documented() -> None:
     rows = re.findall(r"^\| `(asd\.\S+)` \| `(gen_ai\.\S+)` \| (\w+) \|$", DOCS.read_text(), re.MULTILINE)
-    documented = {name: convention for name, convention, kind in rows if kind == "attribute"}
-    assert documented == GenAi.ATTRIBUTES
+    documented = {
+        kind: {name: convention for name, convention, of in rows if of == kind}
+        for kind in ("attribute", "metric")
+    }
+    assert documented == {"attribute": GenAi.ATTRIBUTES, "metric": GenAi.METRICS}
 
 
 def test_an_error_of_ours_marks_the_span_with_its_message(exporter: InMemorySpanExporter) -> None:
@@ -139,6 +143,25 @@ def test_durations_are_recorded_in_seconds(monkeypatch: pytest.MonkeyPatch) -> N
     ]
     assert counted == [0.01, 2.5]
     provider.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("name", "advised"),
+    [
+        (
+            Metrics.INFERENCE_DURATION,
+            (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92),
+        ),
+    ],
+)
+def test_a_duration_of_the_conventions_has_the_buckets_that_they_advise(
+    metered: Any,  # noqa: F811 - the fixture
+    name: str,
+    advised: tuple[float, ...],
+) -> None:
+    duration_histogram(name, "a duration").record_ms(1.0)
+    (point,) = metered()[name].data.data_points
+    assert point.explicit_bounds == advised
 
 
 @pytest.fixture

@@ -199,6 +199,38 @@ async def test_durations_reach_the_histograms_in_seconds(metered):
     assert sums(metrics["asd.policy.duration"]) == {(): (1, pytest.approx(1.25))}
 
 
+async def test_an_inference_is_measured_by_its_models_as_the_conventions_say(metered):
+    router = SmallRouter(Policy(ESCALATES), large={"adapters": ("math",), "prompt_tokens": 7})
+    router.stages["small"].on_token = lambda _: router.clock.advance(0.5)
+    router.stages["large"].on_call = lambda: router.clock.advance(2.0)
+    await router.generate(cascade_pb2.GenerateRequest(prompt="hi", task="math"))
+    metrics = metered()
+    # The labels: operation, provider, and the models that were asked for and that answered.
+    small, large = ("chat", "asd", "small", "small"), ("chat", "asd", "large", "large/math")
+    for name, of_small in (("duration", 1.5), ("time_to_first_chunk", 0.5)):
+        metric = metrics[f"gen_ai.client.inference.{name}"]
+        assert metric.unit == "s"
+        assert sums(metric) == {small: (1, pytest.approx(of_small)), large: (1, pytest.approx(2.0))}
+    for name, of_small, of_large in (
+        ("input_tokens", 4, 7),
+        ("output_tokens", 3, 3),
+        ("cache_read.input_tokens", 0, 0),
+    ):
+        metric = metrics[f"gen_ai.client.inference.usage.{name}"]
+        assert metric.unit == "{token}"
+        assert counts(metric) == {(*small, "text"): of_small, (*large, "text"): of_large}
+
+
+async def test_a_failed_inference_is_measured_with_its_error(metered):
+    router = SmallRouter(Policy({0: (1,)}), medium=failing(Unavailable("gone"), after=1))
+    router.stages["medium"].on_token = lambda _: router.clock.advance(1.5)
+    await router.generate()
+    measured = sums(metered()["gen_ai.client.inference.duration"])
+    assert measured.pop(("chat", "asd", "small", "small"))
+    # The labels: the error, then operation, provider, and the model that was asked for.
+    assert measured == {("Unavailable", "chat", "asd", "medium"): (1, pytest.approx(1.5))}
+
+
 async def test_requests_stages_and_tokens_are_counted(metered):
     router = SmallRouter(Policy(ESCALATES))
     escalated = await router.generate()
