@@ -112,6 +112,8 @@ class Metrics:
     """Metric names."""
 
     REQUEST_DURATION: Final = "gen_ai.server.request.duration"
+    TTFT: Final = "gen_ai.server.time_to_first_token"
+    TPOT: Final = "gen_ai.server.time_per_output_token"
     INFERENCE_DURATION: Final = "gen_ai.client.inference.duration"
     TIME_TO_FIRST_CHUNK: Final = "gen_ai.client.inference.time_to_first_chunk"
     INFERENCE_INPUT_TOKENS: Final = "gen_ai.client.inference.usage.input_tokens"
@@ -210,6 +212,25 @@ _DOUBLING_BUCKETS_S = tuple(0.01 * 2**power for power in range(14))
 _ADVISED_BUCKETS_S = {
     Metrics.INFERENCE_DURATION: _DOUBLING_BUCKETS_S,
     Metrics.TIME_TO_FIRST_CHUNK: _DOUBLING_BUCKETS_S,
+    Metrics.TTFT: (
+        0.001,
+        0.005,
+        0.01,
+        0.02,
+        0.04,
+        0.06,
+        0.08,
+        0.1,
+        0.25,
+        0.5,
+        0.75,
+        1.0,
+        2.5,
+        5.0,
+        7.5,
+        10.0,
+    ),
+    Metrics.TPOT: (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5),
 }
 
 

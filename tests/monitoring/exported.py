@@ -26,7 +26,7 @@ from services.common.telemetry import Spans, Traced
 from services.router.domain import Refusal
 from services.router.planning.draft_selection import SkipReason
 from services.stage.engines.engine import EngineStatus, ModelState
-from services.stage.instruments import watch_models
+from services.stage.instruments import StageInstruments, watch_models
 
 
 def main() -> None:
@@ -139,6 +139,7 @@ def _stage() -> None:
         error="",
     )
     engine = Fields(status=lambda: status)
+    StageInstruments().answered("small", Fields(ids=(1, 2), queue_ms=1.0, prefill_ms=1.0, decode_ms=1.0))
     watch_models(Fields(engines={"small": engine}, budget_bytes=1, idle_ms=lambda: 1.0))
 
 

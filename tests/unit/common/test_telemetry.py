@@ -152,6 +152,10 @@ def test_durations_are_recorded_in_seconds(monkeypatch: pytest.MonkeyPatch) -> N
             Metrics.INFERENCE_DURATION,
             (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92),
         ),
+        (
+            Metrics.TPOT,
+            (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5),
+        ),
     ],
 )
 def test_a_duration_of_the_conventions_has_the_buckets_that_they_advise(
