@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import ssl
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import trustme
 import yaml
 
 from policy_service.settings import PolicySettings
@@ -353,6 +355,26 @@ class TestHelmTest:
         assert body["model"] == "asd"
         assert body["messages"][0]["role"] == "user"
 
+    def test_it_trusts_the_gateway_by_the_authority_and_shows_a_certificate(self, tmp_path: Path) -> None:
+        authority = trustme.CA()
+        shown = authority.issue_cert("127.0.0.1")
+        authority.cert_pem.write_to_path(str(tmp_path / "ca.crt"))
+        shown.cert_chain_pems[0].write_to_path(str(tmp_path / "tls.crt"))
+        shown.private_key_pem.write_to_path(str(tmp_path / "tls.key"))
+        (file := tmp_path / "tokens").write_text("secret-1\n")
+        trust = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        trust.verify_mode = ssl.CERT_REQUIRED
+        authority.configure_trust(trust)
+        shown.configure_cert(trust)
+        [asking] = of_kind("locked down", "Pod")["demo-test-chat"]["spec"]["containers"]
+        variables = {each["name"]: each["value"].replace("/tls/", f"{tmp_path}/") for each in asking["env"]}
+        with _gateway(tls=trust) as (address, asked):
+            run = self._run(
+                file, "", variant="locked down", test="chat", gateway=address, variables=variables
+            )
+        assert (run.returncode, run.stdout) == (0, "Answer: 19\n"), run.stderr
+        assert asked[1] == "Bearer secret-1"
+
     def test_a_gateway_that_refuses_is_quoted(self, tmp_path: Path) -> None:
         with _gateway(status=503) as (address, _):
             run = self._run(tmp_path, "", variant="defaults", test="chat", gateway=address)
@@ -390,19 +412,20 @@ class TestHelmTest:
         variant: str = "tokens",
         test: str = "ask",
         gateway: str = "demo-gateway:8000",
+        variables: dict[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
         [asking] = of_kind(variant, "Pod")[f"demo-test-{test}"]["spec"]["containers"]
         [script] = asking["args"]
         script = script.replace("/auth/tokens", str(tokens)).replace("demo-gateway:8000", gateway)
         assert asking["command"] == ["python", "-c"]
-        environment = {"PATH": path} if path else {}
+        environment = {"PATH": path, **(variables or {})}
         return subprocess.run(
             [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
         )
 
 
 @contextlib.contextmanager
-def _gateway(status: int = 200) -> Iterator[tuple[str, list[Any]]]:
+def _gateway(status: int = 200, tls: ssl.SSLContext | None = None) -> Iterator[tuple[str, list[Any]]]:
     """Serve one answer to everything; yield the address, and path, token and body of the last request."""
     asked: list[Any] = []
 
@@ -420,6 +443,8 @@ def _gateway(status: int = 200) -> Iterator[tuple[str, list[Any]]]:
             pass
 
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        if tls:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
