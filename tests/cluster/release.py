@@ -507,9 +507,12 @@ def install_to_answer(release: Release) -> tuple[float, dict[str, Any]]:
     return seconds, json.loads(log[log.index("{") : log.rindex("}") + 1])
 
 
-def run_benchmark_job(release: Release, requests: int = 100, timeout_s: float = 600.0) -> dict[str, Any]:
+def run_benchmark_job(
+    release: Release, requests: int = 100, through: str = "router", timeout_s: float = 600.0
+) -> dict[str, Any]:
     """Run the benchmark Job of k8s/benchmark, and return the JSON that ends its log."""
-    log = run_job(release, "benchmark", f"REQUESTS={requests}", "WARMUP=10", timeout_s=timeout_s)
+    parameters = (f"REQUESTS={requests}", "WARMUP=10", f"THROUGH={through}")
+    log = run_job(release, "benchmark", *parameters, timeout_s=timeout_s)
     return json.loads(log.splitlines()[-1])  # type: ignore[no-any-return]
 
 

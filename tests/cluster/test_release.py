@@ -171,9 +171,10 @@ def test_idle_stages_sleep_and_are_woken_by_the_requests_that_need_them(cluster:
         cluster.remove_namespace(release.namespace)
 
 
-def test_the_benchmark_job_runs_to_its_end(installed: Release) -> None:
-    result = run_benchmark_job(installed, requests=100)
-    assert result["requests"] == 100
+@pytest.mark.parametrize("through", ["router", "gateway"])
+def test_the_benchmark_job_runs_to_its_end(installed: Release, through: str) -> None:
+    result = run_benchmark_job(installed, requests=100, through=through)
+    assert (result["requests"], result["through"]) == (100, through)
     assert result["failures"] == {}
     assert [stage["name"] for stage in result["stages"]] == list(STAGES)
 
