@@ -7,7 +7,7 @@ DEV_EXTRAS := stage,policy,gateway,policy-train,bench,docs,dev
 INSTALLED_BY := pyproject.toml $(addprefix clients/python/,pyproject.toml hatch_build.py) $(wildcard protos/asd/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test fuzz mutants faults drains images e2e lint chart-checks docs format bench bench-escalation bench-policy experiments models policy clean
+.PHONY: help install demo up test fuzz mutants faults drains images e2e clients lint chart-checks docs format bench bench-escalation bench-policy experiments models policy clean
 
 help: ## Say what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -43,6 +43,9 @@ images: $(VENV)/.dev ## Build the Dockerfile's CPU targets and start each (Linux
 
 e2e: $(VENV)/.dev ## Test a release on a real cluster: KUBECONFIG's, or a node of its own (Linux, root, Go)
 	$(BIN)/pytest tests/cluster
+
+clients: $(VENV)/.dev ## Try real clients of the gateway, installed in build/clients (minutes); writes benchmarks/results/clients.json
+	$(BIN)/python -m tests.clients
 
 lint: $(VENV)/.dev ## Check style, types, imports, the contract and the Dockerfile
 	$(BIN)/ruff check .

@@ -42,6 +42,10 @@ class InstantStage(stage_pb2_grpc.StageServiceServicer):
         yield _TOKENS
         yield _RESULT
 
+    async def Status(self, request: stage_pb2.StatusRequest, context: object) -> stage_pb2.StatusResponse:
+        model = stage_pb2.ModelStatus(name="instant", state=stage_pb2.MODEL_STATE_READY, engine="instant")
+        return stage_pb2.StatusResponse(models=[model])
+
 
 def main() -> None:
     """Serve until SIGTERM."""

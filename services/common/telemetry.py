@@ -1,9 +1,10 @@
 """All names of spans, attributes and metrics of asd, and the set-up of OpenTelemetry.
 
-Names follow OpenTelemetry's `gen_ai.*` and `rpc.*` conventions where one fits (semantic conventions 1.37,
-still in development), and `asd.*` only where none does. Prompts and answers never go onto a span. Standard
-latency histograms are in seconds and our fields in milliseconds: the conversion happens here and nowhere
-else.
+Names follow OpenTelemetry's `gen_ai.*` and `rpc.*` conventions where one fits (GenAI conventions 0.1.0, still
+in development), and `asd.*` only where none does. Some `asd.*` names are older than their convention: they
+stay, and the convention's name is exported beside them (`GenAi` is the table). Prompts and answers never go
+onto a span. Standard latency histograms are in seconds and our fields in milliseconds: the conversion happens
+here and nowhere else.
 
 Nothing is exported, and a span costs next to nothing, unless OTEL_EXPORTER_OTLP_ENDPOINT (or its traces and
 metrics variants), OTEL_TRACES_EXPORTER or OTEL_METRICS_EXPORTER is set. A service can also serve its metrics
@@ -43,6 +44,12 @@ class Spans:
     DECIDE: Final = "asd.decide"
 
 
+class Events:
+    """Names of events on spans."""
+
+    EVALUATION: Final = "gen_ai.evaluation.result"
+
+
 class Attributes:
     """Attribute names."""
 
@@ -51,11 +58,20 @@ class Attributes:
     REQUEST_MODEL: Final = "gen_ai.request.model"
     REQUEST_MAX_TOKENS: Final = "gen_ai.request.max_tokens"
     REQUEST_TEMPERATURE: Final = "gen_ai.request.temperature"
+    REQUEST_TOP_P: Final = "gen_ai.request.top_p"
+    REQUEST_SEED: Final = "gen_ai.request.seed"
+    CONVERSATION_ID: Final = "gen_ai.conversation.id"
     RESPONSE_MODEL: Final = "gen_ai.response.model"
     RESPONSE_ID: Final = "gen_ai.response.id"
     FINISH_REASONS: Final = "gen_ai.response.finish_reasons"
+    TIME_TO_FIRST_CHUNK: Final = "gen_ai.response.time_to_first_chunk"
     INPUT_TOKENS: Final = "gen_ai.usage.input_tokens"
     OUTPUT_TOKENS: Final = "gen_ai.usage.output_tokens"
+    CACHE_READ_TOKENS: Final = "gen_ai.usage.cache_read.input_tokens"
+    MODALITY: Final = "gen_ai.token.modality"
+    EVALUATION_NAME: Final = "gen_ai.evaluation.name"
+    EVALUATION_SCORE: Final = "gen_ai.evaluation.score.value"
+    EVALUATION_LABEL: Final = "gen_ai.evaluation.score.label"
     ERROR_TYPE: Final = "error.type"
     SERVER_ADDRESS: Final = "server.address"
 
@@ -96,6 +112,13 @@ class Metrics:
     """Metric names."""
 
     REQUEST_DURATION: Final = "gen_ai.server.request.duration"
+    TTFT: Final = "gen_ai.server.time_to_first_token"
+    TPOT: Final = "gen_ai.server.time_per_output_token"
+    INFERENCE_DURATION: Final = "gen_ai.client.inference.duration"
+    TIME_TO_FIRST_CHUNK: Final = "gen_ai.client.inference.time_to_first_chunk"
+    INFERENCE_INPUT_TOKENS: Final = "gen_ai.client.inference.usage.input_tokens"
+    INFERENCE_OUTPUT_TOKENS: Final = "gen_ai.client.inference.usage.output_tokens"
+    INFERENCE_CACHE_READ_TOKENS: Final = "gen_ai.client.inference.usage.cache_read.input_tokens"
     REQUESTS: Final = "asd.requests"
     STAGE_REQUESTS: Final = "asd.stage.requests"
     STAGE_DURATION: Final = "asd.stage.duration"
@@ -146,6 +169,25 @@ class Metrics:
 
 PROVIDER_NAME: Final = "asd"
 OPERATION_CHAT: Final = "chat"
+MODALITY_TEXT: Final = "text"
+# Name of the policy's evaluation of an answer: the calibrated probability that it is correct.
+EVALUATION_P_CORRECT: Final = "p_correct"
+
+
+class GenAi:
+    """Names of the GenAI conventions 0.1.0, by asd's own names for the same values. Both are exported."""
+
+    ATTRIBUTES: Final[Mapping[str, str]] = {
+        Attributes.REQUEST_ID: Attributes.RESPONSE_ID,
+        Attributes.CACHED_TOKENS: Attributes.CACHE_READ_TOKENS,
+    }
+    METRICS: Final[Mapping[str, str]] = {
+        Metrics.STAGE_DURATION: Metrics.INFERENCE_DURATION,
+        Metrics.PROMPT_TOKENS: Metrics.INFERENCE_INPUT_TOKENS,
+        Metrics.CACHED_PROMPT_TOKENS: Metrics.INFERENCE_CACHE_READ_TOKENS,
+        Metrics.COMPLETION_TOKENS: Metrics.INFERENCE_OUTPUT_TOKENS,
+    }
+
 
 # OTel's advice for gen_ai.server.request.duration, extended downwards for the embedded family.
 _DURATION_BUCKETS_S = (
@@ -165,6 +207,31 @@ _DURATION_BUCKETS_S = (
     30.0,
     60.0,
 )
+# OTel's advice for each of these.
+_DOUBLING_BUCKETS_S = tuple(0.01 * 2**power for power in range(14))
+_ADVISED_BUCKETS_S = {
+    Metrics.INFERENCE_DURATION: _DOUBLING_BUCKETS_S,
+    Metrics.TIME_TO_FIRST_CHUNK: _DOUBLING_BUCKETS_S,
+    Metrics.TTFT: (
+        0.001,
+        0.005,
+        0.01,
+        0.02,
+        0.04,
+        0.06,
+        0.08,
+        0.1,
+        0.25,
+        0.5,
+        0.75,
+        1.0,
+        2.5,
+        5.0,
+        7.5,
+        10.0,
+    ),
+    Metrics.TPOT: (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5),
+}
 
 
 @dataclass(slots=True)
@@ -218,8 +285,15 @@ class Traced:
         return self.span is not trace.INVALID_SPAN
 
     def set(self, name: str, value: AttributeValue) -> None:
-        """Set an attribute."""
+        """Set an attribute, and the one that the GenAI conventions have for it."""
         self.span.set_attribute(name, value)
+        convention = GenAi.ATTRIBUTES.get(name)
+        if convention is not None:
+            self.span.set_attribute(convention, value)
+
+    def add_event(self, name: str, attributes: Mapping[str, AttributeValue]) -> None:
+        """Add an event with the current time."""
+        self.span.add_event(name, attributes)
 
 
 def current_trace_id() -> str:
@@ -228,6 +302,18 @@ def current_trace_id() -> str:
         return ""
     context = trace.get_current_span().get_span_context()
     return f"{context.trace_id:032x}" if context.is_valid else ""
+
+
+def inference_attributes(requested: str, answered: str = "") -> dict[str, AttributeValue]:
+    """Return the attributes of an inference's metrics. requested, answered: its models; "": it failed."""
+    attributes: dict[str, AttributeValue] = {
+        Attributes.OPERATION: OPERATION_CHAT,
+        Attributes.PROVIDER: PROVIDER_NAME,
+        Attributes.REQUEST_MODEL: requested,
+    }
+    if answered:
+        attributes[Attributes.RESPONSE_MODEL] = answered
+    return attributes
 
 
 def metrics_enabled() -> bool:
@@ -396,7 +482,10 @@ def duration_histogram(name: str, description: str) -> DurationHistogram:
     """Return a histogram of durations that takes milliseconds."""
     return DurationHistogram(
         meter().create_histogram(
-            name, unit="s", description=description, explicit_bucket_boundaries_advisory=_DURATION_BUCKETS_S
+            name,
+            unit="s",
+            description=description,
+            explicit_bucket_boundaries_advisory=_ADVISED_BUCKETS_S.get(name, _DURATION_BUCKETS_S),
         )
     )
 

@@ -159,6 +159,7 @@ class StageResult:
 class StageAnswer:
     """A stage's answer and its evidence. latency_ms: from the call to the stage's last message.
 
+    first_message_ms: from the call to its first message; None: it sent none before its result.
     draft_stage: name of the stage whose draft it verified, or "". is_whole: False if the call was cut off;
     the stage's own times are then unknown. is_pipelined: whether the draft was still being written; the
     stage's times then include its drafter's.
@@ -174,6 +175,12 @@ class StageAnswer:
     draft_stage: str = ""
     is_whole: bool = True
     is_pipelined: bool = False
+    first_message_ms: float | None = None
+
+    @property
+    def model(self) -> str:
+        """Name of the model that answered."""
+        return self.result.model or self.stage.name
 
 
 @dataclass(frozen=True, slots=True)

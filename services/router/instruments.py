@@ -8,12 +8,20 @@ from typing import TYPE_CHECKING
 from asd.transport.status import status_of
 from asd.values import DecisionAction
 from services.common import telemetry
-from services.common.telemetry import OPERATION_CHAT, PROVIDER_NAME, Attributes, Metrics
+from services.common.telemetry import (
+    MODALITY_TEXT,
+    OPERATION_CHAT,
+    PROVIDER_NAME,
+    Attributes,
+    GenAi,
+    Metrics,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from opentelemetry.metrics import CallbackOptions, Observation
+    from opentelemetry.metrics import CallbackOptions, Meter, Observation
+    from opentelemetry.util.types import AttributeValue
 
     from asd.errors import AsdError
     from services.router.domain import Refusal, RoutedAnswer, Stage, StageAnswer
@@ -21,6 +29,20 @@ if TYPE_CHECKING:
 
 # They range from a small stage's verification to all stages in turn, in the default cost units.
 _COST_BUCKETS = (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 15.0, 20.0, 50.0)
+
+
+class _TokenCounter:
+    """Counts tokens of stage calls: by stage under asd's name, by model under the GenAI name."""
+
+    def __init__(self, meter: Meter, name: str, description: str) -> None:
+        self._by_stage = meter.create_counter(name, "{token}", description)
+        self._by_model = meter.create_counter(GenAi.METRICS[name], "{token}", description)
+
+    def add(
+        self, tokens: int, stage: Mapping[str, AttributeValue], model: Mapping[str, AttributeValue]
+    ) -> None:
+        self._by_stage.add(tokens, stage)
+        self._by_model.add(tokens, model)
 
 
 class RouterInstruments:
@@ -60,14 +82,12 @@ class RouterInstruments:
         self._accepted = meter.create_counter(
             Metrics.ACCEPTED_TOKENS, unit="{token}", description="draft tokens that a target accepted"
         )
-        self._prompt = meter.create_counter(
-            Metrics.PROMPT_TOKENS, unit="{token}", description="tokens of prompts that stages answered"
+        self._prompt = _TokenCounter(meter, Metrics.PROMPT_TOKENS, "tokens of prompts that stages answered")
+        self._cached = _TokenCounter(
+            meter, Metrics.CACHED_PROMPT_TOKENS, "of them, taken from the prefix cache"
         )
-        self._cached = meter.create_counter(
-            Metrics.CACHED_PROMPT_TOKENS, unit="{token}", description="of them, taken from the prefix cache"
-        )
-        self._completion = meter.create_counter(
-            Metrics.COMPLETION_TOKENS, unit="{token}", description="tokens that stages wrote or accepted"
+        self._completion = _TokenCounter(
+            meter, Metrics.COMPLETION_TOKENS, "tokens that stages wrote or accepted"
         )
         self._failures = meter.create_counter(
             Metrics.REQUEST_FAILURES, unit="{request}", description="requests that ended with an error"
@@ -109,6 +129,12 @@ class RouterInstruments:
         self._stage_duration = telemetry.duration_histogram(
             Metrics.STAGE_DURATION, "duration of a stage call"
         )
+        self._inference_duration = telemetry.duration_histogram(
+            GenAi.METRICS[Metrics.STAGE_DURATION], "duration of a stage call"
+        )
+        self._time_to_first_chunk = telemetry.duration_histogram(
+            Metrics.TIME_TO_FIRST_CHUNK, "time from a stage call to the stage's first message"
+        )
         self._policy_duration = telemetry.duration_histogram(
             Metrics.POLICY_DURATION, "time that a request waited for the policy"
         )
@@ -137,10 +163,15 @@ class RouterInstruments:
                 },
             )
         self._stage_duration.record_ms(answer.latency_ms, attributes)
+        inference = telemetry.inference_attributes(answer.stage.model or answer.stage.name, answer.model)
+        self._inference_duration.record_ms(answer.latency_ms, inference)
+        if answer.first_message_ms is not None:
+            self._time_to_first_chunk.record_ms(answer.first_message_ms, inference)
         stage = {Attributes.STAGE_NAME: answer.stage.name}
-        self._prompt.add(answer.result.usage.prompt_tokens, stage)
-        self._cached.add(answer.result.usage.cached_prompt_tokens, stage)
-        self._completion.add(answer.result.usage.completion_tokens, stage)
+        tokens = {**inference, Attributes.MODALITY: MODALITY_TEXT}
+        self._prompt.add(answer.result.usage.prompt_tokens, stage, tokens)
+        self._cached.add(answer.result.usage.cached_prompt_tokens, stage, tokens)
+        self._completion.add(answer.result.usage.completion_tokens, stage, tokens)
         timing = answer.result.timing
         self._queue_duration.record_ms(timing.queue_ms, stage)
         self._prefill_duration.record_ms(timing.prefill_ms, stage)
@@ -159,12 +190,15 @@ class RouterInstruments:
         if self._enabled:
             self._refusals.add(1, {Attributes.REFUSAL_REASON: reason.value})
 
-    def stage_failed(self, stage: Stage, error: AsdError) -> None:
-        """A stage call failed."""
-        if self._enabled:
-            self._stage_failures.add(
-                1, {Attributes.STAGE_NAME: stage.name, Attributes.ERROR_TYPE: type(error).__name__}
-            )
+    def stage_failed(self, stage: Stage, error: AsdError, duration_ms: float | None) -> None:
+        """A stage call failed. duration_ms: None if no call was made, and for drafters."""
+        if not self._enabled:
+            return
+        kind = {Attributes.ERROR_TYPE: type(error).__name__}
+        self._stage_failures.add(1, {Attributes.STAGE_NAME: stage.name, **kind})
+        if duration_ms is not None:
+            inference = telemetry.inference_attributes(stage.model or stage.name)
+            self._inference_duration.record_ms(duration_ms, {**inference, **kind})
 
     @contextmanager
     def request_under_way(self) -> Iterator[None]:

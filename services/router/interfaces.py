@@ -118,8 +118,8 @@ class Observer(Protocol):
     def request_refused(self, reason: Refusal) -> None:
         """A request was refused for lack of capacity."""
 
-    def stage_failed(self, stage: Stage, error: AsdError) -> None:
-        """A stage call failed."""
+    def stage_failed(self, stage: Stage, error: AsdError, duration_ms: float | None) -> None:
+        """A stage call failed. duration_ms: None if no call was made, and for drafters."""
 
     def request_answered(self, outcome: RoutedAnswer, stage_count: int) -> None:
         """A request was answered. stage_count: stages of the cascade."""

@@ -146,6 +146,7 @@ class CascadeServicer(cascade_pb2_grpc.CascadeServiceServicer):
     ) -> RoutedAnswer:
         request = _domain_request(message)
         with self._instruments.request_under_way(), Traced(Spans.CASCADE) as span:
+            spans.describe_request(span, request)
             outcome = await self._cascade.answer(request, deadline, view, emit)
             spans.describe_outcome(span, outcome)
             return outcome

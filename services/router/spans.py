@@ -4,11 +4,30 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from services.common.telemetry import OPERATION_CHAT, PROVIDER_NAME, Attributes, Traced
+from asd.values import DecisionAction
+from services.common.telemetry import (
+    EVALUATION_P_CORRECT,
+    OPERATION_CHAT,
+    PROVIDER_NAME,
+    Attributes,
+    Events,
+    Traced,
+)
 
 if TYPE_CHECKING:
+    from opentelemetry.util.types import AttributeValue
+
     from asd.values import StageAction
     from services.router.domain import Decision, Provenance, RoutedAnswer, RoutedRequest, Stage, StageAnswer
+
+# OTLP's integers are signed. A larger one would lose all spans of an export.
+_MAX_INTEGER = 2**63 - 1
+
+
+def describe_request(span: Traced, request: RoutedRequest) -> None:
+    """Record the session of a request."""
+    if span.recording and request.session_id:
+        span.set(Attributes.CONVERSATION_ID, request.session_id)
 
 
 def describe_plan(span: Traced, provenance: Provenance, first: Stage) -> None:
@@ -22,15 +41,24 @@ def describe_plan(span: Traced, provenance: Provenance, first: Stage) -> None:
 def describe_call(
     span: Traced, request: RoutedRequest, stage: Stage, action: StageAction, skip_reason: str = ""
 ) -> None:
-    """Record which stage is called, and how. skip_reason: why an existing draft is not used, or ""."""
+    """Record which stage is called, and how. skip_reason: why an existing draft is not used, or "".
+
+    Stop sequences stay off the span: they are the caller's text.
+    """
     if not span.recording:
         return
+    describe_request(span, request)
     span.set(Attributes.OPERATION, OPERATION_CHAT)
     span.set(Attributes.PROVIDER, PROVIDER_NAME)
     span.set(Attributes.REQUEST_MODEL, stage.model or stage.name)
-    span.set(Attributes.REQUEST_TEMPERATURE, request.sampling.temperature)
-    if request.sampling.max_new_tokens is not None:
-        span.set(Attributes.REQUEST_MAX_TOKENS, request.sampling.max_new_tokens)
+    sampling = request.sampling
+    span.set(Attributes.REQUEST_TEMPERATURE, sampling.temperature)
+    if sampling.top_p is not None:
+        span.set(Attributes.REQUEST_TOP_P, sampling.top_p)
+    if sampling.max_new_tokens is not None:
+        span.set(Attributes.REQUEST_MAX_TOKENS, sampling.max_new_tokens)
+    if sampling.seed is not None and not request.seed_is_free and sampling.seed <= _MAX_INTEGER:
+        span.set(Attributes.REQUEST_SEED, sampling.seed)
     span.set(Attributes.SERVER_ADDRESS, stage.target)
     span.set(Attributes.STAGE_NAME, stage.name)
     span.set(Attributes.STAGE_INDEX, stage.index)
@@ -46,11 +74,13 @@ def describe_answer(span: Traced, answer: StageAnswer) -> None:
     if not span.recording:
         return
     result = answer.result
-    span.set(Attributes.RESPONSE_MODEL, result.model or answer.stage.name)
+    span.set(Attributes.RESPONSE_MODEL, answer.model)
     span.set(Attributes.FINISH_REASONS, (result.finish_reason.value,))
     span.set(Attributes.INPUT_TOKENS, result.usage.prompt_tokens)
     span.set(Attributes.OUTPUT_TOKENS, result.usage.completion_tokens)
     span.set(Attributes.CACHED_TOKENS, result.usage.cached_prompt_tokens)
+    if answer.first_message_ms is not None:
+        span.set(Attributes.TIME_TO_FIRST_CHUNK, answer.first_message_ms / 1000.0)
     span.set(Attributes.STAGE_LATENCY_MS, answer.latency_ms)
     span.set(Attributes.STAGE_QUEUE_MS, result.timing.queue_ms)
     span.set(Attributes.STAGE_PREFILL_MS, result.timing.prefill_ms)
@@ -62,9 +92,15 @@ def describe_answer(span: Traced, answer: StageAnswer) -> None:
 
 
 def describe_decision(
-    span: Traced, decision: Decision, judged: Stage, provenance: Provenance, *, follows_policy: bool
+    span: Traced,
+    decision: Decision,
+    judged: Stage,
+    provenance: Provenance,
+    request_id: str,
+    *,
+    follows_policy: bool,
 ) -> None:
-    """Record the decision on a stage's answer, its source and its reason."""
+    """Record the decision on a stage's answer, its source and its reason; the policy's as an evaluation."""
     if not span.recording:
         return
     is_judged = decision.p_correct is not None or decision.is_out_of_family
@@ -78,6 +114,15 @@ def describe_decision(
     span.set(Attributes.POLICY_VERSION, provenance.policy_version)
     if decision.p_correct is not None:
         span.set(Attributes.P_CORRECT, decision.p_correct)
+        evaluation: dict[str, AttributeValue] = {
+            Attributes.EVALUATION_NAME: EVALUATION_P_CORRECT,
+            Attributes.EVALUATION_SCORE: decision.p_correct,
+            Attributes.EVALUATION_LABEL: decision.action.value,
+        }
+        if decision.action is DecisionAction.STOP:
+            # An answer that escalates is not the response.
+            evaluation[Attributes.RESPONSE_ID] = request_id
+        span.add_event(Events.EVALUATION, evaluation)
     if decision.is_out_of_family:
         span.set(Attributes.OUT_OF_FAMILY, True)
     if decision.predict_us is not None:
@@ -90,7 +135,8 @@ def describe_outcome(span: Traced, outcome: RoutedAnswer) -> None:
         return
     answer = outcome.answer
     span.set(Attributes.REQUEST_ID, outcome.request_id)
-    span.set(Attributes.RESPONSE_ID, outcome.request_id)
+    span.set(Attributes.RESPONSE_MODEL, answer.model)
+    span.set(Attributes.FINISH_REASONS, (answer.result.finish_reason.value,))
     span.set(Attributes.PLAN_SOURCE, outcome.plan_source.value)
     span.set(Attributes.POLICY_VERSION, outcome.policy_version)
     span.set(Attributes.STAGE_NAME, answer.stage.name)

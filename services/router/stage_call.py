@@ -39,8 +39,8 @@ class StageCall:
         self._is_pipelined = is_pipelined
         self._clock = clock
         self._started = clock()
+        self._first_message: float | None = None
         self._ended: float | None = None
-        self.has_heard = False
         self._result: StageResult | None = None
         self._verification: Verification | None = None
         # Messages with tokens, and tokens in them, that came before the verification.
@@ -55,7 +55,8 @@ class StageCall:
 
     def take(self, event: ScoredTokens | Verification) -> None:
         """Take an event that the stage sends while it works."""
-        self.has_heard = True
+        if self._first_message is None:
+            self._first_message = self._clock()
         if isinstance(event, ScoredTokens):
             self._fingerprint = self._fingerprint or event.fingerprint
             self._ids.extend(event.ids)
@@ -71,10 +72,14 @@ class StageCall:
 
     def finish(self, result: StageResult) -> None:
         """Take the stage's result."""
-        self.has_heard = True
         self._result = result
         # A chain waits for its last stage after this one.
         self._ended = self._clock()
+
+    @property
+    def has_heard(self) -> bool:
+        """Whether the stage sent anything."""
+        return self._first_message is not None or self.has_ended
 
     @property
     def has_ended(self) -> bool:
@@ -124,7 +129,10 @@ class StageCall:
 
     def _latency_ms(self) -> float:
         """Return the time until the result came, or until now, in milliseconds."""
-        return ((self._clock() if self._ended is None else self._ended) - self._started) * 1000.0
+        return self._ms_until(self._clock() if self._ended is None else self._ended)
+
+    def _ms_until(self, moment: float) -> float:
+        return (moment - self._started) * 1000.0
 
     def _passes_so_far(self) -> int:
         """Return an upper bound on the forward passes of a call that has sent no result.
@@ -166,4 +174,5 @@ class StageCall:
             self._draft_stage if self._verification else "",
             is_whole=self.has_ended,
             is_pipelined=self._is_pipelined,
+            first_message_ms=None if self._first_message is None else self._ms_until(self._first_message),
         )

@@ -14,7 +14,7 @@ from services.common.privacy import report_nothing
 from services.common.server import ServiceRegistration, run_service, serve
 from services.stage.engines.factory import make_all
 from services.stage.engines.onnx.partial_folders import remove_own
-from services.stage.instruments import watch_models
+from services.stage.instruments import StageInstruments, watch_models
 from services.stage.model_pool import ModelPool
 from services.stage.servicer import StageServicer
 from services.stage.settings import StageSettings
@@ -27,7 +27,7 @@ def build(settings: StageSettings) -> tuple[ModelPool, StageServicer]:
     engines, damaged = make_all(settings.models, settings.default_name, settings.max_queue)
     budget = settings.memory_budget_mb << 20
     pool = ModelPool(engines, settings.default_name, budget, damaged=damaged)
-    return pool, StageServicer(pool)
+    return pool, StageServicer(pool, StageInstruments())
 
 
 async def preload(pool: ModelPool, settings: StageSettings) -> None:

@@ -1,4 +1,4 @@
-"""The stage's metrics, read from its models at each export."""
+"""The stage's metrics: of its calls as they end, and of its models, read at each export."""
 
 from __future__ import annotations
 
@@ -13,10 +13,39 @@ if TYPE_CHECKING:
 
     from opentelemetry.metrics import CallbackOptions, Observation
 
+    from services.stage.domain import Result
     from services.stage.engines.engine import EngineStatus
     from services.stage.model_pool import ModelPool
 
     Read = Callable[[EngineStatus], float]
+
+
+class StageInstruments:
+    """The instruments of a stage's calls. Build it after telemetry is set up.
+
+    They leave out REQUEST_DURATION: that is the router's, and each stage call would count as one more request
+    in it. The router measures stage calls as INFERENCE_DURATION.
+    """
+
+    def __init__(self) -> None:
+        self._enabled = telemetry.metrics_enabled()
+        self._to_first_token = telemetry.duration_histogram(
+            Metrics.TTFT, "time from a call's arrival to its first token"
+        )
+        self._per_output_token = telemetry.duration_histogram(
+            Metrics.TPOT, "mean time of a call's tokens after the first"
+        )
+
+    def answered(self, model: str, result: Result) -> None:
+        """A model answered a call."""
+        count = len(result.ids)
+        if not self._enabled or not count:
+            return
+        inference = telemetry.inference_attributes(model, model)
+        # The pass over the prompt (and draft) gives the first token.
+        self._to_first_token.record_ms(result.queue_ms + result.prefill_ms, inference)
+        if count > 1:
+            self._per_output_token.record_ms(result.decode_ms / (count - 1), inference)
 
 
 def watch_models(pool: ModelPool) -> None:

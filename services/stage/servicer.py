@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from services.stage.domain import Event
     from services.stage.engines.engine import EngineStatus
+    from services.stage.instruments import StageInstruments
     from services.stage.model_pool import ModelPool
 
 _STATES = {
@@ -49,10 +50,11 @@ _WithInput = TypeVar(
 
 
 class StageServicer(stage_pb2_grpc.StageServiceServicer):
-    """Serves the models of one process."""
+    """Serves the models of one process. instruments: of its calls; None: they are not measured."""
 
-    def __init__(self, pool: ModelPool) -> None:
+    def __init__(self, pool: ModelPool, instruments: StageInstruments | None = None) -> None:
         self._pool = pool
+        self._instruments = instruments
         self._draining = False
 
     async def drain(self) -> None:
@@ -189,11 +191,13 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
         return (Message(Role.USER, given),) if isinstance(given, str) else given
 
     def _fields(self, event: Event, model: str, status: EngineStatus, caller: int) -> dict[str, Any]:
-        """Return an event as the field of a response, by the field's name."""
+        """Return an event as the field of a response, by the field's name. A result is also measured."""
         if isinstance(event, TokenChunk):
             return {"tokens": _chunk(event)}
         if isinstance(event, VerificationResult):
             return {"verification": _verification(event)}
+        if self._instruments is not None:
+            self._instruments.answered(model, event)
         return {"result": _result(event, model, status, self._pool.others_of(caller))}
 
     def _refuse_while_draining(self) -> None:

@@ -26,7 +26,7 @@ from services.common.telemetry import Spans, Traced
 from services.router.domain import Refusal
 from services.router.planning.draft_selection import SkipReason
 from services.stage.engines.engine import EngineStatus, ModelState
-from services.stage.instruments import watch_models
+from services.stage.instruments import StageInstruments, watch_models
 
 
 def main() -> None:
@@ -79,7 +79,7 @@ def _router() -> None:
     router.draft_skipped(large, SkipReason.LOAD)
     for refusal in Refusal:
         router.request_refused(refusal)
-    router.stage_failed(small, Unavailable("away"))
+    router.stage_failed(small, Unavailable("away"), 1.0)
     with suppress(Unavailable), router.request_under_way():
         raise Unavailable("away")
     router.watch_sleep([small, large], lambda: frozenset({1}))
@@ -92,7 +92,9 @@ def _answer(stage: Fields, action: StageAction) -> Fields:
         stage=stage,
         action=action,
         latency_ms=1.0,
-        result=Fields(usage=usage, timing=timing, model="small/math"),
+        first_message_ms=1.0,
+        model="small/math",
+        result=Fields(usage=usage, timing=timing),
         is_whole=True,
         verification=Fields(proposed_tokens=1, accepted_tokens=1),
     )
@@ -137,6 +139,7 @@ def _stage() -> None:
         error="",
     )
     engine = Fields(status=lambda: status)
+    StageInstruments().answered("small", Fields(ids=(1, 2), queue_ms=1.0, prefill_ms=1.0, decode_ms=1.0))
     watch_models(Fields(engines={"small": engine}, budget_bytes=1, idle_ms=lambda: 1.0))
 
 

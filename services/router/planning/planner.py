@@ -427,6 +427,7 @@ class RequestPlan:
                 decision,
                 self._state.answer.stage,
                 self._provenance(),
+                self._state.request.id,
                 follows_policy=self._follows_policy,
             )
             return decision
@@ -614,7 +615,9 @@ class RequestPlan:
                 self._release(failure.stage.index)
                 continue
             if not isinstance(failure.error, InvalidRequest):
-                self._observer.stage_failed(failure.stage, failure.error)
+                call = failure.call
+                took_ms = None if call is None else (self._knowledge.clock() - call.began) * 1000.0
+                self._observer.stage_failed(failure.stage, failure.error, took_ms)
             choice = self._choices.pop(failure.stage.index, None)
             if choice is not None:
                 self._knowledge.drafts.ended(choice)

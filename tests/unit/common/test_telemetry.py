@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import TYPE_CHECKING
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -17,12 +19,16 @@ from opentelemetry.trace import StatusCode
 
 from asd.errors import Unavailable
 from services.common import telemetry
-from services.common.telemetry import Attributes, Traced, duration_histogram, observation
+from services.common.telemetry import Attributes, GenAi, Metrics, Traced, duration_histogram, observation
+from tests.recording import metered  # noqa: F401 - a fixture
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from opentelemetry.sdk.trace import ReadableSpan
+
+
+DOCS = Path(__file__).parents[3] / "docs" / "telemetry.md"
 
 
 @pytest.fixture
@@ -53,6 +59,26 @@ def test_a_span_keeps_its_attributes_and_has_no_status(exporter: InMemorySpanExp
     assert inner.parent is not None
     assert inner.parent.span_id == span.context.span_id
     assert trace_id == f"{span.context.trace_id:032x}"
+
+
+def test_an_attribute_comes_under_asds_name_and_the_conventions(exporter: InMemorySpanExporter) -> None:
+    with Traced("call") as span:
+        span.set("asd.request.id", "r1")
+        span.set("asd.cost", 1.5)
+    assert dict(only(exporter).attributes or {}) == {
+        "asd.request.id": "r1",
+        "gen_ai.response.id": "r1",
+        "asd.cost": 1.5,
+    }
+
+
+def test_the_table_of_conventions_is_documented() -> None:
+    rows = re.findall(r"^\| `(asd\.\S+)` \| `(gen_ai\.\S+)` \| (\w+) \|$", DOCS.read_text(), re.MULTILINE)
+    documented = {
+        kind: {name: convention for name, convention, of in rows if of == kind}
+        for kind in ("attribute", "metric")
+    }
+    assert documented == {"attribute": GenAi.ATTRIBUTES, "metric": GenAi.METRICS}
 
 
 def test_an_error_of_ours_marks_the_span_with_its_message(exporter: InMemorySpanExporter) -> None:
@@ -117,6 +143,29 @@ def test_durations_are_recorded_in_seconds(monkeypatch: pytest.MonkeyPatch) -> N
     ]
     assert counted == [0.01, 2.5]
     provider.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("name", "advised"),
+    [
+        (
+            Metrics.INFERENCE_DURATION,
+            (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92),
+        ),
+        (
+            Metrics.TPOT,
+            (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5),
+        ),
+    ],
+)
+def test_a_duration_of_the_conventions_has_the_buckets_that_they_advise(
+    metered: Any,  # noqa: F811 - the fixture
+    name: str,
+    advised: tuple[float, ...],
+) -> None:
+    duration_histogram(name, "a duration").record_ms(1.0)
+    (point,) = metered()[name].data.data_points
+    assert point.explicit_bounds == advised
 
 
 @pytest.fixture

@@ -256,7 +256,7 @@ class Observer:
         self.failures: list[tuple[str, str]] = []
         self.refusals: list[Refusal] = []
 
-    def stage_failed(self, stage: Stage, error: AsdError) -> None:
+    def stage_failed(self, stage: Stage, error: AsdError, duration_ms: float | None) -> None:
         self.failures.append((stage.name, type(error).__name__))
 
     def request_refused(self, reason: Refusal) -> None:

@@ -24,6 +24,12 @@ def failing(error: AsdError, after: int = 0) -> dict[str, Any]:
     return {"fail_after": after, "failure": error}
 
 
+def gen_ai(span: Any) -> dict[str, Any]:
+    """Return the attributes of a span that the GenAI conventions name, without their prefix."""
+    found = span.attributes.items()
+    return {name.removeprefix("gen_ai."): value for name, value in found if name.startswith("gen_ai.")}
+
+
 class Deciding(Policy):
     """Decides one thing, or fails with an error."""
 
@@ -35,6 +41,59 @@ class Deciding(Policy):
         if isinstance(self._outcome, AsdError):
             raise self._outcome
         return self._outcome
+
+
+async def test_a_request_is_described_as_the_conventions_say(recorded):
+    sampling = common_pb2.Sampling(temperature=0.5, top_p=0.75, max_new_tokens=9, seed=11, stop=["a secret"])
+    router = SmallRouter(Policy(ESCALATES), large={"adapters": ("math",)})
+    router.stages["small"].on_token = lambda _: router.clock.advance(0.25)
+    request = cascade_pb2.GenerateRequest(prompt="a secret", sampling=sampling, session_id="s-1", task="math")
+    response = await router.generate(request)
+    described = {
+        "operation.name": "chat",
+        "provider.name": "asd",
+        "conversation.id": "s-1",
+        "request.temperature": 0.5,
+        "request.top_p": 0.75,
+        "request.max_tokens": 9,
+        "request.seed": 11,
+        "response.finish_reasons": ("eos",),
+        "usage.input_tokens": 4,
+        "usage.output_tokens": 3,
+        "usage.cache_read.input_tokens": 0,
+    }
+    small = {"request.model": "small", "response.model": "small", "response.time_to_first_chunk": 0.25}
+    large = {"request.model": "large", "response.model": "large/math", "response.time_to_first_chunk": 0.0}
+    assert [gen_ai(span) for span in recorded.spans("asd.stage")] == [
+        {**described, **small},
+        {**described, **large},
+    ]
+    assert [gen_ai(span) for span in recorded.spans("asd.cascade")] == [
+        {
+            "conversation.id": "s-1",
+            "response.id": response.request_id,
+            "response.model": "large/math",
+            "response.finish_reasons": ("eos",),
+        }
+    ]
+    names = ("asd.cascade", "asd.plan", "asd.stage", "asd.decide")
+    assert "secret" not in "".join(span.to_json() for name in names for span in recorded.spans(name))
+
+
+@pytest.mark.parametrize("seed", [None, 2**63], ids=["drawn by the router", "more than a span can hold"])
+async def test_a_seed_that_is_not_the_callers_or_not_exportable_is_left_out(recorded, seed):
+    sampling = common_pb2.Sampling(temperature=1.0, seed=seed)
+    await SmallRouter(**SMALL_ALONE).generate(cascade_pb2.GenerateRequest(prompt="hi", sampling=sampling))
+    assert recorded.values("asd.stage", "gen_ai.request.temperature") == [1.0]
+    assert recorded.values("asd.stage", "gen_ai.request.seed") == [None]
+
+
+async def test_what_has_a_name_of_asds_keeps_it_beside_the_conventions(recorded):
+    response = await SmallRouter(**SMALL_ALONE).generate()
+    for name in ("asd.request.id", "gen_ai.response.id"):
+        assert recorded.values("asd.cascade", name) == [response.request_id]
+    for name in ("asd.stage.cached_prompt_tokens", "gen_ai.usage.cache_read.input_tokens"):
+        assert recorded.values("asd.stage", name) == [0]
 
 
 async def test_a_plan_without_the_policy_is_marked_and_counted(recorded, metered):
@@ -76,6 +135,35 @@ async def test_decisions_of_the_policy_are_marked_as_its_own(recorded, metered):
     assert not {"asd.static_plans", "asd.stage.failures"} & metered().keys()
 
 
+async def test_what_the_policy_makes_of_an_answer_is_an_evaluation(recorded):
+    response = await SmallRouter(Policy(ESCALATES)).generate()
+    events = [event for span in recorded.spans("asd.decide") for event in span.events]
+    assert [event.name for event in events] == ["gen_ai.evaluation.result"] * 2
+    escalated, stopped = (
+        {name.removeprefix("gen_ai."): value for name, value in event.attributes.items()} for event in events
+    )
+    assert escalated == {
+        "evaluation.name": "p_correct",
+        "evaluation.score.value": 0.5,
+        "evaluation.score.label": "escalate",
+    }
+    assert stopped == {
+        "evaluation.name": "p_correct",
+        "evaluation.score.value": 0.9,
+        "evaluation.score.label": "stop",
+        "response.id": response.request_id,
+    }
+
+
+async def test_an_answer_that_the_policy_has_not_judged_has_no_evaluation(recorded):
+    unlike = Decision(DecisionAction.STOP, DecisionReason.OUT_OF_FAMILY, is_out_of_family=True)
+    for policy in (Deciding(unlike), Policy(answers=1), Policy(answers=0)):
+        await SmallRouter(policy).generate()
+    decided = recorded.spans("asd.decide")
+    assert decided
+    assert not [event for span in decided for event in span.events]
+
+
 async def test_a_policy_that_is_lost_on_the_way_is_marked_from_there_on(recorded, metered):
     await SmallRouter(Policy({0: (1,)}, answers=2)).generate()
     assert recorded.values("asd.decide", "asd.plan.source") == ["policy", "static", "static"]
@@ -109,6 +197,38 @@ async def test_durations_reach_the_histograms_in_seconds(metered):
         ("verify", "large"): (1, pytest.approx(3.0)),
     }
     assert sums(metrics["asd.policy.duration"]) == {(): (1, pytest.approx(1.25))}
+
+
+async def test_an_inference_is_measured_by_its_models_as_the_conventions_say(metered):
+    router = SmallRouter(Policy(ESCALATES), large={"adapters": ("math",), "prompt_tokens": 7})
+    router.stages["small"].on_token = lambda _: router.clock.advance(0.5)
+    router.stages["large"].on_call = lambda: router.clock.advance(2.0)
+    await router.generate(cascade_pb2.GenerateRequest(prompt="hi", task="math"))
+    metrics = metered()
+    # The labels: operation, provider, and the models that were asked for and that answered.
+    small, large = ("chat", "asd", "small", "small"), ("chat", "asd", "large", "large/math")
+    for name, of_small in (("duration", 1.5), ("time_to_first_chunk", 0.5)):
+        metric = metrics[f"gen_ai.client.inference.{name}"]
+        assert metric.unit == "s"
+        assert sums(metric) == {small: (1, pytest.approx(of_small)), large: (1, pytest.approx(2.0))}
+    for name, of_small, of_large in (
+        ("input_tokens", 4, 7),
+        ("output_tokens", 3, 3),
+        ("cache_read.input_tokens", 0, 0),
+    ):
+        metric = metrics[f"gen_ai.client.inference.usage.{name}"]
+        assert metric.unit == "{token}"
+        assert counts(metric) == {(*small, "text"): of_small, (*large, "text"): of_large}
+
+
+async def test_a_failed_inference_is_measured_with_its_error(metered):
+    router = SmallRouter(Policy({0: (1,)}), medium=failing(Unavailable("gone"), after=1))
+    router.stages["medium"].on_token = lambda _: router.clock.advance(1.5)
+    await router.generate()
+    measured = sums(metered()["gen_ai.client.inference.duration"])
+    assert measured.pop(("chat", "asd", "small", "small"))
+    # The labels: the error, then operation, provider, and the model that was asked for.
+    assert measured == {("Unavailable", "chat", "asd", "medium"): (1, pytest.approx(1.5))}
 
 
 async def test_requests_stages_and_tokens_are_counted(metered):

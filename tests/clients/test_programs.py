@@ -1,0 +1,87 @@
+"""An evaluation harness and a tester of APIs, as programs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BIN = Path(sys.executable).parent
+QUESTIONS = [(left, right) for left in range(11, 21) for right in (7, 12, 30)]
+TASK = """task: sums
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "Max has {{{{left}}}} beads. Max finds {{{{right}}}} more. How many beads does Max have now?"
+doc_to_target: "{{{{left + right}}}}"
+generation_kwargs: {{until: [], max_gen_toks: 64, do_sample: false}}
+filter_list:
+  - name: last-number
+    filter: [{{function: regex, regex_pattern: "(-?\\\\d+)", group_select: -1}}, {{function: take_first}}]
+metric_list: [{{metric: exact_match}}]
+"""
+
+
+def test_lm_eval_scores_as_a_client_does(api, tmp_path):
+    import openai
+
+    data = tmp_path / "sums.jsonl"
+    data.write_text("".join(json.dumps({"left": a, "right": b}) + "\n" for a, b in QUESTIONS))
+    (tmp_path / "sums.yaml").write_text(TASK.format(data=data))
+    arguments = f"model=asd-exact,base_url={api}/chat/completions,num_concurrent=4,tokenized_requests=False"
+    done = subprocess.run(
+        [
+            *(str(BIN / "lm-eval"), "run", "--model", "local-chat-completions", "--model_args", arguments),
+            *("--tasks", "sums", "--include_path", str(tmp_path), "--apply_chat_template"),
+            *("--output_path", str(tmp_path / "out")),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+        env={
+            "OPENAI_API_KEY": "none",
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_OFFLINE": "1",
+            "PATH": str(BIN),
+            "HOME": str(tmp_path),
+        },
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (file,) = (tmp_path / "out").rglob("results*.json")
+    score = json.loads(file.read_text())["results"]["sums"]["exact_match,last-number"]
+    with openai.OpenAI(base_url=api, api_key="none") as client:
+        right = 0
+        for a, b in QUESTIONS:
+            asked = [
+                {
+                    "role": "user",
+                    "content": f"Max has {a} beads. Max finds {b} more. How many beads does Max have now?",
+                }
+            ]
+            answer = client.chat.completions.create(
+                model="asd-exact", messages=asked, temperature=0, max_tokens=64
+            )
+            numbers = "".join(c if c.isdigit() else " " for c in answer.choices[0].message.content).split()
+            right += numbers[-1:] == [str(a + b)]
+    assert score == pytest.approx(right / len(QUESTIONS))
+    assert score > 0.5
+
+
+def test_schemathesis_finds_no_server_error(url, tmp_path):
+    done = subprocess.run(
+        [
+            *(str(BIN / "schemathesis"), "run", f"{url}/openapi.json", "--checks", "not_a_server_error"),
+            *("--max-examples", "60", "--seed", "1", "--generation-database", "none"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
