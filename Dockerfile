@@ -1,5 +1,5 @@
 # One target per image: docker build --target router --tag asd-router:0.1.0 .
-# Targets: router, policy, manager, stage-onnx, stage-vllm, stage-tensorrt-llm, tools, train.
+# Targets: router, gateway, policy, manager, stage-onnx, stage-vllm, stage-tensorrt-llm, tools, train.
 
 # The images that others start from are named by tag: whoever builds gets the fixes that a registry publishes under it,
 # and perhaps another image each time. Where a build must give the same image again, pin each by the digest that the
@@ -36,6 +36,11 @@ COPY suites suites
 COPY models/__init__.py models/
 COPY tools/slim_packages.py tools/
 RUN pip install ./clients/python . && python tools/slim_packages.py /opt/asd
+
+FROM build AS build-gateway
+# The source tree itself, which has no version to pin.
+# hadolint ignore=DL3013
+RUN pip install ./clients/python ".[gateway]" && python tools/slim_packages.py /opt/asd
 
 FROM build AS build-policy
 # The source tree itself, which has no version to pin.
@@ -80,6 +85,11 @@ FROM base AS router
 COPY --from=build /opt/asd /opt/asd
 EXPOSE 50050
 ENTRYPOINT ["python", "-m", "services.router"]
+
+FROM base AS gateway
+COPY --from=build-gateway /opt/asd /opt/asd
+EXPOSE 8000
+ENTRYPOINT ["python", "-m", "services.gateway"]
 
 FROM base AS policy
 COPY --from=build-policy /opt/asd /opt/asd

@@ -41,11 +41,6 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 stage-{{ . | replace "_" "-" }}
 {{- end -}}
 
-{{/* Port that probes ask. Kubernetes' gRPC probes cannot speak TLS. dict "root" $ "port" 50050. */}}
-{{- define "asd.probePort" -}}
-{{- ternary 50059 .port .root.Values.tls.enabled -}}
-{{- end -}}
-
 {{/* Secret with a service's certificate. dict "root" $ "component" "stage-small". */}}
 {{- define "asd.tlsSecret" -}}
 {{- $tls := .root.Values.tls -}}
@@ -66,11 +61,14 @@ HF_HUB_DISABLE_TELEMETRY: "1"
 DO_NOT_TRACK: "1"
 {{- end -}}
 
-{{/* How a service of the release calls another one: its setting `tls`, as YAML; {} where connections are plain. */}}
+{{/*
+How a service of the release calls another one: its setting `tls`, as YAML; {} where connections are plain.
+dict "root" $ "wantsCertificate" whether the called one asks for a certificate.
+*/}}
 {{- define "asd.clientTls" -}}
-{{- if .Values.tls.enabled -}}
+{{- if .root.Values.tls.enabled -}}
 {{- $tls := dict "ca_file" "/tls/ca.crt" -}}
-{{- if .Values.tls.mutual -}}
+{{- if .wantsCertificate -}}
 {{- $tls = merge $tls (dict "cert_file" "/tls/tls.crt" "key_file" "/tls/tls.key") -}}
 {{- end -}}
 {{- dict "tls" $tls | toYaml -}}
@@ -84,9 +82,9 @@ The objects that every component has, but for its Service: ServiceAccount, Confi
 Deployment. dict "root" $ "component" "stage-small" "image" "stage-onnx" "config" a dict "port" 50061
 "settings" the component's values "startupSeconds" 120 "volumes" a list of dicts name, path, claim, writable
 "env" a dict. A claim is mounted read-only where it is not said to be writable. Optional: "replicas" a number,
-left out where something else sets it; "wantsCertificate": callers must show one; "guarded": callers must show a
-token; "apiAccess": the pod calls the Kubernetes API; "gpus", "gpuResource", "sharedMemory", "tmpSize",
-"updateStrategy".
+left out where something else sets it; "protocol" "http" where the port does not speak gRPC; "wantsCertificate": callers
+must show one; "guarded": callers must show a token; "apiAccess": the pod calls the Kubernetes API; "gpus",
+"gpuResource", "sharedMemory", "tmpSize", "updateStrategy".
 */}}
 {{- define "asd.component" -}}
 {{- $root := .root -}}
@@ -95,14 +93,27 @@ token; "apiAccess": the pod calls the Kubernetes API; "gpus", "gpuResource", "sh
 {{- $rollout := $root.Values.rollout -}}
 {{- $tls := $root.Values.tls -}}
 {{- $metricsPort := int $root.Values.telemetry.metricsPort -}}
-{{- $probePort := include "asd.probePort" (dict "root" $root "port" .port) | int -}}
+{{- $protocol := .protocol | default "grpc" -}}
+{{- /* Kubernetes' gRPC probes cannot speak TLS. */}}
+{{- $healthPort := ternary 50059 0 (and $tls.enabled (eq $protocol "grpc")) -}}
+{{- $probe := dict "grpc" (dict "port" ($healthPort | default .port)) -}}
+{{- if eq $protocol "http" -}}
+{{- $probe = dict "httpGet" (dict "path" "/healthz" "port" "http" "scheme" (ternary "HTTPS" "HTTP" $tls.enabled)) -}}
+{{- /* Probes have no certificate to show. */}}
+{{- if and $tls.enabled .wantsCertificate -}}
+{{- $probe = dict "tcpSocket" (dict "port" "http") -}}
+{{- end -}}
+{{- end -}}
 {{- $served := dict "listen" (printf "0.0.0.0:%d" .port) -}}
 {{- if $tls.enabled -}}
 {{- $shown := dict "cert_file" "/tls/tls.crt" "key_file" "/tls/tls.key" -}}
 {{- if .wantsCertificate -}}
 {{- $shown = merge $shown (dict "client_ca_file" "/tls/ca.crt") -}}
 {{- end -}}
-{{- $served = merge $served (dict "tls" $shown "health_listen" (printf "0.0.0.0:%d" $probePort)) -}}
+{{- $served = merge $served (dict "tls" $shown) -}}
+{{- end -}}
+{{- with $healthPort -}}
+{{- $served = merge $served (dict "health_listen" (printf "0.0.0.0:%d" (int .))) -}}
 {{- end -}}
 {{- if $metricsPort -}}
 {{- $served = merge $served (dict "metrics_listen" (printf "0.0.0.0:%d" $metricsPort)) -}}
@@ -241,11 +252,11 @@ spec:
               value: {{ $value | quote }}
             {{- end }}
           ports:
-            - name: grpc
+            - name: {{ $protocol }}
               containerPort: {{ .port }}
-            {{- if $tls.enabled }}
+            {{- with $healthPort }}
             - name: health
-              containerPort: {{ $probePort }}
+              containerPort: {{ . }}
             {{- end }}
             {{- if $metricsPort }}
             - name: metrics
@@ -253,18 +264,18 @@ spec:
             {{- end }}
           # Serving begins when the model is loaded: until then nothing else is asked.
           startupProbe:
-            grpc: {port: {{ $probePort }}}
+            {{- toYaml $probe | nindent 12 }}
             periodSeconds: 1
             timeoutSeconds: 2
             failureThreshold: {{ .startupSeconds }}
           readinessProbe:
-            grpc: {port: {{ $probePort }}}
+            {{- toYaml $probe | nindent 12 }}
             periodSeconds: 2
             timeoutSeconds: 2
             # A busy node may keep a healthy process waiting for seconds.
             failureThreshold: 4
           livenessProbe:
-            grpc: {port: {{ $probePort }}}
+            {{- toYaml $probe | nindent 12 }}
             periodSeconds: 10
             timeoutSeconds: 5
             failureThreshold: 3
@@ -370,6 +381,7 @@ capabilities:
 
 {{/*
 Service of a component: dict "root" $ "component" "stage-small" "port" 50061 "type" "Headless" "annotations" a dict.
+Optional: "protocol" "http" where the port does not speak gRPC.
 */}}
 {{- define "asd.service" -}}
 apiVersion: v1
@@ -391,11 +403,12 @@ spec:
   {{- end }}
   selector:
     {{- include "asd.selectorLabels" . | nindent 4 }}
+  {{- $protocol := .protocol | default "grpc" }}
   ports:
-    - name: grpc
+    - name: {{ $protocol }}
       port: {{ .port }}
-      targetPort: grpc
-      {{- if not .root.Values.tls.enabled }}
+      targetPort: {{ $protocol }}
+      {{- if and (eq $protocol "grpc") (not .root.Values.tls.enabled) }}
       appProtocol: kubernetes.io/h2c
       {{- end }}
 {{- end -}}
@@ -422,4 +435,58 @@ spec:
   behavior:
     scaleDown:
       stabilizationWindowSeconds: {{ $scaling.scaleDownSeconds }}
+{{- end -}}
+
+{{/*
+Ingress of a component: dict "root" $ "component" "router" "port" the name of its Service's port "settings" its values
+"annotations" a dict "paths" a dict of path and type.
+*/}}
+{{- define "asd.ingress" -}}
+{{- $name := printf "%s-%s" (include "asd.fullname" .root) .component -}}
+{{- $port := .port -}}
+apiVersion: networking.k8s.io/v1
+kind: Ingress
+metadata:
+  name: {{ $name }}
+  labels:
+    {{- include "asd.labels" . | nindent 4 }}
+  {{- with .annotations }}
+  annotations:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+spec:
+  {{- with .settings.className }}
+  ingressClassName: {{ . }}
+  {{- end }}
+  {{- if .settings.tlsSecretName }}
+  tls:
+    - hosts: [{{ .settings.host | quote }}]
+      secretName: {{ .settings.tlsSecretName }}
+  {{- end }}
+  rules:
+    - host: {{ .settings.host | quote }}
+      http:
+        paths:
+          {{- range $path, $type := .paths }}
+          - path: {{ $path }}
+            pathType: {{ $type }}
+            backend:
+              service: {name: {{ $name }}, port: {name: {{ $port }}}}
+          {{- end }}
+{{- end -}}
+
+{{/* Where a route of the Gateway API belongs, and its host names. Takes the route's values. */}}
+{{- define "asd.parents" -}}
+parentRefs:
+  - name: {{ .gateway }}
+    {{- with .gatewayNamespace }}
+    namespace: {{ . }}
+    {{- end }}
+    {{- with .sectionName }}
+    sectionName: {{ . }}
+    {{- end }}
+{{- with .hostnames }}
+hostnames:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
 {{- end -}}

@@ -8,7 +8,7 @@
 {{- fail (printf "fullnameOverride: %q cannot begin names of Services, which have a letter first and no dots; install under a name such as \"asd\", or set fullnameOverride to one" $name) -}}
 {{- end -}}
 {{- $port := int .Values.telemetry.metricsPort -}}
-{{- $taken := dict "50050" "the router" "50051" "the policy service" "50053" "the manager" "50059" "probes under TLS" "50061" "stages" -}}
+{{- $taken := dict "8000" "the gateway" "50050" "the router" "50051" "the policy service" "50053" "the manager" "50059" "probes under TLS" "50061" "stages" -}}
 {{- with get $taken (toString $port) -}}
 {{- fail (printf "telemetry.metricsPort: %d is the port of %s; set another one, for instance 9464" $port .) -}}
 {{- end -}}
@@ -64,7 +64,7 @@
 
 {{/* null takes a block of the chart's values away, and templates read it. */}}
 {{- define "asd.validateResources" -}}
-{{- range $key := list "router" "policy" "manager" "stageDefaults" -}}
+{{- range $key := list "router" "gateway" "policy" "manager" "stageDefaults" -}}
 {{- $settings := get $.Values $key -}}
 {{- if not (kindIs "map" $settings.resources) -}}
 {{- fail (printf "%s.resources: null is no setting; to ask for nothing, set %s.resources.requests=null and %s.resources.limits=null" $key $key $key) -}}
@@ -97,7 +97,7 @@
 {{- end -}}
 
 {{- define "asd.validateScaling" -}}
-{{- range $key := list "router" "policy" -}}
+{{- range $key := list "router" "gateway" "policy" -}}
 {{- $settings := get $.Values $key -}}
 {{- $scaling := $settings.autoscaling -}}
 {{- if $scaling.enabled -}}
@@ -133,9 +133,9 @@
 {{- $tls := .Values.tls -}}
 {{- $secrets := $tls.secretNames -}}
 {{- if and $tls.enabled (eq $tls.mode "secret") (not $tls.secretName) -}}
-{{- range $key := list "router" "policy" "stages" "manager" "client" -}}
-{{- $isUsed := or (not (has $key (list "policy" "manager"))) (and (eq $key "policy") $.Values.policy.enabled) (and (eq $key "manager") $.Values.manager.enabled) -}}
-{{- if and $isUsed (not (get $secrets $key)) -}}
+{{- $optional := dict "gateway" .Values.gateway.enabled "policy" .Values.policy.enabled "manager" .Values.manager.enabled -}}
+{{- range $key := list "router" "gateway" "policy" "stages" "manager" "client" -}}
+{{- if and (dig $key true $optional) (not (get $secrets $key)) -}}
 {{- fail (printf "tls: there is no Secret for %s; set tls.secretName or tls.secretNames.%s, or let cert-manager make them with tls.mode=certManager" $key $key) -}}
 {{- end -}}
 {{- end -}}
@@ -164,22 +164,34 @@
 {{- if and .Values.auth.enabled (not .Values.auth.secretName) -}}
 {{- fail "auth.secretName: the router needs a Secret with the tokens; set auth.secretName, or auth.enabled=false" -}}
 {{- end -}}
-{{- $router := .Values.router -}}
-{{- if and $router.ingress.enabled $router.route.enabled -}}
-{{- fail "router.ingress and router.route: both lead to the router; enable one of them" -}}
+{{- include "asd.validateWayIn" (dict "root" . "part" "router" "route" "a GRPCRoute" "peers" "clients") -}}
+{{- if .Values.gateway.enabled -}}
+{{- include "asd.validateWayIn" (dict "root" . "part" "gateway" "route" "an HTTPRoute" "peers" "gatewayClients") -}}
 {{- end -}}
-{{- if and $router.ingress.enabled (not $router.ingress.host) -}}
-{{- fail "router.ingress.host: an Ingress needs a host name; set router.ingress.host" -}}
 {{- end -}}
-{{- if and $router.route.enabled (not $router.route.gateway) -}}
-{{- fail "router.route.gateway: a GRPCRoute belongs to a Gateway; set router.route.gateway to its name" -}}
+
+{{/*
+How clients outside the cluster reach a part: dict "root" $ "part" "router" "route" its kind of route "peers" the
+entry of networkPolicy with its callers.
+*/}}
+{{- define "asd.validateWayIn" -}}
+{{- $part := .part -}}
+{{- $settings := get .root.Values $part -}}
+{{- if and $settings.ingress.enabled $settings.route.enabled -}}
+{{- fail (printf "%s.ingress and %s.route: both lead to the %s; enable one of them" $part $part $part) -}}
 {{- end -}}
-{{- if and $tls.clientCertificates (or $router.ingress.enabled $router.route.enabled) -}}
-{{- fail "tls.clientCertificates: an Ingress or a Gateway ends the clients' TLS and shows no certificate of theirs; set tls.clientCertificates=false, or let clients reach the router's Service" -}}
+{{- if and $settings.ingress.enabled (not $settings.ingress.host) -}}
+{{- fail (printf "%s.ingress.host: an Ingress needs a host name; set %s.ingress.host" $part $part) -}}
 {{- end -}}
-{{- $isOutside := or $router.ingress.enabled $router.route.enabled (has $router.service.type (list "NodePort" "LoadBalancer")) -}}
-{{- if and .Values.networkPolicy.enabled $isOutside (not .Values.networkPolicy.clients) -}}
-{{- fail "networkPolicy.clients: the router is reached from outside its namespace (service type, ingress or route), which the policy would deny; name who may call it" -}}
+{{- if and $settings.route.enabled (not $settings.route.gateway) -}}
+{{- fail (printf "%s.route.gateway: %s belongs to a Gateway; set %s.route.gateway to its name" $part .route $part) -}}
+{{- end -}}
+{{- if and .root.Values.tls.clientCertificates (or $settings.ingress.enabled $settings.route.enabled) -}}
+{{- fail (printf "tls.clientCertificates: an Ingress or a Gateway ends the clients' TLS and shows no certificate of theirs; set tls.clientCertificates=false, or let clients reach the %s's Service" $part) -}}
+{{- end -}}
+{{- $isOutside := or $settings.ingress.enabled $settings.route.enabled (has $settings.service.type (list "NodePort" "LoadBalancer")) -}}
+{{- if and .root.Values.networkPolicy.enabled $isOutside (not (get .root.Values.networkPolicy .peers)) -}}
+{{- fail (printf "networkPolicy.%s: the %s is reached from outside its namespace (service type, ingress or route), which the policy would deny; name who may call it" .peers $part) -}}
 {{- end -}}
 {{- end -}}
 

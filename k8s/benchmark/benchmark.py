@@ -5,37 +5,48 @@ both ways, one after the other; which comes first takes turns, since the second 
 caches. The log ends with one line of JSON. `python benchmark.py --render LOG` makes a page of it without asd.
 
 Calls are made as ASD_TLS, ASD_TLS_CA, ASD_TLS_CERT, ASD_TLS_KEY, ASD_TLS_SERVER_NAME, ASD_TOKEN and
-ASD_TOKEN_FILE say, as the `asd` command does.
+ASD_TOKEN_FILE say, as the `asd` command does. With `--through gateway`, tasks are asked by HTTP; the router
+is only asked what the cascade is.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import html
+import http.client
 import itertools
 import json
 import math
 import os
 import random
+import ssl
 import statistics
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
 
     from asd.client import AsyncClient
+    from asd.transport.tls import Tls
     from asd.values import Description
     from suites import Task
 
     Result = dict[str, Any]
+    # Answers a prompt, by a stage or, without its name, by the cascade. Raises CallFailed.
+    Ask = Callable[[str, str], Awaitable["Answered"]]
 
 CASCADE, LARGEST = "cascade", "largest"
+ROUTER, GATEWAY = "router", "gateway"
+# The gateway's names of preferences; without one, the policy's own.
+MODELS = {"fastest": "asd-fastest", "best": "asd-best"}
 # On a fresh release the router may still be starting.
 READY_SECONDS = 60.0
 # Chosen: a slow cascade says something within a minute, and a log of 500 tasks stays short.
@@ -67,6 +78,21 @@ class Pair:
     largest: Outcome
 
 
+@dataclass(frozen=True)
+class Answered:
+    """What is read of an answer."""
+
+    text: str
+    stage: str
+    stage_index: int
+    cost: float
+    plan_source: str
+
+
+class CallFailed(Exception):  # noqa: N818 - an error is named by its cause
+    """A call failed; the message names the kind."""
+
+
 class Refused(Exception):  # noqa: N818 - an error is named by its cause
     """The run cannot be made as it was asked for; the message says why."""
 
@@ -74,9 +100,13 @@ class Refused(Exception):  # noqa: N818 - an error is named by its cause
 # Asking.
 
 
-async def measure(client: AsyncClient, options: argparse.Namespace) -> Result:
-    """Return the result of a run. Raises AsdError where the cascade does not answer at all, Refused."""
-    from asd.values import Objective
+async def measure(
+    client: AsyncClient, options: argparse.Namespace, gateway: HttpClient | None = None
+) -> Result:
+    """Return the result of a run. Raises AsdError where the cascade does not answer at all, Refused.
+
+    gateway: asks the tasks in the client's place.
+    """
     from suites import split
 
     described = await _describe(client)
@@ -90,8 +120,8 @@ async def measure(client: AsyncClient, options: argparse.Namespace) -> Result:
     if said not in {UNSET, version or "none"}:
         raise Refused(f"the label policy-version says {said}, but the policy in force is {version or 'none'}")
     tasks = list(split("evaluation", options.warmup + options.requests, seed=options.seed))
-    objective = Objective(preference=options.preference)
-    ask = _Asking(client, objective, baseline, len(stages), options.concurrency)
+    way_in = gateway.ask if gateway else _by_grpc(client, options.preference)
+    ask = _Asking(way_in, baseline, len(stages), options.concurrency)
     await ask.both_ways(tasks[: options.warmup], "warm-up")
     ask.forget()
     started, at = time.monotonic(), time.time()
@@ -107,6 +137,7 @@ async def measure(client: AsyncClient, options: argparse.Namespace) -> Result:
         "stages": [{"name": each.stage, "model": each.model, "cost": each.cost} for each in described.stages],
         "policy_version": version,
         "preference": options.preference or "balanced",
+        "through": options.through,
         "baseline": baseline,
         "seed": options.seed,
         "warmup": options.warmup,
@@ -133,16 +164,94 @@ async def _describe(client: AsyncClient) -> Description:
             await asyncio.sleep(1.0)
 
 
+def _by_grpc(client: AsyncClient, preference: str | None) -> Ask:
+    from asd.errors import AsdError
+    from asd.transport.status import status_of
+    from asd.values import Objective, Request
+
+    objective = Objective(preference=preference)
+
+    async def ask(prompt: str, stage: str) -> Answered:
+        request = Request(prompt, stage=stage) if stage else Request(prompt, objective=objective)
+        try:
+            answer = await client.ask(request)
+        except AsdError as error:
+            raise CallFailed(status_of(error).name) from error
+        return Answered(answer.text, answer.stage, answer.stage_index, answer.cost, answer.plan_source)
+
+    return ask
+
+
+class HttpClient:
+    """Asks the gateway, over one connection for each task under way. Close it.
+
+    address: HOST:PORT. tls: None for plain HTTP; its server name is the router's, and is not used.
+    """
+
+    def __init__(self, address: str, options: argparse.Namespace, tls: Tls | None, token: str) -> None:
+        self._address = address
+        self._model = MODELS.get(options.preference, "asd")
+        self._timeout_s = options.timeout_ms / 1000.0
+        self._trust = _trust(tls) if tls else None
+        self._headers = {"content-type": "application/json"}
+        if token:
+            self._headers["authorization"] = f"Bearer {token}"
+        self._threads = ThreadPoolExecutor(options.concurrency)
+        self._idle: list[http.client.HTTPConnection] = []
+
+    async def ask(self, prompt: str, stage: str) -> Answered:
+        """Return an answer; see Ask."""
+        body = json.dumps({"model": stage or self._model, "prompt": prompt})
+        loop = asyncio.get_running_loop()
+        found = await loop.run_in_executor(self._threads, self._post, body)
+        told = found["asd"]
+        return Answered(
+            found["choices"][0]["text"], told["stage"], told["stage_index"], told["cost"], told["plan_source"]
+        )
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._threads.shutdown()
+        for connection in self._idle:
+            connection.close()
+
+    def _post(self, body: str) -> Any:
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            connection = self._connect()
+        try:
+            connection.request("POST", "/v1/completions", body, self._headers)
+            response = connection.getresponse()
+            content = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            raise CallFailed(type(error).__name__) from error
+        self._idle.append(connection)
+        if response.status != http.HTTPStatus.OK:
+            raise CallFailed(f"HTTP {response.status}")
+        return json.loads(content)
+
+    def _connect(self) -> http.client.HTTPConnection:
+        if self._trust:
+            return http.client.HTTPSConnection(self._address, timeout=self._timeout_s, context=self._trust)
+        return http.client.HTTPConnection(self._address, timeout=self._timeout_s)
+
+
+def _trust(tls: Tls) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=tls.ca_file)
+    if tls.cert_file:
+        context.load_cert_chain(tls.cert_file, tls.key_file)
+    return context
+
+
 class _Asking:
     """Asks tasks both ways, several at once."""
 
-    def __init__(
-        self, client: AsyncClient, objective: Any, baseline: str, stage_count: int, concurrency: int
-    ) -> None:
+    def __init__(self, ask: Ask, baseline: str, stage_count: int, concurrency: int) -> None:
         self.pairs: list[Pair] = []
         self.failures: Counter[str] = Counter()
-        self._client = client
-        self._objective = objective
+        self._way_in = ask
         self._baseline = baseline
         self._last = stage_count - 1
         self._concurrency = concurrency
@@ -174,18 +283,13 @@ class _Asking:
         await asyncio.gather(*(work() for _ in range(self._concurrency)))
 
     async def _ask(self, task: Task, way: str) -> Outcome | None:
-        from asd.errors import AsdError
-        from asd.transport.status import status_of
-        from asd.values import Request
         from suites import grade
 
-        stage = "" if way == CASCADE else self._baseline
-        objective = {"objective": self._objective} if way == CASCADE else {}
         started = time.perf_counter()
         try:
-            answer = await self._client.ask(Request(task.prompt, stage=stage, **objective))
-        except AsdError as error:
-            self.failures[f"{way}: {status_of(error).name}"] += 1
+            answer = await self._way_in(task.prompt, "" if way == CASCADE else self._baseline)
+        except CallFailed as error:
+            self.failures[f"{way}: {error}"] += 1
             return None
         return Outcome(
             is_right=grade(task, answer.text),
@@ -395,6 +499,7 @@ def page(result: Result) -> str:
         "policy": result["policy_version"] or "none",
         "stages": " → ".join(f"{each['name']} ({each['model'] or 'away'})" for each in result["stages"]),
         "preference": result["preference"],
+        "asked through": result.get("through", ROUTER),
         "warm-up tasks": result["warmup"],
         **labels,
     }
@@ -509,7 +614,11 @@ async def _run(options: argparse.Namespace) -> Result:
         **{name: Path(value) for name, value in files.items() if value},
     )
     async with connection.client(options.target, options.timeout_ms) as client:
-        return await measure(client, options)
+        if options.through == ROUTER:
+            return await measure(client, options)
+        tls, token = connection.client_tls(), connection.read_token()
+        with contextlib.closing(HttpClient(options.gateway, options, tls, token)) as gateway:
+            return await measure(client, options, gateway)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -519,6 +628,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--target", default="", help="the router: HOST:PORT, or dns:///HOST:PORT for all of its pods"
+    )
+    parser.add_argument("--gateway", default="", help="the gateway: HOST:PORT")
+    parser.add_argument(
+        "--through", choices=(ROUTER, GATEWAY), default=ROUTER, help="what is asked the tasks: default router"
     )
     parser.add_argument("--requests", type=int, default=500, help="tasks measured, each asked both ways")
     parser.add_argument("--warmup", type=int, default=50, help="tasks before, not measured")
@@ -535,6 +648,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if bool(options.target) == bool(options.render):
         parser.error("give either --target or --render")
+    if options.through == GATEWAY and not options.gateway:
+        parser.error("--through gateway wants --gateway")
     if min(options.requests, options.concurrency) < 1 or options.warmup < 0 or not options.timeout_ms > 0:
         parser.error(
             "--requests and --concurrency must be 1 or more, --warmup 0 or more, --timeout-ms above 0"

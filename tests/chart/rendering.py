@@ -56,7 +56,7 @@ class Variant:
     def components(self) -> set[str]:
         """Names of the deployments."""
         parts = {f"stage-{name}" for name in self.stages} | {"router"}
-        parts |= {part for part in ("policy", "manager") if self.effective[part]["enabled"]}
+        parts |= {part for part in ("gateway", "policy", "manager") if self.effective[part]["enabled"]}
         return {f"{self.prefix}-{part}" for part in parts}
 
 
@@ -156,6 +156,7 @@ VARIANTS: dict[str, Variant] = {
     "one stage": ONE_STAGE,
     "four stages": FOUR_STAGES,
     "policy off": Variant({"policy": {"enabled": False}}),
+    "gateway off": Variant({"gateway": {"enabled": False}}),
     "everything on": Variant(
         {
             "fullnameOverride": "cascade",
@@ -168,6 +169,19 @@ VARIANTS: dict[str, Variant] = {
                 "speculation": {"pipelined": False, "adaptive": False},
                 "overload": "shed",
                 "maxConnectionAgeSeconds": 0,
+                **_PLACED,
+            },
+            "gateway": {
+                "service": {"type": "NodePort", "annotations": {"a.cloud/internal": "true"}},
+                "timeoutMs": 120_000,
+                "maxBodyBytes": 1_048_576,
+                "readTimeoutMs": 10_000,
+                "writeTimeoutMs": 20_000,
+                "idleTimeoutMs": 620_000,
+                "keepAliveMs": 2_500.5,
+                "maxConcurrent": 64,
+                "accessLog": True,
+                "drainSeconds": 125,
                 **_PLACED,
             },
             "policy": {
@@ -254,6 +268,7 @@ VARIANTS: dict[str, Variant] = {
         {
             "telemetry": {"metricsPort": 9464},
             "router": {"autoscaling": {"enabled": True}},
+            "gateway": {"autoscaling": {"enabled": True, "minReplicas": 3}},
             "policy": {"autoscaling": {"enabled": True, "maxReplicas": 6, "targetCpuPercent": 50}},
             "stageDefaults": {"autoscaling": {**_KEDA, "minReplicas": 2, "maxReplicas": 5}},
         }
@@ -278,7 +293,9 @@ VARIANTS: dict[str, Variant] = {
                 "registry": "registry.example",
                 "digests": {
                     name: f"sha256:{number:064x}"
-                    for number, name in enumerate(("router", "policy", "stageOnnx", "tools"), start=1)
+                    for number, name in enumerate(
+                        ("router", "policy", "stageOnnx", "tools", "gateway"), start=1
+                    )
                 },
             }
         }
@@ -305,13 +322,25 @@ VARIANTS: dict[str, Variant] = {
                 "enabled": True,
                 "mutual": True,
                 "secretNames": {
-                    name: f"{name}-tls" for name in ("router", "policy", "stages", "manager", "client")
+                    name: f"{name}-tls"
+                    for name in ("router", "gateway", "policy", "stages", "manager", "client")
                 },
             }
         }
     ),
     "TLS by cert-manager": Variant(
-        _merged(_ISSUED, {"tls": {"mutual": True, "certManager": {"routerDnsNames": ["asd.example"]}}})
+        _merged(
+            _ISSUED,
+            {
+                "tls": {
+                    "mutual": True,
+                    "certManager": {
+                        "routerDnsNames": ["asd.example"],
+                        "gatewayDnsNames": ["api.asd.example"],
+                    },
+                }
+            },
+        )
     ),
     "TLS by an issuer": Variant(
         _merged(_ISSUED, {"tls": {"certManager": {"issuerName": "company", "issuerKind": "ClusterIssuer"}}})
@@ -331,7 +360,26 @@ VARIANTS: dict[str, Variant] = {
             }
         }
     ),
-    "gateway": Variant(
+    "gateway ingress": Variant(
+        {
+            **_TRUSTED,
+            "gateway": {
+                "timeoutMs": 600_500,
+                "maxBodyBytes": 33_554_432,
+                "ingress": {
+                    "enabled": True,
+                    "className": "nginx",
+                    "host": "api.asd.example",
+                    "tlsSecretName": "api-asd-example",
+                    "annotations": {
+                        "nginx.ingress.kubernetes.io/proxy-send-timeout": "9",
+                        "team": "inference",
+                    },
+                },
+            },
+        }
+    ),
+    "route": Variant(
         {
             "router": {
                 "route": {
@@ -342,7 +390,17 @@ VARIANTS: dict[str, Variant] = {
                     "hostnames": ["asd.example"],
                 }
             },
-            "networkPolicy": {"enabled": True, "clients": [_GATE]},
+            "gateway": {
+                "timeoutMs": 300_000,
+                "route": {
+                    "enabled": True,
+                    "gateway": "public",
+                    "gatewayNamespace": "gateways",
+                    "sectionName": "https",
+                    "hostnames": ["api.asd.example"],
+                },
+            },
+            "networkPolicy": {"enabled": True, "clients": [_GATE], "gatewayClients": [_GATE]},
         }
     ),
     "network policies": Variant(

@@ -16,6 +16,7 @@ from kubernetes_validate import utils
 from policy_service.settings import PolicySettings
 from services.common.privacy import SWITCHES
 from services.common.settings import ServiceSettings
+from services.gateway.settings import GatewaySettings, RouterPeer
 from services.router.domain import Overload
 from services.router.settings import RouterSettings
 from services.scaler.settings import ScalerSettings
@@ -139,7 +140,7 @@ def test_router_config_loads_and_names_the_services(variant: str, tmp_path: Path
     targets = {stage.target for stage in settings.stages}
     targets |= {each.target for each in (settings.policy, settings.manager) if each}
     services = of_kind(variant, "Service")
-    others = VARIANTS[variant].components - {named(variant, "router")}
+    others = VARIANTS[variant].components - {named(variant, "router"), named(variant, "gateway")}
     assert targets == {f"dns:///{name}:{services[name]['spec']['ports'][0]['port']}" for name in others}
     assert all(services[name]["spec"]["clusterIP"] == "None" for name in others)
 
@@ -160,6 +161,14 @@ def test_stage_config_loads_and_its_model_is_mounted_or_in_the_image(variant: st
         assert model.engine == values["model"]["engine"]
         image = container(variant, full)["image"]
         assert f"asd-stage-{model.engine.replace('_', '-')}" in image
+
+
+@with_component("gateway")
+def test_gateway_config_loads_and_names_the_router(variant: str, tmp_path: Path) -> None:
+    settings = load(GatewaySettings, variant, named(variant, "gateway"), tmp_path)
+    router = named(variant, "router")
+    (port,) = of_kind(variant, "Service")[router]["spec"]["ports"]
+    assert settings.router.target == f"dns:///{router}:{port['port']}"
 
 
 @with_component("policy")
@@ -197,17 +206,34 @@ def test_probes_ask_a_port_where_the_process_serves_health_plainly(variant: str)
         serving = container(variant, name)
         ports = {port["name"]: port["containerPort"] for port in serving["ports"]}
         settings = config(variant, name)
-        assert settings["listen"] == f"0.0.0.0:{ports['grpc']}"
+        spoken = "http" if name == named(variant, "gateway") else "grpc"
+        assert settings["listen"] == f"0.0.0.0:{ports[spoken]}"
         assert len(set(ports.values())) == len(ports)
-        if "tls" in settings:
+        probes = [serving[probe] for probe in ("startupProbe", "readinessProbe", "livenessProbe")]
+        if spoken == "http":
+            assert "health" not in ports
+            for probe in probes:
+                _assert_probes_http(probe, settings.get("tls"))
+        elif "tls" in settings:
             assert settings["health_listen"] == f"0.0.0.0:{ports['health']}"
+            assert {probe["grpc"]["port"] for probe in probes} == {ports["health"]}
         else:
             assert "health" not in ports
-        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-            assert serving[probe]["grpc"]["port"] == ports["health" if "tls" in settings else "grpc"]
+            assert {probe["grpc"]["port"] for probe in probes} == {ports["grpc"]}
         [service_port] = of_kind(variant, "Service")[name]["spec"]["ports"]
-        assert service_port["targetPort"] == "grpc"
-        assert ("appProtocol" in service_port) == ("tls" not in settings)
+        assert (service_port["name"], service_port["targetPort"]) == (spoken, spoken)
+        is_plain_grpc = spoken == "grpc" and "tls" not in settings
+        assert ("appProtocol" in service_port) == is_plain_grpc
+
+
+def _assert_probes_http(probe: dict[str, Any], tls: dict[str, str] | None) -> None:
+    """Kubernetes' probes trust every certificate, and have none to show."""
+    if tls and "client_ca_file" in tls:
+        assert probe["tcpSocket"] == {"port": "http"}
+        assert "httpGet" not in probe
+    else:
+        scheme = "HTTPS" if tls else "HTTP"
+        assert probe["httpGet"] == {"path": "/healthz", "port": "http", "scheme": scheme}
 
 
 @each_variant
@@ -252,7 +278,7 @@ def test_the_cluster_may_choose_whom_pods_run_as() -> None:
     """OpenShift's restricted-v2 refuses every user and group that is named but the namespace's own."""
     pods = [each["spec"]["template"]["spec"] for each in of_kind("openshift", "Deployment").values()]
     pods += [each["spec"] for each in of_kind("openshift", "Pod").values()]
-    assert len(pods) == 7
+    assert len(pods) == 9
     for pod in pods:
         named = {"runAsUser", "runAsGroup", "fsGroup", "supplementalGroups"}
         assert named.isdisjoint(pod["securityContext"])
@@ -373,6 +399,30 @@ def test_what_the_policy_learns_from_reaches_its_settings_and_its_volumes(tmp_pa
         "/artifact": True,
     }
     assert pod["securityContext"]["fsGroup"] == 10001
+
+
+def test_what_is_set_of_the_gateway_reaches_it(tmp_path: Path) -> None:
+    settings = load(GatewaySettings, "everything on", "cascade-gateway", tmp_path)
+    assert settings.router.timeout_ms == 120_000
+    assert (settings.max_body_bytes, settings.max_concurrent, settings.access_log) == (1_048_576, 64, True)
+    assert (settings.read_timeout_ms, settings.write_timeout_ms) == (10_000, 20_000)
+    assert (settings.idle_timeout_ms, settings.keep_alive_ms) == (620_000, 2_500.5)
+    assert settings.drain_seconds == 125
+    service = of_kind("everything on", "Service")["cascade-gateway"]
+    assert service["spec"]["type"] == "NodePort"
+    assert service["metadata"]["annotations"] == {"a.cloud/internal": "true"}
+
+
+def test_by_default_the_gateway_has_its_settings_own_values(tmp_path: Path) -> None:
+    settings = load(GatewaySettings, "defaults", "demo-gateway", tmp_path)
+    own = GatewaySettings(
+        listen=settings.listen,
+        router=RouterPeer(target=settings.router.target),
+        # As the router's, whose answers it waits for.
+        drain_seconds=config("defaults", "demo-router")["drain_seconds"],
+    )
+    assert settings == own
+    assert of_kind("defaults", "Service")["demo-gateway"]["spec"]["type"] == "ClusterIP"
 
 
 def test_by_default_the_policy_has_no_shadow_and_its_settings_own_values(tmp_path: Path) -> None:

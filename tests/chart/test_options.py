@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import ssl
 import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import trustme
 import yaml
 
 from policy_service.settings import PolicySettings
 from services.common.telemetry import Metrics
+from services.gateway.app import APIS, MODEL, MODELS
+from services.gateway.settings import GatewaySettings
 from services.router.settings import RouterSettings
 from services.scaler.settings import ScalerSettings
 from services.stage.settings import StageSettings
@@ -28,6 +37,8 @@ from tests.chart.rendering import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from services.common.settings import ServiceSettings
 
 
@@ -43,9 +54,11 @@ def labels_of(variant: str, component: str) -> dict[str, str]:
 
 
 class TestScaling:
-    def test_router_and_policy_scale_by_cpu(self) -> None:
+    def test_router_gateway_and_policy_scale_by_cpu(self) -> None:
         scalers = of_kind("autoscaled", "HorizontalPodAutoscaler")
-        assert set(scalers) == {"demo-router", "demo-policy"}
+        assert set(scalers) == {"demo-router", "demo-gateway", "demo-policy"}
+        assert scalers["demo-gateway"]["spec"]["scaleTargetRef"]["name"] == "demo-gateway"
+        assert scalers["demo-gateway"]["spec"]["minReplicas"] == 3
         spec = scalers["demo-policy"]["spec"]
         assert spec["scaleTargetRef"] == {
             "apiVersion": "apps/v1",
@@ -240,8 +253,13 @@ class TestEncryption:
             assert (each.tls.cert_file is not None) == tls["mutual"]
         for name in of_kind(variant, "Deployment"):
             served = config(variant, name)["tls"]
-            asks = tls["clientCertificates"] if name == "demo-router" else tls["mutual"]
+            is_way_in = name in {"demo-router", "demo-gateway"}
+            asks = tls["clientCertificates"] if is_way_in else tls["mutual"]
             assert ("client_ca_file" in served) == asks, name
+        gateway = read(GatewaySettings, variant, "demo-gateway", tmp_path)
+        assert gateway.router.tls.ca_file == Path("/tls/ca.crt")
+        # The router asks it for a certificate, as any other client.
+        assert (gateway.router.tls.cert_file is not None) == tls["clientCertificates"]
 
     @pytest.mark.parametrize("variant", ["TLS by cert-manager", "TLS by an issuer", "locked down"])
     def test_a_certificate_holds_the_name_that_its_callers_use(self, variant: str) -> None:
@@ -268,9 +286,12 @@ class TestEncryption:
         assert all(each["spec"]["issuerRef"] == wanted for _, each in _signed("TLS by an issuer"))
         router = of_kind("TLS by cert-manager", "Certificate")["demo-router"]["spec"]
         assert router["dnsNames"][-1] == "asd.example"
+        gateway = of_kind("TLS by cert-manager", "Certificate")["demo-gateway"]["spec"]
+        assert gateway["dnsNames"][-1] == "api.asd.example"
 
     def test_services_have_secrets_of_their_own_where_they_are_named(self) -> None:
         assert _secret("TLS, Secrets apart", "demo-router") == "router-tls"
+        assert _secret("TLS, Secrets apart", "demo-gateway") == "gateway-tls"
         assert _secret("TLS, Secrets apart", "demo-policy") == "policy-tls"
         assert _secret("TLS, Secrets apart", "demo-stage-large") == "stages-tls"
         assert {_secret("TLS", name) for name in of_kind("TLS", "Deployment")} == {"asd-tls"}
@@ -282,7 +303,8 @@ class TestEncryption:
         volumes = {each["name"]: each for each in pod_spec("tokens", "demo-router")["volumes"]}
         wanted = {"secretName": "tokens", "items": [{"key": "tokens", "path": "tokens"}]}
         assert volumes["auth"]["secret"] == wanted
-        assert "auth" not in {each["name"] for each in pod_spec("tokens", "demo-policy")["volumes"]}
+        for name in ("demo-policy", "demo-gateway"):
+            assert "auth" not in {each["name"] for each in pod_spec("tokens", name)["volumes"]}
 
 
 def _signed(variant: str) -> list[tuple[str, Any]]:
@@ -314,6 +336,52 @@ class TestHelmTest:
         assert secrets[1] == {"secretName": "demo-client-tls"}
         assert "demo-client" in of_kind("locked down", "Certificate")
 
+    def test_it_asks_the_gateway_if_there_is_one(self) -> None:
+        assert "demo-test-chat" not in of_kind("gateway off", "Pod")
+        pod = of_kind("everything on", "Pod")["cascade-test-chat"]
+        assert pod["metadata"]["annotations"]["helm.sh/hook"] == "test"
+        [asking] = pod["spec"]["containers"]
+        assert asking["image"] == "registry.example/asd/asd-tools:1.2.3"
+
+    @pytest.mark.parametrize("variant", ["defaults", "tokens"])
+    def test_it_prints_what_the_gateway_answers(self, variant: str, tmp_path: Path) -> None:
+        (file := tmp_path / "tokens").write_text("team-a:secret-1\nsecret-2\n")
+        with _gateway() as (address, asked):
+            run = self._run(file, "", variant=variant, test="chat", gateway=address)
+        assert (run.returncode, run.stdout) == (0, "Answer: 19\n"), run.stderr
+        (path, token, body) = asked
+        assert path == "/v1/chat/completions"
+        assert token == ("Bearer secret-1" if variant == "tokens" else None)
+        assert body["model"] == "asd"
+        assert body["messages"][0]["role"] == "user"
+
+    def test_it_trusts_the_gateway_by_the_authority_and_shows_a_certificate(self, tmp_path: Path) -> None:
+        authority = trustme.CA()
+        shown = authority.issue_cert("127.0.0.1")
+        authority.cert_pem.write_to_path(str(tmp_path / "ca.crt"))
+        shown.cert_chain_pems[0].write_to_path(str(tmp_path / "tls.crt"))
+        shown.private_key_pem.write_to_path(str(tmp_path / "tls.key"))
+        (file := tmp_path / "tokens").write_text("secret-1\n")
+        trust = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        trust.verify_mode = ssl.CERT_REQUIRED
+        authority.configure_trust(trust)
+        shown.configure_cert(trust)
+        [asking] = of_kind("locked down", "Pod")["demo-test-chat"]["spec"]["containers"]
+        variables = {each["name"]: each["value"].replace("/tls/", f"{tmp_path}/") for each in asking["env"]}
+        with _gateway(tls=trust) as (address, asked):
+            run = self._run(
+                file, "", variant="locked down", test="chat", gateway=address, variables=variables
+            )
+        assert (run.returncode, run.stdout) == (0, "Answer: 19\n"), run.stderr
+        assert asked[1] == "Bearer secret-1"
+
+    def test_a_gateway_that_refuses_is_quoted(self, tmp_path: Path) -> None:
+        with _gateway(status=503) as (address, _):
+            run = self._run(tmp_path, "", variant="defaults", test="chat", gateway=address)
+        assert run.returncode == 1
+        assert "503" in run.stderr
+        assert "Answer: 19" in run.stderr
+
     @pytest.mark.parametrize(
         "tokens",
         ["secret-1\n", "# who\n\n  team-a: secret-1 \nteam-b:secret-2\n", "secret-1\r\nother\r\n"],
@@ -336,11 +404,54 @@ class TestHelmTest:
         said = "the Secret tokens holds no token under its key tokens: put one on a line\n"
         assert (run.returncode, run.stderr) == (1, said)
 
-    def _run(self, tokens: Path, path: str) -> subprocess.CompletedProcess[str]:
-        [asking] = of_kind("tokens", "Pod")["demo-test-ask"]["spec"]["containers"]
+    def _run(
+        self,
+        tokens: Path,
+        path: str,
+        *,
+        variant: str = "tokens",
+        test: str = "ask",
+        gateway: str = "demo-gateway:8000",
+        variables: dict[str, str] | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        [asking] = of_kind(variant, "Pod")[f"demo-test-{test}"]["spec"]["containers"]
         [script] = asking["args"]
-        command = [*asking["command"], script.replace("/auth/tokens", str(tokens))]
-        return subprocess.run(command, env={"PATH": path}, capture_output=True, text=True, check=False)
+        script = script.replace("/auth/tokens", str(tokens)).replace("demo-gateway:8000", gateway)
+        assert asking["command"] == ["python", "-c"]
+        environment = {"PATH": path, **(variables or {})}
+        return subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+        )
+
+
+@contextlib.contextmanager
+def _gateway(status: int = 200, tls: ssl.SSLContext | None = None) -> Iterator[tuple[str, list[Any]]]:
+    """Serve one answer to everything; yield the address, and path, token and body of the last request."""
+    asked: list[Any] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            asked[:] = [self.path, self.headers["authorization"], body]
+            answer = json.dumps({"choices": [{"message": {"content": "Answer: 19"}}]}).encode()
+            self.send_response(status)
+            self.send_header("content-length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        if tls:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"127.0.0.1:{server.server_port}", asked
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 class TestNetwork:
@@ -355,12 +466,53 @@ class TestNetwork:
         assert of_kind("ingress", "Service")["demo-router"]["spec"]["type"] == "ClusterIP"
 
     def test_a_route_leads_to_the_router(self) -> None:
-        spec = of_kind("gateway", "GRPCRoute")["demo-router"]["spec"]
+        spec = of_kind("route", "GRPCRoute")["demo-router"]["spec"]
         assert spec["parentRefs"] == [{"name": "public", "namespace": "gateways", "sectionName": "grpc"}]
         assert spec["hostnames"] == ["asd.example"]
         assert spec["rules"] == [{"backendRefs": [{"name": "demo-router", "port": 50050}]}]
 
-    @pytest.mark.parametrize("variant", ["network policies", "locked down", "gateway"])
+    def test_an_ingress_leads_to_the_gateway_and_waits_for_its_streams(self) -> None:
+        found = of_kind("gateway ingress", "Ingress")["demo-gateway"]
+        prefix = "nginx.ingress.kubernetes.io"
+        assert found["metadata"]["annotations"] == {
+            # 600.5 s for the answer, 30 s for the body and 5 s more.
+            f"{prefix}/proxy-read-timeout": "636",
+            f"{prefix}/proxy-send-timeout": "9",
+            f"{prefix}/proxy-body-size": "33554432",
+            f"{prefix}/backend-protocol": "HTTPS",
+            "team": "inference",
+        }
+        assert found["spec"]["ingressClassName"] == "nginx"
+        assert found["spec"]["tls"] == [{"hosts": ["api.asd.example"], "secretName": "api-asd-example"}]
+        (rule,) = found["spec"]["rules"]
+        paths = {
+            each["path"]: (each["pathType"], each["backend"]["service"]) for each in rule["http"]["paths"]
+        }
+        service = {"name": "demo-gateway", "port": {"name": "http"}}
+        assert paths == {
+            "/v1": ("Prefix", service),
+            "/openapi.json": ("Exact", service),
+            "/healthz": ("Exact", service),
+        }
+
+    def test_a_route_leads_to_the_gateway_and_waits_for_its_streams(self) -> None:
+        spec = of_kind("route", "HTTPRoute")["demo-gateway"]["spec"]
+        assert spec["parentRefs"] == [{"name": "public", "namespace": "gateways", "sectionName": "https"}]
+        assert spec["hostnames"] == ["api.asd.example"]
+        (rule,) = spec["rules"]
+        assert rule["backendRefs"] == [{"name": "demo-gateway", "port": 8000}]
+        assert rule["timeouts"] == {"request": "335s", "backendRequest": "335s"}
+        paths = {each["path"]["value"]: each["path"]["type"] for each in rule["matches"]}
+        assert paths == {"/v1": "PathPrefix", "/openapi.json": "Exact", "/healthz": "Exact"}
+
+    def test_what_leads_in_from_outside_leads_to_paths_of_the_gateway(self) -> None:
+        """All but /metrics, which are for the cluster."""
+        (rule,) = of_kind("gateway ingress", "Ingress")["demo-gateway"]["spec"]["rules"]
+        outside = {each["path"] for each in rule["http"]["paths"]}
+        served = {*APIS, MODELS, MODEL, "/healthz", "/openapi.json"}
+        assert all(any(f"{path}/".startswith(f"{each}/") for each in outside) for path in served)
+
+    @pytest.mark.parametrize("variant", ["network policies", "locked down", "route"])
     def test_every_pod_of_the_release_is_denied_what_no_rule_allows(self, variant: str) -> None:
         policies = of_kind(variant, "NetworkPolicy")
         assert set(policies) == VARIANTS[variant].components
@@ -368,7 +520,7 @@ class TestNetwork:
             assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
             assert policy["spec"]["podSelector"]["matchLabels"].items() <= labels_of(variant, name).items()
 
-    @pytest.mark.parametrize("variant", ["network policies", "locked down", "gateway"])
+    @pytest.mark.parametrize("variant", ["network policies", "locked down", "route"])
     def test_every_call_that_a_service_makes_is_let_out_and_in(self, variant: str, tmp_path: Path) -> None:
         router = read(RouterSettings, variant, "demo-router", tmp_path)
         calls = [("demo-router", each.target) for each in router.stages]
@@ -376,6 +528,8 @@ class TestNetwork:
         if router.manager:
             kept = read(ScalerSettings, variant, "demo-manager", tmp_path).stages
             calls += [("demo-manager", each.target) for each in kept]
+        gateway = read(GatewaySettings, variant, "demo-gateway", tmp_path)
+        calls.append(("demo-gateway", gateway.router.target))
         for caller, target in calls:
             called, _, port = target.removeprefix("dns:///").rpartition(":")
             assert _allows(variant, caller, "egress", "to", called, int(port)), (caller, target)
@@ -384,6 +538,9 @@ class TestNetwork:
     def test_no_other_service_may_call(self) -> None:
         assert not _allows("locked down", "demo-policy", "ingress", "from", "demo-stage-small", 50051)
         assert not _allows("locked down", "demo-stage-small", "ingress", "from", "demo-policy", 50061)
+        for called, port in (("demo-policy", 50051), ("demo-stage-small", 50061), ("demo-manager", 50053)):
+            assert not _allows("locked down", "demo-gateway", "egress", "to", called, port)
+            assert not _allows("locked down", called, "ingress", "from", "demo-gateway", port)
         # Stages that never sleep have nothing to do with the manager.
         assert not _allows("locked down", "demo-manager", "egress", "to", "demo-stage-small", 50061)
         assert not _allows("locked down", "demo-stage-small", "egress", "to", "demo-stage-large", 50061)
@@ -397,9 +554,12 @@ class TestNetwork:
                 assert numbers == {53, port} | api
 
     def test_clients_and_prometheus_come_from_where_they_may(self) -> None:
-        router = of_kind("gateway", "NetworkPolicy")["demo-router"]["spec"]["ingress"]
-        tester = of_kind("gateway", "Pod")["demo-test-ask"]["metadata"]["labels"]
-        gate, test = router[0]["from"]
+        router = of_kind("route", "NetworkPolicy")["demo-router"]["spec"]["ingress"]
+        tester = of_kind("route", "Pod")["demo-test-ask"]["metadata"]["labels"]
+        gate, test, gateway = router[0]["from"]
+        assert gateway["podSelector"]["matchLabels"].items() <= labels_of("route", "demo-gateway").items()
+        behind = of_kind("route", "NetworkPolicy")["demo-gateway"]["spec"]["ingress"]
+        assert behind[0] == {"from": [gate, test], "ports": [{"protocol": "TCP", "port": 8000}]}
         assert gate == {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "gateways"}}}
         assert test["podSelector"]["matchLabels"].items() <= tester.items()
         for policy in of_kind("network policies", "NetworkPolicy").values():
@@ -427,7 +587,7 @@ def _allows(variant: str, name: str, direction: str, end: str, other: str, port:
 
 
 class TestPods:
-    @pytest.mark.parametrize("component", ["router", "policy", "stage-small"])
+    @pytest.mark.parametrize("component", ["router", "gateway", "policy", "stage-small"])
     def test_they_go_where_they_are_told(self, component: str) -> None:
         name = f"cascade-{component}"
         pod = pod_spec("everything on", name)
@@ -445,6 +605,7 @@ class TestPods:
     def test_images_by_digest_have_no_tag(self) -> None:
         images = {name: container("digests", name)["image"] for name in of_kind("digests", "Deployment")}
         assert images["demo-router"] == f"registry.example/asd-router@sha256:{1:064x}"
+        assert images["demo-gateway"] == f"registry.example/asd-gateway@sha256:{5:064x}"
         assert images["demo-stage-large"] == f"registry.example/asd-stage-onnx@sha256:{3:064x}"
         [asking] = of_kind("digests", "Pod")["demo-test-ask"]["spec"]["containers"]
         assert asking["image"] == f"registry.example/asd-tools@sha256:{4:064x}"
@@ -466,18 +627,20 @@ def test_every_setting_of_a_service_is_given_by_some_variant() -> None:
     # Calls always go to their end; every certificate holds the name of its Service; the manager is one pod.
     left_out = {"max_connection_age_grace_ms", "server_name"}
     of_one = {"manager": {"grpc", "max_connection_age_ms"}}
-    given: dict[str, set[str]] = {"router": set(), "policy": set(), "stage": set(), "manager": set()}
+    components: dict[str, type[ServiceSettings]] = {
+        "router": RouterSettings,
+        "gateway": GatewaySettings,
+        "policy": PolicySettings,
+        "stage": StageSettings,
+        "manager": ScalerSettings,
+    }
+    given: dict[str, set[str]] = {name: set() for name in components}
     for variant in VARIANTS:
         for each in of_kind(variant, "ConfigMap").values():
             component = each["metadata"]["labels"]["app.kubernetes.io/component"].partition("-")[0]
             if component in given:
                 given[component] |= set(_keys(yaml.safe_load(each["data"]["config.yaml"])))
-    for component, settings in (
-        ("router", RouterSettings),
-        ("policy", PolicySettings),
-        ("stage", StageSettings),
-        ("manager", ScalerSettings),
-    ):
+    for component, settings in components.items():
         missing = _fields(settings.model_json_schema()) - left_out - of_one.get(component, set())
         assert missing - given[component] == set(), component
 

@@ -56,6 +56,13 @@ SCHEMA = [
     ({"stageDefaults": {"maxQueue": 65537}}, "maxQueue"),
     ({"router": {"maxConcurrent": 65537}}, "maxConcurrent"),
     ({"router": {"batchConcurrency": 65537}}, "batchConcurrency"),
+    ({"gateway": {"enabled": True, "timeout": 5}}, "timeout"),
+    ({"gateway": {"enabled": True, "service": {"type": "Headless"}}}, "type"),
+    ({"gateway": {"enabled": True, "maxBodyBytes": 2**26 + 1}}, "maxBodyBytes"),
+    ({"gateway": {"enabled": True, "maxConcurrent": 65537}}, "maxConcurrent"),
+    ({"gateway": {"enabled": True, "keepAliveMs": 0}}, "keepAliveMs"),
+    ({"gateway": {"enabled": True, "route": {"hostnames": ["Upper"]}}}, "hostnames"),
+    ({"networkPolicy": {"gatewayClients": [{}]}}, "gatewayClients"),
     ({"podSecurity": {"runAsUser": 0}}, "runAsUser"),
     ({"podSecurity": {"fsGroup": "10001"}}, "fsGroup"),
 ]
@@ -94,6 +101,7 @@ CONTRADICTIONS = {
         "router.resources.limits=null",
     ),
     "no resources of the policy service": ({"policy": {"resources": None}}, "policy.resources: null is no"),
+    "no resources of the gateway": ({"gateway": {"resources": None}}, "gateway.resources: null is no"),
     "no resources of stages": ({"stageDefaults": {"resources": None}}, "stageDefaults.resources: null is no"),
     "more CPU asked for than allowed": (
         {"router": {"resources": {"requests": {"cpu": "1500m"}, "limits": {"cpu": 1}}}},
@@ -107,6 +115,10 @@ CONTRADICTIONS = {
     "more memory of one stage asked for than allowed": (
         stage(resources={"requests": {"memory": "1100M"}}),
         'stages: "a": resources.requests.memory 1100M is above resources.limits.memory 1Gi',
+    ),
+    "metrics at the gateway's port": (
+        {"telemetry": {"metricsPort": 8000}},
+        "telemetry.metricsPort: 8000 is the port of the gateway",
     ),
     "metrics at a port that is taken": (
         {"telemetry": {"metricsPort": 50050}},
@@ -235,8 +247,17 @@ CONTRADICTIONS = {
         "cert-manager make "
         "them with tls.mode=certManager",
     ),
+    "TLS without a Secret for the gateway": (
+        {"tls": {"enabled": True, "secretNames": {"router": "r", "policy": "p", "stages": "s"}}},
+        "tls: there is no Secret for gateway; set tls.secretName or tls.secretNames.gateway",
+    ),
     "TLS without a Secret for stages": (
-        {"tls": {"enabled": True, "secretNames": {"router": "r", "policy": "p", "client": "c"}}},
+        {
+            "tls": {
+                "enabled": True,
+                "secretNames": {"router": "r", "gateway": "g", "policy": "p", "client": "c"},
+            }
+        },
         "tls: there is no Secret for stages; set tls.secretName or tls.secretNames.stages",
     ),
     "Secrets beside cert-manager": (
@@ -293,6 +314,41 @@ CONTRADICTIONS = {
             }
         },
         "router.ingress and router.route: both lead to the router; enable one of them",
+    ),
+    "an Ingress of the gateway without a host": (
+        {"gateway": {"ingress": {"enabled": True}}},
+        "gateway.ingress.host: an Ingress needs a host name; set gateway.ingress.host",
+    ),
+    "a route of the gateway without a Gateway": (
+        {"gateway": {"route": {"enabled": True}}},
+        "gateway.route.gateway: an HTTPRoute belongs to a Gateway; set gateway.route.gateway to its name",
+    ),
+    "two ways in to the gateway": (
+        {
+            "gateway": {
+                "ingress": {"enabled": True, "host": "a.example"},
+                "route": {"enabled": True, "gateway": "g"},
+            }
+        },
+        "gateway.ingress and gateway.route: both lead to the gateway; enable one of them",
+    ),
+    "an Ingress of the gateway that shows no certificate": (
+        {
+            "tls": {**TLS, "clientCertificates": True},
+            "gateway": {"ingress": {"enabled": True, "host": "a.example"}},
+        },
+        "set tls.clientCertificates=false, or let clients reach the gateway's Service",
+    ),
+    "fewer pods of the gateway at most than at least": (
+        {"gateway": {"autoscaling": {"enabled": True, "maxReplicas": 1}}},
+        "gateway.autoscaling: minReplicas 2 is above maxReplicas 1",
+    ),
+    "an Ingress that may not call the gateway": (
+        {
+            "networkPolicy": {"enabled": True, "clients": [{"podSelector": {}}]},
+            "gateway": {"ingress": {"enabled": True, "host": "a.example"}},
+        },
+        "networkPolicy.gatewayClients: the gateway is reached from outside its namespace",
     ),
     "a load balancer that may not call": (
         {"networkPolicy": {"enabled": True}, "router": {"service": {"type": "LoadBalancer"}}},

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from policy_service.settings import PolicySettings
+from services.gateway.settings import GatewaySettings
 from services.router.settings import RouterSettings
 from services.stage.engines.settings import TensorrtLlmSettings, VllmSettings
 from services.stage.settings import ModelSettings, StageSettings
@@ -188,8 +189,11 @@ NOTES = {
         "image.registry is not set",
         "go nowhere yet",
         "Insufficient cpu or memory: lower resources.requests",
-        "delete pod demo-test-ask",
+        "delete pod demo-test-ask demo-test-chat",
+        "port 8000 of demo-gateway",
+        "curl http://127.0.0.1:8000/v1/chat/completions",
     ),
+    "gateway off": ("Port 50050 of demo-router speaks gRPC",),
     "H100s": ("The stages want 7 GPUs", "--timeout 1860s", "demo-stage-13b-cache, demo-stage-34b-cache"),
     "H100s, TensorRT-LLM": ("The stages want 12 GPUs", "--timeout 1860s", "demo-stage-13b-cache"),
     "everything on": ("From outside: the address of",),
@@ -201,12 +205,16 @@ NOTES = {
         "get secret demo-client-tls",
         "--tls-cert tls.crt --tls-key tls.key",
         "export ASD_TOKEN=...",
-        "Only pods of namespace models",
+        "Only pods of namespace models may call the router",
+        "Only pods of namespace models may call the gateway",
+        "--cert tls.crt --key tls.key https://demo-gateway:8000",
+        '-H "Authorization: Bearer $ASD_TOKEN"',
         "networkPolicy.metricsClients",
     ),
     "tokens": ("Secret tokens", "Tokens travel in the clear"),
     "ingress": ("asd.example", "must be told to speak GRPC to the pods"),
-    "gateway": ("Gateway public, asd.example",),
+    "route": ("Gateway public, asd.example", "Gateway public, api.asd.example"),
+    "gateway ingress": ("https://api.asd.example/v1", "https://demo-gateway:8000/v1/chat/completions"),
 }
 
 
@@ -230,11 +238,15 @@ def test_notes_say_what_to_do_next(variant: str, monkeypatch: pytest.MonkeyPatch
             "networkPolicy",
         ):
             assert word not in notes
+    if variant == "gateway off":
+        assert "8000" not in notes
 
 
 BOUNDED = {
     "router.maxConcurrent": (RouterSettings, "max_concurrent"),
     "router.batchConcurrency": (RouterSettings, "batch_concurrency"),
+    "gateway.maxConcurrent": (GatewaySettings, "max_concurrent"),
+    "gateway.maxBodyBytes": (GatewaySettings, "max_body_bytes"),
     **{
         f"{place}.{value}": (model, name)
         for place in ("stageDefaults", "stages[]")

@@ -38,6 +38,7 @@ REQUESTS = ROOT / "build" / "disruption.json"
 QUESTION = "Max has 9 beads. Max finds 10 more. How many beads does Max have now?"
 STAGES = ("small", "medium", "large")
 ROUTER_PORT = 50050
+GATEWAY_PORT = 8000
 POLL_SECONDS = 0.2
 
 
@@ -141,6 +142,11 @@ class Release:
         return f"dns:///{self.name}-router:{ROUTER_PORT}"
 
     @property
+    def api(self) -> str:
+        """The gateway's base URL, as a client in the release's namespace names it."""
+        return f"http://{self.name}-gateway:{GATEWAY_PORT}/v1"
+
+    @property
     def labels(self) -> str:
         """The selector of all objects of the release."""
         return f"app.kubernetes.io/instance={self.name}"
@@ -190,10 +196,11 @@ class Release:
         place = f"--namespace={self.namespace}"
         return self.cluster.kubectl(place, *arguments, stdin=stdin, timeout_s=timeout_s)
 
-    def test(self) -> str:
+    def test(self, *arguments: str) -> str:
         """Return the log of `helm test`."""
+        place = f"--namespace={self.namespace}"
         return self.cluster.helm(
-            "test", self.name, f"--namespace={self.namespace}", "--logs", "--timeout=120s", timeout_s=150
+            "test", self.name, place, "--logs", "--timeout=120s", *arguments, timeout_s=150
         )
 
     def remains(self) -> list[str]:
@@ -302,6 +309,15 @@ class Release:
             return json.loads(self.finished_log(name))  # type: ignore[no-any-return]
         finally:
             self.kubectl("delete", "pod", name, "--wait=true")
+
+    def chat(self, body: Mapping[str, Any], name: str = "client-chat") -> dict[str, Any]:
+        """Return what a pod gets for a chat completion: status, headers and body, a stream's as text."""
+        command = ("python", "/script/chat.py", f"{self.api}/chat/completions", json.dumps(body))
+        self.run_pod(name, *command, script=HERE / "chat.py")
+        try:
+            return json.loads(self.finished_log(name))  # type: ignore[no-any-return]
+        finally:
+            self.kubectl("delete", f"pod/{name}", f"configmap/{name}", "--wait=true")
 
     def finished_log(self, name: str, timeout_s: float = 120.0) -> str:
         """Return the log of a pod once it has ended well."""
@@ -434,6 +450,7 @@ RATE = 15.0
 # Every component's settings change, and so every pod is replaced.
 UPGRADE = (
     "--set=router.batchConcurrency=15",
+    "--set=gateway.maxConcurrent=1023",
     "--set=policy.artifactPollSeconds=11",
     "--set=stageDefaults.maxQueue=255",
 )
@@ -485,14 +502,17 @@ def install_to_answer(release: Release) -> tuple[float, dict[str, Any]]:
     """Install with the chart's own values; return the seconds to the first answer, and that answer."""
     started = time.monotonic()
     release.install()
-    log = release.test()
+    log = release.test(f"--filter=name={release.name}-test-ask")
     seconds = time.monotonic() - started
     return seconds, json.loads(log[log.index("{") : log.rindex("}") + 1])
 
 
-def run_benchmark_job(release: Release, requests: int = 100, timeout_s: float = 600.0) -> dict[str, Any]:
+def run_benchmark_job(
+    release: Release, requests: int = 100, through: str = "router", timeout_s: float = 600.0
+) -> dict[str, Any]:
     """Run the benchmark Job of k8s/benchmark, and return the JSON that ends its log."""
-    log = run_job(release, "benchmark", f"REQUESTS={requests}", "WARMUP=10", timeout_s=timeout_s)
+    parameters = (f"REQUESTS={requests}", "WARMUP=10", f"THROUGH={through}")
+    log = run_job(release, "benchmark", *parameters, timeout_s=timeout_s)
     return json.loads(log.splitlines()[-1])  # type: ignore[no-any-return]
 
 

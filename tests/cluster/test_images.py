@@ -20,6 +20,7 @@ USER = "10001:10001"
 NAME = "localhost/some:1"
 SAYS = {
     "router": "Settings of the asd router.",
+    "gateway": "Settings of the asd gateway.",
     "policy": "Settings of the policy service.",
     "manager": "Settings of the asd manager.",
     "stage-onnx": "Settings of a stage service.",

@@ -63,7 +63,8 @@ def test_every_object_is_accepted(server: Cluster, name: str) -> None:
     [
         ("autoscaled", "HorizontalPodAutoscaler", "maxReplicas"),
         ("autoscaled", "ScaledObject", "maxReplicaCount"),
-        ("gateway", "GRPCRoute", "parentRefs"),
+        ("route", "GRPCRoute", "parentRefs"),
+        ("route", "HTTPRoute", "rules"),
         ("monitored by Services", "ServiceMonitor", "endpoints"),
         ("TLS by cert-manager", "Certificate", "secretName"),
     ],

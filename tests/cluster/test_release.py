@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from services.common.telemetry import Attributes, Spans
 from tests.cluster.release import (
     HERE,
+    QUESTION,
     STAGES,
     Cluster,
     Disruption,
@@ -61,7 +63,7 @@ def test_an_upgrade_reaches_the_router_and_a_roll_back_takes_it_back(disruption:
 def test_no_container_was_restarted(installed: Release, disruption: Disruption) -> None:
     restarted = {
         name: status["restartCount"]
-        for component in ("router", "policy", *(f"stage-{stage}" for stage in STAGES))
+        for component in ("router", "gateway", "policy", *(f"stage-{stage}" for stage in STAGES))
         for name, pod in installed.pods(component).items()
         for status in pod["status"]["containerStatuses"]
         if status["restartCount"]
@@ -114,6 +116,39 @@ def test_every_replica_gets_requests(
     assert [each["error"] for each in running.answered() if each["error"]] == []
 
 
+CHAT: dict[str, Any] = {"model": "asd", "messages": [{"role": "user", "content": QUESTION}]}
+
+
+def test_the_gateway_answers_chat_completions(installed: Release) -> None:
+    found = installed.chat(CHAT)
+    assert found["status"] == 200, found
+    answer = json.loads(found["body"])
+    (choice,) = answer["choices"]
+    assert choice["message"]["content"].endswith("Answer: 19")
+    assert answer["asd"]["plan_source"] == "policy"
+    assert found["headers"]["x-asd-stage"] == answer["asd"]["stage"]
+    assert answer["asd"]["stage"] in STAGES
+
+
+def test_the_gateway_streams_the_answer_that_it_gives_whole(installed: Release) -> None:
+    asked = {**CHAT, "model": "large"}
+    whole = json.loads(installed.chat(asked)["body"])["choices"][0]["message"]["content"]
+    found = installed.chat({**asked, "stream": True})
+    assert found["status"] == 200, found
+    assert found["headers"]["content-type"].startswith("text/event-stream")
+    events = [line.removeprefix("data: ") for line in found["body"].splitlines() if line]
+    assert events[-1] == "[DONE]"
+    choices = [each for event in events[:-1] for each in json.loads(event)["choices"]]
+    assert "".join(each["delta"].get("content") or "" for each in choices) == whole
+    assert whole.endswith("Answer: 19")
+
+
+def test_the_gateway_names_the_parameter_that_it_refuses(installed: Release) -> None:
+    found = installed.chat({**CHAT, "model": "unknown"})
+    assert found["status"] == 404, found
+    assert json.loads(found["body"])["error"]["param"] == "model"
+
+
 def test_idle_stages_sleep_and_are_woken_by_the_requests_that_need_them(cluster: Cluster) -> None:
     rule = "stageDefaults.scaleToZero.idleSeconds=5,stageDefaults.scaleToZero.minAwakeSeconds=1"
     release = Release(
@@ -136,9 +171,10 @@ def test_idle_stages_sleep_and_are_woken_by_the_requests_that_need_them(cluster:
         cluster.remove_namespace(release.namespace)
 
 
-def test_the_benchmark_job_runs_to_its_end(installed: Release) -> None:
-    result = run_benchmark_job(installed, requests=100)
-    assert result["requests"] == 100
+@pytest.mark.parametrize("through", ["router", "gateway"])
+def test_the_benchmark_job_runs_to_its_end(installed: Release, through: str) -> None:
+    result = run_benchmark_job(installed, requests=100, through=through)
+    assert (result["requests"], result["through"]) == (100, through)
     assert result["failures"] == {}
     assert [stage["name"] for stage in result["stages"]] == list(STAGES)
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 import json
 import math
@@ -21,8 +22,11 @@ import pytest
 
 import suites
 from asd.client import AsyncClient
+from asd.transport.tls import Tls
 from asd.v1 import cascade_pb2, cascade_pb2_grpc, common_pb2, policy_pb2
 from services.common.server import ServiceRegistration, start_server
+from tests.integration.common.certificates import Authority
+from tests.integration.gateway.conftest import running
 from tests.integration.router.conftest import FakePolicy, FakeStage, world  # noqa: F401 - a fixture
 
 if TYPE_CHECKING:
@@ -112,6 +116,7 @@ class FakeCascade(cascade_pb2_grpc.CascadeServiceServicer):
         self.tasks = {task.prompt: task for task in tasks}
         self.version = version
         self.asked: list[tuple[str, str]] = []
+        self.preferences: list[int] = []
         self.fail: set[tuple[str, str]] = set()
 
     async def Describe(self, request: Any, context: Any) -> cascade_pb2.DescribeResponse:
@@ -126,6 +131,8 @@ class FakeCascade(cascade_pb2_grpc.CascadeServiceServicer):
 
     async def Generate(self, request: Any, context: Any) -> cascade_pb2.GenerateResponse:
         self.asked.append((request.prompt, request.stage))
+        if not request.stage:
+            self.preferences.append(request.objective.preference)
         if (request.prompt, request.stage) in self.fail:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "full")
         task = self.tasks[request.prompt]
@@ -141,16 +148,18 @@ class FakeCascade(cascade_pb2_grpc.CascadeServiceServicer):
         )
 
 
+def registration(fake: FakeCascade) -> ServiceRegistration:
+    return ServiceRegistration(
+        "asd.v1.CascadeService",
+        lambda server: cascade_pb2_grpc.add_CascadeServiceServicer_to_server(fake, server),
+    )
+
+
 @asynccontextmanager
 async def serve(fake: FakeCascade) -> AsyncIterator[AsyncClient]:
     server, port = await start_server(
         "127.0.0.1:0",
-        [
-            ServiceRegistration(
-                "asd.v1.CascadeService",
-                lambda server: cascade_pb2_grpc.add_CascadeServiceServicer_to_server(fake, server),
-            )
-        ],
+        [registration(fake)],
     )
     try:
         async with AsyncClient(f"127.0.0.1:{port}") as client:
@@ -188,6 +197,68 @@ async def test_a_run_compares_the_same_tasks_both_ways() -> None:
     # Each task both ways, the ways taking turns at going first.
     assert [prompt for prompt, _ in fake.asked] == [task.prompt for task in tasks for _ in range(2)]
     assert [stage for _, stage in fake.asked[:8]] == ["", "large", "large", "", "", "large", "large", ""]
+
+
+class Upstream:
+    """A cascade as the gateway's tests start their router."""
+
+    target = ""
+
+    def __init__(self, fake: FakeCascade) -> None:
+        self.fake = fake
+
+    async def start(self) -> tuple[Any, int]:
+        server, port = await start_server("127.0.0.1:0", [registration(self.fake)])
+        self.target = f"127.0.0.1:{port}"
+        return server, port
+
+
+async def test_a_run_through_the_gateway_has_the_same_figures() -> None:
+    run = options("--through=gateway", "--gateway=x:1", "--preference=best")
+    tasks = tasks_of(run)
+    fake = FakeCascade(tasks)
+    fake.fail = {(tasks[10].prompt, "")}
+    upstream = Upstream(fake)
+    async with running(upstream) as gateway, AsyncClient(upstream.target) as client:
+        asking = benchmark.HttpClient(f"127.0.0.1:{gateway.port}", run, None, "a-token")
+        with contextlib.closing(asking):
+            result = await benchmark.measure(client, run, asking)
+    measured = [task for task in tasks[6:] if task.prompt != tasks[10].prompt]
+    early = sum(task.level <= 2 for task in measured)
+    assert result["through"] == "gateway"
+    assert result["requests"] == len(measured)
+    assert result["early_stop_share"] == early / len(measured)
+    assert result["ratios"]["share_right"]["value"] == 1.0
+    assert result["largest"]["mean_cost"] == 8.0
+    assert result["cascade"]["plan_source"] == {"policy": len(measured)}
+    assert result["failures"] == {"cascade: HTTP 429": 1}
+    assert [prompt for prompt, _ in fake.asked] == [task.prompt for task in tasks for _ in range(2)]
+    assert set(fake.preferences) == {common_pb2.PREFERENCE_BEST}
+
+
+async def test_a_gateway_is_asked_over_tls_with_a_certificate(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    cert, key = authority.issue("gateway", "127.0.0.1")
+    served = {"cert_file": cert, "key_file": key, "client_ca_file": authority.file}
+    shown = Tls(ca_file=authority.file, cert_file=cert, key_file=key)
+    run = options("--through=gateway", "--gateway=x:1")
+    upstream = Upstream(FakeCascade(tasks_of(run)))
+    async with running(upstream, tls=served) as gateway, AsyncClient(upstream.target) as client:
+        asking = benchmark.HttpClient(f"127.0.0.1:{gateway.port}", run, shown, "")
+        with contextlib.closing(asking):
+            result = await benchmark.measure(client, run, asking)
+    assert (result["requests"], result["failures"]) == (40, {})
+
+
+async def test_a_gateway_that_is_not_there_ends_the_run() -> None:
+    run = options("--through=gateway", "--gateway=x:1")
+    async with serve(FakeCascade(tasks_of(run))) as client:
+        asking = benchmark.HttpClient("127.0.0.1:9", run, None, "")
+        with (
+            contextlib.closing(asking),
+            pytest.raises(benchmark.Refused, match="cascade: ConnectionRefusedError"),
+        ):
+            await benchmark.measure(client, run, asking)
 
 
 async def test_a_failed_call_is_counted_and_its_task_left_out_of_both_ways() -> None:

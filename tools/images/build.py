@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "Dockerfile"
 # The targets that run on CPUs: those that start from the Dockerfile's `base`.
-TARGETS = ("router", "policy", "manager", "stage-onnx", "tools", "train")
+TARGETS = ("router", "gateway", "policy", "manager", "stage-onnx", "tools", "train")
 # What containerd makes of a name without a registry.
 LIBRARY = "docker.io/library"
 # Debian's packages. Of Ubuntu's the names are the same.

@@ -33,7 +33,11 @@ _PROMETHEUS = "example/prometheus-operator-crd/monitoring.coreos.com"
 _CERTIFICATES = "deploy/crds/cert-manager.io"
 DEFINITIONS = (
     Definitions("github.com/kedacore/keda/v2", "v2.21.0", (f"{_KEDA}_scaledobjects.yaml",)),
-    Definitions("sigs.k8s.io/gateway-api", "v1.6.1", (f"{_GATEWAY}_grpcroutes.yaml",)),
+    Definitions(
+        "sigs.k8s.io/gateway-api",
+        "v1.6.1",
+        tuple(f"{_GATEWAY}_{name}.yaml" for name in ("grpcroutes", "httproutes")),
+    ),
     Definitions(
         "github.com/prometheus-operator/prometheus-operator",
         "v0.85.0",
