@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-RUN_EXTRAS := stage,policy
-DEV_EXTRAS := stage,policy,policy-train,bench,docs,dev
+RUN_EXTRAS := stage,policy,gateway
+DEV_EXTRAS := stage,policy,gateway,policy-train,bench,docs,dev
 INSTALLED_BY := pyproject.toml $(addprefix clients/python/,pyproject.toml hatch_build.py) $(wildcard protos/asd/v1/*.proto)
 
 .DEFAULT_GOAL := help

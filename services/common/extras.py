@@ -18,6 +18,7 @@ EXTRAS = {
     "tensorrt-llm": ("jinja2", "numpy", "tokenizers"),
     "hub": ("huggingface_hub",),
     "policy": ("numpy", "onnxruntime"),
+    "gateway": ("httptools", "starlette", "uvicorn"),
     "kubernetes": ("kubernetes",),
     "policy-train": (
         "numpy",

@@ -30,7 +30,7 @@ def serve_registry(registry: CollectorRegistry, host: str, port: int) -> None:
     host: "", "0.0.0.0" or "::" stands for every address of IPv4 and IPv6. Raises OSError or OverflowError if
     it cannot listen on the address.
     """
-    listening = _listen(host, port)
+    listening = listen_on(host, port)
     server = ThreadingWSGIServer(("", 0), _Quiet, bind_and_activate=False)
     server.socket.close()
     server.socket = listening
@@ -40,7 +40,8 @@ def serve_registry(registry: CollectorRegistry, host: str, port: int) -> None:
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen_on(host: str, port: int) -> socket.socket:
+    """Return a listening socket; see serve_registry."""
     if host in _ALL and socket.has_dualstack_ipv6():
         try:
             return socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True)

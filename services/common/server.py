@@ -195,7 +195,7 @@ async def serve(
         logger.warning("tokens come in over plain connections: set tls, unless something else encrypts them")
     server, port = await start_server(listen, services, health_servicer=health_servicer, options=options)
     probed: grpc.aio.Server | None = None
-    _spare_the_collector()
+    spare_the_collector()
     try:
         if options.health_listen:
             probed, _ = await start_health_server(options.health_listen, health_servicer)
@@ -217,7 +217,7 @@ async def serve(
         await asyncio.to_thread(telemetry.shutdown_telemetry)
 
 
-def _spare_the_collector() -> None:
+def spare_the_collector() -> None:
     """Exempt the objects of start-up from garbage collection, and collect less often.
 
     A call makes some hundred objects, which reference counts alone free. The default of a collection per 700
@@ -284,7 +284,7 @@ async def start_health_server(listen: str, health_servicer: health.aio.HealthSer
 async def _start(
     server: grpc.aio.Server, listen: str, credentials: grpc.ServerCredentials | None, setting: str
 ) -> RunningServer:
-    _check_address(listen, setting)
+    check_address(listen, setting)
     try:
         if credentials is None:
             port = server.add_insecure_port(listen)
@@ -296,7 +296,7 @@ async def _start(
     return RunningServer(server, port)
 
 
-def _check_address(listen: str, setting: str) -> None:
+def check_address(listen: str, setting: str) -> None:
     """Raise CannotListen for an address that gRPC would misread, or fail on without an explanation."""
     address = _ADDRESS.fullmatch(listen)
     if ":" not in listen:

@@ -1,0 +1,133 @@
+"""Models of the gateway: objectives under a model's name, and the cascade's stages. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from asd.errors import NotFound, PreconditionFailed
+from asd.values import Preference, Request
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from asd.values import Description, Message, Sampling
+    from services.gateway.objective import Options
+
+BALANCED, FASTEST, BEST, EXACT = "asd", "asd-fastest", "asd-best", "asd-exact"
+# Virtual models, and what they are.
+VIRTUAL = {
+    BALANCED: "a fair value of quality",
+    FASTEST: "low cost and latency first",
+    BEST: "quality first",
+    EXACT: "the last stage's own answer: each stage drafts, the next one verifies",
+}
+_PREFERENCES = {FASTEST: Preference.FASTEST, BEST: Preference.BEST}
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which stages answer. Without `stage` and `chain`, the policy decides."""
+
+    preference: Preference | None = None
+    stage: str = ""
+    chain: tuple[str, ...] = ()
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the policy has no say."""
+        return bool(self.stage or self.chain)
+
+    def request(self, turns: str | tuple[Message, ...], sampling: Sampling, options: Options) -> Request:
+        """Return the cascade's request."""
+        return Request(
+            turns,
+            sampling,
+            options.objective,
+            stage=self.stage,
+            chain=self.chain,
+            task=options.task,
+            session_id=options.session_id,
+        )
+
+
+class Models:
+    """The models of a cascade. stages: names of its stages, in order.
+
+    Raises PreconditionFailed if a stage has the name of a virtual model.
+    """
+
+    def __init__(self, stages: Sequence[str]) -> None:
+        self.stages = tuple(stages)
+        taken = [name for name in self.stages if name in VIRTUAL]
+        if taken:
+            raise PreconditionFailed(
+                f"the cascade has a stage named {taken[0]}, which is the name of a virtual model "
+                f"({', '.join(VIRTUAL)}): rename the stage"
+            )
+
+    def __contains__(self, model: object) -> bool:
+        return isinstance(model, str) and (model in VIRTUAL or model in self.stages)
+
+    def route(self, model: str) -> Route:
+        """Return the stages of a model. Raises NotFound if there is no such model."""
+        if model in self.stages:
+            return Route(stage=model)
+        if model not in VIRTUAL:
+            raise NotFound(
+                f"model: there is no model {model!r}: GET /v1/models lists those that there are",
+                field="model",
+            )
+        if model != EXACT:
+            return Route(preference=_PREFERENCES.get(model))
+        # A chain has two stages or more.
+        return Route(chain=self.stages) if len(self.stages) > 1 else Route(stage=self.stages[0])
+
+
+def listed(description: Description, created: int) -> list[dict[str, Any]]:
+    """Return the entries of /v1/models, with the fields of both APIs. created: seconds since 1970."""
+    virtual = [_entry(name, name, created, {"description": text}) for name, text in VIRTUAL.items()]
+    stages = [
+        _entry(
+            each.stage,
+            each.model or each.stage,
+            created,
+            {
+                "stage_index": each.stage_index,
+                "model": each.model,
+                "engine": each.engine,
+                "context_length": each.context_length,
+                "cost": each.cost,
+                "available": each.available,
+                "adapters": list(each.adapters),
+            },
+        )
+        for each in description.stages
+    ]
+    return virtual + stages
+
+
+def page(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the body of /v1/models, which both APIs' clients read."""
+    return {
+        "object": "list",
+        "data": entries,
+        "has_more": False,
+        "first_id": entries[0]["id"],
+        "last_id": entries[-1]["id"],
+    }
+
+
+def _entry(name: str, shown: str, created: int, about: dict[str, Any]) -> dict[str, Any]:
+    from datetime import UTC, datetime
+
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "asd",
+        "type": "model",
+        "display_name": shown,
+        "created_at": datetime.fromtimestamp(created, UTC).isoformat().replace("+00:00", "Z"),
+        "asd": about,
+    }

@@ -1,0 +1,170 @@
+"""Every fault of a body is refused with the name of the parameter."""
+
+from __future__ import annotations
+
+import pytest
+
+from asd.errors import InvalidRequest, NotFound, PreconditionFailed
+from services.common.validation import MAX_STOP_SEQUENCES
+from services.gateway.models import Models
+from services.gateway.parameters import PARAMETERS, Effect
+from services.gateway.request import MOST_STOPS
+from tests.unit.gateway.samples import CHAT, COMPLETIONS, LEAST, MESSAGES, RESPONSES, USER, parse
+
+IMAGE = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
+
+
+def message(**fields):
+    return {"messages": [USER | fields]}
+
+
+CASES = [
+    (CHAT, {"model": 5}, "model"),
+    (CHAT, {"model": ""}, "model"),
+    (CHAT, {"model": None}, "model"),
+    (CHAT, {"messages": None}, "messages"),
+    (CHAT, {"messages": []}, "messages"),
+    (CHAT, {"messages": "Hi"}, "messages"),
+    (CHAT, {"messages": ["Hi"]}, "messages[0]"),
+    (CHAT, {"messages": [{"role": "assistant", "content": "x"}]}, "messages[0].role"),
+    (CHAT, message(role="tool"), "messages[0].role"),
+    (CHAT, message(role="king"), "messages[0].role"),
+    (CHAT, message(role=["user"]), "messages[0].role"),
+    (CHAT, message(content=""), "messages[0].content"),
+    (CHAT, message(content=None), "messages[0].content"),
+    (CHAT, message(content=[]), "messages[0].content"),
+    (CHAT, message(content=[IMAGE]), "messages[0].content[0].type"),
+    (CHAT, message(content=[{"type": "text", "text": 5}]), "messages[0].content[0].text"),
+    (CHAT, message(content=["Hi"]), "messages[0].content[0]"),
+    (CHAT, message(name="Ann"), "messages[0].name"),
+    (CHAT, message(tool_calls=[{}]), "messages[0].tool_calls"),
+    (CHAT, {"n": 0}, "n"),
+    (CHAT, {"n": 9}, "n"),
+    (CHAT, {"n": True}, "n"),
+    (CHAT, {"n": 1.5}, "n"),
+    (CHAT, {"temperature": -0.1}, "temperature"),
+    (CHAT, {"temperature": 2.1}, "temperature"),
+    (CHAT, {"temperature": "1"}, "temperature"),
+    (CHAT, {"temperature": True}, "temperature"),
+    (CHAT, {"top_p": 0}, "top_p"),
+    (CHAT, {"top_p": 1.1}, "top_p"),
+    (CHAT, {"max_tokens": 0}, "max_tokens"),
+    (CHAT, {"max_tokens": 2**32}, "max_tokens"),
+    (CHAT, {"max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens"),
+    (CHAT, {"seed": 1.5}, "seed"),
+    (CHAT, {"seed": 2**64}, "seed"),
+    (CHAT, {"stop": ""}, "stop"),
+    (CHAT, {"stop": ["a"] * (MOST_STOPS + 1)}, "stop"),
+    (CHAT, {"stop": [5]}, "stop"),
+    (CHAT, {"stream": "yes"}, "stream"),
+    (CHAT, {"stream_options": {"include_usage": True}}, "stream_options"),
+    (CHAT, {"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+    (CHAT, {"stream": True, "stream_options": {"more": True}}, "stream_options.more"),
+    (
+        CHAT,
+        {"stream": True, "stream_options": {"include_obfuscation": True}},
+        "stream_options.include_obfuscation",
+    ),
+    (CHAT, {"store": True}, "store"),
+    (CHAT, {"tools": [{}]}, "tools"),
+    (CHAT, {"tool_choice": "auto"}, "tool_choice"),
+    (CHAT, {"response_format": {"type": "json_object"}}, "response_format"),
+    (CHAT, {"logprobs": True}, "logprobs"),
+    (CHAT, {"logprobs": 0}, "logprobs"),
+    (CHAT, {"prediction": {"type": "content", "content": "x"}}, "prediction"),
+    (CHAT, {"top_k": 5}, "top_k"),
+    (CHAT, {"asd": 5}, "asd"),
+    (CHAT, {"asd": {"lamda": 5}}, "asd.lamda"),
+    (CHAT, {"asd": {"lambda": "5"}}, "asd.lambda"),
+    (CHAT, {"asd": {"task": 5}}, "asd.task"),
+    (CHAT, {"model": "asd-best", "asd": {"lambda": 5}}, "asd.lambda"),
+    (CHAT, {"model": "small", "asd": {"min_quality": 0.9}}, "asd.min_quality"),
+    (CHAT, {"model": "asd-exact", "asd": {"max_cost": 9}}, "asd.max_cost"),
+    (COMPLETIONS, {"prompt": None}, "prompt"),
+    (COMPLETIONS, {"prompt": []}, "prompt"),
+    (COMPLETIONS, {"prompt": ""}, "prompt"),
+    (COMPLETIONS, {"prompt": ["a", ""]}, "prompt[1]"),
+    (COMPLETIONS, {"prompt": [1, 2]}, "prompt[0]"),
+    (COMPLETIONS, {"prompt": ["a"] * 9, "n": 8}, "prompt"),
+    (COMPLETIONS, {"echo": True}, "echo"),
+    (COMPLETIONS, {"logprobs": 1}, "logprobs"),
+    (RESPONSES, {"input": None}, "input"),
+    (RESPONSES, {"input": ""}, "input"),
+    (RESPONSES, {"input": [{"type": "function_call_output"}]}, "input[0].type"),
+    (
+        RESPONSES,
+        {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
+        "input[0].content[0].type",
+    ),
+    (RESPONSES, {"store": True}, "store"),
+    (RESPONSES, {"previous_response_id": "resp_1"}, "previous_response_id"),
+    (RESPONSES, {"text": {"format": {"type": "json_object"}}}, "text"),
+    (RESPONSES, {"max_output_tokens": 0}, "max_output_tokens"),
+    (RESPONSES, {"stream": True, "stream_options": {"include_usage": True}}, "stream_options.include_usage"),
+    (MESSAGES, {"max_tokens": None}, "max_tokens"),
+    (MESSAGES, {"temperature": 1.5}, "temperature"),
+    (MESSAGES, {"stop_sequences": "a"}, "stop_sequences"),
+    (MESSAGES, {"system": ""}, "system"),
+    (MESSAGES, {"system": [{"type": "image"}]}, "system[0].type"),
+    (MESSAGES, {"top_k": 5}, "top_k"),
+    (MESSAGES, {"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
+    (MESSAGES, {"n": 2}, "n"),
+]
+
+
+@pytest.mark.parametrize(("api", "changes", "param"), CASES)
+def test_a_fault_is_refused_with_its_parameter(api, changes, param):
+    with pytest.raises(InvalidRequest) as refused:
+        parse(api, changes)
+    assert refused.value.field == param
+    assert refused.value.message.startswith(f"{param}: ")
+
+
+@pytest.mark.parametrize(
+    ("headers", "param"),
+    [
+        ({"x-asd-lamda": "5"}, "x-asd-lamda"),
+        ({"x-asd-lambda": "five"}, "x-asd-lambda"),
+        ({"x-asd-max-cost": "nan"}, "x-asd-max-cost"),
+        ({"x-asd-max-cost": "inf"}, "x-asd-max-cost"),
+    ],
+)
+def test_a_header_at_fault_is_refused_with_its_name(headers, param):
+    with pytest.raises(InvalidRequest) as refused:
+        parse(CHAT, headers=headers)
+    assert refused.value.field == param
+
+
+@pytest.mark.parametrize("api", LEAST)
+def test_an_unknown_model_is_not_found(api):
+    with pytest.raises(NotFound) as refused:
+        parse(api, {"model": "gpt-4"})
+    assert refused.value.field == "model"
+
+
+def test_a_stage_named_like_a_virtual_model_is_refused():
+    with pytest.raises(PreconditionFailed, match="asd-best"):
+        Models(["small", "asd-best"])
+
+
+@pytest.mark.parametrize(
+    ("api", "name"),
+    [(api, each.name) for api in LEAST for each in PARAMETERS[api.name] if each.effect is Effect.REFUSED],
+)
+def test_a_refused_parameter_is_refused_unless_it_asks_for_nothing(api, name):
+    (parameter,) = [each for each in PARAMETERS[api.name] if each.name == name]
+    with pytest.raises(InvalidRequest) as refused:
+        parse(api, {name: {"never": "neutral"}})
+    assert refused.value.field == name
+    for value in (None, *parameter.neutral):
+        parse(api, {name: value})
+
+
+@pytest.mark.parametrize("api", LEAST)
+def test_what_has_no_effect_is_taken(api):
+    inert = {each.name: "x" for each in PARAMETERS[api.name] if each.effect is Effect.NONE}
+    assert parse(api, inert).requests == parse(api).requests
+
+
+def test_the_bound_on_stop_sequences_is_the_contracts():
+    assert MOST_STOPS == MAX_STOP_SEQUENCES
