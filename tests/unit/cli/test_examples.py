@@ -37,10 +37,11 @@ def test_an_example_is_a_cascade(file: Path, monkeypatch: pytest.MonkeyPatch, tm
     cascade = cascade_file.read_cascade(file)
     router, *stages = services_of(cascade, Ports.from_base(7000, len(cascade.stages)), tmp_path)
     assert RouterSettings(**router.config).static_plan == cascade.static_plan
-    for service, stage in zip(stages, cascade.stages, strict=True):
+    for index, (service, stage) in enumerate(zip(stages, cascade.stages, strict=True)):
         (model,) = StageSettings(**service.config).models
         assert (model.engine, model.max_batch, model.path) == ("vllm", 64, stage.path)
-        assert model.vllm == stage.vllm
+        # Stages after the first get drafts.
+        assert model.vllm == stage.vllm.model_copy(update={"verify_inside": index > 0})
         # What `asd models pull OWNER/NAME --to /models` makes of it.
         assert f"{stage.path.name}" in file.read_text().partition("stages:")[0]
 
