@@ -275,7 +275,7 @@ async def test_a_service_serves_again_once_the_router_reaches_it(tmp_path):
     await server.stop(0)
 
 
-async def test_the_router_ends_before_the_stages_that_it_needs(services, tmp_path, monkeypatch):
+async def test_a_process_ends_before_those_that_it_needs(services, tmp_path, monkeypatch):
     happened = []
 
     async def stop(child: Child, grace_seconds: float) -> None:
@@ -284,9 +284,10 @@ async def test_the_router_ends_before_the_stages_that_it_needs(services, tmp_pat
         happened.append(f"{child.service.name} ended")
 
     monkeypatch.setattr(Child, "stop", stop)
-    await Supervisor(list(reversed(services.values())), tmp_path, say=print).__aexit__(None, None, None)
-    assert happened[:2] == ["stop router", "router ended"]
-    assert sorted(happened[2:]) == ["medium ended", "small ended", "stop medium", "stop small"]
+    chosen = [*reversed(services.values()), Service("gateway", "services.gateway", {}, 1)]
+    await Supervisor(chosen, tmp_path, say=print).__aexit__(None, None, None)
+    assert happened[:4] == ["stop gateway", "gateway ended", "stop router", "router ended"]
+    assert sorted(happened[4:]) == ["medium ended", "small ended", "stop medium", "stop small"]
 
 
 def test_a_start_that_fails_tells_why_and_leaves_nothing(tmp_path):
