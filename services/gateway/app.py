@@ -119,6 +119,7 @@ class Gateway:
         self._created = int(time.time())
         self._document = encode(document(APIS))
         self._active = 0
+        instruments.watch_active(lambda: self._active)
         self._draining = False
         self._is_traced = client_interceptors() is not None
         routes = [
@@ -151,7 +152,6 @@ class Gateway:
     ) -> None:
         """Answer a request by a handler, or with its error; measure and log it."""
         started = self._clock()
-        self._instruments.began()
         traced = Traced(f"{exchange.method} {exchange.route}" if exchange.route else "HTTP")
         carrier = exchange.headers.carrier() if self._is_traced else {}
         parent = context.attach(propagate.extract(carrier)) if carrier else None
@@ -224,6 +224,7 @@ class Gateway:
         options = exchange.headers.beginning_with(HEADER_PREFIX)
         models = await self._cascade.models(token, body.get("model"))
         call = api.parse(body, options, models)
+        models.check_length(call)
         exchange.model, exchange.is_stream = call.model, call.is_stream
         return call, token
 
@@ -384,26 +385,32 @@ def problem_of(error: BaseException, fields: Any) -> Problem:
     return Problem(kind, message, param, error.retry_after_s)
 
 
-async def _unless_gone(answering: Any, receive: Receive) -> None:
-    """Await an answer; end it and raise CallerGone if the caller closes the connection first."""
-    work = asyncio.ensure_future(answering)
-    gone = asyncio.ensure_future(_gone(receive))
+async def _unless_gone(answering: Awaitable[None], receive: Receive) -> None:
+    """Await an answer; end it and raise CallerGone if the caller closes the connection first.
+
+    The answer stays in this task, and the watch on the connection cancels it: one task less for each request.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    is_gone = False
+
+    async def watch() -> None:
+        nonlocal is_gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        is_gone = True
+        task.cancel()
+
+    watching = asyncio.create_task(watch())
     try:
-        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise CallerGone
-        await work
+        await answering
+    except asyncio.CancelledError:
+        # Somebody else may have cancelled it as well.
+        if is_gone and task.uncancel() == 0:
+            raise CallerGone from None
+        raise
     finally:
-        gone.cancel()
-        if not work.done():
-            work.cancel()
-            await asyncio.gather(work, return_exceptions=True)
-
-
-async def _gone(receive: Receive) -> None:
-    """Return once the caller has closed the connection."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+        watching.cancel()
 
 
 def _describe(span: Traced, exchange: Exchange) -> None:

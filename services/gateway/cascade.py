@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 _FRESH_S = 60.0
 # Most time for a description. Chosen: the router asks all stages, and those that hang cost it a second.
 _DESCRIBE_MS = 10_000.0
+# Callers whose tokens are kept with their clients. Chosen.
+_CALLERS = 256
 # Events of all choices that wait for a slow caller. Chosen: a few packets' worth of text.
 _WAITING_EVENTS = 64
 
@@ -34,7 +37,8 @@ class Cascade:
     def __init__(
         self, client: AsyncClient, target: str, timeout_ms: float, clock: Callable[[], float]
     ) -> None:
-        self._client = client
+        # A client of a token costs as much as the rest of a small request's conversion.
+        self._client_of = functools.lru_cache(maxsize=_CALLERS)(client.with_token)
         self._target = target
         self._timeout_ms = timeout_ms
         self._clock = clock
@@ -44,10 +48,9 @@ class Cascade:
     async def describe(self, token: str) -> Description:
         """Return the cascade's description. Raises PreconditionFailed if a stage has a taken name."""
         with self._unnamed():
-            described = await self._client.with_token(token).describe(
-                timeout_ms=min(self._timeout_ms, _DESCRIBE_MS)
-            )
-        self._models = Models([each.stage for each in described.stages])
+            described = await self._client_of(token).describe(timeout_ms=min(self._timeout_ms, _DESCRIBE_MS))
+        stages = described.stages
+        self._models = Models([each.stage for each in stages], [each.context_length for each in stages])
         self._read_at = self._clock()
         return described
 
@@ -63,7 +66,7 @@ class Cascade:
 
     async def ask(self, token: str, requests: Sequence[Request]) -> tuple[Answer, ...]:
         """Return the answers to requests, which are under way together. One failure ends them all."""
-        client = self._client.with_token(token)
+        client = self._client_of(token)
         with self._unnamed():
             if len(requests) == 1:
                 return (await client.ask(requests[0], timeout_ms=self._timeout_ms),)
@@ -75,7 +78,7 @@ class Cascade:
     async def stream(self, token: str, requests: Sequence[Request]) -> AsyncIterator[asyncio.Queue[Piece]]:
         """Yield a queue of what the requests' streams send. Leaving the block ends the calls."""
         queue: asyncio.Queue[Piece] = asyncio.Queue(_WAITING_EVENTS)
-        client = self._client.with_token(token)
+        client = self._client_of(token)
         tasks = [
             asyncio.create_task(self._follow(client, index, each, queue))
             for index, each in enumerate(requests)

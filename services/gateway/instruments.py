@@ -36,17 +36,18 @@ class Instruments:
         self._duration = telemetry.duration_histogram(
             HTTP_SERVER_REQUEST_DURATION, "time to the end of an answer"
         )
-        self._active = telemetry.meter().create_up_down_counter(
-            MetricInstruments.HTTP_SERVER_ACTIVE_REQUESTS, unit="{request}", description="requests in flight"
-        )
 
-    def began(self) -> None:
-        """A request has come."""
-        self._active.add(1)
+    def watch_active(self, count: Callable[[], int]) -> None:
+        """Report how many answers are in flight, whenever metrics are read."""
+        telemetry.meter().create_observable_up_down_counter(
+            MetricInstruments.HTTP_SERVER_ACTIVE_REQUESTS,
+            callbacks=[lambda _: [telemetry.observation(count())]],
+            unit="{request}",
+            description="answers in flight",
+        )
 
     def ended(self, method: str, route: str, status: int, duration_ms: float) -> None:
         """A request has ended. route: "" for an unknown path. status: 0 if the caller left before it."""
-        self._active.add(-1)
         # Methods and paths of callers' own would make a series each.
         attributes: dict[str, Any] = {HTTP_REQUEST_METHOD: method if route else "_OTHER"}
         if route:

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from asd.errors import NotFound, PreconditionFailed
 from asd.values import Preference, Request
+from services.gateway.request import invalid
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from asd.values import Description, Message, Sampling
     from services.gateway.objective import Options
+    from services.gateway.request import Call
 
 BALANCED, FASTEST, BEST, EXACT = "asd", "asd-fastest", "asd-best", "asd-exact"
 # Virtual models, and what they are.
@@ -52,13 +54,14 @@ class Route:
 
 
 class Models:
-    """The models of a cascade. stages: names of its stages, in order.
+    """The models of a cascade. stages: names of its stages, in order. contexts: their lengths, 0 if unknown.
 
     Raises PreconditionFailed if a stage has the name of a virtual model.
     """
 
-    def __init__(self, stages: Sequence[str]) -> None:
+    def __init__(self, stages: Sequence[str], contexts: Sequence[int] = ()) -> None:
         self.stages = tuple(stages)
+        self._contexts = dict(zip(stages, contexts, strict=False))
         taken = [name for name in self.stages if name in VIRTUAL]
         if taken:
             raise PreconditionFailed(
@@ -82,6 +85,16 @@ class Models:
             return Route(preference=_PREFERENCES.get(model))
         # A chain has two stages or more.
         return Route(chain=self.stages) if len(self.stages) > 1 else Route(stage=self.stages[0])
+
+    def check_length(self, call: Call) -> None:
+        """Raise InvalidRequest for a call of more tokens than any stage that may answer has room for."""
+        request = call.requests[0]
+        may_answer = [request.stage] if request.stage else request.chain[-1:] or self.stages
+        lengths = [self._contexts.get(name, 0) for name in may_answer]
+        tokens = request.sampling.max_new_tokens
+        if tokens is not None and all(lengths) and tokens > max(lengths):
+            name = call.fields["sampling.max_new_tokens"]
+            raise invalid(name, f"must be 1 to {max(lengths)}, the context of the model")
 
 
 def listed(description: Description, created: int) -> list[dict[str, Any]]:

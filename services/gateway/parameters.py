@@ -54,14 +54,29 @@ def _inert(name: str, note: str) -> Parameter:
     return Parameter(name, Effect.NONE, note)
 
 
+_OBJECT = {"type": "object"}
+_TEXT = {"type": "string", "minLength": 1}
+_PARTS = {"type": "array", "minItems": 1, "items": {"type": "object", "required": ["type", "text"]}}
+_CONTENT = {"anyOf": [_TEXT, _PARTS]}
+
+
+def _turns(*more: str) -> dict[str, Any]:
+    """Return the schema of messages. more: roles of some APIs."""
+    roles = {"enum": ["user", "assistant", "system", *more]}
+    properties = {"role": roles, "content": _CONTENT}
+    return {
+        "type": "array",
+        "minItems": 1,
+        "items": {"type": "object", "required": ["role", "content"], "properties": properties},
+    }
+
+
 _NOT_YET = "not supported yet"
 _NO_SUCH_SAMPLING = "the stages have no such way of sampling"
 _NO_STATE = "the gateway keeps no state"
 _NO_TOOLS = "tools are not supported yet"
 _CACHED_ANYWAY = "stages cache prefixes by themselves"
 
-_OBJECT = {"type": "object"}
-_TEXT_OR_ITEMS = {"anyOf": [{"type": "string", "minLength": 1}, {"type": "array", "items": _OBJECT}]}
 _STOP = {
     "anyOf": [
         {"type": "string", "minLength": 1},
@@ -69,7 +84,7 @@ _STOP = {
     ]
 }
 
-_MODEL = _honoured("model", "a virtual model, or a stage's name", type="string")
+_MODEL = _honoured("model", "a virtual model, or a stage's name", type="string", minLength=1)
 _TEMPERATURE = _honoured("temperature", "0 by default: greedy", type="number", minimum=0, maximum=2)
 _TOP_P = _honoured("top_p", "nucleus mass", type="number", exclusiveMinimum=0, maximum=1)
 _STREAM = _honoured("stream", "server-sent events", type="boolean")
@@ -105,9 +120,7 @@ _MAX_TOKENS = _honoured(
 PARAMETERS: Mapping[str, tuple[Parameter, ...]] = {
     CHAT: (
         *_OPENAI_OLD,
-        _honoured(
-            "messages", "text of roles system, developer, user, assistant", type="array", items=_OBJECT
-        ),
+        _honoured("messages", "text of roles system, developer, user, assistant", **_turns("developer")),
         _MAX_TOKENS,
         _honoured("max_completion_tokens", "the newer name of max_tokens", type="integer", minimum=1),
         _METADATA,
@@ -157,7 +170,7 @@ PARAMETERS: Mapping[str, tuple[Parameter, ...]] = {
         _ASD,
         _USER,
         _METADATA,
-        _honoured("input", "a text, or messages of text", **_TEXT_OR_ITEMS),
+        _honoured("input", "a text, or messages of text", anyOf=[_TEXT, _turns("developer")]),
         _honoured("instructions", "a system message before the input", type="string", minLength=1),
         _honoured("max_output_tokens", "most tokens of the answer", type="integer", minimum=1),
         _honoured("stream_options", "include_obfuscation only as false", **_OBJECT),
@@ -188,8 +201,8 @@ PARAMETERS: Mapping[str, tuple[Parameter, ...]] = {
     ),
     MESSAGES: (
         _MODEL,
-        _honoured("messages", "text of roles user, assistant, system", type="array", items=_OBJECT),
-        _honoured("system", "a system message before the others", **_TEXT_OR_ITEMS),
+        _honoured("messages", "text of roles user, assistant, system", **_turns()),
+        _honoured("system", "a system message before the others", **_CONTENT),
         _honoured("max_tokens", "most tokens of the answer; required", type="integer", minimum=1),
         _honoured("temperature", "0 by default: greedy", type="number", minimum=0, maximum=1),
         _TOP_P,

@@ -288,6 +288,7 @@ class AsyncClient:
         self._connection = _Connection(target, timeout_ms, tls, token)
         self._interceptors = interceptors
         self._channel: grpc.aio.Channel | None = None
+        self._made_stub: cascade_pb2_grpc.CascadeServiceAsyncStub | None = None
         self._is_closed = False
 
     async def __aenter__(self) -> Self:
@@ -394,7 +395,10 @@ class AsyncClient:
         return self._channel
 
     def _stub(self) -> cascade_pb2_grpc.CascadeServiceAsyncStub:
-        return cascade_pb2_grpc.CascadeServiceStub(self._open())
+        channel = self._open()
+        if self._made_stub is None:
+            self._made_stub = cascade_pb2_grpc.CascadeServiceStub(channel)
+        return self._made_stub
 
     async def _call(
         self,

@@ -17,9 +17,10 @@ from services.gateway.instruments import AccessLog, Instruments
 from services.gateway.server import listen, make_server
 from services.gateway.settings import GatewaySettings
 from tests.fakes.fake_router import FakeRouter
-from tests.limits import CALL_S
 
 # Fixtures.
+from tests.integration.local.conftest import cascade_file, start_up, up  # noqa: F401
+from tests.limits import CALL_S
 from tests.recording import metered, recorded  # noqa: F401
 
 
@@ -50,10 +51,8 @@ class Running:
 
 
 @asynccontextmanager
-async def running(router, *, client_options=None, **settings):
-    """Run a gateway before a router that is started here too."""
-    upstream, port = await router.start()
-    target = f"127.0.0.1:{port}"
+async def serving(target, router=None, **settings):
+    """Run a gateway before the router at a target."""
     known = GatewaySettings(
         **{
             "listen": "127.0.0.1:0",
@@ -69,14 +68,24 @@ async def running(router, *, client_options=None, **settings):
         log = AccessLog(is_on=known.access_log)
         app = Gateway(known, cascade, Instruments(), log, lambda: b"metrics 1\n")
         server = make_server(app, known)
-        serving = asyncio.create_task(server.serve([listening]))
+        task = asyncio.create_task(server.serve([listening]))
         try:
             scheme = "https" if known.tls else "http"
             yield Running(app, server, router, listening.getsockname()[1], scheme)
         finally:
             server.should_exit = True
-            await serving
-            await upstream.stop(0)
+            await task
+
+
+@asynccontextmanager
+async def running(router, **settings):
+    """Run a gateway before a router that is started here too."""
+    upstream, port = await router.start()
+    try:
+        async with serving(f"127.0.0.1:{port}", router, **settings) as made:
+            yield made
+    finally:
+        await upstream.stop(0)
 
 
 @pytest.fixture

@@ -40,6 +40,7 @@ def base_install(tmp_path_factory):
         ("services.cli.__main__", ["models", "prepare"], "[stage]"),
         ("services.cli.__main__", ["models", "pull", "owner/name"], "[hub]"),
         ("services.stage", ["--config", "stage.yaml"], "[stage]"),
+        ("services.gateway", ["--config", "stage.yaml"], "[gateway]"),
         ("services.stage.engines.check", ["check", str(MODELS / "small"), "--engine", "onnx"], "[stage]"),
         ("policy_service", [], "[policy]"),
         ("policy_service.train.cli", ["versions", "store"], "[policy]"),

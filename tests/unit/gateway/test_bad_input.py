@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from asd.errors import InvalidRequest, NotFound, PreconditionFailed
 from services.common.validation import MAX_STOP_SEQUENCES
 from services.gateway.models import Models
 from services.gateway.parameters import PARAMETERS, Effect
 from services.gateway.request import MOST_STOPS
-from tests.unit.gateway.samples import CHAT, COMPLETIONS, LEAST, MESSAGES, RESPONSES, USER, parse
+from services.gateway.streaming import encode, encode_events
+from tests.unit.gateway.samples import CHAT, COMPLETIONS, LEAST, MESSAGES, RESPONSES, USER, answer, parse
 
 IMAGE = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
 
@@ -142,6 +145,17 @@ def test_an_unknown_model_is_not_found(api):
     assert refused.value.field == "model"
 
 
+@pytest.mark.parametrize(("model", "most"), [("asd", 900), ("asd-exact", 500), ("small", 100)])
+def test_more_tokens_than_the_context_are_refused(model, most):
+    models = Models(["small", "medium", "large"], [100, 900, 500])
+    models.check_length(parse(CHAT, {"model": model, "max_tokens": most}))
+    with pytest.raises(InvalidRequest) as refused:
+        models.check_length(parse(CHAT, {"model": model, "max_completion_tokens": most + 1}))
+    assert refused.value.field == "max_completion_tokens"
+    # What a stage that does not answer now has room for is not known.
+    Models(["small", "medium"], [100, 0]).check_length(parse(CHAT, {"max_tokens": 901}))
+
+
 def test_a_stage_named_like_a_virtual_model_is_refused():
     with pytest.raises(PreconditionFailed, match="asd-best"):
         Models(["small", "asd-best"])
@@ -168,3 +182,40 @@ def test_what_has_no_effect_is_taken(api):
 
 def test_the_bound_on_stop_sequences_is_the_contracts():
     assert MOST_STOPS == MAX_STOP_SEQUENCES
+
+
+_NUMBERS = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+_JSON = st.recursive(
+    st.none() | st.booleans() | _NUMBERS | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "type", "text", "x"]), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+_HEADERS = st.dictionaries(st.sampled_from(["x-asd-lambda", "x-asd-task"]), st.text(), max_size=1)
+
+
+def taken(api, changes, headers):
+    """Return the call of a body; None if it is refused with a parameter's name."""
+    try:
+        return parse(api, changes, headers)
+    except (InvalidRequest, NotFound) as error:
+        refused = error
+    assert refused.field
+    return None
+
+
+@pytest.mark.parametrize("api", LEAST)
+@given(data=st.data())
+def test_any_body_is_answered_or_refused_with_a_parameter(api, data):
+    names = [*(each.name for each in PARAMETERS[api.name]), "unknown"]
+    changes = data.draw(st.dictionaries(st.sampled_from(names), _JSON, max_size=3))
+    call = taken(api, changes, data.draw(_HEADERS))
+    if call is None:
+        return
+    answers = tuple(answer() for _ in call.requests)
+    encode(api.answer(call, answers, 99))
+    writer = api.writer(call, "id", 99)
+    for index, each in enumerate(answers):
+        encode_events([*writer.begin(), *writer.text(index, "x"), *writer.finish(index, each)])
