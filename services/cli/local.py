@@ -288,7 +288,9 @@ def _ports(cascade: CascadeFile, base: int, gateway_port: int | None, *, has_gat
     usual = _DEFAULT_GATEWAY_PORT if base == _DEFAULT_PORT_BASE else base + 2
     port = gateway_port or cascade.gateway.port or usual
     if port in {ports.router, ports.policy, *ports.stages}:
-        raise SettingsError(f"--gateway-port {port}: that is another process's port: choose another")
+        raise SettingsError(
+            f"port {port}, for the gateway, is another process's: choose another with --gateway-port"
+        )
     return replace(ports, gateway=port)
 
 
