@@ -12,7 +12,7 @@ from asd.values import FinishReason, StageAction
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from asd.values import Answer, StageRecord
+    from asd.values import Answer, Request, StageRecord
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,13 @@ def headers(answers: Sequence[Answer]) -> list[tuple[bytes, bytes]]:
         if text and text.isascii() and text.isprintable():
             made.append((name.encode(), text.encode()))
     return made
+
+
+def early_headers(requests: Sequence[Request]) -> list[tuple[bytes, bytes]]:
+    """Return the headers that are known before an answer: the stage, if the request names it."""
+    request = requests[0]
+    stage = request.stage or (request.chain[-1] if request.chain else "")
+    return [(b"x-asd-stage", stage.encode())] if stage.isascii() and stage.isprintable() and stage else []
 
 
 def fingerprint(answers: Sequence[Answer]) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ from services.common.telemetry import (
 )
 from services.gateway import answers as told
 from services.gateway.anthropic_messages import AnthropicMessages
-from services.gateway.errors import Problem, openai_body, retry_headers
+from services.gateway.errors import Problem, anthropic_body, openai_body, retry_headers
 from services.gateway.http import JSON, CallerGone, Headers, HttpError, read_json, respond, token_of
 from services.gateway.models import listed, page
 from services.gateway.objective import HEADER_PREFIX
@@ -68,6 +69,9 @@ APIS: dict[str, Api] = {
     "/v1/messages": AnthropicMessages(),
 }
 MODELS, MODEL = "/v1/models", "/v1/models/{model:path}"
+HEALTH, METRICS = "/healthz", "/metrics"
+# Left out of traces: they would outnumber the requests.
+_PROBES = (HEALTH, METRICS)
 
 
 @dataclass(slots=True)
@@ -130,8 +134,8 @@ class Gateway:
             for path, handle in (
                 (MODELS, self._list_models),
                 (MODEL, self._show_model),
-                ("/healthz", self._health),
-                ("/metrics", self._show_metrics),
+                (HEALTH, self._health),
+                (METRICS, self._show_metrics),
                 ("/openapi.json", self._show_document),
             )
         ]
@@ -152,11 +156,12 @@ class Gateway:
     ) -> None:
         """Answer a request by a handler, or with its error; measure and log it."""
         started = self._clock()
+        is_traced = self._is_traced and exchange.route not in _PROBES
         traced = Traced(f"{exchange.method} {exchange.route}" if exchange.route else "HTTP")
-        carrier = exchange.headers.carrier() if self._is_traced else {}
+        carrier = exchange.headers.carrier() if is_traced else {}
         parent = context.attach(propagate.extract(carrier)) if carrier else None
         try:
-            with traced as span:
+            with traced if is_traced else nullcontext(traced) as span:
                 try:
                     if method and exchange.method not in {method, "HEAD" if method == "GET" else method}:
                         raise HttpError("METHOD_NOT_ALLOWED", f"use {method}", allow=method)
@@ -187,7 +192,7 @@ class Gateway:
             headers.append((b"allow", error.allow.encode()))
         if problem.row.http == 401:
             headers.append((b"www-authenticate", b"Bearer"))
-        body = exchange.api.error(problem) if exchange.api else openai_body(problem)
+        body = exchange.api.error(problem) if exchange.api else _plain_error(exchange, problem)
         await respond(exchange.send, problem.row.http, body, headers, closes=closes)
 
     async def _complete(self, exchange: Exchange) -> None:
@@ -239,7 +244,7 @@ class Gateway:
         writer = exchange.api.writer(call, uuid.uuid4().hex, int(time.time()))
         # HTTP/1.0 has no chunks: its callers get the whole stream at its end.
         is_held = exchange.scope.get("http_version") == "1.0"
-        out = _StreamOut(exchange, writer, is_held=is_held)
+        out = _StreamOut(exchange, writer, told.early_headers(call.requests), is_held=is_held)
         ended: dict[int, Answer] = {}
         async with self._cascade.stream(token, call.requests) as queue:
             while len(ended) < len(call.requests):
@@ -308,7 +313,8 @@ class _Endpoint:
         self, gateway: Gateway, route: str, method: str, handler: Any, api: Api | None = None
     ) -> None:
         self._gateway = gateway
-        self._route = route
+        # As OpenAPI and the conventions for traces write it.
+        self._route = route.replace(":path", "")
         self._method = method
         self._handler = handler
         self._api = api
@@ -321,12 +327,15 @@ class _Endpoint:
 class _StreamOut:
     """Sends a stream. Nothing is sent before the first text: until then, an error has a status of its own.
 
-    is_held: whether all is sent at the end.
+    headers: what is known of the answer already. is_held: whether all is sent at the end.
     """
 
-    def __init__(self, exchange: Exchange, writer: StreamWriter, *, is_held: bool) -> None:
+    def __init__(
+        self, exchange: Exchange, writer: StreamWriter, headers: list[tuple[bytes, bytes]], *, is_held: bool
+    ) -> None:
         self._exchange = exchange
         self._writer = writer
+        self._headers = [*_STREAM_HEADERS, *headers]
         self._held: list[bytes] | None = [] if is_held else None
         self.has_begun = False
 
@@ -358,8 +367,14 @@ class _StreamOut:
 
     async def _start(self, headers: list[tuple[bytes, bytes]]) -> None:
         await self._exchange.send(
-            {"type": "http.response.start", "status": 200, "headers": [*_STREAM_HEADERS, *headers]}
+            {"type": "http.response.start", "status": 200, "headers": [*self._headers, *headers]}
         )
+
+
+def _plain_error(exchange: Exchange, problem: Problem) -> dict[str, Any]:
+    """Return the error of a path that both APIs have, in the form of the one that asks."""
+    is_anthropics = bool(exchange.headers.get("anthropic-version"))
+    return anthropic_body(problem) if is_anthropics else openai_body(problem)
 
 
 class _NamedError(Exception):

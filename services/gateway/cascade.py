@@ -60,8 +60,7 @@ class Cascade:
         is_missing = known is None or (isinstance(model, str) and model not in known)
         if is_missing or self._clock() - self._read_at > _FRESH_S:
             await self.describe(token)
-        if self._models is None:
-            raise NotFound("the cascade has no stages")
+        assert self._models is not None
         return self._models
 
     async def ask(self, token: str, requests: Sequence[Request]) -> tuple[Answer, ...]:

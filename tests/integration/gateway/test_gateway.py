@@ -90,6 +90,12 @@ async def test_a_stream_has_the_words_in_order(gateway, path):
     assert data_of(response.text)
 
 
+@pytest.mark.parametrize(("model", "stage"), [("asd", None), ("asd-exact", "large"), ("small", "small")])
+async def test_a_stream_says_at_first_which_stage_was_named(gateway, model, stage):
+    response = await gateway.post(CHAT, HELLO | {"stream": True, "model": model})
+    assert response.headers.get("x-asd-stage") == stage
+
+
 async def test_several_choices_come_in_one_stream(gateway):
     body = HELLO | {"stream": True, "n": 3, "seed": 5, "temperature": 1}
     choices = [each["choices"][0] for each in data_of((await gateway.post(CHAT, body)).text)]
@@ -107,8 +113,12 @@ async def test_models_are_listed_for_clients_of_both_apis(gateway):
         assert names == ["asd", "asd-fastest", "asd-best", "asd-exact", "small", "large"]
         assert [model.id async for model in anthropic_client.models.list()] == names
         assert (await openai_client.models.retrieve("small")).owned_by == "asd"
-        with pytest.raises(openai.NotFoundError):
+        with pytest.raises(openai.NotFoundError) as refused:
             await openai_client.models.retrieve("gpt-4")
+        assert refused.value.code == "model_not_found"
+        with pytest.raises(anthropic.NotFoundError) as refused:
+            await anthropic_client.models.retrieve("gpt-4")
+        assert refused.value.body["error"]["type"] == "not_found_error"
 
 
 async def test_openais_client_reads_answers_streams_and_errors(gateway):
@@ -381,6 +391,8 @@ async def test_a_trace_goes_from_the_caller_to_the_router(recorded):
             sent = gateway.router.metadata[-1]["traceparent"]
             assert sent.split("-")[1] == trace
             assert sent.split("-")[2] != parent
+        await gateway.get("/healthz")
+    assert recorded.spans("GET /healthz") == []
 
 
 async def test_metrics_name_paths_and_statuses(metered):

@@ -411,7 +411,11 @@ def _explained(error: BaseException, timeout_ms: float, peer: str) -> AsdError:
     if not isinstance(error, grpc.RpcError):
         task = asyncio.current_task()
         if isinstance(error, asyncio.CancelledError) and (task is None or task.cancelling()):
-            raise error
+            try:
+                raise error
+            finally:
+                # Both refer to this frame. A cycle would keep the call's frames until a collection.
+                del error, task
         # This cancellation is not the caller's: a message could not be sent, or the channel was closed.
         return Unavailable(f"{peer or 'the service'}: the call broke off ({str(error) or 'cancelled'})")
     failure = from_rpc_error(error, peer=peer)
