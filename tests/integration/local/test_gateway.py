@@ -7,23 +7,34 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import httpx2
+import pytest
 
 from asd.client import Client
 from asd.values import Request
 from services.local.cascade_file import read_cascade, services_of
 from services.local.supervisor import Supervisor, free_ports
-from tests.integration.local.conftest import PROMPT, asd
-from tests.limits import CALL_S
+from tests.integration.local.conftest import PROMPT, Up, asd
+from tests.limits import CALL_S, PROCESS_S
+from tests.unit.cli.test_examples import python_in
+
+_PAGE = Path(__file__).parents[3] / "docs" / "gateway.md"
 
 _BODY = {"model": "small", "messages": [{"role": "user", "content": PROMPT}]}
 
 
-def test_what_asd_up_starts_answers_over_http_as_over_grpc(up):
+def _gateway_of(up: Up) -> str:
     (address,) = [each["address"] for each in up.ready["processes"] if each["name"] == "gateway"]
-    with httpx2.Client(base_url=f"http://{address}", timeout=CALL_S, trust_env=False) as client:
+    return address
+
+
+def test_what_asd_up_starts_answers_over_http_as_over_grpc(up):
+    with httpx2.Client(base_url=f"http://{_gateway_of(up)}", timeout=CALL_S, trust_env=False) as client:
         models = [each["id"] for each in client.get("/v1/models").json()["data"]]
         answer = client.post("/v1/chat/completions", json=_BODY)
     with Client(up.target) as cascade:
@@ -31,6 +42,20 @@ def test_what_asd_up_starts_answers_over_http_as_over_grpc(up):
     assert {"asd", "small", "medium"} <= set(models)
     assert (answer.status_code, answer.headers["x-asd-stage"]) == (200, "small")
     assert answer.json()["choices"][0]["message"]["content"] == wanted
+
+
+@pytest.mark.parametrize("library", ["openai", "anthropic"])
+def test_the_pages_programs_run(up, library):
+    (program,) = [each for each in python_in(_PAGE) if each.startswith(f"from {library} ")]
+    result = subprocess.run(
+        [sys.executable, "-c", program.replace("127.0.0.1:8000", _gateway_of(up))],
+        capture_output=True,
+        text=True,
+        timeout=PROCESS_S,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "true" in result.stdout
 
 
 def test_a_taken_port_of_the_gateway_names_its_options(cascade_file):
