@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from asd.errors import AsdError, NotFound
@@ -44,6 +44,7 @@ class Cascade:
         self._clock = clock
         self._models: Models | None = None
         self._read_at = 0.0
+        self._refreshing: asyncio.Task[None] | None = None
 
     async def describe(self, token: str) -> Description:
         """Return the cascade's description. Raises PreconditionFailed if a stage has a taken name."""
@@ -55,13 +56,21 @@ class Cascade:
         return described
 
     async def models(self, token: str, model: object) -> Models:
-        """Return the models; they are read again if they are old, or lack a model."""
+        """Return the models; read again if one is missing, and behind the request if they are old."""
         known = self._models
-        is_missing = known is None or (isinstance(model, str) and model not in known)
-        if is_missing or self._clock() - self._read_at > _FRESH_S:
+        if known is None or (isinstance(model, str) and model not in known):
             await self.describe(token)
-        assert self._models is not None
-        return self._models
+            assert self._models is not None
+            return self._models
+        is_old = self._clock() - self._read_at > _FRESH_S
+        if is_old and (self._refreshing is None or self._refreshing.done()):
+            self._refreshing = asyncio.create_task(self._refresh(token))
+        return known
+
+    async def _refresh(self, token: str) -> None:
+        # A caller without a right, or a router that is away, leaves the names as they are.
+        with suppress(AsdError):
+            await self.describe(token)
 
     async def ask(self, token: str, requests: Sequence[Request]) -> tuple[Answer, ...]:
         """Return the answers to requests, which are under way together. One failure ends them all."""
