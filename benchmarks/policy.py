@@ -377,7 +377,7 @@ async def measure_live(prompts: int) -> dict[str, object]:
 
     Each request starts when the stages have come to rest after the one before.
     """
-    command = [sys.executable, "-m", "services.cli", "up", "--json", "--port-base", "21060"]
+    command = [sys.executable, "-m", "services.cli", "up", "--json", "--no-gateway", "--port-base", "21060"]
     child = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, cwd=ROOT)
     ways: dict[str, dict[str, object]] = {
         "always large": {"stage": "large"},

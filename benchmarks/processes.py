@@ -69,8 +69,9 @@ async def service(
 
 @asynccontextmanager
 async def embedded_cascade(port_base: int = 21050) -> AsyncIterator[str]:
-    """Run `asd up`; yield its router's address."""
-    command = [sys.executable, "-m", "services.cli", "up", "--json", "--port-base", str(port_base)]
+    """Run `asd up` without its gateway; yield its router's address."""
+    options = ("--json", "--no-gateway", "--port-base", str(port_base))
+    command = [sys.executable, "-m", "services.cli", "up", *options]
     child = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, cwd=ROOT)
     try:
         assert child.stdout is not None

@@ -107,7 +107,7 @@ def check_command(asd: str, folder: Path) -> None:
     expect(f"asd {_VERSION}", run(asd, "--version", folder=empty))
     done = subprocess.run([asd, "up"], cwd=empty, capture_output=True, text=True, timeout=120, check=False)
     lines = done.stderr.splitlines()
-    if done.returncode != 1 or len(lines) != 1 or "asd-cascade[policy,stage]" not in lines[0]:
+    if done.returncode != 1 or len(lines) != 1 or "asd-cascade[gateway,policy,stage]" not in lines[0]:
         raise TryError(f"`asd up` without extras ends with {done.returncode} and says: {done.stderr}")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from typing import TYPE_CHECKING
 
 from rich.console import Group
@@ -174,10 +176,19 @@ def description(value: Description) -> RenderableType:
 
 def processes(children: Sequence[Child], seconds: float) -> RenderableType:
     """Return what `asd up` started."""
-    table = Table("process", "address", "id")
+    table = Table("process", "address", "speaks", "id")
     for child in children:
-        table.add_row(child.service.name, child.service.address, str(child.pid))
+        table.add_row(child.service.name, child.service.address, child.service.speaks, str(child.pid))
     return Group(table, f"Ready after {seconds:.1f} s. Logs: {children[0].log.parent}")
+
+
+def curl_line(port: int, prompt: str) -> str:
+    """Return a command that asks a gateway on this machine."""
+    body = json.dumps({"model": "asd", "messages": [{"role": "user", "content": prompt}]})
+    return (
+        f"  curl http://127.0.0.1:{port}/v1/chat/completions -H 'content-type: application/json' "
+        f"-d {shlex.quote(body)}"
+    )
 
 
 def demo_rows(rows: Sequence[DemoRow], width: int) -> Table:

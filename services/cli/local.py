@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,9 +27,10 @@ from services.cli.output import json_text, say, write_json
 if TYPE_CHECKING:
     from asd.client import AsyncClient
     from services.cli.demo import DemoRow
-    from services.local.cascade_file import CascadeFile
+    from services.local.cascade_file import CascadeFile, Ports
 
 _DEFAULT_PORT_BASE = 50_050
+_DEFAULT_GATEWAY_PORT = 8000
 _HIGHEST_PORT = 65_535
 # A demo keeps its rows in memory. Chosen.
 _MOST_DEMO_PROMPTS = 100_000
@@ -45,21 +46,37 @@ def up(
             help="Port of the router; the policy takes the next one, stages start 11 above.",
         ),
     ] = _DEFAULT_PORT_BASE,
+    gateway_port: Annotated[
+        int | None,
+        typer.Option(
+            parser=whole_number(1, _HIGHEST_PORT),
+            metavar="INTEGER",
+            help="Port of the HTTP gateway. Default: the cascade file's, or 8000, or with another "
+            "--port-base 2 above it.",
+        ),
+    ] = None,
+    no_gateway: Annotated[bool, typer.Option("--no-gateway", help="Start no HTTP gateway.")] = False,
     only: Annotated[
         str | None,
         typer.Option(
             metavar="PROCESS",
             autocompletion=complete_process,
-            help="Run one process: router, policy or a stage's name.",
+            help="Run one process: router, policy, gateway or a stage's name.",
         ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Run a cascade on this machine until Ctrl-C: router, policy and one process per stage.
+    """Run a cascade on this machine until Ctrl-C: router, policy, HTTP gateway and one process per stage.
 
     A process that dies is started again.
     """
-    run_command(lambda: _up(cascade, port_base, only, as_json=as_json), as_json=as_json, is_service=True)
+    if no_gateway and gateway_port is not None:
+        raise typer.BadParameter("--gateway-port and --no-gateway exclude each other")
+    run_command(
+        lambda: _up(cascade, port_base, gateway_port, only, has_gateway=not no_gateway, as_json=as_json),
+        as_json=as_json,
+        is_service=True,
+    )
 
 
 @connected
@@ -201,23 +218,25 @@ def pull_model(
     run_command(work, as_json=as_json)
 
 
-async def _up(file: Path | None, port_base: int, only: str | None, *, as_json: bool) -> None:
+async def _up(
+    file: Path | None,
+    port_base: int,
+    gateway_port: int | None,
+    only: str | None,
+    *,
+    has_gateway: bool,
+    as_json: bool,
+) -> None:
     import asyncio
     import time
 
     from services.cli import console
     from services.cli.demo import EXAMPLE_PROMPTS
-    from services.common.settings import SettingsError
-    from services.local.cascade_file import Ports
     from services.local.running import running
 
     started = time.monotonic()
     cascade = _cascade(file)
-    ports = Ports.from_base(port_base, len(cascade.stages))
-    if ports.highest > _HIGHEST_PORT:
-        raise SettingsError(
-            f"--port-base {port_base}: the last stage would get port {ports.highest}, above {_HIGHEST_PORT}"
-        )
+    ports = _ports(cascade, port_base, gateway_port, has_gateway=has_gateway)
     async with running(cascade, ports, console.notes(), only=only) as supervisor:
         seconds = time.monotonic() - started
         children = supervisor.children
@@ -246,9 +265,33 @@ async def _up(file: Path | None, port_base: int, only: str | None, *, as_json: b
                 output.print("To try, in another terminal:")
                 for prompt in examples:
                     output.print(f'  asd ask{target} "{prompt}"', soft_wrap=True)
+                if ports.gateway is not None:
+                    output.print(console.curl_line(ports.gateway, examples[0]), soft_wrap=True)
             output.print("Ctrl-C stops everything.")
             output.file.flush()
         await asyncio.Event().wait()
+
+
+def _ports(cascade: CascadeFile, base: int, gateway_port: int | None, *, has_gateway: bool) -> Ports:
+    """Return the ports of `asd up`. Raises SettingsError for those that do not fit."""
+    from services.common.settings import SettingsError
+    from services.local.cascade_file import Ports
+
+    ports = Ports.from_base(base, len(cascade.stages))
+    if ports.highest > _HIGHEST_PORT:
+        raise SettingsError(
+            f"--port-base {base}: the last stage would get port {ports.highest}, above {_HIGHEST_PORT}"
+        )
+    if not has_gateway:
+        return ports
+    # A second cascade, which has another base, does not meet the first one's gateway.
+    usual = _DEFAULT_GATEWAY_PORT if base == _DEFAULT_PORT_BASE else base + 2
+    port = gateway_port or cascade.gateway.port or usual
+    if port in {ports.router, ports.policy, *ports.stages}:
+        raise SettingsError(
+            f"port {port}, for the gateway, is another process's: choose another with --gateway-port"
+        )
+    return replace(ports, gateway=port)
 
 
 async def _demo(

@@ -54,9 +54,9 @@ def complete_stage(incomplete: str) -> list[str]:
 
 def complete_process(context: typer.Context, incomplete: str) -> list[str]:
     """Return the names of processes of `asd up` that begin so."""
-    from services.local.cascade_file import EMBEDDED, POLICY, ROUTER
+    from services.local.cascade_file import EMBEDDED, GATEWAY, POLICY, ROUTER
 
-    names = (ROUTER, POLICY, *stages_of(context.params.get("cascade") or EMBEDDED))
+    names = (ROUTER, POLICY, GATEWAY, *stages_of(context.params.get("cascade") or EMBEDDED))
     return [name for name in names if name.startswith(incomplete)]
 
 

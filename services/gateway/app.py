@@ -17,6 +17,7 @@ from starlette.routing import Route, Router
 from asd.errors import AsdError, NotFound, Overloaded
 from asd.transport.status import status_of
 from asd.values import Answer
+from services.common.auth import MISSING
 from services.common.errors import Draining
 from services.common.status import public_message
 from services.common.telemetry import (
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 
     from services.gateway.cascade import Cascade
     from services.gateway.instruments import AccessLog, Instruments
-    from services.gateway.request import Api, Call, SseEvent, StreamWriter
+    from services.gateway.request import Api, Call, StreamWriter
     from services.gateway.settings import GatewaySettings
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ APIS: dict[str, Api] = {
     "/v1/responses": OpenAiResponses(),
     "/v1/messages": AnthropicMessages(),
 }
+_MISSING = "this cascade wants a token: send the header 'authorization: Bearer TOKEN'"
 MODELS, MODEL = "/v1/models", "/v1/models/{model:path}"
 HEALTH, METRICS = "/healthz", "/metrics"
 # Left out of traces: they would outnumber the requests.
@@ -256,12 +258,15 @@ class Gateway:
                     continue
                 while not queue.empty():
                     pieces.append(queue.get_nowait())
-                events: list[SseEvent] = []
+                errors = [piece for _, piece in pieces if isinstance(piece, Exception)]
+                if errors and not out.has_begun:
+                    exchange.problem = problem_of(errors[0], call.fields)
+                    raise errors[0]
+                # First: some APIs number the events.
+                events = out.begin()
                 for index, piece in pieces:
                     if isinstance(piece, Exception):
                         exchange.problem = problem_of(piece, call.fields)
-                        if not out.has_begun:
-                            raise piece
                         await out.write([*events, *writer.failed(exchange.problem)], is_last=True)
                         return
                     if isinstance(piece, Answer):
@@ -340,8 +345,8 @@ class _StreamOut:
         self.has_begun = False
 
     async def write(self, events: list[Any], *, is_last: bool = False) -> None:
-        """Send events, after those that begin the stream."""
-        content = encode_events([*self._begin(), *events])
+        """Send events."""
+        content = encode_events(events)
         if self._held is None:
             if not self._exchange.status:
                 await self._start([])
@@ -357,9 +362,10 @@ class _StreamOut:
 
     async def keep_alive(self) -> None:
         """Send an event without content: what begins the stream, if it has not begun."""
-        await self.write(self._writer.keep_alive() if self.has_begun else [])
+        await self.write(self._writer.keep_alive() if self.has_begun else self.begin())
 
-    def _begin(self) -> list[Any]:
+    def begin(self) -> list[Any]:
+        """Return the events that begin the stream, the first time."""
         if self.has_begun:
             return []
         self.has_begun = True
@@ -393,6 +399,9 @@ def problem_of(error: BaseException, fields: Any) -> Problem:
         logger.error("a request failed", exc_info=error)
     kind = status_of(error).name
     message = public_message(error)
+    if message == MISSING:
+        # The router's own words are of gRPC.
+        message = _MISSING
     if not isinstance(error, AsdError):
         return Problem(kind, message)
     # An error of the gateway's own names the API's parameter already.

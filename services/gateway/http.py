@@ -79,11 +79,14 @@ def token_of(headers: Headers, *, takes_api_key: bool) -> str:
     tokens = []
     for value in headers.all("authorization"):
         scheme, _, token = value.partition(" ")
+        # Some clients send the scheme alone where they were given no key.
+        if scheme.lower() == "bearer" and not token.strip():
+            continue
         if scheme.lower() != "bearer" or not TOKEN.fullmatch(token.strip()):
             raise Unauthenticated("the header 'authorization' must read 'Bearer TOKEN'")
         tokens.append(token.strip())
     if takes_api_key:
-        for value in headers.all("x-api-key"):
+        for value in filter(None, headers.all("x-api-key")):
             if not TOKEN.fullmatch(value):
                 raise Unauthenticated("the header 'x-api-key' must hold a token")
             tokens.append(value)

@@ -9,12 +9,21 @@ import difflib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from asd.errors import PreconditionFailed
 from asd.visible import one_line
-from services.common.settings import Section, ServiceSettings, SettingsError, explain, service_config
+from services.common.settings import (
+    Requests,
+    Section,
+    ServiceSettings,
+    SettingsError,
+    explain,
+    service_config,
+)
+from services.gateway.models import Models
 from services.router.domain import Overload
 from services.router.settings import Milliseconds, Name, RouterSettings, SpeculationSettings
 from services.stage.engines.settings import (
@@ -36,7 +45,10 @@ if TYPE_CHECKING:
 
 EMBEDDED = Path(__file__).with_name("embedded.yaml")
 HOST = "127.0.0.1"
-ROUTER, POLICY = "router", "policy"
+HIGHEST_PORT = 65_535
+_HTTP = "HTTP: OpenAI, Anthropic"
+ROUTER, POLICY, GATEWAY = "router", "policy", "gateway"
+Port = Annotated[int, Field(ge=1, le=HIGHEST_PORT)]
 # Most entries in a message about a file, and characters of each. Chosen: what a person reads.
 _MOST_ENTRIES, _MOST_OF_ENTRY = 20, 300
 
@@ -47,6 +59,16 @@ class PolicyEntry(Section):
     artifact: Path
     timeout_ms: Milliseconds = 100.0
     reports_path: Path | None = None
+
+
+class GatewayEntry(Section):
+    """The HTTP gateway: its port, and those of its settings that make sense on one machine."""
+
+    port: Port | None = None
+    timeout_ms: Milliseconds | None = None
+    keep_alive_ms: Milliseconds | None = None
+    max_concurrent: Requests | None = None
+    access_log: bool = False
 
 
 class LocalStage(Section):
@@ -82,10 +104,11 @@ class CascadeFile(ServiceSettings):
     speculation: SpeculationSettings | None = None
     # None: the router's default.
     overload: Overload | None = None
+    gateway: GatewayEntry = GatewayEntry()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        reserved = {ROUTER, POLICY} & {stage.name for stage in self.stages}
+        reserved = {ROUTER, POLICY, GATEWAY} & {stage.name for stage in self.stages}
         if reserved:
             raise ValueError(f"stages: no stage can be called {reserved.pop()}: that is another process")
         return self
@@ -93,31 +116,36 @@ class CascadeFile(ServiceSettings):
 
 @dataclass(frozen=True)
 class Ports:
-    """The port of each process; `stages` in the order of the cascade."""
+    """The port of each process; `stages` in the order of the cascade. gateway: None for no gateway."""
 
     router: int
     policy: int
     stages: tuple[int, ...]
+    gateway: int | None = None
 
     @classmethod
     def from_base(cls, base: int, stages: int) -> Ports:
-        """Return the ports for --port-base: base, base + 1, and from base + 11 for the stages."""
+        """Return the ports for --port-base: base, base + 1, and from base + 11 for the stages; no gateway."""
         return cls(base, base + 1, tuple(base + 11 + index for index in range(stages)))
 
     @property
     def highest(self) -> int:
-        """The largest number in use."""
+        """The largest number that follows from the base."""
         return max(self.router, self.policy, *self.stages)
 
 
 @dataclass(frozen=True)
 class Service:
-    """A process to run: `name` for people, `module` for `python -m`, its configuration and its address."""
+    """A process to run: `name` for people, `module` for `python -m`, its configuration and its address.
+
+    speaks: the protocol of its port, for people.
+    """
 
     name: str
     module: str
     config: dict[str, Any]
     port: int
+    speaks: str = "gRPC"
 
     @property
     def address(self) -> str:
@@ -222,6 +250,7 @@ def _say(problem: ErrorDetails) -> str:
         "stages": LocalStage,
         "policy": PolicyEntry,
         "speculation": SpeculationSettings,
+        "gateway": GatewayEntry,
         "vllm": VllmSettings,
         "tensorrt_llm": TensorrtLlmSettings,
     }
@@ -235,9 +264,10 @@ def _say(problem: ErrorDetails) -> str:
 def services_of(
     cascade: CascadeFile, ports: Ports, directory: Path, *, drain_seconds: float = 10.0
 ) -> tuple[Service, ...]:
-    """Return every process of a cascade: the router, the policy service if there is one, and each stage.
+    """Return every process of a cascade: router, policy service and gateway if there are, and each stage.
 
-    directory: folder for reports if the file names none.
+    directory: folder for reports if the file names none. Raises SettingsError if a stage is named like one of
+    the gateway's models.
     """
     services = [
         Service(
@@ -253,6 +283,9 @@ def services_of(
     for index, (stage, port) in enumerate(zip(cascade.stages, ports.stages, strict=True)):
         config = stage_config(stage, port, gets_drafts=index > 0, drain_seconds=drain_seconds)
         services.append(Service(stage.name, "services.stage", config, port))
+    if ports.gateway is not None:
+        config = gateway_config(cascade, ports, ports.gateway, drain_seconds=drain_seconds)
+        services.append(Service(GATEWAY, "services.gateway", config, ports.gateway, _HTTP))
     return tuple(services)
 
 
@@ -327,4 +360,22 @@ def stage_config(
         "default_model": stage.name,
         "models": [model],
         "drain_seconds": drain_seconds,
+    }
+
+
+def gateway_config(cascade: CascadeFile, ports: Ports, port: int, *, drain_seconds: float) -> dict[str, Any]:
+    """Return the settings of the gateway (services.gateway.settings)."""
+    try:
+        Models([stage.name for stage in cascade.stages])
+    except PreconditionFailed as error:
+        raise SettingsError(f"stages: {error.message}, or leave the gateway out with --no-gateway") from error
+    config = cascade.gateway.model_dump(mode="json", exclude={"port", "timeout_ms"}, exclude_none=True)
+    router: dict[str, Any] = {"target": f"{HOST}:{ports.router}"}
+    if cascade.gateway.timeout_ms is not None:
+        router["timeout_ms"] = cascade.gateway.timeout_ms
+    return {
+        "listen": f"{HOST}:{port}",
+        "router": router,
+        "drain_seconds": drain_seconds,
+        **config,
     }

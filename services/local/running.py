@@ -10,9 +10,10 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from services.common.extras import check_extras
+from asd.errors import PreconditionFailed
+from services.common.extras import check_extras, missing_of
 from services.common.settings import SettingsError
-from services.local.cascade_file import POLICY, services_of
+from services.local.cascade_file import GATEWAY, POLICY, services_of
 from services.local.supervisor import Supervisor
 
 if TYPE_CHECKING:
@@ -50,10 +51,11 @@ async def running(
     The first SIGINT, SIGTERM or SIGHUP (of a terminal that closes) cancels the body and drains the processes,
     a second one kills them; both raise Signalled. Logs are in a temporary directory, which is removed unless
     a process crashed after the start: the error of a failed start quotes the end of its log. Raises
-    SettingsError for an unknown `only`, PreconditionFailed if a process needs a package that is not
-    installed, and LaunchError if a process does not start.
+    SettingsError for an unknown `only` and for a stage named like one of the gateway's models,
+    PreconditionFailed if a process needs a package that is not installed, and LaunchError if a process does
+    not start.
     """
-    _check_installed(cascade, only)
+    _check_installed(cascade, only, has_gateway=ports.gateway is not None)
 
     def say(line: str) -> None:
         # A closed terminal must not prevent the draining of processes.
@@ -92,12 +94,19 @@ async def running(
             shutil.rmtree(directory, ignore_errors=True)
 
 
-def _check_installed(cascade: CascadeFile, only: str | None) -> None:
+def _check_installed(cascade: CascadeFile, only: str | None, *, has_gateway: bool) -> None:
     """Raise PreconditionFailed, with what to install, if a process lacks a package."""
     extras = [_EXTRA_OF_ENGINE[stage.engine] for stage in cascade.stages if only in {None, stage.name}]
     if cascade.policy is not None and only in {None, POLICY}:
         extras.append("policy")
-    check_extras(extras)
+    if has_gateway and only in {None, GATEWAY}:
+        extras.append("gateway")
+    try:
+        check_extras(extras)
+    except PreconditionFailed as error:
+        if only is None and has_gateway and missing_of("gateway"):
+            raise PreconditionFailed(f"{error.message}; --no-gateway starts the rest without HTTP") from error
+        raise
 
 
 def cancel_on_signals(supervisors: Sequence[Supervisor], say: Callable[[str], None]) -> list[int]:

@@ -16,7 +16,7 @@ import yaml
 from asd.client import AsyncClient
 from asd.errors import AsdError, BudgetSpent, Unavailable
 from services.common.disks import cannot_write, replace_file
-from services.local.cascade_file import HOST, POLICY, ROUTER, Ports
+from services.local.cascade_file import GATEWAY, HOST, POLICY, ROUTER, Ports
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -51,11 +51,11 @@ class LaunchError(Exception):
 class Supervisor:
     """Services as child processes, from `async with` to its end.
 
-    Entering starts all of them at once and returns when each one serves. A service that crashes is restarted,
-    with a longer delay after each failure; its return is announced once the router can reach it. Leaving
-    drains the router first, so that requests in flight can finish, and then the other services. A process
-    that does not end within `grace_seconds` is killed. If this process is killed, its children notice and
-    drain.
+    Entering starts all of them at once, but the gateway after the router, and returns when each one serves. A
+    service that crashes is restarted, with a longer delay after each failure; its return is announced once
+    the router can reach it. Leaving drains the gateway, then the router, so that requests in flight can
+    finish, and then the other services. A process that does not end within `grace_seconds` is killed. If this
+    process is killed, its children notice and drain.
 
     directory: for logs and configuration. say: takes a line about an event, for people.
     Entering raises LaunchError if a port is taken or a service does not start; no child is left then.
@@ -85,8 +85,17 @@ class Supervisor:
             _check_port(child.service)
         try:
             async with asyncio.TaskGroup() as group:
+                starting = {
+                    child.service.name: group.create_task(child.start())
+                    for child in self.children
+                    if child.service.name != GATEWAY
+                }
                 for child in self.children:
-                    group.create_task(child.start())
+                    if child.service.name == GATEWAY:
+                        # A channel that failed once waits before it connects again.
+                        if ROUTER in starting:
+                            await starting[ROUTER]
+                        await child.start()
         except BaseExceptionGroup as errors:
             await self._stop()
             raise errors.exceptions[0] from None
@@ -113,9 +122,10 @@ class Supervisor:
             child.kill()
 
     async def _stop(self) -> None:
-        for is_router in (True, False):
-            turn = [child for child in self.children if (child.service.name == ROUTER) is is_router]
-            await asyncio.gather(*(child.stop(self._grace_seconds) for child in turn))
+        rest = {child.service.name for child in self.children} - {GATEWAY, ROUTER}
+        for turn in ({GATEWAY}, {ROUTER}, rest):
+            stopping = [child for child in self.children if child.service.name in turn]
+            await asyncio.gather(*(child.stop(self._grace_seconds) for child in stopping))
 
 
 class Child:
@@ -303,7 +313,9 @@ class Reach:
         self._router = router
 
     async def __call__(self, name: str) -> None:
-        """Wait for the service of a name."""
+        """Wait for the service of a name; the gateway is not the router's to reach."""
+        if name == GATEWAY:
+            return
         with contextlib.suppress(AsdError, TimeoutError):
             async with (
                 asyncio.timeout(_REACH_SECONDS),
@@ -343,9 +355,12 @@ def free_ports(stages: int) -> Ports:
 def _check_port(service: Service) -> None:
     error = _bind_error(service.port)
     if error is not None:
+        remedy = "move all ports with --port-base"
+        if service.name == GATEWAY:
+            remedy = "choose another port with --gateway-port, or leave the gateway out with --no-gateway"
         raise LaunchError(
             f"port {service.port}, for {service.name}, cannot be used ({error}): stop what listens there, or "
-            "move all ports with --port-base"
+            f"{remedy}"
         )
 
 

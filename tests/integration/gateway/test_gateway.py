@@ -139,8 +139,9 @@ async def test_openais_client_reads_answers_streams_and_errors(gateway):
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == TEXT
         assert chunks[-1].usage.prompt_tokens == 7
         async with client.responses.stream(model="asd", input="Hi") as events:
-            kinds = [event.type async for event in events]
-        assert kinds[-1] == "response.completed"
+            seen = [(event.type, event.sequence_number) async for event in events]
+        assert seen[-1][0] == "response.completed"
+        assert [number for _, number in seen] == list(range(len(seen)))
         assert (await client.responses.create(model="asd", input="Hi")).output_text == TEXT
         with pytest.raises(openai.BadRequestError) as refused:
             await client.chat.completions.create(**options, n=9)
@@ -244,6 +245,9 @@ async def test_a_token_is_passed_on_and_a_wrong_one_refused():
         assert (await gateway.post(MESSAGES, body, both)).status_code == 200
         for path, headers in (
             (CHAT, {}),
+            # As clients send it that were given no key.
+            (CHAT, {"authorization": "Bearer"}),
+            (MESSAGES, {"x-api-key": ""}),
             (CHAT, {"authorization": "Bearer wrong"}),
             (CHAT, {"authorization": "Basic right"}),
             (CHAT, {"x-api-key": "right"}),
@@ -253,6 +257,8 @@ async def test_a_token_is_passed_on_and_a_wrong_one_refused():
             assert response.status_code == 401, (path, headers)
             assert "right" not in response.text
         assert (await gateway.get("/healthz")).status_code == 200
+        router.token = ""
+        assert (await gateway.post(CHAT, HELLO, {"authorization": "Bearer"})).status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -269,13 +269,14 @@ async def test_a_service_serves_again_once_the_router_reaches_it(tmp_path):
         "127.0.0.1:0", [ServiceRegistration("asd.v1.CascadeService", lambda server: add(router, server))]
     )
     reach = Reach(f"127.0.0.1:{port}")
-    for name, calls in (("small", 3), ("policy", 6), ("router", 7)):
+    # The gateway is not the router's to reach.
+    for name, calls in (("small", 3), ("policy", 6), ("router", 7), ("gateway", 7)):
         await reach(name)
         assert router.calls == calls
     await server.stop(0)
 
 
-async def test_the_router_ends_before_the_stages_that_it_needs(services, tmp_path, monkeypatch):
+async def test_a_process_ends_before_those_that_it_needs(services, tmp_path, monkeypatch):
     happened = []
 
     async def stop(child: Child, grace_seconds: float) -> None:
@@ -284,9 +285,31 @@ async def test_the_router_ends_before_the_stages_that_it_needs(services, tmp_pat
         happened.append(f"{child.service.name} ended")
 
     monkeypatch.setattr(Child, "stop", stop)
-    await Supervisor(list(reversed(services.values())), tmp_path, say=print).__aexit__(None, None, None)
-    assert happened[:2] == ["stop router", "router ended"]
-    assert sorted(happened[2:]) == ["medium ended", "small ended", "stop medium", "stop small"]
+    chosen = [*reversed(services.values()), Service("gateway", "services.gateway", {}, 1)]
+    await Supervisor(chosen, tmp_path, say=print).__aexit__(None, None, None)
+    assert happened[:4] == ["stop gateway", "gateway ended", "stop router", "router ended"]
+    assert sorted(happened[4:]) == ["medium ended", "small ended", "stop medium", "stop small"]
+
+
+async def test_the_gateway_starts_once_the_router_serves(services, tmp_path, monkeypatch):
+    happened = []
+
+    async def start(child: Child) -> None:
+        happened.append(f"start {child.service.name}")
+        await asyncio.sleep(0)
+        happened.append(f"{child.service.name} serves")
+
+    async def nothing(child: Child, *_: float) -> None:
+        pass
+
+    monkeypatch.setattr(Child, "start", start)
+    monkeypatch.setattr(Child, "keep", nothing)
+    monkeypatch.setattr(Child, "stop", nothing)
+    gateway = Service("gateway", "services.gateway", {}, supervising.free_ports(1).router)
+    chosen = [gateway, *services.values()]
+    async with Supervisor(chosen, tmp_path, say=print):
+        assert happened.index("start gateway") > happened.index("router serves")
+        assert "gateway serves" in happened
 
 
 def test_a_start_that_fails_tells_why_and_leaves_nothing(tmp_path):

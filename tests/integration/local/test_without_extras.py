@@ -29,7 +29,10 @@ def base_install(tmp_path_factory):
 @pytest.mark.parametrize(
     ("module", "arguments", "extra"),
     [
-        ("services.cli.__main__", ["up"], "[policy,stage]"),
+        ("services.cli.__main__", ["up"], "[gateway,policy,stage]"),
+        ("services.cli.__main__", ["up"], "--no-gateway"),
+        ("services.cli.__main__", ["up", "--no-gateway"], "[policy,stage]"),
+        ("services.cli.__main__", ["up", "--only", "gateway"], "[gateway]"),
         ("services.cli.__main__", ["up", "--only", "policy"], "[policy]"),
         ("services.cli.__main__", ["up", "--only", "small"], "[stage]"),
         ("services.cli.__main__", ["demo"], "[policy,stage]"),

@@ -102,6 +102,9 @@ ANSWER = Answer("r", "right", (2,), "", "eos", "medium", 1, None, 1.0, 1.0, 0.0,
         (["demo", "--target", "a:1", "--cascade", "b.yaml"], ["exclude"]),
         (["demo", "--json", "/no/such/place/demo.json"], ["/no/such/place"]),
         (["up", "--port-base", "0"], ["--port-base"]),
+        (["up", "--gateway-port", "65536"], ["--gateway-port"]),
+        (["up", "--gateway-port", "50061"], ["port 50061, for the gateway", "--gateway-port"]),
+        (["up", "--gateway-port", "8001", "--no-gateway"], ["--gateway-port and --no-gateway exclude"]),
         (["up", "--cascade", "/no/such.yaml"], ["/no/such.yaml", "No such file"]),
         (["models", "--cascade", "/no/such.yaml"], ["/no/such.yaml"]),
         (["models", "prepare", "--cascade", "/no/such.yaml"], ["/no/such.yaml"]),
@@ -215,10 +218,53 @@ def test_an_unknown_process_is_refused_with_the_known_ones(tmp_path):
     file.write_text("stages: [{name: tiny, path: model, cost: 1}]")
     result = _RUNNER.invoke(app, ["up", "--cascade", str(file), "--only", "policy"])
     assert result.exit_code == 2
-    assert "--only policy: this cascade has router, tiny" in result.output
+    assert "--only policy: this cascade has router, tiny, gateway" in result.output
+    result = _RUNNER.invoke(app, ["up", "--cascade", str(file), "--only", "gateway", "--no-gateway"])
+    assert result.exit_code == 2
+    assert "--only gateway: this cascade has router, tiny" in result.output
     result = _RUNNER.invoke(app, ["up", "--cascade", str(file), "--port-base", "65530"])
     assert result.exit_code == 2
     assert "port 65541" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "section", "port"),
+    [
+        ([], "", 8000),
+        # Beside the first cascade.
+        (["--port-base", "50150"], "", 50152),
+        ([], "gateway: {port: 9000}", 9000),
+        (["--port-base", "50150"], "gateway: {port: 9000}", 9000),
+        (["--gateway-port", "8001"], "gateway: {port: 9000}", 8001),
+        (["--no-gateway"], "gateway: {port: 9000}", None),
+    ],
+)
+def test_the_gateways_port_is_the_options_the_files_or_follows_from_the_base(
+    monkeypatch, tmp_path, options, section, port
+):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    file = tmp_path / "cascade.yaml"
+    file.write_text(f"stages: [{{name: tiny, path: model, cost: 1}}]\n{section}")
+    seen = []
+
+    @asynccontextmanager
+    async def end(cascade, ports, *_, **options):
+        seen.append(ports.gateway)
+        raise Signalled(signal.SIGTERM, has_served=True)
+        yield
+
+    monkeypatch.setattr(running, "running", end)
+    assert _RUNNER.invoke(app, ["up", "--cascade", str(file), *options]).exit_code == 0
+    assert seen == [port]
+
+
+def test_the_curl_line_is_one_command_with_a_body_of_json():
+    words = shlex.split(console.curl_line(8001, 'What\'s "it"?'))
+    assert words[:2] == ["curl", "http://127.0.0.1:8001/v1/chat/completions"]
+    body = json.loads(words[words.index("-d") + 1])
+    assert body == {"model": "asd", "messages": [{"role": "user", "content": 'What\'s "it"?'}]}
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "ascii", "utf-8-sig"])
@@ -604,9 +650,10 @@ def test_names_are_completed(tmp_path):
     file.write_text("stages: [{name: tiny, path: nowhere, cost: 1}, {name: big, path: nowhere, cost: 2}]")
     assert _completions("asd ask --stage ") == {"small", "medium", "large"}
     assert _completions("asd ask --chain small --chain l") == {"large"}
-    assert _completions("asd up --only ") == {"router", "policy", "small", "medium", "large"}
-    assert _completions(f"asd up --cascade {file} --only ") == {"router", "policy", "tiny", "big"}
-    assert _completions(f"asd up --cascade {tmp_path / 'none.yaml'} --only ") == {"router", "policy"}
+    always = {"router", "policy", "gateway"}
+    assert _completions("asd up --only ") == always | {"small", "medium", "large"}
+    assert _completions(f"asd up --cascade {file} --only ") == always | {"tiny", "big"}
+    assert _completions(f"asd up --cascade {tmp_path / 'none.yaml'} --only ") == always
 
 
 def test_version_and_help():

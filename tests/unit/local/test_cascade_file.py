@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 
 from policy_service.settings import PolicySettings
 from services.common.settings import SettingsError
+from services.gateway.settings import GatewaySettings
 from services.local.cascade_file import EMBEDDED, CascadeFile, Ports, read_cascade, services_of
 from services.router.domain import Overload
 from services.router.settings import RouterSettings
@@ -46,9 +48,15 @@ def _read(directory: Path, content: str) -> CascadeFile:
         ("- a\n- b", ["mapping"]),
         ("stages: [", ["not YAML"]),
         (_GOOD + "static_pan: [small]", ["static_pan: unknown key: did you mean static_plan?"]),
-        (_GOOD + "zzz: 1", ["zzz: unknown key: known: policy, stages, static_plan, speculation, overload"]),
+        (
+            _GOOD + "zzz: 1",
+            ["zzz: unknown key: known: policy, stages, static_plan, speculation, overload, gateway"],
+        ),
         (_GOOD + "speculation: {adaptiv: false}", ["speculation.adaptiv", "did you mean adaptive?"]),
         (_GOOD + "policy: {artifact: artifact, timeout: 5}", ["did you mean timeout_ms?"]),
+        (_GOOD + "gateway: {prot: 8001}", ["gateway.prot: unknown key: did you mean port?"]),
+        (_GOOD + "gateway: {port: 65536}", ["gateway.port"]),
+        (_GOOD.replace("name: large", "name: gateway"), ["gateway", "another process"]),
         (_GOOD + "overload: drop", ["overload: ", "'queue', 'degrade' or 'shed'"]),
         (_GOOD + "speculation: yes", ["speculation: must be a mapping, such as"]),
         (_GOOD + "static_plan: small", ["static_plan: must be a list, such as"]),
@@ -144,6 +152,7 @@ def test_ports_follow_from_the_base():
     ports = Ports.from_base(50050, 4)
     assert (ports.router, ports.policy, ports.stages) == (50050, 50051, (50061, 50062, 50063, 50064))
     assert ports.highest == 50064
+    assert ports.gateway is None
 
 
 def _load(settings, config, tmp_path):
@@ -205,6 +214,39 @@ def test_without_a_policy_there_is_no_policy_process(directory):
     services = services_of(_read(directory, _GOOD), Ports.from_base(7000, 2), Path("/run/asd"))
     assert [each.name for each in services] == ["router", "small", "large"]
     assert _load(RouterSettings, services[0].config, directory).policy is None
+
+
+def test_a_gateway_asks_the_router_with_the_settings_of_the_file(directory, monkeypatch):
+    section = "gateway: {port: 9000, timeout_ms: 50, max_concurrent: 3, access_log: true}"
+    cascade = _read(directory, _GOOD + section)
+    ports = replace(Ports.from_base(7000, 2), gateway=8001)
+    *_, gateway = services_of(cascade, ports, Path("/run/asd"), drain_seconds=3.0)
+    assert (gateway.name, gateway.module, gateway.address) == (
+        "gateway",
+        "services.gateway",
+        "127.0.0.1:8001",
+    )
+    loaded = _load(GatewaySettings, gateway.config, directory)
+    assert (loaded.listen, loaded.drain_seconds) == ("127.0.0.1:8001", 3.0)
+    assert (loaded.router.target, loaded.router.timeout_ms) == ("127.0.0.1:7000", 50.0)
+    assert (loaded.max_concurrent, loaded.access_log) == (3, True)
+    monkeypatch.setenv("ASD_GATEWAY_ACCESS_LOG", "false")
+    assert not _load(GatewaySettings, gateway.config, directory).access_log
+
+
+def test_a_gateway_without_a_section_has_its_own_defaults(directory):
+    ports = replace(Ports.from_base(7000, 2), gateway=8000)
+    *_, gateway = services_of(_read(directory, _GOOD), ports, Path("/run/asd"), drain_seconds=3.0)
+    plain = GatewaySettings(listen="127.0.0.1:8000", router={"target": "127.0.0.1:7000"}, drain_seconds=3.0)
+    assert _load(GatewaySettings, gateway.config, directory) == plain
+
+
+def test_a_stage_named_like_a_model_of_the_gateway_is_refused_only_with_a_gateway(directory):
+    cascade = _read(directory, _GOOD.replace("name: large", "name: asd-exact"))
+    ports = Ports.from_base(7000, 2)
+    assert [each.name for each in services_of(cascade, ports, directory)] == ["router", "small", "asd-exact"]
+    with pytest.raises(SettingsError, match=r"a stage named asd-exact.*--no-gateway"):
+        services_of(cascade, replace(ports, gateway=8000), directory)
 
 
 def test_what_works_ahead_can_be_switched_off_for_the_cascade_and_by_a_variable(directory, monkeypatch):
