@@ -39,6 +39,8 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 async def run(host: str, port: int) -> None:
     """Serve until the process is ended."""
     listening = socket.create_server((host, port))
+    # Else the second part of an answer waits for the first one's acknowledgement, 40 ms.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
     address = "{}:{}".format(*listening.getsockname()[:2])
     sys.stdout.write(f"READY upstream {address}\n")
