@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from services.common.disks import replace_file, writing
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -37,6 +37,14 @@ def record(command: str) -> dict[str, object]:
             "python": platform.python_version(),
         },
     }
+
+
+def keep_row(file: Path, row: Mapping[str, object], key: Callable[[Mapping[str, object]], object]) -> None:
+    """Put a row into a file of rows; it replaces the one with the same key."""
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+    rows = [each for each in rows if key(each) != key(row)]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"rows": [*rows, row]}, indent=2) + "\n", encoding="utf-8")
 
 
 def write_result(name: str, command: str, figures: Mapping[str, object]) -> Path:

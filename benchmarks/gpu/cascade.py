@@ -43,12 +43,12 @@ from benchmarks.gpu.predictable import REPLACED_EVERY, block_pairs, last_token, 
 from benchmarks.gpu.service import load_model
 from benchmarks.gpu.shapes import SHAPES, make_model
 from benchmarks.processes import ROOT, service
-from benchmarks.record import RESULTS, record
+from benchmarks.record import RESULTS, keep_row, record
 from services.common.server import ServiceRegistration, start_server
 from services.common.stats import percentile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from asd.values import Answer
 
@@ -221,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def keep(row: dict[str, Any]) -> None:
         # After every part: what a later one breaks off is not lost.
-        _merge(options.out, row | {"record": record(command)})
+        keep_row(options.out, row | {"record": record(command)}, _key_of)
 
     asyncio.run(_measure(stages, options, options.concurrencies, keep))
     sys.stdout.write(f"{options.out}\n")
@@ -240,15 +240,8 @@ def _names(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
     return read
 
 
-def _merge(file: Path, row: dict[str, Any]) -> None:
-    content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"rows": []}
-
-    def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
-        return row["stages"], row["device"], row.get("inside", False)
-
-    rows = [each for each in content["rows"] if key_of(each) != key_of(row)]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"rows": [*rows, row]}, indent=2) + "\n", encoding="utf-8")
+def _key_of(row: Mapping[str, object]) -> tuple[object, ...]:
+    return row["stages"], row["device"], row.get("inside", False)
 
 
 async def _measure(

@@ -25,14 +25,14 @@ from benchmarks import arguments as kinds
 from benchmarks.gpu import device
 from benchmarks.gpu.__main__ import ENVIRONMENT, use_stand_in
 from benchmarks.processes import ROOT
-from benchmarks.record import RESULTS, record
+from benchmarks.record import RESULTS, keep_row, record
 from services.stage.domain import DraftText
 from services.stage.engines.conformance import EngineAnswer, NotConforming, Suite, collect
 from services.stage.engines.vllm.engine import VllmOptions, make_engine
 from suites import split
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from services.stage.engines.engine import Engine
 
@@ -65,27 +65,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ["python -m benchmarks.gpu.exactness", *(sys.argv[1:] if arguments is None else arguments)]
     )
     made = record(command) | {"versions": where["versions"]}
-    for row in asyncio.run(_measure(options)):
-        merge(options.out, {"device": where["device"], "dtype": options.dtype, **row, "record": made})
+
+    def keep(row: dict[str, Any]) -> None:
+        # After every pair: what a later one breaks off is not lost.
+        about = {"device": where["device"], "dtype": options.dtype}
+        keep_row(options.out, about | row | {"record": made}, _key_of)
+        sys.stderr.write(f"{json.dumps(row)}\n")
+
+    asyncio.run(_measure(options, keep))
     sys.stdout.write(f"{options.out}\n")
 
 
-def merge(file: Any, row: dict[str, Any]) -> None:
-    """Put a row into a file: it replaces that of the same pair, device and number format."""
-    rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
-
-    def key_of(each: dict[str, Any]) -> tuple[Any, ...]:
-        return each["device"], each["dtype"], each["drafter"], each["target"]
-
-    rows = [each for each in rows if key_of(each) != key_of(row)]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"rows": [*rows, row]}, indent=2) + "\n", encoding="utf-8")
+def _key_of(row: Mapping[str, object]) -> tuple[object, ...]:
+    return row["device"], row["dtype"], row["drafter"], row["target"]
 
 
-async def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+async def _measure(options: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> None:
     prompts = [(Message("user", task.prompt),) for task in split("evaluation", options.prompts)]
     answers: dict[str, list[EngineAnswer]] = {}
-    rows = []
     for name in NAMES:
         inside = name != NAMES[0]
         section = VllmOptions(
@@ -109,11 +106,9 @@ async def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
                 verified = await _in_turn(
                     [partial(_verify, engine, turns, draft) for turns, draft in drafts], options.at_a_time
                 )
-                rows.append(_compare(engine, drafter, name, verified, answers[name]))
-                sys.stderr.write(f"{json.dumps(rows[-1])}\n")
+                keep(_compare(engine, drafter, name, verified, answers[name]))
         finally:
             await engine.unload()
-    return rows
 
 
 async def _in_turn(
