@@ -13,6 +13,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 from asd import convert
 from asd.errors import InvalidRequest
 from asd.v1 import common_pb2
+from services.common.constraints import (
+    TOOL_NAME,
+    check_arguments,
+    check_choice,
+    check_parameters,
+    check_regex,
+    check_schema,
+)
 from services.common.wire import MAX_ENTRIES
 
 if TYPE_CHECKING:
@@ -24,12 +32,16 @@ MAX_STOP_SEQUENCES = MAX_ENTRIES["asd.v1.Sampling.stop"]
 # Names of adapters, as in the stages' settings: they are parts of models' names.
 TASK = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 MAX_TEMPERATURE = 2.0
+MAX_TOP_LOGPROBS = 20
+MAX_CALL_ID_BYTES = 256
 # Chosen: above any sensible value, and low enough that sums and products of a few stay exact and finite.
 MAX_COST_UNITS = 1e9
 # One day.
 MAX_LATENCY_MS = 86_400_000.0
 
+_NAMES = 'it has 1 to 64 characters of a-z, A-Z, 0-9, "_" and "-"'
 _ROLES = frozenset(common_pb2.Role.values())
+_TOOL_CHOICES = frozenset(common_pb2.ToolChoice.values())
 _PREFERENCES = frozenset(common_pb2.Preference.values())
 _ACCEPTANCE_MODES = frozenset(common_pb2.AcceptanceMode.values())
 _FINISH_REASONS = frozenset(common_pb2.FinishReason.values())
@@ -48,7 +60,7 @@ class HasInput(Protocol):
 
 
 def check_input(message: HasInput, path: str = "") -> None:
-    """Check that there is a prompt or a conversation, with text in it and the user's message last."""
+    """Check that there is a prompt or a conversation, with text, and the user's or a tool's message last."""
     kind = message.WhichOneof("input")  # type: ignore[attr-defined]
     if kind is None:
         raise InvalidRequest("set prompt or conversation", field=f"{path}prompt")
@@ -61,16 +73,95 @@ def check_input(message: HasInput, path: str = "") -> None:
         raise InvalidRequest(
             "conversation has no messages: send at least the user's", field=f"{path}conversation.messages"
         )
+    called: set[str] = set()
     for index, turn in enumerate(turns):
         where = f"{path}conversation.messages[{index}]"
         check_enum(common_pb2.Role, _ROLES, turn.role, f"{where}.role")
-        if not turn.content:
+        if not (turn.content or turn.tool_calls or turn.role == common_pb2.ROLE_TOOL):
             raise InvalidRequest("content is empty: send at least one byte of text", field=f"{where}.content")
-    if turns[-1].role != common_pb2.ROLE_USER:
+        if turn.tool_calls or turn.tool_call_id or turn.role == common_pb2.ROLE_TOOL:
+            _check_calls(turn, called, where)
+    if turns[-1].role not in {common_pb2.ROLE_USER, common_pb2.ROLE_TOOL}:
         raise InvalidRequest(
-            "the last message must be the user's (ROLE_USER)",
+            "the last message must be the user's (ROLE_USER), or a tool's (ROLE_TOOL)",
             field=f"{path}conversation.messages[{len(turns) - 1}].role",
         )
+    if message.conversation.HasField("tools"):
+        check_tools(message.conversation.tools, f"{path}conversation.tools")
+
+
+def _check_calls(turn: common_pb2.Message, called: set[str], where: str) -> None:
+    """Check a message's tool calls, and the call that it answers. called: ids so far; new ones are added."""
+    if turn.tool_calls and turn.role != common_pb2.ROLE_ASSISTANT:
+        raise InvalidRequest(
+            "only the assistant's messages (ROLE_ASSISTANT) have tool calls", field=f"{where}.tool_calls"
+        )
+    most = MAX_ENTRIES["asd.v1.Message.tool_calls"]
+    if len(turn.tool_calls) > most:
+        raise InvalidRequest(
+            f"a message has at most {most} tool calls, not {len(turn.tool_calls)}",
+            field=f"{where}.tool_calls",
+        )
+    for index, call in enumerate(turn.tool_calls):
+        place = f"{where}.tool_calls[{index}]"
+        if not 1 <= len(call.id.encode()) <= MAX_CALL_ID_BYTES:
+            raise InvalidRequest(f"a call's id has 1 to {MAX_CALL_ID_BYTES} bytes", field=f"{place}.id")
+        if call.id in called:
+            raise InvalidRequest(f"an earlier call has the id {call.id!r} already", field=f"{place}.id")
+        if not TOOL_NAME.fullmatch(call.name):
+            raise InvalidRequest(f"{call.name!r} is not a tool's name: {_NAMES}", field=f"{place}.name")
+        check_arguments(call.arguments, f"{place}.arguments")
+        called.add(call.id)
+    if turn.role == common_pb2.ROLE_TOOL:
+        if turn.tool_call_id not in called:
+            raise InvalidRequest(
+                f"no earlier message calls a tool with the id {turn.tool_call_id!r}: send the assistant's "
+                "message with its tool_calls before the result",
+                field=f"{where}.tool_call_id",
+            )
+    elif turn.tool_call_id:
+        raise InvalidRequest(
+            "only a tool's message (ROLE_TOOL) answers a call", field=f"{where}.tool_call_id"
+        )
+
+
+def check_tools(tools: common_pb2.Tools, path: str = "tools") -> None:
+    """Check names and parameters of tools, and the choice among them."""
+    most = MAX_ENTRIES["asd.v1.Tools.tools"]
+    if not 1 <= len(tools.tools) <= most:
+        raise InvalidRequest(f"there are 1 to {most} tools, not {len(tools.tools)}", field=f"{path}.tools")
+    names: set[str] = set()
+    for index, tool in enumerate(tools.tools):
+        where = f"{path}.tools[{index}]"
+        if not TOOL_NAME.fullmatch(tool.name):
+            raise InvalidRequest(f"{tool.name!r} is not a tool's name: {_NAMES}", field=f"{where}.name")
+        if tool.name in names:
+            raise InvalidRequest(f"two tools have the name {tool.name}", field=f"{where}.name")
+        names.add(tool.name)
+        if tool.parameters:
+            check_parameters(tool.parameters, f"{where}.parameters")
+    if tools.choice:
+        check_enum(common_pb2.ToolChoice, _TOOL_CHOICES, tools.choice, f"{path}.choice")
+    if tools.choice == common_pb2.TOOL_CHOICE_NAMED and tools.name not in names:
+        raise InvalidRequest(
+            f"there is no tool {tools.name!r} to call: the tools are {', '.join(sorted(names))}",
+            field=f"{path}.name",
+        )
+    if tools.name and tools.choice != common_pb2.TOOL_CHOICE_NAMED:
+        raise InvalidRequest("name belongs to TOOL_CHOICE_NAMED", field=f"{path}.name")
+
+
+def check_constraint(constraint: common_pb2.Constraint, path: str) -> None:
+    """Check the form of a constraint. Call it only if the message is set."""
+    match constraint.WhichOneof("rule"):
+        case "json_schema":
+            check_schema(constraint.json_schema, f"{path}.json_schema")
+        case "regex":
+            check_regex(constraint.regex, f"{path}.regex")
+        case "choice":
+            check_choice(constraint.choice.texts, f"{path}.choice.texts")
+        case _:
+            raise InvalidRequest("set json_schema, regex or choice", field=path)
 
 
 def check_sampling(sampling: common_pb2.Sampling, path: str = "sampling") -> None:
@@ -93,6 +184,13 @@ def check_sampling(sampling: common_pb2.Sampling, path: str = "sampling") -> Non
     for index, sequence in enumerate(sampling.stop):
         if not sequence:
             raise InvalidRequest("a stop sequence is empty", field=f"{path}.stop[{index}]")
+    if sampling.HasField("constraint"):
+        check_constraint(sampling.constraint, f"{path}.constraint")
+    if sampling.top_logprobs > MAX_TOP_LOGPROBS:
+        raise InvalidRequest(
+            f"top_logprobs must be 0 to {MAX_TOP_LOGPROBS}, not {sampling.top_logprobs}",
+            field=f"{path}.top_logprobs",
+        )
 
 
 def check_objective(objective: common_pb2.Objective, path: str = "objective") -> None:

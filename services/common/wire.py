@@ -27,6 +27,9 @@ MAX_ENTRIES: Mapping[str, int] = {
     "asd.v1.GenerateRequest.chain": 1024,
     "asd.v1.Conversation.messages": 4096,
     "asd.v1.Sampling.stop": 8,
+    "asd.v1.Tools.tools": 128,
+    "asd.v1.Message.tool_calls": 128,
+    "asd.v1.Choice.texts": 1024,
     "asd.v1.PlanRequest.cascade": 1024,
     "asd.v1.PlanRequest.conditions": 1024,
     "asd.v1.DecideRequest.cascade": 1024,
@@ -41,7 +44,8 @@ MAX_ENTRIES: Mapping[str, int] = {
 }
 _PACKAGE = "asd.v1"
 # Size up to which messages are not counted. Entries take at least two bytes, so such a message can break only
-# the bound of `stop`, which services.common.validation checks after decoding. Most requests are this small.
+# the bounds of `stop`, tools and tool calls, which services.common.validation checks after decoding. Most
+# requests are this small.
 UNCOUNTED_BYTES = 2048
 # Most fields of a message, including those inside its lists. Counting them takes 40 ms. A batch of 1024
 # conversations with 100 messages each has fewer.

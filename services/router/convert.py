@@ -63,6 +63,8 @@ def request_from(message: cascade_pb2.GenerateRequest, request_id: str) -> Route
         message.stage,
         tuple(message.chain),
         message.task,
+        message.prediction,
+        message.allow_switch,
         id=request_id,
     )
 
@@ -129,6 +131,7 @@ def tokens_from(message: common_pb2.TokenChunk, fingerprint: str = "") -> Scored
         message.entropies,
         message.top2_margins,
         fingerprint,
+        message.details,
     )
 
 
@@ -163,6 +166,7 @@ def result_from(message: stage_pb2.StageResult, peer: str) -> StageResult:
         model=message.model,
         accept_lengths=message.accept_lengths,
         context_length=message.context_length,
+        is_constrained=message.constrained,
     )
 
 
@@ -209,6 +213,7 @@ def response_to(outcome: RoutedAnswer, trace_id: str) -> cascade_pb2.GenerateRes
         ],
         trace_id=trace_id,
         out_of_family=outcome.is_out_of_family,
+        scored_tokens=chunk_to(outcome.scored_tokens) if outcome.scored_tokens is not None else None,
     )
 
 
@@ -244,6 +249,7 @@ def record_to(record: Record) -> cascade_pb2.StageRecord:
         accept_lengths=answer.result.accept_lengths,
         model=answer.result.model,
         adapted=answer.result.is_adapted,
+        constrained=answer.result.is_constrained,
     )
 
 
@@ -286,10 +292,13 @@ def event_to(event: Event, trace_id: str) -> cascade_pb2.GenerateStreamResponse:
 
 def chunk_to(tokens: ScoredTokens) -> common_pb2.TokenChunk:
     """Return tokens as a message."""
-    return common_pb2.TokenChunk(
+    message = common_pb2.TokenChunk(
         token_ids=tokens.ids,
         text=tokens.text,
         logprobs=tokens.logprobs,
         entropies=tokens.entropies,
         top2_margins=tokens.top2_margins,
     )
+    if tokens.details:
+        message.details.extend(tokens.details)
+    return message

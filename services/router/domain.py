@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from asd.values import DecisionAction, Request, StageAction
 
@@ -73,7 +73,8 @@ class Stage:
 class ScoredTokens:
     """Tokens in order. logprobs (nats), entropies (nats) and top2_margins have one entry per id.
 
-    fingerprint: of the tokenizer; "" if the stage did not send one.
+    fingerprint: of the tokenizer; "" if the stage did not send one. details: the contract's messages as they
+    came; one per id, if the request asks for them.
     """
 
     ids: Sequence[int]
@@ -82,6 +83,7 @@ class ScoredTokens:
     entropies: Sequence[float] = ()
     top2_margins: Sequence[float] = ()
     fingerprint: str = ""
+    details: Sequence[Any] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +141,7 @@ class StageResult:
 
     accept_lengths: tokens emitted by each pass that scored a proposal. is_adapted: whether the call named an
     adapter; the model's name does not tell. others: calls of other callers. context_length: the model's, in
-    tokens; 0: unknown.
+    tokens; 0: unknown. is_constrained: whether a constraint was kept.
     """
 
     text: str
@@ -153,6 +155,7 @@ class StageResult:
     is_adapted: bool = False
     others: PeerLoad | None = None
     context_length: int = 0
+    is_constrained: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -396,7 +399,10 @@ class Revision:
 
 @dataclass(frozen=True, slots=True)
 class RoutedAnswer:
-    """The answer to a request: the last record's, with the records that led to it."""
+    """The answer to a request: the last record's, with the records that led to it.
+
+    scored_tokens: the answer's, if the request asks for their log-probabilities.
+    """
 
     request_id: str
     records: tuple[Record, ...]
@@ -405,6 +411,7 @@ class RoutedAnswer:
     latency_ms: float
     policy_ms: float
     prefilled: Prefilled | None = None
+    scored_tokens: ScoredTokens | None = None
 
     @property
     def answer(self) -> StageAnswer:

@@ -207,7 +207,12 @@ class RequestState:
         self._judged(stop.decision)
         result, tokens = self.answer.result, self.answer.tokens
         whole = ScoredTokens(
-            result.token_ids, result.text, tokens.logprobs, tokens.entropies, tokens.top2_margins
+            result.token_ids,
+            result.text,
+            tokens.logprobs,
+            tokens.entropies,
+            tokens.top2_margins,
+            details=tokens.details,
         )
         await self._show(self._stream.commit(whole))
         return RoutedAnswer(
@@ -218,6 +223,7 @@ class RequestState:
             self.spent_ms(),
             stop.provenance.policy_ms,
             self._prefilled,
+            None if self.request.sampling.top_logprobs is None else whole,
         )
 
     def _judged(self, decision: Decision | None) -> None:

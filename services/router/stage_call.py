@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from asd.errors import AsdError
 from asd.values import FinishReason, StageAction
@@ -52,6 +52,7 @@ class StageCall:
         self._logprobs: list[float] = []
         self._entropies: list[float] = []
         self._top2_margins: list[float] = []
+        self._details: list[Any] = []
 
     def take(self, event: ScoredTokens | Verification) -> None:
         """Take an event that the stage sends while it works."""
@@ -67,6 +68,7 @@ class StageCall:
             self._logprobs.extend(event.logprobs)
             self._entropies.extend(event.entropies)
             self._top2_margins.extend(event.top2_margins)
+            self._details.extend(event.details)
         else:
             self._verification = event
 
@@ -161,7 +163,12 @@ class StageCall:
         else:
             cost = generate_cost(self.stage.cost)
         tokens = ScoredTokens(
-            self._ids, "".join(self._texts), self._logprobs, self._entropies, self._top2_margins
+            self._ids,
+            "".join(self._texts),
+            self._logprobs,
+            self._entropies,
+            self._top2_margins,
+            details=self._details,
         )
         return StageAnswer(
             self.stage,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from asd.errors import AsdError
@@ -138,7 +139,8 @@ class AnswerStream:
                 tokens.logprobs[skip:],
                 tokens.entropies[skip:],
                 tokens.top2_margins[skip:],
+                details=tokens.details[skip:],
             )
         elif text is not tokens.text:
-            tokens = ScoredTokens(tokens.ids, text, tokens.logprobs, tokens.entropies, tokens.top2_margins)
+            tokens = replace(tokens, text=text, fingerprint="")
         return tokens if tokens.ids or tokens.text else None

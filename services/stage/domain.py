@@ -9,17 +9,21 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from asd.values import FinishReason
+    from asd.values import FinishReason, TokenDetail
 
 
 @dataclass(frozen=True, slots=True)
 class DraftText:
-    """An answer to verify. ids are used if the fingerprint is the target's, else the text is encoded."""
+    """An answer to verify. ids are used if the fingerprint is the target's, else the text is encoded.
+
+    is_prediction: whether the caller wrote it, so that it is refused if it breaks the constraint.
+    """
 
     text: str
     ids: tuple[int, ...]
     fingerprint: str
     finish: FinishReason
+    is_prediction: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +40,17 @@ class DraftPiece:
 
 @dataclass(frozen=True, slots=True)
 class TokenChunk:
-    """Tokens in order. logprobs, entropies (nats), margins: float32 [tokens], as in the contract."""
+    """Tokens in order. logprobs, entropies (nats), margins: float32 [tokens], as in the contract.
+
+    details: one per token, if the request asks for them.
+    """
 
     ids: tuple[int, ...]
     text: str
     logprobs: npt.NDArray[np.float32]
     entropies: npt.NDArray[np.float32]
     margins: npt.NDArray[np.float32]
+    details: tuple[TokenDetail, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +59,7 @@ class VerificationResult:
 
     resampled: whether tokens were accepted by rejection sampling, and not by the seed's draws.
     while_writing: whether the request that wrote the answer verified the draft as it went.
+    allowed: how many of the draft's tokens the constraint allows; None: all that were judged.
     """
 
     proposed: int
@@ -60,6 +69,7 @@ class VerificationResult:
     ids_used: bool
     resampled: bool = False
     while_writing: bool = False
+    allowed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +80,7 @@ class Result:
     the final one do not count.
     accept_lengths: tokens emitted by each pass that scored a proposal: accepted + 1, or up to the token that
     ended the answer; an end-of-sequence token counts.
+    constrained: whether a constraint was kept.
     """
 
     text: str
@@ -85,6 +96,7 @@ class Result:
     prefill_ms: float
     decode_ms: float
     total_ms: float
+    constrained: bool = False
 
 
 @dataclass(frozen=True, slots=True)

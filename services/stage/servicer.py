@@ -6,7 +6,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from asd.convert import FINISH_REASONS, input_from, sampling_from
+from asd.convert import FINISH_REASONS, details_to, input_from, sampling_from
 from asd.errors import InvalidRequest
 from asd.v1 import common_pb2, stage_pb2, stage_pb2_grpc
 from asd.values import FinishReason, Message, Role, Sampling
@@ -95,6 +95,7 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
             ids=tuple(request.draft.token_ids),
             fingerprint=request.draft.tokenizer_fingerprint,
             finish=FINISH_REASONS.members[request.draft.finish_reason],
+            is_prediction=request.is_prediction,
         )
         async with self._pool.use(request.model, request.caller) as (name, engine):
             status = engine.status()
@@ -250,6 +251,7 @@ def _chunk(chunk: TokenChunk) -> common_pb2.TokenChunk:
         logprobs=chunk.logprobs.tolist(),
         entropies=chunk.entropies.tolist(),
         top2_margins=chunk.margins.tolist(),
+        details=details_to(chunk.details),
     )
 
 
@@ -270,6 +272,7 @@ def _verification(result: VerificationResult) -> stage_pb2.Verification:
         ids_used=result.ids_used,
         resampled=result.resampled,
         while_writing=result.while_writing,
+        allowed_tokens=result.allowed,
     )
 
 
@@ -297,6 +300,7 @@ def _result(result: Result, model: str, status: EngineStatus, others: int) -> st
         accept_lengths=result.accept_lengths,
         others_under_way=others,
         context_length=status.context_length,
+        constrained=result.constrained,
     )
 
 
@@ -317,4 +321,7 @@ def _status(name: str, kind: str, status: EngineStatus) -> stage_pb2.ModelStatus
         cancelled_requests=status.cancelled,
         error=status.error,
         verifies_inside=status.verifies_inside,
+        constrains=status.constrains,
+        takes_tools=status.takes_tools,
+        most_top_logprobs=status.most_top_logprobs,
     )

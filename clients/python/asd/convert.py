@@ -15,7 +15,10 @@ from asd.values import (
     AcceptanceMode,
     Answer,
     BatchItem,
+    Candidate,
     Committed,
+    Constraint,
+    Conversation,
     DecisionAction,
     DecisionReason,
     Description,
@@ -38,10 +41,18 @@ from asd.values import (
     StageDescription,
     StageRecord,
     StageStarted,
+    TokenDetail,
     Tokens,
+    Tool,
+    ToolCall,
+    ToolChoice,
+    Tools,
+    tools_of,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from google.protobuf.internal.enum_type_wrapper import _EnumTypeWrapper as EnumTypeWrapper
 
 # Largest request to the router: gRPC's default, which callers know. Messages between services may be twice as
@@ -88,6 +99,7 @@ class Enumeration(Generic[Member]):
 
 
 ROLES = Enumeration(Role, common_pb2.Role)
+TOOL_CHOICES = Enumeration(ToolChoice, common_pb2.ToolChoice)
 PREFERENCES = Enumeration(Preference, common_pb2.Preference)
 ACCEPTANCE_MODES = Enumeration(AcceptanceMode, common_pb2.AcceptanceMode)
 FINISH_REASONS = Enumeration(FinishReason, common_pb2.FinishReason)
@@ -114,6 +126,8 @@ def request_to(request: Request) -> cascade_pb2.GenerateRequest:
     _assign(message, "session_id", request.session_id)
     _assign(message, "stage", request.stage)
     _assign(message, "task", request.task)
+    _assign(message, "prediction", request.prediction)
+    message.allow_switch = request.allow_switch
     _extend(message.chain, request.chain, "chain")
     size = message.ByteSize()
     if size > MAX_REQUEST_BYTES:
@@ -160,12 +174,43 @@ def set_input(message: Any, value: Input) -> None:
     conversation = message.conversation
     conversation.SetInParent()
     for index, turn in enumerate(value):
+        where = f"conversation.messages[{index}]"
         try:
             conversation.messages.add(
-                role=ROLES.number_of(turn.role, f"conversation.messages[{index}].role"), content=turn.content
+                role=ROLES.number_of(turn.role, f"{where}.role"),
+                content=turn.content,
+                tool_calls=[
+                    _call_to(each, f"{where}.tool_calls[{i}]") for i, each in enumerate(turn.tool_calls)
+                ],
+                tool_call_id=turn.tool_call_id,
             )
         except UnicodeEncodeError as error:
-            raise _not_utf8(f"conversation.messages[{index}].content") from error
+            raise _not_utf8(f"{where}.content") from error
+    tools = tools_of(value)
+    if tools is not None:
+        conversation.tools.CopyFrom(_tools_to(tools))
+
+
+def _call_to(call: ToolCall, where: str) -> common_pb2.ToolCall:
+    try:
+        return common_pb2.ToolCall(id=call.id, name=call.name, arguments=call.arguments)
+    except UnicodeEncodeError as error:
+        raise _not_utf8(where) from error
+
+
+def _tools_to(tools: Tools) -> common_pb2.Tools:
+    try:
+        return common_pb2.Tools(
+            tools=[
+                common_pb2.Tool(name=each.name, description=each.description, parameters=each.parameters)
+                for each in tools.tools
+            ],
+            choice=TOOL_CHOICES.number_of(tools.choice, "conversation.tools.choice"),
+            name=tools.name,
+            single_call=tools.single_call,
+        )
+    except UnicodeEncodeError as error:
+        raise _not_utf8("conversation.tools") from error
 
 
 def _largest(value: Input) -> str:
@@ -184,16 +229,46 @@ def sampling_to(sampling: Sampling) -> common_pb2.Sampling:
             top_p=sampling.top_p,
             seed=sampling.seed,
             stop=sampling.stop,
+            constraint=None if sampling.constraint is None else _constraint_to(sampling.constraint),
+            top_logprobs=sampling.top_logprobs,
         )
     except ValueError:
         # protobuf's error names no field, so assign them one by one.
         message = common_pb2.Sampling()
-        for name in ("max_new_tokens", "seed"):
+        for name in ("max_new_tokens", "seed", "top_logprobs"):
             value = getattr(sampling, name)
             if value is not None:
                 _assign(message, name, value, "sampling.")
         _extend(message.stop, sampling.stop, "sampling.stop")
         raise
+
+
+def _constraint_to(constraint: Constraint) -> common_pb2.Constraint:
+    message = common_pb2.Constraint()
+    where = "sampling.constraint."
+    if constraint.choice is not None:
+        message.choice.SetInParent()
+        _extend(message.choice.texts, constraint.choice, f"{where}choice.texts")
+    elif constraint.regex is not None:
+        _assign(message, "regex", constraint.regex, where)
+    else:
+        assert isinstance(constraint.json_schema, str)
+        _assign(message, "json_schema", constraint.json_schema, where)
+    return message
+
+
+def details_to(details: Sequence[TokenDetail]) -> list[common_pb2.TokenDetail]:
+    """Return tokens' details as messages."""
+    return [
+        common_pb2.TokenDetail(
+            text=each.text,
+            likeliest=[
+                common_pb2.Candidate(token_id=c.token_id, text=c.text, logprob=c.logprob)
+                for c in each.likeliest
+            ],
+        )
+        for each in details
+    ]
 
 
 def objective_to(objective: Objective) -> common_pb2.Objective:
@@ -249,7 +324,37 @@ def input_from(message: Any) -> Input:
     if message.WhichOneof("input") == "prompt":
         prompt: str = message.prompt
         return prompt
-    return tuple(Message(ROLES.members[turn.role], turn.content) for turn in message.conversation.messages)
+    conversation = message.conversation
+    turns = tuple(
+        Message(
+            ROLES.members[turn.role], turn.content, tuple(map(_call_from, turn.tool_calls)), turn.tool_call_id
+        )
+        for turn in conversation.messages
+    )
+    return Conversation(turns, _tools_from(conversation.tools)) if conversation.HasField("tools") else turns
+
+
+def _call_from(message: common_pb2.ToolCall) -> ToolCall:
+    return ToolCall(message.id, message.name, message.arguments)
+
+
+def _tools_from(message: common_pb2.Tools) -> Tools:
+    return Tools(
+        tuple(Tool(each.name, each.description, each.parameters) for each in message.tools),
+        TOOL_CHOICES.members.get(message.choice, ToolChoice.AUTO),
+        message.name,
+        message.single_call,
+    )
+
+
+def _constraint_from(message: common_pb2.Constraint) -> Constraint:
+    match message.WhichOneof("rule"):
+        case "choice":
+            return Constraint(choice=tuple(message.choice.texts))
+        case "regex":
+            return Constraint(regex=message.regex)
+        case _:
+            return Constraint(json_schema=message.json_schema)
 
 
 def sampling_from(message: common_pb2.Sampling) -> Sampling:
@@ -260,6 +365,8 @@ def sampling_from(message: common_pb2.Sampling) -> Sampling:
         top_p=message.top_p if message.HasField("top_p") else None,
         seed=message.seed if message.HasField("seed") else None,
         stop=tuple(message.stop),
+        constraint=_constraint_from(message.constraint) if message.HasField("constraint") else None,
+        top_logprobs=message.top_logprobs if message.HasField("top_logprobs") else None,
     )
 
 
@@ -330,6 +437,9 @@ def answer_from(message: cascade_pb2.GenerateResponse) -> Answer:
         trace_id=message.trace_id,
         stages=tuple(_record_from(record) for record in message.stages),
         out_of_family=message.out_of_family,
+        scored_tokens=_tokens_from(message.scored_tokens) if message.HasField("scored_tokens") else None,
+        tool_calls=tuple(map(_call_from, message.tool_calls)),
+        content=message.content if message.tool_calls else message.text,
     )
 
 
@@ -358,6 +468,7 @@ def _record_from(message: cascade_pb2.StageRecord) -> StageRecord:
         accept_lengths=tuple(message.accept_lengths),
         model=message.model,
         adapted=message.adapted,
+        constrained=message.constrained,
     )
 
 
@@ -377,6 +488,10 @@ def description_from(message: cascade_pb2.DescribeResponse) -> Description:
                 queue_depth=stage.queue_depth,
                 asleep=stage.asleep,
                 adapters=tuple(stage.adapters),
+                constrains=stage.constrains,
+                takes_tools=stage.takes_tools,
+                most_top_logprobs=stage.most_top_logprobs,
+                verifies_inside=stage.verifies_inside,
             )
             for stage in message.stages
         ),
@@ -407,4 +522,8 @@ def _policy_from(message: policy_pb2.PolicyServiceDescribeResponse) -> PolicyDes
 
 
 def _tokens_from(message: common_pb2.TokenChunk) -> Tokens:
-    return Tokens(tuple(message.token_ids), message.text, tuple(message.logprobs))
+    details = tuple(
+        TokenDetail(each.text, tuple(Candidate(c.token_id, c.text, c.logprob) for c in each.likeliest))
+        for each in message.details
+    )
+    return Tokens(tuple(message.token_ids), message.text, tuple(message.logprobs), details)

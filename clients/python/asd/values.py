@@ -5,7 +5,8 @@ Fields, units and ranges are those of protos/asd/v1; costs are in cost units, ti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from numbers import Integral, Real
@@ -18,6 +19,16 @@ class Role(StrEnum):
     SYSTEM = "system"
     USER = "user"
     ASSISTANT = "assistant"
+    TOOL = "tool"
+
+
+class ToolChoice(StrEnum):
+    """Whether the model has to call a tool. NAMED: the one with a given name."""
+
+    AUTO = "auto"
+    NONE = "none"
+    REQUIRED = "required"
+    NAMED = "named"
 
 
 class Preference(StrEnum):
@@ -83,7 +94,8 @@ class PlanSource(StrEnum):
 
 
 # A member, or its value.
-RoleName = Role | Literal["system", "user", "assistant"]
+RoleName = Role | Literal["system", "user", "assistant", "tool"]
+ToolChoiceName = ToolChoice | Literal["auto", "none", "required", "named"]
 PreferenceName = Preference | Literal["fastest", "balanced", "best"]
 AcceptanceModeName = AcceptanceMode | Literal["exact", "tolerant"]
 
@@ -102,30 +114,120 @@ def _check_names(name: str, value: object) -> None:
 
 
 @dataclass(frozen=True)
+class Tool:
+    """A tool that the model may ask for. parameters: JSON Schema of its arguments, as JSON; "": none."""
+
+    name: str
+    description: str = ""
+    parameters: str = ""
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call that the model asked for. arguments: a JSON object, as JSON."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    tool_calls: of the assistant. tool_call_id: of a tool, the call that it answers.
+    """
 
     role: RoleName
-    content: str
+    content: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+
+
+@dataclass(frozen=True)
+class Tools:
+    """Tools of a conversation. name: the one to call, with NAMED. single_call: one call an answer at most."""
+
+    tools: tuple[Tool, ...]
+    choice: ToolChoiceName = ToolChoice.AUTO
+    name: str = ""
+    single_call: bool = False
+
+
+class Conversation(tuple[Message, ...]):
+    """Messages, oldest first, with the tools that the model may call."""
+
+    tools: Tools
+
+    def __new__(cls, messages: Iterable[Message], tools: Tools) -> Conversation:
+        """Return the messages with their tools."""
+        made = super().__new__(cls, messages)
+        made.tools = tools
+        return made
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Conversation) and self.tools == other.tools and super().__eq__(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash((tuple(self), self.tools))
+
+
+def tools_of(turns: object) -> Tools | None:
+    """Return the tools of a conversation; None if it has none."""
+    return turns.tools if isinstance(turns, Conversation) else None
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What an answer must be: a value of a JSON Schema, a match of a regular expression, or one of several.
+
+    Exactly one is given, else TypeError is raised. json_schema: as JSON, or as the object.
+    """
+
+    json_schema: str | Mapping[str, Any] | bool | None = None
+    regex: str | None = None
+    choice: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if [self.json_schema, self.regex, self.choice].count(None) != 2:
+            raise TypeError("a constraint is a json_schema, a regex or a choice: give exactly one of them")
+        if self.json_schema is not None and not isinstance(self.json_schema, str):
+            object.__setattr__(self, "json_schema", json.dumps(self.json_schema))
+        if self.regex is not None and not isinstance(self.regex, str):
+            raise TypeError(f"regex is a string, not {self.regex!r}")
+        if self.choice is not None:
+            _check_names("choice", self.choice)
+            object.__setattr__(self, "choice", tuple(self.choice))
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. None: the stage's default."""
+    """How tokens are chosen. None: the stage's default.
+
+    constraint: what the answer must be. top_logprobs: how many of the likeliest tokens to report at each
+    position (0 to 20); None: no log-probabilities are reported.
+    """
 
     max_new_tokens: int | None = None
     temperature: float = 0.0
     top_p: float | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    constraint: Constraint | None = None
+    top_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         # What protobuf says of a wrong type names no field.
         for name in ("temperature", "top_p"):
             _check_number(name, getattr(self, name))
-        for name in ("max_new_tokens", "seed"):
+        for name in ("max_new_tokens", "seed", "top_logprobs"):
             _check_number(name, getattr(self, name), whole=True)
         _check_names("stop", self.stop)
+        if self.constraint is not None and not isinstance(self.constraint, Constraint):
+            raise TypeError(f"constraint is a Constraint, not {self.constraint!r}")
 
 
 @dataclass(frozen=True)
@@ -167,20 +269,27 @@ class Options(TypedDict, total=False):
     top_p: float | None
     seed: int | None
     stop: Sequence[str]
+    constraint: Constraint | None
+    top_logprobs: int | None
+    tools: Tools | Sequence[Tool] | None
     acceptance: Acceptance | None
     session_id: str
     stage: str
     chain: Sequence[str]
     task: str
+    prediction: str
+    allow_switch: bool
 
 
 @dataclass(frozen=True)
 class Request:
-    """One question to a cascade: a single user message, or a conversation that ends with one.
+    """One question to a cascade: a user message, or a conversation that ends with one or a tool's result.
 
-    stage: the one stage that must answer. chain: stages that all work on the answer; the first drafts, each
-    later one verifies. Without either, the policy decides. task: type of task, such as "math": stages with an
-    adapter for it answer with the adapter.
+    input: a Conversation, where it has tools. stage: the one stage that must answer. chain: stages that all
+    work on the answer; the first drafts, each later one verifies. Without either, the policy decides. task:
+    type of task, such as "math": stages with an adapter for it answer with the adapter. prediction: the
+    answer that is expected, which the first stage verifies as a draft. allow_switch: whether another stage
+    than the one that asked for tool calls may go on with their results.
     """
 
     input: str | tuple[Message, ...]
@@ -191,10 +300,12 @@ class Request:
     stage: str = ""
     chain: tuple[str, ...] = ()
     task: str = ""
+    prediction: str = ""
+    allow_switch: bool = False
 
     def __post_init__(self) -> None:
         # protobuf's error for a wrong type names no field.
-        for name in ("stage", "task", "session_id"):
+        for name in ("stage", "task", "session_id", "prediction"):
             value = getattr(self, name)
             if not isinstance(value, str):
                 raise TypeError(f"{name} is a string, not {value!r}")
@@ -218,14 +329,28 @@ class Request:
             known = ", ".join(sorted({*Options.__annotations__, "timeout_ms"}))
             raise TypeError(f"there is no option {min(unknown)}: the options are {known}")
         turns = question if isinstance(question, str) else _turns(question)
+        tools = _tools(given.pop("tools", None))
+        if tools is not None:
+            turns = Conversation((Message(Role.USER, turns),) if isinstance(turns, str) else turns, tools)
         return cls(turns, sampling, objective, **given)
 
 
 Question = str | Sequence[Message] | Request
 
 
+def _tools(given: object) -> Tools | None:
+    """Return the tools of an option. Raises TypeError for anything else."""
+    if given is None or isinstance(given, Tools):
+        return given
+    if isinstance(given, list | tuple) and all(isinstance(each, Tool) for each in given):
+        return Tools(tuple(given)) if given else None
+    raise TypeError(f"tools are a list of Tool, or Tools, not {given!r}")
+
+
 def _turns(question: object) -> tuple[Message, ...]:
     """Return a conversation's messages. Raises TypeError for anything else."""
+    if isinstance(question, Conversation):
+        return question
     turns = tuple(question) if isinstance(question, list | tuple) else None
     if turns is None or not all(isinstance(each, Message) for each in turns):
         raise TypeError(f"a question is a text, a list of Message or a Request, not {question!r}")
@@ -246,7 +371,7 @@ class StageRecord:
     not called or made no prediction.
     accept_lengths: tokens emitted by each pass that scored a proposal. cached_prompt_tokens: of
     prompt_tokens, from the prefix cache. model: as the stage calls it; "" if no result came. adapted: whether
-    its adapter for the type of task answered.
+    its adapter for the type of task answered. constrained: whether it kept a constraint.
     """
 
     stage: str
@@ -271,6 +396,7 @@ class StageRecord:
     accept_lengths: tuple[int, ...] = ()
     model: str = ""
     adapted: bool = False
+    constrained: bool = False
 
 
 @dataclass(frozen=True)
@@ -278,6 +404,8 @@ class Answer:
     """The answer to one request, with one record per stage that was called, in order.
 
     `out_of_family`: the prompt is unlike all that the policy was fitted to, so `p_correct` is None.
+    `scored_tokens`: the tokens with their log-probabilities, if `top_logprobs` asked for them. `content`: the
+    text without its tool calls.
     """
 
     request_id: str
@@ -296,6 +424,14 @@ class Answer:
     trace_id: str
     stages: tuple[StageRecord, ...]
     out_of_family: bool = False
+    scored_tokens: Tokens | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    content: str = ""
+
+    @property
+    def message(self) -> Message:
+        """The answer as a turn of the conversation, for the request that follows."""
+        return Message(Role.ASSISTANT, self.content, self.tool_calls)
 
 
 @dataclass(frozen=True)
@@ -320,12 +456,33 @@ class StageStarted:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A token that could stand at a position. text: its bytes. logprob: natural log, at temperature 1."""
+
+    token_id: int
+    text: bytes
+    logprob: float
+
+
+@dataclass(frozen=True)
+class TokenDetail:
+    """A token's bytes, which need not be whole characters, and the likeliest tokens at its position."""
+
+    text: bytes
+    likeliest: tuple[Candidate, ...] = ()
+
+
+@dataclass(frozen=True)
 class Tokens:
-    """Tokens in order; the text that they add, which may be empty while a character is incomplete."""
+    """Tokens in order; the text that they add, which may be empty while a character is incomplete.
+
+    details: one per token, if `top_logprobs` asked for them.
+    """
 
     token_ids: tuple[int, ...] = ()
     text: str = ""
     logprobs: tuple[float, ...] = ()
+    details: tuple[TokenDetail, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -379,7 +536,9 @@ class BatchItem:
 class StageDescription:
     """A stage of the cascade. The fields of its model are empty while the stage is unavailable.
 
-    adapters: types of task that its model has adapters for.
+    adapters: types of task that its model has adapters for. constrains, takes_tools: whether it keeps
+    constraints, and knows tools. most_top_logprobs: how many likeliest tokens it reports. verifies_inside:
+    whether it verifies a draft in the request that writes the answer.
     """
 
     stage: str
@@ -393,6 +552,10 @@ class StageDescription:
     queue_depth: int
     asleep: bool = False
     adapters: tuple[str, ...] = ()
+    constrains: bool = False
+    takes_tools: bool = False
+    most_top_logprobs: int = 0
+    verifies_inside: bool = False
 
 
 @dataclass(frozen=True)

@@ -283,6 +283,10 @@ class GrpcStage:
             description.parameters = model.parameters
             description.context_length = model.context_length
             description.queue_depth = model.queued_requests + model.running_requests
+            description.constrains = model.constrains
+            description.takes_tools = model.takes_tools
+            description.most_top_logprobs = model.most_top_logprobs
+            description.verifies_inside = model.verifies_inside
         description.adapters.extend(tasks_of(self._stage.model, [model.name for model in status.models]))
         description.available = bool(models) and not status.draining
         return description

@@ -26,7 +26,9 @@ class ModelState(Enum):
 class EngineStatus:
     """State of a model at one moment; sizes in bytes.
 
-    verifies_inside: whether a draft is verified while the answer is written, in one request.
+    verifies_inside: whether a draft is verified while the answer is written, in one request. constrains:
+    whether it keeps constraints. takes_tools: whether the chat template knows tools. most_top_logprobs:
+    largest `top_logprobs` that it serves.
     """
 
     state: ModelState
@@ -42,6 +44,9 @@ class EngineStatus:
     cancelled: int
     error: str
     verifies_inside: bool = False
+    constrains: bool = False
+    takes_tools: bool = False
+    most_top_logprobs: int = 0
 
 
 class Engine(Protocol):

@@ -9,8 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from asd.errors import AsdError, ConversationRefused, InvalidRequest, PreconditionFailed, PromptTooLong
-from asd.values import FinishReason
+from asd.errors import (
+    AsdError,
+    ConversationRefused,
+    InvalidRequest,
+    ModelRefusal,
+    PreconditionFailed,
+    PromptTooLong,
+)
+from asd.values import FinishReason, Role, tools_of
 from services.stage.generation.answer import AnswerBuilder
 from services.stage.generation.call import Call
 from services.stage.generation.tokenizer import TooManyTokens
@@ -77,6 +84,7 @@ class RequestReader:
         signals: Callable[[Sequence[int], Sequence[Evidence]], Signals],
     ) -> Call[Evidence]:
         """Return the call of a request, with a seed if it samples. signals: see Call."""
+        self._refuse_unsupported(turns, sampling)
         prompt = await self.read_prompt(turns)
         seed_is_free = sampling.temperature > 0 and sampling.seed is None
         if seed_is_free:
@@ -85,6 +93,14 @@ class RequestReader:
         most_tokens = min(wanted, self._context - len(prompt))
         answer = AnswerBuilder(self._tokenizer.stream(), sampling.stop)
         return Call(prompt, most_tokens, sampling, answer, self._eos_ids, signals, seed_is_free=seed_is_free)
+
+    def _refuse_unsupported(self, turns: tuple[Message, ...], sampling: Sampling) -> None:
+        if sampling.constraint is not None:
+            raise ModelRefusal(f"{self._name} cannot keep a constraint", field="sampling.constraint")
+        if sampling.top_logprobs is not None:
+            raise ModelRefusal(f"{self._name} reports no log-probabilities", field="sampling.top_logprobs")
+        if tools_of(turns) is not None or any(turn.role == Role.TOOL or turn.tool_calls for turn in turns):
+            raise ConversationRefused(f"{self._name} takes no tools", field="conversation.tools")
 
     async def read_prompt(self, turns: tuple[Message, ...]) -> list[int]:
         """Return a prompt's ids: fewer than the context, so that an answer has room."""

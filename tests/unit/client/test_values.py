@@ -236,6 +236,9 @@ def test_an_answer_has_every_field_of_the_message():
         "trace_id": "t" * 32,
         "out_of_family": True,
         "stages": (),
+        "scored_tokens": None,
+        "tool_calls": (),
+        "content": "42",
     }
     assert (first.action, first.decision, first.reason) == ("generate", "escalate", "value")
     assert (first.p_correct, first.p_correct_stderr, first.latency_ms, first.cost) == (0.25, 0.125, 7.0, 1.5)

@@ -61,7 +61,7 @@ def test_contract_keeps_what_was_released() -> None:
 
 
 LINT = [
-    ("COMMENT_FIELD", "common.proto", ("  // UTF-8 text, 1 byte or more.\n", "")),
+    ("COMMENT_FIELD", "common.proto", ("  // Whether one has to be called.\n", "")),
     ("COMMENT_ENUM_VALUE", "common.proto", ("  // Instructions that hold for the whole conversation.\n", "")),
     ("COMMENT_MESSAGE", "common.proto", ("// One turn of a conversation.\n", "")),
     ("COMMENT_ENUM", "common.proto", ("// Who wrote a message of a conversation.\n", "")),
@@ -199,6 +199,6 @@ def test_reserved_number_cannot_be_used_again(copy: Path) -> None:
 
 
 def test_additions_are_allowed(copy: Path) -> None:
-    _edit(copy, "common.proto", (TOP_P, TOP_P + "  // Added.\n  optional float min_p = 6;\n"))
+    _edit(copy, "common.proto", (TOP_P, TOP_P + "  // Added.\n  optional float min_p = 100;\n"))
     run = _buf(copy, "breaking", "--against", RELEASED)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
