@@ -10,6 +10,7 @@ import ssl
 import sys
 from typing import TYPE_CHECKING, Any
 
+import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -63,7 +64,10 @@ def protocol(settings: GatewaySettings) -> type[HttpToolsProtocol]:
                     return
                 # The last part may have a body behind the head.
                 self._head_bytes += len(data)
-            super().data_received(data)
+            try:
+                self._parse(data)
+            except httptools.HttpParserError as error:
+                self.send_400_response(f"the request is not valid HTTP: {error}")
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
@@ -72,8 +76,15 @@ def protocol(settings: GatewaySettings) -> type[HttpToolsProtocol]:
             self._head_bytes, self._in_head = 0, True
 
         def on_headers_complete(self) -> None:
+            if self.parser.should_upgrade():
+                # The parser stops behind the head: see _parse.
+                return
             self._head_is_there()
             super().on_headers_complete()
+
+        def on_message_complete(self) -> None:
+            if not self.parser.should_upgrade():
+                super().on_message_complete()
 
         def pause_writing(self) -> None:
             super().pause_writing()
@@ -86,6 +97,33 @@ def protocol(settings: GatewaySettings) -> type[HttpToolsProtocol]:
                 self._write_timer.cancel()
                 self._write_timer = None
             super().resume_writing()
+
+        def _parse(self, data: bytes) -> None:
+            """Parse a part of what the caller sends. Raises HttpParserError if it is not HTTP.
+
+            Wishes for another protocol are ignored. The parser takes such a request for one without a body,
+            so a new parser reads the head again without the wish, and then the body.
+            """
+            self._unset_keepalive_if_required()
+            rest = memoryview(data)
+            while rest:
+                try:
+                    self.parser.feed_data(rest)
+                    return
+                except httptools.HttpParserUpgrade as upgrade:
+                    rest = rest[upgrade.args[0] :]
+                self._repeat_head()
+
+        def _repeat_head(self) -> None:
+            method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+            if method == b"CONNECT":
+                raise httptools.HttpParserError("there are no tunnels here")
+            lines = [b"%s %s HTTP/%s" % (method, self.url, version)]
+            lines += [b"%s: %s" % (name, value) for name, value in self.headers if name != b"upgrade"]
+            self.parser = httptools.HttpRequestParser(self)
+            # As uvicorn has it: without it, a request behind the last one of a connection is an error.
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+            self.parser.feed_data(b"\r\n".join([*lines, b"", b""]))
 
         def _wait_for_head(self) -> None:
             seconds = settings.read_timeout_ms / 1000.0
