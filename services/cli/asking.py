@@ -262,16 +262,11 @@ def report(
 
 
 async def _write_answer(client: AsyncClient, request: Request) -> None:
-    from services.cli.console import gave_up_quality, is_late
+    from services.common.shortfall import missed
 
     async with client as cascade:
         answer = await cascade.ask(request)
-    objective = request.objective
-    missed = {
-        "missed_max_latency": is_late(answer, objective.max_latency_ms),
-        "missed_min_quality": gave_up_quality(answer, objective.min_quality),
-    }
-    write_json(asdict(answer) | missed)
+    write_json(asdict(answer) | missed(answer, request.objective))
 
 
 async def _show_answer(client: AsyncClient, request: Request) -> None:

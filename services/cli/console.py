@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from services.common.shortfall import gave_up_quality, is_late
 from services.common.terminal import LiteralConsole, literal, visible
 from suites import extract_answer
 
@@ -67,21 +68,6 @@ def streamed(text: StreamedText, started: StageStarted | None) -> RenderableType
         return shown
     doing = _DOING.get(started.action, started.action)
     return Group(shown, literal(f"{started.stage} {doing} …", "cyan"))
-
-
-# Why an answer stands that a better one was wanted for. The caller's budgets come before a minimum.
-_BEFORE_QUALITY = ("max_cost", "max_latency", "deadline", "stage_unavailable")
-
-
-def is_late(answer: Answer, max_latency_ms: float | None) -> bool:
-    """Return whether an answer took longer than the request wished."""
-    return max_latency_ms is not None and answer.latency_ms > max_latency_ms
-
-
-def gave_up_quality(answer: Answer, min_quality: float | None) -> bool:
-    """Return whether an answer stands although a minimum was asked for that nobody says it keeps."""
-    reason = next((record.reason for record in reversed(answer.stages) if record.decision == "stop"), "")
-    return min_quality is not None and reason in _BEFORE_QUALITY
 
 
 def answer_line(

@@ -63,7 +63,7 @@ class AnthropicMessages:
             "content": [{"type": "text", "text": answer.text}],
             **_stop(call, answer),
             "usage": _usage(answer),
-            "asd": told(answers),
+            "asd": told(call.requests, answers),
         }
 
     def writer(self, call: Call, stream_id: str, created: int) -> MessagesWriter:
@@ -107,7 +107,10 @@ class MessagesWriter:
         return [
             _event("content_block_stop", index=0),
             _event(
-                "message_delta", delta=_stop(self._call, answer), usage=_usage(answer), asd=told([answer])
+                "message_delta",
+                delta=_stop(self._call, answer),
+                usage=_usage(answer),
+                asd=told(self._call.requests, [answer]),
             ),
             _event("message_stop"),
         ]

@@ -43,7 +43,7 @@ class OpenAiBase:
             "choices": [self.choice(index, answer) for index, answer in enumerate(answers)],
             "usage": usage_of(answers, call.prompts).openai(),
             "system_fingerprint": fingerprint(answers),
-            "asd": told(answers),
+            "asd": told(call.requests, answers),
         }
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
@@ -124,9 +124,9 @@ class CompletionsWriter:
         """Return the chunk of a choice's end. The last one says how the answers came about."""
         self._answers[index] = answer
         more: dict[str, Any] = {}
-        is_last = len(self._answers) == len(self._call.requests)
-        if is_last and not self._call.has_usage:
-            more = self._whole()
+        if len(self._answers) == len(self._call.requests):
+            answers = self._in_order()
+            more = {"system_fingerprint": fingerprint(answers), "asd": told(self._call.requests, answers)}
         return [self._chunk([self.last(index, finish_reason(answer))], **more)]
 
     def end(self) -> list[SseEvent]:
@@ -134,7 +134,7 @@ class CompletionsWriter:
         events = [SseEvent(DONE)]
         if self._call.has_usage:
             usage = usage_of(self._in_order(), self._call.prompts).openai()
-            events.insert(0, self._chunk([], **self._whole(), usage=usage))
+            events.insert(0, self._chunk([], usage=usage))
         return events
 
     def keep_alive(self) -> list[SseEvent]:
@@ -157,10 +157,6 @@ class CompletionsWriter:
     def last(self, index: int, reason: str) -> dict[str, Any]:
         """Return the choice that ends an answer."""
         return {"index": index, "text": "", "logprobs": None, "finish_reason": reason}
-
-    def _whole(self) -> dict[str, Any]:
-        answers = self._in_order()
-        return {"system_fingerprint": fingerprint(answers), "asd": told(answers)}
 
     def _in_order(self) -> list[Answer]:
         return [self._answers[index] for index in sorted(self._answers)]

@@ -10,7 +10,7 @@ import pytest
 
 from services.gateway.server import listen
 from tests.fakes.fake_router import TEXT
-from tests.integration.gateway.test_gateway import CHAT, HELLO, raw, read_answer
+from tests.integration.gateway.test_gateway import HELLO, raw, read_answer
 from tests.limits import CALL_S
 
 HIDDEN = raw("/healthz", method="GET")
