@@ -212,7 +212,9 @@ def report(
     answer: Annotated[
         Path,
         typer.Argument(
-            help="What `asd ask --json` wrote; - reads standard input.", allow_dash=True, dir_okay=False
+            help="What `asd ask --json` or the gateway wrote; - reads standard input.",
+            allow_dash=True,
+            dir_okay=False,
         ),
     ],
     is_right: Annotated[bool, typer.Option("--right", help="The answer was right.")] = False,

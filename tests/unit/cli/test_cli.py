@@ -164,11 +164,14 @@ def test_a_locale_that_lacks_a_character_is_told_from_a_text_that_is_not_utf8(pr
     assert words in result.stderr
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"request_id": 5}', "what?"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{}", "[1]", '{"request_id": 5}', "what?", '{"asd": {}}', '{"asd": {"stages": [5]}}', '{"asd": 5}'],
+)
 def test_a_report_on_what_is_no_answer_is_refused(text):
     result = _RUNNER.invoke(app, ["report", "-", "--wrong"], input=text)
     assert result.exit_code == 2
-    assert "not what `asd ask --json` writes" in result.output
+    assert "no answer of `asd ask --json` or of the gateway" in result.output
 
 
 def test_with_json_a_failure_is_an_object_on_standard_error():
