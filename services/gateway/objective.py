@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ _CONTRACT = {
     "session_id": "session_id",
 }
 _TEXTS = ("task", "session_id")
+# A header's number in decimal digits.
+_NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 @dataclass(frozen=True)
@@ -60,25 +63,26 @@ def open_body(
 
 
 def read_options(given: object, headers: Mapping[str, str], route: Route) -> Options:
-    """Return the options of a request. given: the body's `asd`, which wins over headers.
+    """Return the options of a request.
 
-    headers: those that begin with x-asd-, in lower case. Raises InvalidRequest, naming field or header.
+    given: the body's `asd`. A header of a field that it has is not read. headers: those that begin with
+    x-asd-, in lower case. Raises InvalidRequest, naming field or header.
     """
+    if given is not None and not isinstance(given, dict):
+        raise invalid("asd", "must be an object")
+    given = {name: value for name, value in (given or {}).items() if value is not None}
     values: dict[str, Any] = {}
     names: dict[str, str] = {}
     for header, text in headers.items():
         name = _BY_HEADER.get(header)
         if name is None:
             raise invalid(header, f"there is no such header: there are {', '.join(_BY_HEADER)}")
-        values[name], names[name] = (text if name in _TEXTS else _number(text, header)), header
-    if given is not None and not isinstance(given, dict):
-        raise invalid("asd", "must be an object")
-    for name, value in (given or {}).items():
+        if name not in given:
+            values[name], names[name] = (text if name in _TEXTS else _number(text, header)), header
+    for name, value in given.items():
         where = f"asd.{name}"
         if name not in ASD_FIELDS:
             raise invalid(where, f"there is no such field: there are {', '.join(ASD_FIELDS)}")
-        if value is None:
-            continue
         if name in _TEXTS and not isinstance(value, str):
             raise invalid(where, "must be a text")
         values[name], names[name] = (value if name in _TEXTS else finite(value, where)), where
@@ -105,8 +109,5 @@ def _refuse_clashes(names: Mapping[str, str], route: Route) -> None:
 
 
 def _number(text: str, header: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    return finite(number, header)
+    # Python's own reading takes 1_0 as well.
+    return finite(float(text) if _NUMBER.fullmatch(text) else math.nan, header)

@@ -138,6 +138,9 @@ def test_a_fault_is_refused_with_its_parameter(api, changes, param):
         ({"x-asd-lambda": "five"}, "x-asd-lambda"),
         ({"x-asd-max-cost": "nan"}, "x-asd-max-cost"),
         ({"x-asd-max-cost": "inf"}, "x-asd-max-cost"),
+        ({"x-asd-max-cost": "1e999"}, "x-asd-max-cost"),
+        ({"x-asd-lambda": "1_0"}, "x-asd-lambda"),
+        ({"x-asd-lambda": "١"}, "x-asd-lambda"),
     ],
 )
 def test_a_header_at_fault_is_refused_with_its_name(headers, param):
