@@ -9,7 +9,7 @@ from services.gateway.answers import fingerprint, finish_reason, told, usage_of
 from services.gateway.errors import Problem, openai_body
 from services.gateway.objective import open_body
 from services.gateway.parameters import COMPLETIONS, Body
-from services.gateway.request import MOST_CHOICES, Call, SseEvent, choices, invalid
+from services.gateway.request import MOST_ANSWERS, MOST_CHOICES, Call, SseEvent, choices, invalid
 from services.gateway.streaming import DONE
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 MOST_TOKENS = 2**32 - 1
 # Seeds of SDKs are whole numbers of 64 bits, with or without sign. The contract's have none.
 _LEAST_SEED, _MOST_SEED = -(2**63), 2**64 - 1
-# Most choices of a body with several prompts. Chosen: far more than evaluation harnesses send in one.
-_MOST_ANSWERS = 64
 
 
 class OpenAiBase:
@@ -67,9 +65,9 @@ class OpenAiCompletions(OpenAiBase):
         fields, model, route, options = open_body(COMPLETIONS, body, headers, models)
         prompts = _prompts(fields.get("prompt"))
         sampling, names, count = sampling_of(fields)
-        if len(prompts) * count > _MOST_ANSWERS:
+        if len(prompts) * count > MOST_ANSWERS:
             raise invalid(
-                "prompt", f"prompts and n ask for {len(prompts) * count} answers, over {_MOST_ANSWERS}"
+                "prompt", f"prompts and n ask for {len(prompts) * count} answers, over {MOST_ANSWERS}"
             )
         requests = [route.request(prompt, sampling, options) for prompt in prompts]
         return Call(

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # The most answers to one request. Chosen: the design's bound on `n`.
 MOST_CHOICES = 8
+# Most choices of a body with several prompts. Chosen: far more than evaluation harnesses send in one.
+MOST_ANSWERS = 64
 # The contract's bound on stop sequences.
 MOST_STOPS = 8
 _SEEDS = 2**64
