@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from opentelemetry import context, propagate
 from opentelemetry.trace import Status, StatusCode
+from starlette.datastructures import QueryParams
 from starlette.routing import Route, Router
 
 from asd.errors import AsdError, NotFound, Overloaded
@@ -281,7 +282,8 @@ class Gateway:
                     await out.write(events)
 
     async def _list_models(self, exchange: Exchange) -> None:
-        await respond(exchange.send, 200, page(await self._models(exchange)))
+        query = QueryParams(exchange.scope["query_string"])
+        await respond(exchange.send, 200, page(await self._models(exchange), query))
 
     async def _show_model(self, exchange: Exchange) -> None:
         name = exchange.scope["path_params"]["model"]

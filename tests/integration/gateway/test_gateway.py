@@ -111,7 +111,10 @@ async def test_models_are_listed_for_clients_of_both_apis(gateway):
     async with openai_client, anthropic_client:
         names = [model.id async for model in openai_client.models.list()]
         assert names == ["asd", "asd-fastest", "asd-best", "asd-exact", "small", "large"]
-        assert [model.id async for model in anthropic_client.models.list()] == names
+        for limit in (1, 4, 1000):
+            pages = await anthropic_client.models.list(limit=limit)
+            assert len(pages.data) == min(limit, len(names))
+            assert [model.id async for model in pages] == names
         assert (await openai_client.models.retrieve("small")).owned_by == "asd"
         with pytest.raises(openai.NotFoundError) as refused:
             await openai_client.models.retrieve("gpt-4")
