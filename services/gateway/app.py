@@ -70,7 +70,10 @@ APIS: dict[str, Api] = {
     "/v1/responses": OpenAiResponses(),
     "/v1/messages": AnthropicMessages(),
 }
-_MISSING = "this cascade wants a token: send the header 'authorization: Bearer TOKEN'"
+_MISSING = (
+    "this cascade wants a token: send the header 'authorization: Bearer TOKEN' (to /v1/messages and "
+    "/v1/models also 'x-api-key: TOKEN')"
+)
 MODELS, MODEL = "/v1/models", "/v1/models/{model:path}"
 HEALTH, METRICS = "/healthz", "/metrics"
 # Left out of traces: they would outnumber the requests.

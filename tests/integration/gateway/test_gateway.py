@@ -259,6 +259,10 @@ async def test_a_token_is_passed_on_and_a_wrong_one_refused():
             response = await gateway.post(path, BODIES[path], headers)
             assert response.status_code == 401, (path, headers)
             assert "right" not in response.text
+        # As it stands in the tokens file.
+        named = await gateway.post(MESSAGES, body, {"x-api-key": "alice:right"})
+        assert named.status_code == 401
+        assert "NAME:TOKEN" in named.json()["error"]["message"]
         assert (await gateway.get("/healthz")).status_code == 200
         router.token = ""
         assert (await gateway.post(CHAT, HELLO, {"authorization": "Bearer"})).status_code == 200
