@@ -63,8 +63,8 @@ def read_answer(file: Path) -> Answer:
         problem = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in problem["loc"])
         raise InvalidRequest(
-            f"{'standard input' if file == Path('-') else file} holds no answer of `asd ask --json` or of the "
-            f"gateway: {problem['msg']}",
+            f"{'standard input' if file == Path('-') else file} holds no answer of `asd ask --json` or of "
+            f"the gateway: {problem['msg']}",
             field=field,
         ) from error
 

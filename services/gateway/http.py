@@ -86,8 +86,7 @@ def token_of(headers: Headers, *, takes_api_key: bool) -> str:
             raise Unauthenticated("the header 'authorization' must read 'Bearer TOKEN'")
         tokens.append(_checked(token.strip(), "authorization"))
     if takes_api_key:
-        for value in filter(None, headers.all("x-api-key")):
-            tokens.append(_checked(value, "x-api-key"))
+        tokens += [_checked(value, "x-api-key") for value in filter(None, headers.all("x-api-key"))]
     if len(set(tokens)) > 1:
         raise Unauthenticated("the request has two tokens, which differ: send one")
     return tokens[0] if tokens else ""
