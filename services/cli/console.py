@@ -16,7 +16,7 @@ from services.common.terminal import LiteralConsole, literal, visible
 from suites import extract_answer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from rich.console import Console, RenderableType
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from services.local.supervisor import Child
 
 _DOING = {"generate": "writes", "verify": "verifies", "prefill": "reads ahead"}
+# What stands in a command for one of the tokens in the router's file.
+_TOKEN, _TOKENS_FILE = "TOKEN", "ASD_ROUTER_AUTH__TOKENS_FILE"
 _ANSWER_COLUMNS = 14
 # Of a demo's table, for all but the prompt.
 _DEMO_COLUMNS = 80
@@ -168,13 +170,29 @@ def processes(children: Sequence[Child], seconds: float) -> RenderableType:
     return Group(table, f"Ready after {seconds:.1f} s. Logs: {children[0].log.parent}")
 
 
-def curl_line(port: int, prompt: str) -> str:
-    """Return a command that asks a gateway on this machine."""
+def ask_line(target: str, prompt: str, variables: Mapping[str, str]) -> str:
+    """Return a command that asks a router. target: "" for the usual one. variables: of the router."""
+    target = f" --target {target}" if target else ""
+    trusted = _trusted("--tls-ca", variables.get("ASD_ROUTER_TLS__CERT_FILE"))
+    token = f" --token {_TOKEN}" if variables.get(_TOKENS_FILE) else ""
+    return f'  asd ask{target}{trusted}{token} "{prompt}"'
+
+
+def curl_line(port: int, prompt: str, variables: Mapping[str, str]) -> str:
+    """Return a command that asks a gateway on this machine. variables: of gateway and router."""
     body = json.dumps({"model": "asd", "messages": [{"role": "user", "content": prompt}]})
+    trusted = _trusted("--cacert", variables.get("ASD_GATEWAY_TLS__CERT_FILE"))
+    scheme = "https" if trusted else "http"
+    token = f" -H 'authorization: Bearer {_TOKEN}'" if variables.get(_TOKENS_FILE) else ""
     return (
-        f"  curl http://127.0.0.1:{port}/v1/chat/completions -H 'content-type: application/json' "
-        f"-d {shlex.quote(body)}"
+        f"  curl{trusted} {scheme}://127.0.0.1:{port}/v1/chat/completions -H 'content-type: application/json'"
+        f"{token} -d {shlex.quote(body)}"
     )
+
+
+def _trusted(option: str, cert_file: str | None) -> str:
+    """Return the option that trusts a server's certificate; "" if it has none."""
+    return f" {option} {shlex.quote(cert_file)}" if cert_file else ""
 
 
 def demo_rows(rows: Sequence[DemoRow], width: int) -> Table:
