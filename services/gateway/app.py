@@ -39,7 +39,7 @@ from services.gateway.openai_chat import OpenAiChat
 from services.gateway.openai_completions import OpenAiCompletions
 from services.gateway.openai_responses import OpenAiResponses
 from services.gateway.openapi import document
-from services.gateway.request import api_field
+from services.gateway.request import MOST_BYTES, api_field
 from services.gateway.streaming import encode, encode_events
 
 if TYPE_CHECKING:
@@ -236,6 +236,10 @@ class Gateway:
         models = await self._cascade.models(token, body.get("model"))
         call = api.parse(body, options, models)
         models.check_length(call)
+        if call.text_bytes > MOST_BYTES:
+            raise HttpError(
+                "BODY_TOO_LARGE", f"the text has {call.text_bytes} bytes, and {MOST_BYTES} are the most"
+            )
         exchange.model, exchange.is_stream = call.model, call.is_stream
         return call, token
 

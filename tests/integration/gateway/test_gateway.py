@@ -28,6 +28,12 @@ BODIES = {
 }
 
 
+def long_turns(size):
+    """Return a body whose turns have a size together."""
+    turns = [{"role": role, "content": "x" * (size // 3)} for role in ("user", "assistant", "user")]
+    return {"model": "asd", "messages": turns}
+
+
 def data_of(text):
     """Return the JSON values of a stream."""
     lines = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
@@ -284,6 +290,9 @@ async def test_a_token_is_passed_on_and_a_wrong_one_refused():
         (CHAT, b"{}", {"content-encoding": "gzip"}, 415),
         (CHAT, b" " * 10_000_000, {}, 413),
         (MESSAGES, b" " * 10_000_000, {}, 413),
+        # A body may be longer than the contract's text, for JSON's escapes.
+        (CHAT, json.dumps(long_turns(7_300_000)).encode(), {}, 413),
+        ("/v1/completions", json.dumps({"model": "asd", "prompt": "ö" * 2_100_000}).encode(), {}, 413),
         ("/v1/embeddings", b"{}", {}, 404),
         ("/healthz", b"{}", {}, 405),
         ("/v1/models", b"{}", {}, 405),

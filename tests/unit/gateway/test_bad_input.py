@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asd.errors import InvalidRequest, NotFound, PreconditionFailed
-from services.common.validation import MAX_STOP_SEQUENCES
+from services.common.validation import MAX_REQUEST_BYTES, MAX_STOP_SEQUENCES
 from services.gateway.models import Models
 from services.gateway.parameters import PARAMETERS, Effect
-from services.gateway.request import MOST_STOPS
+from services.gateway.request import MOST_BYTES, MOST_STOPS
 from services.gateway.streaming import encode, encode_events
 from tests.unit.gateway.samples import CHAT, COMPLETIONS, LEAST, MESSAGES, RESPONSES, USER, answer, parse
 
@@ -192,8 +192,9 @@ def test_what_has_no_effect_is_taken(api):
     assert parse(api, inert).requests == parse(api).requests
 
 
-def test_the_bound_on_stop_sequences_is_the_contracts():
+def test_bounds_are_the_contracts():
     assert MOST_STOPS == MAX_STOP_SEQUENCES
+    assert MOST_BYTES == MAX_REQUEST_BYTES
 
 
 _NUMBERS = st.integers() | st.floats(allow_nan=False, allow_infinity=False)

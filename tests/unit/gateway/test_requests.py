@@ -26,6 +26,11 @@ def test_a_least_body_asks_for_what_the_contract_does_by_default():
     assert only(parse(MESSAGES)) == Request(HI, Sampling(9))
 
 
+def test_the_longest_prompt_counts_in_bytes():
+    assert parse(COMPLETIONS, {"prompt": ["öö", "abc"], "n": 2}).text_bytes == 4
+    assert parse(CHAT, {"messages": [USER, {"role": "assistant", "content": "ö"}, USER]}).text_bytes == 6
+
+
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
