@@ -8,6 +8,7 @@ import logging
 import signal
 import ssl
 import sys
+from email.utils import formatdate
 from typing import TYPE_CHECKING, Any
 
 import httptools
@@ -159,7 +160,7 @@ def protocol(gateway: Gateway, settings: GatewaySettings) -> type[HttpToolsProto
             body = encode(gateway.error_of(getattr(self, "url", b"").decode("latin-1"), problem))
             head = (
                 f"HTTP/1.1 {problem.row.http} Bad Request\r\ncontent-type: application/json\r\n"
-                f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+                f"content-length: {len(body)}\r\ndate: {formatdate(usegmt=True)}\r\nconnection: close\r\n\r\n"
             )
             self.transport.write(head.encode() + body)
             self.transport.close()
@@ -253,6 +254,7 @@ def make_server(gateway: Gateway, settings: GatewaySettings) -> HttpServer:
         access_log=False,
         proxy_headers=False,
         server_header=False,
+        date_header=False,
         # uvicorn's type is whole seconds, and its code takes any.
         timeout_keep_alive=settings.idle_timeout_ms / 1000.0,  # type: ignore[arg-type]
         timeout_graceful_shutdown=settings.drain_seconds + _LAST_WORDS_S,  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from asd.errors import BudgetSpent, InvalidRequest, Overloaded, PromptTooLong, Unavailable
+from services.gateway import app
 from services.gateway.instruments import ACCESS_LOG
 from services.gateway.server import MOST_HEAD_BYTES
 from tests.fakes.fake_router import TEXT, WORDS, FakeRouter
@@ -343,6 +344,36 @@ async def test_a_slow_body_and_a_slow_head_are_ended():
         writer.close()
 
 
+async def test_a_date_is_the_answers_and_not_the_requests(gateway, monkeypatch):
+    dates = ["earlier"]
+    monkeypatch.setattr(app, "formatdate", lambda **_: dates[-1])
+    gateway.router.hold.clear()
+    asked = asyncio.create_task(gateway.post(CHAT, HELLO))
+    await gateway.router.begun.wait()
+    dates.append("later")
+    gateway.router.hold.set()
+    assert (await asked).headers.get_list("date") == ["later"]
+
+
+@pytest.mark.parametrize(
+    ("version", "hosts", "status"),
+    [
+        ("1.1", [], 400),
+        ("1.1", ["a", "b"], 400),
+        ("1.1", ["a"], 200),
+        ("1.0", [], 200),
+        ("1.0", ["a", "a"], 400),
+    ],
+)
+async def test_a_request_has_one_host(gateway, version, hosts, status):
+    reader, writer = await gateway.connect()
+    lines = [f"GET /healthz HTTP/{version}", *(f"host: {each}" for each in hosts), "", ""]
+    writer.write("\r\n".join(lines).encode())
+    answered, _, body = await read_answer(reader)
+    assert (answered, "error" in json.loads(body)) == (status, status == 400)
+    writer.close()
+
+
 async def test_a_head_without_end_is_refused():
     # For its size, long before it is late. Otherwise the end of the connection would not come.
     async with running(FakeRouter(), read_timeout_ms=1_000.0 * 2 * CALL_S) as gateway:
@@ -361,6 +392,20 @@ async def test_too_many_requests_are_told_to_come_back():
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
         gateway.router.hold.set()
         assert (await first).status_code == 200
+
+
+async def test_a_request_takes_a_place_once_its_body_is_whole():
+    async with running(FakeRouter(), max_concurrent=1) as gateway:
+        reader, writer = await gateway.connect()
+        body = json.dumps(HELLO).encode()
+        # The gateway reads the body once it has said so.
+        writer.write(raw(body=body, headers=["expect: 100-continue"])[: -len(body)])
+        async with asyncio.timeout(CALL_S):
+            assert b" 100 " in await reader.readuntil(b"\r\n\r\n")
+        assert (await gateway.post(CHAT, HELLO)).status_code == 200
+        writer.write(body)
+        assert (await read_answer(reader))[0] == 200
+        writer.close()
 
 
 async def test_a_draining_gateway_refuses_new_requests(gateway):
@@ -427,6 +472,19 @@ async def test_metrics_name_paths_and_statuses(metered):
         (each.attributes.get("http.route"), each.attributes["http.response.status_code"]) for each in points
     }
     assert {(CHAT, 200), (None, 404)} <= seen
+
+
+async def test_a_request_whose_caller_left_has_its_own_status(metered):
+    async with running(FakeRouter()) as gateway:
+        gateway.router.hold.clear()
+        _, writer = await gateway.connect()
+        writer.write(raw(body=json.dumps(HELLO).encode()))
+        async with asyncio.timeout(CALL_S):
+            await gateway.router.begun.wait()
+            writer.close()
+            await gateway.router.idle.wait()
+    (point,) = metered()["http.server.request.duration"].data.data_points
+    assert point.attributes["http.response.status_code"] == 499
 
 
 async def test_the_document_is_served(gateway):
