@@ -13,6 +13,8 @@ Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 # Largest body that may be allowed. Chosen: a request of the contract's 4 MiB with every character escaped.
 _MOST_BODY_BYTES = 64 << 20
+# Chosen: more than a pod has.
+_MOST_BUFFERED_BYTES = 64 << 30
 
 
 class RouterPeer(Section):
@@ -37,7 +39,7 @@ class GatewaySettings(ServiceSettings):
     max_body_bytes: int = Field(default=8 << 20, ge=1, le=_MOST_BODY_BYTES)
     # Bodies in memory at once, of all requests; more are refused. Chosen: a body takes up to six times
     # its size, and all fit into the chart's memory limit.
-    max_buffered_bytes: int = Field(default=64 << 20, ge=1)
+    max_buffered_bytes: int = Field(default=64 << 20, ge=1, le=_MOST_BUFFERED_BYTES)
     # For reading a request's head, and again for its body.
     read_timeout_ms: Milliseconds = 30_000.0
     # A connection whose client takes nothing of an answer for so long is closed.

@@ -178,6 +178,19 @@ async def test_an_idle_connection_ends(length):
         writer.close()
 
 
+async def test_a_caller_that_takes_nothing_is_let_go():
+    async with running(FakeRouter(), write_timeout_ms=50.0) as gateway:
+        gateway.router.words = ["word " * 10_000] * 1_000
+        _, writer = await gateway.connect()
+        writer.transport.pause_reading()
+        writer.write(raw(body=json.dumps(HELLO | {"stream": True}).encode()))
+        async with asyncio.timeout(CALL_S):
+            await gateway.router.begun.wait()
+            await gateway.router.idle.wait()
+        assert not gateway.router.has_sent_all
+        writer.close()
+
+
 async def test_there_are_no_more_connections_than_serve_the_requests():
     async with running(FakeRouter(), max_concurrent=1, read_timeout_ms=NEVER_MS) as gateway:
         connections = [await gateway.connect() for _ in range(ENDLESS)]
