@@ -26,7 +26,7 @@ VIRTUAL = {
     EXACT: "the last stage's own answer: each stage drafts, the next one verifies",
 }
 # Anthropic's bound on entries of a page.
-_MOST_LISTED = 1000
+MOST_LISTED = 1000
 _PREFERENCES = {FASTEST: Preference.FASTEST, BEST: Preference.BEST}
 
 
@@ -131,8 +131,8 @@ def page(entries: list[dict[str, Any]], query: Mapping[str, str]) -> dict[str, A
     ids = [each["id"] for each in entries]
     after, before = (_place(ids, query, name) for name in ("after_id", "before_id"))
     limit = query.get("limit", str(len(ids)))
-    if not re.fullmatch("[0-9]{1,4}", limit) or not 1 <= int(limit) <= _MOST_LISTED:
-        raise invalid("limit", f"must be 1 to {_MOST_LISTED}")
+    if not re.fullmatch("[0-9]{1,4}", limit) or not 1 <= int(limit) <= MOST_LISTED:
+        raise invalid("limit", f"must be 1 to {MOST_LISTED}")
     start, end = (0 if after is None else after + 1), (len(ids) if before is None else before)
     # Before an id, those that are next to it.
     is_backwards = before is not None and after is None

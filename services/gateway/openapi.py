@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from services.common.version import VERSION
+from services.gateway.models import MOST_LISTED, VIRTUAL
 from services.gateway.objective import header_of
 from services.gateway.parameters import ASD_FIELDS, PARAMETERS, Effect
 
@@ -19,6 +20,13 @@ _REQUIRED = {
     "completions": ["model", "prompt"],
     "responses": ["model", "input"],
     "messages": ["model", "messages", "max_tokens"],
+}
+_TURNS = [{"role": "user", "content": "True or false? 3 plus 22 is more than 24."}]
+_EXAMPLES: dict[str, dict[str, Any]] = {
+    "chat/completions": {"model": "asd", "messages": _TURNS},
+    "completions": {"model": "asd", "prompt": _TURNS[0]["content"]},
+    "responses": {"model": "asd", "input": _TURNS[0]["content"]},
+    "messages": {"model": "asd", "messages": _TURNS, "max_tokens": 16},
 }
 _ERRORS = {
     "400": "malformed, or a parameter is refused",
@@ -36,14 +44,24 @@ _ERRORS = {
 _OBJECT = {"schema": {"type": "object"}}
 _TEXT = {"schema": {"type": "string"}}
 # A token is not needed everywhere. Anthropic's clients send it as a key.
-_EITHER = [{}, {"token": []}, {"key": []}]
+_EITHER: list[dict[str, list[str]]] = [{}, {"token": []}, {"key": []}]
 
 
 def document(apis: Mapping[str, Api]) -> dict[str, Any]:
     """Return the document. apis: by path."""
     paths: dict[str, Any] = {path: {"post": _post(api.name)} for path, api in apis.items()}
     faults = ("401", "405", "500", "503", "504")
-    paths["/v1/models"] = {"get": _get("listModels", "Lists the models", faults, security=_EITHER)}
+    pages = [
+        {"name": name, "in": "query", "schema": schema}
+        for name, schema in {
+            "limit": {"type": "integer", "minimum": 1, "maximum": MOST_LISTED},
+            "after_id": _TEXT["schema"],
+            "before_id": _TEXT["schema"],
+        }.items()
+    ]
+    paths["/v1/models"] = {
+        "get": _get("listModels", "Lists the models", ("400", *faults), security=_EITHER, parameters=pages)
+    }
     paths["/v1/models/{model}"] = {
         "get": _get("showModel", "Shows a model", ("404", *faults), security=_EITHER)
         | {"parameters": [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]}
@@ -93,7 +111,10 @@ def _post(name: str) -> dict[str, Any]:
     operation = {
         "operationId": name.replace("/", "_"),
         "parameters": headers,
-        "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": body, "example": _EXAMPLES[name]}},
+        },
         "responses": {
             "200": {
                 "description": "the answer, or its stream",
@@ -134,6 +155,9 @@ def _schema(parameter: Parameter) -> dict[str, Any]:
         return {"enum": [*parameter.neutral, None], **text}
     if parameter.effect is Effect.NONE:
         return text
-    if parameter.name in {"model", "messages", "prompt", "input"}:
+    if parameter.name == "model":
+        # Names to choose from; stages have others.
+        return {"anyOf": [{"enum": list(VIRTUAL)}, dict(parameter.schema)], **text}
+    if parameter.name in {"messages", "prompt", "input"}:
         return {**parameter.schema, **text}
     return {"anyOf": [dict(parameter.schema), {"type": "null"}], **text}

@@ -71,6 +71,13 @@ def _turns(*more: str) -> dict[str, Any]:
     }
 
 
+def _stream_options(*flags: str) -> dict[str, Any]:
+    """Return the schema of a stream's options. flags: those that may be true."""
+    taken: dict[str, Any] = {"include_obfuscation": {"enum": [False, None]}}
+    taken |= {name: {"type": ["boolean", "null"]} for name in flags}
+    return {"type": "object", "properties": taken, "additionalProperties": False}
+
+
 _NOT_YET = "not supported yet"
 _NO_SUCH_SAMPLING = "the stages have no such way of sampling"
 _NO_STATE = "the gateway keeps no state"
@@ -84,9 +91,7 @@ _STOP = {
     ]
 }
 
-_MODEL = _honoured(
-    "model", "a virtual model, or a stage's name", type="string", minLength=1, examples=["asd"]
-)
+_MODEL = _honoured("model", "a virtual model, or a stage's name", type="string", minLength=1)
 _TEMPERATURE = _honoured("temperature", "0 by default: greedy", type="number", minimum=0, maximum=2)
 _TOP_P = _honoured("top_p", "nucleus mass", type="number", exclusiveMinimum=0, maximum=1)
 _STREAM = _honoured("stream", "server-sent events", type="boolean")
@@ -115,7 +120,11 @@ _OPENAI_OLD = (
     _SEED,
     _honoured("stop", f"up to {MOST_STOPS} sequences, none empty", **_STOP),
     _STREAM,
-    _honoured("stream_options", "include_usage; include_obfuscation only as false", **_OBJECT),
+    _honoured(
+        "stream_options",
+        "include_usage; include_obfuscation only as false",
+        **_stream_options("include_usage"),
+    ),
     _ASD,
     _USER,
     _refused("frequency_penalty", _NO_SUCH_SAMPLING, 0),
@@ -189,7 +198,7 @@ PARAMETERS: Mapping[str, tuple[Parameter, ...]] = {
             type="integer",
             minimum=1,
         ),
-        _honoured("stream_options", "include_obfuscation only as false", **_OBJECT),
+        _honoured("stream_options", "include_obfuscation only as false", **_stream_options()),
         _refused("store", _NO_STATE, False),
         _refused("previous_response_id", _NO_STATE),
         _refused("conversation", _NO_STATE),
