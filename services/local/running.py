@@ -62,6 +62,8 @@ async def running(
         with suppress(OSError):
             notes.print(line, markup=False, soft_wrap=True)
 
+    for warning in cascade.warnings():
+        say(f"warning: {warning}")
     supervisors: list[Supervisor] = []
     has_served = False
     # Handle signals before there is anything to clean up.
