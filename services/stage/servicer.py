@@ -192,10 +192,15 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
         return (Message(Role.USER, given),) if isinstance(given, str) else given
 
     def _fields(self, event: Event, model: str, status: EngineStatus, caller: int) -> dict[str, Any]:
-        """Return an event as the field of a response, by the field's name. A result is also measured."""
+        """Return an event as the field of a response, by the field's name.
+
+        Results and verifications of drafts are also measured.
+        """
         if isinstance(event, TokenChunk):
             return {"tokens": _chunk(event)}
         if isinstance(event, VerificationResult):
+            if self._instruments is not None and event.proposed:
+                self._instruments.verified(model, event)
             return {"verification": _verification(event)}
         if self._instruments is not None:
             self._instruments.answered(model, event)
