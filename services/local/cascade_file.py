@@ -5,7 +5,6 @@ It only reads the file, and starts nothing.
 
 from __future__ import annotations
 
-import difflib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from services.common.settings import (
     SettingsError,
     explain,
     service_config,
+    suggestion,
 )
 from services.gateway.models import Models
 from services.router.domain import Overload
@@ -292,9 +292,7 @@ def _say(problem: ErrorDetails) -> str:
     }
     names = [part for part in place if isinstance(part, str)]
     known = list(section[names[-1] if names else ""].model_fields)
-    close = difflib.get_close_matches(str(key), known, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
-    return f"unknown key: {hint}"
+    return f"unknown key: {suggestion(str(key), known)}"
 
 
 def services_of(
