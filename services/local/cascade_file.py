@@ -104,7 +104,7 @@ class LocalStage(Section):
         return self
 
     def verifies_inside(self, *, gets_drafts: bool) -> bool:
-        """Return whether vLLM is to verify drafts inside. gets_drafts: whether earlier stages draft for it."""
+        """Return whether vLLM is to verify drafts inside. gets_drafts: whether earlier stages draft."""
         if self.engine != "vllm":
             return False
         given = "auto" if self.vllm is None else self.vllm.verify_inside

@@ -107,9 +107,7 @@ async def running(
             shutil.rmtree(directory, ignore_errors=True)
 
 
-async def _tell_waiting(
-    supervisor: Supervisor, say: Callable[[str], None], every_s: float | None
-) -> None:
+async def _tell_waiting(supervisor: Supervisor, say: Callable[[str], None], every_s: float | None) -> None:
     """Say from time to time which processes do not serve yet."""
     if every_s is None:
         return

@@ -17,7 +17,7 @@ from asd.errors import AsdError, InvalidRequest
 from services.common.documents import parse_yaml
 from services.common.extras import needs
 from services.common.privacy import report_nothing
-from services.common.settings import explain, suggestion
+from services.common.settings import Section, explain, suggestion
 from services.stage.engines.factory import make_engines
 from services.stage.engines.settings import TensorrtLlmSettings, VllmSettings
 from services.stage.settings import ModelSettings
@@ -42,7 +42,7 @@ _TIE_MARGIN = {"onnx": 0.0, "vllm": 0.02, "tensorrt_llm": 0.02}
 # Checks that adapters skip: they are part of their model's memory, and are loaded and unloaded with it.
 _OF_A_MODEL = (status_tells_what_is, a_model_can_be_unloaded_and_loaded_again)
 _SIGNAL_TOLERANCE = {"onnx": 2e-3, "vllm": 0.15, "tensorrt_llm": 0.15}
-_SECTIONS = {"vllm": VllmSettings, "tensorrt_llm": TensorrtLlmSettings}
+_SECTIONS: dict[str, type[Section]] = {"vllm": VllmSettings, "tensorrt_llm": TensorrtLlmSettings}
 _OPTIONS = {
     "onnx": tuple(each for each in ModelSettings.model_fields if each not in _SECTIONS),
     **{engine: tuple(section.model_fields) for engine, section in _SECTIONS.items()},

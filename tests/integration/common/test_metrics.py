@@ -19,9 +19,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from asd.errors import QueueFull, Unavailable
 from asd.v1 import (
-    common_pb2,
     cascade_pb2,
     cascade_pb2_grpc,
+    common_pb2,
     policy_pb2,
     policy_pb2_grpc,
     stage_pb2,
