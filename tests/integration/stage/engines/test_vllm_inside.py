@@ -70,7 +70,12 @@ async def test_a_right_draft_takes_two_steps_and_a_wrong_token_one_more() -> Non
     assert wrong.result.forward_passes == 3
     assert right.verification is not None
     assert right.verification.accepted == 60
-    assert right.result.accepted_tokens == 60
+    # The step that reads the prompt writes a token, and has no proposal.
+    assert (right.result.proposed_tokens, right.result.accepted_tokens) == (59, 59)
+    assert right.result.accept_lengths == (59,)
+    # 19 tokens and the right one for the wrong one; then the rest.
+    assert (wrong.result.proposed_tokens, wrong.result.accepted_tokens) == (59 + 39, 19 + 39)
+    assert wrong.result.accept_lengths == (20, 39)
 
 
 @pytest.mark.usefixtures("library")
@@ -151,7 +156,6 @@ async def test_a_call_that_is_left_leaves_nothing(library: fake_vllm.FakeVllm) -
     await events.aclose()
     (llm,) = library.engines
     assert not llm.running
-    assert not llm.worker.model_runner.requests
     assert (await ask(engine)).result.ids == plain.result.ids
 
 
@@ -203,7 +207,7 @@ async def test_where_vllm_takes_no_proposer_drafts_are_scored_by_requests(
     plain = await ask(engine)
     found = await verify(engine, plain.result.ids, plain.result.finish)
     assert found.result.ids == plain.result.ids
-    assert library.engines[0].worker is None
+    assert library.engines[0].batch is None
 
 
 async def test_a_dead_engine_ends_a_verification_as_any_call(library: fake_vllm.FakeVllm) -> None:
@@ -218,9 +222,9 @@ async def test_a_dead_engine_ends_a_verification_as_any_call(library: fake_vllm.
 
 
 @pytest.mark.usefixtures("library")
-# Before the draft has come, in the step that first has it, and later.
-@pytest.mark.parametrize("wrong", [2, 11, 30])
-async def test_a_draft_that_comes_late_is_judged_at_its_own_tokens(wrong: int) -> None:
+# Where the draft is ahead of the answer, where it comes too late, and in the rest.
+@pytest.mark.parametrize("wrong", [2, 18, 40])
+async def test_a_draft_that_comes_late_is_scored_at_its_own_tokens(wrong: int) -> None:
     inside, outside = await load(), await load(verify_inside=False)
     plain = await ask(outside)
     ids = altered(plain.result.ids, wrong)
@@ -228,9 +232,10 @@ async def test_a_draft_that_comes_late_is_judged_at_its_own_tokens(wrong: int) -
     is_written = asyncio.Event()
 
     async def pieces() -> AsyncIterator[DraftPiece | FinishReason]:
-        # The answer is ahead: nothing of the draft is there before some of it is written.
+        yield DraftPiece(ids[:16], "", inside.status().fingerprint)
+        # The answer is ahead: nothing more of the draft is there before some of it is written.
         await is_written.wait()
-        yield DraftPiece(ids, "", inside.status().fingerprint)
+        yield DraftPiece(ids[16:], "", inside.status().fingerprint)
         yield plain.result.finish
 
     # So cold that the likeliest token is drawn. A draw goes on without what has not come of its draft.
@@ -239,7 +244,7 @@ async def test_a_draft_that_comes_late_is_judged_at_its_own_tokens(wrong: int) -
     async with asyncio.timeout(CALL_S):
         async for event in events:
             seen.append(event)
-            if sum(len(each.ids) for each in seen if isinstance(each, TokenChunk)) >= 8:
+            if sum(len(each.ids) for each in seen if isinstance(each, TokenChunk)) >= 24:
                 is_written.set()
     assert seen[-1].ids == plain.result.ids
     (evidence,) = [each for each in seen if isinstance(each, VerificationResult)]
@@ -247,7 +252,7 @@ async def test_a_draft_that_comes_late_is_judged_at_its_own_tokens(wrong: int) -
     assert evidence.accepted == wanted.verification.accepted == wrong
     exact, found = wanted.verification.ranks[wrong], evidence.ranks[wrong]
     # Of a token that no step kept, a bound.
-    assert found == exact or (wrong < 8 and found <= exact)
+    assert found == exact or (wrong == 18 and found <= exact)
 
 
 @pytest.mark.usefixtures("library")
