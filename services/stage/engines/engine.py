@@ -67,10 +67,17 @@ class Engine(Protocol):
         """Write an answer."""
 
     def verify(
-        self, turns: tuple[Message, ...], sampling: Sampling, draft: DraftText, threshold: float | None
+        self,
+        turns: tuple[Message, ...],
+        sampling: Sampling,
+        draft: DraftText,
+        threshold: float | None,
+        *,
+        seed_is_free: bool = False,
     ) -> AsyncGenerator[Event, None]:
         """Accept a prefix of a draft and continue the answer. threshold: of TOLERANT; None: EXACT.
 
+        seed_is_free: whether nobody asked for the seed, so that draws without one would do.
         Yields a VerificationResult first.
         """
 
@@ -80,6 +87,8 @@ class Engine(Protocol):
         sampling: Sampling,
         pieces: AsyncIterator[DraftPiece | FinishReason],
         threshold: float | None,
+        *,
+        seed_is_free: bool = False,
     ) -> AsyncGenerator[Event, None]:
         """Verify a draft while it is being written; a FinishReason ends it.
 
