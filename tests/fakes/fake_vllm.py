@@ -162,6 +162,7 @@ class FakeVllm:
     """The library as a test sees it. runner: 1 or 2, the model runner, which decides how rows are cut."""
 
     runner: int = 1
+    is_on_cpu: bool = False
     engines: list[AsyncLLM] = field(default_factory=list)
 
 
@@ -171,6 +172,7 @@ _library = FakeVllm()
 def forget_probe() -> None:
     """Forget what the newest engine was asked while it was loaded."""
     _library.engines[-1].prompts.clear()
+    _library.engines[-1].asked.clear()
 
 
 class AsyncLLM:
@@ -189,6 +191,7 @@ class AsyncLLM:
         self.is_dead = False
         self.loads = 1
         self.prompts: list[tuple[int, int]] = []
+        self.asked: list[SamplingParams] = []
         has_proposer = getattr(args, "speculative_config", None) is not None
         self.batch = Batch(args, self.model, self.context, self._finish) if has_proposer else None
 
@@ -253,6 +256,7 @@ class AsyncLLM:
         ids = list(prompt["prompt_token_ids"])
         self.check(ids, sampling_params, lora_request)
         self.running.add(request_id)
+        self.asked.append(sampling_params)
         try:
             await asyncio.sleep(0)
             async with aclosing(self._run(ids, sampling_params, request_id, lora_request)) as outputs:
@@ -375,11 +379,11 @@ def _entries(rows: list[list[tuple[int, float, int]]], params: SamplingParams) -
     return flat
 
 
-class _Gpu:
-    """The platform that the stand-in says it runs on."""
+class _Platform:
+    """What the stand-in says it runs on."""
 
     def is_cpu(self) -> bool:
-        return False
+        return _library.is_on_cpu
 
 
 def modules() -> dict[str, ModuleType]:
@@ -393,7 +397,7 @@ def modules() -> dict[str, ModuleType]:
         "vllm.sampling_params": {"RequestOutputKind": RequestOutputKind, "SamplingParams": SamplingParams},
         "vllm.lora": {},
         "vllm.lora.request": {"LoRARequest": LoRARequest},
-        "vllm.platforms": {"current_platform": _Gpu()},
+        "vllm.platforms": {"current_platform": _Platform()},
         "vllm.v1": {},
         "vllm.v1.spec_decode": {},
         "vllm.v1.spec_decode.custom_class_proposer": {},
