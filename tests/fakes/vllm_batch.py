@@ -90,6 +90,13 @@ class Request:
         return [*written, draw(rows[-1], params.temperature, params.top_p, self.rng)]
 
 
+class RejectionSampler:
+    """Has the method in which vLLM looks at a step's logits."""
+
+    def _get_logprobs_tensors(self, *_: Any) -> None:
+        """Do nothing."""
+
+
 class Batch:
     """Steps all requests of an engine. finish: returns why an answer ends, if it does."""
 
@@ -243,7 +250,7 @@ def _worker(args: Any, context: int) -> Any:
         ),
         requests={},
         input_batch=SimpleNamespace(req_ids=[], spec_token_ids=[]),
-        rejection_sampler=SimpleNamespace(_get_logprobs_tensors=lambda *_: None),
+        rejection_sampler=RejectionSampler(),
         sampler=SimpleNamespace(forward=lambda *_, **__: None),
         max_model_len=context,
         effective_drafter_max_model_len=context,

@@ -174,7 +174,7 @@ class DraftProposer:
             return [[] for _ in sampled_token_ids]
         batch = self._runner.input_batch
         ids = list(batch.req_ids[: len(sampled_token_ids)])
-        self._learn_time(ids, sampled_token_ids)
+        self._learn_time(ids)
         self._forget_gone()
         rows: list[tuple[int, _Tracked]] = []
         for row, (request, sampled) in enumerate(zip(ids, sampled_token_ids, strict=True)):
@@ -201,9 +201,9 @@ class DraftProposer:
         self._step_ended = clock()
         return found
 
-    def _learn_time(self, ids: Sequence[str], sampled: Sequence[Sequence[int]]) -> None:
-        # A step that read a part of a prompt says nothing of those that decode.
-        if all(sampled) and self._wrote.issuperset(ids):
+    def _learn_time(self, ids: Sequence[str]) -> None:
+        # A step that read a part of a prompt, also its last one, says nothing of those that decode.
+        if self._wrote.issuperset(ids):
             proposed = self._runner.input_batch.spec_token_ids
             tokens = sum(1 + len(proposed[row]) for row in range(len(ids)))
             self._times.observe(tokens, clock() - self._step_ended)

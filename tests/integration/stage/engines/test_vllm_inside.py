@@ -23,7 +23,7 @@ from services.stage.engines.scoring import AdapterEngine
 from services.stage.engines.vllm import engine as vllm_engine
 from services.stage.engines.vllm import proposer
 from services.stage.engines.vllm.engine import VllmOptions
-from tests.fakes import fake_vllm
+from tests.fakes import fake_vllm, vllm_batch
 from tests.limits import CALL_S
 
 if TYPE_CHECKING:
@@ -244,9 +244,7 @@ async def test_tolerance_and_adapters_take_requests_of_their_own(
         draft = Suite(engine).draft(altered(plain.result.ids, 5), plain.result.finish)
         threshold = None if is_adapter else 0.3
         answers = [
-            await collect(
-                engine.verify((LONG,), sampling, draft, threshold, seed_is_free=is_free), "first"
-            )
+            await collect(engine.verify((LONG,), sampling, draft, threshold, seed_is_free=is_free), "first")
             for is_free in (True, False)
         ]
         # Such draws keep their seed, also one that nobody asked for: the drafter drew with it.
@@ -392,6 +390,16 @@ def test_what_vllm_is_asked_for_is_what_a_proposer_needs() -> None:
         "compilation_config": {"cudagraph_mode": "PIECEWISE"},
     }
     assert inside | plain == inside
+
+
+@pytest.mark.usefixtures("library")
+async def test_what_the_runner_lacks_is_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delattr(vllm_batch.RejectionSampler, "_get_logprobs_tensors")
+    with caplog.at_level(logging.WARNING):
+        await load()
+    assert "_get_logprobs_tensors" in caplog.text
 
 
 async def test_where_vllm_takes_no_proposer_drafts_are_scored_by_requests(

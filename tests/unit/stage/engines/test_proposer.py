@@ -10,6 +10,7 @@ import pytest
 
 from services.stage.engines.vllm import proposer as module
 from services.stage.engines.vllm.proposer import IDS, KEY, RESYNC, DraftProposer, WorkerExtension
+from services.stage.generation.proposals import StepTimes
 from tests.fakes.vllm_batch import Tensor
 
 VOCABULARY = 50
@@ -144,12 +145,12 @@ def test_a_step_that_is_not_told_of_moves_no_draft() -> None:
     steps.wrote([11])
     # As vLLM does where a proposal might not fit.
     steps.schedule(one=[0] * MOST)
-    steps.verify(logits(*[(40, 0)] * MOST), logits((9, 0)))
-    steps.runner.requests["one"].output_token_ids += [12]
+    steps.verify(logits((12, 3), *[(40, 0)] * (MOST - 1)), logits((9, 0)))
+    steps.runner.requests["one"].output_token_ids += [30]
     steps.schedule(one=[0] * MOST)
-    steps.verify(logits(*[(40, 0)] * MOST), logits((9, 0)))
+    steps.verify(logits((12, 7), *[(40, 0)] * (MOST - 1)), logits((9, 0)))
     assert steps.wrote([13]) == [[14]]
-    assert steps.proposer.outcome("one")[0] == []
+    assert ranks(steps.proposer.outcome("one")) == [3]
 
 
 def test_proposals_go_on_to_the_end_of_the_context() -> None:
@@ -187,8 +188,13 @@ def test_a_step_of_many_rows_is_scored_in_parts_that_fit_together(monkeypatch: p
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize(("most_tokens", "graphs"), [(5, None), (5, 0), (1000, 5), (5, 1000)])
-def test_a_step_has_no_more_tokens_than_it_may(most_tokens: int, graphs: int | None) -> None:
+@pytest.mark.parametrize(
+    ("most_tokens", "graphs", "without_graphs"), [(5, None, 1000), (5, 1000, 1), (1000, 5, 1), (1000, 0, 5)]
+)
+def test_a_step_has_no_more_tokens_than_it_may(
+    monkeypatch: pytest.MonkeyPatch, most_tokens: int, graphs: int | None, without_graphs: int
+) -> None:
+    monkeypatch.setattr(module, "_MOST_TOKENS", without_graphs)
     steps = _Steps(most_tokens, graphs=graphs)
     names = {"one": DRAFT, "two": OTHER}
     for name, draft in names.items():
@@ -198,24 +204,35 @@ def test_a_step_has_no_more_tokens_than_it_may(most_tokens: int, graphs: int | N
     assert 0 < sum(map(len, found)) <= 5 - 2
 
 
-def test_a_step_that_ends_a_long_prompt_teaches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_that_only_decode_show_what_a_token_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    observed = []
+
+    class Times(StepTimes):
+        def observe(self, tokens: int, seconds: float) -> None:
+            observed.append((tokens, seconds))
+            super().observe(tokens, seconds)
+
+    monkeypatch.setattr(module, "StepTimes", Times)
+    # A step takes as long as it says.
     now = [0.0]
     monkeypatch.setattr(module, "clock", lambda: now[0])
+    steps = _Steps()
+    for name, draft in (("long", []), ("one", DRAFT), ("late", [])):
+        steps.runner.start(name, draft)
 
-    def proposed(*seconds: float) -> int:
-        """Return how much is proposed beside a step that has just ended a prompt, by its time."""
-        steps = _Steps()
-        steps.runner.start("long", [])
-        steps.runner.start("one", list(range(11, 40)))
-        steps.schedule(long=[], one=[])
-        steps.wrote([], [11])
-        for second in seconds:
-            now[0] += second
-            steps.schedule(long=[], one=[])
-            found = steps.wrote([9], [12])
-        return len(found[1])
+    def step(seconds: float, proposals: dict[str, list[int]], *written: list[int]) -> None:
+        now[0] += seconds
+        steps.schedule(**proposals)
+        steps.wrote(*written)
 
-    assert proposed(1e-6) == proposed(1e3)
+    step(10, {"long": [], "one": []}, [], [11])
+    # The rest of the long prompt.
+    step(20, {"long": [], "one": DRAFT[1:]}, [9], [12, 30])
+    step(3, {"long": [], "one": [14]}, [9], [14, 31])
+    # A prompt that is read in one step.
+    step(40, {"long": [], "one": [], "late": []}, [9], [32], [9])
+    step(5, {"long": [], "one": [], "late": []}, [9], [33], [9])
+    assert observed == [(3, 3.0), (3, 5.0)]
 
 
 def test_what_comes_of_a_draft_goes_to_its_own_request() -> None:
