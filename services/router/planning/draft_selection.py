@@ -100,8 +100,8 @@ class DraftSelection:
         self._enabled = enabled
         self._pairs: dict[tuple[str, str], _Pair] = {}
         self._paces: dict[tuple[str, str, bool], Paces] = {}
-        # Targets that have verified a draft without a pass of its own. They make such passes for some requests
-        # all the same: of pipelines, with a seed, tolerant, of adapters.
+        # Targets that have verified a draft without a pass of its own. They nevertheless make such passes for
+        # some requests: of pipelines, with a seed, tolerant, of adapters.
         self._while_writing: set[str] = set()
 
     def choose(

@@ -26,7 +26,8 @@ class ModelState(Enum):
 class EngineStatus:
     """State of a model at one moment; sizes in bytes.
 
-    verifies_inside: whether a draft is verified while the answer is written, in one request.
+    verifies_inside: whether a draft is verified while the answer is written, in one request; resamples: also
+    that of a draw without a seed, by rejection sampling.
     """
 
     state: ModelState
@@ -42,6 +43,7 @@ class EngineStatus:
     cancelled: int
     error: str
     verifies_inside: bool = False
+    resamples: bool = False
 
 
 class Engine(Protocol):

@@ -245,6 +245,7 @@ class ScoringEngine:
     def status(self) -> EngineStatus:
         """Return whether the model is loaded, and how many calls wait and run."""
         held = sum(len(call.prompt) + len(call.ids) for call in self._running)
+        drafting = self._drafting
         return EngineStatus(
             state=self._state,
             parameters=self._checkpoint.parameters,
@@ -258,7 +259,8 @@ class ScoringEngine:
             completed=self._completed,
             cancelled=self._cancelled,
             error=self._error,
-            verifies_inside=self._drafting is not None and self._drafting.takes_drafts,
+            verifies_inside=drafting is not None and drafting.takes_drafts,
+            resamples=drafting is not None and drafting.draws_with_drafts,
         )
 
     @property
@@ -556,4 +558,4 @@ class AdapterEngine:
 
     def status(self) -> EngineStatus:
         """Return the status of its model, which counts the memory."""
-        return replace(self._base.status(), memory_bytes=0, verifies_inside=False)
+        return replace(self._base.status(), memory_bytes=0, verifies_inside=False, resamples=False)

@@ -14,16 +14,18 @@ import numpy as np
 import pytest
 
 from asd.errors import AsdError, InvalidRequest
+from asd.v1 import common_pb2, stage_pb2
 from asd.values import FinishReason, Message, Sampling
 from services.stage.domain import DraftPiece, TokenChunk, VerificationResult
-from services.stage.engines.conformance import PROMPTS, EngineAnswer, Suite, collect
 from services.stage.engines.checkpoint import read_checkpoint
+from services.stage.engines.conformance import PROMPTS, EngineAnswer, Suite, collect
 from services.stage.engines.engine import ModelState
 from services.stage.engines.scoring import AdapterEngine
 from services.stage.engines.vllm import engine as vllm_engine
 from services.stage.engines.vllm import proposer
 from services.stage.engines.vllm.engine import VllmOptions
 from tests.fakes import fake_vllm, vllm_batch
+from tests.integration.stage.conftest import serving
 from tests.limits import CALL_S
 
 if TYPE_CHECKING:
@@ -215,6 +217,28 @@ async def test_a_draw_without_a_seed_is_verified_inside_and_says_so(
             found.result.ids[kept : kept + 1] != plain.result.ids[kept : kept + 1]
             or not plain.result.ids[kept:]
         )
+
+
+@pytest.mark.parametrize("is_free", [True, False])
+@pytest.mark.usefixtures("library")
+async def test_a_stage_is_told_whether_anybody_asked_for_the_seed(is_free: bool) -> None:
+    engine = vllm_engine.make_engine("small", SMALL, VllmOptions(verify_inside=True))
+    sampling = common_pb2.Sampling(temperature=0.8, seed=5, max_new_tokens=20)
+    draft = common_pb2.Draft(text=" Ardia", finish_reason=common_pb2.FINISH_REASON_LENGTH)
+    asked = {"prompt": "Ardia", "sampling": sampling, "seed_is_free": is_free}
+    steps = [
+        stage_pb2.VerifyStreamRequest(start=stage_pb2.VerifyStreamStart(**asked)),
+        stage_pb2.VerifyStreamRequest(chunk=stage_pb2.DraftChunk(text=draft.text)),
+        stage_pb2.VerifyStreamRequest(end=stage_pb2.DraftEnd(finish_reason=draft.finish_reason)),
+    ]
+    async with serving({"small": engine}) as stage:
+        for call in (
+            stage.stub.Verify(stage_pb2.VerifyRequest(draft=draft, **asked), timeout=CALL_S),
+            stage.stub.VerifyStream(iter(steps), timeout=CALL_S),
+        ):
+            events = [event async for event in call]
+            found = [event.verification for event in events if event.HasField("verification")]
+            assert [each.resampled for each in found] == [is_free]
 
 
 @pytest.mark.usefixtures("library")

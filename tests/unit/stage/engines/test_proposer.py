@@ -260,10 +260,19 @@ def test_the_outcome_is_kept_until_it_is_forgotten() -> None:
     steps.wrote([21])
     for _ in range(2):
         assert steps.proposer.outcome("one") == ([], 1, [])
-    # What comes after the end is not kept for another request of that key.
-    steps.proposer.grow("one", [99])
     steps.proposer.forget("one")
     assert steps.proposer.outcome("one") == NOTHING
+
+
+def test_what_comes_after_the_end_is_dropped() -> None:
+    steps = _Steps()
+    for name in ("one", "other"):
+        steps.runner.start(name, DRAFT[:2])
+        steps.schedule(**{name: []})
+        steps.wrote([11])
+        del steps.runner.requests[name]
+    steps.proposer.grow("one", DRAFT[2:])
+    # Another request under its key, as none is made.
     steps.runner.start("one", DRAFT[:2])
     steps.schedule(one=[])
     assert steps.wrote([11]) == [DRAFT[1:2]]
@@ -307,6 +316,20 @@ def test_what_nobody_forgets_is_bounded(monkeypatch: pytest.MonkeyPatch, ends: b
         steps.schedule(a=[], b=[], c=[])
         kept = [bool(rest) for rest in steps.wrote([11], [11], [11])]
     assert kept == [False, True, True]
+
+
+def test_what_has_reached_its_request_takes_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MOST_KEPT", 2)
+    steps = _Steps()
+    for name in ("late", "one"):
+        steps.proposer.grow(name, [12])
+    steps.runner.start("one", [11])
+    steps.schedule(one=[])
+    steps.wrote([11])
+    steps.proposer.grow("other", [12])
+    steps.runner.start("late", [11])
+    steps.schedule(late=[])
+    assert steps.wrote([11]) == [[12]]
 
 
 def test_the_average_draft_learns_from_one_that_has_ended_or_is_forgotten() -> None:
@@ -364,3 +387,7 @@ def test_workers_but_the_first_propose_and_keep_nothing() -> None:
     steps.runner.sampler.forward(logits((11, 0)), None)
     assert steps.runner.drafter.propose([[11]], None, None) == [[]]
     assert tuple(worker.asd_outcome("one")) == NOTHING
+    worker.rank = 0
+    assert worker.asd_attach() == []
+    steps.runner.requests["one"].output_token_ids.append(11)
+    assert steps.runner.drafter.propose([[11]], None, None) == [DRAFT[1:]]
