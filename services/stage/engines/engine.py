@@ -27,8 +27,9 @@ class EngineStatus:
     """State of a model at one moment; sizes in bytes.
 
     verifies_inside: whether a draft is verified while the answer is written, in one request; resamples: also
-    that of a draw without a seed, by rejection sampling. constrains: whether it keeps constraints. takes_tools:
-    whether the chat template knows tools. most_top_logprobs: largest `top_logprobs` that it serves.
+    that of a draw without a seed, by rejection sampling. constrains: whether it keeps constraints.
+    takes_tools: whether the chat template knows tools. most_top_logprobs: largest `top_logprobs` that it
+    serves.
     """
 
     state: ModelState
