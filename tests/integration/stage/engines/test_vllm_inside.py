@@ -512,4 +512,8 @@ async def test_after_a_correction_the_rest_of_a_draft_is_verified_inside_as_it_c
     # A pass for every token that differs, and for every 16 that come.
     assert found.result.forward_passes <= len(ids) // 16 + 3 * len(wrong) + 3
     assert found.result.accepted_tokens <= found.result.proposed_tokens
-    assert sum(found.result.accept_lengths) <= len(ids) + 1
+    if accepted >= 20:
+        # Each step writes a token more than it had accepted; the passes that scored the draft come on top.
+        assert found.result.forward_passes + found.result.accepted_tokens > len(ids)
+    # The step that reads the prompt again writes a token, and has no proposal.
+    assert sum(found.result.accept_lengths) <= len(ids) - bool(wrong)
