@@ -427,6 +427,9 @@ class VllmBackend:
 
 def _takes_proposers() -> bool:
     """Return whether this vLLM takes a proposer class of its user's. Its interface may change, says vLLM."""
+    # vLLM keeps to its first model runner by itself, unless the environment says otherwise.
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") != "0":
+        return False
     try:
         importlib.import_module("vllm.v1.spec_decode.custom_class_proposer")
     except ImportError:

@@ -374,6 +374,21 @@ def test_what_the_runner_lacks_is_told() -> None:
     assert steps.proposer.attach(bare) == ["effective_drafter_max_model_len", "_get_logprobs_tensors"]
 
 
+def test_the_row_after_a_proposal_does_not_score_its_first_token() -> None:
+    steps = _Steps()
+    steps.runner = _Runner()
+    # Only the sampler of that row can be watched then.
+    del steps.runner.rejection_sampler._get_logprobs_tensors  # noqa: SLF001 - vLLM's
+    steps.proposer.attach(steps.runner)
+    steps.runner.start("one", DRAFT)
+    steps.schedule(one=[])
+    steps.wrote([11])
+    steps.schedule(one=DRAFT[1:])
+    steps.runner.sampler.forward(logits((12, 5)), None, predict_bonus_token=True)
+    steps.wrote([7])
+    assert ranks(steps.proposer.outcome("one")) == []
+
+
 def test_workers_but_the_first_propose_and_keep_nothing() -> None:
     steps = _Steps()
     steps.runner.start("one", DRAFT)
