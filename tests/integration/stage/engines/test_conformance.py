@@ -156,3 +156,15 @@ async def test_the_suite_notices_details_of_another_token() -> None:
             Suite(_Broken(engine, generate=write))  # type: ignore[arg-type]
         )
     await engine.unload()
+
+
+async def test_the_suite_notices_an_engine_that_says_that_it_resamples(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = _vllm(monkeypatch, 1)
+    await engine.load()
+    status = replace(engine.status(), resamples=True)
+    with pytest.raises(NotConforming, match="resampled"):
+        await conformance.draws_with_a_draft_follow_the_model(
+            Suite(_Broken(engine, status=lambda: status))  # type: ignore[arg-type]
+        )
