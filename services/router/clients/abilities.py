@@ -31,17 +31,15 @@ class ModelAbilities:
 class Abilities:
     """The abilities of a stage's models, asked for when a request first needs one.
 
-    stage: as errors name it. ask: returns them by model, the default one first; it raises AsdError. clock:
+    ask: returns them by model, the default one first; it raises AsdError. clock:
     monotonic seconds.
     """
 
     def __init__(
         self,
-        stage: str,
         ask: Callable[[], Awaitable[Mapping[str, ModelAbilities]]],
         clock: Callable[[], float],
     ) -> None:
-        self._stage = stage
         self._ask = ask
         self._clock = clock
         self._known: Mapping[str, ModelAbilities] = {}
@@ -70,17 +68,15 @@ class Abilities:
     def _refuse(self, request: Request, able: ModelAbilities) -> None:
         sampling = request.sampling
         if sampling.constraint is not None and not able.constrains:
-            raise ModelRefusal(f"{self._stage} keeps no constraints", field="sampling.constraint")
+            raise ModelRefusal("the model keeps no constraints", field="sampling.constraint")
         if sampling.top_logprobs is not None and sampling.top_logprobs > able.most_top_logprobs:
             raise ModelRefusal(
-                f"{self._stage} reports the {able.most_top_logprobs} likeliest tokens at most, not "
+                f"the model reports the {able.most_top_logprobs} likeliest tokens at most, not "
                 f"{sampling.top_logprobs}",
                 field="sampling.top_logprobs",
             )
         if _has_tools(request) and not able.takes_tools:
-            raise ConversationRefused(
-                f"the chat template of {self._stage} knows no tools", field="conversation.tools"
-            )
+            raise ConversationRefused("the model's chat template knows no tools", field="conversation.tools")
 
 
 def _needs_abilities(request: Request) -> bool:

@@ -77,7 +77,7 @@ class GrpcStage:
         self._replicas = replicas
         self._clock = clock
         self._adapters = Adapters(stage.model, adapters, self._list_models, clock)
-        self._abilities = Abilities(f"stage {stage.name}", self._list_abilities, clock)
+        self._abilities = Abilities(self._list_abilities, clock)
 
     async def close(self) -> None:
         """Cancel its background work."""

@@ -79,7 +79,7 @@ class Call(Generic[Evidence]):
     def add(self, token: int, evidence: Evidence) -> bool:
         """Add a token; return whether it ends the answer, as the last one that a constraint allows does."""
         if self.matcher is not None and not self.matcher.take([token]):
-            raise RuntimeError(f"the library chose token {token}, which the constraint does not allow")
+            raise self.matcher.not_taken(token)
         if token in self.eos_ids:
             self.finish = FinishReason.EOS
             return True

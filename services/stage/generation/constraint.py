@@ -159,6 +159,17 @@ class Matcher:
         # Computing the mask takes many times as long, and models mostly keep to what they are asked for.
         return token if self.allowed([token]) else int(self.masked(logits).argmax())
 
+    def not_taken(self, token: int) -> Exception:
+        """Return the error for a token that was chosen and that it does not take.
+
+        Where llguidance has come to a limit of its own, it takes nothing more, and says so only when it makes
+        a mask: the constraint is too complex. Otherwise the token was chosen wrongly.
+        """
+        self._matcher.compute_bitmask()
+        if self._matcher.is_error():
+            return self._too_complex(_reason(self._matcher.get_error()))
+        return RuntimeError(f"token {token} was chosen, which the constraint does not allow")
+
     def masked(self, logits: Logits) -> Logits:
         """Return logits, float32 [V], with -inf for each token that may not follow."""
         mask = np.frombuffer(self._matcher.compute_logit_bias(), np.uint8)[: len(logits)]
@@ -195,9 +206,11 @@ class Matcher:
                 "the model has no token for what the constraint wants next: its tokenizer lacks a character",
                 field=self._field,
             )
-        raise InvalidRequest(
-            f"the constraint is too complex to be kept: {_reason(self._matcher.get_error())}: simplify it",
-            field=self._field,
+        raise self._too_complex(_reason(self._matcher.get_error()))
+
+    def _too_complex(self, reason: str) -> InvalidRequest:
+        return InvalidRequest(
+            f"the constraint is too complex to be kept: {reason}: simplify it", field=self._field
         )
 
 

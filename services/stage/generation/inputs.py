@@ -160,8 +160,8 @@ class RequestReader:
         if sent.is_prediction and draft.allowed is not None:
             kept = self._tokenizer.decode(draft.ids)[-40:]
             raise InvalidRequest(
-                f"the prediction breaks the constraint after {kept!r}: write one blank after each comma and "
-                "colon of JSON, and properties in the schema's order, or leave the prediction out",
+                f"the prediction breaks the constraint after {kept!r}: change it, or leave it out (JSON has "
+                "one blank after each comma and colon, and properties in the schema's order)",
                 field="draft",
             )
 

@@ -192,3 +192,14 @@ def test_a_grammar_that_turns_out_too_ambiguous_is_refused() -> None:
     matcher = _matcher(Constraint(json_schema={"type": "array", "items": row}))
     with pytest.raises(InvalidRequest, match="simplify"):
         matcher.take(_ids('[{"p1": 1, '))
+
+
+def test_a_regex_with_too_many_states_is_refused_where_it_can_go_no_further() -> None:
+    matcher = _matcher(Constraint(regex="(a{1,1000}){1,1000}"))
+    (letter,) = _ids("a")
+    while matcher.take([letter]):
+        pass
+    error = matcher.not_taken(letter)
+    assert isinstance(error, InvalidRequest)
+    assert error.field == "sampling.constraint.regex"
+    assert isinstance(_matcher(Constraint(regex="b")).not_taken(letter), RuntimeError)
