@@ -254,6 +254,7 @@ class ScoringEngine:
             completed=self._completed,
             cancelled=self._cancelled,
             error=self._error,
+            takes_tools=self._tokenizer.takes_tools,
             verifies_inside=self._drafting is not None and self._drafting.takes_drafts,
         )
 

@@ -17,9 +17,10 @@ from asd.errors import (
     PreconditionFailed,
     PromptTooLong,
 )
-from asd.values import FinishReason, Role, tools_of
+from asd.values import FinishReason, tools_of
 from services.stage.generation.answer import AnswerBuilder
 from services.stage.generation.call import Call
+from services.stage.generation.template_values import MUST_CALL, characters
 from services.stage.generation.tokenizer import TooManyTokens
 
 if TYPE_CHECKING:
@@ -99,12 +100,15 @@ class RequestReader:
             raise ModelRefusal(f"{self._name} cannot keep a constraint", field="sampling.constraint")
         if sampling.top_logprobs is not None:
             raise ModelRefusal(f"{self._name} reports no log-probabilities", field="sampling.top_logprobs")
-        if tools_of(turns) is not None or any(turn.role == Role.TOOL or turn.tool_calls for turn in turns):
-            raise ConversationRefused(f"{self._name} takes no tools", field="conversation.tools")
+        tools = tools_of(turns)
+        if tools is not None and tools.choice in MUST_CALL:
+            raise ModelRefusal(
+                f"{self._name} cannot be made to call a tool", field="conversation.tools.choice"
+            )
 
     async def read_prompt(self, turns: tuple[Message, ...]) -> list[int]:
         """Return a prompt's ids: fewer than the context, so that an answer has room."""
-        size = sum(len(turn.content) for turn in turns)
+        size = characters(turns)
         if size > _LONG_TEXT:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._long_texts, self._encode_prompt, turns, size)

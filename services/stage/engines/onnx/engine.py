@@ -182,6 +182,7 @@ class OnnxEngine:
             completed=self._scheduler.completed,
             cancelled=self._scheduler.cancelled,
             error=self._error,
+            takes_tools=self._tokenizer.takes_tools,
         )
 
     def _memory_bytes(self, capacity: int) -> int:

@@ -1,0 +1,74 @@
+"""The form in which a model writes tool calls, and the grammar of an answer that is one. Pure."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from asd.values import Message, Role, Tool, ToolCall, ToolChoice
+
+if TYPE_CHECKING:
+    from asd.values import Tools
+
+# What a template is asked to write, to see how it does.
+PROBE_TOOL = Tool(
+    "asd_probe", "Finds a word.", '{"type": "object", "properties": {"key": {"type": "string"}}}'
+)
+PROBE_CALL = (
+    Message(Role.USER, "Hello"),
+    Message(Role.ASSISTANT, "", (ToolCall("call_asd00", PROBE_TOOL.name, '{"key": "word"}'),)),
+    Message(Role.TOOL, "Hi.", tool_call_id="call_asd00"),
+)
+_WRITTEN = re.compile(
+    r'(?P<before>(?:<tool_call>\s*)?)\{"name": ?"asd_probe", ?"(?P<key>arguments|parameters)": ?'
+    r'\{"key": ?"word"\}\}(?P<after>(?:\s*</tool_call>)?)'
+)
+
+
+@dataclass(frozen=True)
+class CallForm:
+    """How a model writes a call: its object between two texts. key: the name of the arguments.
+
+    between: what stands between two calls.
+    """
+
+    before: str
+    key: str
+    after: str
+    between: str
+
+
+def find_form(rendered: str) -> CallForm | None:
+    """Return the form of the call in the text that a template makes of PROBE_CALL; None if it is unknown."""
+    found = _WRITTEN.search(rendered)
+    if found is None:
+        return None
+    between = "\n" if found["after"] else "; "
+    return CallForm(found["before"], found["key"], found["after"], between)
+
+
+def call_grammar(form: CallForm, tools: Tools) -> str:
+    """Return the grammar, as llguidance's Lark, of an answer that calls tools as `tools.choice` wants it.
+
+    One or more of the tools, or the named one; at most one call with `single_call`. Each call's arguments
+    follow its own schema, whose references are to that schema.
+    """
+    named = tools.choice == ToolChoice.NAMED
+    allowed = [tool for tool in tools.tools if not named or tool.name == tools.name]
+    more = "" if tools.single_call else f" ({json.dumps(form.between)} call)*"
+    rules = [f"start: call{more}", f"call: {' | '.join(f'call_{i}' for i in range(len(allowed)))}"]
+    for index, tool in enumerate(allowed):
+        opening = f'{form.before}{{"name": {json.dumps(tool.name)}, "{form.key}": '
+        rules.append(
+            f"call_{index}: {json.dumps(opening)} arguments_{index} {json.dumps('}' + form.after)}\n"
+            f"arguments_{index}: %json {_schema(tool)}"
+        )
+    return "\n".join(rules) + "\n"
+
+
+def _schema(tool: Tool) -> str:
+    """Return the schema of a tool's arguments, which are an object."""
+    schema = json.loads(tool.parameters) if tool.parameters else {"additionalProperties": False}
+    return json.dumps({"type": "object", **schema})
