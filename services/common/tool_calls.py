@@ -1,7 +1,7 @@
 """Tool calls in what a model writes, in the two forms that most open models use. Pure.
 
-- Hermes and Qwen: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, one or several, with text around
-  them. The last end tag may be missing.
+- Hermes and Qwen: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, one or several, with text
+  around them. The last end tag may be missing.
 - Llama 3: the answer is `{"name": ..., "parameters": {...}}`, or several of them separated by `;`, with or
   without `<|python_tag|>` before them.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 from hypothesis import example, given
@@ -85,10 +86,22 @@ def test_content_is_shown_as_soon_as_it_is_certain():
     assert [reader.read(each) for each in ('{"n', 'o": ', "1}")] == ["", '{"no":', " 1}"]
 
 
-_PARTS = st.sampled_from(
-    ["<tool_call>", "</tool_call>", "<|python_tag|>", WEATHER, NOW, ";", " ", "\n", "{", "}", '"', "\\", "<", "a"]
-    + ['{"name": "now", "arguments": {"a": "', '"}}', '{"name"']
+_TAGS = ("<tool_call>", "</tool_call>", "<|python_tag|>", WEATHER, NOW)
+_BITS = (
+    ";",
+    " ",
+    "\n",
+    "{",
+    "}",
+    '"',
+    "\\",
+    "<",
+    "a",
+    '{"name"',
+    '{"name": "now", "arguments": {"a": "',
+    '"}}',
 )
+_PARTS = st.sampled_from(_TAGS + _BITS)
 
 
 @given(st.lists(_PARTS, max_size=12).map("".join), st.data())
@@ -98,7 +111,7 @@ def test_an_answer_in_pieces_has_the_calls_and_the_content_of_the_whole(text, da
     cuts = range(len(text)) if data is None else sorted(data.draw(st.sets(st.integers(0, len(text)))))
     bounds = [0, *cuts, len(text)]
     reader = ToolCallReader(TOOLS)
-    content = "".join(reader.read(text[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)) + reader.end()
+    content = "".join(reader.read(text[a:b]) for a, b in pairwise(bounds)) + reader.end()
     assert (content, tuple(reader.calls)) == read_tool_calls(text, TOOLS)
     if not reader.calls:
         assert content == text
