@@ -40,7 +40,9 @@ class Route:
         """Whether the policy has no say."""
         return bool(self.stage or self.chain)
 
-    def request(self, turns: str | tuple[Message, ...], sampling: Sampling, options: Options) -> Request:
+    def request(
+        self, turns: str | tuple[Message, ...], sampling: Sampling, options: Options, prediction: str = ""
+    ) -> Request:
         """Return the cascade's request."""
         return Request(
             turns,
@@ -50,6 +52,8 @@ class Route:
             chain=self.chain,
             task=options.task,
             session_id=options.session_id,
+            prediction=prediction,
+            allow_switch=options.allow_switch,
         )
 
 
