@@ -31,7 +31,7 @@ async def run(settings: GatewaySettings) -> None:
     peer = settings.router
     if not is_loopback(peer.target) and peer.tls is None:
         logger.warning(
-            "callers' tokens go to %s in the clear: set router.tls, or encrypt the way", peer.target
+            "callers' tokens go to %s in the clear: set router.tls, or encrypt the network", peer.target
         )
     try:
         client = AsyncClient(

@@ -34,17 +34,27 @@ _ERRORS = {
     "504": "the deadline has passed",
 }
 _OBJECT = {"schema": {"type": "object"}}
+_TEXT = {"schema": {"type": "string"}}
+# A token is not needed everywhere. Anthropic's clients send it as a key.
+_EITHER = [{}, {"token": []}, {"key": []}]
 
 
 def document(apis: Mapping[str, Api]) -> dict[str, Any]:
     """Return the document. apis: by path."""
     paths: dict[str, Any] = {path: {"post": _post(api.name)} for path, api in apis.items()}
-    paths["/v1/models"] = {"get": _get("listModels", "Lists the models", ("401", "405", "503", "504"))}
+    faults = ("401", "405", "500", "503", "504")
+    paths["/v1/models"] = {"get": _get("listModels", "Lists the models", faults, security=_EITHER)}
     paths["/v1/models/{model}"] = {
-        "get": _get("showModel", "Shows a model", ("401", "404", "405", "503", "504"))
+        "get": _get("showModel", "Shows a model", ("404", *faults), security=_EITHER)
         | {"parameters": [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]}
     }
-    paths["/healthz"] = {"get": _get("health", "Says whether the gateway serves", ("503",), security=[])}
+    paths["/healthz"] = {
+        "get": _get("health", "Says whether the gateway serves", ("405", "503"), security=[])
+    }
+    paths["/metrics"] = {
+        "get": _get("metrics", "Metrics for Prometheus", ("405",), kind="text/plain", security=[])
+    }
+    paths["/openapi.json"] = {"get": _get("document", "This document", ("405",), security=[])}
     return {
         "openapi": "3.1.0",
         "info": {
@@ -87,18 +97,21 @@ def _post(name: str) -> dict[str, Any]:
         "responses": {
             "200": {
                 "description": "the answer, or its stream",
-                "content": {"application/json": _OBJECT, "text/event-stream": {"schema": {"type": "string"}}},
+                "content": {"application/json": _OBJECT, "text/event-stream": _TEXT},
             },
             **_errors(_ERRORS),
         },
     }
     if name == "messages":
-        operation["security"] = [{}, {"token": []}, {"key": []}]
+        operation["security"] = _EITHER
     return operation
 
 
-def _get(name: str, text: str, errors: tuple[str, ...], **more: Any) -> dict[str, Any]:
-    answers = {"200": {"description": "the answer", "content": {"application/json": _OBJECT}}}
+def _get(
+    name: str, text: str, errors: tuple[str, ...], *, kind: str = "application/json", **more: Any
+) -> dict[str, Any]:
+    schema = _OBJECT if kind == "application/json" else _TEXT
+    answers = {"200": {"description": "the answer", "content": {kind: schema}}}
     return {
         "operationId": name,
         "summary": text,

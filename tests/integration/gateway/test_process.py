@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 
 import httpx2
 
+from services.gateway.server import serve
+from services.gateway.settings import GatewaySettings
 from tests.fakes.fake_router import TEXT, FakeRouter
 from tests.integration.common.conftest import running
 from tests.integration.gateway.test_gateway import CHAT, HELLO
 from tests.limits import CALL_S
+from tests.unit.gateway.test_app import ScriptedCascade, caller, made
 
 
 async def test_it_says_ready_answers_and_ends(tmp_path):
@@ -25,6 +29,17 @@ async def test_it_says_ready_answers_and_ends(tmp_path):
         assert 'http_response_status_code="200"' in metrics
         assert (await process.stop(signal.SIGTERM))[0] == 0
     await server.stop(0)
+
+
+async def test_a_signal_makes_it_refuse_requests_and_end():
+    app = made(ScriptedCascade())
+    settings = GatewaySettings(router={"target": "127.0.0.1:1"}, listen="127.0.0.1:0", drain_seconds=0)
+    serving = asyncio.create_task(serve(app, settings))
+    await asyncio.sleep(0)
+    os.kill(os.getpid(), signal.SIGTERM)
+    async with asyncio.timeout(CALL_S):
+        await serving
+    assert (await caller().answered_by(app)).status == 503
 
 
 async def test_a_stage_named_like_a_virtual_model_ends_it(tmp_path):
