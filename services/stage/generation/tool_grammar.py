@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from asd.values import Message, Role, Tool, ToolCall, ToolChoice
+from services.stage.generation.constraint import Grammar, json_rule
 
 if TYPE_CHECKING:
     from asd.values import Tools
@@ -21,6 +22,7 @@ PROBE_CALL = (
     Message(Role.ASSISTANT, "", (ToolCall("call_asd00", PROBE_TOOL.name, '{"key": "word"}'),)),
     Message(Role.TOOL, "Hi.", tool_call_id="call_asd00"),
 )
+_FIELD = "conversation.tools"
 _WRITTEN = re.compile(
     r'(?P<before>(?:<tool_call>\s*)?)\{"name": ?"asd_probe", ?"(?P<key>arguments|parameters)": ?'
     r'\{"key": ?"word"\}\}(?P<after>(?:\s*</tool_call>)?)'
@@ -49,26 +51,27 @@ def find_form(rendered: str) -> CallForm | None:
     return CallForm(found["before"], found["key"], found["after"], between)
 
 
-def call_grammar(form: CallForm, tools: Tools) -> str:
-    """Return the grammar, as llguidance's Lark, of an answer that calls tools as `tools.choice` wants it.
+def call_grammar(form: CallForm, tools: Tools) -> Grammar:
+    """Return the grammar of an answer that calls tools as `tools.choice` wants it.
 
     One or more of the tools, or the named one; at most one call with `single_call`. Each call's arguments
-    follow its own schema, whose references are to that schema.
+    follow its own schema, whose references are to that schema. Raises InvalidRequest as json_rule does.
     """
     named = tools.choice == ToolChoice.NAMED
-    allowed = [tool for tool in tools.tools if not named or tool.name == tools.name]
+    allowed = [each for each in enumerate(tools.tools) if not named or each[1].name == tools.name]
     more = "" if tools.single_call else f" ({json.dumps(form.between)} call)*"
-    rules = [f"start: call{more}", f"call: {' | '.join(f'call_{i}' for i in range(len(allowed)))}"]
-    for index, tool in enumerate(allowed):
+    rules = [f"start: call{more}", f"call: {' | '.join(f'call_{index}' for index, _ in allowed)}"]
+    for index, tool in allowed:
         opening = f'{form.before}{{"name": {json.dumps(tool.name)}, "{form.key}": '
-        rules.append(
-            f"call_{index}: {json.dumps(opening)} arguments_{index} {json.dumps('}' + form.after)}\n"
-            f"arguments_{index}: %json {_schema(tool)}"
-        )
-    return "\n".join(rules) + "\n"
+        rule = json_rule(_schema(tool), f"{_FIELD}.tools[{index}].parameters")
+        rules += [
+            f"call_{index}: {json.dumps(opening)} arguments_{index} {json.dumps('}' + form.after)}",
+            f"arguments_{index}: {rule}",
+        ]
+    return Grammar("\n".join(rules), _FIELD)
 
 
-def _schema(tool: Tool) -> str:
+def _schema(tool: Tool) -> dict[str, object]:
     """Return the schema of a tool's arguments, which are an object."""
     schema = json.loads(tool.parameters) if tool.parameters else {"additionalProperties": False}
-    return json.dumps({"type": "object", **schema})
+    return {"type": "object", **schema}
