@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # The contract's bound on turns.
 _MOST_TURNS = 4096
 # What SDKs repeat of a part of an earlier answer.
-_IN_PARTS_OF_ANSWERS = {"annotations", "citations", "logprobs"}
+_IN_PARTS_OF_ANSWERS = {"annotations", "citations", "logprobs", "parsed"}
 # What SDKs repeat of an earlier answer, if it has a value that says nothing.
 _EMPTY_IN_ANSWERS = {"refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning_content"}
 
@@ -82,6 +82,9 @@ def read_message(
         raise invalid(f"{where}.tool_call_id", "must be the id of the call that this is the result of")
     # A result needs no name: its call has it.
     known = {"role", "content", *inert, *(("tool_call_id", "name") if is_result else ())}
+    if is_answer:
+        # OpenAI's SDK adds what it made of the content.
+        known.add("parsed")
     for name, each in value.items():
         if name in known or (name == "tool_calls" and calls):
             continue

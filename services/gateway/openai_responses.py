@@ -242,7 +242,7 @@ def _read_item(value: object, where: str) -> list[Message]:
     if not isinstance(value, dict) or kind == "message":
         return [read_message(value, where, _ROLES, _INERT)]
     if kind == "function_call":
-        known(value, where, ("type", "id", "status", "call_id", "name", "arguments"))
+        known(value, where, ("type", "id", "status", "call_id", "name", "arguments", "parsed_arguments"))
         name, call_id = required_text(value, "name", where), required_text(value, "call_id", where)
         return [Message(Role.ASSISTANT, "", (ToolCall(call_id, name, read_arguments(value, where)),))]
     if kind == "function_call_output":

@@ -102,7 +102,7 @@ def read_openai_call(value: object, where: str) -> ToolCall:
     if not isinstance(function, dict):
         raise invalid(f"{where}.function", "must be an object")
     known(value, where, ("id", "type", "function", "index"))
-    known(function, f"{where}.function", ("name", "arguments"))
+    known(function, f"{where}.function", ("name", "arguments", "parsed_arguments"))
     return ToolCall(
         required_text(value, "id", where),
         required_text(function, "name", f"{where}.function"),
