@@ -65,7 +65,7 @@ class FakeRouter(cascade_pb2_grpc.CascadeServiceServicer):
     """Sends words, and then the answer.
 
     error: raised instead, or after `words_first` words. hold: while it is cleared, calls wait after those
-    words. words: of streams. fields: of the answer, in place of the usual ones. has_sent_all: whether a stream
+    words. words: of streams. fields: of the answer, if other than usual. has_sent_all: whether a stream
     has had them all. token: refuses other ones.
     requests, metadata: what came. running: calls that have not ended; idle is set while there are none.
     """
