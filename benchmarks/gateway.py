@@ -55,7 +55,7 @@ COMPARED = 32
 _WARM = 200
 _WARM_STREAMS = 10
 # A stage of the embedded cascade, whose answers come in several parts.
-_STREAMED = "small"
+_STREAMED = "large"
 _CALL_S = 30.0
 PORT_BASE = 21_050
 # LiteLLM loads for long.

@@ -59,8 +59,9 @@ class Cascade:
         """Return whether the router has taken a token before. One that it took long ago is tried again."""
         known = "" if "" in self._admitted else token
         read_at = self._admitted.get(known)
-        if read_at is not None and self._clock() - read_at > _FRESH_S:
-            self._read(known)
+        is_old = read_at is not None and self._clock() - read_at > _FRESH_S
+        if is_old and known not in self._reading:
+            self._read(known).add_done_callback(_log_failure)
         return read_at is not None
 
     async def describe(self, token: str) -> Description:
@@ -86,7 +87,6 @@ class Cascade:
         if task is None:
             self._reading[token] = task = asyncio.create_task(self._describe(token))
             task.add_done_callback(lambda _: self._reading.pop(token))
-            task.add_done_callback(_log_failure)
         return task
 
     async def _describe(self, token: str) -> Description:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from services.common.version import VERSION
+from services.gateway.models import VIRTUAL
 from services.gateway.objective import header_of
 from services.gateway.parameters import ASD_FIELDS, ASD_FORMS, PARAMETERS, Effect
 
@@ -36,7 +37,7 @@ _ERRORS = {
 _OBJECT = {"schema": {"type": "object"}}
 _TEXT = {"schema": {"type": "string"}}
 # A token is not needed everywhere. Anthropic's clients send it as a key.
-_EITHER = [{}, {"token": []}, {"key": []}]
+_EITHER: list[dict[str, list[str]]] = [{}, {"token": []}, {"key": []}]
 
 
 def document(apis: Mapping[str, Api]) -> dict[str, Any]:
@@ -134,6 +135,9 @@ def _schema(parameter: Parameter) -> dict[str, Any]:
         return {"enum": [*parameter.neutral, None], **text}
     if parameter.effect is Effect.NONE:
         return text
-    if parameter.name in {"model", "messages", "prompt", "input"}:
+    if parameter.name == "model":
+        # Names to choose from; stages have others.
+        return {"anyOf": [{"enum": list(VIRTUAL)}, dict(parameter.schema)], **text}
+    if parameter.name in {"messages", "prompt", "input"}:
         return {**parameter.schema, **text}
     return {"anyOf": [dict(parameter.schema), {"type": "null"}], **text}

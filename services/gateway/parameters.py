@@ -84,9 +84,7 @@ _STOP = {
     ]
 }
 
-_MODEL = _honoured(
-    "model", "a virtual model, or a stage's name", type="string", minLength=1, examples=["asd"]
-)
+_MODEL = _honoured("model", "a virtual model, or a stage's name", type="string", minLength=1)
 _TEMPERATURE = _honoured("temperature", "0 by default: greedy", type="number", minimum=0, maximum=2)
 _TOP_P = _honoured("top_p", "nucleus mass", type="number", exclusiveMinimum=0, maximum=1)
 _STREAM = _honoured("stream", "server-sent events", type="boolean")

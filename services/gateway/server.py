@@ -120,9 +120,6 @@ def protocol(gateway: Gateway, settings: GatewaySettings) -> type[HttpToolsProto
                 self._running = self.cycle
             elif len(self.pipeline) > _MOST_AHEAD:
                 self.transport.abort()
-            else:
-                # uvicorn stops reading here, and would not see the connection's end.
-                self.flow.resume_reading()
 
         def on_body(self, body: bytes) -> None:
             self._held_bytes = 0

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
@@ -94,7 +95,20 @@ CHECKS = (
 )
 
 
+def answers(url):
+    """Return how many requests the gateway has answered with 200, by path."""
+    with urlopen(f"{url}/metrics") as response:
+        lines = response.read().decode().splitlines()
+    counts = [line for line in lines if line.startswith("http_server_request_duration_seconds_count")]
+    paths = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+    return {
+        path: sum(float(line.split()[-1]) for line in counts if f'"{path}"' in line and '"200"' in line)
+        for path in paths
+    }
+
+
 def test_schemathesis_finds_no_server_error_and_no_undocumented_answer(url, tmp_path):
+    before = answers(url)
     done = subprocess.run(
         [
             *(str(BIN / "schemathesis"), "run", f"{url}/openapi.json", "--checks", CHECKS),
@@ -107,3 +121,6 @@ def test_schemathesis_finds_no_server_error_and_no_undocumented_answer(url, tmp_
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    # It got as far as the cascade.
+    after = answers(url)
+    assert all(after[path] > before[path] for path in before), after

@@ -117,10 +117,10 @@ class FakeRouter(cascade_pb2_grpc.CascadeServiceServicer):
                 response=answer(request_id=f"r{len(self.requests)}", **self.fields)
             )
 
-    async def start(self, options=None):
-        """Serve on a free port; return the server."""
+    async def start(self, options=None, port=0):
+        """Serve on a port; return the server and the port. 0: a free one."""
         service = ServiceRegistration("asd.v1.CascadeService", self._add)
-        return await start_server("127.0.0.1:0", [service], options=options or ServerOptions())
+        return await start_server(f"127.0.0.1:{port}", [service], options=options or ServerOptions())
 
     def _add(self, server):
         cascade_pb2_grpc.add_CascadeServiceServicer_to_server(self, server)

@@ -380,6 +380,8 @@ async def test_a_server_that_ends_gives_requests_their_time_and_then_an_error():
             pass
         gateway.router.hold.set()
         assert (await whole).status_code == 200
+        # uvicorn ends requests without an answer, and so after the gateway.
+        assert gateway.server.config.timeout_graceful_shutdown > CALL_S
 
 
 async def test_a_draining_gateway_refuses_new_requests(gateway):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import sys
 
 import httpx2
@@ -40,6 +41,21 @@ async def test_a_signal_makes_it_refuse_requests_and_end():
     async with asyncio.timeout(CALL_S):
         await serving
     assert (await caller().answered_by(app)).status == 503
+
+
+async def test_a_taken_name_ends_it_also_if_the_router_comes_later(tmp_path):
+    with socket.socket() as kept:
+        kept.bind(("127.0.0.1", 0))
+        port = kept.getsockname()[1]
+        config = {"router": {"target": f"127.0.0.1:{port}"}}
+        async with running("services.gateway", config, tmp_path) as process:
+            kept.close()
+            server, _ = await FakeRouter(stages=("small", "asd-best")).start(port=port)
+            code, log = await process.end()
+    assert code == 1
+    assert "asd: the cascade has a stage named asd-best" in log
+    assert "Traceback" not in log
+    await server.stop(0)
 
 
 async def test_a_stage_named_like_a_virtual_model_ends_it(tmp_path):
