@@ -107,3 +107,16 @@ LLAMA = r"""{{- bos_token }}
     {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
 {%- endif %}
 """  # noqa: E501 - as it is published
+
+# Qwen's form of calls in the words of the embedded family, whose context is short.
+SHORT = (
+    "{% for tool in tools or [] %}<|system|>{{ tool.function | tojson }}{% endfor %}"
+    "{% for message in messages %}"
+    "{% if message.role == 'assistant' %}<|assistant|>{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>\n"
+    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}'
+    "\n</tool_call>{% endfor %}<|end|>"
+    "{% elif message.role == 'tool' %}<|user|>{{ message.content }}"
+    "{% else %}<|{{ message.role }}|>{{ message.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)

@@ -195,17 +195,19 @@ class Matcher:
 
 
 class GrammarCompiler:
-    """Compiles constraints for one model. vocabulary: ids that its logits have, padding included.
+    """Compiles constraints for one model. tokenizer: the content of tokenizer.json.
 
-    tokenizer: the content of tokenizer.json. Raises ValueError for a tokenizer that llguidance cannot use.
+    vocabulary: ids of the model, those without a token included. drops_blank: whether a text's first tokens
+    hold a blank that is not part of it. Raises ValueError for a tokenizer that
+    llguidance cannot use.
     """
 
-    def __init__(self, tokenizer: str, vocabulary: int, eos_ids: Sequence[int]) -> None:
-        own = LLTokenizer(tokenizer)
-        self._tokenizer = LLTokenizer(
-            tokenizer, n_vocab=max(vocabulary, own.vocab_size), eos_token=list(eos_ids)
-        )
+    def __init__(
+        self, tokenizer: str, vocabulary: int, eos_ids: Sequence[int], *, drops_blank: bool = False
+    ) -> None:
+        self._tokenizer = LLTokenizer(tokenizer, n_vocab=vocabulary, eos_token=list(eos_ids))
         self._eos_ids = frozenset(eos_ids)
+        self._start = 'start: " " after_blank\nafter_blank:' if drops_blank else "start:"
         self._limits = LLParserLimits(
             initial_lexer_fuel=_MOST_LEXER_FUEL, max_grammar_size=_MOST_SYMBOLS, verbose_errors=False
         )
@@ -229,7 +231,7 @@ class GrammarCompiler:
         return Matcher(compiled.deep_copy(), self._eos_ids, grammar.field)
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
-        matcher = self._matcher(grammar.lark)
+        matcher = self._matcher(re.sub("^start:", self._start, grammar.lark, count=1, flags=re.MULTILINE))
         if not matcher.is_error():
             # The first mask shows what is too ambiguous, and what no answer fits.
             matcher.compute_bitmask()
@@ -269,7 +271,7 @@ class GrammarCompiler:
 
 def _reason(error: str) -> str:
     """Return what llguidance says is wrong, in one line, without its listing of the grammar."""
-    reason = re.sub(r"^at \d+\(\d+\): ", "", error.partition("\n   1 | ")[0]).removeprefix(_SCHEMA_ERROR)
+    reason = re.sub(r"^at \d+\(\d+\): ", "", re.split(r"\n +\d+ \| ", error)[0]).removeprefix(_SCHEMA_ERROR)
     if "oneOf constraints" in reason:
         return "oneOf is kept only where no value fits two of its schemas: use anyOf"
     pattern = re.search(r"regex parse error:\n    (.*)\n    ( *)\^+\nerror: (.*)", reason)

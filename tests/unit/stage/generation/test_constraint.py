@@ -111,7 +111,7 @@ def test_the_mask_is_what_may_follow(taken: list[int], seed: int) -> None:
     assert matcher.likeliest(logits) == masked.argmax()
 
 
-@given(st.lists(st.sampled_from(_ids('{"x": -12, "name": "ab\\n}') + [END]), max_size=30))
+@given(st.lists(st.sampled_from([*_ids('{"x": -12, "name": "ab\\n}'), END]), max_size=30))
 @settings(deadline=None, max_examples=200)
 def test_allowed_tokens_can_be_taken_and_given_back(ids: list[int]) -> None:
     matcher = _matcher(Constraint(json_schema=POINT))

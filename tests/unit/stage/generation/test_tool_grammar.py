@@ -21,19 +21,20 @@ CITY = """{"properties": {"city": {"$ref": "#/$defs/name"}}, "required": ["city"
 TOOLS = (Tool("weather", "", CITY), Tool("now"))
 
 
+_TOKENIZER = Tokenizer.from_str(json.dumps(byte_level(("<|end|>",))))
+
+
 @pytest.fixture(scope="module")
 def compiler() -> GrammarCompiler:
     """A compiler for a model whose tokens are bytes."""
-    tokenizer = byte_level(("<|end|>",))
-    return GrammarCompiler(json.dumps(tokenizer), 0, [tokenizer["added_tokens"][0]["id"]])
+    end = _TOKENIZER.token_to_id("<|end|>")
+    return GrammarCompiler(_TOKENIZER.to_str(), _TOKENIZER.get_vocab_size(), [end])
 
 
 async def _matches(compiler: GrammarCompiler, grammar: Grammar, text: str) -> bool:
     """Return whether a text is a whole answer of a grammar."""
-    matcher = await compiler.compile(grammar)
-    tokenizer = Tokenizer.from_str(json.dumps(byte_level(("<|end|>",))))
-    ids = tokenizer.encode(f"{text}<|end|>").ids
-    return matcher.take(ids) == len(ids)
+    ids = _TOKENIZER.encode(f"{text}<|end|>").ids
+    return (await compiler.compile(grammar)).take(ids) == len(ids)
 
 
 def _call(form: CallForm, name: str, arguments: str) -> str:
