@@ -22,6 +22,8 @@ PROBE_CALL = (
     Message(Role.ASSISTANT, "", (ToolCall("call_asd00", PROBE_TOOL.name, '{"key": "word"}'),)),
     Message(Role.TOOL, "Hi.", tool_call_id="call_asd00"),
 )
+# Keywords beside which additionalProperties would refuse what they allow.
+_OPEN = frozenset({"$ref", "$dynamicRef", "allOf", "anyOf", "oneOf", "if", "patternProperties"})
 _FIELD = "conversation.tools"
 _WRITTEN = re.compile(
     r'(?P<before>(?:<tool_call>\s*)?)\{"name": ?"asd_probe", ?"(?P<key>arguments|parameters)": ?'
@@ -72,6 +74,11 @@ def call_grammar(form: CallForm, tools: Tools) -> Grammar:
 
 
 def _schema(tool: Tool) -> dict[str, object]:
-    """Return the schema of a tool's arguments, which are an object."""
-    schema = json.loads(tool.parameters) if tool.parameters else {"additionalProperties": False}
-    return {"type": "object", **schema}
+    """Return the schema of a tool's arguments, which are an object.
+
+    Arguments that a plain schema does not name are left out, though JSON Schema would allow them: functions
+    take none, and a small model that may invent names need not end.
+    """
+    schema = json.loads(tool.parameters) if tool.parameters else {}
+    closed = {} if _OPEN & schema.keys() else {"additionalProperties": False}
+    return {"type": "object", **closed, **schema}

@@ -62,6 +62,15 @@ async def test_an_answer_of_the_grammar_is_calls_of_the_tools(compiler, form):
         assert not await _matches(compiler, grammar, text), text
 
 
+async def test_arguments_have_no_names_but_those_of_a_plain_schema(compiler):
+    said = _call(LLAMA, "f", '{"a": 1, "more": 2}')
+    plain = Tool("f", "", '{"properties": {"a": {"type": "integer"}}}')
+    composed = Tool("f", "", '{"allOf": [{"properties": {"a": {"type": "integer"}}}]}')
+    for tool, is_taken in ((plain, False), (composed, True)):
+        grammar = call_grammar(LLAMA, Tools((tool,), "required"))
+        assert await _matches(compiler, grammar, said) is is_taken
+
+
 async def test_one_call_may_be_the_most_and_a_tool_may_be_named(compiler):
     ulm, now = _call(HERMES, "weather", '{"city": "Ulm"}'), _call(HERMES, "now", "{}")
     single = call_grammar(HERMES, Tools(TOOLS, "required", single_call=True))

@@ -24,8 +24,8 @@ ASK = Message("user", "Max has 9 beads. Max finds 10 more. How many beads does M
 ADD = Tool(
     "add",
     "",
-    '{"type": "object", "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 99}, "b": {"enum": [10, 11]}}, '
-    '"required": ["a", "b"], "additionalProperties": false}',
+    '{"type": "object", "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 99}, '
+    '"b": {"enum": [10, 11]}}, "required": ["a", "b"], "additionalProperties": false}',
 )
 TOOLS = (ADD, Tool("now"))
 
