@@ -265,23 +265,23 @@ async def _measure(
     asked = mixes([stage.name for stage in stages], options.asked)
     baseline: dict[int, dict[str, Any]] = {}
     if options.inside and "throughput" in options.parts:
-        # What others are measured against has no proposer.
+        # The rates are compared with those of the largest stage alone, whose engine has no proposer.
         async with AsyncExitStack() as stack:
-            ways: dict[str, dict[str, Any]] = {"pipelined": {}, "sequential": {}, ALWAYS: {}}
-            running, _ = await _start(stack, stages[-1:], batch, questions, ways, inside=False)
+            routers: dict[str, dict[str, Any]] = {"pipelined": {}, "sequential": {}, ALWAYS: {}}
+            running, _ = await _start(stack, stages[-1:], batch, questions, routers, inside=False)
             await _warm(running, stages[-1:])
             for concurrency in concurrencies:
                 (baseline[concurrency],) = await _throughput(
                     running, {ALWAYS: asked[ALWAYS]}, concurrency, options
                 )
     async with AsyncExitStack() as stack:
-        ways = {
+        routers = {
             **{name: {} for name in asked},
             # Acceptance is set: drafts of which nothing is accepted must not stop the others' verification.
             "pipelined": {"adaptive": False},
             "sequential": {"adaptive": False, "pipelined": False},
         }
-        running, row["load_s"] = await _start(stack, stages, batch, questions, ways, inside=options.inside)
+        running, row["load_s"] = await _start(stack, stages, batch, questions, routers, inside=options.inside)
         _say("load_s", row["load_s"])
         await _warm(running, stages)
         if "latencies" in options.parts:
@@ -303,13 +303,13 @@ async def _start(
     stages: list[GpuStage],
     batch: int,
     questions: Questions,
-    ways: dict[str, dict[str, Any]],
+    routers: dict[str, dict[str, Any]],
     *,
     inside: bool,
 ) -> tuple[Running, dict[str, float]]:
-    """Start stages, a policy for three of them, and a router for each way; return the seconds of loading.
+    """Start stages, a policy for three of them, and routers; return the seconds of loading.
 
-    ways: speculation settings by name. inside: stages after the first verify drafts inside vLLM.
+    routers: their speculation settings by name. inside: stages after the first verify drafts inside vLLM.
     """
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     spans = SpanStore()
@@ -368,7 +368,7 @@ async def _start(
         for name, target in targets.items()
     ]
     clients = {}
-    for way, speculation in ways.items():
+    for name, speculation in routers.items():
         settings = {
             "stages": entries,
             "static_plan": [stages[-1].name],
@@ -377,7 +377,7 @@ async def _start(
             **({"policy": {"target": policy, "timeout_ms": 1000}} if policy else {}),
         }
         address = await start("services.router", settings, {})
-        clients[way] = await stack.enter_async_context(AsyncClient(address, timeout_ms=CALL_MS))
+        clients[name] = await stack.enter_async_context(AsyncClient(address, timeout_ms=CALL_MS))
     return Running(clients, questions, spans), loading
 
 
@@ -458,9 +458,9 @@ async def _latencies(running: Running, names: list[str], repeats: int) -> dict[s
 def mixes(
     names: Sequence[str], asked: Collection[str] = tuple(ASKED)
 ) -> dict[str, list[tuple[dict[str, Any], float]]]:
-    """Return what is asked, by name: ways of asking with the acceptance of their drafts, taken in turn.
+    """Return what is asked, by name: requests with the acceptance of their drafts, taken in turn.
 
-    Always the largest comes first: the others are measured against it.
+    Always the largest comes first: the others' rates are shares of its rate.
     """
     small, large = names[0], names[-1]
     escalated = {"chain": (small, large)}
@@ -487,7 +487,7 @@ async def _throughput(
 ) -> list[dict[str, Any]]:
     """Answers per second by what is asked, with so many requests at a time.
 
-    Every way has a router of its own, as shipped: what one learns of its drafts is not another's. Requests
+    Every mix has a router of its own, as shipped: what one learns of its drafts is not another's. Requests
     come without a pause, each when an earlier one is answered, and what is timed lies between two answers:
     neither what the router has yet to learn nor an empty stage at the beginning is in it. baseline: the row
     of always asking the largest, if it is measured.

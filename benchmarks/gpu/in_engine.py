@@ -30,7 +30,7 @@ from benchmarks.gpu.__main__ import ENVIRONMENT, LONGEST, SMALL, use_stand_in
 from benchmarks.gpu.measure import TINY, MeasurePlan, Prompts, timed
 from benchmarks.gpu.shapes import SHAPES, make_model
 from benchmarks.record import RESULTS, record
-from services.stage.engines.backend import OwnDraft, TokenRequest
+from services.stage.engines.backend import RequestDraft, TokenRequest
 from services.stage.engines.checkpoint import read_checkpoint
 from services.stage.engines.vllm.engine import VllmBackend, VllmOptions
 
@@ -58,7 +58,7 @@ def altered(own: Sequence[int], kind: str, chance: random.Random, highest: int) 
 
 async def write(backend: VllmBackend, prompt: list[int], tokens: int, draft: Sequence[int] = ()) -> list[int]:
     """Return a greedy answer of so many tokens, written with a draft beside it if there is one."""
-    own = OwnDraft(secrets.token_hex(8), tuple(draft)) if draft else None
+    own = RequestDraft(secrets.token_hex(8), tuple(draft)) if draft else None
     ids: list[int] = []
     async with aclosing(backend.generate(prompt, TokenRequest(tokens, draft=own))) as pieces:
         async for piece in pieces:

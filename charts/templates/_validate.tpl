@@ -14,8 +14,8 @@
 {{- end -}}
 {{- include "asd.validateResources" . -}}
 {{- include "asd.validateCascade" . -}}
-{{- range .Values.stages -}}
-{{- include "asd.validateStage" (dict "root" $ "name" .name "stage" (include "asd.stage" (dict "root" $ "stage" .) | fromYaml)) -}}
+{{- range $index, $_ := .Values.stages -}}
+{{- include "asd.validateStage" (dict "root" $ "index" $index "name" .name "stage" (include "asd.stage" (dict "root" $ "stage" .) | fromYaml)) -}}
 {{- end -}}
 {{- include "asd.validatePolicy" . -}}
 {{- include "asd.validateScaling" . -}}
@@ -195,7 +195,7 @@ entry of networkPolicy with its callers.
 {{- end -}}
 {{- end -}}
 
-{{/* dict "root" $ "name" its name "stage" its settings. */}}
+{{/* dict "root" $ "index" its place "name" its name "stage" its settings. */}}
 {{- define "asd.validateStage" -}}
 {{- $name := .name -}}
 {{- $stage := .stage -}}
@@ -223,6 +223,14 @@ entry of networkPolicy with its callers.
 {{- end -}}
 {{- if and (gt $parallel 1) (not $stage.sharedMemory) -}}
 {{- fail (printf "stages: %q is tensor-parallel, and its processes need more than 64 MiB of shared memory; set sharedMemory, for instance to 8Gi" $name) -}}
+{{- end -}}
+{{- if eq $model.engine "vllm" -}}
+{{- $inside := toString $model.vllm.verifyInside -}}
+{{- $longest := int ($model.vllm.maxModelLen | default $model.maxModelLen) -}}
+{{- $proposed := int $model.vllm.proposedTokens -}}
+{{- if and $longest (le $longest $proposed) (or (eq $inside "true") (and (eq $inside "auto") .index)) -}}
+{{- fail (printf "stages: %q would propose nothing: model.vllm.maxModelLen %d must exceed model.vllm.proposedTokens %d by the tokens of a prompt; raise maxModelLen, lower proposedTokens, or set model.vllm.verifyInside=false" $name $longest $proposed) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 {{- if hasKey (dig "limits" dict ($stage.resources | default dict)) $stage.gpuResource -}}

@@ -158,6 +158,15 @@ def _state(stage: StageDescription) -> Text:
     return Text("available", style="green") if stage.available else Text("away", style="red")
 
 
+def _abilities(stage: StageDescription) -> tuple[str, ...]:
+    return (
+        "while it writes" if stage.verifies_inside else "in passes of their own",
+        "yes" if stage.constrains else "no",
+        "yes" if stage.takes_tools else "no",
+        str(stage.most_top_logprobs or "none"),
+    )
+
+
 def description(value: Description) -> RenderableType:
     """Return the stages of a cascade, and the policy in force."""
     table = Table("stage", "model", "engine", "parameters", "context", "cost", "queue", "state")
@@ -172,10 +181,13 @@ def description(value: Description) -> RenderableType:
             str(stage.queue_depth),
             _state(stage),
         )
+    can = Table("stage", "verifies drafts", "constraints", "tools", "top log-probabilities")
+    for stage in value.stages:
+        can.add_row(stage.stage, *(_abilities(stage) if stage.available else ["–"] * 4))
     plan = f"Static plan, while the policy is away: {' → '.join(value.static_plan)}"
     policy = value.policy
     if policy is None:
-        return Group(table, Text("Policy: none answers, so the static plan holds", style="yellow"), plan)
+        return Group(table, can, Text("Policy: none answers, so the static plan holds", style="yellow"), plan)
     judged = Table("stage", "cost", "latency ms", "accuracy", "calibration error")
     for each in policy.stages:
         judged.add_row(
@@ -187,6 +199,7 @@ def description(value: Description) -> RenderableType:
         )
     return Group(
         table,
+        can,
         f"Policy {policy.policy_version}: fitted on {count(policy.train_prompts, 'prompt')}, calibrated on "
         f"{count(policy.calibration_prompts, 'other')}",
         judged,

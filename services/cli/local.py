@@ -232,12 +232,18 @@ async def _up(
 
     from services.cli import console
     from services.cli.demo import EXAMPLE_PROMPTS
-    from services.local.running import running
+    from services.local.running import TELL_EVERY_S, running
 
     started = time.monotonic()
     cascade = _cascade(file)
     ports = _ports(cascade, port_base, gateway_port, has_gateway=has_gateway)
-    async with running(cascade, ports, console.notes(), only=only) as supervisor:
+    notes = console.notes()
+    if not as_json:
+        for warning in cascade.warnings():
+            notes.print(f"warning: {warning}", soft_wrap=True)
+    # With --json, standard error holds nothing but a failure.
+    tell_every_s = None if as_json else TELL_EVERY_S
+    async with running(cascade, ports, notes, only=only, tell_every_s=tell_every_s) as supervisor:
         seconds = time.monotonic() - started
         children = supervisor.children
         if as_json:
@@ -306,7 +312,7 @@ async def _demo(
     from asd.values import Objective
     from services.cli import console
     from services.cli.demo import ask_both_ways, choose_tasks, summarise
-    from services.local.running import running
+    from services.local.running import TELL_EVERY_S, running
     from services.local.supervisor import free_ports
 
     objective = Objective(preference=preference.value if preference else None)
@@ -327,7 +333,9 @@ async def _demo(
         rows = await collect(connection.client(target, timeout_ms))
     else:
         cascade = _cascade(file)
-        async with running(cascade, free_ports(len(cascade.stages)), notes) as supervisor:
+        ports = free_ports(len(cascade.stages))
+        tell_every_s = TELL_EVERY_S if json_file is None else None
+        async with running(cascade, ports, notes, tell_every_s=tell_every_s) as supervisor:
             # What it starts itself listens on this machine, plainly.
             address = supervisor.children[0].service.address
             rows = await collect(Connection().client(address, timeout_ms))

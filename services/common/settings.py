@@ -176,9 +176,13 @@ class ServiceSettings(_Numbers, BaseSettings):
         for variable in cls.variables_in(environment):
             name = variable.upper()
             if name.split("__", maxsplit=1)[0] not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
-                raise SettingsError(f"unknown variable {variable}: {hint}")
+                raise SettingsError(f"unknown variable {variable}: {suggestion(name, sorted(known))}")
+
+
+def suggestion(name: str, known: Sequence[str]) -> str:
+    """Return what an unknown name may have meant: the known one that is close, or all that are known."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
 
 
 def service_config(env_prefix: str) -> SettingsConfigDict:

@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import signal
 import tempfile
+import time
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 # How long children may drain. They get a little more to end, before they are killed.
 _DRAIN_SECONDS = 10.0
 _GRACE_SECONDS = 12.0
+# Chosen: often enough to show that a start goes on, seldom enough to read. A large model takes minutes.
+TELL_EVERY_S = 15.0
 _EXTRA_OF_ENGINE = {"onnx": "stage", "vllm": "vllm", "tensorrt_llm": "tensorrt-llm"}
 
 
@@ -44,13 +47,19 @@ class Signalled(Exception):  # noqa: N818 - not an error: somebody wants the com
 
 @asynccontextmanager
 async def running(
-    cascade: CascadeFile, ports: Ports, notes: Console, *, only: str | None = None
+    cascade: CascadeFile,
+    ports: Ports,
+    notes: Console,
+    *,
+    only: str | None = None,
+    tell_every_s: float | None = TELL_EVERY_S,
 ) -> AsyncIterator[Supervisor]:
     """Run a cascade's processes, or only one of them, while the body runs.
 
     The first SIGINT, SIGTERM or SIGHUP (of a terminal that closes) cancels the body and drains the processes,
     a second one kills them; both raise Signalled. Logs are in a temporary directory, which is removed unless
-    a process crashed after the start: the error of a failed start quotes the end of its log. Raises
+    a process crashed after the start: the error of a failed start quotes the end of its log. tell_every_s:
+    pause between lines about what is still starting; None: no such lines. Raises
     SettingsError for an unknown `only` and for a stage named like one of the gateway's models,
     PreconditionFailed if a process needs a package that is not installed, and LaunchError if a process does
     not start.
@@ -76,7 +85,11 @@ async def running(
             names = ", ".join(service.name for service in services)
             raise SettingsError(f"--only {only}: this cascade has {names}")
         with notes.status(f"starting {', '.join(child.service.name for child in supervisor.children)} …"):
-            await supervisor.__aenter__()
+            telling = asyncio.create_task(_tell_waiting(supervisor, say, tell_every_s))
+            try:
+                await supervisor.__aenter__()
+            finally:
+                telling.cancel()
         has_served = True
         try:
             yield supervisor
@@ -92,6 +105,18 @@ async def running(
             say(f"the logs are kept in {directory}")
         else:
             shutil.rmtree(directory, ignore_errors=True)
+
+
+async def _tell_waiting(supervisor: Supervisor, say: Callable[[str], None], every_s: float | None) -> None:
+    """Say from time to time which processes do not serve yet."""
+    if every_s is None:
+        return
+    started = time.monotonic()
+    while True:
+        await asyncio.sleep(every_s)
+        for child in supervisor.children:
+            if not child.serves:
+                say(child.waiting_line(time.monotonic() - started))
 
 
 def _check_installed(cascade: CascadeFile, only: str | None, *, has_gateway: bool) -> None:

@@ -15,6 +15,7 @@ import yaml
 
 from asd.client import AsyncClient
 from asd.errors import AsdError, BudgetSpent, Unavailable
+from asd.visible import one_line
 from services.common.disks import cannot_write, replace_file
 from services.local.cascade_file import GATEWAY, HOST, POLICY, ROUTER, Ports
 
@@ -37,6 +38,8 @@ _DESCRIBE_SECONDS = 2.0
 _REACH_PAUSE_S = 0.05
 # Lines of the log that the error of a failed start quotes: the log itself is removed.
 _LOG_LINES = 40
+# Characters of a log's line in a line about a start. Chosen: what a person reads.
+_MOST_OF_LINE = 160
 # Advice for a full disk: logs and settings are in the directory of temporary files.
 _ELSEWHERE = "set TMPDIR to another folder"
 _LOSS = "go on without what it prints"
@@ -132,7 +135,7 @@ class Child:
     """One service's process, and the file that its output goes to.
 
     reach: waits until the router can reach the service of a name. delays_s: the first and the longest delay
-    of a restart.
+    of a restart. serves: whether the process does.
     """
 
     def __init__(
@@ -148,6 +151,7 @@ class Child:
         self.service = service
         self.log = directory / f"{service.name}.log"
         self.crashes = 0
+        self.serves = False
         self._config = directory / f"{service.name}.yaml"
         self._say = say
         self._process: asyncio.subprocess.Process | None = None
@@ -193,16 +197,25 @@ class Child:
                 f"{self.service.name} listens on {address} instead of {self.service.address}: unset the "
                 "ASD_*_LISTEN variable"
             )
+        self.serves = True
+
+    def waiting_line(self, seconds: float) -> str:
+        """Return a line about a start that has taken so long, with the last line of the log."""
+        if not self.pid:
+            return f"{self.service.name} waits for {ROUTER}"
+        # A progress bar rewrites its line.
+        last = one_line(self._log_end(1).splitlines()[-1], _MOST_OF_LINE)
+        return f"{self.service.name} starts, {seconds:.0f} s so far (log: {self.log}): {last}"
 
     async def keep(self) -> None:
         """Restart the process whenever it ends, until cancelled."""
         first_delay_s, longest_delay_s = self._delays_s
         delay_s = first_delay_s
-        serves, is_return = True, False
+        is_return = False
         while True:
             started = time.monotonic()
             process = self._running()
-            announcing = asyncio.create_task(self._announce(process)) if serves and is_return else None
+            announcing = asyncio.create_task(self._announce(process)) if self.serves and is_return else None
             try:
                 await self._forward_output(process)
                 await process.wait()
@@ -212,7 +225,8 @@ class Child:
                     await asyncio.gather(announcing, return_exceptions=True)
             self.crashes += 1
             # A process that exits with 0 was asked to end and has drained: that is no crash.
-            was_asked = serves and process.returncode == 0
+            was_asked = self.serves and process.returncode == 0
+            self.serves = False
             if was_asked or time.monotonic() - started > _STABLE_S:
                 delay_s = first_delay_s
             self._say(
@@ -221,11 +235,10 @@ class Child:
             )
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, longest_delay_s)
-            serves, is_return = False, True
+            is_return = True
             # A failed start is a process that ended; the next turn reports it.
             with contextlib.suppress(LaunchError):
                 await self.start()
-                serves = True
 
     async def _announce(self, process: asyncio.subprocess.Process) -> None:
         """Announce that the service is back once the router reaches it."""
@@ -298,9 +311,11 @@ class Child:
             yield log
 
     def _explain(self, what: str) -> str:
+        return f"{self.service.name} {what}. The end of its log:\n{self._log_end(_LOG_LINES)}"
+
+    def _log_end(self, lines: int) -> str:
         with self.log.open(encoding="utf-8", errors="replace") as file:
-            tail = "".join(deque(file, maxlen=_LOG_LINES)).rstrip() or "(its log is empty)"
-        return f"{self.service.name} {what}. The end of its log:\n{tail}"
+            return "".join(deque(file, maxlen=lines)).rstrip() or "(its log is empty)"
 
 
 class Reach:

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from asd.values import DecisionAction, Request, StageAction
+from asd.values import DecisionAction, FinishReason, Request, StageAction
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from asd.errors import AsdError
-    from asd.values import DecisionReason, FinishReason, PlanSource, ToolCall
+    from asd.values import DecisionReason, PlanSource, ToolCall
 
 
 class Overload(Enum):
@@ -143,7 +143,8 @@ class StageResult:
 
     accept_lengths: tokens emitted by each pass that scored a proposal. is_adapted: whether the call named an
     adapter; the model's name does not tell. others: calls of other callers. context_length: the model's, in
-    tokens; 0: unknown. is_constrained: whether a constraint was kept.
+    tokens; 0: unknown. is_constrained: whether a constraint was kept. is_prediction: the
+    caller expects this answer; no stage has written it.
     """
 
     text: str
@@ -158,6 +159,7 @@ class StageResult:
     others: PeerLoad | None = None
     context_length: int = 0
     is_constrained: bool = False
+    is_prediction: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -436,6 +438,11 @@ class RoutedAnswer:
 
 
 Event = StageStart | DraftPart | FinalPart | Revision | RoutedAnswer
+
+
+def predicted(text: str) -> StageResult:
+    """Return the answer that a caller expects, as a draft for the first stage."""
+    return StageResult(text, (), "", FinishReason.EOS, TokenUsage(), Timing(), is_prediction=True)
 
 
 async def show_nothing(event: Event) -> None:

@@ -23,6 +23,7 @@ from services.router.domain import (
     Stop,
     Verification,
     Visibility,
+    predicted,
 )
 from services.router.stage_call import StageCall
 from services.router.stream import AnswerStream
@@ -104,10 +105,11 @@ class RequestState:
     def draft(self) -> StageResult | None:
         """Return the answer that the next stage can verify; None if it has no text.
 
-        Tokens without text, such as a space before the first word, mean nothing to another tokenizer.
+        Tokens without text, such as a space before the first word, mean nothing to another tokenizer. Before
+        the first answer, it is the one that the caller expects.
         """
         if self._answer is None:
-            return None
+            return predicted(self.request.prediction) if self.request.prediction else None
         return self._answer.result if self._answer.result.text else None
 
     @property
@@ -175,8 +177,8 @@ class RequestState:
         if result is not None:
             call.finish(result)
         answer = call.unfinished_answer() if result is None else call.answer()
-        if self._is_fragment:
-            # The policy was fitted to verifications of whole drafts; this draft was cut off.
+        if self._is_fragment or (self._answer is None and self.request.prediction):
+            # The policy was fitted to verifications of the stages' whole drafts.
             answer = replace(answer, verification=None, draft_stage="")
         self._is_fragment = result is None
         self._answer = answer

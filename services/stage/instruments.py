@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from opentelemetry.metrics import CallbackOptions, Observation
 
-    from services.stage.domain import Result
+    from services.stage.domain import Result, VerificationResult
     from services.stage.engines.engine import EngineStatus
     from services.stage.model_pool import ModelPool
 
@@ -35,6 +35,15 @@ class StageInstruments:
         self._per_output_token = telemetry.duration_histogram(
             Metrics.TPOT, "mean time of a call's tokens after the first"
         )
+
+        self._verifications = telemetry.meter().create_counter(
+            Metrics.VERIFICATIONS, "{draft}", "drafts that were verified, and where"
+        )
+
+    def verified(self, model: str, result: VerificationResult) -> None:
+        """A model verified a draft: inside of the request that writes the answer, or outside."""
+        place = "inside" if result.while_writing else "outside"
+        self._verifications.add(1, {Attributes.REQUEST_MODEL: model, Attributes.VERIFY_PLACE: place})
 
     def answered(self, model: str, result: Result) -> None:
         """A model answered a call."""

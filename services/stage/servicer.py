@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import aclosing
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from asd.convert import FINISH_REASONS, details_to, input_from, sampling_from
@@ -100,7 +99,7 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
         async with self._pool.use(request.model, request.caller) as (name, engine):
             status = engine.status()
             async with aclosing(
-                engine.verify(turns, _own_draw(sampling, request, status), draft, threshold)
+                engine.verify(turns, sampling, draft, threshold, seed_is_free=request.seed_is_free)
             ) as events:
                 async for event in events:
                     yield stage_pb2.VerifyResponse(**self._fields(event, name, status, request.caller))
@@ -120,7 +119,9 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
             status = engine.status()
             first = status.fingerprint
             async with aclosing(
-                engine.verify_stream(turns, _own_draw(sampling, start, status), _pieces(steps), threshold)
+                engine.verify_stream(
+                    turns, sampling, _pieces(steps), threshold, seed_is_free=start.seed_is_free
+                )
             ) as events:
                 async for event in events:
                     fields = self._fields(event, name, status, start.caller)
@@ -192,10 +193,15 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
         return (Message(Role.USER, given),) if isinstance(given, str) else given
 
     def _fields(self, event: Event, model: str, status: EngineStatus, caller: int) -> dict[str, Any]:
-        """Return an event as the field of a response, by the field's name. A result is also measured."""
+        """Return an event as the field of a response, by the field's name.
+
+        Results and verifications of drafts are also measured.
+        """
         if isinstance(event, TokenChunk):
             return {"tokens": _chunk(event)}
         if isinstance(event, VerificationResult):
+            if self._instruments is not None and event.proposed:
+                self._instruments.verified(model, event)
             return {"verification": _verification(event)}
         if self._instruments is not None:
             self._instruments.answered(model, event)
@@ -253,14 +259,6 @@ def _chunk(chunk: TokenChunk) -> common_pb2.TokenChunk:
         top2_margins=chunk.margins.tolist(),
         details=details_to(chunk.details),
     )
-
-
-def _own_draw(
-    sampling: Sampling, request: stage_pb2.VerifyRequest | stage_pb2.VerifyStreamStart, status: EngineStatus
-) -> Sampling:
-    """Return the sampling of a verification, without its seed if nobody asked for it and the engine verifies
-    drafts by draws of its own. Other engines draw as the drafter did, from the same seed."""
-    return replace(sampling, seed=None) if request.seed_is_free and status.verifies_inside else sampling
 
 
 def _verification(result: VerificationResult) -> stage_pb2.Verification:

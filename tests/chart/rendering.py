@@ -237,7 +237,7 @@ VARIANTS: dict[str, Variant] = {
                 {
                     "name": "target",
                     "gpuResource": "nvidia.com/gpu.shared",
-                    "model": {"path": "/models/target", "vllm": {"tensorParallel": 2}},
+                    "model": {"path": "/models/target", "vllm": {"tensorParallel": 2, "cudaGraphTokens": 0}},
                 },
             ),
         },

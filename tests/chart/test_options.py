@@ -150,6 +150,7 @@ class TestEngines:
         # Of stages that say nothing, those that get drafts verify them inside.
         (follower,) = read(StageSettings, "vLLM", "demo-stage-target", tmp_path).models
         assert follower.vllm.verify_inside
+        assert follower.vllm.cuda_graph_tokens is None
         draft, target = read(RouterSettings, "vLLM", "demo-router", tmp_path).stages
         assert (draft.adapters, draft.model) == (("law",), model.name)
         # Without an entry, the router asks the stage.

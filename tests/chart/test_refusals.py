@@ -162,6 +162,11 @@ CONTRADICTIONS = {
         'stages: "a" is tensor-parallel, and its processes need more than 64 MiB of shared memory; set '
         "sharedMemory",
     ),
+    "a context without room for a proposal": (
+        stage(gpus=1, model={"vllm": {"verifyInside": True, "maxModelLen": 64}}),
+        'stages: "a" would propose nothing: model.vllm.maxModelLen 64 must exceed '
+        "model.vllm.proposedTokens 64",
+    ),
     "GPUs said twice": (
         stage(resources={"limits": {"nvidia.com/gpu": 1}}),
         'stages: "a" names nvidia.com/gpu in resources.limits; say how many with gpus instead',

@@ -197,6 +197,7 @@ NOTES = {
     "H100s": ("The stages want 7 GPUs", "--timeout 1860s", "demo-stage-13b-cache, demo-stage-34b-cache"),
     "H100s, TensorRT-LLM": ("The stages want 12 GPUs", "--timeout 1860s", "demo-stage-13b-cache"),
     "everything on": ("From outside: the address of",),
+    "vLLM": ("verifyInside is true for stage draft, the first",),
     "autoscaled": ("KEDA scales small, medium, large", "port 9464"),
     "scale to zero": ("Stages that sleep when idle: large.", "router.defaultDeadlineMs: 60000"),
     "TLS": ("get secret asd-tls", "--tls-ca ca.crt --tls-server-name demo-router", "FailedMount"),
@@ -236,8 +237,11 @@ def test_notes_say_what_to_do_next(variant: str, monkeypatch: pytest.MonkeyPatch
             "From outside",
             "Claims",
             "networkPolicy",
+            "verifyInside",
         ):
             assert word not in notes
+    if variant == "H100s":
+        assert "verifyInside" not in notes
     if variant == "gateway off":
         assert "8000" not in notes
 

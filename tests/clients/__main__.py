@@ -3,13 +3,15 @@
 They have an environment of their own in build/clients, by tests/clients/requirements.txt. The embedded
 cascade and a gateway run beside them, and again with a chat template that knows tools. What came of it is
 kept in benchmarks/results/clients.json, with a hash of the files that it covers:
-`python -m tests.clients stale` says where these have changed since.
+`python -m tests.clients stale` says where these have changed since. If every test passes, aiperf's load
+report is kept in benchmarks/results/aiperf.json.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -31,6 +33,7 @@ ENVIRONMENT = ROOT / "build" / "clients"
 # What a client sees depends on these.
 COVERED = ("services/gateway", "clients/python/asd", "protos", "tests/clients")
 PORT_BASE, TOOLS_PORT_BASE = 21_250, 21_280
+_COMMAND = "python -m tests.clients"
 _INSTALL_S, _TEST_S = 1800, 1800
 
 
@@ -93,8 +96,12 @@ async def run() -> int:
         async with asyncio.timeout(_TEST_S):
             status = await child.wait()
     cases = {case.get("name", ""): _outcome(case) for case in ET.parse(report).iter("testcase")}
-    figures = {"covers": covered(), "packages": versions(python), "tests": cases}
-    sys.stdout.write(f"{write_result('clients', 'python -m tests.clients', figures)}\n")
+    packages = versions(python)
+    figures = {"covers": covered(), "packages": packages, "tests": cases}
+    sys.stdout.write(f"{write_result('clients', _COMMAND, figures)}\n")
+    if status == 0:
+        measured = {"aiperf": packages["aiperf"], "rows": loads(report)}
+        sys.stdout.write(f"{write_result('aiperf', _COMMAND, measured)}\n")
     return status
 
 
@@ -108,6 +115,12 @@ def knowing_tools(folder: Path) -> Path:
     file = folder / "cascade.yaml"
     file.write_text(yaml.safe_dump({"stages": stages, "static_plan": ["large"]}), encoding="utf-8")
     return file
+
+
+def loads(report: Path) -> list[object]:
+    """Return the figures of loads that tests recorded in pytest's report."""
+    found = ET.parse(report).iter("property")
+    return [json.loads(each.get("value", "")) for each in found if each.get("name") == "load"]
 
 
 def install() -> Path:

@@ -7,23 +7,24 @@ that lack what was cached, ranks, refusals, aborts, sleep levels.
 from __future__ import annotations
 
 import asyncio
-import importlib
 import itertools
 import json
 import sys
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from services.stage.engines.vllm import proposer
 from tests.fakes.reference_model import ReferenceModel, draw, likeliest
+from tests.fakes.vllm_batch import Batch, Request
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterator
+    from collections.abc import AsyncGenerator
 
     import pytest
 
@@ -161,6 +162,7 @@ class FakeVllm:
     """The library as a test sees it. runner: 1 or 2, the model runner, which decides how rows are cut."""
 
     runner: int = 1
+    is_on_cpu: bool = False
     engines: list[AsyncLLM] = field(default_factory=list)
 
 
@@ -170,6 +172,7 @@ _library = FakeVllm()
 def forget_probe() -> None:
     """Forget what the newest engine was asked while it was loaded."""
     _library.engines[-1].prompts.clear()
+    _library.engines[-1].asked.clear()
 
 
 class AsyncLLM:
@@ -188,7 +191,9 @@ class AsyncLLM:
         self.is_dead = False
         self.loads = 1
         self.prompts: list[tuple[int, int]] = []
-        self.worker = _worker(args)
+        self.asked: list[SamplingParams] = []
+        has_proposer = getattr(args, "speculative_config", None) is not None
+        self.batch = Batch(args, self.model, self.context, self._finish) if has_proposer else None
 
     @classmethod
     def from_engine_args(
@@ -226,7 +231,8 @@ class AsyncLLM:
             if self.is_dead:
                 raise EngineDeadError
             await asyncio.sleep(0)
-            return [getattr(self.worker, method)(*args, **(kwargs or {}))]
+            assert self.batch is not None
+            return [getattr(self.batch.worker, method)(*args, **(kwargs or {}))]
         assert "weights" not in self.asleep, "memory of the weights is not mapped"
         self.has_weights = True
         self.loads += 1
@@ -250,13 +256,15 @@ class AsyncLLM:
         ids = list(prompt["prompt_token_ids"])
         self.check(ids, sampling_params, lora_request)
         self.running.add(request_id)
+        self.asked.append(sampling_params)
         try:
             await asyncio.sleep(0)
-            for output in self._run(ids, sampling_params, request_id, lora_request):
-                if self.is_dead:
-                    raise EngineDeadError
-                yield output
-                await asyncio.sleep(0)
+            async with aclosing(self._run(ids, sampling_params, request_id, lora_request)) as outputs:
+                async for output in outputs:
+                    if self.is_dead:
+                        raise EngineDeadError
+                    yield output
+                    await asyncio.sleep(0)
         except (asyncio.CancelledError, GeneratorExit):
             self.aborted.append(request_id)
             raise
@@ -278,9 +286,9 @@ class AsyncLLM:
         if lora is not None and not getattr(self.args, "enable_lora", False):
             raise ValueError(f"Got lora_request {lora} but LoRA is not enabled!")
 
-    def _run(
+    async def _run(
         self, ids: list[int], params: SamplingParams, request_id: str, lora: LoRARequest | None
-    ) -> Iterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         adapter = 0 if lora is None else lora.lora_int_id
         cached = self._cached(ids, params, adapter)
         self.prompts.append((len(ids), cached))
@@ -288,90 +296,49 @@ class AsyncLLM:
         rows = sequence.append(ids)
         prompt_logprobs = self._prompt_logprobs(ids, rows, params, cached)
         tokens, entries = [], []
-        since = 0
-        for step, written in enumerate(
-            self._steps(ids, rows, sequence, params, request_id, adapter), start=1
-        ):
-            finish = None
-            for token, row in written:
-                tokens.append(token)
-                if params.logprobs is not None:
-                    entries.append(likeliest(row, token, params.logprobs))
-                if not params.ignore_eos and token in (params.stop_token_ids or ()):
-                    finish = "stop"
-                elif len(tokens) >= (params.max_tokens or 10**9) or len(ids) + len(tokens) >= self.context:
-                    finish = "length"
+        since = step = 0
+        if self.batch is None:
+            steps = self._steps(rows[-1], sequence, params)
+        else:
+            steps = self.batch.steps(Request(request_id, ids, params, adapter, cached))
+        async with aclosing(steps):
+            async for written in steps:
+                step += 1
+                for token, row in written:
+                    tokens.append(token)
+                    if params.logprobs is not None:
+                        entries.append(likeliest(row, token, params.logprobs))
+                finish = self._finish(ids, tokens, params)
                 if finish:
-                    break
-            if finish:
-                self._fill([*ids, *tokens[:-1]], adapter)
-            # A reader that is slower than the engine gets several tokens at once.
-            if finish or (params.output_kind is RequestOutputKind.DELTA and step % 3):
-                yield RequestOutput(
-                    request_id,
-                    None,
-                    ids,
-                    prompt_logprobs,
-                    [
-                        CompletionOutput(
-                            0,
-                            "",
-                            tokens[since:] if params.output_kind is RequestOutputKind.DELTA else list(tokens),
-                            None,
-                            _entries(entries[since:] if params.output_kind.value == 1 else entries, params),
-                            finish,
-                        )
-                    ],
-                    finish is not None,
-                    cached,
-                )
-                since = len(tokens)
-            if finish:
-                return
-
-    def _steps(
-        self,
-        ids: list[int],
-        rows: Any,
-        sequence: Any,
-        params: SamplingParams,
-        request_id: str,
-        adapter: int,
-    ) -> Iterator[list[tuple[int, Any]]]:
-        """Yield what each step writes: tokens with the log-probabilities that they were chosen from."""
-        rng = np.random.default_rng(params.seed)
-        if self.worker is None:
-            row = rows[-1]
-            while True:
-                token = draw(row, params.temperature, params.top_p, rng)
-                yield [(token, row)]
-                row = sequence.append([token])[0]
-        runner = self.worker.model_runner
-        runner.requests[request_id] = SimpleNamespace(sampling_params=params)
-        tokens: list[int] = []
-        proposal: list[int] = []
-        try:
-            while True:
-                # The proposed tokens are computed, and those that are not accepted given up.
-                known = [*ids, *tokens, *proposal]
-                rows = self.model.sequence(adapter).append(known)[len(ids) + len(tokens) - 1 :]
-                own = [draw(row, params.temperature, params.top_p, rng) for row in rows]
-                accepted = next((i for i, token in enumerate(proposal) if token != own[i]), len(proposal))
-                runner.input_batch.req_ids = [request_id]
-                if proposal:
-                    metadata = SimpleNamespace(num_draft_tokens=[len(proposal)])
-                    runner.rejection_sampler._get_logprobs_tensors(  # noqa: SLF001 - vLLM calls it
-                        params.logprobs, metadata, None, Tensor(rows[:-1]), Tensor(rows[-1:]), None
+                    self._fill([*ids, *tokens[:-1]], adapter)
+                # A reader that is slower than the engine gets several tokens at once.
+                if finish or (params.output_kind is RequestOutputKind.DELTA and step % 3):
+                    is_delta = params.output_kind is RequestOutputKind.DELTA
+                    first = since if is_delta else 0
+                    known = _entries(entries[first:], params)
+                    completion = CompletionOutput(0, "", tokens[first:], None, known, finish)
+                    yield RequestOutput(
+                        request_id, None, ids, prompt_logprobs, [completion], finish is not None, cached
                     )
-                else:
-                    runner.sampler.forward(Tensor(rows), None)
-                written = own[: accepted + 1]
-                tokens += written
-                (proposal,) = runner.drafter.propose([written], None, None, slot_mappings=None)
-                assert len(proposal) <= self.args.speculative_config["num_speculative_tokens"]
-                yield list(zip(written, rows, strict=False))
-        finally:
-            del runner.requests[request_id]
+                    since = len(tokens)
+                if finish:
+                    return
+
+    async def _steps(
+        self, row: Any, sequence: Any, params: SamplingParams
+    ) -> AsyncGenerator[list[tuple[int, Any]], None]:
+        """Yield what each step writes of a request that steps alone, where nothing is proposed."""
+        rng = np.random.default_rng(params.seed)
+        while True:
+            token = draw(row, params.temperature, params.top_p, rng)
+            yield [(token, row)]
+            row = sequence.append([token])[0]
+
+    def _finish(self, ids: list[int], tokens: list[int], params: SamplingParams) -> str | None:
+        if not params.ignore_eos and tokens[-1] in (params.stop_token_ids or ()):
+            return "stop"
+        is_long = len(tokens) >= (params.max_tokens or 10**9) or len(ids) + len(tokens) >= self.context
+        return "length" if is_long else None
 
     def _prompt_logprobs(self, ids: list[int], rows: Any, params: SamplingParams, cached: int) -> Any:
         """Rows of what was computed: the first runner has nonsense for the rest, the second nothing."""
@@ -401,63 +368,6 @@ class AsyncLLM:
             self.blocks.add((adapter, *ids[:end]))
 
 
-class Tensor:
-    """As much of torch.Tensor as a proposer needs."""
-
-    def __init__(self, values: Any) -> None:
-        self.values = np.asarray(values)
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def __getitem__(self, wanted: Any) -> Tensor:
-        return Tensor(self.values[wanted])
-
-    def __gt__(self, other: Tensor) -> Tensor:
-        return Tensor(self.values > other.values)
-
-    def __sub__(self, other: Tensor) -> Tensor:
-        return Tensor(self.values - other.values)
-
-    def unsqueeze(self, dim: int) -> Tensor:
-        return Tensor(np.expand_dims(self.values, dim))
-
-    def sum(self, dim: int) -> Tensor:
-        return Tensor(self.values.sum(dim))
-
-    def logsumexp(self, dim: int) -> Tensor:
-        return Tensor(np.log(np.exp(self.values).sum(dim)))
-
-    def tolist(self) -> list[Any]:
-        found: list[Any] = self.values.tolist()
-        return found
-
-
-def _worker(args: AsyncEngineArgs) -> Any:
-    """Return a worker with a proposer and the extension, as the arguments name them; None without."""
-    config = getattr(args, "speculative_config", None)
-    if config is None:
-        return None
-    assert config["method"] == "custom_class"
-    assert args.async_scheduling is False, "a custom class proposes between steps"
-    module, _, name = config["model"].rpartition(".")
-    made = getattr(importlib.import_module(module), name)
-    module, _, name = args.worker_extension_cls.rpartition(".")
-    extension = getattr(importlib.import_module(module), name)
-    worker = type("Worker", (extension,), {})()
-    limit = SimpleNamespace(num_speculative_tokens=config["num_speculative_tokens"])
-    largest = getattr(args, "max_cudagraph_capture_size", None)
-    graphs = SimpleNamespace(max_cudagraph_capture_size=largest)
-    worker.model_runner = SimpleNamespace(
-        drafter=made(SimpleNamespace(speculative_config=limit, compilation_config=graphs)),
-        requests={},
-        input_batch=SimpleNamespace(req_ids=[]),
-        rejection_sampler=SimpleNamespace(_get_logprobs_tensors=lambda *_: None),
-        sampler=SimpleNamespace(forward=lambda *_, **__: None),
-    )
-    return worker
-
-
 def _entries(rows: list[list[tuple[int, float, int]]], params: SamplingParams) -> Any:
     if params.logprobs is None:
         return None
@@ -469,11 +379,11 @@ def _entries(rows: list[list[tuple[int, float, int]]], params: SamplingParams) -
     return flat
 
 
-class _Gpu:
-    """The platform that the stand-in says it runs on."""
+class _Platform:
+    """What the stand-in says it runs on."""
 
     def is_cpu(self) -> bool:
-        return False
+        return _library.is_on_cpu
 
 
 def modules() -> dict[str, ModuleType]:
@@ -487,7 +397,7 @@ def modules() -> dict[str, ModuleType]:
         "vllm.sampling_params": {"RequestOutputKind": RequestOutputKind, "SamplingParams": SamplingParams},
         "vllm.lora": {},
         "vllm.lora.request": {"LoRARequest": LoRARequest},
-        "vllm.platforms": {"current_platform": _Gpu()},
+        "vllm.platforms": {"current_platform": _Platform()},
         "vllm.v1": {},
         "vllm.v1.spec_decode": {},
         "vllm.v1.spec_decode.custom_class_proposer": {},

@@ -140,6 +140,7 @@ def _stage() -> None:
     )
     engine = Fields(status=lambda: status)
     StageInstruments().answered("small", Fields(ids=(1, 2), queue_ms=1.0, prefill_ms=1.0, decode_ms=1.0))
+    StageInstruments().verified("small", Fields(while_writing=True))
     watch_models(Fields(engines={"small": engine}, budget_bytes=1, idle_ms=lambda: 1.0))
 
 

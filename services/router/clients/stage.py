@@ -13,6 +13,7 @@ from asd.transport.patience import Patience
 from asd.v1 import cascade_pb2, stage_pb2
 from asd.values import FinishReason
 from services.router import convert
+from services.router.clients.abilities import Abilities, ModelAbilities
 from services.router.clients.adapters import Adapters, tasks_of
 from services.router.domain import PeerLoad, RoutedRequest, ScoredTokens, Stage, StageResult
 
@@ -76,6 +77,7 @@ class GrpcStage:
         self._replicas = replicas
         self._clock = clock
         self._adapters = Adapters(stage.model, adapters, self._list_models, clock)
+        self._abilities = Abilities(f"stage {stage.name}", self._list_abilities, clock)
 
     async def close(self) -> None:
         """Cancel its background work."""
@@ -111,6 +113,7 @@ class GrpcStage:
             acceptance=_acceptance_of(request),
             session_id=request.session_id,
             seed_is_free=request.seed_is_free,
+            is_prediction=draft.is_prediction,
         )
         set_input(message, request.input)
 
@@ -153,6 +156,7 @@ class GrpcStage:
         """Put the prompt into the prefix cache; return its number of tokens."""
         until = self._clock() + timeout_ms / 1000.0
         model = await self._adapters.model_for(request.task, timeout_ms)
+        await self._abilities.check(request, model)
         message = stage_pb2.PrefillRequest(model=model, session_id=request.session_id, caller=self._caller)
         set_input(message, request.input)
 
@@ -181,6 +185,7 @@ class GrpcStage:
         """
         until = self._clock() + timeout_ms / 1000.0
         message.model = await self._adapters.model_for(request.task, timeout_ms)
+        await self._abilities.check(request, message.model)
         message.caller = self._caller
         is_fixed = bool(request.stage or request.chain)
         tried: list[str] = []
@@ -217,7 +222,8 @@ class GrpcStage:
                 tried.pop()
             except InvalidRequest as error:
                 self._patience.failed(error)
-                raise self._blame(error) from error
+                is_prediction = isinstance(message, stage_pb2.VerifyRequest) and message.is_prediction
+                raise self._blame(error, is_prediction=is_prediction) from error
             except AsdError as error:
                 self._patience.failed(error)
                 raise
@@ -234,6 +240,13 @@ class GrpcStage:
     async def _list_models(self) -> list[str]:
         """Return the names of the stage's models, the default one first."""
         return [model.name for model in (await self._status()).models]
+
+    async def _list_abilities(self) -> dict[str, ModelAbilities]:
+        """Return what the stage's models can do, by name, the default one first."""
+        return {
+            model.name: ModelAbilities(model.constrains, model.takes_tools, model.most_top_logprobs)
+            for model in (await self._status()).models
+        }
 
     async def _status(self) -> stage_pb2.StatusResponse:
         def call(stub: Stub) -> Awaitable[stage_pb2.StatusResponse]:
@@ -291,12 +304,14 @@ class GrpcStage:
         description.available = bool(models) and not status.draining
         return description
 
-    def _blame(self, error: InvalidRequest | NotFound) -> AsdError:
-        """Return the error as the router's caller should see it."""
+    def _blame(self, error: InvalidRequest | NotFound, *, is_prediction: bool = False) -> AsdError:
+        """Return the error as the router's caller should see it. is_prediction: it wrote the draft."""
         if isinstance(error, NotFound):
             return PreconditionFailed(error.message)
         # In a streamed verification, the caller's fields are part of the first message.
         field = error.field.removeprefix("start.")
+        if is_prediction and field.split(".")[0] == "draft":
+            return type(error)(error.message, field="prediction")
         if field and not field.startswith(_CALLER_FIELDS):
             return AsdError(f"{self._peer} refused {error.field}: {error.message}")
         return type(error)(error.message, field=field)

@@ -100,7 +100,8 @@ class DraftSelection:
         self._enabled = enabled
         self._pairs: dict[tuple[str, str], _Pair] = {}
         self._paces: dict[tuple[str, str, bool], Paces] = {}
-        # Targets whose last verification took no pass of its own.
+        # Targets that have verified a draft without a pass of its own. They nevertheless make such passes for
+        # some requests: of pipelines, with a seed, tolerant, of adapters.
         self._while_writing: set[str] = set()
 
     def choose(
@@ -127,8 +128,6 @@ class DraftSelection:
         if answer.verification is not None:
             if answer.verification.while_writing:
                 self._while_writing.add(answer.stage.name)
-            else:
-                self._while_writing.discard(answer.stage.name)
             share = verify_cost(1.0, usage.proposed_tokens, usage.forward_passes, usage.completion_tokens)
             self._learn(answer.draft_stage, answer.stage.name, share)
         if choice is None or choice.start is None:

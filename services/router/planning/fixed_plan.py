@@ -86,7 +86,8 @@ class FixedPlan:
         is_free = not any(
             self._knowledge.is_busy(each) or self._knowledge.has_line(each) for each in kept[1:]
         )
-        if self._is_pipelined and is_free:
+        # The first stage verifies the caller's own draft, if there is one, before the next.
+        if self._is_pipelined and is_free and not self._request.prediction:
             self.drafters = tuple(kept[:-1])
             return kept[-1]
         self.following = tuple(kept[1:])

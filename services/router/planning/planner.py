@@ -577,8 +577,8 @@ class RequestPlan:
     def _draft_for(self, stage: Stage) -> StageResult | None:
         """Return the draft that a stage should verify; None if generating is better."""
         draft = self._state.draft()
-        if draft is None or self._source is PlanSource.FIXED:
-            # A chain's drafts were chosen once, when it started.
+        if draft is None or draft.is_prediction or self._source is PlanSource.FIXED:
+            # A caller's own draft is always verified. A chain's were chosen once, when it started.
             return draft
         return None if self._skips(self._state.answer.stage, stage, has_draft=True) else draft
 

@@ -16,11 +16,16 @@ class BackendDied(Exception):  # noqa: N818 - named by its cause, as in asd.erro
 
 
 @dataclass(frozen=True, slots=True)
-class OwnDraft:
-    """The draft of one request. key: made for it alone. ids: what there is of it when the request starts."""
+class RequestDraft:
+    """The draft of one request.
+
+    key: made for it alone. ids: what there is of it when the request starts. resync: whether the rest is
+    proposed after a token that the answer does not have.
+    """
 
     key: str
     ids: tuple[int, ...]
+    resync: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +40,7 @@ class TokenRequest:
     top_p: float = 1.0
     seed: int | None = None
     adapter: str = ""
-    draft: OwnDraft | None = None
+    draft: RequestDraft | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,18 +67,18 @@ class TokenScores:
 
 
 @dataclass(frozen=True, slots=True)
-class DraftFate:
-    """How a draft fared that the answer departed from.
+class DraftOutcome:
+    """How a draft fared in a request.
 
-    ranks, logprobs: of the draft's tokens from that one on, as far as the same pass judged them. steps: of
-    the request. passes: of those steps that scored a proposal, the positions in the answer of what they
-    wrote, and how many tokens were proposed.
+    ranks, logprobs: of the draft's tokens from the one on that the answer departed from, as far as that pass
+    scored them. steps: of the request; 0: not known. verify_steps: of those that scored a proposal, the
+    positions in the answer of what they wrote, and how many tokens were proposed.
     """
 
     ranks: tuple[int, ...]
     logprobs: tuple[float, ...]
     steps: int
-    passes: tuple[tuple[range, int], ...]
+    verify_steps: tuple[tuple[range, int], ...]
 
 
 class Backend(Protocol):
@@ -113,5 +118,8 @@ class DraftingBackend(Backend, Protocol):
     async def grow(self, key: str, ids: Sequence[int]) -> None:
         """Hand over more of a request's draft."""
 
-    async def fate(self, key: str) -> DraftFate:
-        """Return how a request's draft fared, once the answer has departed from it."""
+    async def outcome(self, key: str) -> DraftOutcome:
+        """Return how a request's draft fared, so far or to its end."""
+
+    def forget(self, key: str) -> None:
+        """Have the library drop all of a request's draft. This does not wait."""

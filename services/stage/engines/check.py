@@ -17,8 +17,9 @@ from asd.errors import AsdError, InvalidRequest
 from services.common.documents import parse_yaml
 from services.common.extras import needs
 from services.common.privacy import report_nothing
-from services.common.settings import explain
+from services.common.settings import Section, explain, suggestion
 from services.stage.engines.factory import make_engines
+from services.stage.engines.settings import TensorrtLlmSettings, VllmSettings
 from services.stage.settings import ModelSettings
 
 with needs("stage", "asd-engine"):
@@ -41,6 +42,11 @@ _TIE_MARGIN = {"onnx": 0.0, "vllm": 0.02, "tensorrt_llm": 0.02}
 # Checks that adapters skip: they are part of their model's memory, and are loaded and unloaded with it.
 _OF_A_MODEL = (status_tells_what_is, a_model_can_be_unloaded_and_loaded_again)
 _SIGNAL_TOLERANCE = {"onnx": 2e-3, "vllm": 0.15, "tensorrt_llm": 0.15}
+_SECTIONS: dict[str, type[Section]] = {"vllm": VllmSettings, "tensorrt_llm": TensorrtLlmSettings}
+_OPTIONS = {
+    "onnx": tuple(each for each in ModelSettings.model_fields if each not in _SECTIONS),
+    **{engine: tuple(section.model_fields) for engine, section in _SECTIONS.items()},
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -81,27 +87,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.beside:
             entry = {"name": "model", "path": options.model, "engine": options.beside}
             other = make_engines(ModelSettings(**entry), 256)["model"]
-        outcomes = asyncio.run(_check(engines, other, options))
+        outcomes, inside = asyncio.run(_check(engines, other, options))
     except ValidationError as error:
         parser.exit(2, f"asd-engine: --options: {explain(error)}\n")
     except AsdError as error:
         parser.exit(2, f"asd-engine: {error}\n")
     failed = [outcome for outcome in outcomes if outcome.error]
     if options.json:
-        sys.stdout.write(json.dumps({"checks": [outcome._asdict() for outcome in outcomes]}, indent=2) + "\n")
+        report = {"checks": [outcome._asdict() for outcome in outcomes], "verifies_inside": inside}
+        sys.stdout.write(json.dumps(report, indent=2) + "\n")
     else:
         ties = sum(outcome.near_ties for outcome in outcomes)
+        where = "inside the engine, while it wrote" if inside else "in passes of their own"
+        sys.stdout.write(f"drafts were verified {where}\n")
         sys.stdout.write(f"{len(outcomes) - len(failed)} of {len(outcomes)} checks pass, {ties} near ties\n")
     sys.exit(1 if failed else 0)
 
 
 def _read_section(text: str, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an engine's section. Raises InvalidRequest if it is no mapping, or repeats an argument."""
+    """Return an engine's section.
+
+    Raises InvalidRequest if it is no mapping, repeats an argument, or has an option that the engine has not.
+    """
     section = parse_yaml(text, "--options") or {}
     if not isinstance(section, dict):
         raise InvalidRequest(f"--options {text!r} is no mapping: write it as '{{dtype: float32}}'")
     if taken := sorted(entry.keys() & section.keys()):
         raise InvalidRequest(f"--options: {taken[0]} is an argument of its own")
+    engine = entry["engine"]
+    known = [name for name in _OPTIONS[engine] if name not in entry]
+    for name in section:
+        if name not in known:
+            others = [each for each, names in _OPTIONS.items() if name in names]
+            of_others = f"it is of {' and '.join(others)}; " if others else ""
+            hint = suggestion(str(name), known)
+            raise InvalidRequest(f"--options: {name} is no option of engine {engine}: {of_others}{hint}")
     return section
 
 
@@ -126,12 +146,13 @@ def _share(text: str) -> float:
 
 async def _check(
     engines: Mapping[str, Engine], other: Engine | None, options: argparse.Namespace
-) -> list[CheckOutcome]:
-    """Check a model's adapters, and then the model itself."""
+) -> tuple[list[CheckOutcome], bool]:
+    """Check a model's adapters, and then the model; return also whether it verifies drafts inside."""
     tie, tolerance = options.tie_margin, options.signal_tolerance
     model, *adapters = engines
     references = await greedy_answers(other, options.max_new_tokens) if other else None
     await engines[model].load()
+    inside = engines[model].status().verifies_inside
     outcomes = []
     try:
         for name in (*adapters, model):
@@ -152,7 +173,7 @@ async def _check(
                 _say(outcome, is_quiet=options.json)
     finally:
         await engines[model].unload()
-    return outcomes
+    return outcomes, inside
 
 
 async def greedy_answers(engine: Engine, tokens: int) -> list[tuple[int, ...]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from services.stage.engines.backend import OwnDraft, TokenRequest
+from services.stage.engines.backend import RequestDraft, TokenRequest
 from services.stage.generation.logprobs import take_rows
 from services.stage.generation.verification import Verdict
 
@@ -19,19 +19,20 @@ if TYPE_CHECKING:
 
     from services.stage.domain import Event, TokenChunk, VerificationResult
     from services.stage.engines.arriving_draft import ArrivingDraft
-    from services.stage.engines.backend import DraftFate, DraftingBackend
+    from services.stage.engines.backend import DraftingBackend
     from services.stage.generation.call import Call
     from services.stage.generation.logprobs import Row
 
 
 async def verify_inside(
-    backend: DraftingBackend, call: Call[Row], draft: ArrivingDraft
+    backend: DraftingBackend, call: Call[Row], draft: ArrivingDraft, *, resync: bool
 ) -> AsyncGenerator[Event, None]:
     """Write an answer to its end with a draft beside it; say how the draft fared once that is known.
 
-    Of a draft that is there as a whole the verification comes first, as the contract has it.
+    Of a draft that is there as a whole the verification comes first, as the contract has it. resync: whether
+    the rest of the draft is proposed after a correction.
     """
-    own = OwnDraft(secrets.token_hex(8), tuple(draft.ids))
+    own = RequestDraft(secrets.token_hex(8), tuple(draft.ids), resync)
     holds = draft.is_complete
     comparison = _Comparison(draft)
     held: list[TokenChunk] = []
@@ -40,16 +41,13 @@ async def verify_inside(
             comparison.add(rows)
             if chunk is not None:
                 held.append(chunk)
-            if not comparison.is_told and (comparison.is_decided or call.is_over()):
-                evidence = await comparison.tell(backend, own.key)
-                yield replace(evidence, resampled=call.is_sampled, while_writing=True)
-            if comparison.is_told or not holds:
+            if not comparison.is_verified and (comparison.is_decided or call.is_over()):
+                verification = await comparison.verify(backend, own.key)
+                yield replace(verification, resampled=call.is_sampled, while_writing=True)
+            if comparison.is_verified or not holds:
                 for each in held:
                     yield each
                 held.clear()
-    call.proposed = call.accepted = draft.accepted
-    if comparison.has_departed:
-        _count(call, await backend.fate(own.key))
     for event in call.end():
         yield event
 
@@ -58,37 +56,26 @@ async def continue_inside(
     backend: DraftingBackend, call: Call[Row], draft: ArrivingDraft
 ) -> AsyncGenerator[Event, None]:
     """Write the rest of an answer that has departed from its draft, with the rest of the draft beside it."""
-    known = len(draft.ids)
-    own = OwnDraft(secrets.token_hex(8), tuple(draft.ids[draft.accepted + 1 :]))
-    first, passes, emitted = len(call.ids), call.passes, list(call.emitted)
-    async with aclosing(_write(backend, call, draft, own, known)) as written:
+    own = RequestDraft(secrets.token_hex(8), tuple(draft.ids[draft.accepted + 1 :]))
+    async with aclosing(_write(backend, call, draft, own, len(draft.ids))) as written:
         async for _, chunk in written:
             if chunk is not None:
                 yield chunk
-    fate = await backend.fate(own.key)
-    if fate.steps:
-        proposed, accepted = call.proposed, call.accepted
-        _count(call, fate)
-        call.passes += passes
-        call.emitted = emitted + [range(span.start + first, span.stop + first) for span in call.emitted]
-        call.proposed += proposed
-        call.accepted += accepted
-    else:
-        # The rest agrees as far as it goes.
-        agreed = sum(len(span) - 1 for span in call.emitted[len(emitted) :])
-        call.proposed += agreed
-        call.accepted += agreed
     for event in call.end():
         yield event
 
 
 async def _write(
-    backend: DraftingBackend, call: Call[Row], draft: ArrivingDraft, own: OwnDraft, known: int
+    backend: DraftingBackend, call: Call[Row], draft: ArrivingDraft, own: RequestDraft, known: int
 ) -> AsyncGenerator[tuple[Sequence[Row], TokenChunk | None], None]:
-    """Write an answer to its end, and hand over what comes of its draft. known: ids that the library has."""
+    """Write an answer to its end, and hand over what comes of its draft; count the steps that this took.
+
+    known: ids of the draft that the library has.
+    """
     feeding = asyncio.create_task(_feed(backend, own.key, draft, known))
     # An error that comes once the answer is written concerns nobody.
     feeding.add_done_callback(lambda task: task.cancelled() or task.exception())
+    first, passes = len(call.ids), call.passes
     try:
         async with aclosing(backend.generate([*call.prompt, *call.ids], _request(call, own))) as pieces:
             async for piece in pieces:
@@ -97,25 +84,32 @@ async def _write(
                     feeding.result()
                 call.mark_prefilled(piece.cached)
                 call.passes += 1
-                if len(piece.rows) > 1:
-                    call.emitted.append(range(len(call.ids), len(call.ids) + len(piece.rows)))
                 yield piece.rows, take_rows(call, piece.rows, has_ended=piece.has_ended)
                 # Only a stop sequence ends an answer before the library does. Leaving the loop cancels it.
                 if call.is_over() and not piece.is_last:
                     break
+        if not call.is_over():
+            raise RuntimeError(f"the library ended an answer after {len(call.ids)} tokens, without a reason")
+        # A piece may hold the tokens of several steps: the library alone knows the steps.
+        outcome = await backend.outcome(own.key)
+        if outcome.steps:
+            call.passes = passes + outcome.steps
+            for span, proposed in outcome.verify_steps:
+                call.emitted.append(range(first + span.start, first + span.stop))
+                call.proposed += proposed
+                call.accepted += len(span) - 1
     finally:
         feeding.cancel()
-    if not call.is_over():
-        raise RuntimeError(f"the library ended an answer after {len(call.ids)} tokens, without a reason")
+        backend.forget(own.key)
 
 
 class _Comparison:
     """A draft beside the tokens that the library wrote, the end-of-sequence token included."""
 
     def __init__(self, draft: ArrivingDraft) -> None:
-        # Whether a token differs from the draft's, and whether the draft's fate was told.
+        # Whether a token differs from the draft's, and whether the verification was given.
         self.has_departed = False
-        self.is_told = False
+        self.is_verified = False
         self._draft = draft
         self._rows: list[Row] = []
         self._alike = 0
@@ -134,18 +128,18 @@ class _Comparison:
         is_whole = self._draft.is_complete and self._alike == len(self._draft.ids)
         return self.has_departed or is_whole
 
-    async def tell(self, backend: DraftingBackend, key: str) -> VerificationResult:
+    async def verify(self, backend: DraftingBackend, key: str) -> VerificationResult:
         """Judge the draft, and return how it fared."""
         kept = self._rows[: self._alike]
         ranks, logprobs = [row.rank for row in kept], [row.logprob for row in kept]
         if self.has_departed:
-            fate = await backend.fate(key)
-            if not fate.ranks:
-                fate = replace(fate, **self._bounds())
-            ranks += fate.ranks
-            logprobs += fate.logprobs
+            outcome = await backend.outcome(key)
+            if not outcome.ranks:
+                outcome = replace(outcome, **self._bounds())
+            ranks += outcome.ranks
+            logprobs += outcome.logprobs
         self._draft.judge(Verdict(self._alike, np.array(ranks, np.int64), np.array(logprobs, np.float32)))
-        self.is_told = True
+        self.is_verified = True
         return self._draft.evidence()
 
     def _bounds(self) -> dict[str, Any]:
@@ -158,7 +152,7 @@ class _Comparison:
         return {"ranks": (len(row.top_ids),), "logprobs": (row.top_logprobs[-1],)}
 
 
-def _request(call: Call[Row], draft: OwnDraft) -> TokenRequest:
+def _request(call: Call[Row], draft: RequestDraft) -> TokenRequest:
     """Return the request of a call, without a seed: rejection sampling would draw otherwise anyway."""
     top_p = 1.0 if call.sampling.top_p is None else call.sampling.top_p
     return TokenRequest(call.room, call.sampling.temperature, top_p, draft=draft)
@@ -172,11 +166,3 @@ async def _feed(backend: DraftingBackend, key: str, draft: ArrivingDraft, known:
         if fresh:
             known += len(fresh)
             await backend.grow(key, fresh)
-
-
-def _count(call: Call[Row], fate: DraftFate) -> None:
-    """Count the passes of a call as the library saw them."""
-    call.passes = fate.steps
-    call.emitted = [span for span, _ in fate.passes]
-    call.proposed = sum(proposed for _, proposed in fate.passes)
-    call.accepted = sum(len(span) - 1 for span in call.emitted)

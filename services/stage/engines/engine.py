@@ -26,9 +26,10 @@ class ModelState(Enum):
 class EngineStatus:
     """State of a model at one moment; sizes in bytes.
 
-    verifies_inside: whether a draft is verified while the answer is written, in one request. constrains:
-    whether it keeps constraints. takes_tools: whether the chat template knows tools. most_top_logprobs:
-    largest `top_logprobs` that it serves.
+    verifies_inside: whether a draft is verified while the answer is written, in one request; resamples: also
+    that of a draw without a seed, by rejection sampling. constrains: whether it keeps constraints.
+    takes_tools: whether the chat template knows tools. most_top_logprobs: largest `top_logprobs` that it
+    serves.
     """
 
     state: ModelState
@@ -47,6 +48,7 @@ class EngineStatus:
     constrains: bool = False
     takes_tools: bool = False
     most_top_logprobs: int = 0
+    resamples: bool = False
 
 
 class Engine(Protocol):
@@ -72,10 +74,17 @@ class Engine(Protocol):
         """Write an answer."""
 
     def verify(
-        self, turns: tuple[Message, ...], sampling: Sampling, draft: DraftText, threshold: float | None
+        self,
+        turns: tuple[Message, ...],
+        sampling: Sampling,
+        draft: DraftText,
+        threshold: float | None,
+        *,
+        seed_is_free: bool = False,
     ) -> AsyncGenerator[Event, None]:
         """Accept a prefix of a draft and continue the answer. threshold: of TOLERANT; None: EXACT.
 
+        seed_is_free: whether nobody asked for the seed, so that draws without one would do.
         Yields a VerificationResult first.
         """
 
@@ -85,6 +94,8 @@ class Engine(Protocol):
         sampling: Sampling,
         pieces: AsyncIterator[DraftPiece | FinishReason],
         threshold: float | None,
+        *,
+        seed_is_free: bool = False,
     ) -> AsyncGenerator[Event, None]:
         """Verify a draft while it is being written; a FinishReason ends it.
 

@@ -33,7 +33,7 @@ from services.stage.engines.engine import EngineStatus, ModelState
 from services.stage.engines.probe import ANSWER_TOKENS, probe, probe_prompts
 from services.stage.generation.inputs import RequestReader
 from services.stage.generation.logprobs import row_signals, take_rows, verify_rows
-from services.stage.generation.resync import PASS_PER_DRAFT, Resynchroniser, ResyncPayoff
+from services.stage.generation.resync import PASS_PER_DRAFT, Resynchroniser, ResyncPayoff, common_prefix
 from services.stage.generation.tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:
@@ -193,9 +193,11 @@ class ScoringEngine:
         draft: DraftText,
         threshold: float | None,
         adapter: str = "",
+        *,
+        seed_is_free: bool = False,
     ) -> AsyncGenerator[Event, None]:
         """Accept a prefix of a draft and continue the answer."""
-        call = await self._open(turns, sampling)
+        call = await self._open(turns, sampling, seed_is_free=seed_is_free)
         arrived = ArrivingDraft(call.most_tokens)
         await self._reader.read_draft(draft, arrived)
         async with (
@@ -212,9 +214,11 @@ class ScoringEngine:
         pieces: AsyncIterator[DraftPiece | FinishReason],
         threshold: float | None,
         adapter: str = "",
+        *,
+        seed_is_free: bool = False,
     ) -> AsyncGenerator[Event, None]:
         """Verify a draft while it is being written, with a pass for every 16 tokens that arrive."""
-        call = await self._open(turns, sampling)
+        call = await self._open(turns, sampling, seed_is_free=seed_is_free)
         draft = ArrivingDraft(call.most_tokens)
         reader = asyncio.create_task(self._reader.follow_draft(pieces, draft, draft.notify))
         try:
@@ -241,6 +245,7 @@ class ScoringEngine:
     def status(self) -> EngineStatus:
         """Return whether the model is loaded, and how many calls wait and run."""
         held = sum(len(call.prompt) + len(call.ids) for call in self._running)
+        drafting = self._drafting
         return EngineStatus(
             state=self._state,
             parameters=self._checkpoint.parameters,
@@ -254,8 +259,9 @@ class ScoringEngine:
             completed=self._completed,
             cancelled=self._cancelled,
             error=self._error,
+            verifies_inside=drafting is not None and drafting.takes_drafts,
             takes_tools=self._tokenizer.takes_tools,
-            verifies_inside=self._drafting is not None and self._drafting.takes_drafts,
+            resamples=drafting is not None and drafting.draws_with_drafts,
         )
 
     @property
@@ -263,8 +269,12 @@ class ScoringEngine:
         """Weights, and the KV cache if its size is set; the library's other memory is not included."""
         return self._checkpoint.weight_bytes + self._options.cache_bytes
 
-    async def _open(self, turns: tuple[Message, ...], sampling: Sampling) -> Call[Row]:
-        return await self._reader.open_call(turns, sampling, lambda _, rows: row_signals(rows))
+    async def _open(
+        self, turns: tuple[Message, ...], sampling: Sampling, *, seed_is_free: bool = False
+    ) -> Call[Row]:
+        call: Call[Row] = await self._reader.open_call(turns, sampling, lambda _, rows: row_signals(rows))
+        call.seed_is_free = call.seed_is_free or seed_is_free
+        return call
 
     @asynccontextmanager
     async def _under_way(self, call: Call[Row]) -> AsyncIterator[None]:
@@ -344,13 +354,13 @@ class ScoringEngine:
     ) -> AsyncGenerator[Event, None]:
         """Verify a draft and continue the answer to its end."""
         drafting = self._drafting_for(call, threshold, adapter)
-        if drafting is not None and not call.is_sampled:
-            # A request with a draft writes on without what has not come of it. So what comes slowly is scored
-            # as it comes, and only an answer that has departed from it is written with the rest beside it.
+        if drafting is not None:
             await draft.wait()
+        # A request with a draft does not wait for the part that is still being written. A greedy answer has
+        # such a draft scored as it comes, and takes the rest along once it has departed from it.
         if drafting is not None and (call.is_sampled or draft.is_complete):
             await self._acquire(call)
-            async with aclosing(verify_inside(drafting, call, draft)) as events:
+            async with aclosing(verify_inside(drafting, call, draft, resync=self._options.resync)) as events:
                 async for event in events:
                     yield event
             return
@@ -358,7 +368,8 @@ class ScoringEngine:
         async with aclosing(judge(call, draft, threshold, adapter)) as events:
             async for event in events:
                 yield event
-        if drafting is not None and draft.accepted < len(draft.ids) and not call.is_over():
+        has_rest = draft.accepted + 1 < len(draft.ids) or not draft.is_complete
+        if drafting is not None and self._options.resync and has_rest and not call.is_over():
             await self._acquire(call)
             async with aclosing(continue_inside(drafting, call, draft)) as events:
                 async for event in events:
@@ -468,7 +479,7 @@ class ScoringEngine:
                 if chunk is not None:
                     held.append(chunk)
                 written = len(call.ids)
-                draft.accepted += _common(ids[draft.accepted :], call.ids[draft.accepted :])
+                draft.accepted += common_prefix(ids[draft.accepted :], call.ids[draft.accepted :])
                 if not call.is_over() and draft.accepted == written < len(ids):
                     continue
                 if agrees:
@@ -517,10 +528,16 @@ class AdapterEngine:
         return self._base.generate(turns, sampling, self._adapter)
 
     def verify(
-        self, turns: tuple[Message, ...], sampling: Sampling, draft: DraftText, threshold: float | None
+        self,
+        turns: tuple[Message, ...],
+        sampling: Sampling,
+        draft: DraftText,
+        threshold: float | None,
+        *,
+        seed_is_free: bool = False,
     ) -> AsyncGenerator[Event, None]:
         """Accept a prefix of a draft and continue the answer."""
-        return self._base.verify(turns, sampling, draft, threshold, self._adapter)
+        return self._base.verify(turns, sampling, draft, threshold, self._adapter, seed_is_free=seed_is_free)
 
     def verify_stream(
         self,
@@ -528,9 +545,13 @@ class AdapterEngine:
         sampling: Sampling,
         pieces: AsyncIterator[DraftPiece | FinishReason],
         threshold: float | None,
+        *,
+        seed_is_free: bool = False,
     ) -> AsyncGenerator[Event, None]:
         """Verify a draft while it is being written."""
-        return self._base.verify_stream(turns, sampling, pieces, threshold, self._adapter)
+        return self._base.verify_stream(
+            turns, sampling, pieces, threshold, self._adapter, seed_is_free=seed_is_free
+        )
 
     async def prefill(self, turns: tuple[Message, ...]) -> PrefillResult:
         """Put a prompt into the prefix cache."""
@@ -538,10 +559,4 @@ class AdapterEngine:
 
     def status(self) -> EngineStatus:
         """Return the status of its model, which counts the memory."""
-        return replace(self._base.status(), memory_bytes=0)
-
-
-def _common(left: Sequence[int], right: Sequence[int]) -> int:
-    """Return how many of the first ids are the same."""
-    pairs = zip(left, right, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
+        return replace(self._base.status(), memory_bytes=0, verifies_inside=False, resamples=False)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, StrictBool, model_validator
 
 from services.common.settings import Section
 
@@ -27,13 +27,12 @@ EngineName = Literal["onnx", "vllm", "tensorrt_llm"]
 TaskName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=64)]
 
 
-class VllmSettings(Section):
-    """Options of the `vllm` engine; docs/engines.md describes them.
+class VllmBase(Section):
+    """Options of the `vllm` engine, but for verify_inside; docs/engines.md describes them.
 
     max_model_len None: the model's own. kv_cache_gib None: what gpu_memory_utilization leaves.
-    cuda_graph_tokens None: vLLM's choice. verify_inside: whether vLLM verifies drafts while it decodes, up to
-    proposed_tokens in a step; else a request of its own scores them. lora: path of an adapter by the type of
-    task that it is for.
+    cuda_graph_tokens None: vLLM's choice. proposed_tokens: of verification inside, most in a step. lora: path
+    of an adapter by the type of task that it is for.
     sleep_level 0: unloading ends the engine's process; 1: it keeps the weights in main memory; 2: it drops
     them and reads them again.
     """
@@ -50,12 +49,35 @@ class VllmSettings(Section):
     cached_scoring: bool = True
     top_logprobs: Annotated[int, Field(ge=2)] = 20
     cuda_graph_tokens: Count | None = 512
-    verify_inside: bool = False
     proposed_tokens: Annotated[int, Field(ge=1, le=128)] = 64
     enforce_eager: bool = False
     sleep_level: Literal[0, 1, 2] = 0
     lora: dict[TaskName, Path] = Field(default_factory=dict)
     max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = 16
+
+    def check_proposals(self) -> None:
+        """Raise ValueError if no step of verification inside would have room for its proposal."""
+        if self.max_model_len is not None and self.max_model_len <= self.proposed_tokens:
+            raise ValueError(
+                f"verify_inside would propose nothing: max_model_len ({self.max_model_len}) must exceed "
+                f"proposed_tokens ({self.proposed_tokens}) by the tokens of a prompt: raise max_model_len, "
+                "lower proposed_tokens, or set verify_inside: false"
+            )
+
+
+class VllmSettings(VllmBase):
+    """The section of the `vllm` engine.
+
+    verify_inside: whether vLLM verifies drafts while it decodes; else a request of its own scores them.
+    """
+
+    verify_inside: StrictBool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.verify_inside:
+            self.check_proposals()
+        return self
 
 
 class TensorrtLlmSettings(Section):

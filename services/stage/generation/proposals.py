@@ -41,8 +41,8 @@ _LEAST_SHARE, _MOST_SHARE = 0.05, 0.995
 _KEPT = 0.995
 # What a further token of a step takes of a step's fixed time, until steps have shown it: a 34B on an H200.
 _PRIOR_SLOPE = 1 / 400
-# Steps of that worth. How much longer than expected a step counts at most: others hold one up at times, and
-# after one that counted in full, few tokens would be proposed for long.
+# How many steps that prior counts for. A step counts as so many times its expected time at most: another
+# process may hold one up, and if that counted in full, few tokens would be proposed for a long time.
 _PRIOR_STEPS = 4.0
 _LONGEST = 1.5
 # Weight of a step that took longer than another of its size, and most that a size counts for. Chosen: steps

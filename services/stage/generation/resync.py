@@ -145,6 +145,12 @@ def longest_run(draft: Sequence[int], answer: Sequence[int], start: int, near: i
     return None
 
 
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """Return how many of the first ids are the same."""
+    pairs = zip(left, right, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
+
+
 class ResyncPayoff:
     """Whether passes after a correction save time on a model: means over each answer's first such pass."""
 

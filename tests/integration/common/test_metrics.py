@@ -21,6 +21,7 @@ from asd.errors import QueueFull, Unavailable
 from asd.v1 import (
     cascade_pb2,
     cascade_pb2_grpc,
+    common_pb2,
     policy_pb2,
     policy_pb2_grpc,
     stage_pb2,
@@ -230,6 +231,12 @@ async def test_a_stages_metrics_follow_its_models(tmp_path: Path) -> None:
         prompt = stage_pb2.StageServiceGenerateRequest(prompt="True or false? 3 plus 22 is more than 24.")
         async for _ in stub.Generate(prompt, timeout=CALL_S):
             pass
+        # Any draft is verified, whatever becomes of it.
+        verified = stage_pb2.VerifyRequest(prompt=prompt.prompt)
+        verified.draft.text = "The answer is"
+        verified.draft.finish_reason = common_pb2.FINISH_REASON_LENGTH
+        async for _ in stub.Verify(verified, timeout=CALL_S):
+            pass
         draft: Any = stub.VerifyStream(timeout=CALL_S)
         start = stage_pb2.VerifyStreamStart(prompt="True or false? 3 plus 22 is more than 24.")
         await draft.write(stage_pb2.VerifyStreamRequest(start=start))
@@ -245,7 +252,8 @@ async def test_a_stages_metrics_follow_its_models(tmp_path: Path) -> None:
     assert values(busy, "asd_stage_idle_seconds") == {(): 0.0}
     assert values(busy, "asd_stage_queue_depth") == {("small",): 0.0, ("medium",): 0.0}
     assert values(text, "asd_stage_models_loaded") == {("small",): 1.0, ("medium",): 0.0}
-    assert values(text, "asd_stage_completed_requests_total") == {("small",): 1.0, ("medium",): 0.0}
+    assert values(text, "asd_stage_completed_requests_total") == {("small",): 2.0, ("medium",): 0.0}
+    assert values(text, "asd_stage_verifications_total") == {("outside", "small"): 1.0}
     assert values(text, "asd_stage_model_memory_bytes") == {
         ("small",): float(status.models[0].memory_bytes),
         ("medium",): 0.0,

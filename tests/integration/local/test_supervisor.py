@@ -355,3 +355,15 @@ async def test_logs_of_a_process_that_ended_by_itself_are_kept_and_named(cascade
     (directory,) = tmp_path.iterdir()
     assert f"kept in {directory}" in file.getvalue()
     assert (directory / "router.log").exists()
+
+
+async def test_a_start_that_takes_long_says_what_it_waits_for(cascade_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    file = io.StringIO()
+    console = LiteralConsole(file=file, width=200)
+    # Any start of Python takes longer than this pause.
+    async with running(
+        read_cascade(cascade_file), supervising.free_ports(2), console, only="small", tell_every_s=0.01
+    ) as supervisor:
+        assert f"small starts, 0 s so far (log: {supervisor.children[0].log}): " in file.getvalue()
+        assert supervisor.children[0].serves

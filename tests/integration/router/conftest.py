@@ -69,6 +69,8 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
     others: int = 0
     # Types of task that it serves its model's adapters for.
     adapters: tuple[str, ...] = ()
+    # Whether it keeps constraints.
+    constrains: bool = False
     # Times that it was asked for its status.
     statuses: int = 0
     # Runs as each call begins.
@@ -138,7 +140,12 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
         return stage_pb2.StatusResponse(
             models=[
                 stage_pb2.ModelStatus(
-                    name=name, engine="fake", parameters=7, context_length=512, queued_requests=1
+                    name=name,
+                    engine="fake",
+                    parameters=7,
+                    context_length=512,
+                    queued_requests=1,
+                    constrains=self.constrains,
                 )
                 for name in self._models
             ]

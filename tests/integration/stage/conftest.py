@@ -7,6 +7,7 @@ import gzip
 import json
 import threading
 import weakref
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -98,9 +99,9 @@ class Stage(NamedTuple):
     servicer: StageServicer
 
 
-@pytest.fixture
-async def stage() -> AsyncIterator[Stage]:
-    engines = {name: engine(name, max_queue=4) for name in ("small", "medium")}
+@asynccontextmanager
+async def serving(engines: dict[str, Any]) -> AsyncIterator[Stage]:
+    """Serve models over gRPC; the one named small is loaded."""
     pool = ModelPool(engines, "small")
     await pool.load("small")
     servicer = StageServicer(pool)
@@ -116,3 +117,9 @@ async def stage() -> AsyncIterator[Stage]:
         await server.stop(None)
         for each in engines.values():
             await each.unload()
+
+
+@pytest.fixture
+async def stage() -> AsyncIterator[Stage]:
+    async with serving({name: engine(name, max_queue=4) for name in ("small", "medium")}) as found:
+        yield found

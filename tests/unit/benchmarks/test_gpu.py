@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import pytest
 
 from asd.values import Message
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import in_engine, projection
+from benchmarks.gpu import exactness, in_engine, projection
 from benchmarks.gpu.measure import TINY, Prompts, speculation
 from benchmarks.gpu.shapes import SHAPES, make_model
 from services.stage.engines.checkpoint import read_checkpoint
+from services.stage.engines.scoring import ScoringEngine
 from services.stage.engines.vllm.engine import VllmBackend, VllmOptions
 from services.stage.generation.tokenizer import ChatTokenizer
 from tests.fakes import fake_vllm
@@ -167,3 +169,35 @@ def test_a_tiny_run_of_verification_inside_has_a_row_for_each_draft_and_batch(
     content = json.loads(file.read_text())
     assert [row["draft"] for row in content["rows"]] == [in_engine.PLAIN, *in_engine.DRAFTS]
     assert all(row["same"] == row["batch"] == 2 for row in content["rows"])
+
+
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_a_run_of_exactness_fails_on_an_answer_that_nothing_explains(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_exact: bool
+) -> None:
+    fake_vllm.install(monkeypatch)
+    for variable, value in gpu.ENVIRONMENT.items():
+        monkeypatch.setenv(variable, value)
+    made = exactness.make_engine
+
+    def make_engine(name: str, directory: Path, options: VllmOptions) -> ScoringEngine:
+        engine = made(name, directory, options)
+        if options.verify_inside and not is_exact:
+            other = (Message("user", "Ardia"),)
+            monkeypatch.setattr(
+                engine, "generate", lambda _, sampling: ScoringEngine.generate(engine, other, sampling)
+            )
+        return engine
+
+    monkeypatch.setattr(exactness, "NAMES", ("small", "medium"))
+    monkeypatch.setattr(exactness, "make_engine", make_engine)
+    file = tmp_path / "exactness.json"
+    with nullcontext() if is_exact else pytest.raises(SystemExit) as ended:
+        exactness.main(["--tiny", "--prompts", "1", "--out", str(file)])
+    assert ended is None or ended.value.code == 1
+    rows = json.loads(file.read_text())["rows"]
+    # Without a draft, and with the smaller stage's: both beside another engine's answer.
+    assert [(row["drafter"], len(row["unexplained"])) for row in rows] == [
+        (None, 0 if is_exact else 1),
+        ("small", 0 if is_exact else 1),
+    ]

@@ -261,3 +261,17 @@ def test_a_stage_that_is_away_and_a_missing_policy_are_said():
     assert "away" in text
     assert "Policy: none answers" in text
     assert "Static plan, while the policy is away: small" in text
+
+
+def test_what_a_stage_can_do_is_said():
+    able = StageDescription(
+        *("large", 1, "l", "vllm", 1, 64, 4.0, True, 0),
+        constrains=True,
+        most_top_logprobs=20,
+        verifies_inside=True,
+    )
+    plain = StageDescription("small", 0, "s", "onnx", 1, 64, 1.5, available=True, queue_depth=0)
+    text = _printed(console.description(Description((plain, able), None, ("small",), "0.1.0")))
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines()]
+    assert ["small", "in passes of their own", "no", "no", "none"] in rows
+    assert ["large", "while it writes", "yes", "no", "20"] in rows

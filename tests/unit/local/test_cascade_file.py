@@ -196,18 +196,51 @@ def test_every_process_loads_its_configuration(directory):
     assert loaded.reports_path == Path("/run/asd/reports.jsonl")
 
 
+def _on_vllm(content: str = "", first: str = "") -> str:
+    """Return a cascade whose stages run vLLM. content, first: the section of the last and the first stage."""
+    return f"""
+stages:
+  - {{name: small, path: models/small, cost: 1.5, engine: vllm{first}}}
+  - {{name: large, path: models/large, cost: 8.0, engine: vllm{content}}}
+"""
+
+
 @pytest.mark.parametrize(
     ("section", "inside"),
-    [("", True), (", vllm: {dtype: float16}", True), (", vllm: {verify_inside: false}", False)],
+    [
+        ("", (False, True)),
+        (", vllm: {dtype: float16}", (False, True)),
+        (", vllm: {verify_inside: auto}", (False, True)),
+        (", vllm: {verify_inside: false}", (False, False)),
+        (", vllm: {verify_inside: true}", (True, True)),
+        # Too short for a proposal, which nobody makes.
+        (", vllm: {verify_inside: false, max_model_len: 16}", (False, False)),
+    ],
 )
 def test_stages_that_get_drafts_verify_them_inside_vllm(directory, section, inside):
-    engine = f"engine: vllm{section}"
-    content = _GOOD.replace("name: small", f"name: small, {engine}").replace("threads: 2", engine)
-    content = content.replace(" max_model_len: 64,", "")
-    _, small, large = services_of(_read(directory, content), Ports.from_base(7000, 2), Path("/run/asd"))
-    loaded = _load(StageSettings, large.config, directory).models[0]
-    assert loaded.vllm.verify_inside is inside
-    assert not small.config["models"][0].get("vllm", {}).get("verify_inside")
+    content = _on_vllm(section, section)
+    _, *stages = services_of(_read(directory, content), Ports.from_base(7000, 2), Path("/run/asd"))
+    models = [_load(StageSettings, stage.config, directory).models[0] for stage in stages]
+    assert tuple(model.vllm.verify_inside for model in models) == inside
+
+
+@pytest.mark.parametrize("value", ["'yes'", "'true'", "1", "null", "[]", "automatic"])
+def test_verify_inside_is_true_false_or_auto(directory, value):
+    with pytest.raises(SettingsError, match=r"stages\.1\.vllm\.verify_inside: must be true, false or auto$"):
+        _read(directory, _on_vllm(f", vllm: {{verify_inside: {value}}}"))
+
+
+def test_a_context_without_room_for_a_proposal_is_refused(directory):
+    content = _on_vllm(", vllm: {max_model_len: 120, proposed_tokens: 120}")
+    with pytest.raises(SettingsError, match=r"stages\.1\.vllm: .*max_model_len \(120\) must exceed"):
+        _read(directory, content)
+    assert _read(directory, content.replace("max_model_len: 120", "max_model_len: 121"))
+
+
+def test_a_first_stage_that_verifies_inside_is_warned_of(directory):
+    (warning,) = _read(directory, _on_vllm(first=", vllm: {verify_inside: true}")).warnings()
+    assert warning.startswith("stages.0.vllm.verify_inside")
+    assert _read(directory, _on_vllm(", vllm: {verify_inside: true}")).warnings() == ()
 
 
 def test_without_a_policy_there_is_no_policy_process(directory):

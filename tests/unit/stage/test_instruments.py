@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from asd.values import FinishReason
-from services.stage.domain import Result
+from services.stage.domain import Result, VerificationResult
 from services.stage.instruments import StageInstruments
 from tests.recording import metered, sums  # noqa: F401 - a fixture
 
@@ -51,3 +52,17 @@ def test_one_token_has_none_after_it_and_an_empty_answer_no_first(metered: Any) 
     assert not metered()
     instruments.answered("small", result(1, prefill_ms=1.0, decode_ms=1.0))
     assert set(metered()) == {"gen_ai.server.time_to_first_token"}
+
+
+def test_verifications_are_counted_by_where_they_were_made(metered: Any) -> None:  # noqa: F811 - the fixture
+    instruments = StageInstruments()
+    ranks, logprobs = np.ones(1, np.int64), np.zeros(1, np.float32)
+    for inside in (True, False, True):
+        instruments.verified(
+            "small", VerificationResult(1, 1, ranks, logprobs, ids_used=True, while_writing=inside)
+        )
+    points = metered()["asd.stage.verifications"].data.data_points
+    assert {tuple(value for _, value in sorted(each.attributes.items())): each.value for each in points} == {
+        ("inside", "small"): 2,
+        ("outside", "small"): 1,
+    }

@@ -21,3 +21,14 @@ def test_it_is_said_where_clients_are_to_be_tried_again(monkeypatch, tmp_path):
     assert "make clients" not in clients.state()
     (covered / "one.py").write_text("2")
     assert "make clients" in clients.state()
+
+
+def test_loads_are_read_from_pytests_report(tmp_path):
+    report = tmp_path / "report.xml"
+    report.write_text(
+        "<testsuites><testsuite><properties>"
+        '<property name="load" value="{&quot;per_s&quot;: 3}"/><property name="other" value="4"/>'
+        '<property name="load" value="{&quot;per_s&quot;: 5}"/>'
+        "</properties></testsuite></testsuites>"
+    )
+    assert clients.loads(report) == [{"per_s": 3}, {"per_s": 5}]

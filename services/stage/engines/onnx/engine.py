@@ -125,7 +125,13 @@ class OnnxEngine:
                 yield event
 
     async def verify(
-        self, turns: tuple[Message, ...], sampling: Sampling, draft: DraftText, threshold: float | None
+        self,
+        turns: tuple[Message, ...],
+        sampling: Sampling,
+        draft: DraftText,
+        threshold: float | None,
+        *,
+        seed_is_free: bool = False,
     ) -> AsyncGenerator[Event, None]:
         """Accept a prefix of a draft and continue the answer."""
         request, deliveries = await self._open(turns, sampling)
@@ -142,6 +148,8 @@ class OnnxEngine:
         sampling: Sampling,
         pieces: AsyncIterator[DraftPiece | FinishReason],
         threshold: float | None,
+        *,
+        seed_is_free: bool = False,
     ) -> AsyncGenerator[Event, None]:
         """Verify a draft while it is being written."""
         request, deliveries = await self._open(turns, sampling)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from asd.errors import AsdError, ModelRefusal, PreconditionFailed
 from services.common.privacy import report_nothing
-from services.stage.engines.backend import BackendDied, DraftFate, Piece, TokenScores
+from services.stage.engines.backend import BackendDied, DraftOutcome, Piece, TokenScores
 from services.stage.engines.checkpoint import read_checkpoint
 from services.stage.engines.scoring import ScoringEngine, ScoringOptions
 from services.stage.engines.settings import VllmSettings
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
     from pathlib import Path
 
-    from services.stage.engines.backend import OwnDraft, TokenRequest
+    from services.stage.engines.backend import RequestDraft, TokenRequest
     from services.stage.engines.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -49,8 +49,6 @@ _ENVIRONMENT = {
 _PROPOSER = "services.stage.engines.vllm.proposer"
 # A worker answers between two steps. Chosen: far longer than any step.
 _WORKERS_S = 60.0
-# The newer model runner takes no custom proposer.
-_INSIDE_ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 MISSING = (
     "vllm is not installed: use the image of target stage-vllm, or pip install '.[vllm]' in asd's directory, "
     "with Python 3.12 on Linux with an NVIDIA GPU"
@@ -137,6 +135,7 @@ class VllmBackend:
         self._adapters: dict[str, Any] = {}
         self._can_draft = options.verify_inside
         self._is_on_cpu = False
+        self._forgetting: set[asyncio.Task[Sequence[Any]]] = set()
 
     @property
     def takes_drafts(self) -> bool:
@@ -225,22 +224,39 @@ class VllmBackend:
         """Hand over more of a request's draft."""
         await self._call_workers("asd_grow", key, list(ids))
 
-    async def fate(self, key: str) -> DraftFate:
-        """Return how a request's draft fared, once the answer has departed from it."""
-        # Each worker knows. vLLM proposes what its first one says.
-        (judged, steps, passes), *_ = await self._call_workers("asd_evidence", key)
-        return DraftFate(
-            ranks=tuple(rank for rank, _ in judged),
-            logprobs=tuple(logprob for _, logprob in judged),
+    async def outcome(self, key: str) -> DraftOutcome:
+        """Return how a request's draft fared, so far or to its end."""
+        (scores, steps, verify_steps), *_ = await self._call_workers("asd_outcome", key)
+        return DraftOutcome(
+            ranks=tuple(rank for rank, _ in scores),
+            logprobs=tuple(logprob for _, logprob in scores),
             steps=steps,
-            passes=tuple((range(start, start + written), proposed) for start, written, proposed in passes),
+            verify_steps=tuple(
+                (range(start, start + count), proposed) for start, count, proposed in verify_steps
+            ),
         )
+
+    def forget(self, key: str) -> None:
+        """Have the workers drop all of a request's draft. This does not wait."""
+        task = asyncio.create_task(self._call_workers("asd_forget", key))
+        self._forgetting.add(task)
+        task.add_done_callback(self._forgetting.discard)
+        # Where this fails, the workers are gone, and what they kept with them.
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     async def _attach(self) -> None:
         """Let the proposer see requests, where drafts are verified inside."""
         if self._can_draft:
-            await self._call_workers("asd_attach")
+            lacking, *_ = await self._call_workers("asd_attach")
             logger.info("model %s: vLLM verifies drafts while it decodes", self._name)
+            if lacking:
+                logger.warning(
+                    "vLLM %s lacks %s: with model %s, ranks of tokens that it does not accept are bounds, or "
+                    "drafts are not followed to the end of the context",
+                    self._vllm.__version__,
+                    ", ".join(lacking),
+                    self._name,
+                )
 
     async def _call_workers(self, method: str, *arguments: Any) -> Sequence[Any]:
         """Return what a method of services.stage.engines.vllm.proposer.WorkerExtension gives, by worker."""
@@ -319,8 +335,7 @@ class VllmBackend:
         return RequestOutputKind
 
     def _open(self) -> Any:
-        environment = _ENVIRONMENT | (_INSIDE_ENVIRONMENT if self._options.verify_inside else {})
-        for variable, value in environment.items():
+        for variable, value in _ENVIRONMENT.items():
             os.environ.setdefault(variable, value)
         report_nothing()
         try:
@@ -412,6 +427,9 @@ class VllmBackend:
 
 def _takes_proposers() -> bool:
     """Return whether this vLLM takes a proposer class of its user's. Its interface may change, says vLLM."""
+    # vLLM keeps to its first model runner by itself, unless the environment says otherwise.
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") != "0":
+        return False
     try:
         importlib.import_module("vllm.v1.spec_decode.custom_class_proposer")
     except ImportError:
@@ -433,6 +451,9 @@ def _row(known: Any, place: int) -> Row:
     )
 
 
-def _extra_args(draft: OwnDraft | None) -> dict[str, Any]:
+def _extra_args(draft: RequestDraft | None) -> dict[str, Any]:
     """Return what takes a request's draft to the workers."""
-    return {} if draft is None else {"extra_args": {proposer.KEY: draft.key, proposer.IDS: list(draft.ids)}}
+    if draft is None:
+        return {}
+    own = {proposer.KEY: draft.key, proposer.IDS: list(draft.ids), proposer.RESYNC: draft.resync}
+    return {"extra_args": own}

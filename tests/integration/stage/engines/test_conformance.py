@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,3 +116,15 @@ async def test_the_suite_notices_a_wrong_engine(monkeypatch: pytest.MonkeyPatch)
     broken = Suite(_Broken(engine, verify=without_draft))  # type: ignore[arg-type]
     with pytest.raises(NotConforming, match="verified"):
         await conformance.own_answers_are_accepted_whole(broken)
+
+
+async def test_the_suite_notices_an_engine_that_says_that_it_resamples(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = _vllm(monkeypatch, 1)
+    await engine.load()
+    status = replace(engine.status(), resamples=True)
+    with pytest.raises(NotConforming, match="resampled"):
+        await conformance.draws_with_a_draft_follow_the_model(
+            Suite(_Broken(engine, status=lambda: status))  # type: ignore[arg-type]
+        )

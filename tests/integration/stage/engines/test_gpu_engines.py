@@ -630,9 +630,10 @@ def test_asd_engine_check_runs_the_suite(
     assert ended.value.code == 2
     assert "max_batch" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
-        check_main(["check", str(SMALL), "--options", "{prefix_caching: false}", "--json"])
-    outcomes = json.loads(capsys.readouterr().out)["checks"]
-    assert ended.value.code == 0
+        check_main(["check", str(SMALL), "--options", "{verify_inside: true}", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    outcomes = report["checks"]
+    assert (ended.value.code, report["verifies_inside"]) == (0, True)
     assert len(outcomes) == len(CHECKS)
     assert not [each for each in outcomes if each["error"]]
 
@@ -644,7 +645,9 @@ def test_asd_engine_check_covers_adapters_and_holds_the_model_against_another_en
     options = f"{{lora: {{math: {make_adapter(tmp_path)}}}}}"
     with pytest.raises(SystemExit) as ended:
         check_main(["check", str(SMALL), "--options", options, "--beside", "onnx", "--json"])
-    outcomes = json.loads(capsys.readouterr().out)["checks"]
+    report = json.loads(capsys.readouterr().out)
+    outcomes = report["checks"]
+    assert not report["verifies_inside"]
     assert [each["check"] for each in outcomes if each["check"].startswith("math: ")] == [
         f"math: {each['check']}" for each in outcomes[len(CHECKS) - 2 : -2]
     ]
@@ -668,7 +671,11 @@ def test_asd_engine_check_covers_adapters_and_holds_the_model_against_another_en
         (["README.md"], "README.md: no such directory"),
         ([str(SMALL), "--options", "threads"], "--options 'threads' is no mapping"),
         ([str(SMALL), "--engine", "onnx", "--options", "{path: x}"], "path is an argument of its own"),
-        ([str(SMALL), "--options", "{dtyp: x}"], "--options: vllm.dtyp: Extra inputs are not permitted"),
+        ([str(SMALL), "--options", "{dtyp: x}"], "dtyp is no option of engine vllm: did you mean dtype?"),
+        (
+            [str(SMALL), "--engine", "onnx", "--options", "{verify_inside: true}"],
+            "verify_inside is no option of engine onnx: it is of vllm; known: max_batch, threads, ",
+        ),
         ([str(SMALL), "--max-new-tokens", "7"], "'7' is no number from 8 on"),
         ([str(SMALL), "--max-batch", "0"], "'0' is no number from 1 on"),
         ([str(SMALL), "--tie-margin", "nan"], "'nan' is no number from 0 to below 1"),

@@ -38,6 +38,11 @@ SMALL = Path(__file__).parents[4] / "models" / "small"
         ({"engine": "vllm", "vllm": {"tensor_paralel": 2}}, "Extra inputs are not permitted"),
         ({"engine": "vllm", "vllm": {"gpu_memory_utilization": 1.5}}, "less than or equal to 1"),
         ({"engine": "vllm", "vllm": {"lora": {"Maths Tasks": "x"}}}, "match pattern"),
+        ({"engine": "vllm", "vllm": {"verify_inside": "yes"}}, "valid boolean"),
+        (
+            {"engine": "vllm", "vllm": {"verify_inside": True, "max_model_len": 120, "proposed_tokens": 128}},
+            "max_model_len (120) must exceed proposed_tokens (128)",
+        ),
         ({"engine": "torch"}, "'onnx', 'vllm' or 'tensorrt_llm'"),
     ],
 )

@@ -145,7 +145,10 @@ def test_the_average_draft_learns_from_those_that_are_done_with() -> None:
 
 
 def step_s(tokens: int) -> float:
-    """Seconds of a step like a 34B's on an H200: bound by memory for few tokens, by sums for many."""
+    """Seconds of a step, by a formula: bound by memory for few tokens, by sums for many.
+
+    It is like a 34B's on an H200. What the engine itself takes there is measured by benchmarks.gpu.in_engine.
+    """
     return 0.0226 * max(1.0 + 0.0006 * tokens, tokens / 270)
 
 
@@ -208,7 +211,9 @@ def simulated(
         (64, {"right": 2.7, "16": 2.4, "8": 1.5, "4": 1.1, "half": 1.1, "noise": 0.97}),
     ],
 )
-def test_every_kind_of_draft_pays_or_costs_next_to_nothing(batch: int, wanted: dict[str, float]) -> None:
+def test_in_a_simulation_every_kind_of_draft_pays_or_costs_next_to_nothing(
+    batch: int, wanted: dict[str, float]
+) -> None:
     chance, average, times = random.Random(1), AverageDraft(), StepTimes()
     for kind, least in wanted.items():
         simulated(batch, kind, average, times, chance)
