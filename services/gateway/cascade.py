@@ -49,7 +49,8 @@ class Cascade:
         self._target = target
         self._timeout_ms = timeout_ms
         self._clock = clock
-        self._models: Models | None = None
+        self._models = Models(())
+        # -inf: the models are not known, or not any more.
         self._read_at = -math.inf
         # Times at which the router last took a token, the latest last. "": it wants none.
         self._admitted: OrderedDict[str, float] = OrderedDict()
@@ -74,13 +75,11 @@ class Cascade:
 
     async def models(self, token: str, model: object) -> Models:
         """Return the models; read again if one is missing, unless they were read just now."""
-        known = self._models
-        is_missing = known is None or (isinstance(model, str) and model not in known)
-        if is_missing and (known is None or self._clock() - self._read_at > _JUST_NOW_S):
+        age_s = self._clock() - self._read_at
+        is_missing = isinstance(model, str) and model not in self._models
+        if age_s == math.inf or (is_missing and age_s > _JUST_NOW_S):
             await self.describe(token)
-            known = self._models
-        assert known is not None
-        return known
+        return self._models
 
     def _read(self, token: str) -> asyncio.Task[Description]:
         task = self._reading.get(token)
@@ -99,10 +98,12 @@ class Cascade:
             raise
         stages = described.stages
         self._models = Models([each.stage for each in stages], [each.context_length for each in stages])
-        self._read_at = self._admitted[token] = self._clock()
-        self._admitted.move_to_end(token)
-        if len(self._admitted) > _CALLERS:
-            self._admitted.popitem(last=False)
+        self._read_at = self._clock()
+        if not token or "" not in self._admitted:
+            self._admitted[token] = self._read_at
+            self._admitted.move_to_end(token)
+            if len(self._admitted) > _CALLERS:
+                self._admitted.popitem(last=False)
         return described
 
     async def ask(self, token: str, requests: Sequence[Request]) -> tuple[Answer, ...]:
@@ -156,7 +157,7 @@ class Cascade:
         except AsdError as error:
             if isinstance(error, NotFound):
                 # A stage is gone: the names are old.
-                self._models = None
+                self._read_at = -math.inf
             target = self._target
             message = error.message.removeprefix(f"cascade at {target}: ")
             message = message.replace(f"cascade at {target}", "the cascade").replace(f" at {target}", "")

@@ -21,6 +21,13 @@ _REQUIRED = {
     "responses": ["model", "input"],
     "messages": ["model", "messages", "max_tokens"],
 }
+_TURNS = [{"role": "user", "content": "True or false? 3 plus 22 is more than 24."}]
+_EXAMPLES: dict[str, dict[str, Any]] = {
+    "chat/completions": {"model": "asd", "messages": _TURNS},
+    "completions": {"model": "asd", "prompt": _TURNS[0]["content"]},
+    "responses": {"model": "asd", "input": _TURNS[0]["content"]},
+    "messages": {"model": "asd", "messages": _TURNS, "max_tokens": 16},
+}
 _ERRORS = {
     "400": "malformed, or a parameter is refused",
     "401": "no token, or a wrong one",
@@ -94,7 +101,10 @@ def _post(name: str) -> dict[str, Any]:
     operation = {
         "operationId": name.replace("/", "_"),
         "parameters": headers,
-        "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": body, "example": _EXAMPLES[name]}},
+        },
         "responses": {
             "200": {
                 "description": "the answer, or its stream",

@@ -72,6 +72,13 @@ def _turns(*more: str, required: tuple[str, ...] = ("role", "content")) -> dict[
     }
 
 
+def _stream_options(*flags: str) -> dict[str, Any]:
+    """Return the schema of a stream's options. flags: those that may be true."""
+    taken: dict[str, Any] = {"include_obfuscation": {"enum": [False, None]}}
+    taken |= {name: {"type": ["boolean", "null"]} for name in flags}
+    return {"type": "object", "properties": taken, "additionalProperties": False}
+
+
 _NO_SUCH_SAMPLING = "the stages have no such way of sampling"
 _NO_STATE = "the gateway keeps no state"
 _OLD_TOOLS = "an older form of tools: use tools"
@@ -122,7 +129,11 @@ _OPENAI_OLD = (
     _SEED,
     _honoured("stop", f"up to {MOST_STOPS} sequences, none empty", **_STOP),
     _STREAM,
-    _honoured("stream_options", "include_usage; include_obfuscation only as false", **_OBJECT),
+    _honoured(
+        "stream_options",
+        "include_usage; include_obfuscation only as false",
+        **_stream_options("include_usage"),
+    ),
     _ASD,
     _USER,
     _refused("frequency_penalty", _NO_SUCH_SAMPLING, 0),
@@ -195,7 +206,7 @@ PARAMETERS: Mapping[str, tuple[Parameter, ...]] = {
         ),
         _honoured("instructions", "a system message before the input", type="string", minLength=1),
         _honoured("max_output_tokens", "most tokens of the answer", type="integer", minimum=1),
-        _honoured("stream_options", "include_obfuscation only as false", **_OBJECT),
+        _honoured("stream_options", "include_obfuscation only as false", **_stream_options()),
         _refused("store", _NO_STATE, False),
         _refused("previous_response_id", _NO_STATE),
         _refused("conversation", _NO_STATE),

@@ -139,6 +139,8 @@ async def test_a_token_is_admitted_once_the_router_has_taken_it(cascade, client,
 
 async def test_a_cascade_without_tokens_admits_any(cascade):
     await cascade.describe("")
+    for count in range(1000):
+        await cascade.describe(f"token-{count}")
     assert cascade.admits("whatever")
 
 
