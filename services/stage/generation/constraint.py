@@ -285,12 +285,17 @@ def _schemas_in(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     found: list[tuple[str, Any]] = []
     for key in _NAMED:
         if isinstance(schema.get(key), dict):
-            found += [(f"{key}/{name}", each) for name, each in schema[key].items()]
+            found += [(f"{key}/{_escaped(name)}", each) for name, each in schema[key].items()]
     for key in _LISTED:
         if isinstance(schema.get(key), list):
             found += [(f"{key}/{index}", each) for index, each in enumerate(schema[key])]
     found += [(key, schema.get(key)) for key in _SINGLE]
     yield from ((place, each) for place, each in found if isinstance(each, dict))
+
+
+def _escaped(name: str) -> str:
+    """Return a name as a JSON pointer has it."""
+    return name.replace("~", "~0").replace("/", "~1")
 
 
 def _all_schemas(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:

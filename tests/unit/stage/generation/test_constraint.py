@@ -137,6 +137,7 @@ def _nested(levels: int) -> dict[str, Any]:
         ({"type": "wrong"}, "#: "),
         ({"properties": {"a": {"items": {"type": "array", "uniqueItems": True}}}}, "#/properties/a/items: "),
         ({"$defs": {"a": {"pattern": "(b"}}, "$ref": "#/$defs/a"}, "#/$defs/a: "),
+        ({"properties": {"a/b~": {"not": {}}}}, "#/properties/a~1b~0: "),
         ({"anyOf": [{"type": "null"}, {"oneOf": [{"minimum": 1}, {"minimum": 2}]}]}, "#/anyOf/1: "),
         ({"$ref": "#/$defs/missing"}, "/$defs/missing"),
         ({"type": "string", "minLength": 5, "maxLength": 2}, "minLength"),
