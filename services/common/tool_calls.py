@@ -26,6 +26,7 @@ OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _PYTHON = "<|python_tag|>"
 # Keys of which a call begins with one. Other JSON is shown as it comes.
 _FIRST_KEYS = ('"name"', '"arguments"', '"parameters"', '"type"')
+_SPACE = re.compile(r"\s*")
 _MARKS = re.compile(r'\\.|["{}]', re.DOTALL)
 
 
@@ -114,7 +115,8 @@ class ToolCallReader:
             end = len(self._held[:end].rstrip())
         if tag < 0 and end == 0:
             raise _Unfinished
-        return self._cut(end)
+        # A cut would begin the search for a call's end anew.
+        return self._cut(end) if end else ""
 
     def _take_tagged_call(self) -> str:
         """Take a call between tags; return the opening tag if what follows is no call."""
@@ -193,7 +195,8 @@ class ToolCallReader:
 
     def _skip(self, start: int) -> int:
         """Return the next place without white space."""
-        return len(self._held) - len(self._held[start:].lstrip())
+        found = _SPACE.match(self._held, start)
+        return found.end() if found else start
 
 
 def _overlap(text: str, tag: str) -> int:

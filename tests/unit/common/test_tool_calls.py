@@ -34,6 +34,11 @@ def _tagged(call: str) -> str:
         # Text of a string is not the end of a call.
         (_tagged('{"name": "now", "arguments": {"a": "}</tool_call>\\"{"}}'), "",
          (WrittenCall("now", '{"a": "}</tool_call>\\"{"}'),)),
+        (
+            _tagged('{"name": "now", "arguments": {"a": "}}"}}'),
+            "",
+            (WrittenCall("now", '{"a": "}}"}'),),
+        ),
         # A model that gives up on a call, and begins anew.
         (f'<tool_call>{{"name": {_tagged(NOW)}', '<tool_call>{"name":', (AT_ONCE,)),
         # Behind calls without tags, everything else is text.
@@ -107,6 +112,7 @@ _PARTS = st.sampled_from(_TAGS + _BITS)
 @given(st.lists(_PARTS, max_size=12).map("".join), st.data())
 @example(f"a {_tagged(WEATHER)}\n{_tagged(NOW)} b", None)
 @example(f"<|python_tag|>{WEATHER};{NOW}", None)
+@example(_tagged('{"name": "now", "arguments": {"a": "\\\\", "b": "\\"}}"}}'), None)
 def test_an_answer_in_pieces_has_the_calls_and_the_content_of_the_whole(text, data):
     cuts = range(len(text)) if data is None else sorted(data.draw(st.sets(st.integers(0, len(text)))))
     bounds = [0, *cuts, len(text)]

@@ -11,7 +11,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from asd.values import Conversation, Message, Role, Tokens, Tool, ToolCall, ToolChoice, Tools
+from asd.values import Conversation, Message, Role, TokenDetail, Tokens, Tool, ToolCall, ToolChoice, Tools
 from tests.unit.gateway.samples import CHAT, MESSAGES, RESPONSES, USER, answer, parse
 
 SCHEMA = {"type": "object", "properties": {"zone": {"type": "integer"}}}
@@ -271,6 +271,17 @@ def test_a_stream_has_the_text_first_and_then_the_calls(api, pieces, whole, text
     for event in events:
         if event != {"type": "ping"}:
             TypeAdapter(PART[api]).validate_python(event, strict=True)
+
+
+def test_tokens_of_a_call_open_no_message():
+    """What is held back may have log-probabilities."""
+    asks = OFFERED[RESPONSES] | {"stream": True, "top_logprobs": 0}
+    writer = RESPONSES.writer(parse(RESPONSES, asks), "id", 99)
+    events = writer.begin()
+    for piece in SPLIT[2:]:
+        events += writer.text(0, Tokens((1,), piece, (-0.5,), (TokenDetail(piece.encode()),)))
+    events += writer.finish(0, CALLS_ALONE)
+    assert _read_responses([each.data for each in events]) == ("", [("call_1", "now", '{"zone": 1}')])
 
 
 @pytest.mark.parametrize("api", APIS)
