@@ -117,6 +117,9 @@ def listed(description: Description, created: int) -> list[dict[str, Any]]:
                 "cost": each.cost,
                 "available": each.available,
                 "adapters": list(each.adapters),
+                "constrains": each.constrains,
+                "takes_tools": each.takes_tools,
+                "most_top_logprobs": each.most_top_logprobs,
             },
         )
         for each in description.stages

@@ -142,7 +142,7 @@ class ResponsesWriter:
         """Return the events of tokens, if they show anything."""
         text = self._shown.take(index, tokens.text)
         # Tokens of what may be a call open no message.
-        return self._delta(text, scores_of(tokens))
+        return self._delta(text, [] if self._shown.has_tools and not text else scores_of(tokens))
 
     def finish(self, index: int, answer: Answer) -> list[SseEvent]:
         """Return the events that close message and response; between them the tool calls."""

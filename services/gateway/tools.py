@@ -83,7 +83,7 @@ def read_anthropic_choice(fields: Body) -> Choice:
     if value is None:
         return Choice()
     kind = value.get("type") if isinstance(value, dict) else None
-    if kind != "tool" and kind not in _ANTHROPIC_CHOICES:
+    if not isinstance(kind, str) or (kind != "tool" and kind not in _ANTHROPIC_CHOICES):
         raise invalid("tool_choice.type", "must be auto, any, tool or none")
     is_single = value.get("disable_parallel_tool_use") or False
     if not isinstance(is_single, bool):

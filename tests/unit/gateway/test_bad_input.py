@@ -180,6 +180,7 @@ CASES = [
     (MESSAGES, {"tools": [{"name": "now", "type": "bash_20250124"}]}, "tools[0].type"),
     (MESSAGES, {"tools": [{"name": "now"}], "tool_choice": {"type": "required"}}, "tool_choice.type"),
     (MESSAGES, {"tools": [{"name": "now"}], "tool_choice": {"type": "tool"}}, "tool_choice.name"),
+    (MESSAGES, {"tools": [{"name": "now"}], "tool_choice": {"type": ["auto"]}}, "tool_choice.type"),
     (MESSAGES, {"output_config": {"effort": "low"}}, "output_config.effort"),
     (MESSAGES, blocks("user", {"type": "tool_result", "content": "x"}), "messages[0].content[0].tool_use_id"),
     (MESSAGES, blocks("assistant", {"type": "tool_use", "id": "a"}), "messages[0].content[0].input"),
