@@ -135,6 +135,8 @@ def _nested(levels: int) -> dict[str, Any]:
     ("schema", "place"),
     [
         ({"type": "wrong"}, "#: "),
+        ({"patternProperties": 5}, "#: "),
+        ({"multipleOf": [1]}, "#: "),
         ({"properties": {"a": {"items": {"type": "array", "uniqueItems": True}}}}, "#/properties/a/items: "),
         ({"$defs": {"a": {"pattern": "(b"}}, "$ref": "#/$defs/a"}, "#/$defs/a: "),
         ({"properties": {"a/b~": {"not": {}}}}, "#/properties/a~1b~0: "),
@@ -142,6 +144,8 @@ def _nested(levels: int) -> dict[str, Any]:
         ({"$ref": "#/$defs/missing"}, "/$defs/missing"),
         ({"type": "string", "minLength": 5, "maxLength": 2}, "minLength"),
         ({"type": "integer", "multipleOf": 9_999_991}, "multipleOf"),
+        ({"patternProperties": {f"^a{i}x$": {} for i in range(900)}}, "smaller"),
+        ({"$ref": "#/mine/0", "mine": [{"type": "integer", "multipleOf": 1e7}]}, "multipleOf"),
         ({"items": [{"multipleOf": 97}, {"multipleOf": 0.89}]}, "multipleOf"),
         ({"properties": {f"p{i}": {} for i in range(9_000)}}, "smaller"),
         ({"$ref": "#"}, "no answer"),
