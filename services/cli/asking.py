@@ -250,7 +250,9 @@ def report(
     answer: Annotated[
         Path,
         typer.Argument(
-            help="What `asd ask --json` wrote; - reads standard input.", allow_dash=True, dir_okay=False
+            help="What `asd ask --json` or the gateway wrote; - reads standard input.",
+            allow_dash=True,
+            dir_okay=False,
         ),
     ],
     is_right: Annotated[bool, typer.Option("--right", help="The answer was right.")] = False,
@@ -309,16 +311,11 @@ def _constraint(json_schema: str | None, regex: str | None, choice: list[str] | 
 
 
 async def _write_answer(client: AsyncClient, request: Request) -> None:
-    from services.cli.console import gave_up_quality, is_late
+    from services.common.shortfall import missed
 
     async with client as cascade:
         answer = await cascade.ask(request)
-    objective = request.objective
-    missed = {
-        "missed_max_latency": is_late(answer, objective.max_latency_ms),
-        "missed_min_quality": gave_up_quality(answer, objective.min_quality),
-    }
-    write_json(asdict(answer) | missed)
+    write_json(asdict(answer) | missed(answer, request.objective))
 
 
 async def _show_answer(client: AsyncClient, request: Request) -> None:

@@ -13,11 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from services.cli.output import token_text
+from services.common.shortfall import gave_up_quality, is_late
 from services.common.terminal import LiteralConsole, literal, visible
 from suites import extract_answer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from rich.console import Console, RenderableType
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from services.local.supervisor import Child
 
 _DOING = {"generate": "writes", "verify": "verifies", "prefill": "reads ahead"}
+# What stands in a command for one of the tokens in the router's file.
+_TOKEN, _TOKENS_FILE = "TOKEN", "ASD_ROUTER_AUTH__TOKENS_FILE"
 _ANSWER_COLUMNS = 14
 # Of a table of tokens. Chosen: about a screen.
 _MOST_SCORES = 30
@@ -72,21 +75,6 @@ def streamed(text: StreamedText, started: StageStarted | None) -> RenderableType
         return shown
     doing = _DOING.get(started.action, started.action)
     return Group(shown, literal(f"{started.stage} {doing} …", "cyan"))
-
-
-# Why an answer stands that a better one was wanted for. The caller's budgets come before a minimum.
-_BEFORE_QUALITY = ("max_cost", "max_latency", "deadline", "stage_unavailable")
-
-
-def is_late(answer: Answer, max_latency_ms: float | None) -> bool:
-    """Return whether an answer took longer than the request wished."""
-    return max_latency_ms is not None and answer.latency_ms > max_latency_ms
-
-
-def gave_up_quality(answer: Answer, min_quality: float | None) -> bool:
-    """Return whether an answer stands although a minimum was asked for that nobody says it keeps."""
-    reason = next((record.reason for record in reversed(answer.stages) if record.decision == "stop"), "")
-    return min_quality is not None and reason in _BEFORE_QUALITY
 
 
 def answer_line(
@@ -217,13 +205,29 @@ def processes(children: Sequence[Child], seconds: float) -> RenderableType:
     return Group(table, f"Ready after {seconds:.1f} s. Logs: {children[0].log.parent}")
 
 
-def curl_line(port: int, prompt: str) -> str:
-    """Return a command that asks a gateway on this machine."""
+def ask_line(target: str, prompt: str, variables: Mapping[str, str]) -> str:
+    """Return a command that asks a router. target: "" for the usual one. variables: of the router."""
+    target = f" --target {target}" if target else ""
+    trusted = _trusted("--tls-ca", variables.get("ASD_ROUTER_TLS__CERT_FILE"))
+    token = f" --token {_TOKEN}" if variables.get(_TOKENS_FILE) else ""
+    return f'  asd ask{target}{trusted}{token} "{prompt}"'
+
+
+def curl_line(port: int, prompt: str, variables: Mapping[str, str]) -> str:
+    """Return a command that asks a gateway on this machine. variables: of gateway and router."""
     body = json.dumps({"model": "asd", "messages": [{"role": "user", "content": prompt}]})
+    trusted = _trusted("--cacert", variables.get("ASD_GATEWAY_TLS__CERT_FILE"))
+    scheme = "https" if trusted else "http"
+    token = f" -H 'authorization: Bearer {_TOKEN}'" if variables.get(_TOKENS_FILE) else ""
     return (
-        f"  curl http://127.0.0.1:{port}/v1/chat/completions -H 'content-type: application/json' "
-        f"-d {shlex.quote(body)}"
+        f"  curl{trusted} {scheme}://127.0.0.1:{port}/v1/chat/completions -H 'content-type: application/json'"
+        f"{token} -d {shlex.quote(body)}"
     )
+
+
+def _trusted(option: str, cert_file: str | None) -> str:
+    """Return the option that trusts a server's certificate; "" if it has none."""
+    return f" {option} {shlex.quote(cert_file)}" if cert_file else ""
 
 
 def demo_rows(rows: Sequence[DemoRow], width: int) -> Table:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from asd.values import Answer
 
-# Of what `asd ask --json` wrote. Chosen: a thousand times a long answer's.
+# Of a file with an answer. Chosen: a thousand times a long answer's.
 _MOST_ANSWER_BYTES = 64 << 20
 
 
@@ -59,8 +59,11 @@ def read_schema(given: str) -> str:
 
 
 def read_answer(file: Path) -> Answer:
-    """Return what `asd ask --json` wrote; -: to standard input. Raises InvalidRequest for anything else."""
-    from pydantic import TypeAdapter, ValidationError
+    """Return what `asd ask --json` or the gateway wrote; -: to standard input. The gateway's has no text.
+
+    Raises InvalidRequest for anything else.
+    """
+    from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
     from asd.errors import InvalidRequest
     from asd.transport.files import read_content
@@ -72,15 +75,31 @@ def read_answer(file: Path) -> Answer:
         else read_content(file, _MOST_ANSWER_BYTES, is_pipe_fine=True)
     )
     try:
-        return TypeAdapter(Answer).validate_json(content)
+        return TypeAdapter(Annotated[Answer, BeforeValidator(_of_gateway)]).validate_json(content)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in problem["loc"])
         raise InvalidRequest(
-            f"{'standard input' if file == Path('-') else file} is not what `asd ask --json` writes: "
-            f"{problem['msg']}",
+            f"{'standard input' if file == Path('-') else file} holds no answer of `asd ask --json` or of "
+            f"the gateway: {problem['msg']}",
             field=field,
         ) from error
+
+
+def _of_gateway(value: Any) -> Any:
+    """Return an Answer's fields of the gateway's field `asd`; any other value as it is."""
+    from pydantic_core import PydanticCustomError
+
+    told = value.get("asd") if isinstance(value, dict) else None
+    if not isinstance(told, dict):
+        return value
+    if "choices" in told:
+        raise PydanticCustomError("several", 'there are several: leave one, as {{"asd": asd.choices[0]}}')
+    stages = told.get("stages")
+    if isinstance(stages, list):
+        stages = [{"text": ""} | each if isinstance(each, dict) else each for each in stages]
+    absent = {"text": "", "token_ids": (), "tokenizer_fingerprint": "", "finish_reason": ""}
+    return absent | told | {"stages": stages}
 
 
 def check_file(file: Path) -> None:

@@ -228,6 +228,7 @@ async def _up(
     as_json: bool,
 ) -> None:
     import asyncio
+    import os
     import time
 
     from services.cli import console
@@ -265,14 +266,15 @@ async def _up(
             output = console.output()
             output.print(console.processes(children, seconds))
             if only is None:
-                target = "" if port_base == _DEFAULT_PORT_BASE else f" --target {children[0].service.address}"
+                target = "" if port_base == _DEFAULT_PORT_BASE else children[0].service.address
                 # Another cascade's models and policy know other questions.
                 examples = EXAMPLE_PROMPTS if file is None else EXAMPLE_PROMPTS[:1]
                 output.print("To try, in another terminal:")
                 for prompt in examples:
-                    output.print(f'  asd ask{target} "{prompt}"', soft_wrap=True)
+                    output.print(console.ask_line(target, prompt, os.environ), soft_wrap=True)
                 if ports.gateway is not None:
-                    output.print(console.curl_line(ports.gateway, examples[0]), soft_wrap=True)
+                    line = console.curl_line(ports.gateway, examples[0], os.environ)
+                    output.print(line, soft_wrap=True)
             output.print("Ctrl-C stops everything.")
             output.file.flush()
         await asyncio.Event().wait()

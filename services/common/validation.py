@@ -78,7 +78,9 @@ def check_input(message: HasInput, path: str = "") -> None:
     for index, turn in enumerate(turns):
         where = f"{path}conversation.messages[{index}]"
         check_enum(common_pb2.Role, _ROLES, turn.role, f"{where}.role")
-        if not (turn.content or turn.tool_calls or turn.role == common_pb2.ROLE_TOOL):
+        # A tool may return nothing, and a model may have written nothing.
+        may_be_empty = turn.role in {common_pb2.ROLE_TOOL, common_pb2.ROLE_ASSISTANT}
+        if not (turn.content or may_be_empty):
             raise InvalidRequest("content is empty: send at least one byte of text", field=f"{where}.content")
         if turn.tool_calls or turn.tool_call_id or turn.role == common_pb2.ROLE_TOOL:
             _check_calls(turn, called, where)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from asd.values import FinishReason, StageAction
+from services.common.shortfall import missed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -75,12 +76,12 @@ def content(answer: Answer) -> str:
     return answer.content if answer.tool_calls else answer.text
 
 
-def told(answers: Sequence[Answer]) -> dict[str, Any]:
+def told(requests: Sequence[Request], answers: Sequence[Answer]) -> dict[str, Any]:
     """Return the field `asd`: how the answer came about. Of several choices, a list and the sum of costs."""
-    each = [_told(answer) for answer in answers]
+    each = [_told(request, answer) for request, answer in zip(requests, answers, strict=True)]
     if len(each) == 1:
         return each[0]
-    return {"cost": sum(answer.cost for answer in answers), "choices": each}
+    return {"cost": _cost(sum(answer.cost for answer in answers)), "choices": each}
 
 
 def headers(answers: Sequence[Answer]) -> list[tuple[bytes, bytes]]:
@@ -143,21 +144,28 @@ def _answering(answer: Answer) -> StageRecord | None:
     return None
 
 
-def _told(answer: Answer) -> dict[str, Any]:
+def _cost(value: float) -> float:
+    """Return a cost without the noise of sums in binary, such as 4.800000000000001."""
+    return round(value, 9)
+
+
+def _told(request: Request, answer: Answer) -> dict[str, Any]:
     return {
         "request_id": answer.request_id,
         "stage": answer.stage,
         "stage_index": answer.stage_index,
         "p_correct": answer.p_correct,
         "out_of_family": answer.out_of_family,
-        "cost": answer.cost,
+        "cost": _cost(answer.cost),
         "latency_ms": answer.latency_ms,
         "policy_ms": answer.policy_ms,
         "plan_source": answer.plan_source,
         "policy_version": answer.policy_version,
         "trace_id": answer.trace_id,
+        **missed(answer, request.objective),
         # Without the texts: those of earlier stages are drafts, and the last one's is the answer.
         "stages": [
-            {name: value for name, value in vars(each).items() if name != "text"} for each in answer.stages
+            {name: value for name, value in vars(each).items() if name != "text"} | {"cost": _cost(each.cost)}
+            for each in answer.stages
         ],
     }

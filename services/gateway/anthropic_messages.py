@@ -86,7 +86,7 @@ class AnthropicMessages:
             "content": _blocks(answer),
             **_stop(call, answer),
             "usage": _usage(answer),
-            "asd": told(answers),
+            "asd": told(call.requests, answers),
         }
 
     def writer(self, call: Call, stream_id: str, created: int) -> MessagesWriter:
@@ -144,7 +144,10 @@ class MessagesWriter:
         return [
             *events,
             _event(
-                "message_delta", delta=_stop(self._call, answer), usage=_usage(answer), asd=told([answer])
+                "message_delta",
+                delta=_stop(self._call, answer),
+                usage=_usage(answer),
+                asd=told(self._call.requests, [answer]),
             ),
             _event("message_stop"),
         ]

@@ -6,12 +6,14 @@ import asyncio
 import logging
 import time
 import uuid
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from email.utils import formatdate
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry import context, propagate
 from opentelemetry.trace import SpanKind, Status, StatusCode
+from starlette.datastructures import QueryParams
 from starlette.routing import Route, Router
 
 from asd.errors import AsdError, BudgetSpent, InputFailed, NotFound, Overloaded, PreconditionFailed
@@ -30,7 +32,7 @@ from services.common.telemetry import (
 )
 from services.gateway import answers as told
 from services.gateway.anthropic_messages import AnthropicMessages
-from services.gateway.errors import Problem, anthropic_body, openai_body, retry_headers
+from services.gateway.errors import TABLE, Problem, anthropic_body, openai_body, retry_headers
 from services.gateway.http import (
     JSON,
     CallerGone,
@@ -49,11 +51,11 @@ from services.gateway.openai_chat import OpenAiChat
 from services.gateway.openai_completions import OpenAiCompletions
 from services.gateway.openai_responses import OpenAiResponses
 from services.gateway.openapi import document
-from services.gateway.request import api_field
+from services.gateway.request import MOST_BYTES, api_field
 from services.gateway.streaming import encode, encode_events
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 
     from starlette.types import Receive, Scope, Send
 
@@ -72,6 +74,8 @@ _STREAM_HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
+# For metrics and the log: the caller closed the connection before an answer.
+_GONE = TABLE["CANCELLED"].http
 # How long a caller is to wait if there are too many requests. Chosen: as the router's least.
 _RETRY_S = 1.0
 # How long after a request's deadline its stream is ended here, if the router has not done so. Chosen.
@@ -82,7 +86,10 @@ APIS: dict[str, Api] = {
     "/v1/responses": OpenAiResponses(),
     "/v1/messages": AnthropicMessages(),
 }
-_MISSING = "this cascade wants a token: send the header 'authorization: Bearer TOKEN'"
+_MISSING = (
+    "this cascade wants a token: send the header 'authorization: Bearer TOKEN' (to /v1/messages and "
+    "/v1/models also 'x-api-key: TOKEN')"
+)
 MODELS, MODEL = "/v1/models", "/v1/models/{model:path}"
 HEALTH, METRICS = "/healthz", "/metrics"
 # Left out of traces: they would outnumber the requests.
@@ -126,7 +133,9 @@ class Exchange:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             names = [(b"x-request-id", self.id.encode()), (b"request-id", self.id.encode())]
-            message = message | {"headers": [*message["headers"], *names]}
+            # uvicorn's own date is that of the request.
+            date = (b"date", formatdate(usegmt=True).encode())
+            message = message | {"headers": [*message["headers"], *names, date]}
         else:
             self.is_over = not message.get("more_body", False)
         await self.outgoing(message)
@@ -234,11 +243,12 @@ class Gateway:
             with traced if is_traced else nullcontext(traced) as span:
                 trace_id = current_trace_id()
                 try:
+                    _check_host(exchange)
                     if method and exchange.method not in {method, "HEAD" if method == "GET" else method}:
                         raise HttpError("METHOD_NOT_ALLOWED", f"use {method}", allow=method)
                     await self._run(exchange, handler)
                 except CallerGone:
-                    pass
+                    exchange.status = exchange.status or _GONE
                 except Exception as error:
                     await self._fail(exchange, error)
                 finally:
@@ -286,6 +296,28 @@ class Gateway:
         """Answer a prompt, in any of the APIs."""
         if self._draining:
             raise Draining("the gateway is shutting down: call again", retry_after_s=_RETRY_S)
+        api = exchange.api
+        assert api is not None
+        token = token_of(exchange.headers, takes_api_key=api.name == AnthropicMessages.name)
+        if not self._cascade.admits(token):
+            async with exchange.watched():
+                await self._cascade.describe(token)
+        with self._room.taken() as take:
+            body = await read_json(
+                exchange.headers,
+                exchange.incoming,
+                take,
+                most_bytes=self._settings.max_body_bytes,
+                timeout_s=self._settings.read_timeout_ms / 1000.0,
+            )
+            # Bodies that never end take room, and no place.
+            with self._place():
+                async with exchange.watched():
+                    await self._answer_body(exchange, api, body, token)
+
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        """Count a request until the block is left. Raises Overloaded if there are too many."""
         if self._active >= self._settings.max_concurrent:
             raise Overloaded(
                 f"the gateway has {self._active} requests in flight (max_concurrent): call again",
@@ -293,30 +325,22 @@ class Gateway:
             )
         self._active += 1
         try:
-            api = exchange.api
-            assert api is not None
-            token = token_of(exchange.headers, takes_api_key=api.name == AnthropicMessages.name)
-            if not self._cascade.admits(token):
-                async with exchange.watched():
-                    await self._cascade.describe(token)
-            with self._room.taken() as take:
-                body = await read_json(
-                    exchange.headers,
-                    exchange.incoming,
-                    take,
-                    most_bytes=self._settings.max_body_bytes,
-                    timeout_s=self._settings.read_timeout_ms / 1000.0,
-                )
-                async with exchange.watched():
-                    models = await self._cascade.models(token, body.get("model"))
-                    call = api.parse(body, exchange.headers.beginning_with(HEADER_PREFIX), models)
-                    models.check_length(call)
-                    exchange.model, exchange.is_stream = call.model, call.is_stream
-                    exchange.fields = call.fields
-                    answering = self._stream if call.is_stream else self._answer
-                    await answering(exchange, call, token)
+            yield
         finally:
             self._active -= 1
+
+    async def _answer_body(self, exchange: Exchange, api: Api, body: dict[str, Any], token: str) -> None:
+        models = await self._cascade.models(token, body.get("model"))
+        call = api.parse(body, exchange.headers.beginning_with(HEADER_PREFIX), models)
+        models.check_length(call)
+        if call.text_bytes > MOST_BYTES:
+            raise HttpError(
+                "BODY_TOO_LARGE", f"the text has {call.text_bytes} bytes, and {MOST_BYTES} are the most"
+            )
+        exchange.model, exchange.is_stream = call.model, call.is_stream
+        exchange.fields = call.fields
+        answering = self._stream if call.is_stream else self._answer
+        await answering(exchange, call, token)
 
     async def _answer(self, exchange: Exchange, call: Call, token: str) -> None:
         assert exchange.api is not None
@@ -369,7 +393,8 @@ class Gateway:
                     await out.write(events)
 
     async def _list_models(self, exchange: Exchange) -> None:
-        await respond(exchange.send, 200, page(await self._models(exchange)))
+        query = QueryParams(exchange.scope["query_string"])
+        await respond(exchange.send, 200, page(await self._models(exchange), query))
 
     async def _show_model(self, exchange: Exchange) -> None:
         name = exchange.scope["path_params"]["model"]
@@ -471,6 +496,13 @@ class _StreamOut:
         await self._exchange.send(
             {"type": "http.response.start", "status": 200, "headers": [*self._headers, *headers]}
         )
+
+
+def _check_host(exchange: Exchange) -> None:
+    """Raise HttpError unless there is one host: proxies that take another one would route by it."""
+    count = len(exchange.headers.all("host"))
+    if count != 1 and (count or exchange.scope.get("http_version") != "1.0"):
+        raise HttpError("MALFORMED_HTTP", f"send one header 'host', not {count}", closes=True)
 
 
 def _plain_error(exchange: Exchange, problem: Problem) -> dict[str, Any]:

@@ -6,11 +6,12 @@ import asyncio
 import functools
 import logging
 import math
+import re
 from collections import OrderedDict
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
-from asd.errors import AsdError, NotFound, Unauthenticated
+from asd.errors import AsdError, InvalidRequest, NotFound, ResourceExhausted, Unauthenticated
 from asd.values import Answer, Committed, Tokens
 from services.gateway.models import Models
 
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Addresses as the router and gRPC write them: "stage large at 10.0.0.1:50061", "ipv4:10.0.0.1:50061".
+_ADDRESS = re.compile(
+    r"( at (unix:[^\s:]+|\S+:[0-9]{1,5})"
+    r"| (ipv[46]:\S+|\[[0-9a-fA-F:.]+\]|([0-9]+\.){3}[0-9]+):[0-9]{1,5})(?!\w)"
+)
 # After this time tokens are tried and the stages' names read again. Chosen: they change when the router is
 # configured anew, and a name that is missing is asked for at once.
 _FRESH_S = 60.0
@@ -151,7 +157,7 @@ class Cascade:
 
     @contextmanager
     def _unnamed(self) -> Iterator[None]:
-        """Take the router's address out of errors: callers are not to learn it."""
+        """Take addresses out of errors: callers are not to learn them, and the log says them."""
         try:
             yield
         except AsdError as error:
@@ -162,6 +168,11 @@ class Cascade:
             message = error.message.removeprefix(f"cascade at {target}: ")
             message = message.replace(f"cascade at {target}", "the cascade").replace(f" at {target}", "")
             message = message.replace(target, "the router")
+            if not isinstance(error, InvalidRequest):
+                # That one repeats what the caller wrote.
+                message = _ADDRESS.sub("", message)
+            if not isinstance(error, InvalidRequest | NotFound | Unauthenticated | ResourceExhausted):
+                logger.warning("a call failed: %s", error.message)
             if message == error.message:
                 raise
             told = type(error)(message, field=error.field, retry_after_s=error.retry_after_s)

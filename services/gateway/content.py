@@ -60,7 +60,8 @@ def read_text(
         text = "\n".join(_read_part(each, f"{where}[{index}]", kinds, is_answer) for index, each in parts)
     else:
         raise invalid(where, "must be a text, or a list of parts of text")
-    if not text and not may_be_empty:
+    # A model may have written nothing.
+    if not (text or is_answer or may_be_empty):
         raise invalid(where, "is empty: send at least one character")
     return text
 
@@ -116,7 +117,7 @@ def _read_part(value: object, where: str, kinds: Sequence[str], is_answer: bool)
     if not isinstance(value, dict):
         raise invalid(where, "must be an object")
     if value.get("type") not in kinds:
-        raise invalid(f"{where}.type", f"must be {' or '.join(kinds)}: the models read text alone")
+        raise invalid(f"{where}.type", "must be text: the models read text alone")
     text: Any = value.get("text")
     if not isinstance(text, str):
         raise invalid(f"{where}.text", "must be a text")

@@ -136,17 +136,23 @@ def token_of(headers: Headers, *, takes_api_key: bool) -> str:
         # Some clients send the scheme alone where they were given no key.
         if scheme.lower() == "bearer" and not token.strip():
             continue
-        if scheme.lower() != "bearer" or not TOKEN.fullmatch(token.strip()):
+        if scheme.lower() != "bearer":
             raise Unauthenticated("the header 'authorization' must read 'Bearer TOKEN'")
-        tokens.append(token.strip())
+        tokens.append(_checked(token.strip(), "authorization"))
     if takes_api_key:
-        for value in filter(None, headers.all("x-api-key")):
-            if not TOKEN.fullmatch(value):
-                raise Unauthenticated("the header 'x-api-key' must hold a token")
-            tokens.append(value)
+        tokens += [_checked(value, "x-api-key") for value in filter(None, headers.all("x-api-key"))]
     if len(set(tokens)) > 1:
         raise Unauthenticated("the request has two tokens, which differ: send one")
     return tokens[0] if tokens else ""
+
+
+def _checked(token: str, header: str) -> str:
+    if not TOKEN.fullmatch(token):
+        raise Unauthenticated(
+            f"the token in the header '{header}' has characters that no token has: it is printable ASCII "
+            "without spaces and colons. Of a line NAME:TOKEN of the router's tokens file, send TOKEN"
+        )
+    return token
 
 
 async def read_json(

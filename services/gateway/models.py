@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from asd.values import Preference, Request
 from services.gateway.request import invalid
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from asd.values import Description, Message, Sampling
     from services.gateway.objective import Options
@@ -24,6 +25,8 @@ VIRTUAL = {
     BEST: "quality first",
     EXACT: "the last stage's own answer: each stage drafts, the next one verifies",
 }
+# Anthropic's bound on entries of a page.
+MOST_LISTED = 1000
 _PREFERENCES = {FASTEST: Preference.FASTEST, BEST: Preference.BEST}
 
 
@@ -127,15 +130,36 @@ def listed(description: Description, created: int) -> list[dict[str, Any]]:
     return virtual + stages
 
 
-def page(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the body of /v1/models, which both APIs' clients read."""
+def page(entries: list[dict[str, Any]], query: Mapping[str, str]) -> dict[str, Any]:
+    """Return the body of /v1/models, which both APIs' clients read.
+
+    query: Anthropic's limit, after_id and before_id. Raises InvalidRequest, naming the parameter.
+    """
+    ids = [each["id"] for each in entries]
+    after, before = (_place(ids, query, name) for name in ("after_id", "before_id"))
+    limit = query.get("limit", str(len(ids)))
+    if not re.fullmatch("[0-9]{1,4}", limit) or not 1 <= int(limit) <= MOST_LISTED:
+        raise invalid("limit", f"must be 1 to {MOST_LISTED}")
+    start, end = (0 if after is None else after + 1), (len(ids) if before is None else before)
+    # Before an id, those that are next to it.
+    is_backwards = before is not None and after is None
+    shown = entries[start:end][-int(limit) :] if is_backwards else entries[start:end][: int(limit)]
     return {
         "object": "list",
-        "data": entries,
-        "has_more": False,
-        "first_id": entries[0]["id"],
-        "last_id": entries[-1]["id"],
+        "data": shown,
+        "has_more": len(shown) < len(entries[start:end]),
+        "first_id": shown[0]["id"] if shown else None,
+        "last_id": shown[-1]["id"] if shown else None,
     }
+
+
+def _place(ids: Sequence[str], query: Mapping[str, str], name: str) -> int | None:
+    """Return the place of a model that a parameter names; None if there is no parameter."""
+    if name not in query:
+        return None
+    if query[name] not in ids:
+        raise invalid(name, f"there is no model {query[name]!r}")
+    return ids.index(query[name])
 
 
 def _entry(name: str, shown: str, created: int, about: dict[str, Any]) -> dict[str, Any]:

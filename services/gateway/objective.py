@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,8 @@ _TEXTS = ("task", "session_id")
 # What a request may have that names its stages.
 _NOT_FOR_POLICY = (*_TEXTS, "allow_switch")
 _FLAGS = {"true": True, "false": False}
+# A header's number in decimal digits.
+_NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 @dataclass(frozen=True)
@@ -70,26 +73,27 @@ def open_body(
 
 
 def read_options(given: object, headers: Mapping[str, str], route: Route) -> Options:
-    """Return the options of a request. given: the body's `asd`, which wins over headers.
+    """Return the options of a request.
 
-    headers: those that begin with x-asd-, in lower case. Raises InvalidRequest, naming field or header.
+    given: the body's `asd`. A header of a field that it has is not read. headers: those that begin with
+    x-asd-, in lower case. Raises InvalidRequest, naming field or header.
     """
+    if given is not None and not isinstance(given, dict):
+        raise invalid("asd", "must be an object")
+    given = {name: value for name, value in (given or {}).items() if value is not None}
     values: dict[str, Any] = {}
     names: dict[str, str] = {}
     for header, text in headers.items():
         name = _BY_HEADER.get(header)
         if name is None:
             raise invalid(header, f"there is no such header: there are {', '.join(_BY_HEADER)}")
-        values[name], names[name] = _header_value(name, text, header), header
-    if given is not None and not isinstance(given, dict):
-        raise invalid("asd", "must be an object")
+        if name not in given:
+            values[name], names[name] = _header_value(name, text, header), header
     constraint, constraint_field = None, ""
-    for name, value in (given or {}).items():
+    for name, value in given.items():
         where = f"asd.{name}"
         if name not in ASD_FIELDS and name not in ASD_FORMS:
             raise invalid(where, f"there is no such field: there are {', '.join([*ASD_FIELDS, *ASD_FORMS])}")
-        if value is None:
-            continue
         if name in ASD_FORMS:
             if constraint is not None:
                 raise invalid(where, f"clashes with {constraint_field}: give one of them")
@@ -155,8 +159,5 @@ def _header_value(name: str, text: str, header: str) -> object:
         if text not in _FLAGS:
             raise invalid(header, "must be true or false")
         return _FLAGS[text]
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    return finite(number, header)
+    # Python's own reading takes 1_0 as well.
+    return finite(float(text) if _NUMBER.fullmatch(text) else math.nan, header)

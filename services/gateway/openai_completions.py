@@ -11,7 +11,7 @@ from services.gateway.errors import Problem, openai_body
 from services.gateway.formats import one_constraint
 from services.gateway.objective import open_body
 from services.gateway.parameters import COMPLETIONS, Body
-from services.gateway.request import MOST_CHOICES, Call, SseEvent, choices, invalid
+from services.gateway.request import MOST_ANSWERS, MOST_CHOICES, Call, SseEvent, choices, invalid
 from services.gateway.scores import MOST_LIKELIEST, CompletionScores
 from services.gateway.streaming import DONE
 from services.gateway.tools import ShownText
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 MOST_TOKENS = 2**32 - 1
 # Seeds of SDKs are whole numbers of 64 bits, with or without sign. The contract's have none.
 _LEAST_SEED, _MOST_SEED = -(2**63), 2**64 - 1
-# Most choices of a body with several prompts. Chosen: far more than evaluation harnesses send in one.
-_MOST_ANSWERS = 64
 
 
 class OpenAiBase:
@@ -47,7 +45,7 @@ class OpenAiBase:
             "choices": [self.choice(index, answer) for index, answer in enumerate(answers)],
             "usage": usage_of(answers, call.prompts).openai(),
             "system_fingerprint": fingerprint(answers),
-            "asd": told(answers),
+            "asd": told(call.requests, answers),
         }
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
@@ -76,9 +74,9 @@ class OpenAiCompletions(OpenAiBase):
             sampling, constraint=constraint, top_logprobs=fields.whole("logprobs", 0, MOST_LIKELIEST)
         )
         names |= {"sampling.constraint": field, "sampling.top_logprobs": "logprobs"}
-        if len(prompts) * count > _MOST_ANSWERS:
+        if len(prompts) * count > MOST_ANSWERS:
             raise invalid(
-                "prompt", f"prompts and n ask for {len(prompts) * count} answers, over {_MOST_ANSWERS}"
+                "prompt", f"prompts and n ask for {len(prompts) * count} answers, over {MOST_ANSWERS}"
             )
         requests = [route.request(prompt, sampling, options) for prompt in prompts]
         return Call(
@@ -138,9 +136,9 @@ class CompletionsWriter:
         rest = self._shown.rest(index)
         parts = [*([self.piece(index, rest)] if rest else []), *self.calls(index, answer)]
         more: dict[str, Any] = {}
-        is_last = len(self._answers) == len(self._call.requests)
-        if is_last and not self._call.has_usage:
-            more = self._whole()
+        if len(self._answers) == len(self._call.requests):
+            answers = self._in_order()
+            more = {"system_fingerprint": fingerprint(answers), "asd": told(self._call.requests, answers)}
         chunks = [self._chunk([each]) for each in parts]
         return [*chunks, self._chunk([self.last(index, finish_reason(answer))], **more)]
 
@@ -149,7 +147,7 @@ class CompletionsWriter:
         events = [SseEvent(DONE)]
         if self._call.has_usage:
             usage = usage_of(self._in_order(), self._call.prompts).openai()
-            events.insert(0, self._chunk([], **self._whole(), usage=usage))
+            events.insert(0, self._chunk([], usage=usage))
         return events
 
     def keep_alive(self) -> list[SseEvent]:
@@ -177,10 +175,6 @@ class CompletionsWriter:
     def last(self, index: int, reason: str) -> dict[str, Any]:
         """Return the choice that ends an answer."""
         return {"index": index, "text": "", "logprobs": None, "finish_reason": reason}
-
-    def _whole(self) -> dict[str, Any]:
-        answers = self._in_order()
-        return {"system_fingerprint": fingerprint(answers), "asd": told(answers)}
 
     def _in_order(self) -> list[Answer]:
         return [self._answers[index] for index in sorted(self._answers)]

@@ -328,7 +328,7 @@ def _response(call: Call, response_id: str, created: int, answer: Answer | None)
         },
         "total_tokens": usage.prompt + usage.completion,
     }
-    response["asd"] = told([answer])
+    response["asd"] = told(call.requests, [answer])
     return response
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from services.common.version import VERSION
-from services.gateway.models import VIRTUAL
+from services.gateway.models import MOST_LISTED, VIRTUAL
 from services.gateway.objective import header_of
 from services.gateway.parameters import ASD_FIELDS, ASD_FORMS, PARAMETERS, Effect
 
@@ -51,7 +51,17 @@ def document(apis: Mapping[str, Api]) -> dict[str, Any]:
     """Return the document. apis: by path."""
     paths: dict[str, Any] = {path: {"post": _post(api.name)} for path, api in apis.items()}
     faults = ("401", "405", "500", "503", "504")
-    paths["/v1/models"] = {"get": _get("listModels", "Lists the models", faults, security=_EITHER)}
+    pages = [
+        {"name": name, "in": "query", "schema": schema}
+        for name, schema in {
+            "limit": {"type": "integer", "minimum": 1, "maximum": MOST_LISTED},
+            "after_id": _TEXT["schema"],
+            "before_id": _TEXT["schema"],
+        }.items()
+    ]
+    paths["/v1/models"] = {
+        "get": _get("listModels", "Lists the models", ("400", *faults), security=_EITHER, parameters=pages)
+    }
     paths["/v1/models/{model}"] = {
         "get": _get("showModel", "Shows a model", ("404", *faults), security=_EITHER)
         | {"parameters": [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]}

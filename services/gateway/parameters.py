@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from services.gateway.request import MOST_CHOICES, MOST_STOPS, invalid
+from services.gateway.request import MOST_ANSWERS, MOST_CHOICES, MOST_STOPS, invalid
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -142,7 +142,10 @@ _OPENAI_OLD = (
 )
 
 _MAX_TOKENS = _honoured(
-    "max_tokens", "most tokens of the answer; by default the stage's own bound", type="integer", minimum=1
+    "max_tokens",
+    "most tokens of the answer, no more than the model's context; by default the stage's own bound",
+    type="integer",
+    minimum=1,
 )
 
 PARAMETERS: Mapping[str, tuple[Parameter, ...]] = {
@@ -179,7 +182,8 @@ PARAMETERS: Mapping[str, tuple[Parameter, ...]] = {
         *_OPENAI_OLD,
         _honoured(
             "prompt",
-            "a user's message, or several, of which each is answered; token ids are refused",
+            f"a user's message, or several, of which each is answered: up to {MOST_ANSWERS} answers with n; "
+            "token ids are refused",
             anyOf=[
                 {"type": "string", "minLength": 1},
                 {"type": "array", "minItems": 1, "items": {"type": "string", "minLength": 1}},
@@ -205,7 +209,12 @@ PARAMETERS: Mapping[str, tuple[Parameter, ...]] = {
             anyOf=[_TEXT, _turns("developer", required=())],
         ),
         _honoured("instructions", "a system message before the input", type="string", minLength=1),
-        _honoured("max_output_tokens", "most tokens of the answer", type="integer", minimum=1),
+        _honoured(
+            "max_output_tokens",
+            "most tokens of the answer, no more than the model's context",
+            type="integer",
+            minimum=1,
+        ),
         _honoured("stream_options", "include_obfuscation only as false", **_stream_options()),
         _refused("store", _NO_STATE, False),
         _refused("previous_response_id", _NO_STATE),
@@ -233,7 +242,12 @@ PARAMETERS: Mapping[str, tuple[Parameter, ...]] = {
         _MODEL,
         _honoured("messages", "text of roles user, assistant, system; tool_use, tool_result", **_turns()),
         _honoured("system", "a system message before the others", **_CONTENT),
-        _honoured("max_tokens", "most tokens of the answer; required", type="integer", minimum=1),
+        _honoured(
+            "max_tokens",
+            "most tokens of the answer, no more than the model's context; required",
+            type="integer",
+            minimum=1,
+        ),
         _honoured("temperature", "0 by default: greedy", type="number", minimum=0, maximum=1),
         _TOP_P,
         _honoured(

@@ -16,8 +16,12 @@ if TYPE_CHECKING:
 
 # The most answers to one request. Chosen: the design's bound on `n`.
 MOST_CHOICES = 8
+# Most choices of a body with several prompts. Chosen: far more than evaluation harnesses send in one.
+MOST_ANSWERS = 64
 # The contract's bound on stop sequences.
 MOST_STOPS = 8
+# The contract's bound on the bytes of a request.
+MOST_BYTES = 4 << 20
 _SEEDS = 2**64
 # Odd, so that its multiples differ modulo 2**64. Chosen: the golden ratio's, as in SplitMix64.
 _SEED_STEP = 0x9E3779B97F4A7C15
@@ -39,6 +43,13 @@ class Call:
     has_usage: bool = False
     prompts: int = 1
     echo: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def text_bytes(self) -> int:
+        """Bytes of the longest prompt or conversation."""
+        inputs = {each.input for each in self.requests}
+        texts = [(each,) if isinstance(each, str) else [turn.content for turn in each] for each in inputs]
+        return max(sum(len(text.encode(errors="replace")) for text in each) for each in texts)
 
 
 @dataclass(frozen=True)

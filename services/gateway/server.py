@@ -8,8 +8,10 @@ import logging
 import signal
 import ssl
 import sys
+from email.utils import formatdate
 from typing import TYPE_CHECKING, Any
 
+import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -99,7 +101,10 @@ def protocol(gateway: Gateway, settings: GatewaySettings) -> type[HttpToolsProto
             self._held_bytes += len(data)
             if self._running is None and self._read_timer is None:
                 self._wait(read_s)
-            super().data_received(data)
+            try:
+                self._parse(data)
+            except httptools.HttpParserError as error:
+                self.send_400_response(f"the request is not valid HTTP: {error}")
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
@@ -113,6 +118,9 @@ def protocol(gateway: Gateway, settings: GatewaySettings) -> type[HttpToolsProto
                 super().on_header(name, value)
 
         def on_headers_complete(self) -> None:
+            if self.parser.should_upgrade():
+                # The parser stops behind the head: see _parse.
+                return
             self._held_bytes, self._in_head = 0, False
             self._wait(None)
             super().on_headers_complete()
@@ -126,6 +134,8 @@ def protocol(gateway: Gateway, settings: GatewaySettings) -> type[HttpToolsProto
             super().on_body(body)
 
         def on_message_complete(self) -> None:
+            if self.parser.should_upgrade():
+                return
             super().on_message_complete()
             if self._running is None:
                 # The rest of a body whose request was answered early.
@@ -147,7 +157,7 @@ def protocol(gateway: Gateway, settings: GatewaySettings) -> type[HttpToolsProto
             body = encode(gateway.error_of(getattr(self, "url", b"").decode("latin-1"), problem))
             head = (
                 f"HTTP/1.1 {problem.row.http} Bad Request\r\ncontent-type: application/json\r\n"
-                f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+                f"content-length: {len(body)}\r\ndate: {formatdate(usegmt=True)}\r\nconnection: close\r\n\r\n"
             )
             self.transport.write(head.encode() + body)
             self.transport.close()
@@ -163,6 +173,33 @@ def protocol(gateway: Gateway, settings: GatewaySettings) -> type[HttpToolsProto
                 self._write_timer.cancel()
                 self._write_timer = None
             super().resume_writing()
+
+        def _parse(self, data: bytes) -> None:
+            """Parse a part of what the caller sends. Raises HttpParserError if it is not HTTP.
+
+            Wishes for another protocol are ignored. The parser takes such a request for one without a body,
+            so a new parser reads the head again without the wish, and then the body.
+            """
+            self._unset_keepalive_if_required()
+            rest = memoryview(data)
+            while rest:
+                try:
+                    self.parser.feed_data(rest)
+                    return
+                except httptools.HttpParserUpgrade as upgrade:
+                    rest = rest[upgrade.args[0] :]
+                self._repeat_head()
+
+        def _repeat_head(self) -> None:
+            method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+            if method == b"CONNECT":
+                raise httptools.HttpParserError("there are no tunnels here")
+            lines = [b"%s %s HTTP/%s" % (method, self.url, version)]
+            lines += [b"%s: %s" % (name, value) for name, value in self.headers if name != b"upgrade"]
+            self.parser = httptools.HttpRequestParser(self)
+            # As uvicorn has it: without it, a request behind the last one of a connection is an error.
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+            self.parser.feed_data(b"\r\n".join([*lines, b"", b""]))
 
         def _go_on(self) -> None:
             data = bytes(self._ahead)
@@ -214,6 +251,7 @@ def make_server(gateway: Gateway, settings: GatewaySettings) -> HttpServer:
         access_log=False,
         proxy_headers=False,
         server_header=False,
+        date_header=False,
         # uvicorn's type is whole seconds, and its code takes any.
         timeout_keep_alive=settings.idle_timeout_ms / 1000.0,  # type: ignore[arg-type]
         timeout_graceful_shutdown=settings.drain_seconds + _LAST_WORDS_S,  # type: ignore[arg-type]

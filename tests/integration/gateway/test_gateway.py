@@ -14,6 +14,7 @@ import pytest
 from opentelemetry.trace import SpanKind, StatusCode
 
 from asd.errors import BudgetSpent, InvalidRequest, Overloaded, PromptTooLong, Unavailable
+from services.gateway import app
 from services.gateway.instruments import ACCESS_LOG
 from services.gateway.server import MOST_HEAD_BYTES
 from tests.fakes.fake_router import TEXT, WORDS, FakeRouter
@@ -29,6 +30,12 @@ BODIES = {
     "/v1/responses": {"model": "asd", "input": "Hi"},
     MESSAGES: HELLO | {"max_tokens": 5},
 }
+
+
+def long_turns(size):
+    """Return a body whose turns have a size together."""
+    turns = [{"role": role, "content": "x" * (size // 3)} for role in ("user", "assistant", "user")]
+    return {"model": "asd", "messages": turns}
 
 
 def data_of(text):
@@ -114,7 +121,10 @@ async def test_models_are_listed_for_clients_of_both_apis(gateway):
     async with openai_client, anthropic_client:
         names = [model.id async for model in openai_client.models.list()]
         assert names == ["asd", "asd-fastest", "asd-best", "asd-exact", "small", "large"]
-        assert [model.id async for model in anthropic_client.models.list()] == names
+        for limit in (1, 4, 1000):
+            pages = await anthropic_client.models.list(limit=limit)
+            assert len(pages.data) == min(limit, len(names))
+            assert [model.id async for model in pages] == names
         assert (await openai_client.models.retrieve("small")).owned_by == "asd"
         with pytest.raises(openai.NotFoundError) as refused:
             await openai_client.models.retrieve("gpt-4")
@@ -259,6 +269,10 @@ async def test_a_token_is_passed_on_and_a_wrong_one_refused():
             response = await gateway.post(path, BODIES[path], headers)
             assert response.status_code == 401, (path, headers)
             assert "right" not in response.text
+        # As it stands in the tokens file.
+        named = await gateway.post(MESSAGES, body, {"x-api-key": "alice:right"})
+        assert named.status_code == 401
+        assert "NAME:TOKEN" in named.json()["error"]["message"]
         assert (await gateway.get("/healthz")).status_code == 200
         router.token = ""
         assert (await gateway.post(CHAT, HELLO, {"authorization": "Bearer"})).status_code == 200
@@ -280,6 +294,9 @@ async def test_a_token_is_passed_on_and_a_wrong_one_refused():
         (CHAT, b"{}", {"content-encoding": "gzip"}, 415),
         (CHAT, b" " * 10_000_000, {}, 413),
         (MESSAGES, b" " * 10_000_000, {}, 413),
+        # A body may be longer than the contract's text, for JSON's escapes.
+        (CHAT, json.dumps(long_turns(7_300_000)).encode(), {}, 413),
+        ("/v1/completions", json.dumps({"model": "asd", "prompt": "ö" * 2_100_000}).encode(), {}, 413),
         ("/v1/embeddings", b"{}", {}, 404),
         ("/healthz", b"{}", {}, 405),
         ("/v1/models", b"{}", {}, 405),
@@ -330,6 +347,36 @@ async def test_a_slow_body_and_a_slow_head_are_ended():
         writer.close()
 
 
+async def test_a_date_is_the_answers_and_not_the_requests(gateway, monkeypatch):
+    dates = ["earlier"]
+    monkeypatch.setattr(app, "formatdate", lambda **_: dates[-1])
+    gateway.router.hold.clear()
+    asked = asyncio.create_task(gateway.post(CHAT, HELLO))
+    await gateway.router.begun.wait()
+    dates.append("later")
+    gateway.router.hold.set()
+    assert (await asked).headers.get_list("date") == ["later"]
+
+
+@pytest.mark.parametrize(
+    ("version", "hosts", "status"),
+    [
+        ("1.1", [], 400),
+        ("1.1", ["a", "b"], 400),
+        ("1.1", ["a"], 200),
+        ("1.0", [], 200),
+        ("1.0", ["a", "a"], 400),
+    ],
+)
+async def test_a_request_has_one_host(gateway, version, hosts, status):
+    reader, writer = await gateway.connect()
+    lines = [f"GET /healthz HTTP/{version}", *(f"host: {each}" for each in hosts), "", ""]
+    writer.write("\r\n".join(lines).encode())
+    answered, _, body = await read_answer(reader)
+    assert (answered, "error" in json.loads(body)) == (status, status == 400)
+    writer.close()
+
+
 async def test_a_head_without_end_is_refused():
     # For its size, long before it is late. Otherwise the end of the connection would not come.
     async with running(FakeRouter(), read_timeout_ms=1_000.0 * 2 * CALL_S) as gateway:
@@ -348,6 +395,20 @@ async def test_too_many_requests_are_told_to_come_back():
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
         gateway.router.hold.set()
         assert (await first).status_code == 200
+
+
+async def test_a_request_takes_a_place_once_its_body_is_whole():
+    async with running(FakeRouter(), max_concurrent=1) as gateway:
+        reader, writer = await gateway.connect()
+        body = json.dumps(HELLO).encode()
+        # The gateway reads the body once it has said so.
+        writer.write(raw(body=body, headers=["expect: 100-continue"])[: -len(body)])
+        async with asyncio.timeout(CALL_S):
+            assert b" 100 " in await reader.readuntil(b"\r\n\r\n")
+        assert (await gateway.post(CHAT, HELLO)).status_code == 200
+        writer.write(body)
+        assert (await read_answer(reader))[0] == 200
+        writer.close()
 
 
 async def listens(gateway):
@@ -489,6 +550,19 @@ async def test_metrics_name_paths_and_statuses(metered):
     assert {(CHAT, 200), (None, 404)} <= seen
     # A caller's own methods would make a series each.
     assert {each.attributes["http.request.method"] for each in points} == {"GET", "POST", "_OTHER"}
+
+
+async def test_a_request_whose_caller_left_has_its_own_status(metered):
+    async with running(FakeRouter()) as gateway:
+        gateway.router.hold.clear()
+        _, writer = await gateway.connect()
+        writer.write(raw(body=json.dumps(HELLO).encode()))
+        async with asyncio.timeout(CALL_S):
+            await gateway.router.begun.wait()
+            writer.close()
+            await gateway.router.idle.wait()
+    (point,) = metered()["http.server.request.duration"].data.data_points
+    assert point.attributes["http.response.status_code"] == 499
 
 
 async def test_the_document_is_served(gateway):

@@ -170,11 +170,14 @@ def test_a_locale_that_lacks_a_character_is_told_from_a_text_that_is_not_utf8(pr
     assert words in result.stderr
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"request_id": 5}', "what?"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{}", "[1]", '{"request_id": 5}', "what?", '{"asd": {}}', '{"asd": {"stages": [5]}}', '{"asd": 5}'],
+)
 def test_a_report_on_what_is_no_answer_is_refused(text):
     result = _RUNNER.invoke(app, ["report", "-", "--wrong"], input=text)
     assert result.exit_code == 2
-    assert "not what `asd ask --json` writes" in result.output
+    assert "no answer of `asd ask --json` or of the gateway" in result.output
 
 
 def test_with_json_a_failure_is_an_object_on_standard_error():
@@ -267,10 +270,32 @@ def test_the_gateways_port_is_the_options_the_files_or_follows_from_the_base(
 
 
 def test_the_curl_line_is_one_command_with_a_body_of_json():
-    words = shlex.split(console.curl_line(8001, 'What\'s "it"?'))
+    words = shlex.split(console.curl_line(8001, 'What\'s "it"?', {}))
     assert words[:2] == ["curl", "http://127.0.0.1:8001/v1/chat/completions"]
     body = json.loads(words[words.index("-d") + 1])
     assert body == {"model": "asd", "messages": [{"role": "user", "content": 'What\'s "it"?'}]}
+
+
+@pytest.mark.parametrize(
+    ("variables", "asked", "curled"),
+    [
+        ({}, 'asd ask "Hi"', "curl http://127.0.0.1:8001/v1/chat/completions"),
+        (
+            {"ASD_ROUTER_AUTH__TOKENS_FILE": "tokens"},
+            'asd ask --token TOKEN "Hi"',
+            "curl http://127.0.0.1:8001/v1/chat/completions -H 'content-type: application/json' "
+            "-H 'authorization: Bearer TOKEN'",
+        ),
+        (
+            {"ASD_ROUTER_TLS__CERT_FILE": "r.pem", "ASD_GATEWAY_TLS__CERT_FILE": "a b.pem"},
+            'asd ask --tls-ca r.pem "Hi"',
+            "curl --cacert 'a b.pem' https://127.0.0.1:8001/v1/chat/completions",
+        ),
+    ],
+)
+def test_commands_to_try_have_the_tokens_and_certificates_that_are_wanted(variables, asked, curled):
+    assert console.ask_line("", "Hi", variables).strip() == asked
+    assert console.curl_line(8001, "Hi", variables).strip().startswith(f"{curled} -")
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "ascii", "utf-8-sig"])

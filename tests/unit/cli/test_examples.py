@@ -14,7 +14,8 @@ from services.stage.settings import StageSettings
 
 ROOT = Path(__file__).parents[3]
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.yaml"))
-TEXTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("[!.]*/**/*.md")])
+# Without what `make` leaves in build, such as the libraries of `make clients`.
+TEXTS = sorted([*ROOT.glob("*.md"), *(set(ROOT.glob("[!.]*/**/*.md")) - set(ROOT.glob("build/**/*.md")))])
 
 
 def python_in(text: Path) -> list[str]:

@@ -59,7 +59,7 @@ def test_a_conversation_may_end_with_a_tools_result() -> None:
             [Message(role=common_pb2.ROLE_ASSISTANT, tool_calls=[*_called().tool_calls] * 129), USER],
             "messages[0].tool_calls",
         ),
-        ([Message(role=common_pb2.ROLE_ASSISTANT), USER], "messages[0].content"),
+        ([Message(role=common_pb2.ROLE_SYSTEM), USER], "messages[0].content"),
     ],
 )
 def test_faults_of_tool_calls_are_named(turns: list[Message], field: str) -> None:

@@ -57,6 +57,33 @@ def test_choices_count_their_prompt_once_and_costs_add_up():
     assert two["usage"]["prompt_tokens"] == 24
 
 
+@pytest.mark.parametrize(
+    ("asked", "reason", "expected"),
+    [
+        ({}, "deadline", (False, False)),
+        ({"max_latency_ms": 12}, "value", (False, False)),
+        ({"max_latency_ms": 11}, "value", (True, False)),
+        ({"min_quality": 0.9}, "deadline", (False, True)),
+        ({"min_quality": 0.9}, "value", (False, False)),
+    ],
+)
+def test_an_answer_says_which_wishes_it_misses(asked, reason, expected):
+    call = parse(CHAT, {"asd": asked, "n": 2})
+    late = answer(stages=(record("large", 2, StageAction.GENERATE, reason=reason),))
+    told = CHAT.answer(call, (answer(latency_ms=1.0), late), 99)["asd"]["choices"]
+    assert [each["missed_max_latency"] for each in told] == [False, expected[0]]
+    assert [each["missed_min_quality"] for each in told] == [False, expected[1]]
+
+
+def test_costs_have_no_noise_of_binary_sums():
+    stages = (record("small", 0, StageAction.GENERATE, cost=0.1 + 0.2),)
+    noisy = answer(cost=1.6 + 3.2, stages=stages)
+    assert noisy.cost != 4.8
+    body = CHAT.answer(parse(CHAT, {"n": 2}), (noisy, answer(cost=0.1)), 99)["asd"]
+    assert (body["cost"], body["choices"][0]["cost"]) == (4.9, 4.8)
+    assert body["choices"][0]["stages"][0]["cost"] == 0.3
+
+
 def test_a_prefill_is_not_the_answering_stage():
     stages = (*answer().stages, record("large", 2, StageAction.PREFILL, prompt_tokens=99))
     assert usage_of([answer(stages=stages)]).prompt == 12
@@ -93,10 +120,12 @@ def test_a_chat_stream_goes_from_the_role_to_the_end():
         {"content": "-two."},
     ]
     assert last["choices"][0] == {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}
-    assert "asd" not in last
+    # Clients skip the chunk of usage, which has no choice.
+    assert last["asd"]["stage"] == "large"
+    assert last["system_fingerprint"] == fingerprint([answer()])
+    assert "asd" not in usage
     assert usage["choices"] == []
     assert usage["usage"]["completion_tokens"] == 4
-    assert usage["asd"]["stage"] == "large"
     assert all(each["usage"] is None for each in (first, one, two, last))
     assert {each["id"] for each in (first, one, two, last, usage)} == {"chatcmpl-id"}
     assert done == "[DONE]"

@@ -68,13 +68,13 @@ class Caller:
     """One request. parts: of its body. Without all_sent, more parts are said to come, and none do."""
 
     def __init__(self, parts, *, path=CHAT, method="POST", headers=(), all_sent=True):
-        kind = (b"content-type", b"application/json")
+        usual = [(b"host", b"x"), (b"content-type", b"application/json")]
         self._scope = {
             "type": "http",
             "method": method,
             "path": path,
             "http_version": "1.1",
-            "headers": [kind, *headers],
+            "headers": [*usual, *headers],
         }
         self._messages = [
             {"type": "http.request", "body": part, "more_body": not all_sent or index < len(parts) - 1}

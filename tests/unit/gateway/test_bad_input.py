@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from asd.errors import InvalidRequest, NotFound, PreconditionFailed
 from asd.values import Tokens
-from services.common.validation import MAX_STOP_SEQUENCES
+from services.common.validation import MAX_REQUEST_BYTES, MAX_STOP_SEQUENCES
 from services.gateway.models import Models
 from services.gateway.parameters import PARAMETERS, Effect
-from services.gateway.request import MOST_STOPS
+from services.gateway.request import MOST_BYTES, MOST_STOPS
 from services.gateway.streaming import encode, encode_events
 from tests.unit.gateway.samples import CHAT, COMPLETIONS, LEAST, MESSAGES, RESPONSES, USER, answer, parse
 
@@ -204,6 +204,9 @@ def test_a_fault_is_refused_with_its_parameter(api, changes, param):
         ({"x-asd-lambda": "five"}, "x-asd-lambda"),
         ({"x-asd-max-cost": "nan"}, "x-asd-max-cost"),
         ({"x-asd-max-cost": "inf"}, "x-asd-max-cost"),
+        ({"x-asd-max-cost": "1e999"}, "x-asd-max-cost"),
+        ({"x-asd-lambda": "1_0"}, "x-asd-lambda"),
+        ({"x-asd-lambda": "١"}, "x-asd-lambda"),
     ],
 )
 def test_a_header_at_fault_is_refused_with_its_name(headers, param):
@@ -255,8 +258,9 @@ def test_what_has_no_effect_is_taken(api):
     assert parse(api, inert).requests == parse(api).requests
 
 
-def test_the_bound_on_stop_sequences_is_the_contracts():
+def test_bounds_are_the_contracts():
     assert MOST_STOPS == MAX_STOP_SEQUENCES
+    assert MOST_BYTES == MAX_REQUEST_BYTES
 
 
 _KEYS = ["role", "content", "type", "text", "tool_calls", "function", "name", "format", "schema", "x"]

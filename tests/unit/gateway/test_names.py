@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from asd.errors import AsdError, NotFound, Unauthenticated, Unavailable
+from asd.errors import AsdError, InvalidRequest, NotFound, Overloaded, Unauthenticated, Unavailable
 from asd.values import Description, Request, StageDescription
 from services.gateway.cascade import Cascade
 from tests.limits import CALL_S
@@ -48,7 +48,7 @@ class Client:
             yield event
 
     async def ask(self, request, timeout_ms):
-        raise NotFound("cascade at 10.0.0.1:5: there is no stage small", field="stage")
+        raise self.error or NotFound("cascade at 10.0.0.1:5: there is no stage small", field="stage")
 
 
 @pytest.fixture
@@ -160,3 +160,33 @@ async def test_a_stage_that_is_gone_is_forgotten_and_the_router_is_not_named(cas
     assert (refused.value.message, refused.value.field) == ("there is no stage small", "stage")
     await cascade.models("", "small")
     assert client.described == 2
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("stage large at 127.0.0.1:21013: Stream removed", "stage large: Stream removed"),
+        ("cascade at 10.0.0.1:5: stage large at [::1]:50061: gone", "stage large: gone"),
+        ("stage large at asd-large-0.asd.svc:50061 is away", "stage large is away"),
+        ("stage large at unix:/run/asd/large.sock: gone", "stage large: gone"),
+        ("no connection; last: ipv6:%5B::1%5D:50061, 10.0.0.2:7", "no connection; last:,"),
+        ("it takes 5:30 at most, model llama:8b", "it takes 5:30 at most, model llama:8b"),
+    ],
+)
+async def test_addresses_are_for_the_log_alone(cascade, client, caplog, message, told):
+    client.error = Unavailable(message)
+    with pytest.raises(Unavailable) as refused:
+        await cascade.ask("", [Request("Hi")])
+    assert refused.value.message == told
+    assert message in caplog.text
+
+
+async def test_a_callers_own_fault_is_left_as_it_is_and_not_logged(cascade, client, caplog):
+    client.error = InvalidRequest("there is no task at 10.0.0.2:7", field="task")
+    with pytest.raises(InvalidRequest) as refused:
+        await cascade.ask("", [Request("Hi")])
+    assert refused.value.message == "there is no task at 10.0.0.2:7"
+    client.error = Overloaded("stage large at 10.0.0.2:7: its queue is full")
+    with pytest.raises(Overloaded, match=r"^stage large: its queue is full$"):
+        await cascade.ask("", [Request("Hi")])
+    assert not caplog.records

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from asd.convert import request_to
 from asd.values import Message, Objective, Preference, Request, Sampling
+from services.common.validation import check_input
 from services.gateway.models import Models
 from services.gateway.request import api_field
 from tests.unit.gateway.samples import CHAT, COMPLETIONS, MESSAGES, RESPONSES, USER, parse
@@ -22,6 +24,11 @@ def test_a_least_body_asks_for_what_the_contract_does_by_default():
         assert only(parse(api)) == Request(HI)
     assert only(parse(COMPLETIONS)) == Request("Hi")
     assert only(parse(MESSAGES)) == Request(HI, Sampling(9))
+
+
+def test_the_longest_prompt_counts_in_bytes():
+    assert parse(COMPLETIONS, {"prompt": ["öö", "abc"], "n": 2}).text_bytes == 4
+    assert parse(CHAT, {"messages": [USER, {"role": "assistant", "content": "ö"}, USER]}).text_bytes == 6
 
 
 @pytest.mark.parametrize(
@@ -74,6 +81,14 @@ def test_an_answer_of_the_responses_api_can_be_sent_back():
     assert [turn.content for turn in only(call).input] == ["Be brief.", "Hi", "Salut", "Hi"]
 
 
+@pytest.mark.parametrize("api", [CHAT, MESSAGES, RESPONSES])
+def test_an_empty_answer_can_be_sent_back(api):
+    place = "input" if api is RESPONSES else "messages"
+    call = parse(api, {place: [USER, {"role": "assistant", "content": ""}, USER]})
+    assert [turn.content for turn in only(call).input] == ["Hi", "", "Hi"]
+    check_input(request_to(only(call)))
+
+
 def test_a_system_text_comes_before_the_messages():
     call = parse(MESSAGES, {"system": [{"type": "text", "text": "Be brief.", "cache_control": {}}]})
     assert only(call).input == (Message("system", "Be brief."), *HI)
@@ -109,6 +124,13 @@ def test_an_objective_comes_from_headers_and_the_body_wins():
     request = only(parse(CHAT, {"asd": {"lambda": 6, "min_quality": 0.5, "task": None}}, headers))
     assert request.objective == Objective(6.0, 9.0, None, 0.5)
     assert (request.task, request.session_id) == ("math", "s")
+    assert only(parse(CHAT, headers={"x-asd-lambda": "+.5e1"})).objective == Objective(5.0)
+
+
+@pytest.mark.parametrize("value", ["five", "-5", "", "1e999"])
+def test_a_header_is_not_read_where_the_body_has_its_field(value):
+    request = only(parse(CHAT, {"asd": {"max_cost": 9}}, {"x-asd-max-cost": value}))
+    assert request.objective == Objective(max_cost=9.0)
 
 
 @pytest.mark.parametrize(
