@@ -68,9 +68,11 @@ async def service(
 
 
 @asynccontextmanager
-async def embedded_cascade(port_base: int = 21050) -> AsyncIterator[str]:
-    """Run `asd up` without its gateway; yield its router's address."""
-    options = ("--json", "--no-gateway", "--port-base", str(port_base))
+async def embedded_cascade(port_base: int = 21050, cascade: Path | None = None) -> AsyncIterator[str]:
+    """Run `asd up` without its gateway; yield its router's address. cascade: in place of the embedded one."""
+    options = ["--json", "--no-gateway", "--port-base", str(port_base)]
+    if cascade is not None:
+        options += ["--cascade", str(cascade)]
     command = [sys.executable, "-m", "services.cli", "up", *options]
     child = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, cwd=ROOT)
     try:

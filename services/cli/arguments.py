@@ -33,6 +33,10 @@ ASK_OPTIONS = {
     "sampling.top_p": "--top-p",
     "sampling.seed": "--seed",
     "sampling.stop": "--stop",
+    "sampling.constraint.json_schema": "--json-schema",
+    "sampling.constraint.regex": "--regex",
+    "sampling.constraint.choice.texts": "--choice",
+    "sampling.top_logprobs": "--top-logprobs",
     "objective.lambda": "--lambda",
     "objective.max_cost": "--max-cost",
     "objective.max_latency_ms": "--max-latency-ms",
@@ -44,6 +48,7 @@ ASK_OPTIONS = {
     "stage": "--stage",
     "chain": "--chain",
     "task": "--task",
+    "prediction": "--prediction",
 }
 _INDEX = re.compile(r"\[\d+\]")
 # Words of the contract that are no words of English, and so stand for the field alone.

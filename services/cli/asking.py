@@ -12,7 +12,7 @@ import typer
 from services.cli.arguments import ASK_OPTIONS, number, whole_number
 from services.cli.connecting import Connection, connected, encrypted
 from services.cli.ending import run_command
-from services.cli.files import read_answer, read_prompt
+from services.cli.files import read_answer, read_prompt, read_schema
 from services.cli.options import (
     DEFAULT_TARGET,
     JsonOption,
@@ -32,11 +32,12 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from asd.client import AsyncClient
-    from asd.values import Answer, Request
+    from asd.values import Answer, Constraint, Request
 
 # As the contract's types hold them.
 _MOST_NEW_TOKENS = 2**32 - 1
 _LARGEST_SEED = 2**64 - 1
+_MOST_TOP_LOGPROBS = 20
 
 
 def _check_tolerance(tolerance: float | None) -> float | None:
@@ -132,6 +133,29 @@ def ask(
     task: Annotated[
         str, typer.Option(help="Type of task, such as math: stages with an adapter for it answer with that.")
     ] = "",
+    json_schema: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|JSON", help="The answer is JSON of this schema: a file, or the schema itself."
+        ),
+    ] = None,
+    regex: Annotated[
+        str | None, typer.Option(help="The whole answer matches this regular expression.")
+    ] = None,
+    choice: Annotated[
+        list[str] | None, typer.Option(help="The answer is one of these texts; repeat it.")
+    ] = None,
+    prediction: Annotated[
+        str, typer.Option(help="What the answer is expected to be: the first stage verifies it as a draft.")
+    ] = "",
+    top_logprobs: Annotated[
+        int | None,
+        typer.Option(
+            parser=whole_number(0, _MOST_TOP_LOGPROBS),
+            metavar="INTEGER",
+            help="Show how likely each token was, and this many of the likeliest at its place.",
+        ),
+    ] = None,
     timeout_ms: TimeoutOption = 60_000.0,
     as_json: JsonOption = False,
     *,
@@ -162,13 +186,26 @@ def ask(
             "--max-latency-ms and --min-quality"
         )
 
+    if [json_schema, regex, choice or None].count(None) < 2:
+        raise typer.BadParameter("--json-schema, --regex and --choice exclude each other")
+
+    schema = None if json_schema is None else read_schema(json_schema)
+
     def work() -> Coroutine[Any, Any, None]:
         from asd.values import Acceptance, Message, Objective, Request, Sampling
 
         text = read_prompt(prompt)
         request = Request(
             input=(Message("system", system), Message("user", text)) if system else text,
-            sampling=Sampling(max_new_tokens, temperature, top_p, seed, tuple(stop or ())),
+            sampling=Sampling(
+                max_new_tokens,
+                temperature,
+                top_p,
+                seed,
+                tuple(stop or ()),
+                _constraint(schema, regex, choice),
+                top_logprobs,
+            ),
             objective=Objective(
                 quality_value, max_cost, max_latency_ms, min_quality, preference.value if preference else None
             ),
@@ -177,6 +214,7 @@ def ask(
             stage=stage,
             chain=tuple(chain or ()),
             task=task,
+            prediction=prediction,
         )
         show = _write_answer if as_json else _show_answer
         return show(connection.client(target, timeout_ms), request)
@@ -263,6 +301,15 @@ def report(
     run_command(lambda: send(read_answer(answer), correct=is_right), as_json=as_json)
 
 
+def _constraint(json_schema: str | None, regex: str | None, choice: list[str] | None) -> Constraint | None:
+    """Return what was typed of the answer's form; None if nothing was."""
+    from asd.values import Constraint
+
+    if json_schema is None and regex is None and not choice:
+        return None
+    return Constraint(json_schema, regex, tuple(choice) if choice else None)
+
+
 async def _write_answer(client: AsyncClient, request: Request) -> None:
     from services.common.shortfall import missed
 
@@ -281,6 +328,8 @@ async def _show_answer(client: AsyncClient, request: Request) -> None:
     objective = request.objective
     line = console.answer_line(answer, request.task, objective.max_latency_ms, objective.min_quality)
     console.notes().print(line, soft_wrap=True)
+    if answer.scored_tokens is not None:
+        console.notes().print(console.scores(answer.scored_tokens))
 
 
 async def stream_live(cascade: AsyncClient, request: Request, output: Console) -> Answer:

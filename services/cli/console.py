@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from services.cli.output import token_text
 from services.common.shortfall import gave_up_quality, is_late
 from services.common.terminal import LiteralConsole, literal, visible
 from suites import extract_answer
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
         StageDescription,
         StageStarted,
         StreamedText,
+        Tokens,
     )
     from services.cli.demo import DemoRow, DemoSummary
     from services.local.supervisor import Child
@@ -35,6 +38,8 @@ _DOING = {"generate": "writes", "verify": "verifies", "prefill": "reads ahead"}
 # What stands in a command for one of the tokens in the router's file.
 _TOKEN, _TOKENS_FILE = "TOKEN", "ASD_ROUTER_AUTH__TOKENS_FILE"
 _ANSWER_COLUMNS = 14
+# Of a table of tokens. Chosen: about a screen.
+_MOST_SCORES = 30
 # Of a demo's table, for all but the prompt.
 _DEMO_COLUMNS = 80
 
@@ -116,6 +121,23 @@ def answer_line(
     if answer.trace_id:
         line.append(visible(f" · trace {answer.trace_id}"), style="dim")
     return line
+
+
+def scores(tokens: Tokens) -> RenderableType:
+    """Return how likely each of the first tokens was, and the likeliest at its place."""
+    table = Table("token", "probability", "likeliest")
+    details = tokens.details[:_MOST_SCORES]
+    for detail, logprob in zip(details, tokens.logprobs, strict=False):
+        likeliest = ", ".join(
+            f"{_token(each.text)} {math.exp(each.logprob):.3f}" for each in detail.likeliest
+        )
+        table.add_row(literal(_token(detail.text)), f"{math.exp(logprob):.3f}", literal(likeliest))
+    left = len(tokens.details) - len(details)
+    return Group(table, f"and {count(left, 'token')} more: see --json") if left else table
+
+
+def _token(text: bytes) -> str:
+    return repr(token_text(text))
 
 
 def _state(stage: StageDescription) -> Text:

@@ -41,6 +41,23 @@ def read_prompt(prompt: str | None) -> str:
     return text.removesuffix("\n")
 
 
+def read_schema(given: str) -> str:
+    """Return a JSON Schema: what was typed, if it is an object, or else what the file of that name holds."""
+    from asd.transport.files import DamagedFile, read_content
+    from services.common.constraints import MOST_SCHEMA_BYTES
+
+    if given.lstrip().startswith("{"):
+        return given
+    option = "--json-schema"
+    try:
+        return read_content(Path(given), MOST_SCHEMA_BYTES, is_pipe_fine=True).decode()
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise typer.BadParameter(f"{given} cannot be read: {reason}", param_hint=option) from error
+    except (DamagedFile, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"{given}: {error}", param_hint=option) from error
+
+
 def read_answer(file: Path) -> Answer:
     """Return what `asd ask --json` or the gateway wrote; -: to standard input. The gateway's has no text.
 

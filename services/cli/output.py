@@ -28,9 +28,14 @@ def json_text(value: object, encoding: str | None = "utf-8") -> str:
     encoding: of where it goes. JSON is UTF-8; in others everything but ASCII is escaped.
     """
     is_utf8 = (encoding or "").lower().replace("-", "") == "utf8"
-    text = json.dumps(value, indent=2, ensure_ascii=not is_utf8)
+    text = json.dumps(value, indent=2, ensure_ascii=not is_utf8, default=token_text)
     # Of these JSON escapes by itself only the oldest.
     return escape_unseen(text) + "\n"
+
+
+def token_text(value: bytes) -> str:
+    """Return a token's bytes as text. Those that are no UTF-8, such as half a character, are escaped."""
+    return value.decode("utf-8", "backslashreplace")
 
 
 def json_error(code: str, message: str, field: str) -> dict[str, Any]:

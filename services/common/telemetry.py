@@ -100,6 +100,7 @@ class Attributes:
     PREDICT_US: Final = "asd.policy.predict_us"
     POLICY_VERSION: Final = "asd.policy.version"
     REQUEST_TASK: Final = "asd.request.task"
+    TOOL_LOOP: Final = "asd.tool_loop.held"
     TASK_ADAPTER: Final = "asd.task.adapter"
     REQUEST_ID: Final = "asd.request.id"
     COST: Final = "asd.cost"

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of a request. accepted, rejected: draft tokens that a stage verified, over all stages."""
+    """Tokens of a request.
+
+    accepted, rejected: of the caller's prediction if there is one, else of drafts, over all stages.
+    """
 
     prompt: int
     cached: int
@@ -50,7 +53,7 @@ def usage_of(answers: Iterable[Answer], prompts: int = 1) -> Usage:
     each = list(answers)
     records = [_answering(answer) for answer in each]
     firsts = records[:: max(len(each) // prompts, 1)]
-    verified = [record for answer in each for record in answer.stages]
+    verified = [record for answer in each for record in _drafted(answer)]
     accepted = sum(record.accepted_tokens for record in verified)
     return Usage(
         sum(record.prompt_tokens for record in firsts if record),
@@ -63,7 +66,14 @@ def usage_of(answers: Iterable[Answer], prompts: int = 1) -> Usage:
 
 def finish_reason(answer: Answer) -> str:
     """Return OpenAI's reason for the end of an answer."""
+    if answer.tool_calls:
+        return "tool_calls"
     return "length" if answer.finish_reason == FinishReason.LENGTH else "stop"
+
+
+def content(answer: Answer) -> str:
+    """Return the text of an answer without its tool calls."""
+    return answer.content if answer.tool_calls else answer.text
 
 
 def told(requests: Sequence[Request], answers: Sequence[Answer]) -> dict[str, Any]:
@@ -117,6 +127,13 @@ def fingerprint(answers: Sequence[Answer]) -> str:
 def _digest(parts: tuple[str, ...]) -> str:
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     return f"asd_{digest[:16]}"
+
+
+def _drafted(answer: Answer) -> tuple[StageRecord, ...]:
+    """Return the records whose drafts are counted."""
+    records = tuple(record for record in answer.stages if record.action != StageAction.PREFILL)
+    # The first stage can only have verified what the caller predicted.
+    return records[:1] if records and records[0].action == StageAction.VERIFY else records
 
 
 def _answering(answer: Answer) -> StageRecord | None:

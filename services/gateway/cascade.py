@@ -12,7 +12,7 @@ from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
 from asd.errors import AsdError, InvalidRequest, NotFound, ResourceExhausted, Unauthenticated
-from asd.values import Answer, Committed
+from asd.values import Answer, Committed, Tokens
 from services.gateway.models import Models
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ _CALLERS = 256
 # Events of all choices that wait for a slow caller. Chosen: a few packets' worth of text.
 _WAITING_EVENTS = 64
 
-# The index of a choice, and what it sent: a text, its answer at last, or the error that ended it.
-Piece = tuple[int, str | Answer | Exception]
+# The index of a choice, and what it sent: tokens, its answer at last, or the error that ended it.
+Piece = tuple[int, Tokens | Answer | Exception]
 
 
 class Cascade:
@@ -143,8 +143,8 @@ class Cascade:
                 async with aclosing(client.stream(request, timeout_ms=self._timeout_ms)) as events:
                     async for event in events:
                         if isinstance(event, Committed):
-                            if event.tokens.text:
-                                await queue.put((index, event.tokens.text))
+                            if event.tokens.text or event.tokens.details:
+                                await queue.put((index, event.tokens))
                         elif isinstance(event, Answer):
                             end = event
         except Exception as error:

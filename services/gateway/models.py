@@ -43,7 +43,9 @@ class Route:
         """Whether the policy has no say."""
         return bool(self.stage or self.chain)
 
-    def request(self, turns: str | tuple[Message, ...], sampling: Sampling, options: Options) -> Request:
+    def request(
+        self, turns: str | tuple[Message, ...], sampling: Sampling, options: Options, prediction: str = ""
+    ) -> Request:
         """Return the cascade's request."""
         return Request(
             turns,
@@ -53,6 +55,8 @@ class Route:
             chain=self.chain,
             task=options.task,
             session_id=options.session_id,
+            prediction=prediction,
+            allow_switch=options.allow_switch,
         )
 
 
@@ -116,6 +120,9 @@ def listed(description: Description, created: int) -> list[dict[str, Any]]:
                 "cost": each.cost,
                 "available": each.available,
                 "adapters": list(each.adapters),
+                "constrains": each.constrains,
+                "takes_tools": each.takes_tools,
+                "most_top_logprobs": each.most_top_logprobs,
             },
         )
         for each in description.stages

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from asd.values import Sampling
 from services.gateway.answers import fingerprint, finish_reason, told, usage_of
 from services.gateway.errors import Problem, openai_body
+from services.gateway.formats import one_constraint
 from services.gateway.objective import open_body
 from services.gateway.parameters import COMPLETIONS, Body
 from services.gateway.request import MOST_ANSWERS, MOST_CHOICES, Call, SseEvent, choices, invalid
+from services.gateway.scores import MOST_LIKELIEST, CompletionScores
 from services.gateway.streaming import DONE
+from services.gateway.tools import ShownText
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from asd.values import Answer
+    from asd.values import Answer, Tokens
     from services.gateway.models import Models
 
 # What a uint32 of the contract holds.
@@ -65,6 +69,11 @@ class OpenAiCompletions(OpenAiBase):
         fields, model, route, options = open_body(COMPLETIONS, body, headers, models)
         prompts = _prompts(fields.get("prompt"))
         sampling, names, count = sampling_of(fields)
+        constraint, field = one_constraint(None, "", options)
+        sampling = replace(
+            sampling, constraint=constraint, top_logprobs=fields.whole("logprobs", 0, MOST_LIKELIEST)
+        )
+        names |= {"sampling.constraint": field, "sampling.top_logprobs": "logprobs"}
         if len(prompts) * count > MOST_ANSWERS:
             raise invalid(
                 "prompt", f"prompts and n ask for {len(prompts) * count} answers, over {MOST_ANSWERS}"
@@ -84,7 +93,7 @@ class OpenAiCompletions(OpenAiBase):
         return {
             "index": index,
             "text": answer.text,
-            "logprobs": None,
+            "logprobs": CompletionScores().of(answer.scored_tokens),
             "finish_reason": finish_reason(answer),
         }
 
@@ -108,24 +117,30 @@ class CompletionsWriter:
             "model": call.model,
         }
         self._answers: dict[int, Answer] = {}
+        self._shown = ShownText(call)
+        self._scores = [CompletionScores() for _ in call.requests]
 
     def begin(self) -> list[SseEvent]:
         """Return the chunks that open the choices, if there are such."""
         firsts = [self.first(index) for index in range(len(self._call.requests))]
         return [self._chunk([each]) for each in firsts if each is not None]
 
-    def text(self, index: int, text: str) -> list[SseEvent]:
-        """Return the chunk of a text."""
-        return [self._chunk([self.piece(index, text)])]
+    def text(self, index: int, tokens: Tokens) -> list[SseEvent]:
+        """Return the chunk of tokens, if they show anything."""
+        text = self._shown.take(index, tokens.text)
+        return [self._chunk([self.piece(index, text, tokens)])] if text or tokens.details else []
 
     def finish(self, index: int, answer: Answer) -> list[SseEvent]:
         """Return the chunk of a choice's end. The last one says how the answers came about."""
         self._answers[index] = answer
+        rest = self._shown.rest(index)
+        parts = [*([self.piece(index, rest)] if rest else []), *self.calls(index, answer)]
         more: dict[str, Any] = {}
         if len(self._answers) == len(self._call.requests):
             answers = self._in_order()
             more = {"system_fingerprint": fingerprint(answers), "asd": told(self._call.requests, answers)}
-        return [self._chunk([self.last(index, finish_reason(answer))], **more)]
+        chunks = [self._chunk([each]) for each in parts]
+        return [*chunks, self._chunk([self.last(index, finish_reason(answer))], **more)]
 
     def end(self) -> list[SseEvent]:
         """Return the usage, if it is wanted, and the end."""
@@ -148,9 +163,14 @@ class CompletionsWriter:
         """Return the choice that begins an answer; None for none."""
         return None
 
-    def piece(self, index: int, text: str) -> dict[str, Any]:
-        """Return the choice of a text."""
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": None}
+    def piece(self, index: int, text: str, tokens: Tokens | None = None) -> dict[str, Any]:
+        """Return the choice of a text. tokens: those that came, with their log-probabilities."""
+        scores = self._scores[index].of(tokens)
+        return {"index": index, "text": text, "logprobs": scores, "finish_reason": None}
+
+    def calls(self, index: int, answer: Answer) -> list[dict[str, Any]]:
+        """Return the choices of an answer's tool calls, if the API has them."""
+        return []
 
     def last(self, index: int, reason: str) -> dict[str, Any]:
         """Return the choice that ends an answer."""

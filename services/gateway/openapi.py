@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from services.common.version import VERSION
 from services.gateway.models import MOST_LISTED, VIRTUAL
 from services.gateway.objective import header_of
-from services.gateway.parameters import ASD_FIELDS, PARAMETERS, Effect
+from services.gateway.parameters import ASD_FIELDS, ASD_FORMS, PARAMETERS, Effect
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -95,7 +95,7 @@ def _post(name: str) -> dict[str, Any]:
     properties = {each.name: _schema(each) for each in PARAMETERS[name]}
     properties["asd"] = {
         "type": ["object", "null"],
-        "properties": {each.name: _schema(each) for each in ASD_FIELDS.values()},
+        "properties": {each.name: _schema(each) for each in (*ASD_FIELDS.values(), *ASD_FORMS.values())},
         "additionalProperties": False,
     }
     body = {

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from services.gateway.request import MOST_ANSWERS, MOST_CHOICES, MOST_STOPS, invalid
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
 CHAT, COMPLETIONS, RESPONSES, MESSAGES = "chat/completions", "completions", "responses", "messages"
 
@@ -56,18 +56,19 @@ def _inert(name: str, note: str) -> Parameter:
 
 _OBJECT = {"type": "object"}
 _TEXT = {"type": "string", "minLength": 1}
-_PARTS = {"type": "array", "minItems": 1, "items": {"type": "object", "required": ["type", "text"]}}
+_PARTS = {"type": "array", "minItems": 1, "items": {"type": "object", "required": ["type"]}}
 _CONTENT = {"anyOf": [_TEXT, _PARTS]}
 
 
-def _turns(*more: str) -> dict[str, Any]:
-    """Return the schema of messages. more: roles of some APIs."""
+def _turns(*more: str, required: tuple[str, ...] = ("role", "content")) -> dict[str, Any]:
+    """Return the schema of messages. more: roles of some APIs. required: fields of a message."""
     roles = {"enum": ["user", "assistant", "system", *more]}
-    properties = {"role": roles, "content": _CONTENT}
+    content = _CONTENT if "content" in required else {}
+    properties = {"role": roles, "content": content}
     return {
         "type": "array",
         "minItems": 1,
-        "items": {"type": "object", "required": ["role", "content"], "properties": properties},
+        "items": {"type": "object", "required": list(required), "properties": properties},
     }
 
 
@@ -78,10 +79,9 @@ def _stream_options(*flags: str) -> dict[str, Any]:
     return {"type": "object", "properties": taken, "additionalProperties": False}
 
 
-_NOT_YET = "not supported yet"
 _NO_SUCH_SAMPLING = "the stages have no such way of sampling"
 _NO_STATE = "the gateway keeps no state"
-_NO_TOOLS = "tools are not supported yet"
+_OLD_TOOLS = "an older form of tools: use tools"
 _CACHED_ANYWAY = "stages cache prefixes by themselves"
 
 _STOP = {
@@ -95,13 +95,22 @@ _MODEL = _honoured("model", "a virtual model, or a stage's name", type="string",
 _TEMPERATURE = _honoured("temperature", "0 by default: greedy", type="number", minimum=0, maximum=2)
 _TOP_P = _honoured("top_p", "nucleus mass", type="number", exclusiveMinimum=0, maximum=1)
 _STREAM = _honoured("stream", "server-sent events", type="boolean")
-_ASD = _honoured("asd", "objective, task and session: see x-asd-* headers", **_OBJECT)
+_ASD = _honoured("asd", "objective, task, session and form of the answer: see objectives", **_OBJECT)
 _N = _honoured(
     "n", f"choices, up to {MOST_CHOICES}, by seeds", type="integer", minimum=1, maximum=MOST_CHOICES
 )
 _SEED = _honoured("seed", "of the random choice above temperature 0", type="integer")
 _METADATA = _inert("metadata", "labels for the caller")
 _USER = _inert("user", "the caller's name for its user")
+
+_TOOLS = _honoured("tools", "functions, of which the answer may call some", type="array", items=_OBJECT)
+_TOOL_CHOICE = _honoured(
+    "tool_choice",
+    "auto, none, required, or one function",
+    anyOf=[{"enum": ["auto", "none", "required"]}, _OBJECT],
+)
+_PARALLEL = _honoured("parallel_tool_calls", "false: one call at most", type="boolean")
+_LIKELIEST = {"type": "integer", "minimum": 0, "maximum": 20}
 
 # What /v1/chat/completions and /v1/responses have in common.
 _OPENAI_INERT = (
@@ -142,21 +151,25 @@ _MAX_TOKENS = _honoured(
 PARAMETERS: Mapping[str, tuple[Parameter, ...]] = {
     CHAT: (
         *_OPENAI_OLD,
-        _honoured("messages", "text of roles system, developer, user, assistant", **_turns("developer")),
+        _honoured(
+            "messages",
+            "text of roles system, developer, user, assistant, tool; tool calls",
+            **_turns("developer", "tool", required=("role",)),
+        ),
         _MAX_TOKENS,
         _honoured("max_completion_tokens", "the newer name of max_tokens", type="integer", minimum=1),
         _METADATA,
         _refused("store", _NO_STATE, False),
         *_OPENAI_INERT,
-        _refused("tools", _NO_TOOLS, []),
-        _refused("tool_choice", _NO_TOOLS, "none"),
-        _refused("parallel_tool_calls", _NO_TOOLS, True, False),
-        _refused("functions", "tools are not supported yet, nor their older form", []),
-        _refused("function_call", "tools are not supported yet, nor their older form", "none"),
-        _refused("response_format", _NOT_YET, {"type": "text"}),
-        _refused("logprobs", _NOT_YET, False),
-        _refused("top_logprobs", _NOT_YET, 0),
-        _refused("prediction", _NOT_YET),
+        _TOOLS,
+        _TOOL_CHOICE,
+        _PARALLEL,
+        _refused("functions", _OLD_TOOLS, []),
+        _refused("function_call", _OLD_TOOLS, "none"),
+        _honoured("response_format", "text, json_object or json_schema; not beside tools", **_OBJECT),
+        _honoured("logprobs", "of the answer's tokens", type="boolean"),
+        _honoured("top_logprobs", "likeliest tokens at each position, with logprobs", **_LIKELIEST),
+        _honoured("prediction", "the expected answer: the first stage verifies it as a draft", **_OBJECT),
         _refused("modalities", "the models write text", ["text"]),
         _refused("audio", "the models write text"),
         _refused("moderation", "there is no moderation"),
@@ -179,7 +192,7 @@ PARAMETERS: Mapping[str, tuple[Parameter, ...]] = {
         _MAX_TOKENS,
         _refused("best_of", "all choices are returned: use n", 1),
         _refused("echo", "the prompt is not repeated", False),
-        _refused("logprobs", _NOT_YET),
+        _honoured("logprobs", "likeliest tokens at each position", **_LIKELIEST),
         _refused("suffix", "the models do not fill gaps"),
     ),
     RESPONSES: (
@@ -190,7 +203,11 @@ PARAMETERS: Mapping[str, tuple[Parameter, ...]] = {
         _ASD,
         _USER,
         _METADATA,
-        _honoured("input", "a text, or messages of text", anyOf=[_TEXT, _turns("developer")]),
+        _honoured(
+            "input",
+            "a text, or messages of text, function calls and their outputs",
+            anyOf=[_TEXT, _turns("developer", required=())],
+        ),
         _honoured("instructions", "a system message before the input", type="string", minLength=1),
         _honoured(
             "max_output_tokens",
@@ -208,13 +225,13 @@ PARAMETERS: Mapping[str, tuple[Parameter, ...]] = {
         _refused("context_management", "conversations are not shortened", []),
         _refused("truncation", "conversations are not shortened", "disabled"),
         *_OPENAI_INERT,
-        _refused("tools", _NO_TOOLS, []),
-        _refused("tool_choice", _NO_TOOLS, "none"),
-        _refused("parallel_tool_calls", _NO_TOOLS, True, False),
-        _refused("max_tool_calls", _NO_TOOLS),
-        _refused("text", _NOT_YET, {}, {"format": {"type": "text"}}),
-        _refused("include", _NOT_YET, []),
-        _refused("top_logprobs", _NOT_YET, 0),
+        _TOOLS,
+        _TOOL_CHOICE,
+        _PARALLEL,
+        _refused("max_tool_calls", "the cascade runs no tools of its own"),
+        _honoured("text", "format: text, json_object or json_schema; not beside tools", **_OBJECT),
+        _honoured("include", "message.output_text.logprobs alone", type="array", items={"type": "string"}),
+        _honoured("top_logprobs", "likeliest tokens at each position", **_LIKELIEST),
         _refused("reasoning", "the models have no such setting", {}),
         _refused("moderation", "there is no moderation"),
         _refused("image", "the models read and write text"),
@@ -223,7 +240,7 @@ PARAMETERS: Mapping[str, tuple[Parameter, ...]] = {
     ),
     MESSAGES: (
         _MODEL,
-        _honoured("messages", "text of roles user, assistant, system", **_turns()),
+        _honoured("messages", "text of roles user, assistant, system; tool_use, tool_result", **_turns()),
         _honoured("system", "a system message before the others", **_CONTENT),
         _honoured(
             "max_tokens",
@@ -245,12 +262,12 @@ PARAMETERS: Mapping[str, tuple[Parameter, ...]] = {
         _METADATA,
         _inert("cache_control", _CACHED_ANYWAY),
         _refused("top_k", _NO_SUCH_SAMPLING),
-        _refused("tools", _NO_TOOLS, []),
-        _refused("tool_choice", _NO_TOOLS, {"type": "none"}),
+        _honoured("tools", "custom tools, of which the answer may call some", type="array", items=_OBJECT),
+        _honoured("tool_choice", "auto, any, tool or none; disable_parallel_tool_use", **_OBJECT),
         _refused("thinking", "the models have no such setting", {"type": "disabled"}),
-        _refused("output_config", _NOT_YET, {}),
+        _honoured("output_config", "format: json_schema; not beside tools", **_OBJECT),
         _refused("container", _NO_STATE),
-        _refused("mcp_servers", _NO_TOOLS, []),
+        _refused("mcp_servers", "the cascade runs no tools of its own", []),
         _refused("context_management", "conversations are not shortened"),
         _refused("diagnostics", "no diagnostics are returned"),
         _refused("inference_geo", "the stages run where their operator placed them"),
@@ -275,6 +292,25 @@ ASD_FIELDS: Mapping[str, Parameter] = {
         ),
         _honoured("task", "type of task, for stages with an adapter for it", type="string"),
         _honoured("session_id", "the same one stays on the replica that holds its prefix", type="string"),
+        _honoured(
+            "allow_switch",
+            "true: another stage than the one that called tools may go on with their results",
+            type="boolean",
+        ),
+    )
+}
+# Those that have no header.
+ASD_FORMS: Mapping[str, Parameter] = {
+    each.name: each
+    for each in (
+        _honoured("regex", "the whole answer matches it, in the syntax of Rust's regex", type="string"),
+        _honoured(
+            "choice",
+            "the answer is one of these texts",
+            type="array",
+            items={"type": "string", "minLength": 1},
+            minItems=1,
+        ),
     )
 }
 
@@ -315,12 +351,23 @@ class Body:
             raise invalid(name, "must be an object of texts")
         return value
 
-    def flag(self, name: str) -> bool:
-        """Return a boolean; False if it is absent."""
+    def flag(self, name: str, *, default: bool = False) -> bool:
+        """Return a boolean. default: if it is absent."""
         value = self._fields.get(name)
         if value is not None and not isinstance(value, bool):
             raise invalid(name, "must be true or false")
-        return bool(value)
+        return default if value is None else value
+
+    def members(self, name: str, known: Collection[str]) -> dict[str, Any]:
+        """Return the members of an object that are not null; an empty one if it is absent."""
+        value = self._fields.get(name)
+        if value is not None and not isinstance(value, dict):
+            raise invalid(name, "must be an object")
+        given = {each: found for each, found in (value or {}).items() if found is not None}
+        for each in given:
+            if each not in known:
+                raise invalid(f"{name}.{each}", "is not honoured here")
+        return given
 
     def whole(self, name: str, least: int, most: int, *, is_required: bool = False) -> int | None:
         """Return a whole number in a range."""

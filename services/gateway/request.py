@@ -10,7 +10,7 @@ from asd.errors import InvalidRequest
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from asd.values import Answer, Request
+    from asd.values import Answer, Request, Tokens
     from services.gateway.errors import Problem
     from services.gateway.models import Models
 
@@ -66,8 +66,8 @@ class StreamWriter(Protocol):
     def begin(self) -> list[SseEvent]:
         """Return what comes before the first text."""
 
-    def text(self, index: int, text: str) -> list[SseEvent]:
-        """Return the events of a text that is final, of one choice."""
+    def text(self, index: int, tokens: Tokens) -> list[SseEvent]:
+        """Return the events of tokens that are final, of one choice."""
 
     def finish(self, index: int, answer: Answer) -> list[SseEvent]:
         """Return the events of a choice's end."""

@@ -8,6 +8,7 @@ from services.router.domain import RoutedAnswer, RoutedRequest, StageFailed, Ste
 from services.router.prefill import PrefillAhead
 from services.router.request import RequestState
 from services.router.running import StageRunner
+from services.router.tool_loop import held, with_calls
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -41,6 +42,7 @@ class Cascade:
         Raises NotFound for an unknown fixed stage, BudgetSpent at the deadline and Overloaded if there is no
         capacity. A refusal by the policy is raised as it is. So is the stages' error if none has answered.
         """
+        request = held(request, [client.stage.name for client in self._clients])
         state = RequestState(request, deadline, view, self._clock, emit)
         with self._planner.plan_for(state) as plan:
             async with PrefillAhead(request, self._clients, self._planner.load, self._clock) as prefill:
@@ -57,6 +59,6 @@ class Cascade:
                     else:
                         step = await plan.after_answer(report)
                 state.prefilled(await prefill.close())
-            outcome = await state.commit(step)
+            outcome = with_calls(await state.commit(step), request)
         self._observer.request_answered(outcome, len(self._clients))
         return outcome

@@ -214,6 +214,11 @@ def response_to(outcome: RoutedAnswer, trace_id: str) -> cascade_pb2.GenerateRes
         trace_id=trace_id,
         out_of_family=outcome.is_out_of_family,
         scored_tokens=chunk_to(outcome.scored_tokens) if outcome.scored_tokens is not None else None,
+        tool_calls=[
+            common_pb2.ToolCall(id=each.id, name=each.name, arguments=each.arguments)
+            for each in outcome.tool_calls
+        ],
+        content=outcome.content,
     )
 
 

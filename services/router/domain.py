@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from asd.errors import AsdError
-    from asd.values import DecisionReason, PlanSource
+    from asd.values import DecisionReason, PlanSource, ToolCall
 
 
 class Overload(Enum):
@@ -44,11 +44,13 @@ class Visibility(Enum):
 class RoutedRequest(Request):
     """A caller's request with the id that the router gave it.
 
-    seed_is_free: whether the router drew the seed, since the caller gave none.
+    seed_is_free: whether the router drew the seed, since the caller gave none. is_held: whether `stage` is
+    the one that asked for the tool calls whose results the request has.
     """
 
     id: str = field(kw_only=True)
     seed_is_free: bool = field(default=False, kw_only=True)
+    is_held: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         """Skip the checks of Request: protobuf has checked the types already."""
@@ -403,7 +405,8 @@ class Revision:
 class RoutedAnswer:
     """The answer to a request: the last record's, with the records that led to it.
 
-    scored_tokens: the answer's, if the request asks for their log-probabilities.
+    scored_tokens: the answer's, if the request asks for their log-probabilities. tool_calls: those in the
+    answer. content: its text without them; "" if there are none.
     """
 
     request_id: str
@@ -414,6 +417,8 @@ class RoutedAnswer:
     policy_ms: float
     prefilled: Prefilled | None = None
     scored_tokens: ScoredTokens | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    content: str = ""
 
     @property
     def answer(self) -> StageAnswer:

@@ -243,6 +243,7 @@ def check_request(request: cascade_pb2.GenerateRequest, path: str = "") -> None:
     if request.session_id:
         validation.check_session_id(request.session_id, f"{path}session_id")
     validation.check_task(request.task, f"{path}task")
+    validation.check_call_is_free(request, path)
 
 
 @asynccontextmanager

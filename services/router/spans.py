@@ -63,6 +63,8 @@ def describe_call(
     span.set(Attributes.STAGE_NAME, stage.name)
     span.set(Attributes.STAGE_INDEX, stage.index)
     span.set(Attributes.STAGE_ACTION, action.value)
+    if request.is_held:
+        span.set(Attributes.TOOL_LOOP, True)
     if request.task:
         span.set(Attributes.REQUEST_TASK, request.task)
     if skip_reason:

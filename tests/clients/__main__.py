@@ -1,9 +1,10 @@
 """Tries real clients against the gateway: `python -m tests.clients` (or `make clients`).
 
 They have an environment of their own in build/clients, by tests/clients/requirements.txt. The embedded
-cascade and a gateway run beside them. What came of it is kept in benchmarks/results/clients.json, with a
-hash of the files that it covers: `python -m tests.clients stale` says where these have changed since. If
-every test passes, aiperf's load report is kept in benchmarks/results/aiperf.json.
+cascade and a gateway run beside them, and again with a chat template that knows tools. What came of it is
+kept in benchmarks/results/clients.json, with a hash of the files that it covers:
+`python -m tests.clients stale` says where these have changed since. If every test passes, aiperf's load
+report is kept in benchmarks/results/aiperf.json.
 """
 
 from __future__ import annotations
@@ -12,21 +13,26 @@ import asyncio
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from contextlib import AsyncExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import yaml
 
 from benchmarks.gateway import gateway_of
 from benchmarks.processes import ROOT, embedded_cascade
 from benchmarks.record import RESULTS, write_result
+from tests.fakes.tool_templates import SHORT
 
 HERE = Path(__file__).parent
 ENVIRONMENT = ROOT / "build" / "clients"
 # What a client sees depends on these.
 COVERED = ("services/gateway", "clients/python/asd", "protos", "tests/clients")
-PORT_BASE = 21_250
+PORT_BASE, TOOLS_PORT_BASE = 21_250, 21_280
 _COMMAND = "python -m tests.clients"
 _INSTALL_S, _TEST_S = 1800, 1800
 
@@ -70,6 +76,9 @@ async def run() -> int:
     async with AsyncExitStack() as stack:
         router = await stack.enter_async_context(embedded_cascade(PORT_BASE))
         gateway, _ = await stack.enter_async_context(gateway_of(router))
+        folder = stack.enter_context(TemporaryDirectory())
+        with_tools = embedded_cascade(TOOLS_PORT_BASE, knowing_tools(Path(folder)))
+        tools, _ = await stack.enter_async_context(gateway_of(await stack.enter_async_context(with_tools)))
         command = [
             *(str(python), "-m", "pytest", str(HERE), "-p", "no:cacheprovider", "--rootdir", str(HERE)),
             *("-c", os.devnull, f"--junitxml={report}", "--timeout=600", "-v"),
@@ -80,6 +89,7 @@ async def run() -> int:
                 **os.environ,
                 "ASD_GATEWAY": f"http://{gateway}",
                 "ASD_ROUTER": router,
+                "ASD_TOOLS_GATEWAY": f"http://{tools}",
                 "ASD_PYTHON": sys.executable,
             },
         )
@@ -93,6 +103,18 @@ async def run() -> int:
         measured = {"aiperf": packages["aiperf"], "rows": loads(report)}
         sys.stdout.write(f"{write_result('aiperf', _COMMAND, measured)}\n")
     return status
+
+
+def knowing_tools(folder: Path) -> Path:
+    """Write a cascade of the embedded models whose chat template knows tools; return its file."""
+    costs = {"small": 1.6, "large": 8.8}
+    for name in costs:
+        shutil.copytree(ROOT / "models" / name, folder / name)
+        (folder / name / "chat_template.jinja").write_text(SHORT, encoding="utf-8")
+    stages = [{"name": name, "path": str(folder / name), "cost": cost} for name, cost in costs.items()]
+    file = folder / "cascade.yaml"
+    file.write_text(yaml.safe_dump({"stages": stages, "static_plan": ["large"]}), encoding="utf-8")
+    return file
 
 
 def loads(report: Path) -> list[object]:

@@ -24,6 +24,12 @@ def api(url: str) -> str:
 
 
 @pytest.fixture
+def tools_url() -> str:
+    """The address of a gateway whose models' chat templates know tools."""
+    return os.environ["ASD_TOOLS_GATEWAY"]
+
+
+@pytest.fixture
 def router() -> str:
     """The address of the router behind the gateway."""
     return os.environ["ASD_ROUTER"]

@@ -65,7 +65,8 @@ class FakeRouter(cascade_pb2_grpc.CascadeServiceServicer):
     """Sends words, and then the answer.
 
     error: raised instead, or after `words_first` words. hold: while it is cleared, calls wait after those
-    words. words: of streams. has_sent_all: whether a stream has had them all. token: refuses other ones.
+    words. words: of streams. fields: of the answer, if other than usual. has_sent_all: whether a stream
+    has had them all. token: refuses other ones.
     requests, metadata: what came. running: calls that have not ended; idle is set while there are none.
     """
 
@@ -75,6 +76,7 @@ class FakeRouter(cascade_pb2_grpc.CascadeServiceServicer):
         self.words_first = 0
         self.token = ""
         self.words = WORDS
+        self.fields = {}
         self.has_sent_all = False
         self.requests = []
         self.metadata = []
@@ -99,7 +101,7 @@ class FakeRouter(cascade_pb2_grpc.CascadeServiceServicer):
     async def Generate(self, request, context):  # noqa: N802
         with self._counted(request, context):
             await self._wait()
-            return answer(request_id=f"r{len(self.requests)}")
+            return answer(request_id=f"r{len(self.requests)}", **self.fields)
 
     async def GenerateStream(self, request, context):  # noqa: N802
         with self._counted(request.request, context):
@@ -111,7 +113,9 @@ class FakeRouter(cascade_pb2_grpc.CascadeServiceServicer):
                 commit = cascade_pb2.Commit(committed_tokens=count + 1, tokens=tokens)
                 yield cascade_pb2.GenerateStreamResponse(commit=commit)
             self.has_sent_all = True
-            yield cascade_pb2.GenerateStreamResponse(response=answer(request_id=f"r{len(self.requests)}"))
+            yield cascade_pb2.GenerateStreamResponse(
+                response=answer(request_id=f"r{len(self.requests)}", **self.fields)
+            )
 
     async def start(self, options=None, port=0):
         """Serve on a port; return the server and the port. 0: a free one."""

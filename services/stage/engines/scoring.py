@@ -260,6 +260,7 @@ class ScoringEngine:
             cancelled=self._cancelled,
             error=self._error,
             verifies_inside=drafting is not None and drafting.takes_drafts,
+            takes_tools=self._tokenizer.takes_tools,
             resamples=drafting is not None and drafting.draws_with_drafts,
         )
 

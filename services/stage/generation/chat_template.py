@@ -8,6 +8,7 @@ tokens by name, `tools` and `documents`.
 from __future__ import annotations
 
 import json
+import re
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -18,7 +19,7 @@ from jinja2.filters import make_attrgetter
 from jinja2.utils import pass_environment
 
 from asd.errors import ConversationRefused, InputFailed, PreconditionFailed
-from asd.values import Message
+from asd.values import Conversation, Message, Tools
 from services.stage.generation.template_limits import (
     Meter,
     MeteredEnvironment,
@@ -27,11 +28,19 @@ from services.stage.generation.template_limits import (
     count_parts,
     metered,
 )
+from services.stage.generation.template_values import (
+    characters,
+    has_tools,
+    message_values,
+    offered,
+    tool_values,
+)
+from services.stage.generation.tool_grammar import PROBE_CALL, PROBE_TOOL, find_form
 from services.stage.generation.traced_text import MESSAGE, TEMPLATE, TracedText, join_texts, origins_of
 from services.stage.model_files import read_json_file, read_text_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from jinja2 import Environment
@@ -39,6 +48,7 @@ if TYPE_CHECKING:
     from jinja2.parser import Parser
     from jinja2.runtime import Macro
 
+_JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 # Conversations that any chat model may get; a template that fails on one of them is broken.
 _PROBES = (
     (Message("user", "Hello"),),
@@ -88,12 +98,19 @@ class ChatTemplate:
             raise PreconditionFailed(
                 f"{self._where}: the chat template refuses every plain conversation: {'; '.join(words)}"
             ) from refusals[0]
+        # Whether it tells the model of tools, and how it writes calls; None: not in a form that is known.
+        self.takes_tools = any(
+            PROBE_TOOL.name in self._tried(Conversation(turns, Tools((PROBE_TOOL,)))) for turns in self.plain
+        )
+        self.call_form = find_form(self._tried(PROBE_CALL)) if self.takes_tools else None
 
     def render(self, turns: Sequence[Message]) -> str:
         """Return a conversation's text, up to where the model's answer begins.
 
-        Raises ConversationRefused if the template refuses it, InputFailed if the template fails.
+        Raises ConversationRefused if the template refuses it, or knows no tools and there are such;
+        InputFailed if the template fails.
         """
+        self._check_tools(turns)
         return self._run(self._plain, turns, datetime.now())
 
     def check_reads_messages(self) -> None:
@@ -113,23 +130,39 @@ class ChatTemplate:
 
     def trace(self, turns: Sequence[Message]) -> TracedText:
         """Return the same text with the origin of each character. Raises as `render` does."""
+        self._check_tools(turns)
         now = datetime.now()
         text = self._run(self._tracing, turns, now)
         if not isinstance(text, TracedText) or text != self._run(self._plain, turns, now):
             raise InputFailed(f"{self._where}: what the chat template makes of a message cannot be followed")
         return text
 
+    def _check_tools(self, turns: Sequence[Message]) -> None:
+        if has_tools(turns) and not self.takes_tools:
+            raise ConversationRefused(
+                "the model's chat template knows no tools: leave out tools, tool calls and their results, or "
+                "ask a stage whose model takes tools",
+                field="conversation.tools",
+            )
+
+    def _tried(self, turns: Sequence[Message]) -> str:
+        """Return a conversation's text; "" if the template does not take it."""
+        try:
+            return self._run(self._plain, turns, datetime.now())
+        except (ConversationRefused, InputFailed):
+            return ""
+
     def _run(self, template: Any, turns: Sequence[Message], now: datetime) -> str:
         traced = template is self._tracing
         own, given = (_own, _given) if traced else (str, str)
-        messages = [{"role": own(str(turn.role)), "content": given(turn.content)} for turn in turns]
+        tools = offered(turns)
         try:
-            with metered(self._meter(sum(len(turn.content) for turn in turns), len(turns))):
+            with metered(self._meter(characters(turns), len(turns) + len(tools))):
                 text: str = template.render(
                     {name: own(token) for name, token in self._tokens.items()}
                     | {
-                        "messages": messages,
-                        "tools": None,
+                        "messages": message_values(turns, own, given),
+                        "tools": tool_values(tools, own, given),
                         "documents": None,
                         "add_generation_prompt": True,
                         "raise_exception": _refuse,
@@ -294,15 +327,41 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """Return JSON without HTML escapes, as in transformers."""
-    if isinstance(value, TracedText):
-        letters = []
-        for letter, origin in zip(str.__str__(value), origins_of(value), strict=True):
-            coded = json.dumps(letter, ensure_ascii=ensure_ascii)[1:-1]
-            letters.append(TracedText(coded, origin * len(coded)))
-        return join_texts("", [_own('"'), *letters, _own('"')])
-    return json.dumps(
+    text = json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
+    parts = list(_strings(value, sort_keys=sort_keys))
+    if not any(isinstance(each, TracedText) for each in parts):
+        return text
+    origins, end = [], 0
+    for found, part in zip(_JSON_STRING.finditer(text), parts, strict=True):
+        start, stop = found.start() + 1, found.end() - 1
+        origins += [TEMPLATE * (start - end), _coded_origins(part, stop - start, ensure_ascii=ensure_ascii)]
+        end = stop
+    return TracedText(text, "".join([*origins, TEMPLATE * (len(text) - end)]))
+
+
+def _strings(value: object, *, sort_keys: bool) -> Iterator[str]:
+    """Yield the strings of a value in the order in which JSON has them, names included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _strings(each, sort_keys=sort_keys)
+    elif isinstance(value, dict):
+        for name in sorted(value) if sort_keys else value:
+            # Other names become texts of the template's.
+            yield name if isinstance(name, str) else _own(json.dumps(name))
+            yield from _strings(value[name], sort_keys=sort_keys)
+
+
+def _coded_origins(text: str, length: int, *, ensure_ascii: bool) -> str:
+    """Return the origins of a string as JSON codes it. length: of the coded text."""
+    origins = origins_of(text)
+    if length == len(text):
+        return origins
+    lengths = (len(json.dumps(letter, ensure_ascii=ensure_ascii)) - 2 for letter in str.__str__(text))
+    return "".join(origin * count for origin, count in zip(origins, lengths, strict=True))
 
 
 def _own(text: str) -> TracedText:

@@ -18,19 +18,22 @@ from asd.errors import (
     PreconditionFailed,
     PromptTooLong,
 )
-from asd.values import Candidate, FinishReason, Role, TokenDetail, tools_of
+from asd.values import Candidate, FinishReason, TokenDetail, tools_of
 from services.stage.generation.answer import AnswerBuilder
 from services.stage.generation.call import Call
 from services.stage.generation.constraint import GrammarCompiler
+from services.stage.generation.template_values import MUST_CALL, characters
 from services.stage.generation.tokenizer import TooManyTokens
+from services.stage.generation.tool_grammar import call_grammar
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
-    from asd.values import Message, Sampling
+    from asd.values import Constraint, Message, Sampling
     from services.stage.domain import DraftPiece, DraftText
     from services.stage.generation.answer import Signals
     from services.stage.generation.call import Evidence
+    from services.stage.generation.constraint import Grammar
     from services.stage.generation.draft import ReceivedDraft
     from services.stage.generation.tokenizer import ChatTokenizer
 
@@ -104,9 +107,9 @@ class RequestReader:
         """
         self._refuse_unsupported(turns, sampling)
         prompt = await self.read_prompt(turns)
-        constraint, matcher = sampling.constraint, None
-        if constraint is not None and self._grammars is not None:
-            matcher = await self._grammars.compile(constraint)
+        form, matcher = self._form(turns, sampling), None
+        if form is not None and self._grammars is not None:
+            matcher = await self._grammars.compile(form)
         details = None
         if sampling.top_logprobs is not None and likeliest is not None:
             details = partial(self._details, likeliest, sampling.top_logprobs)
@@ -133,8 +136,28 @@ class RequestReader:
             raise ModelRefusal(f"{self._name} cannot keep a constraint", field="sampling.constraint")
         if sampling.top_logprobs is not None:
             self._check_top_logprobs(sampling.top_logprobs)
-        if tools_of(turns) is not None or any(turn.role == Role.TOOL or turn.tool_calls for turn in turns):
-            raise ConversationRefused(f"{self._name} takes no tools", field="conversation.tools")
+        if not self._must_call(turns):
+            return
+        if sampling.constraint is not None:
+            raise InvalidRequest(
+                "the answer has to be a tool call, so it cannot keep a constraint: leave one of them out",
+                field="sampling.constraint",
+            )
+        if not self.constrains or self._tokenizer.call_form is None:
+            field = "conversation.tools.choice"
+            raise ModelRefusal(f"{self._name} cannot be made to call a tool", field=field)
+
+    def _must_call(self, turns: tuple[Message, ...]) -> bool:
+        tools = tools_of(turns)
+        # A template that knows no tools refuses them itself.
+        return tools is not None and tools.choice in MUST_CALL and self._tokenizer.takes_tools
+
+    def _form(self, turns: tuple[Message, ...], sampling: Sampling) -> Constraint | Grammar | None:
+        """Return what the answer must be."""
+        tools, form = tools_of(turns), self._tokenizer.call_form
+        if tools is None or form is None or not self._must_call(turns):
+            return sampling.constraint
+        return call_grammar(form, tools)
 
     def _check_top_logprobs(self, wanted: int) -> None:
         most = self._most_top_logprobs
@@ -144,7 +167,7 @@ class RequestReader:
 
     async def read_prompt(self, turns: tuple[Message, ...]) -> list[int]:
         """Return a prompt's ids: fewer than the context, so that an answer has room."""
-        size = sum(len(turn.content) for turn in turns)
+        size = characters(turns)
         if size > _LONG_TEXT:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._long_texts, self._encode_prompt, turns, size)

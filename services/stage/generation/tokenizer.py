@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from asd.errors import ConversationRefused, InputFailed, PreconditionFailed
 from services.stage.generation.chat_template import ChatTemplate
+from services.stage.generation.template_values import has_tools
 from services.stage.generation.text_stream import Decoding, TextStream
 from services.stage.generation.tokenizer_description import TextLimit, as_is, renamed
 from services.stage.generation.tokenizer_faults import check_patterns, explained
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from asd.values import Message
+    from services.stage.generation.tool_grammar import CallForm
     from services.stage.generation.traced_text import TracedText
 
 # Private-use characters for the names of special tokens, which occur in no text.
@@ -78,6 +80,16 @@ class ChatTokenizer:
         self._decoding = Decoding(self._tokenizer, description, path, set(self.special))
         check_patterns(self._tokenizer, description, path)
 
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the chat template knows tools."""
+        return self._template.takes_tools
+
+    @property
+    def call_form(self) -> CallForm | None:
+        """How the model writes tool calls; None: not in a form that is known."""
+        return self._template.call_form
+
     def render(self, turns: Sequence[Message]) -> str:
         """Return a conversation's text as the chat template writes it.
 
@@ -97,8 +109,9 @@ class ChatTokenizer:
         """
         if text is None:
             text = self.render(turns)
-        # A message without such text cannot become part of a special token, whatever the template does.
-        if any(self._edges.search(turn.content) for turn in turns):
+        # A message without such text cannot become part of a special token, whatever the template does. What
+        # the JSON of tools holds is not searched.
+        if has_tools(turns) or any(self._edges.search(turn.content) for turn in turns):
             traced = self._template.trace(turns)
             own = written_by_template(traced, self._marks)
             if own != [match.span() for match in self._marks.finditer(str.__str__(traced))]:

@@ -11,7 +11,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from asd.convert import request_to
 from asd.errors import AsdError
 from asd.v1 import cascade_pb2
-from asd.values import Acceptance, Message, Objective, Request, Sampling
+from asd.values import Acceptance, Constraint, Message, Objective, Request, Sampling
 from services.cli.arguments import ASK_OPTIONS, in_options, option_of
 from services.cli.commands import app
 from services.router.servicer import check_request
@@ -20,7 +20,7 @@ from services.router.servicer import check_request
 _OF_THE_CALL = {"--target", "--timeout-ms", "--json", "--help"}
 
 # What `asd ask` does not offer.
-_NOT_ASKED = re.compile(r"tool|allow_switch|sampling\.(constraint|top_logprobs)|prediction")
+_NOT_ASKED = re.compile(r"tool|allow_switch")
 
 
 def _options() -> set[str]:
@@ -52,6 +52,10 @@ def _with(**values) -> Request:
     return Request("Hi", **values)
 
 
+def _constrained(**constraint) -> Request:
+    return _with(sampling=Sampling(constraint=Constraint(**constraint)))
+
+
 WRONG = {
     "prompt": [Request(""), Request("x" * (5 << 20)), Request((Message("system", "s"), Message("user", "")))],
     "--system": [
@@ -73,6 +77,14 @@ WRONG = {
     "--stage": [_with(stage="\udcff")],
     "--chain": [_with(stage="a", chain=("a", "b")), _with(chain=("a", "\udcff"))],
     "--task": [_with(task="Math!"), _with(task="\udcff")],
+    "--json-schema": [
+        _constrained(json_schema=each)
+        for each in ("{", "[]", '{"$ref": "http://a/b"}', "\udcff", "1" * 999_999)
+    ],
+    "--regex": [_constrained(regex=each) for each in ("", "a" * 99_999, "\udcff")],
+    "--choice": [_constrained(choice=each) for each in (("",), ("a", "a"), ("a", "\udcff"), ("a" * 99_999,))],
+    "--top-logprobs": [_with(sampling=Sampling(top_logprobs=each)) for each in (-1, 21)],
+    "--prediction": [_with(prediction="\udcff")],
 }
 
 

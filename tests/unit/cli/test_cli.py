@@ -22,7 +22,9 @@ from asd.errors import AsdError, InvalidRequest
 from asd.values import (
     Acceptance,
     Answer,
+    Candidate,
     Committed,
+    Constraint,
     Description,
     Drafted,
     Message,
@@ -36,6 +38,7 @@ from asd.values import (
     StageDescription,
     StageRecord,
     StageStarted,
+    TokenDetail,
     Tokens,
 )
 from services.cli import console, files
@@ -59,6 +62,9 @@ ANSWER = Answer("r", "right", (2,), "", "eos", "medium", 1, None, 1.0, 1.0, 0.0,
         *((["ask", "hi", "--timeout-ms", ms], ["--timeout-ms"]) for ms in ("0", "inf", "1e300", "nan")),
         (["describe", "--timeout-ms", "86400001"], ["--timeout-ms"]),
         (["ask", "hi", "--stage", "a", "--chain", "b"], ["--stage and --chain exclude each other"]),
+        (["ask", "hi", "--regex", "a", "--choice", "b"], ["--json-schema, --regex and --choice exclude"]),
+        (["ask", "hi", "--top-logprobs", "21"], ["--top-logprobs"]),
+        (["ask", "hi", "--json-schema", "no-such.json"], ["no-such.json"]),
         *(
             (["ask", "hi", *named, *wish], ["--stage and --chain leave nothing to the policy"])
             for named, wish in (
@@ -420,6 +426,51 @@ def test_every_option_of_ask_becomes_part_of_the_request(monkeypatch):
         Request("Hu", stage="small"),
         Request("Ha", chain=("small", "large")),
     ]
+
+
+def test_the_form_of_the_answer_becomes_part_of_the_request(monkeypatch, tmp_path):
+    async def ask(self, request):
+        requests.append(request)
+        return ANSWER
+
+    requests: list[Request] = []
+    monkeypatch.setattr(AsyncClient, "ask", ask)
+    file = tmp_path / "schema.json"
+    file.write_text('{"type": "object"}')
+    for options in (
+        ["--json-schema", str(file), "--prediction", "As before."],
+        ["--json-schema", ' {"type": "array"}', "--top-logprobs", "2"],
+        ["--regex", "a+"],
+        ["--choice", "a", "--choice", "b"],
+    ):
+        assert _RUNNER.invoke(app, ["ask", "--json", "Hi", *options]).exit_code == 0
+    of_file = Sampling(constraint=Constraint(json_schema='{"type": "object"}'))
+    typed = Sampling(constraint=Constraint(json_schema=' {"type": "array"}'), top_logprobs=2)
+    assert requests == [
+        Request("Hi", of_file, prediction="As before."),
+        Request("Hi", typed),
+        Request("Hi", Sampling(constraint=Constraint(regex="a+"))),
+        Request("Hi", Sampling(constraint=Constraint(choice=("a", "b")))),
+    ]
+
+
+def test_log_probabilities_are_a_table_and_json(monkeypatch):
+    async def ask(self, request):
+        return scored
+
+    half = (TokenDetail(b"\xc3", (Candidate(5, b"\xc3", 0.0), Candidate(6, b" a", -0.5))),)
+    scored = replace(ANSWER, scored_tokens=Tokens((5,), "", (-0.25,), half))
+    shown = _text(console.scores(scored.scored_tokens))
+    assert [word in shown for word in ("\\xc3", "0.779", "1.000", "' a'", "0.607")] == [True] * 5
+    assert "9 tokens more" in _text(console.scores(Tokens(details=half * 39, logprobs=(0.0,) * 39)))
+    monkeypatch.setattr(AsyncClient, "ask", ask)
+    written = json.loads(_RUNNER.invoke(app, ["ask", "--json", "Hi", "--top-logprobs", "1"]).stdout)
+    assert written["scored_tokens"]["details"][0]["likeliest"][1] == {
+        "token_id": 6,
+        "text": " a",
+        "logprob": -0.5,
+    }
+    assert written["scored_tokens"]["details"][0]["text"] == "\\xc3"
 
 
 # Sets the title, writes to the clipboard, hides what came before, turns what follows around; and is markup.

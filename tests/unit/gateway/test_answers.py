@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from asd.values import FinishReason, StageAction
+from asd.values import FinishReason, StageAction, Tokens
 from services.gateway.answers import fingerprint, headers, usage_of
 from services.gateway.errors import Problem
 from services.gateway.streaming import encode_events
@@ -20,7 +20,8 @@ def stream(api, changes, pieces):
     writer = api.writer(parse(api, STREAMED | changes), "id", 99)
     events = writer.begin()
     for index, piece in pieces:
-        events += writer.text(index, piece) if isinstance(piece, str) else writer.finish(index, piece)
+        is_text = isinstance(piece, str)
+        events += writer.text(index, Tokens(text=piece)) if is_text else writer.finish(index, piece)
     return [event.data for event in [*events, *writer.end()]]
 
 
@@ -196,10 +197,12 @@ def test_a_message_names_its_stop_sequence_if_there_was_only_one():
 
 
 def test_keep_alives_are_events_without_text():
-    empty = {
-        api: api.writer(parse(api, STREAMED), "id", 99).keep_alive()[0].data
-        for api in (CHAT, COMPLETIONS, RESPONSES, MESSAGES)
+    writers = {
+        api: api.writer(parse(api, STREAMED), "id", 99) for api in (CHAT, COMPLETIONS, RESPONSES, MESSAGES)
     }
+    for writer in writers.values():
+        writer.begin()
+    empty = {api: writer.keep_alive()[0].data for api, writer in writers.items()}
     assert empty[CHAT]["choices"][0]["delta"] == {}
     assert empty[COMPLETIONS]["choices"][0]["text"] == ""
     assert (empty[RESPONSES]["type"], empty[RESPONSES]["delta"]) == ("response.output_text.delta", "")
@@ -255,7 +258,9 @@ def test_an_error_in_a_stream_has_the_apis_form():
 
 
 def test_events_go_over_the_wire_one_line_each():
-    wire = encode_events(MESSAGES.writer(parse(MESSAGES, STREAMED), "id", 99).text(0, "a\nb\r\n\u2028ö"))
+    writer = MESSAGES.writer(parse(MESSAGES, STREAMED), "id", 99)
+    writer.begin()
+    wire = encode_events(writer.text(0, Tokens(text="a\nb\r\n\u2028ö")))
     name, data, *rest = wire.decode().split("\n")
     assert name == "event: content_block_delta"
     assert json.loads(data.removeprefix("data: "))["delta"]["text"] == "a\nb\r\n\u2028ö"

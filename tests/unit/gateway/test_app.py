@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from asd.errors import InputFailed, PreconditionFailed, Unauthenticated
+from asd.values import Tokens
 from services.gateway.app import Gateway
 from services.gateway.instruments import Instruments
 from services.gateway.settings import GatewaySettings
@@ -51,7 +52,7 @@ class ScriptedCascade:
     @asynccontextmanager
     async def stream(self, token, requests):
         queue = asyncio.Queue()
-        queue.put_nowait((0, "Forty"))
+        queue.put_nowait((0, Tokens(text="Forty")))
         if not self.is_silent:
             queue.put_nowait((0, answer()))
         yield queue

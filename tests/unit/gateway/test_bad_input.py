@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asd.errors import InvalidRequest, NotFound, PreconditionFailed
+from asd.values import Tokens
 from services.common.validation import MAX_REQUEST_BYTES, MAX_STOP_SEQUENCES
 from services.gateway.models import Models
 from services.gateway.parameters import PARAMETERS, Effect
@@ -22,6 +23,19 @@ def message(**fields):
     return {"messages": [USER | fields]}
 
 
+def called(call):
+    """Return a conversation with a call of an earlier answer."""
+    return {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [call]}, USER]}
+
+
+def tool(**fields):
+    return {"tools": [{"type": "function", "function": {"name": "now"} | fields}]}
+
+
+def blocks(role, *content):
+    return {"messages": [{"role": role, "content": list(content)}]}
+
+
 CASES = [
     (CHAT, {"model": 5}, "model"),
     (CHAT, {"model": ""}, "model"),
@@ -31,7 +45,8 @@ CASES = [
     (CHAT, {"messages": "Hi"}, "messages"),
     (CHAT, {"messages": ["Hi"]}, "messages[0]"),
     (CHAT, {"messages": [{"role": "assistant", "content": "x"}]}, "messages[0].role"),
-    (CHAT, message(role="tool"), "messages[0].role"),
+    (CHAT, message(role="function"), "messages[0].role"),
+    (CHAT, message(role="tool"), "messages[0].tool_call_id"),
     (CHAT, message(role="king"), "messages[0].role"),
     (CHAT, message(role=["user"]), "messages[0].role"),
     (CHAT, message(content=""), "messages[0].content"),
@@ -73,12 +88,41 @@ CASES = [
         "stream_options.include_obfuscation",
     ),
     (CHAT, {"store": True}, "store"),
-    (CHAT, {"tools": [{}]}, "tools"),
-    (CHAT, {"tool_choice": "auto"}, "tool_choice"),
-    (CHAT, {"response_format": {"type": "json_object"}}, "response_format"),
-    (CHAT, {"logprobs": True}, "logprobs"),
+    (CHAT, called({}), "messages[1].tool_calls[0].function"),
+    (CHAT, called({"type": "custom"}), "messages[1].tool_calls[0]"),
+    (CHAT, called({"function": {"name": "now", "arguments": "{}"}}), "messages[1].tool_calls[0].id"),
+    (CHAT, called({"id": "a", "function": {"name": "now"}}), "messages[1].tool_calls[0].function.arguments"),
+    (CHAT, called({"id": "a", "function": {}, "more": 1}), "messages[1].tool_calls[0].more"),
+    (CHAT, {"tools": {}}, "tools"),
+    (CHAT, {"tools": [5]}, "tools[0]"),
+    (CHAT, {"tools": [{"type": "web_search"}]}, "tools[0].type"),
+    (CHAT, {"tools": [{"type": "function"}]}, "tools[0].function"),
+    (CHAT, tool(name=""), "tools[0].function.name"),
+    (CHAT, tool(description=5), "tools[0].function.description"),
+    (CHAT, tool(parameters="{}"), "tools[0].function.parameters"),
+    (CHAT, tool(more=5), "tools[0].function.more"),
+    (CHAT, tool(strict=True), "tools[0].function.strict"),
+    (CHAT, tool() | {"tool_choice": "maybe"}, "tool_choice"),
+    (CHAT, tool() | {"tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
+    (CHAT, {"tool_choice": "required"}, "tool_choice"),
+    (CHAT, {"parallel_tool_calls": 0}, "parallel_tool_calls"),
+    (CHAT, {"response_format": "json"}, "response_format.type"),
+    (CHAT, {"response_format": {"type": "grammar"}}, "response_format.type"),
+    (CHAT, {"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
+    (CHAT, tool() | {"response_format": {"type": "json_object"}}, "response_format"),
+    (CHAT, tool() | {"asd": {"regex": "a"}}, "asd.regex"),
+    (CHAT, {"asd": {"choice": ["a"]}, "response_format": {"type": "json_object"}}, "asd.choice"),
+    (CHAT, {"asd": {"choice": ["a"], "regex": "a"}}, "asd.regex"),
+    (CHAT, {"asd": {"choice": "a"}}, "asd.choice"),
+    (CHAT, {"asd": {"choice": []}}, "asd.choice"),
+    (CHAT, {"asd": {"regex": ""}}, "asd.regex"),
+    (CHAT, {"asd": {"allow_switch": 1}}, "asd.allow_switch"),
     (CHAT, {"logprobs": 0}, "logprobs"),
-    (CHAT, {"prediction": {"type": "content", "content": "x"}}, "prediction"),
+    (CHAT, {"top_logprobs": 3}, "top_logprobs"),
+    (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    (CHAT, {"prediction": {"type": "text"}}, "prediction.type"),
+    (CHAT, {"prediction": {"type": "content", "content": ""}}, "prediction.content"),
+    (CHAT, {"prediction": {"type": "content", "content": [IMAGE]}}, "prediction.content[0].type"),
     (CHAT, {"top_k": 5}, "top_k"),
     (CHAT, {"asd": 5}, "asd"),
     (CHAT, {"asd": {"lamda": 5}}, "asd.lamda"),
@@ -94,10 +138,24 @@ CASES = [
     (COMPLETIONS, {"prompt": [1, 2]}, "prompt[0]"),
     (COMPLETIONS, {"prompt": ["a"] * 9, "n": 8}, "prompt"),
     (COMPLETIONS, {"echo": True}, "echo"),
-    (COMPLETIONS, {"logprobs": 1}, "logprobs"),
+    (COMPLETIONS, {"logprobs": 21}, "logprobs"),
+    (COMPLETIONS, {"logprobs": True}, "logprobs"),
     (RESPONSES, {"input": None}, "input"),
     (RESPONSES, {"input": ""}, "input"),
-    (RESPONSES, {"input": [{"type": "function_call_output"}]}, "input[0].type"),
+    (RESPONSES, {"input": [{"type": "reasoning"}]}, "input[0].type"),
+    (RESPONSES, {"input": [{"type": "function_call", "call_id": "a"}]}, "input[0].name"),
+    (RESPONSES, {"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id"),
+    (
+        RESPONSES,
+        {"input": [{"type": "function_call_output", "call_id": "a", "output": 5}]},
+        "input[0].output",
+    ),
+    (RESPONSES, {"tools": [{"type": "function"}]}, "tools[0].name"),
+    (RESPONSES, {"tools": [{"type": "mcp"}]}, "tools[0].type"),
+    (RESPONSES, {"text": {"verbosity": "low"}}, "text.verbosity"),
+    (RESPONSES, {"text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format.schema"),
+    (RESPONSES, {"text": {"more": 1}}, "text.more"),
+    (RESPONSES, {"include": ["file_search_call.results"]}, "include"),
     (
         RESPONSES,
         {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
@@ -109,7 +167,6 @@ CASES = [
     (RESPONSES, {"safety_identifier": 5}, "safety_identifier"),
     (RESPONSES, {"store": True}, "store"),
     (RESPONSES, {"previous_response_id": "resp_1"}, "previous_response_id"),
-    (RESPONSES, {"text": {"format": {"type": "json_object"}}}, "text"),
     (RESPONSES, {"max_output_tokens": 0}, "max_output_tokens"),
     (RESPONSES, {"stream": True, "stream_options": {"include_usage": True}}, "stream_options.include_usage"),
     (MESSAGES, {"max_tokens": None}, "max_tokens"),
@@ -120,6 +177,15 @@ CASES = [
     (MESSAGES, {"top_k": 5}, "top_k"),
     (MESSAGES, {"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
     (MESSAGES, {"n": 2}, "n"),
+    (MESSAGES, {"tools": [{"name": "now", "type": "bash_20250124"}]}, "tools[0].type"),
+    (MESSAGES, {"tools": [{"name": "now"}], "tool_choice": {"type": "required"}}, "tool_choice.type"),
+    (MESSAGES, {"tools": [{"name": "now"}], "tool_choice": {"type": "tool"}}, "tool_choice.name"),
+    (MESSAGES, {"tools": [{"name": "now"}], "tool_choice": {"type": ["auto"]}}, "tool_choice.type"),
+    (MESSAGES, {"output_config": {"effort": "low"}}, "output_config.effort"),
+    (MESSAGES, blocks("user", {"type": "tool_result", "content": "x"}), "messages[0].content[0].tool_use_id"),
+    (MESSAGES, blocks("assistant", {"type": "tool_use", "id": "a"}), "messages[0].content[0].input"),
+    (MESSAGES, blocks("user", {"type": "tool_use", "id": "a"}), "messages[0].content[0].type"),
+    (MESSAGES, blocks("user", {"type": ["text"]}), "messages[0].content[0].type"),
 ]
 
 
@@ -197,13 +263,11 @@ def test_bounds_are_the_contracts():
     assert MOST_BYTES == MAX_REQUEST_BYTES
 
 
+_KEYS = ["role", "content", "type", "text", "tool_calls", "function", "name", "format", "schema", "x"]
 _NUMBERS = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
 _JSON = st.recursive(
     st.none() | st.booleans() | _NUMBERS | st.text(),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["role", "content", "type", "text", "x"]), inner, max_size=4)
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(_KEYS), inner, max_size=4),
     max_leaves=8,
 )
 _HEADERS = st.dictionaries(st.sampled_from(["x-asd-lambda", "x-asd-task"]), st.text(), max_size=1)
@@ -231,4 +295,5 @@ def test_any_body_is_answered_or_refused_with_a_parameter(api, data):
     encode(api.answer(call, answers, 99))
     writer = api.writer(call, "id", 99)
     for index, each in enumerate(answers):
-        encode_events([*writer.begin(), *writer.text(index, "x"), *writer.finish(index, each)])
+        text = writer.text(index, Tokens(text="x"))
+        encode_events([*writer.begin(), *text, *writer.finish(index, each)])

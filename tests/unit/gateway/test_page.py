@@ -11,7 +11,7 @@ import pytest
 from services.gateway.errors import TABLE
 from services.gateway.models import VIRTUAL
 from services.gateway.objective import header_of
-from services.gateway.parameters import ASD_FIELDS, PARAMETERS
+from services.gateway.parameters import ASD_FIELDS, ASD_FORMS, PARAMETERS
 from services.gateway.settings import GatewaySettings
 
 _PAGE = (Path(__file__).parents[3] / "docs" / "gateway.md").read_text(encoding="utf-8")
@@ -43,6 +43,11 @@ def test_every_option_has_its_header():
     assert _rows("## Objectives") == [
         [f"`{each.name}`", f"`{header_of(each.name)}`", each.note] for each in ASD_FIELDS.values()
     ]
+
+
+def test_every_form_of_an_answer_is_in_its_table():
+    forms = [[f"`{each.name}`", each.note] for each in ASD_FORMS.values()]
+    assert _rows("### The form of an answer") == forms
 
 
 def test_every_virtual_model_is_listed():

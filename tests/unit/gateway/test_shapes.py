@@ -10,7 +10,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from asd.errors import InvalidRequest
-from asd.values import Description, StageDescription
+from asd.values import Description, StageDescription, Tokens
 from services.gateway.errors import Problem
 from services.gateway.models import listed, page
 from tests.unit.gateway.samples import CHAT, COMPLETIONS, MESSAGES, RESPONSES, answer, parse
@@ -39,7 +39,7 @@ def test_every_event_has_its_type(api):
     writer = api.writer(parse(api, {"stream": True}), "id", 99)
     events = [
         *writer.begin(),
-        *writer.text(0, "Hi"),
+        *writer.text(0, Tokens(text="Hi")),
         *writer.keep_alive(),
         *writer.finish(0, answer()),
         *writer.end(),

@@ -195,6 +195,7 @@ class OnnxEngine:
             completed=self._scheduler.completed,
             cancelled=self._scheduler.cancelled,
             error=self._error,
+            takes_tools=self._tokenizer.takes_tools,
             constrains=self._reader.constrains,
             most_top_logprobs=MAX_TOP_LOGPROBS,
         )
