@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from asd.errors import AsdError, ConversationRefused, ModelRefusal
-from asd.values import Role, tools_of
+from asd.values import Role, ToolChoice, tools_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -85,7 +85,7 @@ def _needs_abilities(request: Request) -> bool:
 
 
 def _has_tools(request: Request) -> bool:
-    turns = request.input
-    return tools_of(turns) is not None or (
-        not isinstance(turns, str) and any(turn.tool_calls or turn.role == Role.TOOL for turn in turns)
-    )
+    turns, tools = request.input, tools_of(request.input)
+    if tools is not None and tools.choice != ToolChoice.NONE:
+        return True
+    return not isinstance(turns, str) and any(turn.tool_calls or turn.role == Role.TOOL for turn in turns)

@@ -73,3 +73,16 @@ async def test_a_refused_prediction_is_told_by_the_callers_name_of_it(world):
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await w.stub.Generate(ask(prediction="one"), timeout=CALL_S)
     assert from_rpc_error(refused.value).field == "prediction"
+
+
+async def test_tools_that_must_not_be_called_need_no_template_for_them(world):
+    tools = common_pb2.Tools(tools=[common_pb2.Tool(name="weather")], choice=common_pb2.TOOL_CHOICE_NONE)
+    turns = [common_pb2.Message(role=common_pb2.ROLE_USER, content="hi")]
+    conversation = common_pb2.Conversation(messages=turns, tools=tools)
+    w = await world(world.stage("medium"))
+    response = await w.stub.Generate(cascade_pb2.GenerateRequest(conversation=conversation), timeout=CALL_S)
+    assert response.stage == "medium"
+    conversation.tools.choice = common_pb2.TOOL_CHOICE_AUTO
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await w.stub.Generate(cascade_pb2.GenerateRequest(conversation=conversation), timeout=CALL_S)
+    assert from_rpc_error(refused.value).field == "conversation.tools"
