@@ -22,6 +22,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 
 from asd.errors import InvalidRequest, ModelRefusal
 from services.common.constraints import check_schema
+from services.stage.generation.dates import with_exact_dates
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -87,7 +88,7 @@ def json_rule(schema: Any, field: str) -> str:
     """Return the part of a grammar that stands for a value of a parsed JSON Schema."""
     if schema is False:
         raise InvalidRequest("the schema false allows no answer at all", field=field)
-    schema = {} if schema is True else schema
+    schema = {} if schema is True else with_exact_dates(schema, field)
     # Whatever stands in it may be referred to.
     objects = list(_objects_in(schema))
     if len(objects) > _MOST_OBJECTS:

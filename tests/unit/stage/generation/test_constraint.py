@@ -163,6 +163,42 @@ def test_a_schema_that_cannot_be_kept_is_refused_with_the_place(schema: Any, pla
     assert "\n" not in refused.value.message
 
 
+@pytest.mark.parametrize(
+    ("form", "whole", "others"),
+    [
+        (
+            "date",
+            ["2024-02-29", "2000-02-29", "1999-12-31", "0001-01-01"],
+            ["2023-02-29", "1900-02-29", "2024-04-31", "2024-13-01", "0000-01-01", "24-01-01"],
+        ),
+        (
+            "date-time",
+            ["2024-02-29T23:59:59Z", "2024-02-28T00:00:00.5+01:00"],
+            ["2023-02-29T00:00:00Z", "2024-01-01T24:00:00Z", "2024-01-01T00:00:00"],
+        ),
+        ("time", ["12:30:00Z"], ["12:60:00Z", "12:30"]),
+    ],
+)
+def test_dates_are_days_that_there_are(form: str, whole: list[str], others: list[str]) -> None:
+    constraint = Constraint(json_schema={"type": "string", "format": form})
+    for text in whole:
+        assert _is_whole(constraint, f'"{text}"'), text
+    for text in others:
+        assert not _is_whole(constraint, f'"{text}"'), text
+
+
+@given(st.dates())
+def test_every_date_is_one(day: Any) -> None:
+    assert _is_whole(Constraint(json_schema={"type": "string", "format": "date"}), f'"{day.isoformat()}"')
+
+
+def test_what_only_looks_like_a_format_stays() -> None:
+    schema = {"enum": [{"format": "date"}]}
+    assert _is_whole(Constraint(json_schema=schema), '{"format": "date"}')
+    with pytest.raises(InvalidRequest, match="pattern"):
+        _matcher(Constraint(json_schema={"type": "string", "format": "date", "pattern": "1"}))
+
+
 @pytest.mark.parametrize("regex", ["ab(c", "a(?=b)", r"(a)\1", "a$b", "[a&&b]"])
 def test_a_regex_that_cannot_be_kept_is_refused(regex: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
