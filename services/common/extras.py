@@ -13,9 +13,18 @@ if TYPE_CHECKING:
 
 # Modules of each extra.
 EXTRAS = {
-    "stage": ("jinja2", "ml_dtypes", "numpy", "onnx", "onnxruntime", "onnxruntime_genai", "tokenizers"),
-    "vllm": ("jinja2", "numpy", "tokenizers", "vllm"),
-    "tensorrt-llm": ("jinja2", "numpy", "tokenizers"),
+    "stage": (
+        "jinja2",
+        "llguidance",
+        "ml_dtypes",
+        "numpy",
+        "onnx",
+        "onnxruntime",
+        "onnxruntime_genai",
+        "tokenizers",
+    ),
+    "vllm": ("jinja2", "llguidance", "numpy", "tokenizers", "vllm"),
+    "tensorrt-llm": ("jinja2", "llguidance", "numpy", "tokenizers"),
     "hub": ("huggingface_hub",),
     "policy": ("numpy", "onnxruntime"),
     "gateway": ("httptools", "starlette", "uvicorn"),

@@ -10,13 +10,14 @@ from services.stage.generation.resync import PASS_PER_DRAFT
 
 if TYPE_CHECKING:
     from asd.errors import AsdError
+    from services.stage.generation.constraint import Matcher
 
 
 class ArrivingDraft(ReceivedDraft):
     """A draft that may still be on its way."""
 
-    def __init__(self, most_tokens: int) -> None:
-        super().__init__(most_tokens)
+    def __init__(self, most_tokens: int, matcher: Matcher | None = None) -> None:
+        super().__init__(most_tokens, matcher)
         self._changed = asyncio.Event()
         self._error: AsdError | None = None
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from asd.values import TokenDetail
+
     Signals = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]
 
 
@@ -52,6 +54,7 @@ class AnswerBuilder:
         self._text = ""
         self._ids: list[int] = []
         self._signals: list[tuple[float, float, float]] = []
+        self._details: list[TokenDetail] = []
         # Length of the whole text, where each token ends in it, and the spans of its special tokens.
         self._whole = 0
         self._ends: list[int] = []
@@ -74,9 +77,12 @@ class AnswerBuilder:
         """The answer so far."""
         return self._text
 
-    def extend(self, ids: Sequence[int], signals: Signals) -> TokenChunk | None:
+    def extend(
+        self, ids: Sequence[int], signals: Signals, details: Sequence[TokenDetail] = ()
+    ) -> TokenChunk | None:
         """Add tokens with their log-probabilities, entropies and margins, float32 [tokens] each.
 
+        details: of each token, if the request asks for them.
         Returns the chunk that may be sent now, or None. Tokens after a stop sequence are dropped.
         """
         if self.has_stopped:
@@ -86,13 +92,14 @@ class AnswerBuilder:
             self._text += text
             self._ids += ids
             self.taken += len(ids)
-            return TokenChunk(tuple(ids), text, *signals)
+            return TokenChunk(tuple(ids), text, *signals, tuple(details))
         for index, token in enumerate(ids):
             self._ids.append(token)
             self.taken += 1
             self._signals.append(
                 (float(signals[0][index]), float(signals[1][index]), float(signals[2][index]))
             )
+            self._details += details[index : index + 1]
             cut = self._add(token)
             if cut is not None:
                 self._cut(cut)
@@ -180,7 +187,7 @@ class AnswerBuilder:
         self._text = self._text[: self._shown(end)]
         self._whole = end
         kept = next((i for i, token_end in enumerate(self._ends) if token_end > end), len(self._ends))
-        del self._ids[kept:], self._ends[kept:], self._signals[kept:]
+        del self._ids[kept:], self._ends[kept:], self._signals[kept:], self._details[kept:]
 
     def _shown(self, position: int) -> int:
         """Return the position in the answer's text of a position in the whole text."""
@@ -208,6 +215,7 @@ class AnswerBuilder:
             columns[:, 0],
             columns[:, 1],
             columns[:, 2],
+            tuple(self._details[self._sent : ready]),
         )
         self._sent, self._sent_text = ready, text_end
         return chunk

@@ -12,9 +12,10 @@ from services.stage.domain import Result
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from asd.values import Sampling
+    from asd.values import Sampling, TokenDetail
     from services.stage.domain import Event, TokenChunk
     from services.stage.generation.answer import AnswerBuilder, Signals
+    from services.stage.generation.constraint import Matcher
 
 # An engine's evidence of the distribution that a token was chosen from: logits, or the likeliest tokens.
 Evidence = TypeVar("Evidence")
@@ -26,9 +27,11 @@ class Call(Generic[Evidence]):
 
     seed_is_free: whether it draws and nobody gave a seed, so that another one would do.
     ids: chosen so far, including those that a stop sequence may still cut off. signals: computes the signals
-    of tokens from their ids and evidence. queued: wait for a slot in the batch; queued_at_first: the part of
-    it before the first pass. emitted: for each pass that scored a proposal, the positions in the answer of
-    the tokens that it emitted: the accepted ones and one more. The answer may end among them.
+    of tokens from their ids and evidence; details: what the request asks of each token besides, if anything.
+    matcher: of the constraint, after the ids so far; None: there is none. queued: wait for a slot in the
+    batch; queued_at_first: the part of it before the first pass. emitted: for each pass that scored a
+    proposal, the positions in the answer of the tokens that it emitted: the accepted ones and one more. The
+    answer may end among them.
     """
 
     prompt: list[int]
@@ -39,6 +42,8 @@ class Call(Generic[Evidence]):
     signals: Callable[[Sequence[int], Sequence[Evidence]], Signals]
     arrived: float = field(default_factory=time.monotonic)
     seed_is_free: bool = False
+    details: Callable[[Sequence[int], Sequence[Evidence]], Sequence[TokenDetail]] | None = None
+    matcher: Matcher | None = None
     ids: list[int] = field(default_factory=list)
     finish: FinishReason | None = None
     queued: float = 0.0
@@ -72,13 +77,17 @@ class Call(Generic[Evidence]):
             self.prefilled, self.cached, self.queued_at_first = time.monotonic(), cached, self.queued
 
     def add(self, token: int, evidence: Evidence) -> bool:
-        """Add a token; return whether it ends the answer."""
+        """Add a token; return whether it ends the answer, as the last one that a constraint allows does."""
+        if self.matcher is not None and not self.matcher.take([token]):
+            raise RuntimeError(f"the library chose token {token}, which the constraint does not allow")
         if token in self.eos_ids:
             self.finish = FinishReason.EOS
             return True
         self.ids.append(token)
         self.held.append(evidence)
-        if len(self.ids) >= self.most_tokens:
+        if self.matcher is not None and self.matcher.is_over:
+            self.finish = FinishReason.EOS
+        elif len(self.ids) >= self.most_tokens:
             self.finish = FinishReason.LENGTH
         return self.finish is not None
 
@@ -90,7 +99,8 @@ class Call(Generic[Evidence]):
         chunk = None
         if self.held:
             ids = self.ids[-len(self.held) :]
-            chunk = self.answer.extend(ids, self.signals(ids, self.held))
+            details = self.details(ids, self.held) if self.details is not None else ()
+            chunk = self.answer.extend(ids, self.signals(ids, self.held), details)
             self.held.clear()
         if self.answer.has_stopped:
             self.finish = FinishReason.STOP
@@ -127,4 +137,5 @@ class Call(Generic[Evidence]):
             prefill_ms=(self.prefilled - self.arrived - self.queued_at_first) * 1e3,
             decode_ms=(now - self.prefilled - (self.queued - self.queued_at_first)) * 1e3,
             total_ms=(now - self.arrived) * 1e3,
+            constrained=self.matcher is not None,
         )

@@ -7,6 +7,7 @@ import logging
 import secrets
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from asd.errors import (
@@ -17,13 +18,14 @@ from asd.errors import (
     PreconditionFailed,
     PromptTooLong,
 )
-from asd.values import FinishReason, Role, tools_of
+from asd.values import Candidate, FinishReason, Role, TokenDetail, tools_of
 from services.stage.generation.answer import AnswerBuilder
 from services.stage.generation.call import Call
+from services.stage.generation.constraint import GrammarCompiler
 from services.stage.generation.tokenizer import TooManyTokens
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
     from asd.values import Message, Sampling
     from services.stage.domain import DraftPiece, DraftText
@@ -44,6 +46,8 @@ _LONG_TEXTS = 2
 class RequestReader:
     """Reads the requests of one model. context, vocabulary: in tokens. eos_ids: tokens that end an answer.
 
+    constrains: whether constraints are compiled, unless llguidance cannot use the tokenizer.
+    most_top_logprobs: largest `top_logprobs` that is served; None: no log-probabilities are reported.
     An invalid request raises InvalidRequest, which names the field. A request that another model may take
     raises ModelRefusal.
     """
@@ -56,6 +60,9 @@ class RequestReader:
         vocabulary: int,
         eos_ids: Sequence[int],
         default_max_new_tokens: int = 160,
+        *,
+        constrains: bool = False,
+        most_top_logprobs: int | None = None,
     ) -> None:
         self._name = name
         self._tokenizer = tokenizer
@@ -63,8 +70,15 @@ class RequestReader:
         self._vocabulary = vocabulary
         self._eos_ids = tuple(eos_ids)
         self._default_max_new_tokens = default_max_new_tokens
+        self._most_top_logprobs = most_top_logprobs
+        self._grammars = self._compiler() if constrains else None
         # A cancelled request's thread runs to its end; only then does the next text start.
         self._long_texts = ThreadPoolExecutor(_LONG_TEXTS, thread_name_prefix="long-text")
+
+    @property
+    def constrains(self) -> bool:
+        """Whether it takes constraints."""
+        return self._grammars is not None
 
     def check_shortest_prompt(self) -> None:
         """Raise PreconditionFailed if a short conversation has no tokens, or leaves no room for an answer."""
@@ -82,25 +96,51 @@ class RequestReader:
         turns: tuple[Message, ...],
         sampling: Sampling,
         signals: Callable[[Sequence[int], Sequence[Evidence]], Signals],
+        likeliest: Callable[[Evidence, int], Iterable[tuple[int, float]]] | None = None,
     ) -> Call[Evidence]:
-        """Return the call of a request, with a seed if it samples. signals: see Call."""
+        """Return the call of a request, with a seed if it samples. signals: see Call.
+
+        likeliest: returns so many of the likeliest tokens with their log-probabilities, likeliest first.
+        """
         self._refuse_unsupported(turns, sampling)
         prompt = await self.read_prompt(turns)
+        constraint, matcher = sampling.constraint, None
+        if constraint is not None and self._grammars is not None:
+            matcher = await self._grammars.compile(constraint)
+        details = None
+        if sampling.top_logprobs is not None and likeliest is not None:
+            details = partial(self._details, likeliest, sampling.top_logprobs)
         seed_is_free = sampling.temperature > 0 and sampling.seed is None
         if seed_is_free:
             sampling = replace(sampling, seed=secrets.randbits(63))
         wanted = sampling.max_new_tokens or self._default_max_new_tokens
         most_tokens = min(wanted, self._context - len(prompt))
         answer = AnswerBuilder(self._tokenizer.stream(), sampling.stop)
-        return Call(prompt, most_tokens, sampling, answer, self._eos_ids, signals, seed_is_free=seed_is_free)
+        return Call(
+            prompt,
+            most_tokens,
+            sampling,
+            answer,
+            self._eos_ids,
+            signals,
+            seed_is_free=seed_is_free,
+            details=details,
+            matcher=matcher,
+        )
 
     def _refuse_unsupported(self, turns: tuple[Message, ...], sampling: Sampling) -> None:
-        if sampling.constraint is not None:
+        if sampling.constraint is not None and not self.constrains:
             raise ModelRefusal(f"{self._name} cannot keep a constraint", field="sampling.constraint")
         if sampling.top_logprobs is not None:
-            raise ModelRefusal(f"{self._name} reports no log-probabilities", field="sampling.top_logprobs")
+            self._check_top_logprobs(sampling.top_logprobs)
         if tools_of(turns) is not None or any(turn.role == Role.TOOL or turn.tool_calls for turn in turns):
             raise ConversationRefused(f"{self._name} takes no tools", field="conversation.tools")
+
+    def _check_top_logprobs(self, wanted: int) -> None:
+        most = self._most_top_logprobs
+        if most is None or wanted > most:
+            served = "no log-probabilities" if most is None else f"at most {most} likeliest tokens"
+            raise ModelRefusal(f"{self._name} reports {served}", field="sampling.top_logprobs")
 
     async def read_prompt(self, turns: tuple[Message, ...]) -> list[int]:
         """Return a prompt's ids: fewer than the context, so that an answer has room."""
@@ -113,8 +153,19 @@ class RequestReader:
     async def read_draft(self, sent: DraftText, draft: ReceivedDraft) -> None:
         """Read a complete draft: its ids if they are this tokenizer's, else its text.
 
-        It reads no more than `draft` has room for.
+        It reads no more than `draft` has room for. Raises InvalidRequest if the caller of the cascade wrote
+        it, and it breaks the constraint.
         """
+        await self._read_whole(sent, draft)
+        if sent.is_prediction and draft.allowed is not None:
+            kept = self._tokenizer.decode(draft.ids)[-40:]
+            raise InvalidRequest(
+                f"the prediction breaks the constraint after {kept!r}: write one blank after each comma and "
+                "colon of JSON, and properties in the schema's order, or leave the prediction out",
+                field="draft",
+            )
+
+    async def _read_whole(self, sent: DraftText, draft: ReceivedDraft) -> None:
         is_whole = True
         draft.ids_used = bool(sent.ids) and sent.fingerprint == self._tokenizer.fingerprint
         if draft.ids_used:
@@ -197,7 +248,7 @@ class RequestReader:
         return self._tokenizer.encode_text(text)
 
     def _add_ids(self, draft: ReceivedDraft, ids: Sequence[int], field: str) -> bool:
-        """Add ids up to a token that ends this model's answers; return whether there is one.
+        """Add ids up to a token that ends this model's answers; return whether the draft is complete.
 
         A drafter with the same tokenizer may have other end tokens, and write past this model's. Whether the
         answer ends there is this model's choice, which the verification pass shows.
@@ -210,7 +261,37 @@ class RequestReader:
         draft.add(ids)
         if end is not None:
             draft.finish(None)
-        return end is not None
+        return draft.is_complete
+
+    def _compiler(self) -> GrammarCompiler | None:
+        vocabulary = max(self._vocabulary, self._tokenizer.vocabulary_size)
+        try:
+            return GrammarCompiler(
+                self._tokenizer.to_json(),
+                vocabulary,
+                self._eos_ids,
+                drops_blank=self._tokenizer.drops_blank(),
+            )
+        except ValueError as error:
+            logger.warning("model %s takes no constraints: %s", self._name, error)
+            return None
+
+    def _details(
+        self,
+        likeliest: Callable[[Evidence, int], Iterable[tuple[int, float]]],
+        most: int,
+        ids: Sequence[int],
+        evidence: Sequence[Evidence],
+    ) -> list[TokenDetail]:
+        """Return the text of tokens, and of the likeliest ones at the place of each."""
+        text = self._tokenizer.token_bytes
+        return [
+            TokenDetail(
+                text(token),
+                tuple(Candidate(each, text(each), logprob) for each, logprob in likeliest(seen, most)),
+            )
+            for token, seen in zip(ids, evidence, strict=True)
+        ]
 
     def _end_id(self, finish: FinishReason) -> int | None:
         return self._eos_ids[0] if finish is FinishReason.EOS else None

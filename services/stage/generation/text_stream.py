@@ -84,6 +84,7 @@ class Decoding:
         check_decoders(decoders, path)
         kinds = {decoder["type"] for decoder in decoders}
         self.is_byte_level = "ByteLevel" in kinds
+        self._letters = _byte_letters() if self.is_byte_level else {}
         vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
         self._bytes: set[int] = set()
         if "ByteFallback" in kinds:
@@ -101,6 +102,18 @@ class Decoding:
         """Return the ids that stand for text."""
         id_to_token = self._tokenizer.id_to_token
         return [each for each in ids if each not in self._special and id_to_token(each) is not None]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes that a token stands for within a text; none for one that has no text."""
+        if not self.with_text([token_id]):
+            return b""
+        token = self._tokenizer.id_to_token(token_id)
+        assert token is not None
+        if token_id in self._bytes:
+            return bytes.fromhex(token[3:5])
+        if token and self._letters.keys() >= set(token):
+            return bytes(self._letters[letter] for letter in token)
+        return self.continue_with([token_id]).encode()
 
     def settled(self, ids: list[int]) -> int:
         """Return how many of the first ids have a final text."""
@@ -120,3 +133,17 @@ class Decoding:
     def continue_with(self, ids: list[int]) -> str:
         """Return the text of ids that continue a text."""
         return self.decode(self.anchor + ids)[self._anchor_length :]
+
+
+def _byte_letters() -> dict[str, int]:
+    """Return the byte that each letter of a byte-level vocabulary stands for.
+
+    Printable bytes stand for themselves, the others for the letters from U+0100 on: GPT-2's encoder.py.
+    """
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

@@ -128,6 +128,18 @@ class ChatTokenizer:
         """Return the text of ids, special tokens left out."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes that a token stands for; none for a special one."""
+        return self._decoding.token_bytes(token_id)
+
+    def drops_blank(self) -> bool:
+        """Return whether texts begin with a blank that decoding drops, as SentencePiece has it."""
+        return self.token_bytes(self.encode_text("a")[0]).startswith(b" ")
+
+    def to_json(self) -> str:
+        """Return the tokenizer as tokenizer.json holds it."""
+        return self._tokenizer.to_str()
+
     def stream(self) -> TextStream:
         """Return an empty growing text."""
         return TextStream(self._decoding, self.special)

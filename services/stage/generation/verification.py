@@ -49,22 +49,26 @@ def verify_draft(
     target_logits: npt.NDArray[np.float32],
     threshold: float | None = None,
     choices: npt.NDArray[np.int64] | None = None,
+    likeliest: npt.NDArray[np.int64] | None = None,
 ) -> Verdict:
     """Accept the longest prefix of a draft that the target agrees with.
 
     draft_ids: int64 [k]. target_logits: float32 [k, V]; row t conditions on draft_ids[:t]. choices:
-    int64 [k], the token that the target chose at each position; None: its argmax (the first one, on a tie).
+    int64 [k], the token that the target chose at each position; None: the likeliest one. likeliest:
+    int64 [k], the likeliest token at each position that the constraint allows; None: the argmax (the first
+    one, on a tie). Ranks and log-probabilities are those before any constraint.
     Without a threshold, a token is accepted if it is the target's choice, so the target's own output is kept
-    exactly. With one, it is accepted if its probability is at least threshold times the largest.
+    exactly. With one, it is accepted if its probability is at least threshold times that of the likeliest.
     Raises ShapeMismatch if k disagrees or an id is not below V.
     Source: greedy acceptance of Leviathan et al. 2023, section 3; typical-acceptance-style threshold relative
     to the mode as in Stern et al. 2018, section 5.3 (there a distance), our parametrisation.
     """
     _check_ids(draft_ids, target_logits, target_logits.shape[:1])
     rows = np.arange(draft_ids.size)
-    likeliest = target_logits.argmax(axis=1)
+    first = target_logits.argmax(axis=1)
+    likeliest = first if likeliest is None else likeliest
     own = target_logits[rows, draft_ids]
-    top = target_logits[rows, likeliest]
+    top = target_logits[rows, first]
     # Of tokens with equal logits, the lowest id ranks first, as in argmax.
     columns = np.arange(target_logits.shape[1])
     is_before = (target_logits > own[:, None]) | (
@@ -73,7 +77,12 @@ def verify_draft(
     shifted = target_logits - top[:, None]
     logprobs = own - top - np.log(np.exp(shifted).sum(axis=1))
     return Verdict(
-        accepted=accept_prefix(draft_ids, likeliest if choices is None else choices, own - top, threshold),
+        accepted=accept_prefix(
+            draft_ids,
+            likeliest if choices is None else choices,
+            own - target_logits[rows, likeliest],
+            threshold,
+        ),
         ranks=is_before.sum(axis=1).astype(np.int64),
         logprobs=logprobs.astype(np.float32),
     )
@@ -171,6 +180,19 @@ def evidence_signals(
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Return the signals of tokens by the logits that each was chosen from, float32 [V] each."""
     return token_signals(np.concatenate(rows).reshape(len(ids), -1), np.array(ids, np.int64))
+
+
+def likeliest_tokens(logits: npt.NDArray[np.float32], most: int) -> list[tuple[int, float]]:
+    """Return the likeliest tokens with their log-probabilities, likeliest first. logits: float32 [V]."""
+    if not most:
+        return []
+    # Of equal ones, the lowest id is first, as in argmax.
+    edge = np.partition(logits, -min(most, logits.size))[-min(most, logits.size)]
+    near = np.flatnonzero(logits >= edge)
+    ids = near[np.argsort(-logits[near], kind="stable")][:most]
+    top = logits[ids[0]]
+    logprobs = logits[ids] - top - np.log(np.exp(logits - top).sum())
+    return list(zip(ids.tolist(), logprobs.tolist(), strict=True))
 
 
 def _draw(weights: npt.NDArray[np.floating], rng: np.random.Generator) -> int:

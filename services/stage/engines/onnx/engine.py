@@ -13,6 +13,7 @@ import numpy as np
 
 from asd.errors import AsdError, PreconditionFailed
 from asd.values import FinishReason, Message, Sampling
+from services.common.validation import MAX_TOP_LOGPROBS
 from services.stage.domain import DraftPiece, DraftText, Event, PrefillResult
 from services.stage.engines.engine import EngineStatus, ModelState
 from services.stage.engines.onnx.binding import load_binding, remember_array_formats
@@ -25,7 +26,7 @@ from services.stage.engines.probe import ANSWER_TOKENS, probe, probe_prompts
 from services.stage.generation.draft import ReceivedDraft
 from services.stage.generation.inputs import RequestReader
 from services.stage.generation.tokenizer import ChatTokenizer
-from services.stage.generation.verification import evidence_signals
+from services.stage.generation.verification import evidence_signals, likeliest_tokens
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -83,6 +84,8 @@ class OnnxEngine:
             self._shape.vocabulary,
             self._shape.eos_ids,
             options.default_max_new_tokens,
+            constrains=True,
+            most_top_logprobs=MAX_TOP_LOGPROBS,
         )
         self._reader.check_shortest_prompt()
         self._state = ModelState.UNLOADED
@@ -132,7 +135,8 @@ class OnnxEngine:
     ) -> AsyncGenerator[Event, None]:
         """Accept a prefix of a draft and continue the answer."""
         request, deliveries = await self._open(turns, sampling)
-        request.threshold, request.draft = threshold, ReceivedDraft(request.call.most_tokens)
+        request.threshold = threshold
+        request.draft = ReceivedDraft(request.call.most_tokens, request.call.matcher)
         await self._reader.read_draft(draft, request.draft)
         async with aclosing(self._events(request, deliveries)) as events:
             async for event in events:
@@ -149,7 +153,8 @@ class OnnxEngine:
     ) -> AsyncGenerator[Event, None]:
         """Verify a draft while it is being written."""
         request, deliveries = await self._open(turns, sampling)
-        request.threshold, request.draft = threshold, ReceivedDraft(request.call.most_tokens)
+        request.threshold = threshold
+        request.draft = ReceivedDraft(request.call.most_tokens, request.call.matcher)
 
         def notify(error: AsdError | None) -> None:
             if error is not None:
@@ -190,6 +195,8 @@ class OnnxEngine:
             completed=self._scheduler.completed,
             cancelled=self._scheduler.cancelled,
             error=self._error,
+            constrains=self._reader.constrains,
+            most_top_logprobs=MAX_TOP_LOGPROBS,
         )
 
     def _memory_bytes(self, capacity: int) -> int:
@@ -231,7 +238,7 @@ class OnnxEngine:
         return Generators(og.Model(config), self._shape.pad_id, self._pass_tokens)
 
     async def _open(self, turns: tuple[Message, ...], sampling: Sampling) -> tuple[SlotRequest, _Deliveries]:
-        call = await self._reader.open_call(turns, sampling, evidence_signals)
+        call = await self._reader.open_call(turns, sampling, evidence_signals, likeliest_tokens)
         deliveries: _Deliveries = asyncio.Queue()
         loop = asyncio.get_running_loop()
 

@@ -243,9 +243,11 @@ class Scheduler:
         return bool(slot.requests)
 
     def _fail(self, requests: list[SlotRequest], error: Exception) -> None:
-        logger.error("model %s failed", self._name, exc_info=error)
+        if not isinstance(error, AsdError):
+            logger.error("model %s failed", self._name, exc_info=error)
+            error = AsdError(f"model {self._name} failed on this request")
         for request in requests:
-            request.send(AsdError(f"model {self._name} failed on this request"))
+            request.send(error)
 
     def _take_sequence(self, request: SlotRequest, generators: Generators) -> CachedSequence:
         """Return a kept sequence, rolled back to the prefix that it shares with the prompt, or a new one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ from services.stage.generation.resync import Resynchroniser
 from services.stage.generation.verification import choose_token, verify_draft
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from asd.errors import AsdError
     from services.stage.domain import Event
@@ -56,8 +56,12 @@ class SlotRequest:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is greedy generation, which can share a slot with other requests."""
-        return self.draft is None and not self.call.is_sampled and not self.only_prefill
+        """Whether it is greedy generation, which can share a slot with other requests.
+
+        There the library picks the tokens, which knows no constraint.
+        """
+        call = self.call
+        return self.draft is None and not (call.is_sampled or self.only_prefill or call.matcher is not None)
 
     def start(self, now: float) -> None:
         """Mark the start of its computation."""
@@ -165,7 +169,7 @@ class GenerateSlot(SoloSlot):
 
 
 class VerifySlot(SoloSlot):
-    """Verification of a draft. Sampled generation is the verification of an empty draft.
+    """Verification of a draft. Sampled or constrained generation is that of an empty draft.
 
     After every pass, the target's own next token is sent at once. It is then pending: the next pass runs it
     together with a proposal, and keeps what the target agrees with. While the target agrees with the draft
@@ -176,8 +180,9 @@ class VerifySlot(SoloSlot):
     def __init__(self, request: SlotRequest, sequence: CachedSequence) -> None:
         super().__init__(request, sequence)
         self._agrees = request.draft is not None
-        # Logits that the last id was chosen from.
+        # Logits that the last id was chosen from, the id, and the likeliest one there.
         self._row: Logits = np.zeros(0, np.float32)
+        self._pending = _Own(np.zeros(0, np.int64), np.zeros(0, np.int64))
         self._resync: Resynchroniser | None = None
 
     @property
@@ -214,6 +219,8 @@ class VerifySlot(SoloSlot):
             return False
         if proposal is None:
             proposal = self._resync.propose(call.ids, call.room) if self._resync is not None else []
+            if call.matcher is not None:
+                proposal = proposal[: call.matcher.allowed(proposal)]
         return self._judge(proposal, self.sequence.append([call.ids[-1], *proposal]))
 
     @property
@@ -225,7 +232,7 @@ class VerifySlot(SoloSlot):
         """Return the draft's tokens after the pending one; None if none came, or that one differs."""
         draft = self._draft
         is_complete, arrived = draft.is_complete, draft.ids[draft.accepted :]
-        if arrived and self._score(arrived[:1], self._row[None], len(self._call.ids) - 1):
+        if arrived and self._score(arrived[:1], self._row[None], self._pending):
             # The pending token is the draft's as well.
             arrived = arrived[1:]
             if arrived:
@@ -242,13 +249,14 @@ class VerifySlot(SoloSlot):
         request, call, now = self._request, self._call, time.monotonic()
         call.passes += 1
         position = len(call.ids)
-        accepted = self._accept(proposal, rows[:-1])
-        kept = [*proposal[:accepted], _choose(call, rows[accepted], position + accepted)]
+        own = _choose(call, proposal, rows)
+        accepted = self._accept(proposal, rows[:-1], own)
+        kept = [*proposal[:accepted], int(own.choices[accepted])]
         for index, token in enumerate(kept):
             if request.add(token, rows[index]):
                 self.sequence.roll_back(len(call.prompt) + position + index)
                 return True
-        self._row = rows[accepted]
+        self._row, self._pending = rows[accepted], own.part(accepted, accepted + 1)
         # The last token was chosen but not run.
         self.sequence.roll_back(len(call.prompt) + len(call.ids) - 1)
         if self._agrees:
@@ -261,12 +269,12 @@ class VerifySlot(SoloSlot):
             return False
         return request.deliver_due(now)
 
-    def _accept(self, proposal: list[int], rows: Logits) -> int:
+    def _accept(self, proposal: list[int], rows: Logits, own: _Own) -> int:
         """Return how many tokens of a proposal are accepted. rows: float32 [k, V]."""
         call, draft = self._call, self._request.draft
         agreed, is_complete = self._agrees, draft is not None and draft.is_complete
         position = len(call.ids)
-        accepted = self._score(proposal, rows, position) if proposal else 0
+        accepted = self._score(proposal, rows, own.part(0, len(proposal))) if proposal else 0
         if proposal:
             call.emitted.append(range(position, position + accepted + 1))
         if not agreed:
@@ -276,15 +284,13 @@ class VerifySlot(SoloSlot):
             self._depart()
         return accepted
 
-    def _score(self, proposal: list[int], rows: Logits, position: int) -> int:
-        """Return how many proposed tokens are accepted from a position of the answer on; keep the verdict."""
+    def _score(self, proposal: list[int], rows: Logits, own: _Own) -> int:
+        """Return how many proposed tokens are accepted; keep the verdict. own: at their places."""
         call = self._call
-        choices = None
-        if call.is_sampled:
-            choices = np.array([_choose(call, row, position + i) for i, row in enumerate(rows)], np.int64)
         # Proposals after a correction are guesses. Tolerance applies only to the draft at its own position.
         threshold = self._request.threshold if self._agrees else None
-        verdict = verify_draft(np.array(proposal, np.int64), rows, threshold, choices)
+        ids = np.array(proposal, np.int64)
+        verdict = verify_draft(ids, rows, threshold, own.choices, own.likeliest)
         call.proposed += len(proposal)
         call.accepted += verdict.accepted
         if self._agrees:
@@ -344,10 +350,42 @@ class BatchSlot:
         return finished
 
 
-def _choose(call: Call[Logits], logits: Logits, position: int) -> int:
-    """Return the model's own token at a position of the answer. logits: float32 [V]."""
-    if not call.is_sampled:
-        return int(logits.argmax())
+class _Own(NamedTuple):
+    """The target's own tokens at positions of the answer, int64 [k]: chosen, and likeliest of the allowed."""
+
+    choices: npt.NDArray[np.int64]
+    likeliest: npt.NDArray[np.int64]
+
+    def part(self, start: int, end: int) -> _Own:
+        """Return some of the positions."""
+        return _Own(self.choices[start:end], self.likeliest[start:end])
+
+
+def _choose(call: Call[Logits], proposal: Sequence[int], rows: Logits) -> _Own:
+    """Return the model's own tokens after the answer and each part of a proposal. rows: float32 [k + 1, V].
+
+    The constraint, if there is one, allows the proposal.
+    """
+    matcher = call.matcher
+    if matcher is None:
+        likeliest = rows.argmax(axis=1)
+        if not call.is_sampled:
+            return _Own(likeliest, likeliest)
+        drawn = [_draw(call, row, len(call.ids) + i) for i, row in enumerate(rows)]
+        return _Own(np.array(drawn, np.int64), likeliest)
+    chosen = []
+    for index, row in enumerate(rows):
+        best = matcher.likeliest(row)
+        own = _draw(call, matcher.masked(row), len(call.ids) + index) if call.is_sampled else best
+        chosen.append((own, best))
+        matcher.take(proposal[index : index + 1])
+    matcher.roll_back(len(proposal))
+    choices, likeliest = np.array(chosen, np.int64).T
+    return _Own(choices, likeliest)
+
+
+def _draw(call: Call[Logits], logits: Logits, position: int) -> int:
+    """Draw a token for a position of the answer. logits: float32 [V]."""
     sampling = call.sampling
     assert sampling.seed is not None
     top_p = 1.0 if sampling.top_p is None else sampling.top_p

@@ -13,6 +13,7 @@ from services.stage.domain import Result, TokenChunk
 from services.stage.generation import call as call_module
 from services.stage.generation.answer import AnswerBuilder
 from services.stage.generation.call import Call
+from tests.fakes.letter_grammars import letters_matcher
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -143,3 +144,42 @@ def test_times_add_up_whatever_waited_when(monkeypatch: pytest.MonkeyPatch) -> N
     assert (result.queue_ms, result.prefill_ms) == (7000.0, 3000.0)
     assert (result.decode_ms, result.total_ms) == (7000.0, 17000.0)
     assert (result.prompt_tokens, result.cached_prompt_tokens) == (2, 1)
+
+
+def test_an_answer_ends_where_its_constraint_does() -> None:
+    for regex, ids, finish in (("ab", [1, 2], "eos"), ("ab+", [1, 2, 2, END], "eos"), ("a{9}", [1], None)):
+        call = make()
+        call.matcher = letters_matcher(regex)
+        assert add(call, ids) is (finish is not None)
+        if finish:
+            result = end(call)
+            assert (result.text, result.finish.value) == ("abb"[: len(result.ids)], finish)
+            assert result.constrained
+
+
+def test_a_limit_cuts_what_a_constraint_does_not_end() -> None:
+    for regex, finish in (("abc", FinishReason.EOS), ("abcd", FinishReason.LENGTH)):
+        call = make(most_tokens=3)
+        call.matcher = letters_matcher(regex)
+        assert add(call, [1, 2, 3])
+        assert end(call).finish is finish
+
+
+@pytest.mark.parametrize("token", [2, END])
+def test_a_token_that_the_constraint_does_not_allow_is_no_answer(token: int) -> None:
+    call = make()
+    call.matcher = letters_matcher("ac")
+    with pytest.raises(RuntimeError, match=str(token)):
+        add(call, [1, token])
+
+
+def test_each_token_has_its_details() -> None:
+    call = make(stop=("cd",))
+    call.details = lambda ids, rows: [(token, row) for token, row in zip(ids, rows, strict=True)]  # type: ignore[misc]
+    chunks = []
+    for ids in ([1], [3], [2, 3], [4]):
+        add(call, ids)
+        chunks.append(call.flush())
+    found = [(chunk.ids, chunk.details) for chunk in chunks if chunk is not None]
+    assert [each for each, _ in found] == [(1,), (3, 2)]
+    assert [each for _, each in found] == [((1, 1.0),), ((3, 3.0), (2, 2.0))]

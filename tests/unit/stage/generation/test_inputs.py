@@ -9,16 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from asd.errors import AsdError, InvalidRequest, PromptTooLong
-from asd.values import FinishReason, Message
+from asd.errors import AsdError, InvalidRequest, ModelRefusal, PromptTooLong
+from asd.values import Candidate, Constraint, FinishReason, Message, Sampling, TokenDetail
 from services.stage.domain import DraftPiece, DraftText
 from services.stage.generation.draft import ReceivedDraft
 from services.stage.generation.inputs import RequestReader
-from services.stage.generation.tokenizer import TooManyTokens
+from services.stage.generation.logprobs import row_signals
+from services.stage.generation.tokenizer import ChatTokenizer, TooManyTokens
+from tests.fakes.letter_grammars import letters_matcher
+from tests.fakes.tiny_tokenizers import byte_level, pieces, write
 from tests.limits import CALL_S
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
+    from pathlib import Path
 
 OWN = "a" * 64
 # Ends of the model's answers, and the size of its vocabulary.
@@ -47,6 +51,19 @@ class Letters:
 
     def encode_text(self, text: str) -> list[int]:
         return [ord(letter) - 97 for letter in text]
+
+
+class OneLetters(Letters):
+    """Letters that begin with token 1."""
+
+    def encode_text(self, text: str) -> list[int]:
+        return [ord(letter) - 96 for letter in text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(chr(96 + each) for each in ids)
+
+
+MATCHER = letters_matcher("ab+")
 
 
 class Gated(Letters):
@@ -190,3 +207,109 @@ async def follow(
 
     await reader.follow_draft(come(), feed, notify)
     return errors
+
+
+@pytest.mark.parametrize(
+    ("sampling", "field"),
+    [
+        (Sampling(constraint=Constraint(regex="a")), "sampling.constraint"),
+        (Sampling(top_logprobs=0), "sampling.top_logprobs"),
+    ],
+)
+async def test_a_model_refuses_what_it_cannot_do(
+    reader: RequestReader, sampling: Sampling, field: str
+) -> None:
+    with pytest.raises(ModelRefusal) as refused:
+        await reader.open_call((Message("user", "a"),), sampling, lambda _, rows: row_signals(rows))
+    assert refused.value.field == field
+
+
+def _whole(tmp_path: Path, description: dict[str, Any]) -> tuple[ChatTokenizer, RequestReader, int]:
+    """Return a tokenizer, a reader that can do all, and the end token."""
+    tokenizer = ChatTokenizer(write(tmp_path, description, {"chat_template": "{{ messages[-1].content }}"}))
+    end = next(token for token, mark in tokenizer.special.items() if mark == "</s>")
+    size = tokenizer.vocabulary_size
+    return (
+        tokenizer,
+        RequestReader("m", tokenizer, 99, size, (end,), constrains=True, most_top_logprobs=2),
+        end,
+    )
+
+
+async def test_log_probabilities_come_with_the_tokens_bytes(tmp_path: Path) -> None:
+    tokenizer, reader, end = _whole(tmp_path, byte_level(("</s>",)))
+    half, letter = tokenizer.encode_text("é")[0], tokenizer.encode_text("a")[0]
+    turns = (Message("user", "a"),)
+
+    def likeliest(evidence: int, most: int) -> list[tuple[int, float]]:
+        return [(evidence, -0.5), (end, -1.0)][:most]
+
+    for most, candidates in ((0, 0), (1, 1), (2, 2)):
+        call = await reader.open_call(
+            turns, Sampling(top_logprobs=most), lambda i, r: row_signals([]), likeliest
+        )
+        assert call.details is not None
+        wanted = (Candidate(letter, b"a", -0.5), Candidate(end, b"", -1.0))[:candidates]
+        assert call.details([half], [letter]) == [TokenDetail(b"\xc3", wanted)]
+    with pytest.raises(ModelRefusal, match="2"):
+        await reader.open_call(turns, Sampling(top_logprobs=3), lambda i, r: row_signals([]), likeliest)
+
+
+@pytest.mark.parametrize("form", ["bytes", "legacy", "new", "bare"])
+async def test_a_constrained_answer_is_the_text_of_its_tokens(tmp_path: Path, form: str) -> None:
+    tokenizer, reader, end = _whole(
+        tmp_path, byte_level(("</s>",)) if form == "bytes" else pieces(("<unk>", "<s>", "</s>"), form=form)
+    )
+    assert reader.constrains
+    sampling = Sampling(constraint=Constraint(regex=r"\{é🙂the \d+"))
+    call = await reader.open_call((Message("user", "a"),), sampling, lambda i, r: row_signals([]))
+    assert call.matcher is not None
+    ids = tokenizer.encode_text("{é🙂the 12")
+    assert tokenizer.decode(ids) == "{é🙂the 12"
+    assert call.matcher.allowed([*ids, end]) == len(ids) + 1
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+@pytest.mark.parametrize(
+    ("text", "finish", "kept"),
+    [
+        ("abb", FinishReason.EOS, None),
+        ("ab", FinishReason.LENGTH, None),
+        ("a", FinishReason.LENGTH, None),
+        ("a", FinishReason.EOS, 1),
+        ("abca", FinishReason.EOS, 2),
+        ("c", FinishReason.LENGTH, 0),
+    ],
+)
+async def test_a_draft_ends_where_it_breaks_the_constraint_and_a_prediction_is_refused(
+    text: str, finish: FinishReason, kept: int | None, as_text: bool
+) -> None:
+    ids = tuple(ord(letter) - 96 for letter in text)
+    letters: Any = OneLetters()
+    reader = RequestReader("small", letters, CONTEXT, VOCABULARY, (0,))
+    if as_text:
+        sent = DraftText(text, (), "", finish)
+        steps = [DraftPiece((), each, "f" * 64) for each in text]
+    else:
+        sent = DraftText("", ids, OWN, finish)
+        steps = [DraftPiece((each,), "", OWN) for each in ids]
+    whole, written = ([*ids, 0] if finish is FinishReason.EOS else [*ids]), ReceivedDraft(9, MATCHER)
+    streamed = ReceivedDraft(9, MATCHER)
+
+    async def pieces_of() -> AsyncIterator[DraftPiece | FinishReason]:
+        for step in (*steps, finish):
+            yield step
+
+    await reader.read_draft(sent, written)
+    await reader.follow_draft(pieces_of(), streamed, lambda error: None)
+    for draft in (written, streamed):
+        assert draft.ids == whole[:kept]
+        assert draft.is_complete
+        assert draft.evidence().allowed == kept
+    predicted = DraftText(sent.text, sent.ids, sent.fingerprint, finish, is_prediction=True)
+    if kept is None:
+        await reader.read_draft(predicted, ReceivedDraft(9, MATCHER))
+    else:
+        with pytest.raises(InvalidRequest) as refused:
+            await reader.read_draft(predicted, ReceivedDraft(9, MATCHER))
+        assert refused.value.field == "draft"

@@ -100,6 +100,20 @@ def test_whole_text_is_shown_as_soon_as_it_is_certain(
     assert stream.finish() == ""
 
 
+@given(st.data(), st.sampled_from(sorted(_TOKENIZERS)))
+def test_the_bytes_of_tokens_are_the_text(tokenizers: Tokenizers, data: st.DataObject, name: str) -> None:
+    tokenizer = tokenizers[name]
+    text = data.draw(st.text(alphabet="abc the\nüé🙂", min_size=1, max_size=12))
+    ids = tokenizer.encode_text(f"a{text}a")
+    joined = b"".join(map(tokenizer.token_bytes, ids)).decode()
+    assert joined == " " * tokenizer.drops_blank() + tokenizer.decode(ids)
+
+
+def test_special_tokens_and_ids_of_no_token_have_no_bytes(tokenizers: Tokenizers) -> None:
+    for tokenizer in tokenizers.values():
+        assert {tokenizer.token_bytes(each) for each in (*tokenizer.special, 9999)} == {b""}
+
+
 def test_half_a_character_behind_a_newline_is_replaced_and_nothing_raised(tokenizers: Tokenizers) -> None:
     tokenizer = tokenizers["legacy"]
     newline, letter = tokenizer.encode_text("a\n")[-1], tokenizer.encode_text("a")[-1]

@@ -16,6 +16,7 @@ from services.stage.generation.verification import (
     SampledVerdict,
     ShapeMismatch,
     choose_token,
+    likeliest_tokens,
     sample_draft,
     token_signals,
     verify_draft,
@@ -50,6 +51,28 @@ def test_exact_acceptance_equals_decoding_token_by_token(logits: np.ndarray, dat
         order = sorted(range(len(row)), key=lambda i: (-row[i], i))
         assert verdict.ranks[index] == order.index(int(token))
         assert verdict.logprobs[index] == pytest.approx(math.log(_softmax(row)[token]), abs=1e-5)
+
+
+def test_under_a_constraint_the_likeliest_allowed_token_is_compared_with() -> None:
+    logits = np.log(np.array([[0.6, 0.3, 0.1], [0.6, 0.3, 0.1]], np.float32))
+    draft, allowed = np.array([2, 2], np.int64), np.array([1, 1], np.int64)
+    assert verify_draft(draft, logits, 0.3).accepted == 0
+    tolerant = verify_draft(draft, logits, 0.3, likeliest=allowed)
+    assert tolerant.accepted == 2
+    assert tolerant.ranks.tolist() == [2, 2]
+    np.testing.assert_allclose(np.exp(tolerant.logprobs), 0.1, rtol=1e-5)
+    assert verify_draft(allowed, logits, likeliest=allowed).accepted == 2
+
+
+@given(_LOGITS, st.integers(0, 7))
+def test_the_likeliest_tokens_come_first_and_the_lower_id_of_equal_ones(
+    logits: np.ndarray, most: int
+) -> None:
+    for row in logits:
+        order = sorted(range(len(row)), key=lambda i: (-row[i], i))[:most]
+        found = likeliest_tokens(row, most)
+        assert [token for token, _ in found] == order
+        assert [p for _, p in found] == pytest.approx([math.log(_softmax(row)[i]) for i in order], abs=1e-5)
 
 
 @given(_LOGITS, st.floats(0.05, 1.0), st.data())

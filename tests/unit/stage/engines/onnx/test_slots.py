@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import zlib
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,8 @@ from services.stage.engines.onnx.slots import SlotRequest, VerifySlot
 from services.stage.generation.answer import AnswerBuilder
 from services.stage.generation.call import Call
 from services.stage.generation.draft import ReceivedDraft
-from services.stage.generation.verification import evidence_signals
+from services.stage.generation.verification import choose_token, evidence_signals
+from tests.fakes.letter_grammars import letters_matcher
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,11 +86,13 @@ def slot_for(
     stop: tuple[str, ...] = (),
     threshold: float | None = None,
     resync: bool = True,
+    regex: str = "",
 ) -> tuple[VerifySlot, list[object], SlotRequest]:
     events: list[object] = []
     sampling = Sampling(temperature=0.0 if seed is None else 1.0, seed=seed, stop=stop)
     answer = AnswerBuilder(Letters(), stop)
-    call = Call(PROMPT, most, sampling, answer, (END,), evidence_signals)
+    matcher = letters_matcher(regex, "a", VOCABULARY) if regex else None
+    call = Call(PROMPT, most, sampling, answer, (END,), evidence_signals, matcher=matcher)
     request = SlotRequest(call, events.extend, draft, threshold, resync)
     return VerifySlot(request, CachedSequence(TableGenerator())), events, request
 
@@ -125,8 +129,8 @@ def alone(**options: object) -> Result:
     return run(slot, request)
 
 
-def whole(ids: Sequence[int], *, has_ended: bool, most: int = MOST) -> ReceivedDraft:
-    draft = ReceivedDraft(most)
+def whole(ids: Sequence[int], *, has_ended: bool, most: int = MOST, regex: str = "") -> ReceivedDraft:
+    draft = ReceivedDraft(most, letters_matcher(regex, "a", VOCABULARY) if regex else None)
     draft.add(ids)
     draft.finish(END if has_ended else None)
     return draft
@@ -194,6 +198,86 @@ def test_however_a_draft_comes_the_answer_is_the_same(data: st.DataObject, has_e
     assert kinds.count(VerificationResult) == 1
     assert kinds.index(VerificationResult) < kinds.index(Result)
     assert "".join(event.text for event in events if isinstance(event, TokenChunk)) == wanted.text
+
+
+REGEXES = ["[bc]+(d|ef)*", "(bcd|bce)+g", "[b-g]{4,30}", "g"]
+
+
+def _constrained_by_hand(regex: str, seed: int | None) -> tuple[list[int], FinishReason]:
+    """Return an answer by asking of every token at every place whether the rest can still match."""
+    matcher, tokens = letters_matcher(regex, "a", VOCABULARY), list(PROMPT)
+    while True:
+        written = tokens[len(PROMPT) :]
+        if len(written) == MOST:
+            return written, FinishReason.LENGTH
+        logits = table_logits(tokens)
+        logits[[token for token in range(VOCABULARY) if not matcher.allowed([token])]] = -np.inf
+        token = int(logits.argmax()) if seed is None else choose_token(logits, 1.0, 1.0, seed, len(written))
+        matcher.take([token])
+        if token == END:
+            return written, FinishReason.EOS
+        tokens.append(token)
+        if not any(matcher.allowed([each]) for each in range(1, VOCABULARY)):
+            return tokens[len(PROMPT) :], FinishReason.EOS
+
+
+@pytest.mark.parametrize("regex", REGEXES)
+@pytest.mark.parametrize("seed", [None, 7, 8])
+def test_a_constrained_answer_by_hand(regex: str, seed: int | None) -> None:
+    result = alone(regex=regex, seed=seed)
+    assert (list(result.ids), result.finish) == _constrained_by_hand(regex, seed)
+    assert result.constrained
+    assert result.finish is FinishReason.LENGTH or re.fullmatch(regex, result.text)
+
+
+@given(st.data(), st.booleans(), st.sampled_from([None, 7, 8]), st.sampled_from(REGEXES), st.booleans())
+@settings(deadline=None, max_examples=400)
+def test_under_a_constraint_drafts_change_no_token(
+    data: st.DataObject, has_ended: bool, seed: int | None, regex: str, from_constrained: bool
+) -> None:
+    wanted = alone(seed=seed, regex=regex)
+    ids = data.draw(edited_drafts(wanted.ids if from_constrained else alone(seed=seed).ids))
+    slot, events, request = slot_for(whole(ids, has_ended=has_ended, regex=regex), seed=seed, regex=regex)
+    result = run(slot, request)
+    assert (result.ids, result.finish, result.text) == (wanted.ids, wanted.finish, wanted.text)
+    evidence = events[0]
+    assert isinstance(evidence, VerificationResult)
+    given_ids = [*ids, *[END] * has_ended][:MOST]
+    kept = letters_matcher(regex, "a", VOCABULARY).allowed(given_ids)
+    assert evidence.allowed == (kept if kept < len(given_ids) else None)
+    assert evidence.accepted <= evidence.proposed == kept
+    assert result.forward_passes <= wanted.forward_passes
+    emitted = sum(result.accept_lengths) + result.forward_passes - len(result.accept_lengths)
+    assert emitted in {len(result.ids), len(result.ids) + (result.finish is FinishReason.EOS)}
+
+
+@given(st.data(), st.booleans(), st.sampled_from(REGEXES))
+@settings(deadline=None, max_examples=200)
+def test_under_a_constraint_it_is_the_same_however_a_draft_comes(
+    data: st.DataObject, has_ended: bool, regex: str
+) -> None:
+    wanted = alone(regex=regex)
+    ids = data.draw(edited_drafts(wanted.ids))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(ids)), max_size=5)))
+    pieces = [ids[a:b] for a, b in itertools.pairwise([0, *cuts, len(ids)])]
+    draft = ReceivedDraft(MOST, letters_matcher(regex, "a", VOCABULARY))
+    slot, events, request = slot_for(draft, regex=regex)
+    result = run(slot, request, draft, [*pieces, END if has_ended else None])
+    assert (result.ids, result.finish) == (wanted.ids, wanted.finish)
+    assert sum(isinstance(event, VerificationResult) for event in events) == 1
+
+
+def test_tolerance_is_relative_to_the_likeliest_token_that_is_allowed() -> None:
+    order = np.argsort(-table_logits(PROMPT))
+    first, second, third = (chr(97 + token) for token in order[:3])
+    ratio = float(np.exp(table_logits(PROMPT)[order[2]] - table_logits(PROMPT)[order[1]]))
+    regex = f"[{second}{third}]"
+    draft = [int(order[2])]
+    for threshold, text in ((ratio * 0.9, third), (ratio * 1.1, second)):
+        slot, _, request = slot_for(
+            whole(draft, has_ended=False, regex=regex), threshold=threshold, regex=regex
+        )
+        assert run(slot, request).text == text != first
 
 
 def test_the_first_token_goes_out_before_any_draft_comes() -> None:
