@@ -374,8 +374,11 @@ def _entries(rows: list[list[tuple[int, float, int]]], params: SamplingParams) -
     if not params.flat_logprobs:
         return [{token: Logprob(logprob, rank) for token, logprob, rank in row} for row in rows]
     flat = FlatLogprobs()
-    for row in rows:
-        flat.append(row)
+    for index, row in enumerate(rows):
+        # vLLM joins what a reader is late for by dictionaries: a token that is among the likeliest is there
+        # once, at its first place and with its last rank.
+        joined = {token: (token, logprob, rank) for token, logprob, rank in row}
+        flat.append(list(joined.values()) if index else row)
     return flat
 
 

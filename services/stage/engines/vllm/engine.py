@@ -199,7 +199,7 @@ class VllmBackend:
             async for output in outputs:
                 (completion,) = output.outputs
                 cached = output.num_cached_tokens or cached
-                rows = [_row(completion.logprobs, place) for place in range(len(completion.token_ids))]
+                rows = [self._row(completion.logprobs, place) for place in range(len(completion.token_ids))]
                 if completion.finish_reason not in {None, "stop", "length"}:
                     raise RuntimeError(f"vLLM ended an answer with {completion.finish_reason!r}")
                 yield Piece(
@@ -302,8 +302,8 @@ class VllmBackend:
         # entry is for the last token.
         if len(known) < wanted + 1 or (not cached and len(known) != len(ids)):
             return None
-        rows = [_row(known, len(known) - wanted + i) for i in range(wanted)]
-        return TokenScores(rows, _row(completion.logprobs, 0), cached)
+        rows = [self._row(known, len(known) - wanted + i) for i in range(wanted)]
+        return TokenScores(rows, self._row(completion.logprobs, 0), cached)
 
     async def _ask(self, ids: list[int], params: Any, adapter: str) -> AsyncGenerator[Any, None]:
         """Yield vLLM's outputs. Closing this aborts the request."""
@@ -327,6 +327,23 @@ class VllmBackend:
         except ValueError as error:
             # vLLM refuses the request, for example a prompt that no cache can hold.
             raise ModelRefusal(f"{self._name} cannot take this request: {error}") from error
+
+    def _row(self, known: Any, place: int) -> Row:
+        """Return a row of vLLM's FlatLogprobs: the token itself, then the likeliest ones, likeliest first."""
+        first, end = known.start_indices[place], known.end_indices[place]
+        places = list(range(first + 1, end))
+        if len(places) < self._top:
+            # Where vLLM has joined outputs, a token that is among the likeliest is there once.
+            places = sorted([first, *places], key=lambda each: known.ranks[each])
+        token, top_ids = known.token_ids[first], tuple(known.token_ids[each] for each in places)
+        return Row(
+            token=token,
+            logprob=known.logprobs[first],
+            # Of tokens that are as likely, vLLM counts all.
+            rank=top_ids.index(token) if token in top_ids else known.ranks[first] - 1,
+            top_ids=top_ids,
+            top_logprobs=tuple(known.logprobs[each] for each in places),
+        )
 
     @property
     def _output_kind(self) -> Any:
@@ -435,20 +452,6 @@ def _takes_proposers() -> bool:
     except ImportError:
         return False
     return True
-
-
-def _row(known: Any, place: int) -> Row:
-    """Return a row of vLLM's FlatLogprobs: the token itself, then the likeliest ones, likeliest first."""
-    first, end = known.start_indices[place], known.end_indices[place]
-    token, top_ids = known.token_ids[first], tuple(known.token_ids[first + 1 : end])
-    return Row(
-        token=token,
-        logprob=known.logprobs[first],
-        # Of tokens that are as likely, vLLM counts all.
-        rank=top_ids.index(token) if token in top_ids else known.ranks[first] - 1,
-        top_ids=top_ids,
-        top_logprobs=tuple(known.logprobs[first + 1 : end]),
-    )
 
 
 def _extra_args(draft: RequestDraft | None) -> dict[str, Any]:
