@@ -65,6 +65,7 @@ def make_engine(name: str, directory: Path, options: TensorrtLlmOptions) -> Scor
             default_max_new_tokens=options.default_max_new_tokens,
             resync=options.resync,
             kv_bytes=1 if options.kv_cache_dtype == "fp8" else 2,
+            top_logprobs=min(options.top_logprobs, checkpoint.vocabulary),
         ),
     )
 

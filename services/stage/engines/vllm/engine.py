@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
     from pathlib import Path
 
-    from services.stage.engines.backend import RequestDraft, TokenRequest
+    from services.stage.engines.backend import TokenRequest
     from services.stage.engines.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ _ENVIRONMENT = {
 }
 # vLLM's workers import it by name.
 _PROPOSER = "services.stage.engines.vllm.proposer"
+_CONSTRAINT = "services.stage.engines.vllm.constraint:ConstraintProcessor"
 # A worker answers between two steps. Chosen: far longer than any step.
 _WORKERS_S = 60.0
 MISSING = (
@@ -86,6 +87,8 @@ def make_engine(name: str, directory: Path, options: VllmOptions) -> ScoringEngi
             resync=options.resync,
             kv_bytes=4 if options.dtype == "float32" else 2,
             cache_bytes=int((options.kv_cache_gib or 0) * 2**30),
+            constrains=_keeps_first_runner(),
+            top_logprobs=min(options.top_logprobs, checkpoint.vocabulary),
         ),
         backend,
     )
@@ -192,7 +195,7 @@ class VllmBackend:
             stop_token_ids=self._eos_ids,
             detokenize=False,
             output_kind=self._output_kind.DELTA,
-            **_extra_args(request.draft),
+            **_extra_args(request),
         )
         cached = 0
         async with aclosing(self._ask(ids, params, request.adapter)) as outputs:
@@ -247,6 +250,7 @@ class VllmBackend:
     async def _attach(self) -> None:
         """Let the proposer see requests, where drafts are verified inside."""
         if self._can_draft:
+            await self._call_workers("asd_constrain")
             lacking, *_ = await self._call_workers("asd_attach")
             logger.info("model %s: vLLM verifies drafts while it decodes", self._name)
             if lacking:
@@ -431,6 +435,9 @@ class VllmBackend:
                 # Else vLLM rounds the tokens of every step up to a multiple of the longest proposal.
                 "compilation_config": {"cudagraph_mode": "PIECEWISE"},
             }
+        elif _keeps_first_runner():
+            # vLLM's second runner takes none.
+            arguments["logits_processors"] = [_CONSTRAINT]
         if options.sleep_level:
             arguments["enable_sleep_mode"] = True
         if options.lora:
@@ -442,10 +449,17 @@ class VllmBackend:
         return arguments
 
 
+def _keeps_first_runner() -> bool:
+    """Return whether vLLM runs models with its first runner, where a user's class proposes or constrains.
+
+    It does so by itself, unless the environment says otherwise.
+    """
+    return os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") == "0"
+
+
 def _takes_proposers() -> bool:
     """Return whether this vLLM takes a proposer class of its user's. Its interface may change, says vLLM."""
-    # vLLM keeps to its first model runner by itself, unless the environment says otherwise.
-    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") != "0":
+    if not _keeps_first_runner():
         return False
     try:
         importlib.import_module("vllm.v1.spec_decode.custom_class_proposer")
@@ -454,9 +468,11 @@ def _takes_proposers() -> bool:
     return True
 
 
-def _extra_args(draft: RequestDraft | None) -> dict[str, Any]:
-    """Return what takes a request's draft to the workers."""
-    if draft is None:
-        return {}
-    own = {proposer.KEY: draft.key, proposer.IDS: list(draft.ids), proposer.RESYNC: draft.resync}
-    return {"extra_args": own}
+def _extra_args(request: TokenRequest) -> dict[str, Any]:
+    """Return what takes a request's draft and its grammar to the workers."""
+    own: dict[str, Any] = {}
+    if (draft := request.draft) is not None:
+        own |= {proposer.KEY: draft.key, proposer.IDS: list(draft.ids), proposer.RESYNC: draft.resync}
+    if request.grammar:
+        own |= {proposer.GRAMMAR: request.grammar, proposer.WRITTEN: list(request.written)}
+    return {"extra_args": own} if own else {}
