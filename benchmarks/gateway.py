@@ -1,11 +1,12 @@
 """What HTTP adds to the cascade, and what the gateway bears: `python -m benchmarks.gateway`.
 
-    python -m benchmarks.gateway --parts latency,streams
+    python -m benchmarks.gateway --parts latency,streams,gaps
     python -m benchmarks.gateway --parts throughput --litellm ENVIRONMENT/bin/litellm
     python -m benchmarks.gateway --parts cancels --cancels 10000
 
-Gateway, router and policy are processes of their own, before a stage that answers at once; for `cancels`,
-the embedded cascade. `latency` and `streams` ask by gRPC and by HTTP in turn. `throughput` loads the gateway,
+Gateway, router and policy are processes of their own, before a stage that answers at once; for `gaps` and
+`cancels`, the embedded cascade. `latency`, `streams` and `gaps` ask by gRPC and by HTTP in turn: for whole
+answers, for the first text, and for the time from one text to the next. `throughput` loads the gateway,
 and LiteLLM's proxy before an upstream that answers at once, in turn. `cancels` leaves streams at random
 moments and says what is left of them. Writes benchmarks/results/gateway.json.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -46,11 +48,14 @@ if TYPE_CHECKING:
 
     import psutil
 
-PARTS = ("latency", "streams", "throughput", "cancels")
+PARTS = ("latency", "streams", "gaps", "throughput", "cancels")
 CONCURRENCIES = (1, 4, 16, 32, 64)
 # At this one, requests per second are compared.
 COMPARED = 32
 _WARM = 200
+_WARM_STREAMS = 10
+# A stage of the embedded cascade, whose answers come in several parts.
+_STREAMED = "large"
 _CALL_S = 30.0
 PORT_BASE = 21_050
 # LiteLLM loads for long.
@@ -72,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
     parser.add_argument("--samples", type=kinds.count, default=2000, help="of each way, for latencies")
+    parser.add_argument("--answers", type=kinds.count, default=200, help="of each way, for gaps in streams")
     parser.add_argument("--requests", type=kinds.count, default=2000, help="of each row of the throughput")
     parser.add_argument("--cancels", type=kinds.count, default=10_000, help="streams that are left")
     parser.add_argument("--litellm", type=kinds.file, help="the program `litellm`, to compare with")
@@ -90,6 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 async def _measure(part: str, options: argparse.Namespace) -> dict[str, object]:
     if part == "cancels":
         return await measure_cancels(options.cancels)
+    if part == "gaps":
+        return await measure_gaps(options.answers)
     async with AsyncExitStack() as stack:
         router, _, _ = await stack.enter_async_context(instant_cascade())
         gateway, _ = await stack.enter_async_context(gateway_of(router))
@@ -222,6 +230,43 @@ async def measure_streams(
     }
 
 
+async def measure_gaps(answers: int) -> dict[str, object]:
+    """Measure the time from one text of a stream to the next, by gRPC and by HTTP, in turn."""
+    prompts = [task.prompt for task in split("demo", 240)]
+    gaps: dict[str, list[float]] = {"grpc": [], "http": []}
+    async with AsyncExitStack() as stack:
+        router = await stack.enter_async_context(embedded_cascade(PORT_BASE))
+        gateway, _ = await stack.enter_async_context(gateway_of(router))
+        client = await stack.enter_async_context(AsyncClient(router))
+        session = await stack.enter_async_context(aiohttp.ClientSession(f"http://{gateway}"))
+
+        async def by_grpc(prompt: str) -> list[float]:
+            events = client.stream(Request(prompt, stage=_STREAMED))
+            return [time.perf_counter() async for event in events if isinstance(event, Committed)]
+
+        async def by_http(prompt: str) -> list[float]:
+            sent = _plain_body(prompt) | {"model": _STREAMED, "stream": True}
+            async with session.post("/v1/chat/completions", json=sent) as response:
+                return [
+                    time.perf_counter()
+                    async for line in response.content
+                    if line.startswith(b"data: {") and _has_text(line)
+                ]
+
+        for number in range(_WARM_STREAMS + answers):
+            for way, ask in (("grpc", by_grpc), ("http", by_http)):
+                times = await ask(prompts[number % len(prompts)])
+                if number >= _WARM_STREAMS:
+                    gaps[way] += [(later - earlier) * 1e3 for earlier, later in itertools.pairwise(times)]
+    return {
+        "chunk_gaps": {
+            way: {f"p{share}_ms": percentile(found, share / 100) for share in (50, 95)} | {"gaps": len(found)}
+            for way, found in gaps.items()
+        },
+        "chunk_gap_answers": answers,
+    }
+
+
 def _has_text(line: bytes) -> bool:
     choices = json.loads(line[6:])["choices"]
     return bool(choices and choices[0]["delta"].get("content"))
@@ -245,7 +290,17 @@ async def measure_throughput(gateway: str, litellm: Path | None, count: int) -> 
         found = [row["per_s"] for row in rows if (row["system"], row["at_a_time"]) == (system, COMPARED)]
         return found[0] if found else None
 
-    return {"throughput": rows, "rps_c32": rate("asd"), "litellm_rps_c32": rate("litellm")}
+    # Each side's processes, of one worker each, on the cores that the record names.
+    sides = {"asd": ["gateway", "router", "policy", "instant stage"]}
+    if litellm is not None:
+        sides["litellm"] = ["litellm", "instant upstream"]
+    return {
+        "throughput_processes": sides,
+        "throughput_cores": len(os.sched_getaffinity(0)),
+        "throughput": rows,
+        "rps_c32": rate("asd"),
+        "litellm_rps_c32": rate("litellm"),
+    }
 
 
 def _plain_body(prompt: str) -> dict[str, object]:

@@ -35,6 +35,8 @@ MOST_LINE_BYTES = 1 << 20
 _MOST_DIGITS = 300
 # Characters of a name in a message.
 _MOST_NAME = 80
+# A text of JSON, which may lack its end. Possessive: it never goes back.
+_TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _MAYBE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -55,8 +57,11 @@ def numbered_lines(
             yield number, line.decode("utf-8", "replace")
 
 
-def parse_json(content: bytes | str, where: str) -> Any:
+def parse_json(content: bytes | str, where: str, *, most_values: int | None = None) -> Any:
     """Return the value of JSON in UTF-8. where: the file, for messages. Raises DamagedFile."""
+    raw = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
+    if most_values is not None:
+        _check_count(raw, most_values, where)
     try:
         text = content if isinstance(content, str) else content.decode("utf-8")
         text = text.removeprefix("\ufeff")
@@ -77,7 +82,6 @@ def parse_json(content: bytes | str, where: str) -> Any:
     except (RecursionError, MemoryError) as error:
         raise _too_deep(where) from error
     _check_depth(value, where)
-    raw = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
     if _MAYBE_SURROGATE.search(raw):
         _check_surrogates(value, where)
     return value
@@ -209,6 +213,16 @@ def _say_marked(error: yaml.MarkedYAMLError) -> str:
 
 def _character(character: Any) -> str:
     return quoted(character if isinstance(character, str | bytes) else chr(character))
+
+
+def _check_count(raw: bytes, most: int, where: str) -> None:
+    """Refuse more values before any of them is made. Without texts, each follows a bracket or a comma."""
+    if _count_signs(raw) > most and _count_signs(_TEXT.sub(b"", raw)) > most:
+        raise DamagedFile(f"{where} has more than {most} values")
+
+
+def _count_signs(raw: bytes) -> int:
+    return sum(raw.count(sign) for sign in (b",", b"[", b"{"))
 
 
 def _check_depth(value: Any, where: str) -> None:

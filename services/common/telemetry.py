@@ -254,18 +254,28 @@ class Traced:
     An exception marks the span as failed; cancellation does not.
     """
 
-    __slots__ = ("_attributes", "_manager", "_name", "span")
+    __slots__ = ("_attributes", "_kind", "_manager", "_name", "span")
 
-    def __init__(self, name: str, attributes: Mapping[str, AttributeValue] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        attributes: Mapping[str, AttributeValue] | None = None,
+        kind: trace.SpanKind = trace.SpanKind.INTERNAL,
+    ) -> None:
         self._name = name
         self._attributes = attributes
+        self._kind = kind
         self.span: trace.Span = trace.INVALID_SPAN
 
     def __enter__(self) -> Self:
         if _state.tracer is None:
             return self
         self._manager = _state.tracer.start_as_current_span(
-            self._name, attributes=self._attributes, record_exception=False, set_status_on_exception=False
+            self._name,
+            kind=self._kind,
+            attributes=self._attributes,
+            record_exception=False,
+            set_status_on_exception=False,
         )
         self.span = self._manager.__enter__()
         return self

@@ -24,6 +24,9 @@ with needs("gateway", "asd"):
 
 logger = logging.getLogger(__name__)
 
+# How long after a router was away it is asked again for the stages' names. Chosen.
+_AGAIN_S = 2.0
+
 
 async def run(settings: GatewaySettings) -> None:
     """Serve until SIGTERM or SIGINT."""
@@ -31,7 +34,7 @@ async def run(settings: GatewaySettings) -> None:
     peer = settings.router
     if not is_loopback(peer.target) and peer.tls is None:
         logger.warning(
-            "callers' tokens go to %s in the clear: set router.tls, or encrypt the way", peer.target
+            "callers' tokens go to %s in the clear: set router.tls, or encrypt the network", peer.target
         )
     try:
         client = AsyncClient(
@@ -42,25 +45,39 @@ async def run(settings: GatewaySettings) -> None:
         )
         async with client:
             cascade = Cascade(client, peer.target, peer.timeout_ms, time.monotonic)
-            await _check_names(cascade)
+            is_checked = await _check_names(cascade)
             gateway = Gateway(settings, cascade, Instruments(), AccessLog(is_on=settings.access_log), metrics)
-            await serve(gateway, settings)
-    except UnusableFile as error:
+            serving = asyncio.create_task(serve(gateway, settings))
+            checking = None if is_checked else asyncio.create_task(_check_later(cascade))
+            await asyncio.wait({serving, checking} if checking else {serving}, return_when="FIRST_COMPLETED")
+            if checking and checking.done():
+                # Raises if a name is taken.
+                checking.result()
+            await serving
+    except (UnusableFile, PreconditionFailed) as error:
         raise SystemExit(f"asd: {error.message}") from error
     finally:
         await asyncio.to_thread(telemetry.shutdown_telemetry)
 
 
-async def _check_names(cascade: Cascade) -> None:
-    """Raise SystemExit if a stage has the name of a virtual model, as far as the router can be asked now."""
+async def _check_names(cascade: Cascade) -> bool:
+    """Return whether the router could be asked now. Raises PreconditionFailed if a stage has a taken name."""
     try:
         await cascade.describe("")
-    except PreconditionFailed as error:
-        raise SystemExit(f"asd: {error.message}") from error
+    except PreconditionFailed:
+        raise
     except Unauthenticated:
         logger.info("the router wants tokens: the stages' names are read with the first caller's")
     except AsdError as error:
         logger.warning("the stages' names are not known yet: %s", error.message)
+        return False
+    return True
+
+
+async def _check_later(cascade: Cascade) -> None:
+    """Ask a router that is away until it answers. Raises PreconditionFailed if a stage has a taken name."""
+    while not await _check_names(cascade):  # noqa: ASYNC110
+        await asyncio.sleep(_AGAIN_S)
 
 
 def main() -> None:

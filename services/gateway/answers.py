@@ -74,11 +74,17 @@ def told(answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 def headers(answers: Sequence[Answer]) -> list[tuple[bytes, bytes]]:
-    """Return the `x-asd-*` headers. Of several choices, their values stand in order, with commas."""
+    """Return the `x-asd-*` headers. Of several choices, the values stand in order, with commas.
+
+    A choice without a prediction has an empty place there. The cost is the sum, and the policies are those
+    that there were.
+    """
     values = {
         "x-asd-request-id": [answer.request_id for answer in answers],
         "x-asd-stage": [answer.stage for answer in answers],
-        "x-asd-p-correct": [f"{answer.p_correct:.6g}" for answer in answers if answer.p_correct is not None],
+        "x-asd-p-correct": [
+            "" if answer.p_correct is None else f"{answer.p_correct:.6g}" for answer in answers
+        ],
         "x-asd-cost": [f"{sum(answer.cost for answer in answers):.6g}"],
         "x-asd-policy": list(dict.fromkeys(answer.policy_version for answer in answers)),
     }
@@ -86,7 +92,7 @@ def headers(answers: Sequence[Answer]) -> list[tuple[bytes, bytes]]:
     for name, texts in values.items():
         text = ",".join(texts)
         # A name of another system may hold what a header cannot.
-        if text and text.isascii() and text.isprintable():
+        if any(texts) and text.isascii() and text.isprintable():
             made.append((name.encode(), text.encode()))
     return made
 

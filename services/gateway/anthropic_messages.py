@@ -8,9 +8,9 @@ from asd.values import FinishReason, Message, Role, Sampling
 from services.gateway.answers import told, usage_of
 from services.gateway.content import read_text, read_turns
 from services.gateway.errors import anthropic_body
-from services.gateway.objective import read_options
+from services.gateway.objective import open_body
 from services.gateway.openai_completions import MOST_TOKENS
-from services.gateway.parameters import MESSAGES, Body
+from services.gateway.parameters import MESSAGES
 from services.gateway.request import Call, SseEvent
 
 if TYPE_CHECKING:
@@ -30,10 +30,7 @@ class AnthropicMessages:
 
     def parse(self, body: Mapping[str, Any], headers: Mapping[str, str], models: Models) -> Call:
         """Return the request in a body."""
-        fields = Body(MESSAGES, body)
-        model = fields.text("model", is_required=True) or ""
-        route = models.route(model)
-        options = read_options(fields.get("asd"), headers, route)
+        fields, model, route, options = open_body(MESSAGES, body, headers, models)
         turns = read_turns(fields.get("messages"), "messages", _ROLES)
         system = fields.get("system")
         if system is not None:

@@ -6,15 +6,15 @@ import asyncio
 import logging
 import time
 import uuid
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import asynccontextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry import context, propagate
-from opentelemetry.trace import Status, StatusCode
+from opentelemetry.trace import SpanKind, Status, StatusCode
 from starlette.routing import Route, Router
 
-from asd.errors import AsdError, NotFound, Overloaded
+from asd.errors import AsdError, BudgetSpent, InputFailed, NotFound, Overloaded, PreconditionFailed
 from asd.transport.status import status_of
 from asd.values import Answer
 from services.common.auth import MISSING
@@ -31,7 +31,18 @@ from services.common.telemetry import (
 from services.gateway import answers as told
 from services.gateway.anthropic_messages import AnthropicMessages
 from services.gateway.errors import Problem, anthropic_body, openai_body, retry_headers
-from services.gateway.http import JSON, CallerGone, Headers, HttpError, read_json, respond, token_of
+from services.gateway.http import (
+    JSON,
+    CallerGone,
+    Headers,
+    HttpError,
+    Incoming,
+    Room,
+    read_json,
+    respond,
+    token_of,
+)
+from services.gateway.instruments import http_attributes
 from services.gateway.models import listed, page
 from services.gateway.objective import HEADER_PREFIX
 from services.gateway.openai_chat import OpenAiChat
@@ -42,7 +53,7 @@ from services.gateway.request import api_field
 from services.gateway.streaming import encode, encode_events
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
     from starlette.types import Receive, Scope, Send
 
@@ -63,6 +74,8 @@ _STREAM_HEADERS = [
 ]
 # How long a caller is to wait if there are too many requests. Chosen: as the router's least.
 _RETRY_S = 1.0
+# How long after a request's deadline its stream is ended here, if the router has not done so. Chosen.
+_MARGIN_S = 1.0
 APIS: dict[str, Api] = {
     "/v1/chat/completions": OpenAiChat(),
     "/v1/completions": OpenAiCompletions(),
@@ -76,21 +89,32 @@ HEALTH, METRICS = "/healthz", "/metrics"
 _PROBES = (HEALTH, METRICS)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Exchange:
-    """One request and its answer, while it is worked on. status: 0 until an answer has begun."""
+    """One request and its answer, while it is worked on.
+
+    id: of the gateway's own. status: 0 until an answer has begun. is_over: whether all of it is sent.
+    fields: the API's names of the contract's fields, once they are known. stream: what writes the answer, if
+    it is a stream. reason: why the work on it was ended, if it was.
+    """
 
     scope: Scope
-    receive: Receive
+    incoming: Incoming
     outgoing: Send
     headers: Headers
     route: str
     api: Api | None
+    task: asyncio.Task[Any]
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
     status: int = 0
+    is_over: bool = False
     model: str = ""
     is_stream: bool = False
+    fields: Mapping[str, str] = field(default_factory=dict)
+    stream: _StreamOut | None = None
     answers: Sequence[Answer] = ()
     problem: Problem | None = None
+    reason: Exception | None = None
 
     @property
     def method(self) -> str:
@@ -98,10 +122,40 @@ class Exchange:
         return str(self.scope["method"])
 
     async def send(self, message: Any) -> None:
-        """Send a part of the answer."""
+        """Send a part of the answer. Its head names the request, for OpenAI's and for Anthropic's clients."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
+            names = [(b"x-request-id", self.id.encode()), (b"request-id", self.id.encode())]
+            message = message | {"headers": [*message["headers"], *names]}
+        else:
+            self.is_over = not message.get("more_body", False)
         await self.outgoing(message)
+
+    def end(self, reason: Exception) -> None:
+        """End the work on it, which raises the reason."""
+        if self.reason is None:
+            self.reason = reason
+            self.task.cancel()
+
+    def take_reason(self) -> Exception:
+        """Return why it was ended, and forget it: otherwise the error would hold itself in memory."""
+        reason, self.reason = self.reason, None
+        assert reason is not None
+        return reason
+
+    @asynccontextmanager
+    async def watched(self) -> AsyncIterator[None]:
+        """End the work within the block with CallerGone if the caller closes the connection."""
+
+        async def watch() -> None:
+            if await self.incoming.is_closed() and not self.is_over:
+                self.end(CallerGone())
+
+        watching = asyncio.create_task(watch())
+        try:
+            yield
+        finally:
+            watching.cancel()
 
 
 class Gateway:
@@ -124,6 +178,8 @@ class Gateway:
         self._clock = clock
         self._created = int(time.time())
         self._document = encode(document(APIS))
+        self._room = Room(settings.max_buffered_bytes, _RETRY_S)
+        self._exchanges: set[Exchange] = set()
         self._active = 0
         instruments.watch_active(lambda: self._active)
         self._draining = False
@@ -153,42 +209,71 @@ class Gateway:
         """Refuse new requests from now on."""
         self._draining = True
 
+    def end(self) -> None:
+        """End the requests in flight with an error."""
+        for each in self._exchanges:
+            each.end(Draining("the gateway shuts down: call again", retry_after_s=_RETRY_S))
+
+    def error_of(self, path: str, problem: Problem) -> dict[str, Any]:
+        """Return the body of an error of a request that never became one."""
+        api = APIS.get(path.partition("?")[0])
+        return api.error(problem) if api else openai_body(problem)
+
     async def handle(
         self, exchange: Exchange, method: str, handler: Callable[[Exchange], Awaitable[None]]
     ) -> None:
         """Answer a request by a handler, or with its error; measure and log it."""
         started = self._clock()
         is_traced = self._is_traced and exchange.route not in _PROBES
-        traced = Traced(f"{exchange.method} {exchange.route}" if exchange.route else "HTTP")
+        name = f"{exchange.method} {exchange.route}" if exchange.route else "HTTP"
+        traced = Traced(name, kind=SpanKind.SERVER)
         carrier = exchange.headers.carrier() if is_traced else {}
         parent = context.attach(propagate.extract(carrier)) if carrier else None
+        trace_id = ""
         try:
             with traced if is_traced else nullcontext(traced) as span:
+                trace_id = current_trace_id()
                 try:
                     if method and exchange.method not in {method, "HEAD" if method == "GET" else method}:
                         raise HttpError("METHOD_NOT_ALLOWED", f"use {method}", allow=method)
-                    await handler(exchange)
+                    await self._run(exchange, handler)
                 except CallerGone:
                     pass
                 except Exception as error:
                     await self._fail(exchange, error)
-                _describe(span, exchange)
-                trace_id = current_trace_id()
+                finally:
+                    _describe(span, exchange)
         finally:
             if parent is not None:
                 context.detach(parent)
             duration_ms = (self._clock() - started) * 1000.0
             self._instruments.ended(exchange.method, exchange.route, exchange.status, duration_ms)
-        if self._access_log.is_on:
-            self._access_log.write(_line(exchange, duration_ms, trace_id))
+            if self._access_log.is_on:
+                self._access_log.write(_line(exchange, duration_ms, trace_id))
+
+    async def _run(self, exchange: Exchange, handler: Callable[[Exchange], Awaitable[None]]) -> None:
+        self._exchanges.add(exchange)
+        try:
+            await handler(exchange)
+        except asyncio.CancelledError:
+            # Somebody else may have cancelled it as well.
+            if exchange.reason is None or exchange.task.uncancel():
+                raise
+            raise exchange.take_reason() from None
+        finally:
+            self._exchanges.discard(exchange)
 
     async def _fail(self, exchange: Exchange, error: Exception) -> None:
-        """Answer with an error, if no answer has begun."""
-        problem = problem_of(error, {})
-        exchange.problem = exchange.problem or problem
+        """Answer with an error, or end the stream with it."""
+        exchange.problem = problem = problem_of(error, exchange.fields)
         if exchange.status:
-            raise error
-        closes = self._draining or (isinstance(error, HttpError) and error.closes)
+            if exchange.stream is None or exchange.is_over:
+                raise error
+            await exchange.stream.fail(problem)
+            return
+        # A caller that waits for "100 Continue" may take an error in its place, and not send the body.
+        closes = self._draining or bool(exchange.headers.get("expect"))
+        closes = closes or (isinstance(error, HttpError) and error.closes)
         headers = retry_headers(problem)
         if isinstance(error, HttpError) and error.allow:
             headers.append((b"allow", error.allow.encode()))
@@ -208,32 +293,30 @@ class Gateway:
             )
         self._active += 1
         try:
-            call, token = await self._read(exchange)
-            try:
-                answering = self._stream if call.is_stream else self._answer
-                await _unless_gone(answering(exchange, call, token), exchange.receive)
-            except AsdError as error:
-                exchange.problem = problem_of(error, call.fields)
-                raise _NamedError(error, exchange.problem) from error
+            api = exchange.api
+            assert api is not None
+            token = token_of(exchange.headers, takes_api_key=api.name == AnthropicMessages.name)
+            if not self._cascade.admits(token):
+                async with exchange.watched():
+                    await self._cascade.describe(token)
+            with self._room.taken() as take:
+                body = await read_json(
+                    exchange.headers,
+                    exchange.incoming,
+                    take,
+                    most_bytes=self._settings.max_body_bytes,
+                    timeout_s=self._settings.read_timeout_ms / 1000.0,
+                )
+                async with exchange.watched():
+                    models = await self._cascade.models(token, body.get("model"))
+                    call = api.parse(body, exchange.headers.beginning_with(HEADER_PREFIX), models)
+                    models.check_length(call)
+                    exchange.model, exchange.is_stream = call.model, call.is_stream
+                    exchange.fields = call.fields
+                    answering = self._stream if call.is_stream else self._answer
+                    await answering(exchange, call, token)
         finally:
             self._active -= 1
-
-    async def _read(self, exchange: Exchange) -> tuple[Call, str]:
-        api = exchange.api
-        assert api is not None
-        token = token_of(exchange.headers, takes_api_key=api.name == AnthropicMessages.name)
-        body = await read_json(
-            exchange.headers,
-            exchange.receive,
-            most_bytes=self._settings.max_body_bytes,
-            timeout_s=self._settings.read_timeout_ms / 1000.0,
-        )
-        options = exchange.headers.beginning_with(HEADER_PREFIX)
-        models = await self._cascade.models(token, body.get("model"))
-        call = api.parse(body, options, models)
-        models.check_length(call)
-        exchange.model, exchange.is_stream = call.model, call.is_stream
-        return call, token
 
     async def _answer(self, exchange: Exchange, call: Call, token: str) -> None:
         assert exchange.api is not None
@@ -243,32 +326,37 @@ class Gateway:
 
     async def _stream(self, exchange: Exchange, call: Call, token: str) -> None:
         assert exchange.api is not None
-        writer = exchange.api.writer(call, uuid.uuid4().hex, int(time.time()))
+        writer = exchange.api.writer(call, exchange.id, int(time.time()))
         # HTTP/1.0 has no chunks: its callers get the whole stream at its end.
         is_held = exchange.scope.get("http_version") == "1.0"
-        out = _StreamOut(exchange, writer, told.early_headers(call.requests), is_held=is_held)
+        exchange.stream = out = _StreamOut(
+            exchange, writer, told.early_headers(call.requests), is_held=is_held
+        )
         ended: dict[int, Answer] = {}
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._settings.router.timeout_ms / 1000.0 + _MARGIN_S
         async with self._cascade.stream(token, call.requests) as queue:
             while len(ended) < len(call.requests):
+                silent_until = min(loop.time() + self._settings.keep_alive_ms / 1000.0, deadline)
                 try:
-                    async with asyncio.timeout(self._settings.keep_alive_ms / 1000.0):
+                    async with asyncio.timeout_at(silent_until):
                         pieces = [await queue.get()]
                 except TimeoutError:
+                    if silent_until == deadline:
+                        raise BudgetSpent("the cascade's stream did not end in time") from None
                     await out.keep_alive()
                     continue
                 while not queue.empty():
                     pieces.append(queue.get_nowait())
                 errors = [piece for _, piece in pieces if isinstance(piece, Exception)]
                 if errors and not out.has_begun:
-                    exchange.problem = problem_of(errors[0], call.fields)
                     raise errors[0]
                 # First: some APIs number the events.
                 events = out.begin()
                 for index, piece in pieces:
                     if isinstance(piece, Exception):
-                        exchange.problem = problem_of(piece, call.fields)
-                        await out.write([*events, *writer.failed(exchange.problem)], is_last=True)
-                        return
+                        await out.write(events)
+                        raise piece
                     if isinstance(piece, Answer):
                         ended[index] = piece
                         events += writer.finish(index, piece)
@@ -294,7 +382,8 @@ class Gateway:
 
     async def _models(self, exchange: Exchange) -> list[dict[str, Any]]:
         token = token_of(exchange.headers, takes_api_key=True)
-        return listed(await self._cascade.describe(token), self._created)
+        async with exchange.watched():
+            return listed(await self._cascade.describe(token), self._created)
 
     async def _health(self, exchange: Exchange) -> None:
         if self._draining:
@@ -325,7 +414,10 @@ class _Endpoint:
         self._api = api
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = Exchange(scope, receive, send, Headers(scope), self._route, self._api)
+        task = asyncio.current_task()
+        assert task is not None
+        headers, incoming = Headers(scope), Incoming(receive)
+        exchange = Exchange(scope, incoming, send, headers, self._route, self._api, task)
         await self._gateway.handle(exchange, self._method, self._handler)
 
 
@@ -364,6 +456,10 @@ class _StreamOut:
         """Send an event without content: what begins the stream, if it has not begun."""
         await self.write(self._writer.keep_alive() if self.has_begun else self.begin())
 
+    async def fail(self, problem: Problem) -> None:
+        """Send the events of an error, which end the stream."""
+        await self.write(self._writer.failed(problem), is_last=True)
+
     def begin(self) -> list[Any]:
         """Return the events that begin the stream, the first time."""
         if self.has_begun:
@@ -383,74 +479,40 @@ def _plain_error(exchange: Exchange, problem: Problem) -> dict[str, Any]:
     return anthropic_body(problem) if is_anthropics else openai_body(problem)
 
 
-class _NamedError(Exception):
-    """An error whose parameter has the API's name."""
-
-    def __init__(self, error: AsdError, problem: Problem) -> None:
-        super().__init__(str(error))
-        self.problem = problem
-
-
-def problem_of(error: BaseException, fields: Any) -> Problem:
-    """Return an error as callers see it. fields: the API's names of the contract's fields."""
-    if isinstance(error, HttpError | _NamedError):
+def problem_of(error: BaseException, fields: Mapping[str, str]) -> Problem:
+    """Return an error as callers see it. fields: the API's names of the contract's fields, once known."""
+    if isinstance(error, HttpError):
         return error.problem
-    if not isinstance(error, AsdError) or type(error) is AsdError:
-        logger.error("a request failed", exc_info=error)
     kind = status_of(error).name
     message = public_message(error)
     if message == MISSING:
         # The router's own words are of gRPC.
         message = _MISSING
     if not isinstance(error, AsdError):
+        logger.error("a request failed", exc_info=error)
         return Problem(kind, message)
     # An error of the gateway's own names the API's parameter already.
     param = (api_field(fields, error.field) if fields else error.field) if error.field else ""
+    if isinstance(error, InputFailed) or (isinstance(error, PreconditionFailed) and error.field):
+        kind = "INPUT_FAILED"
+    elif type(error) is AsdError or isinstance(error, PreconditionFailed):
+        logger.error("a request failed: %s", message, exc_info=error)
     return Problem(kind, message, param, error.retry_after_s)
-
-
-async def _unless_gone(answering: Awaitable[None], receive: Receive) -> None:
-    """Await an answer; end it and raise CallerGone if the caller closes the connection first.
-
-    The answer stays in this task, and the watch on the connection cancels it: one task less for each request.
-    """
-    task = asyncio.current_task()
-    assert task is not None
-    is_gone = False
-
-    async def watch() -> None:
-        nonlocal is_gone
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        is_gone = True
-        task.cancel()
-
-    watching = asyncio.create_task(watch())
-    try:
-        await answering
-    except asyncio.CancelledError:
-        # Somebody else may have cancelled it as well.
-        if is_gone and task.uncancel() == 0:
-            raise CallerGone from None
-        raise
-    finally:
-        watching.cancel()
 
 
 def _describe(span: Traced, exchange: Exchange) -> None:
     if not span.recording:
         return
+    span.span.set_attributes(http_attributes(exchange.method, exchange.route, exchange.status))
     if exchange.model:
         span.set(Attributes.OPERATION, OPERATION_CHAT)
         span.set(Attributes.PROVIDER, PROVIDER_NAME)
         span.set(Attributes.REQUEST_MODEL, exchange.model)
     if exchange.answers:
-        usage = told.usage_of(exchange.answers)
+        # The tokens are on the router's span: in both, they would count twice.
         span.set(Attributes.RESPONSE_ID, exchange.answers[0].request_id)
         span.set(Attributes.RESPONSE_MODEL, exchange.answers[0].stage)
         span.set(Attributes.FINISH_REASONS, [told.finish_reason(each) for each in exchange.answers])
-        span.set(Attributes.INPUT_TOKENS, usage.prompt)
-        span.set(Attributes.OUTPUT_TOKENS, usage.completion)
     if exchange.problem:
         span.set(Attributes.ERROR_TYPE, exchange.problem.kind)
         if exchange.problem.row.http >= 500:
@@ -468,6 +530,7 @@ def _line(exchange: Exchange, duration_ms: float, trace_id: str) -> dict[str, An
         "duration_ms": round(duration_ms, 3),
         "model": exchange.model or None,
         "stream": exchange.is_stream,
+        "request_id": exchange.id,
         "request_ids": [each.request_id for each in exchange.answers],
         "stages": [each.stage for each in exchange.answers],
         "prompt_tokens": usage.prompt,

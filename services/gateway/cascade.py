@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+import logging
+import math
+from collections import OrderedDict
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
-from asd.errors import AsdError, NotFound
+from asd.errors import AsdError, NotFound, Unauthenticated
 from asd.values import Answer, Committed
 from services.gateway.models import Models
 
@@ -17,9 +20,13 @@ if TYPE_CHECKING:
     from asd.client import AsyncClient
     from asd.values import Description, Request
 
-# After this time the stages' names are asked for again. Chosen: they change when the router is configured
-# anew, and a name that is missing is asked for at once.
+logger = logging.getLogger(__name__)
+
+# After this time tokens are tried and the stages' names read again. Chosen: they change when the router is
+# configured anew, and a name that is missing is asked for at once.
 _FRESH_S = 60.0
+# Names read so lately are not read again for one that is missing. Chosen.
+_JUST_NOW_S = 1.0
 # Most time for a description. Chosen: the router asks all stages, and those that hang cost it a second.
 _DESCRIBE_MS = 10_000.0
 # Callers whose tokens are kept with their clients. Chosen.
@@ -42,35 +49,62 @@ class Cascade:
         self._target = target
         self._timeout_ms = timeout_ms
         self._clock = clock
-        self._models: Models | None = None
-        self._read_at = 0.0
-        self._refreshing: asyncio.Task[None] | None = None
+        self._models = Models(())
+        # -inf: the models are not known, or not any more.
+        self._read_at = -math.inf
+        # Times at which the router last took a token, the latest last. "": it wants none.
+        self._admitted: OrderedDict[str, float] = OrderedDict()
+        self._reading: dict[str, asyncio.Task[Description]] = {}
+
+    def admits(self, token: str) -> bool:
+        """Return whether the router has taken a token before. One that it took long ago is tried again."""
+        known = "" if "" in self._admitted else token
+        read_at = self._admitted.get(known)
+        is_old = read_at is not None and self._clock() - read_at > _FRESH_S
+        if is_old and known not in self._reading:
+            self._read(known).add_done_callback(_log_failure)
+        return read_at is not None
 
     async def describe(self, token: str) -> Description:
-        """Return the cascade's description. Raises PreconditionFailed if a stage has a taken name."""
-        with self._unnamed():
-            described = await self._client_of(token).describe(timeout_ms=min(self._timeout_ms, _DESCRIBE_MS))
+        """Return the cascade's description; callers of one token at the same time share it.
+
+        Raises PreconditionFailed if a stage has a taken name.
+        """
+        # A caller that leaves does not end it for the others.
+        return await asyncio.shield(self._read(token))
+
+    async def models(self, token: str, model: object) -> Models:
+        """Return the models; read again if one is missing, unless they were read just now."""
+        age_s = self._clock() - self._read_at
+        is_missing = isinstance(model, str) and model not in self._models
+        if age_s == math.inf or (is_missing and age_s > _JUST_NOW_S):
+            await self.describe(token)
+        return self._models
+
+    def _read(self, token: str) -> asyncio.Task[Description]:
+        task = self._reading.get(token)
+        if task is None:
+            self._reading[token] = task = asyncio.create_task(self._describe(token))
+            task.add_done_callback(lambda _: self._reading.pop(token))
+        return task
+
+    async def _describe(self, token: str) -> Description:
+        try:
+            with self._unnamed():
+                timeout_ms = min(self._timeout_ms, _DESCRIBE_MS)
+                described = await self._client_of(token).describe(timeout_ms=timeout_ms)
+        except Unauthenticated:
+            self._admitted.pop(token, None)
+            raise
         stages = described.stages
         self._models = Models([each.stage for each in stages], [each.context_length for each in stages])
         self._read_at = self._clock()
+        if not token or "" not in self._admitted:
+            self._admitted[token] = self._read_at
+            self._admitted.move_to_end(token)
+            if len(self._admitted) > _CALLERS:
+                self._admitted.popitem(last=False)
         return described
-
-    async def models(self, token: str, model: object) -> Models:
-        """Return the models; read again if one is missing, and behind the request if they are old."""
-        known = self._models
-        if known is None or (isinstance(model, str) and model not in known):
-            await self.describe(token)
-            assert self._models is not None
-            return self._models
-        is_old = self._clock() - self._read_at > _FRESH_S
-        if is_old and (self._refreshing is None or self._refreshing.done()):
-            self._refreshing = asyncio.create_task(self._refresh(token))
-        return known
-
-    async def _refresh(self, token: str) -> None:
-        # A caller without a right, or a router that is away, leaves the names as they are.
-        with suppress(AsdError):
-            await self.describe(token)
 
     async def ask(self, token: str, requests: Sequence[Request]) -> tuple[Answer, ...]:
         """Return the answers to requests, which are under way together. One failure ends them all."""
@@ -97,6 +131,7 @@ class Cascade:
     async def _follow(
         self, client: AsyncClient, index: int, request: Request, queue: asyncio.Queue[Piece]
     ) -> None:
+        end: Answer | Exception = AsdError("the cascade's stream ended without an answer")
         try:
             with self._unnamed():
                 async with aclosing(client.stream(request, timeout_ms=self._timeout_ms)) as events:
@@ -105,9 +140,14 @@ class Cascade:
                             if event.tokens.text:
                                 await queue.put((index, event.tokens.text))
                         elif isinstance(event, Answer):
-                            await queue.put((index, event))
+                            end = event
         except Exception as error:
-            await queue.put((index, error))
+            end = error
+        except asyncio.CancelledError:
+            if _is_cancelled():
+                raise
+            # gRPC ended the call by itself.
+        await queue.put((index, end))
 
     @contextmanager
     def _unnamed(self) -> Iterator[None]:
@@ -117,7 +157,7 @@ class Cascade:
         except AsdError as error:
             if isinstance(error, NotFound):
                 # A stage is gone: the names are old.
-                self._models = None
+                self._read_at = -math.inf
             target = self._target
             message = error.message.removeprefix(f"cascade at {target}: ")
             message = message.replace(f"cascade at {target}", "the cascade").replace(f" at {target}", "")
@@ -126,6 +166,19 @@ class Cascade:
                 raise
             told = type(error)(message, field=error.field, retry_after_s=error.retry_after_s)
             raise told from error
+
+
+def _is_cancelled() -> bool:
+    """Return whether somebody cancels this task. A task in a local variable would outlive its own error."""
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
+
+
+def _log_failure(task: asyncio.Task[Description]) -> None:
+    """Say why the names are old, which no caller may hear."""
+    error = None if task.cancelled() else task.exception()
+    if error is not None and not isinstance(error, Unauthenticated):
+        logger.warning("the stages' names were not read: %s", error)
 
 
 @asynccontextmanager

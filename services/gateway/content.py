@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 # The contract's bound on turns.
 _MOST_TURNS = 4096
+# What SDKs repeat of a part of an earlier answer.
+_IN_PARTS_OF_ANSWERS = {"annotations", "citations", "logprobs"}
 # What SDKs repeat of an earlier answer, if it has a value that says nothing.
 _EMPTY_IN_ANSWERS = {"refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning_content"}
 
@@ -34,15 +36,17 @@ def read_turns(
     return turns
 
 
-def read_text(value: object, where: str, kinds: Sequence[str] = ("text",)) -> str:
+def read_text(value: object, where: str, kinds: Sequence[str] = ("text",), *, is_answer: bool = False) -> str:
     """Return a content's text: a string, or parts of text, which are joined by line breaks.
 
-    kinds: the allowed types of parts. Raises InvalidRequest, naming the place.
+    kinds: the allowed types of parts. is_answer: whether it is an earlier answer. Raises InvalidRequest,
+    naming the place.
     """
     if isinstance(value, str):
         text = value
     elif isinstance(value, list):
-        text = "\n".join(_read_part(each, f"{where}[{index}]", kinds) for index, each in enumerate(value))
+        parts = enumerate(value)
+        text = "\n".join(_read_part(each, f"{where}[{index}]", kinds, is_answer) for index, each in parts)
     else:
         raise invalid(where, "must be a text, or a list of parts of text")
     if not text:
@@ -68,11 +72,12 @@ def _read_turn(value: object, where: str, roles: Mapping[str, Role], inert: Coll
         ):
             continue
         raise invalid(f"{where}.{name}", "is not honoured here: a message has a role and a content")
-    kinds = ("text", "output_text") if found is Role.ASSISTANT else ("text", "input_text")
-    return Message(found, read_text(value.get("content"), f"{where}.content", kinds))
+    is_answer = found is Role.ASSISTANT
+    kinds = ("text", "output_text" if is_answer else "input_text")
+    return Message(found, read_text(value.get("content"), f"{where}.content", kinds, is_answer=is_answer))
 
 
-def _read_part(value: object, where: str, kinds: Sequence[str]) -> str:
+def _read_part(value: object, where: str, kinds: Sequence[str], is_answer: bool) -> str:
     if not isinstance(value, dict):
         raise invalid(where, "must be an object")
     if value.get("type") not in kinds:
@@ -81,9 +86,8 @@ def _read_part(value: object, where: str, kinds: Sequence[str]) -> str:
     if not isinstance(text, str):
         raise invalid(f"{where}.text", "must be a text")
     for name, each in value.items():
-        # Marks for a cache, and what SDKs repeat of an earlier answer.
-        if name not in {"type", "text", "cache_control", "annotations", "citations", "logprobs"}:
-            if each is None:
-                continue
+        is_repeated = name in _IN_PARTS_OF_ANSWERS and (is_answer or each == [])
+        # Stages cache without marks.
+        if name not in {"type", "text", "cache_control"} and each is not None and not is_repeated:
             raise invalid(f"{where}.{name}", "is not honoured here: a part has a type and a text")
     return text

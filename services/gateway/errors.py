@@ -23,8 +23,8 @@ _SERVER = "server_error"
 TABLE: dict[str, Row] = {
     "INVALID_ARGUMENT": Row(400, _INVALID, "invalid_value", _INVALID),
     "OUT_OF_RANGE": Row(400, _INVALID, "invalid_value", _INVALID),
-    # An input that a model's template or tokenizer fails on.
-    "FAILED_PRECONDITION": Row(400, _INVALID, "failed_precondition", _INVALID),
+    # A model or a cascade that is set up wrongly: the operator's to mend.
+    "FAILED_PRECONDITION": Row(503, _SERVER, "failed_precondition", "api_error"),
     "UNAUTHENTICATED": Row(401, _INVALID, "invalid_api_key", "authentication_error"),
     "PERMISSION_DENIED": Row(403, _INVALID, "permission_denied", "permission_error"),
     "NOT_FOUND": Row(404, _INVALID, "not_found", "not_found_error"),
@@ -39,6 +39,9 @@ TABLE: dict[str, Row] = {
     "UNIMPLEMENTED": Row(501, _SERVER, "not_implemented", "api_error"),
     "UNAVAILABLE": Row(503, _SERVER, "service_unavailable", "overloaded_error"),
     "DEADLINE_EXCEEDED": Row(504, _SERVER, "timeout", "timeout_error"),
+    # A kind of FAILED_PRECONDITION: a model's template or tokenizer fails on this input.
+    "INPUT_FAILED": Row(400, _INVALID, "failed_precondition", _INVALID),
+    "MALFORMED_HTTP": Row(400, _INVALID, "malformed_request", _INVALID),
     "BODY_NOT_JSON": Row(400, _INVALID, "invalid_json", _INVALID),
     "NO_SUCH_PATH": Row(404, _INVALID, "unknown_url", "not_found_error"),
     "METHOD_NOT_ALLOWED": Row(405, _INVALID, "method_not_allowed", _INVALID),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from asd.errors import AsdError, Unauthenticated
+from asd.errors import AsdError, Overloaded, Unauthenticated
 from asd.transport.files import DamagedFile
 from asd.transport.token import TOKEN
 from services.common.documents import parse_json
@@ -13,11 +15,13 @@ from services.gateway.errors import Problem
 from services.gateway.streaming import encode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from starlette.types import Receive, Scope, Send
 
 JSON = b"application/json"
+# Values in a body. Chosen: several times what 4096 messages in parts have; to read so many takes some 50 ms.
+_MOST_VALUES = 100_000
 # Bodies over the limit are still read up to so many times the limit, so that their callers read the answer
 # and not a broken connection. Chosen.
 _READ_ON = 8
@@ -35,6 +39,56 @@ class HttpError(AsdError):
 
 class CallerGone(Exception):  # noqa: N818 - it ends a request, and is no error
     """The caller has closed the connection."""
+
+
+class Incoming:
+    """A request's body, in parts, whose caller may be watched meanwhile."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._kept: deque[Any] = deque()
+
+    async def __call__(self) -> Any:
+        """Return the next part, as ASGI has it."""
+        return self._kept.popleft() if self._kept else await self._receive()
+
+    async def is_closed(self) -> bool:
+        """Wait for the connection's end. Return False if a body that goes on comes first: it is not read."""
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                return True
+            self._kept.append(message)
+            if message.get("more_body", False):
+                return False
+
+
+class Room:
+    """Bytes of bodies that may be in memory at once, of all requests."""
+
+    def __init__(self, most_bytes: int, retry_s: float) -> None:
+        self._free = most_bytes
+        self._retry_s = retry_s
+
+    @contextmanager
+    def taken(self) -> Iterator[Callable[[int], None]]:
+        """Yield what takes bytes until the block is left. It raises Overloaded if they are not free."""
+        total = 0
+
+        def take(count: int) -> None:
+            nonlocal total
+            if count > self._free:
+                raise Overloaded(
+                    "the gateway has no room for the body now (max_buffered_bytes): call again",
+                    retry_after_s=self._retry_s,
+                )
+            self._free -= count
+            total += count
+
+        try:
+            yield take
+        finally:
+            self._free += total
 
 
 class Headers:
@@ -96,23 +150,23 @@ def token_of(headers: Headers, *, takes_api_key: bool) -> str:
 
 
 async def read_json(
-    headers: Headers, receive: Receive, *, most_bytes: int, timeout_s: float
+    headers: Headers, receive: Receive, take: Callable[[int], None], *, most_bytes: int, timeout_s: float
 ) -> dict[str, Any]:
-    """Return the JSON object of a request's body.
+    """Return the JSON object of a request's body. take: see Room.
 
-    Raises HttpError if it is of another type, too large, too slow or no such object; CallerGone if the
-    connection was closed.
+    Raises HttpError if it is of another type, too large, too slow or no such object; Overloaded; CallerGone
+    if the connection was closed.
     """
     _check_type(headers)
     try:
         async with asyncio.timeout(timeout_s):
-            content = await _read(headers, receive, most_bytes)
+            content = await _read(headers, receive, take, most_bytes)
     except TimeoutError as error:
         raise HttpError(
             "BODY_TOO_SLOW", f"the body was not there after {timeout_s:g} s", closes=True
         ) from error
     try:
-        value = parse_json(content, "the body")
+        value = parse_json(content, "the body", most_values=_MOST_VALUES)
     except DamagedFile as error:
         raise HttpError("BODY_NOT_JSON", error.message) from error
     if not isinstance(value, dict):
@@ -131,7 +185,7 @@ def _check_type(headers: Headers) -> None:
         raise HttpError("NOT_JSON_TYPE", "the body must not be compressed", closes=True)
 
 
-async def _read(headers: Headers, receive: Receive, most_bytes: int) -> bytes:
+async def _read(headers: Headers, receive: Receive, take: Callable[[int], None], most_bytes: int) -> bytes:
     length = headers.get("content-length")
     too_large = f"the body has more than {most_bytes} bytes, the most that is taken"
     if length.isdigit() and int(length) > most_bytes and headers.get("expect"):
@@ -148,6 +202,7 @@ async def _read(headers: Headers, receive: Receive, most_bytes: int) -> bytes:
         if size > most_bytes:
             parts.clear()
         elif part:
+            take(len(part))
             parts.append(part)
         is_last = not message.get("more_body", False)
         if size > most_bytes and (is_last or size > most_bytes * _READ_ON):

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 ACCESS_LOG = "services.gateway.access"
+# Methods that the paths know, and those that clients try.
+_METHODS = {"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"}
 
 
 class Instruments:
@@ -48,13 +50,18 @@ class Instruments:
 
     def ended(self, method: str, route: str, status: int, duration_ms: float) -> None:
         """A request has ended. route: "" for an unknown path. status: 0 if the caller left before it."""
-        # Methods and paths of callers' own would make a series each.
-        attributes: dict[str, Any] = {HTTP_REQUEST_METHOD: method if route else "_OTHER"}
-        if route:
-            attributes[HTTP_ROUTE] = route
-        if status:
-            attributes[HTTP_RESPONSE_STATUS_CODE] = status
-        self._duration.record_ms(duration_ms, attributes)
+        self._duration.record_ms(duration_ms, http_attributes(method, route, status))
+
+
+def http_attributes(method: str, route: str, status: int) -> dict[str, Any]:
+    """Return the conventions' attributes of a request; see Instruments.ended."""
+    # Methods and paths of callers' own would make a series each.
+    attributes: dict[str, Any] = {HTTP_REQUEST_METHOD: method if method in _METHODS else "_OTHER"}
+    if route:
+        attributes[HTTP_ROUTE] = route
+    if status:
+        attributes[HTTP_RESPONSE_STATUS_CODE] = status
+    return attributes
 
 
 def setup_prometheus() -> Callable[[], bytes]:

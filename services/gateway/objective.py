@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from asd.values import Objective, Preference
-from services.gateway.parameters import ASD_FIELDS, finite
+from services.gateway.parameters import ASD_FIELDS, Body, finite
 from services.gateway.request import invalid
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from services.gateway.models import Route
+    from services.gateway.models import Models, Route
 
 HEADER_PREFIX = "x-asd-"
 # Contract's fields, by names in the body.
@@ -44,6 +44,19 @@ def header_of(name: str) -> str:
 
 
 _BY_HEADER = {header_of(name): name for name in ASD_FIELDS}
+
+
+def open_body(
+    api: str, body: Mapping[str, Any], headers: Mapping[str, str], models: Models
+) -> tuple[Body, str, Route, Options]:
+    """Return what all APIs' bodies have: their fields, the model, its stages, and the options.
+
+    Raises InvalidRequest or NotFound, naming the parameter.
+    """
+    fields = Body(api, body)
+    model = fields.text("model", is_required=True) or ""
+    route = models.route(model)
+    return fields, model, route, read_options(fields.get("asd"), headers, route)
 
 
 def read_options(given: object, headers: Mapping[str, str], route: Route) -> Options:

@@ -8,7 +8,7 @@ from asd.values import Role, Sampling
 from services.gateway import openai_completions
 from services.gateway.answers import finish_reason
 from services.gateway.content import read_turns
-from services.gateway.objective import read_options
+from services.gateway.objective import open_body
 from services.gateway.openai_completions import CompletionsWriter, sampling_of
 from services.gateway.parameters import CHAT, Body
 from services.gateway.request import Call, choices, invalid
@@ -36,10 +36,7 @@ class OpenAiChat(openai_completions.OpenAiBase):
 
     def parse(self, body: Mapping[str, Any], headers: Mapping[str, str], models: Models) -> Call:
         """Return the request in a body."""
-        fields = Body(CHAT, body)
-        model = fields.text("model", is_required=True) or ""
-        route = models.route(model)
-        options = read_options(fields.get("asd"), headers, route)
+        fields, model, route, options = open_body(CHAT, body, headers, models)
         turns = read_turns(fields.get("messages"), "messages", _ROLES)
         sampling, names, count = _sampling(fields)
         request = route.request(tuple(turns), sampling, options)

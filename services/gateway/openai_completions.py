@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from asd.values import Sampling
 from services.gateway.answers import fingerprint, finish_reason, told, usage_of
 from services.gateway.errors import Problem, openai_body
-from services.gateway.objective import read_options
+from services.gateway.objective import open_body
 from services.gateway.parameters import COMPLETIONS, Body
 from services.gateway.request import MOST_CHOICES, Call, SseEvent, choices, invalid
 from services.gateway.streaming import DONE
@@ -64,10 +64,7 @@ class OpenAiCompletions(OpenAiBase):
 
     def parse(self, body: Mapping[str, Any], headers: Mapping[str, str], models: Models) -> Call:
         """Return the request in a body."""
-        fields = Body(COMPLETIONS, body)
-        model = fields.text("model", is_required=True) or ""
-        route = models.route(model)
-        options = read_options(fields.get("asd"), headers, route)
+        fields, model, route, options = open_body(COMPLETIONS, body, headers, models)
         prompts = _prompts(fields.get("prompt"))
         sampling, names, count = sampling_of(fields)
         if len(prompts) * count > _MOST_ANSWERS:
@@ -141,8 +138,9 @@ class CompletionsWriter:
         return events
 
     def keep_alive(self) -> list[SseEvent]:
-        """Return a chunk without text."""
-        return [self._chunk([self.piece(0, "")])]
+        """Return a chunk without text, of a choice that has not ended."""
+        running = next(index for index in range(len(self._call.requests)) if index not in self._answers)
+        return [self._chunk([self.piece(running, "")])]
 
     def failed(self, problem: Problem) -> list[SseEvent]:
         """Return the error, and the end."""

@@ -8,9 +8,9 @@ from asd.values import FinishReason, Message, Role, Sampling
 from services.gateway.answers import told, usage_of
 from services.gateway.content import read_turns
 from services.gateway.errors import openai_body
-from services.gateway.objective import read_options
+from services.gateway.objective import open_body
 from services.gateway.openai_completions import MOST_TOKENS
-from services.gateway.parameters import RESPONSES, Body
+from services.gateway.parameters import RESPONSES
 from services.gateway.request import Call, SseEvent, invalid
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ _ROLES = {
 }
 # Fields of a message in the input that only an earlier answer has.
 _INERT = ("type", "id", "status", "phase")
+# Texts without effect that a response repeats.
+_ECHOED = ("user", "safety_identifier", "prompt_cache_key")
 
 
 class OpenAiResponses:
@@ -37,10 +39,7 @@ class OpenAiResponses:
 
     def parse(self, body: Mapping[str, Any], headers: Mapping[str, str], models: Models) -> Call:
         """Return the request in a body."""
-        fields = Body(RESPONSES, body)
-        model = fields.text("model", is_required=True) or ""
-        route = models.route(model)
-        options = read_options(fields.get("asd"), headers, route)
+        fields, model, route, options = open_body(RESPONSES, body, headers, models)
         turns = _turns(fields.get("input"))
         instructions = fields.text("instructions")
         if instructions:
@@ -65,10 +64,10 @@ class OpenAiResponses:
         echo = {
             "instructions": instructions,
             "max_output_tokens": sampling.max_new_tokens,
-            "metadata": fields.get("metadata") or {},
+            "metadata": fields.labels("metadata"),
             "temperature": sampling.temperature,
             "top_p": 1.0 if sampling.top_p is None else sampling.top_p,
-            "user": fields.get("user"),
+            **{name: fields.text(name, may_be_empty=True) for name in _ECHOED},
         }
         return Call(model, (request,), names, fields.flag("stream"), echo=echo)
 
@@ -93,7 +92,6 @@ class ResponsesWriter:
         self._id = stream_id
         self._created = created
         self._sequence = 0
-        self._text: list[str] = []
 
     def begin(self) -> list[SseEvent]:
         """Return the events that open response, message and text."""
@@ -108,7 +106,6 @@ class ResponsesWriter:
 
     def text(self, index: int, text: str) -> list[SseEvent]:
         """Return the event of a text."""
-        self._text.append(text)
         return [self._event("response.output_text.delta", **self._place(), delta=text, logprobs=[])]
 
     def finish(self, index: int, answer: Answer) -> list[SseEvent]:
@@ -190,7 +187,7 @@ def _response(call: Call, response_id: str, created: int, answer: Answer | None)
         "top_p": call.echo["top_p"],
         "truncation": "disabled",
         "usage": None,
-        "user": call.echo["user"],
+        **{name: call.echo[name] for name in _ECHOED},
         "metadata": call.echo["metadata"],
     }
     if answer is None:

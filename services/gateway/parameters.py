@@ -71,6 +71,13 @@ def _turns(*more: str) -> dict[str, Any]:
     }
 
 
+def _stream_options(*flags: str) -> dict[str, Any]:
+    """Return the schema of a stream's options. flags: those that may be true."""
+    taken: dict[str, Any] = {"include_obfuscation": {"enum": [False, None]}}
+    taken |= {name: {"type": ["boolean", "null"]} for name in flags}
+    return {"type": "object", "properties": taken, "additionalProperties": False}
+
+
 _NOT_YET = "not supported yet"
 _NO_SUCH_SAMPLING = "the stages have no such way of sampling"
 _NO_STATE = "the gateway keeps no state"
@@ -96,6 +103,14 @@ _SEED = _honoured("seed", "of the random choice above temperature 0", type="inte
 _METADATA = _inert("metadata", "labels for the caller")
 _USER = _inert("user", "the caller's name for its user")
 
+# What /v1/chat/completions and /v1/responses have in common.
+_OPENAI_INERT = (
+    _inert("safety_identifier", "the caller's name for its user"),
+    _inert("prompt_cache_key", _CACHED_ANYWAY),
+    _inert("prompt_cache_retention", _CACHED_ANYWAY),
+    _inert("prompt_cache_options", _CACHED_ANYWAY),
+)
+
 # What /v1/chat/completions and /v1/completions have in common.
 _OPENAI_OLD = (
     _MODEL,
@@ -105,7 +120,11 @@ _OPENAI_OLD = (
     _SEED,
     _honoured("stop", f"up to {MOST_STOPS} sequences, none empty", **_STOP),
     _STREAM,
-    _honoured("stream_options", "include_usage; include_obfuscation only as false", **_OBJECT),
+    _honoured(
+        "stream_options",
+        "include_usage; include_obfuscation only as false",
+        **_stream_options("include_usage"),
+    ),
     _ASD,
     _USER,
     _refused("frequency_penalty", _NO_SUCH_SAMPLING, 0),
@@ -125,10 +144,7 @@ PARAMETERS: Mapping[str, tuple[Parameter, ...]] = {
         _honoured("max_completion_tokens", "the newer name of max_tokens", type="integer", minimum=1),
         _METADATA,
         _refused("store", _NO_STATE, False),
-        _inert("safety_identifier", "the caller's name for its user"),
-        _inert("prompt_cache_key", _CACHED_ANYWAY),
-        _inert("prompt_cache_retention", _CACHED_ANYWAY),
-        _inert("prompt_cache_options", _CACHED_ANYWAY),
+        *_OPENAI_INERT,
         _refused("tools", _NO_TOOLS, []),
         _refused("tool_choice", _NO_TOOLS, "none"),
         _refused("parallel_tool_calls", _NO_TOOLS, True, False),
@@ -173,7 +189,7 @@ PARAMETERS: Mapping[str, tuple[Parameter, ...]] = {
         _honoured("input", "a text, or messages of text", anyOf=[_TEXT, _turns("developer")]),
         _honoured("instructions", "a system message before the input", type="string", minLength=1),
         _honoured("max_output_tokens", "most tokens of the answer", type="integer", minimum=1),
-        _honoured("stream_options", "include_obfuscation only as false", **_OBJECT),
+        _honoured("stream_options", "include_obfuscation only as false", **_stream_options()),
         _refused("store", _NO_STATE, False),
         _refused("previous_response_id", _NO_STATE),
         _refused("conversation", _NO_STATE),
@@ -182,10 +198,7 @@ PARAMETERS: Mapping[str, tuple[Parameter, ...]] = {
         _refused("prompt", _NO_STATE),
         _refused("context_management", "conversations are not shortened", []),
         _refused("truncation", "conversations are not shortened", "disabled"),
-        _inert("safety_identifier", "the caller's name for its user"),
-        _inert("prompt_cache_key", _CACHED_ANYWAY),
-        _inert("prompt_cache_retention", _CACHED_ANYWAY),
-        _inert("prompt_cache_options", _CACHED_ANYWAY),
+        *_OPENAI_INERT,
         _refused("tools", _NO_TOOLS, []),
         _refused("tool_choice", _NO_TOOLS, "none"),
         _refused("parallel_tool_calls", _NO_TOOLS, True, False),
@@ -196,7 +209,7 @@ PARAMETERS: Mapping[str, tuple[Parameter, ...]] = {
         _refused("reasoning", "the models have no such setting", {}),
         _refused("moderation", "there is no moderation"),
         _refused("image", "the models read and write text"),
-        _refused("access_programs", "there are none"),
+        _refused("access_programs", "there are no access programs"),
         _refused("service_tier", "there are no tiers: use asd.max_latency_ms or a model", "auto", "default"),
     ),
     MESSAGES: (
@@ -225,8 +238,8 @@ PARAMETERS: Mapping[str, tuple[Parameter, ...]] = {
         _refused("container", _NO_STATE),
         _refused("mcp_servers", _NO_TOOLS, []),
         _refused("context_management", "conversations are not shortened"),
-        _refused("diagnostics", "there are none"),
-        _refused("inference_geo", "the cascade is where it is"),
+        _refused("diagnostics", "no diagnostics are returned"),
+        _refused("inference_geo", "the stages run where their operator placed them"),
         _refused("speed", "use the model asd-fastest", "standard"),
         _refused(
             "service_tier", "there are no tiers: use asd.max_latency_ms or a model", "auto", "standard_only"
@@ -272,11 +285,20 @@ class Body:
         """Return a parameter as it is; None if it is absent."""
         return self._fields.get(name)
 
-    def text(self, name: str, *, is_required: bool = False) -> str | None:
-        """Return a text, which is not empty."""
+    def text(self, name: str, *, is_required: bool = False, may_be_empty: bool = False) -> str | None:
+        """Return a text."""
         value = self._required(name) if is_required else self._fields.get(name)
-        if value is not None and (not isinstance(value, str) or not value):
-            raise invalid(name, "must be a text, and not an empty one")
+        if value is not None and not (isinstance(value, str) and (value or may_be_empty)):
+            raise invalid(name, f"must be a text{'' if may_be_empty else ', and not an empty one'}")
+        return value
+
+    def labels(self, name: str) -> dict[str, str]:
+        """Return an object of texts; an empty one if it is absent."""
+        value = self._fields.get(name)
+        if value is None:
+            return {}
+        if not isinstance(value, dict) or not all(isinstance(each, str) for each in value.values()):
+            raise invalid(name, "must be an object of texts")
         return value
 
     def flag(self, name: str) -> bool:

@@ -366,6 +366,7 @@ VARIANTS: dict[str, Variant] = {
             "gateway": {
                 "timeoutMs": 600_500,
                 "maxBodyBytes": 33_554_432,
+                "maxBufferedBytes": 134_217_728,
                 "ingress": {
                     "enabled": True,
                     "className": "nginx",

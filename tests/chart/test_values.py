@@ -251,6 +251,7 @@ BOUNDED = {
     "router.batchConcurrency": (RouterSettings, "batch_concurrency"),
     "gateway.maxConcurrent": (GatewaySettings, "max_concurrent"),
     "gateway.maxBodyBytes": (GatewaySettings, "max_body_bytes"),
+    "gateway.maxBufferedBytes": (GatewaySettings, "max_buffered_bytes"),
     **{
         f"{place}.{value}": (model, name)
         for place in ("stageDefaults", "stages[]")
@@ -263,6 +264,14 @@ BOUNDED = {
         )
     },
 }
+
+
+def test_the_gateways_memory_has_room_for_its_bodies() -> None:
+    gateway = chart_values()["gateway"]
+    limit = int(gateway["resources"]["limits"]["memory"].removesuffix("Mi"))
+    # As the values say of maxBufferedBytes.
+    assert limit >= 128 + 6 * (gateway["maxBufferedBytes"] >> 20)
+    assert gateway["maxBufferedBytes"] >= gateway["maxBodyBytes"]
 
 
 def _maximum(schema: dict[str, Any]) -> object:

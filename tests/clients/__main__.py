@@ -75,7 +75,13 @@ async def run() -> int:
             *("-c", os.devnull, f"--junitxml={report}", "--timeout=600", "-v"),
         ]
         child = await asyncio.create_subprocess_exec(
-            *command, env={**os.environ, "ASD_GATEWAY": f"http://{gateway}", "ASD_ROUTER": router}
+            *command,
+            env={
+                **os.environ,
+                "ASD_GATEWAY": f"http://{gateway}",
+                "ASD_ROUTER": router,
+                "ASD_PYTHON": sys.executable,
+            },
         )
         async with asyncio.timeout(_TEST_S):
             status = await child.wait()

@@ -21,3 +21,9 @@ def url() -> str:
 def api(url: str) -> str:
     """The address of OpenAI's API."""
     return f"{url}/v1"
+
+
+@pytest.fixture
+def router() -> str:
+    """The address of the router behind the gateway."""
+    return os.environ["ASD_ROUTER"]

@@ -62,11 +62,11 @@ def answer(text=TEXT, finish=common_pb2.FINISH_REASON_EOS, **fields):
 
 
 class FakeRouter(cascade_pb2_grpc.CascadeServiceServicer):
-    """Sends WORDS, and then the answer.
+    """Sends words, and then the answer.
 
     error: raised instead, or after `words_first` words. hold: while it is cleared, calls wait after those
-    words. token: refuses other ones. requests, metadata: what came. running: calls that have not ended;
-    idle is set while there are none.
+    words. words: of streams. has_sent_all: whether a stream has had them all. token: refuses other ones.
+    requests, metadata: what came. running: calls that have not ended; idle is set while there are none.
     """
 
     def __init__(self, stages=("small", "large")):
@@ -74,6 +74,8 @@ class FakeRouter(cascade_pb2_grpc.CascadeServiceServicer):
         self.error = None
         self.words_first = 0
         self.token = ""
+        self.words = WORDS
+        self.has_sent_all = False
         self.requests = []
         self.metadata = []
         self.described = 0
@@ -102,18 +104,19 @@ class FakeRouter(cascade_pb2_grpc.CascadeServiceServicer):
     async def GenerateStream(self, request, context):  # noqa: N802
         with self._counted(request.request, context):
             yield cascade_pb2.GenerateStreamResponse(stage_started=cascade_pb2.StageStarted(stage="small"))
-            for count, word in enumerate(WORDS):
+            for count, word in enumerate(self.words):
                 if count == self.words_first:
                     await self._wait()
                 tokens = common_pb2.TokenChunk(token_ids=[count + 1], text=word)
                 commit = cascade_pb2.Commit(committed_tokens=count + 1, tokens=tokens)
                 yield cascade_pb2.GenerateStreamResponse(commit=commit)
+            self.has_sent_all = True
             yield cascade_pb2.GenerateStreamResponse(response=answer(request_id=f"r{len(self.requests)}"))
 
-    async def start(self, options=None):
-        """Serve on a free port; return the server."""
+    async def start(self, options=None, port=0):
+        """Serve on a port; return the server and the port. 0: a free one."""
         service = ServiceRegistration("asd.v1.CascadeService", self._add)
-        return await start_server("127.0.0.1:0", [service], options=options or ServerOptions())
+        return await start_server(f"127.0.0.1:{port}", [service], options=options or ServerOptions())
 
     def _add(self, server):
         cascade_pb2_grpc.add_CascadeServiceServicer_to_server(self, server)

@@ -9,16 +9,18 @@ position whose two likeliest tokens are closer than a tolerance. Those positions
 from __future__ import annotations
 
 import asyncio
+import json
 import random
+import re
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from asd.errors import AsdError, InvalidRequest, PreconditionFailed, PromptTooLong
-from asd.values import FinishReason, Message, Sampling
+from asd.errors import AsdError, InvalidRequest, ModelRefusal, PreconditionFailed, PromptTooLong
+from asd.values import Constraint, FinishReason, Message, Sampling
 from services.stage.domain import DraftPiece, DraftText, Result, TokenChunk, VerificationResult
 from services.stage.engines.engine import ModelState
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from asd.values import TokenDetail
     from services.stage.domain import Event
     from services.stage.engines.engine import Engine
 
@@ -67,6 +70,7 @@ class EngineAnswer(NamedTuple):
     entropies: npt.NDArray[np.float32]
     margins: npt.NDArray[np.float32]
     verification: VerificationResult | None
+    details: tuple[TokenDetail, ...] = ()
 
 
 @dataclass
@@ -177,7 +181,10 @@ async def collect(events: AsyncGenerator[Event, None], evidence: str = "") -> En
         sizes = {found.proposed, len(found.ranks), len(found.target_logprobs)}
         expect(len(sizes) == 1 and 0 <= found.accepted <= found.proposed, f"evidence does not fit: {found}")
     expect(0 <= result.accepted_tokens <= result.proposed_tokens, "more is accepted than proposed")
-    return EngineAnswer(result, logprobs, entropies, margins, verifications[0] if verifications else None)
+    details = tuple(each for chunk in chunks for each in chunk.details)
+    expect(len(details) in {0, len(result.ids)}, "some tokens have details and others none")
+    evidence_found = verifications[0] if verifications else None
+    return EngineAnswer(result, logprobs, entropies, margins, evidence_found, details)
 
 
 def expect(is_so: bool, otherwise: str) -> None:
@@ -334,6 +341,86 @@ async def unusable_drafts_are_refused(suite: Suite) -> None:
             expect(error.field == name, f"the error names {error.field}, not {name}")
         else:
             raise NotConforming(f"a draft with a wrong {name} is taken")
+
+
+async def constraints_are_kept(suite: Suite) -> None:
+    """An answer keeps its constraint, written or drawn; an engine that cannot keep one refuses it."""
+    for constraint, keeps in _CONSTRAINTS:
+        if not suite.engine.status().constrains:
+            await _expect_refusal(suite, Sampling(constraint=constraint), "sampling.constraint")
+            continue
+        for prompt in suite.prompts[:4]:
+            for sampling in (_bound(suite, constraint), _bound(suite, constraint, seed=5)):
+                answer = (await suite.ask(prompt, sampling)).result
+                expect(answer.constrained, "the result does not say that a constraint was kept")
+                expect(keeps(answer.text), f"{answer.text!r} breaks its constraint")
+                expect(answer.finish is FinishReason.EOS, f"{answer.text!r} ended by {answer.finish.value}")
+    if suite.engine.status().constrains:
+        broken = Sampling(constraint=Constraint(json_schema={"type": "of no kind"}))
+        try:
+            await suite.ask(suite.prompts[0], broken)
+        except InvalidRequest as error:
+            expect(error.field.startswith("sampling.constraint"), f"the error names {error.field}")
+        else:
+            raise NotConforming("a schema that is none is taken")
+
+
+async def drafts_do_not_break_a_constraint(suite: Suite) -> None:
+    """Whatever the draft, a constrained answer is the one that is written without it."""
+    if not suite.engine.status().constrains:
+        return
+    for constraint, _ in _CONSTRAINTS:
+        for prompt in suite.prompts[:4]:
+            free = (await suite.plain(prompt)).result.ids
+            for sampling in (_bound(suite, constraint), _bound(suite, constraint, seed=5)):
+                wanted = await suite.ask(prompt, sampling)
+                own = wanted.result.ids
+                drafts = (suite.own_draft(wanted), suite.draft(free), suite.draft([*own[:3], *free, *own]))
+                for draft in drafts:
+                    found = await suite.verify(prompt, draft, sampling)
+                    suite.expect_same(found, wanted, "a constrained answer with a draft")
+                    evidence = found.verification
+                    assert evidence is not None
+                    leaves = draft is not drafts[0]
+                    expect((evidence.allowed is not None) == leaves, f"of a draft, {evidence} is said")
+                turns = (Message("user", prompt),)
+                pieces = _pieces(suite, drafts[2].ids, FinishReason.EOS)
+                call = suite.engine.verify_stream(turns, sampling, pieces, None)
+                suite.expect_same(
+                    await collect(call, evidence="any"), wanted, "a constrained draft in pieces"
+                )
+
+
+async def predictions_that_break_a_constraint_are_refused(suite: Suite) -> None:
+    """A caller's draft outside the constraint is the caller's mistake; one inside it is a draft."""
+    if not suite.engine.status().constrains:
+        return
+    sampling = _bound(suite, Constraint(choice=("yes", "no")))
+    inside = DraftText("yes", (), "", FinishReason.EOS, is_prediction=True)
+    expect((await suite.verify(suite.prompts[0], inside, sampling)).result.text in {"yes", "no"}, "it breaks")
+    try:
+        await suite.verify(suite.prompts[0], replace(inside, text="perhaps"), sampling)
+    except InvalidRequest as error:
+        expect(error.field == "draft", f"the error names {error.field}, not draft")
+    else:
+        raise NotConforming("a prediction outside the constraint is taken")
+
+
+async def log_probabilities_come_with_the_likeliest_tokens(suite: Suite) -> None:
+    """On request, each token comes with its bytes and the likeliest ones at its place, verified or not."""
+    most = suite.engine.status().most_top_logprobs
+    if not most:
+        await _expect_refusal(suite, Sampling(top_logprobs=0), "sampling.top_logprobs")
+    for count in sorted({0, min(most, 2), most}) if most else ():
+        sampling = replace(suite.greedy, top_logprobs=count)
+        for prompt in suite.prompts[:3]:
+            plain = await suite.plain(prompt)
+            written = await suite.ask(prompt, sampling)
+            suite.expect_same(written, plain, "an answer with log-probabilities")
+            verified = await suite.verify(prompt, suite.own_draft(plain), sampling)
+            for answer in (written, verified):
+                expect(len(answer.details) == len(answer.result.ids), "a token has no details")
+                _expect_details(suite, answer, count)
 
 
 async def prompts_beyond_the_context_are_refused(suite: Suite) -> None:
@@ -534,6 +621,10 @@ CHECKS: tuple[Check, ...] = (
     tolerance_accepts_more,
     other_tokenizers_drafts_are_encoded_anew,
     unusable_drafts_are_refused,
+    constraints_are_kept,
+    drafts_do_not_break_a_constraint,
+    predictions_that_break_a_constraint_are_refused,
+    log_probabilities_come_with_the_likeliest_tokens,
     prompts_beyond_the_context_are_refused,
     stop_sequences_end_before_themselves,
     sampling_repeats_with_its_seed,
@@ -560,6 +651,70 @@ async def run_check(suite: Suite, check: Check) -> CheckOutcome:
         error = f"{type(failure).__name__}: {failure}"
     name = getattr(check, "__name__", "check").replace("_", " ")
     return CheckOutcome(name, error, suite.near_ties - before, time.monotonic() - started)
+
+
+def _is_small_object(text: str) -> bool:
+    value = json.loads(text)
+    return (
+        list(value) == ["kind", "count", "sure"]
+        and value["kind"] in {"iron", "grain"}
+        and value["count"] in range(100)
+        and value["sure"] in {True, False, None}
+    )
+
+
+# Constraints whose answers are short, whatever a model writes, and whether a text keeps each.
+_CONSTRAINTS: tuple[tuple[Constraint, Callable[[str], bool]], ...] = (
+    (
+        Constraint(
+            json_schema={
+                "type": "object",
+                "properties": {
+                    "kind": {"enum": ["iron", "grain"]},
+                    "count": {"type": "integer", "minimum": 0, "maximum": 99},
+                    "sure": {"type": ["boolean", "null"]},
+                },
+                "required": ["kind", "count", "sure"],
+                "additionalProperties": False,
+            }
+        ),
+        _is_small_object,
+    ),
+    (Constraint(regex="[a-z]{2,9}, [0-9]{2}"), lambda text: bool(re.fullmatch("[a-z]{2,9}, [0-9]{2}", text))),
+    (Constraint(choice=("yes", "no", "maybe not")), lambda text: text in {"yes", "no", "maybe not"}),
+)
+
+
+def _bound(suite: Suite, constraint: Constraint, seed: int | None = None) -> Sampling:
+    """Return the options of a constrained call, which draws if it has a seed."""
+    sampling = Sampling(max_new_tokens=2 * suite.max_new_tokens, constraint=constraint)
+    return sampling if seed is None else replace(sampling, temperature=1.0, seed=seed)
+
+
+async def _expect_refusal(suite: Suite, sampling: Sampling, field: str) -> None:
+    try:
+        await suite.ask(suite.prompts[0], sampling)
+    except ModelRefusal as error:
+        expect(error.field == field, f"the error names {error.field}, not {field}")
+    else:
+        raise NotConforming(f"{field} is taken by an engine that says it cannot serve it")
+
+
+def _expect_details(suite: Suite, answer: EngineAnswer, count: int) -> None:
+    """Check what is told of each token beside its log-probability."""
+    for token, logprob, detail in zip(answer.result.ids, answer.logprobs, answer.details, strict=True):
+        found = [each.logprob for each in detail.likeliest]
+        expect(len(found) == count, f"{len(found)} of {count} tokens are told")
+        expect(found == sorted(found, reverse=True), "the likeliest tokens are not in order")
+        if found:
+            expect(found[0] >= logprob - suite.signal_tolerance, "a token is likelier than the likeliest")
+        for each in detail.likeliest:
+            if each.token_id == token:
+                expect(abs(each.logprob - logprob) <= suite.signal_tolerance, "a token has two probabilities")
+                expect(each.text == detail.text, "a token has two texts")
+    text = b"".join(each.text for each in answer.details).decode(errors="ignore")
+    wanted = answer.result.text.replace("\ufffd", "")
+    expect(text.strip() == wanted.strip(), f"the tokens' bytes are {text!r}, and the text {wanted!r}")
 
 
 async def _pieces(

@@ -45,7 +45,9 @@ _JSON = {
 # Measured: what they let through compiles in about a second at most.
 _MOST_SYMBOLS, _MOST_LEXER_FUEL = 30_000, 200_000
 # The time grows with the square of the number of properties.
-_MOST_SCHEMAS = 2_000
+_MOST_OBJECTS = 2_000
+# Each is compared with each: 900 took more than 5 s.
+_MOST_PATTERNS = 100
 # llguidance has no bound for it: dividing by 9,999,991 took minutes, by 3,001 it takes 0.02 s.
 _MOST_DIVISOR = 3_000
 # For what no bound foresees. Chosen: a busy machine may take several times as long.
@@ -87,14 +89,19 @@ def json_rule(schema: Any, field: str) -> str:
     if schema is False:
         raise InvalidRequest("the schema false allows no answer at all", field=field)
     schema = {} if schema is True else schema
-    schemas = list(_all_schemas(schema))
-    if len(schemas) > _MOST_SCHEMAS:
+    # Whatever stands in it may be referred to.
+    objects = list(_objects_in(schema))
+    if len(objects) > _MOST_OBJECTS:
         raise InvalidRequest(
-            f"the schema consists of {len(schemas):,} schemas, and {_MOST_SCHEMAS:,} are the most: ask for a "
-            "smaller part",
+            f"the schema holds {len(objects):,} objects, and {_MOST_OBJECTS:,} are the most: make it smaller",
             field=field,
         )
-    divisors = {_divisor(each["multipleOf"]) for each in schemas if "multipleOf" in each}
+    patterns = [each["patternProperties"] for each in objects if "patternProperties" in each]
+    if sum(len(each) for each in patterns if isinstance(each, dict)) > _MOST_PATTERNS:
+        raise InvalidRequest(
+            f"patternProperties hold more than {_MOST_PATTERNS} patterns: make it smaller", field=field
+        )
+    divisors = {_divisor(each["multipleOf"]) for each in objects if "multipleOf" in each}
     if prod(divisors) > _MOST_DIVISOR:
         raise InvalidRequest(
             f"multipleOf has too many digits: multiplied without their decimal points, all its numbers give "
@@ -307,7 +314,7 @@ def _schemas_in(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     found: list[tuple[str, Any]] = []
     for key in _NAMED:
         if isinstance(schema.get(key), dict):
-            found += [(f"{key}/{name}", each) for name, each in schema[key].items()]
+            found += [(f"{key}/{_escaped(name)}", each) for name, each in schema[key].items()]
     for key in _LISTED:
         if isinstance(schema.get(key), list):
             found += [(f"{key}/{index}", each) for index, each in enumerate(schema[key])]
@@ -315,11 +322,18 @@ def _schemas_in(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     yield from ((place, each) for place, each in found if isinstance(each, dict))
 
 
-def _all_schemas(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield a schema and all that stand in it; check_schema has bounded their depth."""
-    yield schema
-    for _, each in _schemas_in(schema):
-        yield from _all_schemas(each)
+def _escaped(name: str) -> str:
+    """Return a name as a JSON pointer has it."""
+    return name.replace("~", "~0").replace("/", "~1")
+
+
+def _objects_in(value: Any) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSON value, itself included; check_schema has bounded its depth."""
+    if isinstance(value, dict):
+        yield value
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _objects_in(each)
 
 
 def _divisor(value: Any) -> int:

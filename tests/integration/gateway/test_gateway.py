@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import ssl
 
 import anthropic
+import httpx2
 import openai
 import pytest
+from opentelemetry.trace import SpanKind, StatusCode
 
 from asd.errors import BudgetSpent, InvalidRequest, Overloaded, PromptTooLong, Unavailable
 from services.gateway.instruments import ACCESS_LOG
@@ -347,6 +350,40 @@ async def test_too_many_requests_are_told_to_come_back():
         assert (await first).status_code == 200
 
 
+async def listens(gateway):
+    """Return whether the gateway takes new connections."""
+    try:
+        _, writer = await gateway.connect()
+    except ConnectionError:
+        return False
+    writer.close()
+    return True
+
+
+async def test_a_server_that_ends_gives_requests_their_time_and_then_an_error():
+    router = FakeRouter()
+    router.words_first = 1
+    async with running(router, drain_seconds=0.05) as gateway:
+        router.hold.clear()
+        stream = asyncio.create_task(gateway.post(CHAT, HELLO | {"stream": True}))
+        await router.begun.wait()
+        gateway.server.should_exit = True
+        ended = (await stream).text
+    assert data_of(ended)[-1]["error"]["code"] == "service_unavailable"
+    # A longer drain lets the answer come.
+    async with running(FakeRouter(), drain_seconds=CALL_S) as gateway:
+        gateway.router.hold.clear()
+        whole = asyncio.create_task(gateway.post(CHAT, HELLO))
+        await gateway.router.begun.wait()
+        gateway.server.should_exit = True
+        while await listens(gateway):
+            pass
+        gateway.router.hold.set()
+        assert (await whole).status_code == 200
+        # uvicorn ends requests without an answer, and so after the gateway.
+        assert gateway.server.config.timeout_graceful_shutdown > CALL_S
+
+
 async def test_a_draining_gateway_refuses_new_requests(gateway):
     gateway.app.drain()
     for response in (await gateway.get("/healthz"), await gateway.post(CHAT, HELLO)):
@@ -358,8 +395,6 @@ async def test_a_new_certificate_is_used_from_the_next_connection_on(tmp_path):
     cert, key = authority.issue("gateway", "127.0.0.1")
     settings = {"cert_file": cert, "key_file": key}
     async with running(FakeRouter(), tls=settings) as gateway:
-        import ssl
-
         trust = ssl.create_default_context(cafile=authority.file)
         async with gateway.client(verify=trust) as client:
             assert (await client.post(CHAT, json=HELLO)).status_code == 200
@@ -367,6 +402,25 @@ async def test_a_new_certificate_is_used_from_the_next_connection_on(tmp_path):
         other.issue("gateway", "127.0.0.1")
         async with gateway.client(verify=ssl.create_default_context(cafile=other.file)) as client:
             assert (await client.post(CHAT, json=HELLO)).status_code == 200
+
+
+async def test_a_client_needs_a_certificate_where_the_gateway_wants_one(tmp_path):
+    authority = Authority(tmp_path)
+    cert, key = authority.issue("gateway", "127.0.0.1")
+    settings = {"cert_file": cert, "key_file": key, "client_ca_file": authority.file}
+    own = authority.issue("caller", "caller")
+    stranger = Authority(tmp_path, "other").issue("stranger", "stranger")
+    async with running(FakeRouter(), tls=settings) as gateway:
+        for pair in (own, stranger, None):
+            trust = ssl.create_default_context(cafile=authority.file)
+            if pair:
+                trust.load_cert_chain(*pair)
+            async with gateway.client(verify=trust) as client:
+                if pair is own:
+                    assert (await client.post(CHAT, json=HELLO)).status_code == 200
+                    continue
+                with pytest.raises(httpx2.TransportError):
+                    await client.post(CHAT, json=HELLO)
 
 
 async def test_the_access_log_has_no_prompt_and_no_token(caplog):
@@ -393,7 +447,14 @@ async def test_a_trace_goes_from_the_caller_to_the_router(recorded):
             await gateway.post(CHAT, HELLO | {"stream": stream}, headers)
             (span,) = recorded.spans(f"POST {CHAT}")[-1:]
             assert (f"{span.context.trace_id:032x}", f"{span.parent.span_id:016x}") == (trace, parent)
+            assert span.kind is SpanKind.SERVER
             assert span.attributes["gen_ai.request.model"] == "asd"
+            assert span.attributes["gen_ai.response.id"] == "r1" if not stream else "r2"
+            assert span.attributes["http.request.method"] == "POST"
+            assert span.attributes["http.route"] == CHAT
+            assert span.attributes["http.response.status_code"] == 200
+            # They are on the router's span.
+            assert not [name for name in span.attributes if name.startswith("gen_ai.usage")]
             sent = gateway.router.metadata[-1]["traceparent"]
             assert sent.split("-")[1] == trace
             assert sent.split("-")[2] != parent
@@ -401,16 +462,33 @@ async def test_a_trace_goes_from_the_caller_to_the_router(recorded):
     assert recorded.spans("GET /healthz") == []
 
 
+async def test_a_span_of_a_failure_says_so(recorded):
+    async with running(FakeRouter()) as gateway:
+        for error, code in (
+            (Unavailable("away"), StatusCode.ERROR),
+            (InvalidRequest("no"), StatusCode.UNSET),
+        ):
+            gateway.router.error = error
+            await gateway.post(CHAT, HELLO)
+            (span,) = recorded.spans(f"POST {CHAT}")[-1:]
+            assert span.status.status_code is code
+            assert span.attributes["error.type"] in {"UNAVAILABLE", "INVALID_ARGUMENT"}
+
+
 async def test_metrics_name_paths_and_statuses(metered):
     async with running(FakeRouter()) as gateway:
         await gateway.post(CHAT, HELLO)
         await gateway.get("/made/up")
+        async with gateway.client() as client:
+            await client.request("REPORT", CHAT)
         assert (await gateway.get("/metrics")).text == "metrics 1\n"
     points = metered()["http.server.request.duration"].data.data_points
     seen = {
         (each.attributes.get("http.route"), each.attributes["http.response.status_code"]) for each in points
     }
     assert {(CHAT, 200), (None, 404)} <= seen
+    # A caller's own methods would make a series each.
+    assert {each.attributes["http.request.method"] for each in points} == {"GET", "POST", "_OTHER"}
 
 
 async def test_the_document_is_served(gateway):

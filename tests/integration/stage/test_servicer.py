@@ -61,6 +61,21 @@ BAD = [
         _INVALID,
         "conversation.messages[0].role",
     ),
+    (
+        Generate(prompt="x", sampling=common_pb2.Sampling(constraint={"json_schema": '{"type": "odd"}'})),
+        _INVALID,
+        "sampling.constraint.json_schema",
+    ),
+    (
+        Verify(
+            prompt="x",
+            draft=_draft(),
+            sampling=common_pb2.Sampling(constraint={"regex": "[0-9]+"}),
+            is_prediction=True,
+        ),
+        _INVALID,
+        "draft",
+    ),
     (Verify(prompt="x"), _INVALID, "draft.finish_reason"),
     (Verify(prompt="x", draft=_draft(token_ids=[7])), _INVALID, "draft.tokenizer_fingerprint"),
     (
@@ -104,6 +119,26 @@ async def test_a_stream_of_chunks_ends_with_its_sum(stage: Stage) -> None:
     assert result.usage.completion_tokens == len(result.token_ids)
     assert result.finish_reason == EOS
     assert result.timing.total_ms >= result.timing.decode_ms
+
+
+async def test_a_constraint_and_log_probabilities_over_the_wire(stage: Stage) -> None:
+    sampling = common_pb2.Sampling(constraint={"regex": "[0-9]+-2=[0-9]"}, top_logprobs=3)
+    written = await _drain(
+        stage.stub.Generate(Generate(prompt=Prompt, sampling=sampling), timeout=_TIMEOUT_S)
+    )
+    result = written[-1].result  # type: ignore[attr-defined]
+    assert result.constrained
+    assert result.text == "4-2=2"
+    request = Verify(prompt=Prompt, draft=_draft(), sampling=sampling)
+    first, *rest = await _drain(stage.stub.Verify(request, timeout=_TIMEOUT_S))
+    # Of "4-2=2. Answer: 2", the constraint allows the beginning.
+    assert first.verification.allowed_tokens == first.verification.accepted_tokens == len(result.token_ids)  # type: ignore[attr-defined]
+    assert rest[-1].result.text == result.text  # type: ignore[attr-defined]
+    for messages in (written, rest):
+        details = [d for m in messages if m.HasField("tokens") for d in m.tokens.details]  # type: ignore[attr-defined]
+        assert b"".join(detail.text for detail in details) == b"4-2=2"
+        assert {len(detail.likeliest) for detail in details} == {3}
+        assert [detail.likeliest[0].text for detail in details] == [detail.text for detail in details]
 
 
 async def test_verify_sends_its_verification_first_and_the_targets_answer(stage: Stage) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from asd.values import FinishReason, StageAction
 from services.gateway.answers import fingerprint, headers, usage_of
 from services.gateway.errors import Problem
@@ -63,10 +65,11 @@ def test_headers_say_what_happened_and_hold_nothing_else():
     assert dict(headers([answer(), answer(request_id="r2", p_correct=None)])) == {
         b"x-asd-request-id": b"r1,r2",
         b"x-asd-stage": b"large,large",
-        b"x-asd-p-correct": b"0.75",
+        b"x-asd-p-correct": b"0.75,",
         b"x-asd-cost": b"7",
         b"x-asd-policy": b"p7",
     }
+    assert b"x-asd-p-correct" not in dict(headers([answer(p_correct=None)] * 2))
     unsendable = dict(headers([answer(stage="a\r\nset-cookie: b", policy_version="naïve")]))
     assert not {b"x-asd-stage", b"x-asd-policy"} & unsendable.keys()
 
@@ -174,6 +177,38 @@ def test_keep_alives_are_events_without_text():
     assert empty[MESSAGES] == {"type": "ping"}
 
 
+def test_a_keep_alive_does_not_reopen_a_choice_that_has_ended():
+    writer = CHAT.writer(parse(CHAT, STREAMED | {"n": 3}), "id", 99)
+    writer.begin()
+    writer.finish(0, answer())
+    writer.finish(2, answer())
+    assert writer.keep_alive()[0].data["choices"][0]["index"] == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [
+        ("RESOURCE_EXHAUSTED", "rate_limit_exceeded"),
+        ("INVALID_ARGUMENT", "invalid_prompt"),
+        ("UNAVAILABLE", "server_error"),
+    ],
+)
+def test_a_failed_response_has_a_code_that_openais_clients_know(kind, code):
+    (event,) = RESPONSES.writer(parse(RESPONSES, STREAMED), "id", 99).failed(Problem(kind, "no"))
+    assert event.data["response"]["error"]["code"] == code
+
+
+def test_a_response_repeats_the_callers_labels():
+    labels = {
+        "metadata": {"a": "b"},
+        "user": "u",
+        "safety_identifier": "s",
+        "prompt_cache_key": "k",
+    }
+    body = RESPONSES.answer(parse(RESPONSES, labels), (answer(),), 99)
+    assert {name: body[name] for name in labels} == labels
+
+
 def test_an_error_in_a_stream_has_the_apis_form():
     problem = Problem("UNAVAILABLE", "large is away")
 
@@ -186,7 +221,6 @@ def test_an_error_in_a_stream_has_the_apis_form():
         assert done == "[DONE]"
     (event,) = failed(RESPONSES)
     assert (event["type"], event["response"]["status"]) == ("response.failed", "failed")
-    assert event["response"]["error"]["code"] == "server_error"
     (event,) = failed(MESSAGES)
     assert (event["type"], event["error"]["type"]) == ("error", "overloaded_error")
 

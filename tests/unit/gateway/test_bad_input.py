@@ -15,6 +15,7 @@ from services.gateway.streaming import encode, encode_events
 from tests.unit.gateway.samples import CHAT, COMPLETIONS, LEAST, MESSAGES, RESPONSES, USER, answer, parse
 
 IMAGE = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
+PART = {"type": "text", "text": "Hi"}
 
 
 def message(**fields):
@@ -39,6 +40,9 @@ CASES = [
     (CHAT, message(content=[IMAGE]), "messages[0].content[0].type"),
     (CHAT, message(content=[{"type": "text", "text": 5}]), "messages[0].content[0].text"),
     (CHAT, message(content=["Hi"]), "messages[0].content[0]"),
+    (CHAT, message(content=[PART | {"citations": {"enabled": True}}]), "messages[0].content[0].citations"),
+    (CHAT, message(content=[PART | {"logprobs": [{}]}]), "messages[0].content[0].logprobs"),
+    (MESSAGES, {"system": [PART | {"citations": [{}]}]}, "system[0].citations"),
     (CHAT, message(name="Ann"), "messages[0].name"),
     (CHAT, message(tool_calls=[{}]), "messages[0].tool_calls"),
     (CHAT, {"n": 0}, "n"),
@@ -99,6 +103,10 @@ CASES = [
         {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
         "input[0].content[0].type",
     ),
+    (RESPONSES, {"metadata": [1]}, "metadata"),
+    (RESPONSES, {"metadata": {"a": 5}}, "metadata"),
+    (RESPONSES, {"user": {}}, "user"),
+    (RESPONSES, {"safety_identifier": 5}, "safety_identifier"),
     (RESPONSES, {"store": True}, "store"),
     (RESPONSES, {"previous_response_id": "resp_1"}, "previous_response_id"),
     (RESPONSES, {"text": {"format": {"type": "json_object"}}}, "text"),
@@ -176,7 +184,8 @@ def test_a_refused_parameter_is_refused_unless_it_asks_for_nothing(api, name):
 
 @pytest.mark.parametrize("api", LEAST)
 def test_what_has_no_effect_is_taken(api):
-    inert = {each.name: "x" for each in PARAMETERS[api.name] if each.effect is Effect.NONE}
+    names = [each.name for each in PARAMETERS[api.name] if each.effect is Effect.NONE]
+    inert = {name: {"a": "x"} if name == "metadata" else "x" for name in names}
     assert parse(api, inert).requests == parse(api).requests
 
 

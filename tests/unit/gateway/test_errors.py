@@ -9,6 +9,7 @@ from services.gateway.app import APIS
 from services.gateway.errors import TABLE, Problem, anthropic_body, openai_body, retry_headers
 from services.gateway.openapi import document
 from services.gateway.parameters import PARAMETERS
+from tests.unit.gateway.samples import MODELS
 
 
 def test_every_status_of_grpc_has_a_row():
@@ -68,3 +69,10 @@ def test_the_document_has_every_parameter_of_every_path():
         schema = paths[path]["post"]["requestBody"]["content"]["application/json"]["schema"]
         assert schema["properties"].keys() == {each.name for each in PARAMETERS[api.name]}
         assert schema["required"][0] == "model"
+
+
+def test_the_documents_examples_are_requests():
+    for path, api in APIS.items():
+        content = document(APIS)["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+        names, _ = content["schema"]["properties"]["model"]["anyOf"]
+        assert api.parse(content["example"], {}, MODELS).model in names["enum"]

@@ -68,7 +68,7 @@ def test_an_answer_of_the_responses_api_can_be_sent_back():
         "type": "message",
         "status": "completed",
         "role": "assistant",
-        "content": [{"type": "output_text", "text": "Salut", "annotations": [], "logprobs": []}],
+        "content": [{"type": "output_text", "text": "Salut", "annotations": [{}], "logprobs": []}],
     }
     call = parse(RESPONSES, {"input": [USER, said, USER], "instructions": "Be brief."})
     assert [turn.content for turn in only(call).input] == ["Be brief.", "Hi", "Salut", "Hi"]

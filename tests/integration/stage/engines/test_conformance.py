@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from asd.values import Sampling
+from services.stage.domain import TokenChunk, VerificationResult
 from services.stage.engines import conformance
 from services.stage.engines.conformance import CHECKS, NotConforming, Suite
 from services.stage.engines.onnx.engine import OnnxEngine, OnnxOptions
@@ -116,6 +117,45 @@ async def test_the_suite_notices_a_wrong_engine(monkeypatch: pytest.MonkeyPatch)
     broken = Suite(_Broken(engine, verify=without_draft))  # type: ignore[arg-type]
     with pytest.raises(NotConforming, match="verified"):
         await conformance.own_answers_are_accepted_whole(broken)
+
+
+async def test_the_suite_notices_an_engine_that_forgets_the_constraint() -> None:
+    engine = OnnxEngine("small", SMALL, OnnxOptions())
+    await engine.load()
+
+    async def write(turns: Any, sampling: Any) -> Any:
+        async for event in engine.generate(turns, replace(sampling, constraint=None)):
+            yield event
+
+    async def verify(turns: Any, sampling: Any, draft: Any, threshold: Any) -> Any:
+        unmarked = replace(draft, is_prediction=False)
+        async for event in engine.verify(turns, sampling, unmarked, threshold):
+            yield replace(event, allowed=None) if isinstance(event, VerificationResult) else event
+
+    with pytest.raises(NotConforming, match="constraint"):
+        await conformance.constraints_are_kept(Suite(_Broken(engine, generate=write)))  # type: ignore[arg-type]
+    forgetful = Suite(_Broken(engine, verify=verify))  # type: ignore[arg-type]
+    with pytest.raises(NotConforming, match="draft"):
+        await conformance.drafts_do_not_break_a_constraint(forgetful)
+    with pytest.raises(NotConforming, match="prediction"):
+        await conformance.predictions_that_break_a_constraint_are_refused(forgetful)
+    await engine.unload()
+
+
+async def test_the_suite_notices_details_of_another_token() -> None:
+    engine = OnnxEngine("small", SMALL, OnnxOptions())
+    await engine.load()
+
+    async def write(turns: Any, sampling: Any) -> Any:
+        async for event in engine.generate(turns, sampling):
+            is_chunk = isinstance(event, TokenChunk) and event.details
+            yield replace(event, details=event.details[::-1]) if is_chunk else event
+
+    with pytest.raises(NotConforming, match=r"bytes|two"):
+        await conformance.log_probabilities_come_with_the_likeliest_tokens(
+            Suite(_Broken(engine, generate=write))  # type: ignore[arg-type]
+        )
+    await engine.unload()
 
 
 async def test_the_suite_notices_an_engine_that_says_that_it_resamples(

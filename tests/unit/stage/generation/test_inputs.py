@@ -313,3 +313,16 @@ async def test_a_draft_ends_where_it_breaks_the_constraint_and_a_prediction_is_r
         with pytest.raises(InvalidRequest) as refused:
             await reader.read_draft(predicted, ReceivedDraft(9, MATCHER))
         assert refused.value.field == "draft"
+
+
+async def test_a_tokenizer_that_llguidance_cannot_use_takes_no_constraints(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    decoder = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+    description = pieces(("<unk>", "<s>", "</s>"), form="new") | {"decoder": decoder}
+    _, reader, _ = _whole(tmp_path, description)
+    assert not reader.constrains
+    assert "decoder" in caplog.text
+    sampling = Sampling(constraint=Constraint(regex="a"))
+    with pytest.raises(ModelRefusal):
+        await reader.open_call((Message("user", "a"),), sampling, lambda i, r: row_signals([]))
