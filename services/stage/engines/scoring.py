@@ -29,7 +29,6 @@ import numpy as np
 
 from asd.errors import AsdError, PreconditionFailed, QueueFull, ResourceExhausted
 from asd.values import FinishReason, Message, Sampling
-from services.common.validation import MAX_TOP_LOGPROBS
 from services.stage.domain import DraftPiece, DraftText, Event, PrefillResult, TokenChunk
 from services.stage.engines.arriving_draft import ArrivingDraft
 from services.stage.engines.backend import BackendDied, TokenRequest
@@ -62,7 +61,8 @@ class ScoringOptions:
     max_batch: requests in the library at a time; more wait here. max_queue: requests that may wait. context:
     tokens of prompt and answer at most. resync: whether the rest of a draft is proposed after a correction.
     kv_bytes: bytes of one number in the KV cache. cache_bytes: size of that cache, if it is known.
-    constrains: whether the backend keeps a request's grammar. top_logprobs: likeliest tokens in each row.
+    constrains: whether the backend keeps a request's grammar. most_top_logprobs: largest `top_logprobs` of a
+    request, for which each row has enough tokens.
     """
 
     max_batch: int
@@ -73,7 +73,7 @@ class ScoringOptions:
     kv_bytes: int = 2
     cache_bytes: int = 0
     constrains: bool = False
-    top_logprobs: int = 1
+    most_top_logprobs: int = 1
 
 
 class ScoringEngine:
@@ -102,7 +102,6 @@ class ScoringEngine:
         self._drafting = drafting
         self._options = options
         self._tokenizer = ChatTokenizer(directory)
-        self._most_top_logprobs = min(options.top_logprobs, MAX_TOP_LOGPROBS)
         self._reader = RequestReader(
             name,
             self._tokenizer,
@@ -111,7 +110,7 @@ class ScoringEngine:
             checkpoint.eos_ids,
             options.default_max_new_tokens,
             constrains=options.constrains,
-            most_top_logprobs=self._most_top_logprobs,
+            most_top_logprobs=options.most_top_logprobs,
         )
         self._reader.check_shortest_prompt()
         self._state = ModelState.UNLOADED
@@ -273,7 +272,7 @@ class ScoringEngine:
             verifies_inside=drafting is not None and drafting.takes_drafts,
             resamples=drafting is not None and drafting.draws_with_drafts,
             constrains=self._reader.constrains,
-            most_top_logprobs=self._most_top_logprobs,
+            most_top_logprobs=self._options.most_top_logprobs,
         )
 
     @property

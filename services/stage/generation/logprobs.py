@@ -74,8 +74,8 @@ def make_row(token: int, entries: Mapping[int, tuple[float, int]], most: int) ->
 def own_rows(proposal: Sequence[int], rows: Sequence[Row], matcher: Matcher | None) -> list[Row | None]:
     """Return rows with the model's own choices as the tokens; None where a constraint leaves it unknown.
 
-    rows: [k + 1], of the proposal's tokens, and of the library's own choice after them. matcher: before the proposal, which it
-    allows; None: there is no constraint.
+    rows: [k + 1], of the proposal's tokens, and of the library's own choice after them. matcher: before the
+    proposal, which it allows; None: there is no constraint.
     """
     if matcher is None:
         return [*(row.own for row in rows[:-1]), rows[-1]]

@@ -22,7 +22,7 @@ from services.stage.generation.constraint import Grammar, compiler_for
 from services.stage.generation.tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:
-    from services.stage.generation.constraint import Matcher
+    from services.stage.generation.constraint import GrammarCompiler, Matcher
 
 
 class ConstraintProcessor(AdapterLogitsProcessor):  # type: ignore[misc]
@@ -32,12 +32,10 @@ class ConstraintProcessor(AdapterLogitsProcessor):  # type: ignore[misc]
         super().__init__(vllm_config, device, is_pin_memory)
         directory = Path(vllm_config.model_config.model)
         checkpoint = read_checkpoint(directory)
-        tokenizer = ChatTokenizer(directory)
-        try:
-            self._grammars = compiler_for(tokenizer, checkpoint.vocabulary, checkpoint.eos_ids)
-        except ValueError:
-            # The stage says why, and sends no constraint.
-            self._grammars = None
+        self._grammars: GrammarCompiler | None = None
+        # The stage says what llguidance cannot use, and sends no constraint.
+        with suppress(ValueError):
+            self._grammars = compiler_for(ChatTokenizer(directory), checkpoint.vocabulary, checkpoint.eos_ids)
 
     def is_argmax_invariant(self) -> bool:
         """Return False: the likeliest token may not be allowed."""

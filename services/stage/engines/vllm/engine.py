@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from asd.errors import AsdError, ModelRefusal, PreconditionFailed
 from services.common.privacy import report_nothing
+from services.common.validation import MAX_TOP_LOGPROBS
 from services.stage.engines.backend import BackendDied, DraftOutcome, Piece, TokenScores
 from services.stage.engines.checkpoint import read_checkpoint
 from services.stage.engines.scoring import ScoringEngine, ScoringOptions
@@ -88,7 +89,7 @@ def make_engine(name: str, directory: Path, options: VllmOptions) -> ScoringEngi
             kv_bytes=4 if options.dtype == "float32" else 2,
             cache_bytes=int((options.kv_cache_gib or 0) * 2**30),
             constrains=_keeps_first_runner(),
-            top_logprobs=min(options.top_logprobs, checkpoint.vocabulary),
+            most_top_logprobs=min(options.top_logprobs, checkpoint.vocabulary, MAX_TOP_LOGPROBS),
         ),
         backend,
     )
