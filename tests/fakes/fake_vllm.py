@@ -1,12 +1,13 @@
 """A stand-in for vLLM 0.25.1 with the signatures of tests/data/vllm_signatures.json.
 
 Behaves as its source says where our engine depends on it: chunks of several tokens, prompt log-probabilities
-that lack what was cached, ranks, refusals, aborts, sleep levels.
+that lack what was cached, ranks, refusals, aborts, sleep levels, logits processors.
 """
 
 from __future__ import annotations
 
 import asyncio
+import importlib
 import itertools
 import json
 import sys
@@ -14,14 +15,14 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from services.stage.engines.vllm import proposer
 from tests.fakes.reference_model import ReferenceModel, draw, likeliest
-from tests.fakes.vllm_batch import Batch, Request
+from tests.fakes.vllm_batch import Batch, Request, own_processors, processed
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -36,6 +37,11 @@ BLOCK = 16
 
 class EngineDeadError(Exception):
     pass
+
+
+class AdapterLogitsProcessor:
+    def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool) -> None:
+        pass
 
 
 class RequestOutputKind(Enum):
@@ -193,7 +199,15 @@ class AsyncLLM:
         self.prompts: list[tuple[int, int]] = []
         self.asked: list[SamplingParams] = []
         has_proposer = getattr(args, "speculative_config", None) is not None
+        if has_proposer and getattr(args, "logits_processors", None):
+            raise ValueError(
+                "Custom logits processors are not supported when speculative decoding is enabled."
+            )
         self.batch = Batch(args, self.model, self.context, self._finish) if has_proposer else None
+        config = SimpleNamespace(model_config=SimpleNamespace(model=args.model))
+        self.processors = [
+            _class(name)(config, "cpu", False) for name in getattr(args, "logits_processors", None) or ()
+        ]
 
     @classmethod
     def from_engine_args(
@@ -329,8 +343,11 @@ class AsyncLLM:
     ) -> AsyncGenerator[list[tuple[int, Any]], None]:
         """Yield what each step writes of a request that steps alone, where nothing is proposed."""
         rng = np.random.default_rng(params.seed)
+        processors = own_processors(self.processors, params)
+        written: list[int] = []
         while True:
-            token = draw(row, params.temperature, params.top_p, rng)
+            token = draw(processed(row, processors, written), params.temperature, params.top_p, rng)
+            written.append(token)
             yield [(token, row)]
             row = sequence.append([token])[0]
 
@@ -374,9 +391,17 @@ def _entries(rows: list[list[tuple[int, float, int]]], params: SamplingParams) -
     if not params.flat_logprobs:
         return [{token: Logprob(logprob, rank) for token, logprob, rank in row} for row in rows]
     flat = FlatLogprobs()
-    for row in rows:
-        flat.append(row)
+    for index, row in enumerate(rows):
+        # vLLM joins what a reader is late for by dictionaries: a token that is among the likeliest is there
+        # once, at its first place and with its last rank.
+        joined = {token: (token, logprob, rank) for token, logprob, rank in row}
+        flat.append(list(joined.values()) if index else row)
     return flat
+
+
+def _class(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 class _Platform:
@@ -399,6 +424,8 @@ def modules() -> dict[str, ModuleType]:
         "vllm.lora.request": {"LoRARequest": LoRARequest},
         "vllm.platforms": {"current_platform": _Platform()},
         "vllm.v1": {},
+        "vllm.v1.sample": {},
+        "vllm.v1.sample.logits_processor": {"AdapterLogitsProcessor": AdapterLogitsProcessor},
         "vllm.v1.spec_decode": {},
         "vllm.v1.spec_decode.custom_class_proposer": {},
         "vllm.v1.engine": {},

@@ -72,12 +72,18 @@ class Request:
     tokens: list[int] = field(default_factory=list)
     proposal: list[int] = field(default_factory=list)
     steps: asyncio.Queue[list[Written] | Exception] = field(default_factory=asyncio.Queue)
+    processors: list[Any] | None = None
 
     def __post_init__(self) -> None:
         self.rng = np.random.default_rng(self.params.seed)
 
-    def sample(self, rows: Any) -> list[int]:
-        """Return what a step writes. rows: log-probabilities of the proposal's tokens and the one after."""
+    def sample(self, rows: Any, processors: list[Any]) -> list[int]:
+        """Return what a step writes. rows: log-probabilities of the proposal's tokens and the one after.
+
+        processors: of logits. Those of the proposal's tokens are not shown to them.
+        """
+        if self.processors is None:
+            self.processors = own_processors(processors, self.params)
         params = self.params
         written: list[int] = []
         for token, row in zip(self.proposal, rows, strict=False):
@@ -87,7 +93,8 @@ class Request:
                 written.append(_accept_or_draw(token, row, params, self.rng))
             if written[-1] != token:
                 return written
-        return [*written, draw(rows[-1], params.temperature, params.top_p, self.rng)]
+        row = processed(rows[-1], self.processors, self.tokens)
+        return [*written, draw(row, params.temperature, params.top_p, self.rng)]
 
 
 class RejectionSampler:
@@ -149,7 +156,7 @@ class Batch:
         self._show(proposals, rows)
         is_reading = [request.computed < _known(request) for request in stepped]
         written = [
-            [] if reads else request.sample(own)
+            [] if reads else request.sample(own, runner.input_batch.logitsprocs.non_argmax_invariant)
             for request, own, reads in zip(stepped, rows, is_reading, strict=True)
         ]
         longest = max((request.computed for request in stepped), default=0)
@@ -210,6 +217,19 @@ class Batch:
         request.steps.put_nowait(written)
 
 
+def own_processors(processors: list[Any], params: Any) -> list[Any]:
+    """Return what each processor keeps for a request, where it has something for it."""
+    made = [each.new_req_logits_processor(params) for each in processors]
+    return [each for each in made if each is not None]
+
+
+def processed(row: Any, processors: list[Any], written: list[int]) -> Any:
+    """Return a row of logits after a request's processors. vLLM hands them a copy."""
+    for each in processors:
+        row = each(written, row.copy())
+    return row
+
+
 def _known(request: Request) -> int:
     return len(request.prompt) + len(request.tokens)
 
@@ -249,7 +269,11 @@ def _worker(args: Any, context: int) -> Any:
             )
         ),
         requests={},
-        input_batch=SimpleNamespace(req_ids=[], spec_token_ids=[]),
+        input_batch=SimpleNamespace(
+            req_ids=[], spec_token_ids=[], logitsprocs=SimpleNamespace(non_argmax_invariant=[])
+        ),
+        vllm_config=SimpleNamespace(model_config=SimpleNamespace(model=args.model)),
+        device="cpu",
         rejection_sampler=RejectionSampler(),
         sampler=SimpleNamespace(forward=lambda *_, **__: None),
         max_model_len=context,

@@ -32,7 +32,8 @@ class RequestDraft:
 class TokenRequest:
     """How to continue a prompt. temperature: 0 decodes greedily. adapter: "" for the model itself.
 
-    draft: to verify meanwhile, for a DraftingBackend.
+    draft: to verify meanwhile, for a DraftingBackend. grammar: as `services.stage.generation.constraint`
+    writes it, that the answer keeps; "" for none. written: tokens of the answer that the prompt ends with.
     """
 
     max_tokens: int
@@ -41,6 +42,8 @@ class TokenRequest:
     seed: int | None = None
     adapter: str = ""
     draft: RequestDraft | None = None
+    grammar: str = ""
+    written: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

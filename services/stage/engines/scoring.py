@@ -10,6 +10,10 @@ Sampling. The library draws the tokens, so its draw cannot be known from a scori
 temperature above 0 is therefore written from the request's seed as if there were no draft, which saves no
 time; the prefix that it shares with the draft is reported as accepted. A tolerant answer keeps the draft's
 likely tokens and continues with draws.
+
+Constraints. A scoring pass knows none: the model's choice is the likeliest allowed token of those that it
+shows. Where it shows no allowed one, the answer departs from its draft, and the request that writes on
+chooses. The library never verifies a draft under a constraint while it writes.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ from services.stage.engines.drafting import continue_inside, verify_inside
 from services.stage.engines.engine import EngineStatus, ModelState
 from services.stage.engines.probe import ANSWER_TOKENS, probe, probe_prompts
 from services.stage.generation.inputs import RequestReader
-from services.stage.generation.logprobs import row_signals, take_rows, verify_rows
+from services.stage.generation.logprobs import likeliest_of, own_rows, row_signals, take_rows, verify_rows
 from services.stage.generation.resync import PASS_PER_DRAFT, Resynchroniser, ResyncPayoff, common_prefix
 from services.stage.generation.tokenizer import ChatTokenizer
 
@@ -57,6 +61,8 @@ class ScoringOptions:
     max_batch: requests in the library at a time; more wait here. max_queue: requests that may wait. context:
     tokens of prompt and answer at most. resync: whether the rest of a draft is proposed after a correction.
     kv_bytes: bytes of one number in the KV cache. cache_bytes: size of that cache, if it is known.
+    constrains: whether the backend keeps a request's grammar. most_top_logprobs: largest `top_logprobs` of a
+    request, for which each row has enough tokens.
     """
 
     max_batch: int
@@ -66,6 +72,8 @@ class ScoringOptions:
     resync: bool = True
     kv_bytes: int = 2
     cache_bytes: int = 0
+    constrains: bool = False
+    most_top_logprobs: int = 1
 
 
 class ScoringEngine:
@@ -101,6 +109,8 @@ class ScoringEngine:
             checkpoint.vocabulary,
             checkpoint.eos_ids,
             options.default_max_new_tokens,
+            constrains=options.constrains,
+            most_top_logprobs=options.most_top_logprobs,
         )
         self._reader.check_shortest_prompt()
         self._state = ModelState.UNLOADED
@@ -198,7 +208,7 @@ class ScoringEngine:
     ) -> AsyncGenerator[Event, None]:
         """Accept a prefix of a draft and continue the answer."""
         call = await self._open(turns, sampling, seed_is_free=seed_is_free)
-        arrived = ArrivingDraft(call.most_tokens)
+        arrived = ArrivingDraft(call.most_tokens, call.matcher)
         await self._reader.read_draft(draft, arrived)
         async with (
             self._under_way(call),
@@ -219,7 +229,7 @@ class ScoringEngine:
     ) -> AsyncGenerator[Event, None]:
         """Verify a draft while it is being written, with a pass for every 16 tokens that arrive."""
         call = await self._open(turns, sampling, seed_is_free=seed_is_free)
-        draft = ArrivingDraft(call.most_tokens)
+        draft = ArrivingDraft(call.most_tokens, call.matcher)
         reader = asyncio.create_task(self._reader.follow_draft(pieces, draft, draft.notify))
         try:
             async with (
@@ -262,6 +272,8 @@ class ScoringEngine:
             verifies_inside=drafting is not None and drafting.takes_drafts,
             takes_tools=self._tokenizer.takes_tools,
             resamples=drafting is not None and drafting.draws_with_drafts,
+            constrains=self._reader.constrains,
+            most_top_logprobs=self._options.most_top_logprobs,
         )
 
     @property
@@ -272,7 +284,9 @@ class ScoringEngine:
     async def _open(
         self, turns: tuple[Message, ...], sampling: Sampling, *, seed_is_free: bool = False
     ) -> Call[Row]:
-        call: Call[Row] = await self._reader.open_call(turns, sampling, lambda _, rows: row_signals(rows))
+        call: Call[Row] = await self._reader.open_call(
+            turns, sampling, lambda _, rows: row_signals(rows), likeliest_of
+        )
         call.seed_is_free = call.seed_is_free or seed_is_free
         return call
 
@@ -338,6 +352,8 @@ class ScoringEngine:
         sampling = call.sampling
         top_p = 1.0 if sampling.top_p is None else sampling.top_p
         request = TokenRequest(call.room, sampling.temperature, top_p, sampling.seed, adapter)
+        if call.matcher is not None:
+            request = replace(request, grammar=call.matcher.grammar.lark, written=tuple(call.ids))
         async with aclosing(self._backend.generate([*call.prompt, *call.ids], request)) as pieces:
             async for piece in pieces:
                 call.mark_prefilled(piece.cached)
@@ -375,7 +391,9 @@ class ScoringEngine:
                 async for event in events:
                     yield event
             return
-        if self._options.resync and not call.is_sampled:
+        # Without a token of its own in the draft's place, there is nothing to go on from.
+        has_own = len(call.ids) > draft.accepted
+        if self._options.resync and has_own and not call.is_sampled:
             async with aclosing(self._resync(call, draft, adapter)) as events:
                 async for event in events:
                     yield event
@@ -387,10 +405,12 @@ class ScoringEngine:
         """Return the library where it can verify a call's draft while it writes; else None.
 
         It accepts what the model would choose itself, or by rejection sampling, which draws otherwise than a
-        seed would; it knows no other rule.
+        seed would; it knows no other rule, and no constraint.
         """
         drafting = self._drafting
         if drafting is None or not drafting.takes_drafts or threshold is not None or adapter:
+            return None
+        if call.matcher is not None:
             return None
         can_draw = call.seed_is_free and drafting.draws_with_drafts
         return drafting if can_draw or not call.is_sampled else None
@@ -414,15 +434,17 @@ class ScoringEngine:
                 break
             is_whole = draft.is_complete and draft.accepted + len(proposal) == len(draft.ids)
             scores = await self._score(call, proposal, adapter, following)
-            verdict = verify_rows(proposal, scores.rows, threshold)
+            own = own_rows(proposal, [*scores.rows, scores.following], call.matcher)
+            verdict = verify_rows(proposal, scores.rows, threshold, own[:-1])
             accepted = verdict.accepted
             following = scores.following
             draft.judge(verdict)
             call.accepted += accepted
             kept = list(scores.rows[:accepted])
             is_over = accepted < len(proposal) or is_whole or len(proposal) == most
-            if is_over and not call.is_sampled:
-                kept.append(scores.rows[accepted].own if accepted < len(proposal) else scores.following)
+            following_own = own[accepted]
+            if is_over and not call.is_sampled and following_own is not None:
+                kept.append(following_own)
             chunk = take_rows(call, kept)
             if is_over:
                 break
@@ -447,20 +469,25 @@ class ScoringEngine:
             # A pass writes a token too, which must fit the context.
             most = min(call.room, self._options.context - 1 - len(call.prompt) - len(call.ids))
             proposal = resync.propose(call.ids, most)
+            if call.matcher is not None:
+                proposal = proposal[: call.matcher.allowed(proposal)]
             if not proposal or (is_first and not self._resync_payoff.is_worth(len(self._running))):
                 return
             scores = await self._score(call, proposal, adapter)
-            kept = verify_rows(proposal, scores.rows).accepted
+            own = own_rows(proposal, [*scores.rows, scores.following], call.matcher)
+            kept = verify_rows(proposal, scores.rows, own=own[:-1]).accepted
             resync.judged(len(proposal), kept)
             if is_first:
                 self._resync_payoff.learn(len(proposal), kept)
                 is_first = False
             call.accepted += kept
             call.emitted.append(range(len(call.ids), len(call.ids) + kept + 1))
-            own = scores.rows[kept].own if kept < len(proposal) else scores.following
-            chunk = take_rows(call, [*scores.rows[:kept], own])
+            following = own[kept]
+            chunk = take_rows(call, [*scores.rows[:kept], *([following] if following is not None else [])])
             if chunk is not None:
                 yield chunk
+            if following is None:
+                return
 
     async def _compare(
         self, call: Call[Row], draft: ArrivingDraft, _threshold: float | None, adapter: str

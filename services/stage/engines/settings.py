@@ -47,6 +47,7 @@ class VllmBase(Section):
     kv_cache_gib: Annotated[float, Field(gt=0)] | None = None
     prefix_caching: bool = True
     cached_scoring: bool = True
+    constraints: bool = True
     top_logprobs: Annotated[int, Field(ge=2)] = 20
     cuda_graph_tokens: Count | None = 512
     proposed_tokens: Annotated[int, Field(ge=1, le=128)] = 64

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from asd.values import Constraint
+    from services.stage.generation.tokenizer import ChatTokenizer
 
     Logits = npt.NDArray[np.float32]
 
@@ -119,15 +120,15 @@ class Matcher:
     be too complex, and ModelRefusal where the model has no token for what must follow.
     """
 
-    def __init__(self, matcher: LLMatcher, eos_ids: frozenset[int], field: str) -> None:
+    def __init__(self, matcher: LLMatcher, eos_ids: frozenset[int], grammar: Grammar) -> None:
+        self.grammar = grammar
         self._matcher = matcher
         self._eos_ids = eos_ids
-        self._field = field
         self._has_ended = False
 
     def copy(self) -> Matcher:
         """Return another one at the same place."""
-        copied = Matcher(self._matcher.deep_copy(), self._eos_ids, self._field)
+        copied = Matcher(self._matcher.deep_copy(), self._eos_ids, self.grammar)
         copied._has_ended = self._has_ended
         return copied
 
@@ -173,10 +174,17 @@ class Matcher:
 
     def masked(self, logits: Logits) -> Logits:
         """Return logits, float32 [V], with -inf for each token that may not follow."""
-        mask = np.frombuffer(self._matcher.compute_logit_bias(), np.uint8)[: len(logits)]
-        self._check()
-        masked: Logits = np.where(mask, logits, np.float32(-np.inf))
+        masked: Logits = np.where(self.mask()[: len(logits)], logits, np.float32(-np.inf))
         return masked
+
+    def mask(self) -> npt.NDArray[np.bool_]:
+        """Return for each token whether it may be chosen: bool [V].
+
+        Of a text that must follow, this has the usual tokens alone; `allowed` knows the others, too.
+        """
+        mask: npt.NDArray[np.bool_] = np.frombuffer(self._matcher.compute_logit_bias(), np.uint8) != 0
+        self._check()
+        return mask
 
     def _go_on(self, ids: Sequence[int], go: Callable[[list[int]], int], *, ends: bool) -> int:
         if self._has_ended:
@@ -205,13 +213,13 @@ class Matcher:
         if self._matcher.get_error().startswith(_NOTHING_FITS):
             raise ModelRefusal(
                 "the model has no token for what the constraint wants next: its tokenizer lacks a character",
-                field=self._field,
+                field=self.grammar.field,
             )
         raise self._too_complex(_reason(self._matcher.get_error()))
 
     def _too_complex(self, reason: str) -> InvalidRequest:
         return InvalidRequest(
-            f"the constraint is too complex to be kept: {reason}: simplify it", field=self._field
+            f"the constraint is too complex to be kept: {reason}: simplify it", field=self.grammar.field
         )
 
 
@@ -249,7 +257,11 @@ class GrammarCompiler:
                 f"the constraint takes more than {_LONGEST_S:g} s to compile: simplify it",
                 field=grammar.field,
             ) from None
-        return Matcher(compiled.deep_copy(), self._eos_ids, grammar.field)
+        return Matcher(compiled.deep_copy(), self._eos_ids, grammar)
+
+    def compile_now(self, grammar: Grammar) -> Matcher:
+        """Return a matcher at the beginning of an answer, as `compile` does, without a bound on the time."""
+        return Matcher(self._compiled(grammar).deep_copy(), self._eos_ids, grammar)
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
         matcher = self._matcher(re.sub("^start:", self._start, grammar.lark, count=1, flags=re.MULTILINE))
@@ -288,6 +300,16 @@ class GrammarCompiler:
                     break
             else:
                 return f"{place}: "
+
+
+def compiler_for(tokenizer: ChatTokenizer, vocabulary: int, eos_ids: Sequence[int]) -> GrammarCompiler:
+    """Return the compiler of a model. Raises ValueError for a tokenizer that llguidance cannot use."""
+    return GrammarCompiler(
+        tokenizer.to_json(),
+        max(vocabulary, tokenizer.vocabulary_size),
+        eos_ids,
+        drops_blank=tokenizer.drops_blank(),
+    )
 
 
 def _reason(error: str) -> str:

@@ -21,7 +21,7 @@ from asd.errors import (
 from asd.values import Candidate, FinishReason, TokenDetail, tools_of
 from services.stage.generation.answer import AnswerBuilder
 from services.stage.generation.call import Call
-from services.stage.generation.constraint import GrammarCompiler
+from services.stage.generation.constraint import GrammarCompiler, compiler_for
 from services.stage.generation.template_values import MUST_CALL, characters
 from services.stage.generation.tokenizer import TooManyTokens
 from services.stage.generation.tool_grammar import call_grammar
@@ -287,14 +287,8 @@ class RequestReader:
         return draft.is_complete
 
     def _compiler(self) -> GrammarCompiler | None:
-        vocabulary = max(self._vocabulary, self._tokenizer.vocabulary_size)
         try:
-            return GrammarCompiler(
-                self._tokenizer.to_json(),
-                vocabulary,
-                self._eos_ids,
-                drops_blank=self._tokenizer.drops_blank(),
-            )
+            return compiler_for(self._tokenizer, self._vocabulary, self._eos_ids)
         except ValueError as error:
             logger.warning("model %s takes no constraints: %s", self._name, error)
             return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import exp, log
+from math import exp, inf, log
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,12 +12,13 @@ from asd.values import FinishReason
 from services.stage.generation.verification import Verdict, accept_prefix
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     import numpy.typing as npt
 
     from services.stage.domain import TokenChunk
     from services.stage.generation.call import Call
+    from services.stage.generation.constraint import Matcher
 
     Signals = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]
 
@@ -40,6 +41,17 @@ class Row:
         """The same position with the model's own choice as the token."""
         return Row(self.top_ids[0], self.top_logprobs[0], 0, self.top_ids, self.top_logprobs)
 
+    def allowed(self, matcher: Matcher) -> Row | None:
+        """Return the same position with the model's choice under a constraint, as `Matcher.likeliest` has it.
+
+        None: none of the likeliest tokens is allowed, so it is not known.
+        """
+        if matcher.allowed(self.top_ids[:1]):
+            return self.own
+        mask = matcher.mask()
+        token = next((each for each in self.top_ids if mask[each]), None)
+        return None if token is None else self.of(token)
+
     def of(self, token: int) -> Row | None:
         """Return the same position with another token; None if it is not among the likeliest."""
         if token not in self.top_ids:
@@ -59,18 +71,50 @@ def make_row(token: int, entries: Mapping[int, tuple[float, int]], most: int) ->
     return Row(token, logprob, rank - 1, ids, tuple(entries[each][0] for each in ids))
 
 
-def verify_rows(draft_ids: Sequence[int], rows: Sequence[Row], threshold: float | None = None) -> Verdict:
+def own_rows(proposal: Sequence[int], rows: Sequence[Row], matcher: Matcher | None) -> list[Row | None]:
+    """Return rows with the model's own choices as the tokens; None where a constraint leaves it unknown.
+
+    rows: [k + 1], of the proposal's tokens, and of the library's own choice after them. matcher: before the
+    proposal, which it allows; None: there is no constraint.
+    """
+    if matcher is None:
+        return [*(row.own for row in rows[:-1]), rows[-1]]
+    found: list[Row | None] = []
+    for index, row in enumerate(rows):
+        # Where nothing but the end may follow, no other token can be the choice.
+        found.append(row if matcher.is_over else row.allowed(matcher))
+        matcher.take(proposal[index : index + 1])
+    matcher.roll_back(len(proposal))
+    return found
+
+
+def verify_rows(
+    draft_ids: Sequence[int],
+    rows: Sequence[Row],
+    threshold: float | None = None,
+    own: Sequence[Row | None] | None = None,
+) -> Verdict:
     """Accept the longest prefix of a draft that the target agrees with, as `verify_draft` does by logits.
 
-    rows: of the draft tokens, in order.
+    rows: of the draft tokens, in order. own: with the model's own choices as the tokens, where they are
+    known; None: they are the likeliest tokens. Where a choice is not known, no draft token is accepted.
     """
-    choices = np.array([row.top_ids[0] for row in rows], np.int64)
-    log_ratios = np.array([row.logprob - row.top_logprobs[0] for row in rows], np.float64)
+    own = [row.own for row in rows] if own is None else own
+    choices = np.array([-1 if each is None else each.token for each in own], np.int64)
+    log_ratios = np.array(
+        [-inf if each is None else row.logprob - each.logprob for row, each in zip(rows, own, strict=True)],
+        np.float64,
+    )
     return Verdict(
         accepted=accept_prefix(np.array(draft_ids, np.int64), choices, log_ratios, threshold),
         ranks=np.array([row.rank for row in rows], np.int64),
         logprobs=np.array([row.logprob for row in rows], np.float32),
     )
+
+
+def likeliest_of(row: Row, most: int) -> Iterable[tuple[int, float]]:
+    """Return so many of a row's likeliest tokens with their log-probabilities, likeliest first."""
+    return zip(row.top_ids[:most], row.top_logprobs[:most], strict=True)
 
 
 def row_signals(rows: Sequence[Row]) -> Signals:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from asd.errors import AsdError, ModelRefusal, PreconditionFailed
 from services.common.privacy import report_nothing
+from services.common.validation import MAX_TOP_LOGPROBS
 from services.stage.engines.backend import BackendDied, Piece, TokenScores
 from services.stage.engines.checkpoint import read_checkpoint
 from services.stage.engines.scoring import ScoringEngine, ScoringOptions
@@ -65,6 +66,7 @@ def make_engine(name: str, directory: Path, options: TensorrtLlmOptions) -> Scor
             default_max_new_tokens=options.default_max_new_tokens,
             resync=options.resync,
             kv_bytes=1 if options.kv_cache_dtype == "fp8" else 2,
+            most_top_logprobs=min(options.top_logprobs, checkpoint.vocabulary, MAX_TOP_LOGPROBS),
         ),
     )
 

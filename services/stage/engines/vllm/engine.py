@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from asd.errors import AsdError, ModelRefusal, PreconditionFailed
 from services.common.privacy import report_nothing
+from services.common.validation import MAX_TOP_LOGPROBS
 from services.stage.engines.backend import BackendDied, DraftOutcome, Piece, TokenScores
 from services.stage.engines.checkpoint import read_checkpoint
 from services.stage.engines.scoring import ScoringEngine, ScoringOptions
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
     from pathlib import Path
 
-    from services.stage.engines.backend import RequestDraft, TokenRequest
+    from services.stage.engines.backend import TokenRequest
     from services.stage.engines.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ _ENVIRONMENT = {
 }
 # vLLM's workers import it by name.
 _PROPOSER = "services.stage.engines.vllm.proposer"
+_CONSTRAINT = "services.stage.engines.vllm.constraint:ConstraintProcessor"
 # A worker answers between two steps. Chosen: far longer than any step.
 _WORKERS_S = 60.0
 MISSING = (
@@ -86,6 +88,8 @@ def make_engine(name: str, directory: Path, options: VllmOptions) -> ScoringEngi
             resync=options.resync,
             kv_bytes=4 if options.dtype == "float32" else 2,
             cache_bytes=int((options.kv_cache_gib or 0) * 2**30),
+            constrains=options.constraints and _keeps_first_runner(),
+            most_top_logprobs=min(options.top_logprobs, checkpoint.vocabulary, MAX_TOP_LOGPROBS),
         ),
         backend,
     )
@@ -192,14 +196,14 @@ class VllmBackend:
             stop_token_ids=self._eos_ids,
             detokenize=False,
             output_kind=self._output_kind.DELTA,
-            **_extra_args(request.draft),
+            **_extra_args(request),
         )
         cached = 0
         async with aclosing(self._ask(ids, params, request.adapter)) as outputs:
             async for output in outputs:
                 (completion,) = output.outputs
                 cached = output.num_cached_tokens or cached
-                rows = [_row(completion.logprobs, place) for place in range(len(completion.token_ids))]
+                rows = [self._row(completion.logprobs, place) for place in range(len(completion.token_ids))]
                 if completion.finish_reason not in {None, "stop", "length"}:
                     raise RuntimeError(f"vLLM ended an answer with {completion.finish_reason!r}")
                 yield Piece(
@@ -247,6 +251,8 @@ class VllmBackend:
     async def _attach(self) -> None:
         """Let the proposer see requests, where drafts are verified inside."""
         if self._can_draft:
+            if self._options.constraints:
+                await self._call_workers("asd_constrain")
             lacking, *_ = await self._call_workers("asd_attach")
             logger.info("model %s: vLLM verifies drafts while it decodes", self._name)
             if lacking:
@@ -302,8 +308,8 @@ class VllmBackend:
         # entry is for the last token.
         if len(known) < wanted + 1 or (not cached and len(known) != len(ids)):
             return None
-        rows = [_row(known, len(known) - wanted + i) for i in range(wanted)]
-        return TokenScores(rows, _row(completion.logprobs, 0), cached)
+        rows = [self._row(known, len(known) - wanted + i) for i in range(wanted)]
+        return TokenScores(rows, self._row(completion.logprobs, 0), cached)
 
     async def _ask(self, ids: list[int], params: Any, adapter: str) -> AsyncGenerator[Any, None]:
         """Yield vLLM's outputs. Closing this aborts the request."""
@@ -327,6 +333,23 @@ class VllmBackend:
         except ValueError as error:
             # vLLM refuses the request, for example a prompt that no cache can hold.
             raise ModelRefusal(f"{self._name} cannot take this request: {error}") from error
+
+    def _row(self, known: Any, place: int) -> Row:
+        """Return a row of vLLM's FlatLogprobs: the token itself, then the likeliest ones, likeliest first."""
+        first, end = known.start_indices[place], known.end_indices[place]
+        places = list(range(first + 1, end))
+        if len(places) < self._top:
+            # Where vLLM has joined outputs, a token that is among the likeliest is there once.
+            places = sorted([first, *places], key=lambda each: known.ranks[each])
+        token, top_ids = known.token_ids[first], tuple(known.token_ids[each] for each in places)
+        return Row(
+            token=token,
+            logprob=known.logprobs[first],
+            # Of tokens that are as likely, vLLM counts all.
+            rank=top_ids.index(token) if token in top_ids else known.ranks[first] - 1,
+            top_ids=top_ids,
+            top_logprobs=tuple(known.logprobs[each] for each in places),
+        )
 
     @property
     def _output_kind(self) -> Any:
@@ -414,6 +437,9 @@ class VllmBackend:
                 # Else vLLM rounds the tokens of every step up to a multiple of the longest proposal.
                 "compilation_config": {"cudagraph_mode": "PIECEWISE"},
             }
+        elif options.constraints and _keeps_first_runner():
+            # vLLM's second runner takes none.
+            arguments["logits_processors"] = [_CONSTRAINT]
         if options.sleep_level:
             arguments["enable_sleep_mode"] = True
         if options.lora:
@@ -425,10 +451,17 @@ class VllmBackend:
         return arguments
 
 
+def _keeps_first_runner() -> bool:
+    """Return whether vLLM runs models with its first runner, where a user's class proposes or constrains.
+
+    It does so by itself, unless the environment says otherwise.
+    """
+    return os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") == "0"
+
+
 def _takes_proposers() -> bool:
     """Return whether this vLLM takes a proposer class of its user's. Its interface may change, says vLLM."""
-    # vLLM keeps to its first model runner by itself, unless the environment says otherwise.
-    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") != "0":
+    if not _keeps_first_runner():
         return False
     try:
         importlib.import_module("vllm.v1.spec_decode.custom_class_proposer")
@@ -437,23 +470,11 @@ def _takes_proposers() -> bool:
     return True
 
 
-def _row(known: Any, place: int) -> Row:
-    """Return a row of vLLM's FlatLogprobs: the token itself, then the likeliest ones, likeliest first."""
-    first, end = known.start_indices[place], known.end_indices[place]
-    token, top_ids = known.token_ids[first], tuple(known.token_ids[first + 1 : end])
-    return Row(
-        token=token,
-        logprob=known.logprobs[first],
-        # Of tokens that are as likely, vLLM counts all.
-        rank=top_ids.index(token) if token in top_ids else known.ranks[first] - 1,
-        top_ids=top_ids,
-        top_logprobs=tuple(known.logprobs[first + 1 : end]),
-    )
-
-
-def _extra_args(draft: RequestDraft | None) -> dict[str, Any]:
-    """Return what takes a request's draft to the workers."""
-    if draft is None:
-        return {}
-    own = {proposer.KEY: draft.key, proposer.IDS: list(draft.ids), proposer.RESYNC: draft.resync}
-    return {"extra_args": own}
+def _extra_args(request: TokenRequest) -> dict[str, Any]:
+    """Return what takes a request's draft and its grammar to the workers."""
+    own: dict[str, Any] = {}
+    if (draft := request.draft) is not None:
+        own |= {proposer.KEY: draft.key, proposer.IDS: list(draft.ids), proposer.RESYNC: draft.resync}
+    if request.grammar:
+        own |= {proposer.GRAMMAR: request.grammar, proposer.WRITTEN: list(request.written)}
+    return {"extra_args": own} if own else {}

@@ -27,6 +27,8 @@ clock = time.perf_counter
 
 # A request's draft in its extra_args: its key, its ids, and whether it is proposed after a wrong token, too.
 KEY, IDS, RESYNC = "asd_draft_key", "asd_draft_ids", "asd_draft_resync"
+# A request's grammar there, and the tokens of the answer that its prompt ends with.
+GRAMMAR, WRITTEN = "asd_grammar", "asd_written"
 
 # Most drafts that are kept for requests that have not started, and most outcomes of those that have ended.
 # Chosen: many more than run at a time. The stage removes them; whatever it leaves makes room for newer ones.
@@ -307,6 +309,14 @@ class WorkerExtension:
         vLLM proposes what its first worker says, and that one's outcomes are read. The others do nothing.
         """
         return self._proposer().attach(self.model_runner) if self.rank == 0 else []
+
+    def asd_constrain(self) -> None:
+        """Keep constraints: vLLM takes no logits processor from its user where something proposes."""
+        from services.stage.engines.vllm.constraint import ConstraintProcessor
+
+        runner = self.model_runner
+        processor = ConstraintProcessor(runner.vllm_config, runner.device, is_pin_memory=False)
+        runner.input_batch.logitsprocs.non_argmax_invariant.append(processor)
 
     def asd_grow(self, key: str, ids: list[int]) -> None:
         """More of a draft has been written."""

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from asd.errors import AsdError, InvalidRequest
+from asd.errors import AsdError, InvalidRequest, ModelRefusal
 from asd.v1 import common_pb2, stage_pb2
-from asd.values import FinishReason, Message, Sampling
+from asd.values import Constraint, FinishReason, Message, Sampling
 from services.stage.domain import DraftPiece, TokenChunk, VerificationResult
 from services.stage.engines.checkpoint import read_checkpoint
 from services.stage.engines.conformance import PROMPTS, EngineAnswer, Suite, collect
@@ -439,6 +439,8 @@ def test_what_vllm_is_asked_for_is_what_a_proposer_needs() -> None:
         "async_scheduling": False,
         "compilation_config": {"cudagraph_mode": "PIECEWISE"},
     }
+    # vLLM refuses a logits processor beside a proposer, so the workers take it by themselves.
+    assert plain.pop("logits_processors") == [f"{module.rpartition('.')[0]}.constraint:ConstraintProcessor"]
     assert inside | plain == inside
 
 
@@ -471,6 +473,15 @@ async def test_where_vllm_takes_no_proposer_drafts_are_scored_by_requests(
     found = await verify(engine, plain.result.ids, plain.result.finish)
     assert found.result.ids == plain.result.ids
     assert library.engines[0].batch is None
+    # That runner takes no logits processor either, and without one nothing keeps a constraint.
+    constrained = replace(MOST, constraint=Constraint(choice=("yes", "no")))
+    events = engine.generate((LONG,), constrained)
+    if is_asked:
+        assert not engine.status().constrains
+        with pytest.raises(ModelRefusal):
+            await collect(events)
+    else:
+        assert (await collect(events)).result.text in {"yes", "no"}
 
 
 async def test_a_dead_engine_ends_a_verification_as_any_call(library: fake_vllm.FakeVllm) -> None:
