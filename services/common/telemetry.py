@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, SupportsIndex
 from opentelemetry import metrics, trace
 from opentelemetry.trace import Status, StatusCode
 
-from asd.errors import AsdError
+from asd.errors import AsdError, InvalidRequest
 from asd.transport.proxy import proxy_arguments
 from services.common.version import VERSION
 
@@ -289,6 +289,9 @@ class Traced:
         if isinstance(error, Exception):
             self.span.set_attribute(Attributes.ERROR_TYPE, type(error).__name__)
             text = error.message if isinstance(error, AsdError) else type(error).__name__
+            if isinstance(error, InvalidRequest):
+                # Its message may quote the request.
+                text = error.field or type(error).__name__
             self.span.set_status(Status(StatusCode.ERROR, text))
         self._manager.__exit__(None, None, None)
 

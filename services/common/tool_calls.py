@@ -6,7 +6,7 @@
   without `<|python_tag|>` before them.
 
 What is not exactly that stays content: a tool that was not offered, arguments that are no object, broken or
-unfinished JSON. A model may write anything, so nothing here raises.
+unfinished JSON, and what follows many unfinished ones. A model may write anything, so nothing here raises.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ _PYTHON = "<|python_tag|>"
 # Keys of which a call begins with one. Other JSON is shown as it comes.
 _FIRST_KEYS = ('"name"', '"arguments"', '"parameters"', '"type"')
 _SPACE = re.compile(r"\s*")
+# Objects without an end after which nothing more is a call. Chosen: each is read to the answer's end.
+_MOST_UNCLOSED = 32
 _MARKS = re.compile(r'\\.|["{}]', re.DOTALL)
 
 
@@ -65,6 +67,7 @@ class ToolCallReader:
         self._follows_call = False
         # Where the search for the end of an object goes on, and what it is within there.
         self._begin, self._at, self._depth, self._in_string = -1, 0, 0, False
+        self._unclosed = 0
 
     def read(self, text: str) -> str:
         """Take a piece of the answer, and return the content that is certain now."""
@@ -136,7 +139,7 @@ class ToolCallReader:
     def _find_object(self, start: int) -> tuple[int, int] | None:
         """Return the bounds of the JSON object from a place on, if it may be a call."""
         begin = self._skip(start)
-        if not self._begins(begin, "{"):
+        if self._unclosed >= _MOST_UNCLOSED or not self._begins(begin, "{"):
             return None
         key = self._skip(begin + 1)
         if not any(self._begins(key, each) for each in _FIRST_KEYS):
@@ -157,6 +160,7 @@ class ToolCallReader:
         # An escape may go on in the next piece.
         self._at = max(self._at, len(self._held) - 1)
         self._need_more()
+        self._unclosed += 1
         return None
 
     def _take_call(self, bounds: tuple[int, int], stop: int) -> bool:

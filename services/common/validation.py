@@ -42,7 +42,6 @@ MAX_LATENCY_MS = 86_400_000.0
 _NAMES = 'it has 1 to 64 characters of a-z, A-Z, 0-9, "_" and "-"'
 _ROLES = frozenset(common_pb2.Role.values())
 _TOOL_CHOICES = frozenset(common_pb2.ToolChoice.values())
-_MUST_CALL = frozenset({common_pb2.TOOL_CHOICE_REQUIRED, common_pb2.TOOL_CHOICE_NAMED})
 _PREFERENCES = frozenset(common_pb2.Preference.values())
 _ACCEPTANCE_MODES = frozenset(common_pb2.AcceptanceMode.values())
 _FINISH_REASONS = frozenset(common_pb2.FinishReason.values())
@@ -155,12 +154,13 @@ def check_tools(tools: common_pb2.Tools, path: str = "tools") -> None:
 
 
 def check_call_is_free(request: Any, path: str = "") -> None:
-    """Check that a request whose answer must be a tool call has no constraint of its own."""
-    choice = request.conversation.tools.choice
-    if choice in _MUST_CALL and request.sampling.HasField("constraint"):
+    """Check that a request whose answer may be a tool call has no constraint, which a call would break."""
+    has_tools = request.WhichOneof("input") == "conversation" and request.conversation.HasField("tools")
+    may_call = has_tools and request.conversation.tools.choice != common_pb2.TOOL_CHOICE_NONE
+    if may_call and request.sampling.HasField("constraint"):
         raise InvalidRequest(
-            f"the answer has to be a tool call ({common_pb2.ToolChoice.Name(choice)}), so it cannot keep "
-            "another constraint: leave one of them out",
+            "a tool call would not keep the constraint: leave the tools or the constraint out, or set "
+            "TOOL_CHOICE_NONE",
             field=f"{path}sampling.constraint",
         )
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from asd.values import Constraint, ToolChoice
 from services.gateway.request import invalid
+from services.gateway.tools import known
 
 if TYPE_CHECKING:
     from asd.values import Tools
@@ -25,10 +26,14 @@ def read_format(value: object, where: str, nested: str = "") -> Constraint | Non
     if kind == "text":
         return None
     if kind == "json_object":
+        known(value, where, ("type",))
         return Constraint(json_schema={"type": "object"})
     about: Any = value
     if nested:
+        known(value, where, ("type", nested))
         where, about = f"{where}.{nested}", value.get(nested)
+    if isinstance(about, dict):
+        known(about, where, ("name", "description", "schema", "strict", *(() if nested else ("type",))))
     schema = about.get("schema") if isinstance(about, dict) else None
     if not isinstance(schema, dict):
         raise invalid(f"{where}.schema", "must be a JSON Schema, an object")

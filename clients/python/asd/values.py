@@ -165,6 +165,10 @@ class Conversation(tuple[Message, ...]):
         made.tools = tools
         return made
 
+    def __getnewargs__(self) -> tuple[tuple[Message, ...], Tools]:
+        # For copies and pickles.
+        return tuple(self), self.tools
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Conversation) and self.tools == other.tools and super().__eq__(other)
 

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 
-from asd.errors import InvalidRequest, ModelRefusal
+from asd.errors import InvalidRequest, ModelRefusal, ResourceExhausted
 from services.common.constraints import check_schema
 from services.stage.generation.dates import with_exact_dates
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import numpy.typing as npt
 
@@ -53,6 +53,8 @@ _MOST_PATTERNS = 100
 _MOST_DIVISOR = 3_000
 # For what no bound foresees. Chosen: a busy machine may take several times as long.
 _LONGEST_S = 5.0
+# llguidance has no bound for it either: 37 patterns at once took half a minute.
+_MOST_INTERSECTED = 8
 # Chosen. A compiled grammar takes up to a few megabytes.
 _KEPT_GRAMMARS = 64
 _COMPILED_AT_A_TIME = 2
@@ -102,6 +104,12 @@ def json_rule(schema: Any, field: str) -> str:
         raise InvalidRequest(
             f"patternProperties hold more than {_MOST_PATTERNS} patterns: make it smaller", field=field
         )
+    if any(_patterns_in(each["allOf"]) > _MOST_INTERSECTED for each in objects if "allOf" in each):
+        raise InvalidRequest(
+            f"allOf holds more than {_MOST_INTERSECTED} patterns: make it smaller", field=field
+        )
+    for each in objects:
+        _check_least(each, field)
     divisors = {_divisor(each["multipleOf"]) for each in objects if "multipleOf" in each}
     if prod(divisors) > _MOST_DIVISOR:
         raise InvalidRequest(
@@ -242,22 +250,47 @@ class GrammarCompiler:
         )
         self._threads = ThreadPoolExecutor(_COMPILED_AT_A_TIME, thread_name_prefix="grammar")
         self._compiled = lru_cache(_KEPT_GRAMMARS)(self._compile)
+        # Grammars that are being compiled, for all requests that want them, and those whose turn has come.
+        self._under_way: dict[Grammar, asyncio.Future[LLMatcher]] = {}
+        self._begun: set[Grammar] = set()
 
     async def compile(self, wanted: Constraint | Grammar) -> Matcher:
         """Return a matcher at the beginning of an answer.
 
-        Raises InvalidRequest for a grammar that is wrong, cannot be kept, or takes too long to compile.
+        Raises InvalidRequest for a grammar that is wrong, cannot be kept, or takes too long to compile, and
+        ResourceExhausted where others take the time.
         """
         grammar = wanted if isinstance(wanted, Grammar) else grammar_of(wanted)
-        work = asyncio.get_running_loop().run_in_executor(self._threads, self._compiled, grammar)
         try:
-            compiled = await asyncio.wait_for(work, _LONGEST_S)
+            compiled = await asyncio.wait_for(asyncio.shield(self._work_for(grammar)), _LONGEST_S)
         except TimeoutError:
+            if grammar not in self._begun:
+                raise ResourceExhausted("other constraints are being compiled: try again later") from None
             raise InvalidRequest(
                 f"the constraint takes more than {_LONGEST_S:g} s to compile: simplify it",
                 field=grammar.field,
             ) from None
         return Matcher(compiled.deep_copy(), self._eos_ids, grammar)
+
+    def _work_for(self, grammar: Grammar) -> asyncio.Future[LLMatcher]:
+        """Return the work of compiling a grammar, which goes on however long a request waits for it."""
+        loop = asyncio.get_running_loop()
+        work = self._under_way.get(grammar)
+        if work is None or work.get_loop() is not loop:
+            work = self._under_way[grammar] = loop.run_in_executor(self._threads, self._begin, grammar)
+            work.add_done_callback(lambda done: self._ended(grammar, done))
+        return work
+
+    def _begin(self, grammar: Grammar) -> LLMatcher:
+        self._begun.add(grammar)
+        return self._compiled(grammar)
+
+    def _ended(self, grammar: Grammar, work: asyncio.Future[LLMatcher]) -> None:
+        self._begun.discard(grammar)
+        self._under_way.pop(grammar, None)
+        if not work.cancelled():
+            # Nobody may be waiting for its error any more.
+            work.exception()
 
     def compile_now(self, grammar: Grammar) -> Matcher:
         """Return a matcher at the beginning of an answer, as `compile` does, without a bound on the time."""
@@ -348,6 +381,25 @@ def _objects_in(value: Any) -> Iterator[dict[str, Any]]:
     if isinstance(value, dict | list):
         for each in value.values() if isinstance(value, dict) else value:
             yield from _objects_in(each)
+
+
+def _patterns_in(value: Any) -> int:
+    return sum("pattern" in each for each in _objects_in(value))
+
+
+def _check_least(schema: Mapping[str, Any], field: str) -> None:
+    """Raise InvalidRequest for a least number of properties that are not all named.
+
+    llguidance counts what is written, and would let one free name stand twice.
+    """
+    least, required, named = (schema.get(key) for key in ("minProperties", "required", "properties"))
+    if not isinstance(least, int) or least <= 0:
+        return
+    sure = set(required if isinstance(required, list) else ()) & set(named if isinstance(named, dict) else ())
+    if least > len(sure):
+        raise InvalidRequest(
+            f"minProperties {least} cannot be kept: name so many properties, and require them", field=field
+        )
 
 
 def _divisor(value: Any) -> int:

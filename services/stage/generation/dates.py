@@ -26,6 +26,9 @@ _DATE = (
 _HOURS = "([01][0-9]|2[0-3])"
 # A leap second would need the day and the offset, so there is none.
 _TIME = rf"{_HOURS}:[0-5][0-9]:[0-5][0-9](\.[0-9]{{1,6}})?(Z|[+-]{_HOURS}:[0-5][0-9])"
+# Keywords that hold values, and those that hold schemas by names of the caller's.
+_VALUES = ("enum", "const", "default", "examples")
+_NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _PATTERNS = {"date": _DATE, "date-time": f"{_DATE}T{_TIME}", "time": _TIME}
 
 
@@ -39,11 +42,16 @@ def with_exact_dates(schema: Any, field: str) -> Any:
         return [with_exact_dates(each, field) for each in schema]
     if not isinstance(schema, dict):
         return schema
-    made = {
-        name: each if name in ("enum", "const", "default", "examples") else with_exact_dates(each, field)
-        for name, each in schema.items()
-    }
-    return _with_pattern(made, field)
+    return _with_pattern({name: _inside(name, each, field) for name, each in schema.items()}, field)
+
+
+def _inside(keyword: str, value: Any, field: str) -> Any:
+    """Return the value of a keyword, with exact dates in the schemas that stand in it."""
+    if keyword in _VALUES:
+        return value
+    if keyword in _NAMED and isinstance(value, dict):
+        return {name: with_exact_dates(each, field) for name, each in value.items()}
+    return with_exact_dates(value, field)
 
 
 def _with_pattern(schema: Mapping[str, Any], field: str) -> dict[str, Any]:

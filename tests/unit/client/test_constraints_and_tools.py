@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 
 from asd import Constraint, Conversation, Message, Request, Tool, ToolCall, Tools
@@ -80,3 +83,9 @@ def test_log_probabilities_come_with_the_bytes_of_their_tokens() -> None:
     assert scored is not None
     assert (scored.details[0].text, scored.details[0].likeliest[0].logprob) == (b"\xc3", -0.5)
     assert answer_from(cascade_pb2.GenerateResponse()).scored_tokens is None
+
+
+def test_a_conversation_can_be_copied_with_its_tools() -> None:
+    conversation = Conversation(TURNS, TOOLS)
+    assert copy.deepcopy(conversation) == conversation
+    assert pickle.loads(pickle.dumps(conversation)) == conversation

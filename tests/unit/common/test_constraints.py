@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 
 from asd.errors import InvalidRequest
 from asd.v1 import cascade_pb2, common_pb2
 from services.common.constraints import MOST_CHOICE, MOST_REGEX, MOST_SCHEMA_BYTES
-from services.common.validation import check_input, check_sampling
+from services.common.validation import check_call_is_free, check_input, check_sampling
 
 Message = common_pb2.Message
 USER = Message(role=common_pb2.ROLE_USER, content="What is the weather in Rome?")
@@ -140,3 +142,21 @@ def test_more_likeliest_tokens_than_the_contract_allows_are_refused() -> None:
     with pytest.raises(InvalidRequest) as refused:
         check_sampling(common_pb2.Sampling(top_logprobs=21))
     assert refused.value.field == "sampling.top_logprobs"
+
+
+@pytest.mark.parametrize(
+    ("choice", "is_refused"),
+    [
+        (common_pb2.TOOL_CHOICE_UNSPECIFIED, True),
+        (common_pb2.TOOL_CHOICE_REQUIRED, True),
+        (common_pb2.TOOL_CHOICE_NONE, False),
+    ],
+)
+def test_a_constraint_beside_tools_that_may_be_called_is_refused(choice: Any, is_refused: bool) -> None:
+    conversation = common_pb2.Conversation(
+        messages=[USER], tools=common_pb2.Tools(tools=[WEATHER], choice=choice)
+    )
+    sampling = common_pb2.Sampling(constraint=common_pb2.Constraint(regex="a"))
+    request = cascade_pb2.GenerateRequest(conversation=conversation, sampling=sampling)
+    with pytest.raises(InvalidRequest, match="tool call") if is_refused else nullcontext():
+        check_call_is_free(request)

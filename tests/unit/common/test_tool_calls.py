@@ -122,3 +122,9 @@ def test_an_answer_in_pieces_has_the_calls_and_the_content_of_the_whole(text, da
     if not reader.calls:
         assert content == text
     assert all(isinstance(json.loads(each.arguments), dict) for each in reader.calls)
+
+
+def test_what_follows_many_unfinished_calls_is_content() -> None:
+    unfinished = '<tool_call>{"name": "weather' * 40
+    call = '<tool_call>{"name": "weather", "arguments": {}}</tool_call>'
+    assert read_tool_calls(unfinished + call, ["weather"]) == (unfinished + call, ())

@@ -112,6 +112,12 @@ CASES = [
     (CHAT, tool() | {"response_format": {"type": "json_object"}}, "response_format"),
     (CHAT, tool() | {"asd": {"regex": "a"}}, "asd.regex"),
     (CHAT, {"asd": {"choice": ["a"]}, "response_format": {"type": "json_object"}}, "asd.choice"),
+    (CHAT, {"response_format": {"type": "json_object", "schema": {}}}, "response_format.schema"),
+    (
+        CHAT,
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "scheme": {}}}},
+        "response_format.json_schema.scheme",
+    ),
     (CHAT, {"asd": {"choice": ["a"], "regex": "a"}}, "asd.regex"),
     (CHAT, {"asd": {"choice": "a"}}, "asd.choice"),
     (CHAT, {"asd": {"choice": []}}, "asd.choice"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llguidance import LLMatcher
 from tokenizers import Tokenizer
 
 from asd.errors import InvalidRequest, ModelRefusal
@@ -244,3 +245,53 @@ def test_a_regex_with_too_many_states_is_refused_where_it_can_go_no_further() ->
     assert refused.value.field == "sampling.constraint.regex"
     with pytest.raises(RuntimeError):
         go_on(_matcher(Constraint(regex="b")))
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"allOf": [{"type": "string", "pattern": f"a.{{{count}}}b"} for count in range(3, 12)]},
+        {"type": "object", "minProperties": 2, "additionalProperties": {"type": "integer"}},
+        {"type": "object", "properties": {"a": {}}, "minProperties": 1},
+    ],
+)
+def test_what_llguidance_would_not_keep_or_not_end_is_refused(schema: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        _matcher(Constraint(json_schema=schema))
+    assert refused.value.field == "sampling.constraint.json_schema"
+
+
+def test_properties_that_are_all_required_may_be_counted() -> None:
+    schema = {**POINT, "minProperties": 2}
+    assert _is_whole(Constraint(json_schema=schema), '{"x": 1, "name": "a"}')
+
+
+@pytest.mark.parametrize("name", ["default", "enum", "day"])
+def test_dates_are_exact_whatever_their_property_is_called(name: str) -> None:
+    schema = {
+        "type": "object",
+        "properties": {name: {"type": "string", "format": "date"}},
+        "required": [name],
+        "additionalProperties": False,
+    }
+    assert _is_whole(Constraint(json_schema=schema), f'{{"{name}": "2024-02-29"}}')
+    assert not _is_whole(Constraint(json_schema=schema), f'{{"{name}": "2023-02-29"}}')
+
+
+def test_requests_that_want_the_same_grammar_share_its_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = GrammarCompiler(_TOKENIZER, WIDTH, (END,))
+    compiled: list[str] = []
+    grammar_from_lark = LLMatcher.grammar_from_lark
+
+    def count(lark: str) -> str:
+        compiled.append(lark)
+        return grammar_from_lark(lark)
+
+    monkeypatch.setattr(LLMatcher, "grammar_from_lark", staticmethod(count))
+
+    async def ask() -> list[Matcher]:
+        return await asyncio.gather(*(compiler.compile(Constraint(regex="ab")) for _ in range(20)))
+
+    matchers = asyncio.run(ask())
+    assert len(compiled) == 1
+    assert [each.take(_ids("a")) for each in matchers] == [1] * 20, "each goes its own way"
