@@ -58,7 +58,13 @@ class QuickEngine:
         yield _result(0, 0)
 
     async def verify(
-        self, turns: tuple[Message, ...], sampling: Sampling, draft: DraftText, threshold: float | None
+        self,
+        turns: tuple[Message, ...],
+        sampling: Sampling,
+        draft: DraftText,
+        threshold: float | None,
+        *,
+        seed_is_free: bool = False,
     ) -> AsyncGenerator[Event, None]:
         """Accept the whole draft, which another process wrote in the same words."""
         count = len(draft.ids) + 1
@@ -74,6 +80,8 @@ class QuickEngine:
         sampling: Sampling,
         pieces: AsyncIterator[DraftPiece | FinishReason],
         threshold: float | None,
+        *,
+        seed_is_free: bool = False,
     ) -> AsyncGenerator[Event, None]:
         """Accept what comes, and write the rest where the draft ended early."""
         proposed = 0

@@ -148,7 +148,12 @@ async def test_what_the_services_themselves_count_is_received(
         )
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(router.target))
         ask = cascade_pb2.GenerateRequest(prompt="True or false? 3 plus 22 is more than 24.")
-        answer = await cascade_pb2_grpc.CascadeServiceStub(channel).Generate(ask, timeout=CALL_S)
+        cascade = cascade_pb2_grpc.CascadeServiceStub(channel)
+        answer = await cascade.Generate(ask, timeout=CALL_S)
+        # A verification is counted, too.
+        await cascade.Generate(
+            cascade_pb2.GenerateRequest(prompt=ask.prompt, prediction=answer.text), timeout=CALL_S
+        )
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(policy.target))
         report = policy_pb2.ReportRequest(
             request_id=answer.request_id,

@@ -6,7 +6,6 @@ import asyncio
 import io
 import itertools
 import json
-import resource
 import subprocess
 import sys
 from contextlib import AsyncExitStack
@@ -31,6 +30,7 @@ from services.stage.engines.onnx.engine import OnnxEngine, OnnxOptions
 from services.stage.model_pool import ModelPool
 from services.stage.servicer import StageServicer
 from suites import grade, split
+from tests.file_limit import limited
 from tests.integration.common.certificates import Authority
 
 if TYPE_CHECKING:
@@ -327,18 +327,18 @@ import sys
 from pathlib import Path
 from policy_service.train.outcome_table import write_outcomes
 from asd.errors import AsdError
+from tests.file_limit import limited
 try:
     write_outcomes(Path(sys.argv[1]), ["a", "b"], ({"prompt": str(n) * 50} for n in range(50_000)))
 except AsdError as error:
     print(type(error).__name__, error.message)
 """
     ended = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "train.parquet")],
+        limited(20_000, "-c", code, str(tmp_path / "train.parquet")),
         capture_output=True,
         text=True,
         check=True,
         timeout=60,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
     )
     assert ended.stdout.startswith(f"ResourceExhausted {tmp_path / 'train.parquet'} ")
     assert not [*tmp_path.iterdir()]

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import stat
 import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
 from asd.errors import PreconditionFailed, ResourceExhausted
 from services.common.disks import cannot_write, explain, replace_file, writing
+from tests.file_limit import limited
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -73,12 +72,11 @@ def test_what_was_there_stays_where_there_is_no_room_for_its_successor(tmp_path:
         "try:\n    replace_file(Path(sys.argv[1]), 'x' * 10_000)\nexcept OSError as error: print(error.errno)"
     )
     ended = subprocess.run(
-        [sys.executable, "-c", code, str(file)],
+        limited(5_000, "-c", code, str(file)),
         capture_output=True,
         text=True,
         check=True,
         timeout=60,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000)),
     )
     assert ended.stdout == f"{errno.EFBIG}\n"
     assert file.read_text() == "old"

@@ -6,9 +6,7 @@ import errno
 import json
 import logging
 import os
-import resource
 import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,6 +14,7 @@ import pytest
 from asd.errors import PreconditionFailed, ResourceExhausted
 from services.common.line_log import LineLog, parse_lines
 from tests.fakes.full_disk import FullFile
+from tests.file_limit import limited
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -110,12 +109,11 @@ def test_on_a_real_file_that_may_not_grow_nothing_is_lost(tmp_path: Path):
         "    print(taken)\n"
     )
     ended = subprocess.run(
-        [sys.executable, "-c", code, str(path)],
+        limited(1_000, "-c", code, str(path)),
         capture_output=True,
         text=True,
         check=True,
         timeout=60,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
     )
     assert ended.stdout == "3\n"
     assert path.stat().st_size == 900

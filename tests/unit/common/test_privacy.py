@@ -28,8 +28,8 @@ SOURCES = [
     path
     for folder in ("services", "policy_service", "benchmarks")
     for path in sorted((ROOT / folder).rglob("*.py"))
-    # It runs inside of vLLM.
-    if path.name != "predictable.py"
+    # These run inside of vLLM.
+    if path.name != "predictable.py" and path.parts[-2:] != ("vllm", "constraint.py")
 ]
 
 

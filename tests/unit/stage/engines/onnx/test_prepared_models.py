@@ -21,6 +21,7 @@ from services.stage.engines.onnx.engine import OnnxEngine, OnnxOptions
 from services.stage.engines.onnx.export import prepare
 from services.stage.engines.onnx.partial_folders import MANIFEST, find_damage, finish, partial_folder
 from tests.fakes import tiny_llama
+from tests.file_limit import limited
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -59,12 +60,11 @@ def shared() -> Iterator[Path]:
 
 def run(folder: Path, *further: str, most_bytes: int = resource.RLIM_INFINITY) -> str:
     ended = subprocess.run(
-        [sys.executable, "-c", PREPARE, str(folder / "model"), str(folder / "cache"), *further],
+        limited(most_bytes, "-c", PREPARE, str(folder / "model"), str(folder / "cache"), *further),
         capture_output=True,
         text=True,
         check=False,
         timeout=60,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, resource.RLIM_INFINITY)),
     )
     assert not ended.returncode, ended.stderr
     return ended.stdout.strip()
