@@ -327,7 +327,6 @@ import sys
 from pathlib import Path
 from policy_service.train.outcome_table import write_outcomes
 from asd.errors import AsdError
-from tests.file_limit import limited
 try:
     write_outcomes(Path(sys.argv[1]), ["a", "b"], ({"prompt": str(n) * 50} for n in range(50_000)))
 except AsdError as error:
