@@ -66,9 +66,10 @@ def usage_of(answers: Iterable[Answer], prompts: int = 1) -> Usage:
 
 def finish_reason(answer: Answer) -> str:
     """Return OpenAI's reason for the end of an answer."""
-    if answer.tool_calls:
-        return "tool_calls"
-    return "length" if answer.finish_reason == FinishReason.LENGTH else "stop"
+    if answer.finish_reason == FinishReason.LENGTH:
+        # A further call may have been cut off.
+        return "length"
+    return "tool_calls" if answer.tool_calls else "stop"
 
 
 def content(answer: Answer) -> str:

@@ -241,10 +241,11 @@ def _message(call: Call, message_id: str) -> dict[str, Any]:
 
 def _stop(call: Call, answer: Answer) -> dict[str, Any]:
     """Return why an answer ended. Which of several stop sequences ended it is not known."""
+    if answer.finish_reason == FinishReason.LENGTH:
+        # A further call may have been cut off.
+        return {"stop_reason": "max_tokens", "stop_sequence": None}
     if answer.tool_calls:
         return {"stop_reason": "tool_use", "stop_sequence": None}
-    if answer.finish_reason == FinishReason.LENGTH:
-        return {"stop_reason": "max_tokens", "stop_sequence": None}
     if answer.finish_reason == FinishReason.STOP:
         stops = call.requests[0].sampling.stop
         return {"stop_reason": "stop_sequence", "stop_sequence": stops[0] if len(stops) == 1 else None}

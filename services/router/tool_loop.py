@@ -7,6 +7,7 @@ replicas can go on.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import secrets
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from services.common.tool_calls import read_tool_calls
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from asd.values import Message
     from services.router.domain import RoutedAnswer, RoutedRequest
 
 _PREFIX = "call_"
@@ -25,13 +27,13 @@ _MARK = 8
 
 
 def held(request: RoutedRequest, stages: Sequence[str]) -> RoutedRequest:
-    """Return a request that ends with a tool's result as one to the stage that asked for it.
+    """Return a request that goes on from a tool's result as one to the stage that asked for it.
 
     It stays as it is if it names stages, allows a switch, or if the last calls are not of one stage of the
     cascade. stages: their names.
     """
     turns = request.input
-    if isinstance(turns, str) or turns[-1].role != Role.TOOL:
+    if isinstance(turns, str) or not _goes_on(turns):
         return request
     if request.allow_switch or request.stage or request.chain:
         return request
@@ -40,6 +42,12 @@ def held(request: RoutedRequest, stages: Sequence[str]) -> RoutedRequest:
     found = {by_mark.get(call.id.removeprefix(_PREFIX)[:_MARK]) for call in calls}
     stage = found.pop() if len(found) == 1 else None
     return replace(request, stage=stage, is_held=True) if stage else request
+
+
+def _goes_on(turns: Sequence[Message]) -> bool:
+    """Return whether a tool's result follows the model's last message. Text of the user may be beside it."""
+    later = itertools.takewhile(lambda turn: turn.role != Role.ASSISTANT, reversed(turns))
+    return any(turn.role == Role.TOOL for turn in later)
 
 
 def with_calls(outcome: RoutedAnswer, request: RoutedRequest) -> RoutedAnswer:

@@ -80,5 +80,9 @@ def _schema(tool: Tool) -> dict[str, object]:
     take none, and a small model that may invent names need not end.
     """
     schema = json.loads(tool.parameters) if tool.parameters else {}
-    closed = {} if _OPEN & schema.keys() else {"additionalProperties": False}
+    required, named = schema.get("required", []), schema.get("properties", {})
+    is_plain = (
+        not _OPEN & schema.keys() and isinstance(required, list) and all(each in named for each in required)
+    )
+    closed = {"additionalProperties": False} if is_plain else {}
     return {"type": "object", **closed, **schema}

@@ -65,11 +65,14 @@ async def test_the_stage_that_called_goes_on_with_the_results(recorded):
         ids = await _ids(stage, f"{NOW} {NOW}")
         for stream in (False, True):
             assert (await _asked(router, _results(*ids), stream=stream)).stage == stage
+        # Also where the user says something to them.
+        said = (*_results(*ids), Message("user", "Be brief."))
+        assert (await _asked(router, said)).stage == stage
         # Not a turn later, when the user asks anew.
         again = (*_results(*ids), Message("assistant", "late"), *ASK)
         assert (await _asked(router, again)).plan_source == cascade_pb2.PLAN_SOURCE_POLICY
     held = recorded.values("asd.stage", "asd.tool_loop.held")
-    assert held == [None, True, True, None] * 2
+    assert held == [None, True, True, True, None] * 2
 
 
 async def test_another_stage_may_go_on_if_the_caller_says_so():

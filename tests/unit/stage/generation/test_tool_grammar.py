@@ -66,7 +66,9 @@ async def test_arguments_have_no_names_but_those_of_a_plain_schema(compiler):
     said = _call(LLAMA, "f", '{"a": 1, "more": 2}')
     plain = Tool("f", "", '{"properties": {"a": {"type": "integer"}}}')
     composed = Tool("f", "", '{"allOf": [{"properties": {"a": {"type": "integer"}}}]}')
-    for tool, is_taken in ((plain, False), (composed, True)):
+    # A name that is required and not described must be possible.
+    required = Tool("f", "", '{"properties": {"a": {"type": "integer"}}, "required": ["more"]}')
+    for tool, is_taken in ((plain, False), (composed, True), (required, True)):
         grammar = call_grammar(LLAMA, Tools((tool,), "required"))
         assert await _matches(compiler, grammar, said) is is_taken
 
