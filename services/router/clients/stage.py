@@ -7,7 +7,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from asd.convert import FINISH_REASONS, acceptance_to, sampling_to, set_input
-from asd.errors import AsdError, Away, BrokenOff, InvalidRequest, NotFound, PreconditionFailed, Unavailable
+from asd.errors import (
+    AsdError,
+    Away,
+    BrokenOff,
+    InvalidRequest,
+    ModelRefusal,
+    NotFound,
+    PreconditionFailed,
+    Unavailable,
+)
 from asd.transport.channel import call_exchange, call_stream, call_unary
 from asd.transport.patience import Patience
 from asd.v1 import cascade_pb2, stage_pb2
@@ -198,7 +207,13 @@ class GrpcStage:
                 left_ms = (until - self._clock()) * 1000.0
                 with self._replicas.calling(replica):
                     result = await heard.out(call(replica.stub, left_ms, hold_s))
-                return self._result(result, replica, is_adapted=message.model != self._stage.model)
+                found = self._result(result, replica, is_adapted=message.model != self._stage.model)
+                if request.sampling.constraint is not None and not found.is_constrained:
+                    # One replica says for all what they can do, and another version may not know constraints.
+                    raise ModelRefusal(
+                        f"{self._peer} did not keep the constraint", field="sampling.constraint"
+                    )
+                return found
             except Unavailable as error:
                 if heard.has_begun:
                     raise

@@ -69,8 +69,9 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
     others: int = 0
     # Types of task that it serves its model's adapters for.
     adapters: tuple[str, ...] = ()
-    # Whether it keeps constraints.
+    # Whether it says that it keeps constraints, and does.
     constrains: bool = False
+    keeps_constraints: bool = True
     # Times that it was asked for its status.
     statuses: int = 0
     # Runs as each call begins.
@@ -283,6 +284,7 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
             ),
             model=model or self.name,
             others_under_way=self.others,
+            constrained=self.constrains and self.keeps_constraints,
         )
 
 

@@ -86,3 +86,11 @@ async def test_tools_that_must_not_be_called_need_no_template_for_them(world):
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await w.stub.Generate(cascade_pb2.GenerateRequest(conversation=conversation), timeout=CALL_S)
     assert from_rpc_error(refused.value).field == "conversation.tools"
+
+
+async def test_an_answer_that_a_stage_did_not_constrain_is_not_given(world):
+    forgetful = world.stage("small", constrains=True, keeps_constraints=False)
+    w = await world(forgetful, world.stage("medium", constrains=True), policy=world.policy())
+    response = await w.stub.Generate(ask(sampling=CONSTRAINED), timeout=CALL_S)
+    assert (forgetful.calls, response.stage) == (["generate"], "medium")
+    assert response.stages[-1].constrained
