@@ -46,9 +46,12 @@ class ConstraintProcessor(AdapterLogitsProcessor):  # type: ignore[misc]
         extra = params.extra_args or {}
         if GRAMMAR not in extra or self._grammars is None:
             return None
-        matcher = self._grammars.compile_now(Grammar(extra[GRAMMAR], "sampling.constraint"))
-        matcher.take(extra[WRITTEN])
-        return _RequestConstraint(matcher, is_greedy=params.temperature == 0)
+        # An error here would end vLLM's engine. The stage's own matcher refuses what comes unconstrained.
+        with suppress(AsdError):
+            matcher = self._grammars.compile_now(Grammar(extra[GRAMMAR], "sampling.constraint"))
+            matcher.take(extra[WRITTEN])
+            return _RequestConstraint(matcher, is_greedy=params.temperature == 0)
+        return None
 
 
 class _RequestConstraint:

@@ -100,3 +100,7 @@ async def test_without_constraints_the_runner_is_vllms_choice_and_the_stage_refu
     with pytest.raises(ModelRefusal) as refused:
         await collect(engine.generate(TURNS, Sampling(constraint=Constraint(choice=("a",)))))
     assert refused.value.field == "sampling.constraint"
+
+
+def test_a_grammar_that_a_worker_cannot_compile_does_not_end_its_engine(processor: Any) -> None:
+    assert processor.new_req_logits_processor(_params("start: /(/", [])) is None
