@@ -228,6 +228,7 @@ VARIANTS: dict[str, Variant] = {
                             "verifyInside": True,
                             "proposedTokens": 16,
                             "prefixCaching": False,
+                            "constraints": False,
                             "enforceEager": True,
                             "sleepLevel": 1,
                             "lora": {"law": "/models/law"},

@@ -145,6 +145,7 @@ class TestEngines:
         assert (given.dtype, given.quantization, given.kv_cache_gib) == ("float16", "fp8", 2.5)
         assert (given.max_model_len, given.max_batched_tokens) == (1_000_000, 4096)
         assert (given.prefix_caching, given.enforce_eager, given.sleep_level) == (False, True, 1)
+        assert not given.constraints
         assert (given.verify_inside, given.proposed_tokens, given.cuda_graph_tokens) == (True, 16, 256)
         assert given.lora == {"law": Path("/models/law")}
         # Of stages that say nothing, those that get drafts verify them inside.
